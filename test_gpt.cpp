@@ -1,0 +1,4534 @@
+// The checks of tinygpt: `make test`. Each area's cases stand together; their names begin with it.
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#define PREPARE_DATA_NO_MAIN
+#include <doctest/doctest.h>
+
+#include "prepare_data.cpp"
+#include "tinygpt.hpp"
+
+
+// =================================================================================================
+// The model: gradients, reference values, training, data, generation
+// =================================================================================================
+
+#include <filesystem>
+#include <fstream>
+
+// What was skipped, and why, is repeated at the very end, where nobody can overlook it. A test says
+// so with MESSAGE("skipped: what: why").
+namespace skipped_tests {
+struct List : doctest::IReporter {
+    std::vector<std::string> lines;
+    std::string running;
+    explicit List(const doctest::ContextOptions&) {}
+    void test_case_start(const doctest::TestCaseData& test) override { running = test.m_name; }
+    void log_message(const doctest::MessageData& message) override {
+        const std::string text = message.m_string.c_str();
+        if (text.compare(0, 7, "skipped") == 0) lines.push_back(running + ": " + text);
+    }
+    void test_run_end(const doctest::TestRunStats&) override {
+        std::printf("[skipped] %zu checks were skipped%s\n", lines.size(), lines.empty() ? "" : ":");
+        for (const std::string& line : lines) std::printf("[skipped]   %s\n", line.c_str());
+    }
+    void report_query(const doctest::QueryData&) override {}
+    void test_run_start() override {}
+    void test_case_reenter(const doctest::TestCaseData&) override {}
+    void test_case_end(const doctest::CurrentTestCaseStats&) override {}
+    void test_case_exception(const doctest::TestCaseException&) override {}
+    void subcase_start(const doctest::SubcaseSignature&) override {}
+    void subcase_end() override {}
+    void log_assert(const doctest::AssertData&) override {}
+    void test_case_skipped(const doctest::TestCaseData&) override {}
+};
+REGISTER_LISTENER("skipped", 1, List);
+}  // namespace skipped_tests
+
+namespace model_tests {
+
+using namespace tinygpt;
+
+// --- What the tests share
+
+// Sets the number of OpenMP threads until the end of the block.
+struct Threads {
+    int before = omp_get_max_threads();
+    explicit Threads(int n) { omp_set_num_threads(n); }
+    ~Threads() { omp_set_num_threads(before); }
+};
+
+// A folder of its own for a test, removed at the end.
+struct TemporaryFolder {
+    std::string path;
+    TemporaryFolder() {
+        const char* base = std::getenv("TMPDIR");
+        path = std::string(base ? base : "/tmp") + "/tinygpt-model-XXXXXX";
+        REQUIRE(::mkdtemp(path.data()) != nullptr);
+    }
+    ~TemporaryFolder() { std::filesystem::remove_all(path); }
+    std::string operator/(const std::string& name) const { return path + "/" + name; }
+};
+
+// The message of the Error that `action` throws; empty when it throws none.
+template <class Action>
+std::string error_of(Action&& action) {
+    try {
+        action();
+    } catch (const Error& error) {
+        return error.what();
+    }
+    return "";
+}
+inline bool has(const std::string& text, const std::string& part) {
+    return text.find(part) != std::string::npos;
+}
+
+// A batch of random tokens; every `ignored`-th target is not scored (0: all are).
+inline Batch random_batch(uint64_t seed, int B, int T, int V, int ignored = 0) {
+    Batch batch;
+    batch.resize(B, T);
+    for (size_t i = 0; i < batch.inputs.size(); ++i) {
+        batch.inputs[i] = int32_t(random_bits(seed, 2 * i) % uint64_t(V));
+        if (ignored > 0 && int(i) % ignored == ignored - 1) continue;
+        batch.targets[i] = int32_t(random_bits(seed, 2 * i + 1) % uint64_t(V));
+        ++batch.scored;
+    }
+    batch.sort_rows();
+    return batch;
+}
+
+// Weights for checks: larger than at the start of training, so that every nonlinearity is felt and
+// no gradient is small.
+template <class Device>
+void set_lively_weights(Gpt2<Device>& model, uint64_t seed) {
+    std::vector<typename Device::Real> w(model.layout.size);
+    for (size_t t = 0; t < model.layout.tensors.size(); ++t) {
+        const TensorInfo& info = model.layout.tensors[t];
+        const double mean = info.init == Init::ones ? 1 : 0, deviation = info.decays() ? 0.3 : 0.2;
+        for (size_t i = 0; i < info.count; ++i)
+            w[info.offset + i] = typename Device::Real(
+                float(mean + deviation * random_normal(random_key(seed, t, 0), i)));
+    }
+    model.set_weights(w.data());
+}
+
+// max|a-b| / max|b|, with b the truth.
+template <class A, class B>
+double relative_error(const A* a, const B* b, size_t count) {
+    double worst = 0, largest = 0;
+    for (size_t i = 0; i < count; ++i) {
+        const double difference = std::abs(double(a[i]) - double(b[i]));
+        worst = difference >= worst ? difference : difference < worst ? worst : INFINITY;  // NaN is worst
+        largest = std::max(largest, std::abs(double(b[i])));
+    }
+    return largest > 0 ? worst / largest : worst;
+}
+
+// --- 1. Every gradient against finite differences
+
+// Two measurements of a gradient may differ by this much of the largest element of their tensor.
+constexpr double kTolerance = 1e-7;
+// What counts as "the largest" where a whole tensor's gradient is (almost) zero.
+constexpr double kSmallest = 1e-3;
+
+// df/dx by central differences of fourth order:
+//   (8 (f(x+h) - f(x-h)) - (f(x+2h) - f(x-2h))) / 12h, wrong by about h^4 f'''''/30
+template <class Loss>
+double slope(double& x, Loss&& loss) {
+    const double h = 1e-4, before = x;
+    auto at = [&](double offset) {
+        x = before + offset;
+        return loss();
+    };
+    const double near = at(h) - at(-h), far = at(2 * h) - at(-2 * h);
+    x = before;
+    return (8 * near - far) / (12 * h);
+}
+
+// An input of a layer: its values, and the gradient that the layer's backward claims.
+struct Tensor {
+    std::string name;
+    std::vector<double> value, gradient;
+    bool summed = false;  // the backward ran twice on it, the second time adding
+    Tensor(std::string name, size_t count, uint64_t seed, double scale = 1, bool summed = false)
+        : name(std::move(name)), value(count), gradient(count, 777.0), summed(summed) {
+        for (size_t i = 0; i < count; ++i) value[i] = scale * random_normal(random_key(seed, 0, 9), i);
+    }
+    operator double*() { return value.data(); }
+};
+
+struct Found {
+    std::string tensor;
+    double error;
+};
+inline double worst_of(const std::vector<Found>& all) {
+    double worst = 0;
+    for (const Found& found : all) worst = found.error >= worst ? found.error : std::max(worst, found.error);
+    for (const Found& found : all)
+        if (std::isnan(found.error)) worst = INFINITY;
+    return worst;
+}
+inline std::string table_of(const std::vector<Found>& all) {
+    std::string text;
+    for (const Found& found : all) text += format("\n    %-28s %.2e", found.tensor.c_str(), found.error);
+    return text;
+}
+
+// Compares every tensor's gradient with differences of loss(); of large tensors a seeded sample.
+template <class Loss>
+std::vector<Found> compare(std::vector<Tensor*> tensors, Loss&& loss, size_t sample = 120) {
+    std::vector<Found> all;
+    for (Tensor* tensor : tensors) {
+        double worst = 0, largest = kSmallest;
+        const size_t count = tensor->value.size();
+        for (size_t n = 0; n < std::min(count, sample); ++n) {
+            const size_t i = count <= sample ? n : random_bits(count, n) % count;
+            const double truth = slope(tensor->value[i], loss);
+            const double claim = tensor->gradient[i] / (tensor->summed ? 2 : 1);
+            const double difference = std::abs(claim - truth);
+            worst = std::isnan(difference) ? INFINITY : std::max(worst, difference);
+            largest = std::max(largest, std::abs(truth));
+        }
+        all.push_back({tensor->name, worst / largest});
+    }
+    return all;
+}
+inline double dot(const std::vector<double>& a, const std::vector<double>& b) {
+    return std::inner_product(a.begin(), a.end(), b.begin(), 0.0);
+}
+inline std::vector<double> random_vector(size_t count, uint64_t seed) {
+    return Tensor("", count, seed).value;
+}
+
+// Every check below makes a loss out of a layer: the dot product of its output with fixed numbers,
+// `up`, which are therefore the gradient that comes from above.
+
+template <class Device>
+std::vector<Found> check_embed(Device device, int B, int T, int C, float p) {
+    const int V = 5, P = T + 2;
+    const size_t out_count = size_t(B) * T * C;
+    const Dropout drop{11, p};
+    const Batch batch = random_batch(1, B, T, V);
+    Tensor wte("wte", size_t(V) * C, 2, 1, true), wpe("wpe", size_t(P) * C, 3, 1, true);
+    std::vector<double> out(out_count), up = random_vector(out_count, 4);
+    for (Tensor* t : {&wte, &wpe}) std::fill(t->gradient.begin(), t->gradient.end(), 0.0);
+    for (int pass = 0; pass < 2; ++pass)
+        device.embed_backward(wte.gradient.data(), wpe.gradient.data(), up.data(), batch.inputs.data(),
+                              batch.order.data(), B, T, C, drop);
+    return compare({&wte, &wpe}, [&] {
+        device.embed_forward(out.data(), batch.inputs.data(), wte, wpe, B, T, C, 0, drop);
+        return dot(out, up);
+    });
+}
+
+// A branch joins the residual stream, and a layernorm reads the stream, which also flows on past it:
+//   s = residual + drop(x w + b)     loss = up . layernorm(s) + past . s
+// layernorm_backward then has to join, to pass on through the mask, and to sum the bias gradient.
+template <class Device>
+std::vector<Found> check_layernorm(Device device, int rows, int C, float p, bool joined, bool in_place) {
+    const int IN = 3;
+    const size_t n = size_t(rows) * C;
+    const Dropout drop{12, p};
+    Tensor residual("residual", n, 1), x("x", size_t(rows) * IN, 2), w("w", size_t(IN) * C, 3, 1, true);
+    Tensor b("b", size_t(C), 4, 1, true), weight("weight", size_t(C), 5, 1, true), bias("bias", size_t(C), 6, 1, true);
+    std::vector<double> s(n), out(n), mean(static_cast<size_t>(rows)), rstd(static_cast<size_t>(rows)), dbranch(n, 777.0);
+    const std::vector<double> up = random_vector(n, 7), past = joined ? random_vector(n, 8) : std::vector<double>(n);
+    auto loss = [&] {
+        device.linear_residual_forward(s.data(), residual, x, w, b, rows, IN, C, drop);
+        device.layernorm_forward(out.data(), mean.data(), rstd.data(), s.data(), weight, bias, rows, C);
+        return dot(out, up) + dot(s, past);
+    };
+    loss();
+    for (bool add : {false, true}) {
+        double* dx = residual.gradient.data();
+        if (in_place) std::copy(past.begin(), past.end(), dx);
+        const double* dresidual = !joined ? nullptr : in_place ? dx : past.data();
+        device.layernorm_backward(dx, weight.gradient.data(), bias.gradient.data(), drop.on() ? dbranch.data() : dx,
+                                  b.gradient.data(), up.data(), dresidual, s.data(), mean.data(), rstd.data(),
+                                  weight, rows, C, drop, add);
+        device.linear_backward(x.gradient.data(), w.gradient.data(), nullptr, drop.on() ? dbranch.data() : dx, x, w,
+                               rows, IN, C, add);
+    }
+    return compare({&residual, &x, &w, &b, &weight, &bias}, loss);
+}
+
+template <class Device>
+std::vector<Found> check_linear(Device device, int rows, int C, int OC) {
+    Tensor x("x", size_t(rows) * C, 1), w("w", size_t(C) * OC, 2, 1, true), b("b", size_t(OC), 3, 1, true);
+    std::vector<double> out(size_t(rows) * OC), up = random_vector(out.size(), 4);
+    for (bool add : {false, true})
+        device.linear_backward(x.gradient.data(), w.gradient.data(), b.gradient.data(), up.data(), x, w, rows, C, OC,
+                               add);
+    return compare({&x, &w, &b}, [&] {
+        device.linear_forward(out.data(), x, w, b, rows, C, OC);
+        return dot(out, up);
+    });
+}
+
+// pre = x 1 + b1 with the unit matrix, so that x's gradient is pre's; out = GELU(pre) w.
+template <class Device>
+std::vector<Found> check_linear_gelu(Device device, int rows, int C, int OC) {
+    Tensor x("pre", size_t(rows) * C, 1, 1.5), b1("pre's bias", size_t(C), 2, 1, true);
+    Tensor w("w", size_t(C) * OC, 3, 1, true);
+    std::vector<double> unit(size_t(C) * C), pre(size_t(rows) * C), gelu(pre.size()), zero(static_cast<size_t>(OC));
+    std::vector<double> out(size_t(rows) * OC), up = random_vector(out.size(), 4);
+    for (int c = 0; c < C; ++c) unit[size_t(c) * C + c] = 1;
+    auto loss = [&] {
+        device.linear_gelu_forward(gelu.data(), pre.data(), x, unit.data(), b1, rows, C, C);
+        device.linear_forward(out.data(), gelu.data(), w, zero.data(), rows, C, OC);
+        return dot(out, up);
+    };
+    loss();
+    for (bool add : {false, true})
+        device.linear_gelu_backward(x.gradient.data(), w.gradient.data(), b1.gradient.data(), up.data(), gelu.data(),
+                                    pre.data(), w, rows, C, OC, add);
+    return compare({&x, &b1, &w}, loss);
+}
+
+template <class Device>
+std::vector<Found> check_attention(Device device, int B, int T, int NH, int HS, float p) {
+    const int C = NH * HS;
+    const Dropout drop{13, p};
+    Tensor qkv("qkv", size_t(B) * T * 3 * C, 1);
+    std::vector<double> out(size_t(B) * T * C), lse(size_t(B) * NH * T), up = random_vector(out.size(), 2);
+    auto loss = [&] {
+        device.attention_forward(out.data(), lse.data(), qkv, B, T, NH, HS, drop);
+        return dot(out, up);
+    };
+    loss();
+    device.attention_backward(qkv.gradient.data(), up.data(), out.data(), lse.data(), qkv, B, T, NH, HS, drop);
+    // Queries, keys and values are three tensors in one: each third is held against its own largest.
+    std::vector<Found> all;
+    for (int third = 0; third < 3; ++third) {
+        double worst = 0, largest = kSmallest;
+        const size_t count = size_t(B) * T * C;
+        for (size_t n = 0; n < std::min<size_t>(count, 100); ++n) {
+            const size_t i = count <= 100 ? n : random_bits(count, n) % count;
+            const size_t at = i / C * 3 * C + size_t(third) * C + i % C;
+            const double truth = slope(qkv.value[at], loss), difference = std::abs(qkv.gradient[at] - truth);
+            worst = std::isnan(difference) ? INFINITY : std::max(worst, difference);
+            largest = std::max(largest, std::abs(truth));
+        }
+        all.push_back({third == 0 ? "queries" : third == 1 ? "keys" : "values", worst / largest});
+    }
+    return all;
+}
+
+template <class Device>
+std::vector<Found> check_head(Device device, int rows, int C, int V) {
+    const double scale = 0.7;
+    Tensor x("x", size_t(rows) * C, 1), w("w", size_t(V) * C, 2, 1, true);
+    const Batch batch = random_batch(3, rows, 1, V, 3);  // every third target is not scored
+    std::vector<double> losses(static_cast<size_t>(rows)), logits(Device::head_workspace(rows, V));
+    for (bool add : {false, true})
+        device.head_forward_backward(losses.data(), x.gradient.data(), w.gradient.data(), logits.data(), x, w,
+                                     batch.targets.data(), rows, C, V, scale, add);
+    const std::vector<double> from_backward = losses;
+    auto loss = [&] {
+        device.head_forward(losses.data(), logits.data(), x, w, batch.targets.data(), rows, C, V);
+        return scale * std::accumulate(losses.begin(), losses.end(), 0.0);
+    };
+    auto all = compare({&x, &w}, loss, rows > 200 ? 30 : 120);
+    loss();
+    all.push_back({"losses", relative_error(from_backward.data(), losses.data(), losses.size())});
+    return all;
+}
+
+#define CHECK_GRADIENT(...)                                                            \
+    do {                                                                               \
+        const std::vector<Found> found_ = __VA_ARGS__;                                 \
+        worst = std::max(worst, worst_of(found_));                                     \
+        INFO(#__VA_ARGS__ << table_of(found_));                                        \
+        CHECK(worst_of(found_) < kTolerance);                                          \
+    } while (0)
+
+TEST_CASE("gradients: every layer's backward agrees with central differences") {
+    Threads one(1);
+    Cpu<double> device;
+    double worst = 0;
+    for (float p : {0.0f, 0.3f}) {
+        CAPTURE(p);
+        for (const auto& s : {std::array{1, 1, 1}, {2, 3, 5}, {3, 7, 17}, {1, 13, 33}})
+            CHECK_GRADIENT(check_embed(device, s[0], s[1], s[2], p));
+        for (const auto& s : {std::array{1, 2}, {3, 5}, {7, 17}, {33, 8}, {65, 3}}) {
+            CAPTURE(s[0]);
+            CHECK_GRADIENT(check_layernorm(device, s[0], s[1], p, false, false));
+            CHECK_GRADIENT(check_layernorm(device, s[0], s[1], p, true, false));
+            CHECK_GRADIENT(check_layernorm(device, s[0], s[1], p, true, true));
+        }
+        for (const auto& s : {std::array{1, 1, 1, 1}, {2, 3, 2, 5}, {1, 13, 3, 4}, {2, 34, 1, 3}, {1, 67, 1, 2}}) {
+            CAPTURE(s[1]);
+            CHECK_GRADIENT(check_attention(device, s[0], s[1], s[2], s[3], p));
+        }
+    }
+    for (const auto& s : {std::array{1, 1, 1}, {2, 3, 5}, {7, 5, 1}, {13, 17, 11}, {5, 33, 29}}) {
+        CAPTURE(s[0]);
+        CHECK_GRADIENT(check_linear(device, s[0], s[1], s[2]));
+        CHECK_GRADIENT(check_linear_gelu(device, s[0], s[1], s[2]));
+        CHECK_GRADIENT(check_head(device, s[0], s[1], s[2] + 1));
+    }
+    CHECK_GRADIENT(check_head(device, 1030, 3, 7));  // more rows than the head takes at a time
+    MESSAGE("largest relative error of a layer's gradient: " << worst);
+}
+
+// --- 2. Faults, one at a time: would the checks above notice?
+
+constexpr const char* kFaults[] = {
+    "embed_backward: wpe gets nothing",
+    "embed_backward: wte's sign",
+    "embed_backward: the mask is left out",
+    "embed_backward: a repeated token keeps its last row only",
+    "embed_backward: the last row is left out",
+    "layernorm_backward: dx without the mean's term",
+    "layernorm_backward: dx without the scale's term",
+    "layernorm_backward: the sign of the scale's term",
+    "layernorm_backward: the residual's gradient is not joined",
+    "layernorm_backward: dweight with x instead of the normalised x",
+    "layernorm_backward: dbias's sign",
+    "layernorm_backward: dbranch without the mask",
+    "layernorm_backward: dbranch_bias misses the last row",
+    "layernorm_backward: sets where it should add",
+    "linear_backward: dx's sign",
+    "linear_backward: dx misses the last output",
+    "linear_backward: dw's sign",
+    "linear_backward: db misses the last row",
+    "linear_backward: adds where it should set",
+    "linear_gelu_backward: the derivative without its inner term",
+    "linear_gelu_backward: the inner derivative without 3 * 0.044715 x^2",
+    "linear_gelu_backward: the sign of the inner term",
+    "linear_gelu_backward: dpre_bias from dout times w, before the derivative",
+    "linear_gelu_backward: dw from pre instead of gelu",
+    "linear_gelu_backward: sets where it should add",
+    "attention_backward: without the D term",
+    "attention_backward: dq's sign",
+    "attention_backward: dk without 1/sqrt(HS)",
+    "attention_backward: dv without the mask",
+    "attention_backward: dk misses the last query",
+    "head_forward_backward: without the minus one-hot",
+    "head_forward_backward: dx's sign",
+    "head_forward_backward: dw without the scale",
+    "head_forward_backward: a target that is ignored still pushes",
+    "head_forward_backward: sets where it should add",
+    "head_forward_backward: adds where it should set",
+    "model: the embeddings' gradients are not cleared",
+};
+
+// The CPU with one fault: the right function runs first, then one sign or term is spoilt.
+struct Broken : Cpu<double> {
+    std::string fault;  // one of the list, or empty: nothing is wrong
+    bool is(const char* function, const char* what) const {
+        return fault == std::string(function) + ": " + what;
+    }
+
+    template <class T>
+    void zero(T* to, size_t count) {
+        if (!is("model", "the embeddings' gradients are not cleared")) Cpu<double>::zero(to, count);
+    }
+
+    void embed_backward(double* dwte, double* dwpe, const double* dout, const int32_t* tokens, const int32_t* order,
+                        int B, int T, int C, Dropout drop) {
+        auto bad = [&](const char* what) { return is("embed_backward", what); };
+        Cpu<double>::embed_backward(dwte, dwpe, dout, tokens, order, B, T, C, drop);
+        std::vector<int> last_of(1000, -1);
+        for (int row = 0; row < B * T; ++row) last_of[size_t(tokens[row])] = row;
+        for (int row = 0; row < B * T; ++row)
+            for (int c = 0; c < C; ++c) {
+                const size_t at = size_t(row) * C + c;
+                const double plain = dout[at], masked = plain * (drop.on() ? double(drop.scale(at)) : 1.0);
+                double &token = dwte[size_t(tokens[row]) * C + c], &place = dwpe[size_t(row % T) * C + c];
+                if (bad("wpe gets nothing")) place -= masked;
+                if (bad("wte's sign")) token -= 2 * masked;
+                if (bad("the mask is left out")) token += plain - masked, place += plain - masked;
+                if (bad("a repeated token keeps its last row only") && row != last_of[size_t(tokens[row])])
+                    token -= masked;
+                if (bad("the last row is left out") && row == B * T - 1) token -= masked, place -= masked;
+            }
+    }
+
+    void layernorm_backward(double* dx, double* dweight, double* dbias, double* dbranch, double* dbranch_bias,
+                            const double* dout, const double* dresidual, const double* x, const double* mean,
+                            const double* rstd, const double* weight, int rows, int C, Dropout drop, bool accumulate) {
+        auto bad = [&](const char* what) { return is("layernorm_backward", what); };
+        const size_t n = size_t(rows) * C;
+        std::vector<double> joined(n);
+        if (dresidual) joined.assign(dresidual, dresidual + n);
+        if (bad("sets where it should add")) accumulate = false;
+        Cpu<double>::layernorm_backward(dx, dweight, dbias, dbranch, dbranch_bias, dout, dresidual, x, mean, rstd,
+                                        weight, rows, C, drop, accumulate);
+        for (int row = 0; row < rows; ++row) {
+            const size_t at = size_t(row) * C;
+            double mean_g = 0, mean_gn = 0;
+            for (size_t i = at; i < at + C; ++i) {
+                const double g = dout[i] * weight[i - at], normal = (x[i] - mean[row]) * rstd[row];
+                mean_g += g / C, mean_gn += g * normal / C;
+            }
+            for (size_t i = at; i < at + C; ++i) {
+                const size_t c = i - at;
+                const double normal = (x[i] - mean[row]) * rstd[row];
+                if (bad("dx without the mean's term")) dx[i] += rstd[row] * mean_g;
+                if (bad("dx without the scale's term")) dx[i] += rstd[row] * normal * mean_gn;
+                if (bad("the sign of the scale's term")) dx[i] += 2 * rstd[row] * normal * mean_gn;
+                if (bad("the residual's gradient is not joined")) dx[i] -= joined[i];
+                if (bad("dweight with x instead of the normalised x")) dweight[c] += dout[i] * (x[i] - normal);
+                if (bad("dbias's sign")) dbias[c] -= 2 * dout[i];
+                if (bad("dbranch without the mask") && drop.on()) dbranch[i] = dx[i];
+                if (bad("dbranch_bias misses the last row") && row == rows - 1 && dbranch_bias)
+                    dbranch_bias[c] -= drop.on() ? dbranch[i] : dx[i];
+            }
+        }
+    }
+
+    void linear_backward(double* dx, double* dw, double* db, const double* dout, const double* x, const double* w,
+                         int rows, int C, int OC, bool accumulate) {
+        auto bad = [&](const char* what) { return is("linear_backward", what); };
+        const bool add = accumulate || bad("adds where it should set");
+        Cpu<double>::linear_backward(dx, dw, db, dout, x, w, rows, C, OC, add);
+        for (int row = 0; row < rows; ++row)
+            for (int c = 0; c < C; ++c) {
+                double& d = dx[size_t(row) * C + c];
+                if (bad("dx's sign")) d = -d;
+                if (bad("dx misses the last output")) d -= dout[size_t(row) * OC + OC - 1] * w[size_t(c) * OC + OC - 1];
+                for (int o = 0; o < OC && bad("dw's sign"); ++o)
+                    dw[size_t(c) * OC + o] -= 2 * x[size_t(row) * C + c] * dout[size_t(row) * OC + o];
+            }
+        for (int o = 0; db && o < OC && bad("db misses the last row"); ++o) db[o] -= dout[size_t(rows - 1) * OC + o];
+    }
+
+    void linear_gelu_backward(double* dpre, double* dw, double* dpre_bias, const double* dout, const double* gelu,
+                              const double* pre, const double* w, int rows, int C, int OC, bool accumulate) {
+        auto bad = [&](const char* what) { return is("linear_gelu_backward", what); };
+        const bool add = accumulate && !bad("sets where it should add");
+        const bool wrong_input = bad("dw from pre instead of gelu");
+        Cpu<double>::linear_gelu_backward(dpre, dw, dpre_bias, dout, wrong_input ? pre : gelu, pre, w, rows, C, OC, add);
+        for (int row = 0; row < rows; ++row)
+            for (int c = 0; c < C; ++c) {
+                double dgelu = 0;
+                for (int o = 0; o < OC; ++o) dgelu += dout[size_t(row) * OC + o] * w[size_t(c) * OC + o];
+                double& d = dpre[size_t(row) * C + c];
+                const double u = pre[size_t(row) * C + c], k = std::sqrt(2 / M_PI), a = 0.044715;
+                const double t = std::tanh(k * (u + a * u * u * u)), front = 0.5 * u * (1 - t * t) * k;
+                if (bad("dpre_bias from dout times w, before the derivative")) dpre_bias[c] += dgelu - d;
+                if (bad("the derivative without its inner term")) d -= dgelu * front * (1 + 3 * a * u * u);
+                if (bad("the inner derivative without 3 * 0.044715 x^2")) d -= dgelu * front * 3 * a * u * u;
+                if (bad("the sign of the inner term")) d -= 2 * dgelu * front * (1 + 3 * a * u * u);
+            }
+    }
+
+    void attention_backward(double* dqkv, const double* dout, const double* out, const double* lse, const double* qkv,
+                            int B, int T, int NH, int HS, Dropout drop) {
+        auto bad = [&](const char* what) { return is("attention_backward", what); };
+        Cpu<double>::attention_backward(dqkv, dout, out, lse, qkv, B, T, NH, HS, drop);
+        const int C = NH * HS;
+        const double scale = 1 / std::sqrt(double(HS));
+        auto dot_of = [&](const double* a, const double* b) { return std::inner_product(a, a + HS, b, 0.0); };
+        for (int b = 0; b < B; ++b)
+            for (int h = 0; h < NH; ++h)
+                for (int t = 0; t < T; ++t) {
+                    const size_t row = size_t(b) * T + t, place = size_t(b) * NH + h;
+                    const double *q = qkv + row * 3 * C + h * HS, *d = dout + row * C + h * HS;
+                    double* dq = dqkv + row * 3 * C + h * HS;
+                    const double D = dot_of(d, out + row * C + h * HS);
+                    for (int t2 = 0; t2 <= t; ++t2) {
+                        const size_t other = (size_t(b) * T + t2) * 3 * C + h * HS;
+                        const double *k = qkv + other + C, *v = k + C;
+                        double *dk = dqkv + other + C, *dv = dk + C;
+                        const double mask = drop.on() ? double(drop.scale((place * T + t) * T + t2)) : 1.0;
+                        const double p = std::exp(dot_of(q, k) * scale - lse[place * T + t]);
+                        const double ds = p * (dot_of(d, v) * mask - D) * scale;
+                        for (int i = 0; i < HS; ++i) {
+                            if (bad("without the D term")) dq[i] += p * D * scale * k[i], dk[i] += p * D * scale * q[i];
+                            if (bad("dq's sign")) dq[i] -= 2 * ds * k[i];
+                            if (bad("dk without 1/sqrt(HS)")) dk[i] += ds * q[i] * (1 / scale - 1);
+                            if (bad("dv without the mask")) dv[i] += p * d[i] * (1 - mask);
+                            if (bad("dk misses the last query") && t == T - 1) dk[i] -= ds * q[i];
+                        }
+                    }
+                }
+    }
+
+    void head_forward_backward(double* losses, double* dx, double* dw, double* logits, const double* x,
+                               const double* w, const int32_t* targets, int rows, int C, int V, double scale,
+                               bool accumulate) {
+        auto bad = [&](const char* what) { return is("head_forward_backward", what); };
+        const bool add = (accumulate || bad("adds where it should set")) && !bad("sets where it should add");
+        std::vector<double> before(dw, dw + size_t(V) * C);
+        Cpu<double>::head_forward_backward(losses, dx, dw, logits, x, w, targets, rows, C, V, scale, add);
+        for (int row = 0; row < rows; ++row)
+            for (int c = 0; c < C; ++c) {
+                const size_t at = size_t(row) * C + c;
+                const int pushed = targets[row] >= 0 ? targets[row] : 0;
+                if ((bad("without the minus one-hot") && targets[row] >= 0) ||
+                    (bad("a target that is ignored still pushes") && targets[row] < 0))
+                    dx[at] += scale * w[size_t(pushed) * C + c], dw[size_t(pushed) * C + c] += scale * x[at];
+                if (bad("dx's sign")) dx[at] = -dx[at];
+            }
+        for (size_t i = 0; i < before.size() && bad("dw without the scale"); ++i) {
+            const double base = add ? before[i] : 0;
+            dw[i] = base + (dw[i] - base) / scale;
+        }
+    }
+};
+
+// Runs the layer check that a fault's function belongs to, on shapes where every term matters.
+inline std::vector<Found> check_function(const std::string& function, Broken device) {
+    if (function == "embed_backward") return check_embed(device, 3, 7, 5, 0.3f);
+    if (function == "layernorm_backward") return check_layernorm(device, 13, 7, 0.3f, true, true);
+    if (function == "linear_backward") return check_linear(device, 7, 5, 11);
+    if (function == "linear_gelu_backward") return check_linear_gelu(device, 7, 5, 3);
+    if (function == "attention_backward") return check_attention(device, 2, 7, 2, 3, 0.3f);
+    if (function == "head_forward_backward") return check_head(device, 7, 5, 11);
+    return {};
+}
+
+// --- The whole model
+
+// A step of the model: its micro-batches, and how many of its weights are tried.
+struct ModelCase {
+    Config config;
+    std::vector<Batch> batches;
+    uint64_t dropout_key = 99;
+    Pass pass(size_t i) const {
+        return {batches[i].B, batches[i].T, config.dropout > 0, dropout_key + i, 0, false};
+    }
+    double scale() const {
+        int64_t scored = 0;
+        for (const Batch& batch : batches) scored += batch.scored;
+        return 1.0 / double(scored);
+    }
+};
+inline ModelCase small_case(bool untied, float dropout) {
+    ModelCase c;
+    c.config = {2, 3, 12, 8, 11, untied, dropout};
+    c.batches = {random_batch(1, 2, 5, 11, 4), random_batch(2, 2, 5, 11)};
+    return c;
+}
+template <class Device>
+std::unique_ptr<Gpt2<Device>> model_of(const ModelCase& c, Device device = {}) {
+    auto model = std::make_unique<Gpt2<Device>>(c.config, device);
+    model->reserve(c.batches[0].B, c.batches[0].T, Use::training);
+    set_lively_weights(*model, 5);
+    return model;
+}
+
+// The loss of the step as forward sees it.
+inline double loss_of(Gpt2<Cpu<double>>& model, const ModelCase& c) {
+    double total = 0;
+    for (size_t i = 0; i < c.batches.size(); ++i) {
+        const Pass pass = c.pass(i);
+        const int rows = pass.B * pass.T;
+        set_batch(model, c.batches[i]);
+        forward(model, pass);
+        model.device.head_forward(model.a.losses, model.a.logits, model.a.ln_f, model.w.lm_head, model.a.targets,
+                                  rows, c.config.n_embd, c.config.vocab_size);
+        total += std::accumulate(model.a.losses, model.a.losses + rows, 0.0);
+    }
+    return total * c.scale();
+}
+
+// The gradient of the step as backward makes it; it must not matter what was in memory before.
+template <class Device>
+std::vector<double> gradient_of(const ModelCase& c, Device device = {}) {
+    auto model = model_of<Device>(c, device);
+    for (const TensorInfo& t : model->layout.tensors)
+        std::fill(model->grads + t.offset, model->grads + t.offset + t.count, 777);
+    for (size_t i = 0; i < c.batches.size(); ++i) {
+        set_batch(*model, c.batches[i]);
+        forward(*model, c.pass(i));
+        backward(*model, c.pass(i), c.scale(), i == 0);
+    }
+    return std::vector<double>(model->grads, model->grads + model->layout.size);
+}
+
+// The slopes of a model at some of its weights: all of a small tensor, a seeded sample of a large one.
+struct Slopes {
+    struct Of {
+        std::string name;
+        std::vector<size_t> at;     // places in the flat array
+        std::vector<double> value;
+    };
+    std::vector<Of> tensors;
+};
+inline Slopes measure_slopes(const ModelCase& c, size_t sample) {
+    auto model = model_of<Cpu<double>>(c);
+    Slopes slopes;
+    for (size_t t = 0; t < model->layout.tensors.size(); ++t) {
+        const TensorInfo& info = model->layout.tensors[t];
+        Slopes::Of of{info.name, {}, {}};
+        for (size_t n = 0; n < std::min(info.count, sample); ++n) {
+            const size_t i = info.count <= sample ? n : random_bits(t + 1000, n) % info.count;
+            of.at.push_back(info.offset + i);
+            of.value.push_back(slope(model->weights[info.offset + i], [&] { return loss_of(*model, c); }));
+        }
+        slopes.tensors.push_back(of);
+    }
+    return slopes;
+}
+inline std::vector<Found> compare(const Slopes& slopes, const std::vector<double>& gradient) {
+    std::vector<Found> all;
+    for (const Slopes::Of& of : slopes.tensors) {
+        double worst = 0, largest = kSmallest;
+        for (size_t n = 0; n < of.at.size(); ++n) {
+            const double difference = std::abs(gradient[of.at[n]] - of.value[n]);
+            worst = std::isnan(difference) ? INFINITY : std::max(worst, difference);
+            largest = std::max(largest, std::abs(of.value[n]));
+        }
+        all.push_back({of.name, worst / largest});
+    }
+    return all;
+}
+
+TEST_CASE("gradients: the whole model's, of every tensor, agrees with central differences") {
+    Threads one(1);
+    double worst = 0;
+    size_t tried = 0;
+    for (bool untied : {false, true})
+        for (float dropout : {0.0f, 0.25f}) {
+            CAPTURE(untied);
+            CAPTURE(dropout);
+            const ModelCase c = small_case(untied, dropout);
+            const Slopes slopes = measure_slopes(c, 40);
+            CHECK(slopes.tensors.size() == size_t(2 + 12 * c.config.n_layer + 2 + untied));
+            for (const auto& of : slopes.tensors) tried += of.at.size();
+            CHECK_GRADIENT(compare(slopes, gradient_of<Cpu<double>>(c)));
+        }
+    MESSAGE("largest relative error of " << tried << " of the model's slopes: " << worst);
+}
+
+TEST_CASE("gradients: the checks notice every single broken sign and term") {
+    Threads one(1);
+    const ModelCase c = small_case(true, 0.25f);
+    const Slopes slopes = measure_slopes(c, 12);
+    CHECK(worst_of(compare(slopes, gradient_of(c, Broken()))) < kTolerance);  // no fault, no alarm
+    std::map<std::string, int> faults_of;
+    double quietest = INFINITY;
+    for (const std::string fault : kFaults) {
+        const std::string function = fault.substr(0, fault.find(':'));
+        ++faults_of[function];
+        Broken device;
+        CHECK(worst_of(check_function(function, device)) < kTolerance);
+        device.fault = fault;
+        const std::vector<Found> layer = check_function(function, device);
+        const std::vector<Found> whole = compare(slopes, gradient_of(c, device));
+        INFO(fault << "\n  the layer's check says" << table_of(layer) << "\n  the model's says" << table_of(whole));
+        if (function != "model") CHECK(worst_of(layer) > 100 * kTolerance);
+        CHECK(worst_of(whole) > 100 * kTolerance);
+        quietest = std::min({quietest, worst_of(whole), layer.empty() ? INFINITY : worst_of(layer)});
+    }
+    for (const auto& entry : faults_of) {
+        CAPTURE(entry.first);
+        CHECK((entry.second >= 2 || entry.first == "model"));
+    }
+    MESSAGE(std::size(kFaults) << " faults, all noticed; the quietest is an error of " << quietest << ", the alarm is at "
+                               << kTolerance);
+}
+
+TEST_CASE("gradients: float's agrees with double's") {
+    Threads one(1);
+    for (bool untied : {false, true}) {
+        const ModelCase c = small_case(untied, 0.25f);
+        const std::vector<double> truth = gradient_of<Cpu<double>>(c), found = gradient_of<Cpu<float>>(c);
+        for (const TensorInfo& t : layout_of(c.config).tensors) {
+            CAPTURE(t.name);
+            CHECK(relative_error(&found[t.offset], &truth[t.offset], t.count) < 2e-5);
+        }
+    }
+}
+
+// --- 3. PyTorch's numbers
+
+// A folder of reference values; empty, with a message, where there is none.
+inline std::string reference_folder(const std::string& name) {
+    const char* named = std::getenv("TINYGPT_REFERENCE");
+    for (const std::string& base : {std::string(named ? named : "data/reference"), std::string("data/reference"),
+                                    std::string("../shared/reference")})
+        if (std::filesystem::exists(base + "/" + name + "/expected.safetensors")) return base + "/" + name;
+    MESSAGE("skipped: comparison with PyTorch's " << name
+            << ": neither $TINYGPT_REFERENCE nor data/reference has it");
+    return "";
+}
+
+struct Reference {
+    std::string folder;
+    SafetensorsFile weights, expected;
+    Config config;
+    Json run;
+    Batch batch;
+    bool compact;  // stored in float32, without the final weights
+
+    explicit Reference(const std::string& folder)
+        : folder(folder), weights(folder + "/model.safetensors"), expected(folder + "/expected.safetensors"),
+          config(read_hf_config(folder + "/config.json").model) {
+        const std::string path = folder + "/expected.json";
+        run = Json::parse(read_file(path), path).get("run", Json::Kind::object, path);
+        compact = run.get_bool("compact", path);
+        const int B = int(run.get_int("batch", path)), T = int(run.get_int("seq", path));
+        const Shards shards(folder + "/batch.bin");
+        batch.resize(B, T);
+        BatchLoader::fill(batch, shards, DataOrder(shards, B, T, 0, true, true), 0, config.vocab_size);
+    }
+    double number(const char* key) const { return run.get_number(key, folder); }
+    std::vector<double> read(const std::string& name) const {
+        const StoredTensor* tensor = expected.find(name);
+        REQUIRE_MESSAGE(tensor, name << " is missing from " << expected.path);
+        std::vector<double> values(tensor->count());
+        expected.read(*tensor, values.data());
+        return values;
+    }
+};
+
+// Compares one tensor, by max|a-b| / max|b|. The key third of c_attn.bias has a gradient of exactly
+// zero in theory (softmax ignores a constant): it is held against the whole bias.
+inline double reference_error(const TensorInfo& t, const double* found, const std::vector<double>& truth) {
+    if (t.name.find("c_attn.bias") == std::string::npos) return relative_error(found, truth.data(), t.count);
+    const size_t C = t.count / 3;
+    double whole = 0, error = 0;
+    for (size_t i = 0; i < t.count; ++i) whole = std::max(whole, std::abs(truth[i]));
+    for (size_t i = C; i < 2 * C; ++i)
+        error = std::max(error, std::abs(found[i] - truth[i]) / whole);
+    return std::max({error, relative_error(found, truth.data(), C),
+                     relative_error(found + 2 * C, truth.data() + 2 * C, C)});
+}
+
+// The initial weights of the reference.
+template <class Device>
+void read_weights(Gpt2<Device>& model, const Reference& reference) {
+    std::vector<typename Device::Real> w(model.layout.size);
+    const auto stored = match_tensors(reference.weights, model.layout.tensors);
+    for (size_t i = 0; i < stored.size(); ++i)
+        reference.weights.read(*stored[i], w.data() + model.layout.tensors[i].offset);
+    model.set_weights(w.data());
+}
+
+// How far float's rounding may carry a weight. AdamW divides by sqrt(v), so a gradient that is wrong
+// by d moves its weight by lr d / sqrt(v) a step: without limit where the gradient happens to be
+// almost 0, as it always is for the keys' bias. Here d is 1e-5 of a tensor's largest gradient, which
+// is what float leaves after a few steps, and v is that of the same run in double.
+struct RoundingAllowance {
+    Gpt2<Cpu<double>> exact;
+    std::vector<double> of;  // every element of the flat array
+    explicit RoundingAllowance(const Reference& reference) : exact(reference.config), of(exact.layout.size) {
+        exact.reserve(reference.batch.B, reference.batch.T, Use::training);
+        read_weights(exact, reference);
+    }
+    void step(const Batch& batch, const StepOptions& options, int64_t s) {
+        train_step(exact, {batch}, options, s);
+        for (const TensorInfo& t : exact.layout.tensors) {
+            double largest = 0;
+            for (size_t i = t.offset; i < t.offset + t.count; ++i) largest = std::max(largest, std::abs(exact.grads[i]));
+            for (size_t i = t.offset; i < t.offset + t.count; ++i) {
+                const double v = exact.v[i] / (1 - std::pow(options.adamw.beta2, double(s + 1)));
+                const double moved = 1e-5 * largest / (std::sqrt(v) + options.adamw.eps);
+                of[i] += exact.state->lr * std::min(2.0, moved);  // a step is hardly ever longer than lr
+            }
+        }
+    }
+};
+
+// Logits, loss, gradients, ten steps and final weights against the reference.
+template <class real>
+std::string compare_with_reference(const std::string& folder) {
+    CAPTURE(folder);
+    const Reference reference(folder);
+    const bool in_double = sizeof(real) == 8;
+    const double stored = reference.compact ? 3e-7 : 1e-9;  // float32 keeps 24 bits: 6e-8 of an element
+    const double tolerance = in_double ? stored : 1e-4, scalars = in_double ? 1e-9 : 1e-4;
+    const Config& config = reference.config;
+    const Batch& batch = reference.batch;
+
+    Gpt2<Cpu<real>> model(config);
+    model.reserve(batch.B, batch.T, Use::training);
+    read_weights(model, reference);
+
+    // Logits of every position.
+    const int rows = batch.B * batch.T, C = config.n_embd, V = config.vocab_size;
+    set_batch(model, batch);
+    forward(model, {batch.B, batch.T, false, 0, 0, false});
+    std::vector<real> logits(size_t(rows) * V);
+    model.device.head_logits(logits.data(), model.a.ln_f, model.w.lm_head, rows, C, V);
+    const double logits_error = relative_error(logits.data(), reference.read("logits").data(), logits.size());
+    CHECK(logits_error < tolerance);
+
+    // The steps. The gradients of the first are looked at in between.
+    StepOptions options;
+    options.rate = {Schedule::cosine, reference.number("lr"), reference.number("min_lr_fraction"),
+                    int64_t(reference.number("warmup")), int64_t(reference.number("steps"))};
+    options.adamw = {reference.number("beta1"), reference.number("beta2"), reference.number("eps"),
+                     reference.number("decay")};
+    options.guards = {reference.number("clip"), 0};
+    const auto losses = reference.read("step.loss"), norms = reference.read("step.grad_norm"),
+               rates = reference.read("step.lr");
+    REQUIRE(losses.size() == size_t(options.rate.steps));
+    RoundingAllowance allowance(reference);
+    double gradient_error = 0, step_error = 0, final_error = 0;
+    for (int64_t s = 0; s < options.rate.steps; ++s) {
+        train_step(model, {batch}, options, s);
+        if (!in_double) allowance.step(batch, options, s);
+        CAPTURE(s);
+        step_error = std::max({step_error, std::abs(model.state->loss / losses[size_t(s)] - 1),
+                               std::abs(model.state->grad_norm / norms[size_t(s)] - 1)});
+        CHECK(model.state->lr == doctest::Approx(rates[size_t(s)]).epsilon(1e-14));
+        if (s > 0) continue;
+        CHECK(std::abs(model.state->loss / reference.read("loss")[0] - 1) < (in_double ? stored : 1e-5));
+        for (const TensorInfo& t : model.layout.tensors) {
+            const std::vector<double> found(model.grads + t.offset, model.grads + t.offset + t.count);
+            const double error = reference_error(t, found.data(), reference.read("grad." + t.name));
+            CAPTURE(t.name);
+            CHECK(error < tolerance);
+            gradient_error = std::max(gradient_error, error);
+        }
+    }
+    CHECK(step_error < scalars);
+    size_t allowed = 0;
+    for (const TensorInfo& t : model.layout.tensors) {
+        if (reference.compact) break;
+        std::vector<double> found(model.weights + t.offset, model.weights + t.offset + t.count);
+        const std::vector<double> truth = reference.read("final." + t.name);
+        double largest = 0;
+        for (double x : truth) largest = std::max(largest, std::abs(x));
+        const double limit = tolerance * largest;
+        const bool has_keys = has(t.name, "c_attn.bias");
+        for (size_t i = 0; i < t.count; ++i) {
+            const double difference = std::abs(found[i] - truth[i]);
+            if (difference <= limit || difference > allowance.of[t.offset + i]) continue;
+            if (!has_keys || i < t.count / 3 || i >= 2 * t.count / 3) ++allowed;
+            found[i] = truth[i];
+        }
+        const double error = reference_error(t, found.data(), truth);
+        CAPTURE(t.name);
+        CHECK(error < tolerance);
+        final_error = std::max(final_error, error);
+    }
+    CHECK(allowed <= model.layout.count / 2000);
+    return format("%s, %s: logits %.1e, gradients %.1e, loss and norm of %d steps %.1e, final weights %s",
+                   folder.substr(folder.rfind('/') + 1).c_str(), in_double ? "double" : "float", logits_error,
+                   gradient_error, int(losses.size()), step_error,
+                   reference.compact ? "not stored"
+                                     : format("%.1e (%zu allowed more)", final_error, allowed).c_str());
+}
+
+TEST_CASE("reference: logits, gradients and ten AdamW steps are PyTorch's") {
+    Threads one(1);
+    for (const char* name : {"gpt2-tied", "gpt2-untied", "gpt2-head64"}) {
+        const std::string folder = reference_folder(name);
+        if (folder.empty()) continue;
+        MESSAGE(compare_with_reference<double>(folder));
+        MESSAGE(compare_with_reference<float>(folder));
+    }
+}
+
+// --- 4. Training: initialisation, the step, dropout, schedules, guards, AdamW
+
+TEST_CASE("init: normal, the right width, biases 0, norms 1, and no thread matters") {
+    const Config config{4, 4, 128, 128, 1024, true};
+    const Layout layout = layout_of(config);
+    std::vector<float> w(layout.size, 7), again(layout.size);
+    {
+        Threads three(3);
+        initialise(w.data(), config, layout, 42);
+    }
+    {
+        Threads one(1);
+        initialise(again.data(), config, layout, 42);
+    }
+    CHECK(w == again);
+    initialise(again.data(), config, layout, 43);
+    CHECK(w != again);
+    size_t inside = 0;
+    for (const TensorInfo& t : layout.tensors) {
+        CAPTURE(t.name);
+        const float* x = w.data() + t.offset;
+        const bool projection = has(t.name, "c_proj.weight"), norm = has(t.name, "ln_");
+        if (!t.decays()) {
+            const float value = norm && has(t.name, ".weight") ? 1.0f : 0.0f;
+            CHECK(std::all_of(x, x + t.count, [&](float v) { return v == value; }));
+            continue;
+        }
+        const double n = double(t.count), width = projection ? 0.02 / std::sqrt(8.0) : 0.02;
+        double sum = 0, squares = 0, beyond = 0, neighbours = 0;
+        for (size_t i = 0; i < t.count; ++i) {
+            const double z = double(x[i]) / width;
+            sum += z, squares += z * z, beyond += std::abs(z) > 2;
+            if (i > 0) neighbours += z * double(x[i - 1]) / width;
+        }
+        // Five standard deviations of what a sample of n would give.
+        CHECK(std::abs(sum / n) < 5 / std::sqrt(n));
+        CHECK(std::abs(std::sqrt(squares / n) - 1) < 5 / std::sqrt(2 * n));
+        CHECK(std::abs(beyond / n - 0.0455) < 5 * std::sqrt(0.0455 / n));
+        CHECK(std::abs(neighbours / n) < 5 / std::sqrt(n));
+        inside += t.count;
+    }
+    CHECK(inside > 900000);
+    // Tensors of one shape are different, and padding is 0.
+    const float* first = w.data() + layout.tensors[4].offset;
+    CHECK(layout.tensors[4].name == "h.0.attn.c_attn.weight");
+    CHECK(layout.tensors[16].name == "h.1.attn.c_attn.weight");
+    CHECK(!std::equal(first, first + 1000, w.data() + layout.tensors[16].offset));
+    double all = 0, named = 0;
+    for (float x : w) all += std::abs(double(x));
+    for (const TensorInfo& t : layout.tensors)
+        for (size_t i = 0; i < t.count; ++i) named += std::abs(double(w[t.offset + i]));
+    CHECK(all == doctest::Approx(named).epsilon(1e-12));
+}
+
+TEST_CASE("model: the one list has GPT-2's parameters, and only matrices decay") {
+    auto count = [](const char* name, bool untied) {
+        for (const Preset& preset : presets())
+            if (preset.name == std::string(name)) {
+                Config config = preset.config;
+                config.untied_head = untied;
+                const Layout layout = layout_of(config);
+                size_t end = 0;
+                for (const TensorInfo& t : layout.tensors) {
+                    CHECK(t.offset % 64 == 0);
+                    CHECK((t.offset + t.count <= layout.decayed) == t.decays());
+                    CHECK((t.offset >= layout.decayed) == !t.decays());
+                    end = std::max(end, t.offset + t.count);
+                }
+                CHECK(end <= layout.size);
+                return layout.count;
+            }
+        return size_t(0);
+    };
+    CHECK(count("gpt2", false) == 124439808);
+    CHECK(count("gpt2", true) == 163037184);
+    CHECK(count("gpt2-medium", false) == 354823168);
+    CHECK(count("gpt2-large", false) == 774030080);
+    CHECK(count("gpt2-xl", false) == 1557611200);
+}
+
+inline StepOptions plain_steps(double lr, int64_t steps) {
+    StepOptions o;
+    o.rate = {Schedule::constant, lr, 0.1, 0, steps};
+    o.seed = 3;
+    return o;
+}
+
+TEST_CASE("training: one batch is learned by heart") {
+    Threads one(1);
+    Gpt2<Cpu<float>> model(Config{2, 2, 32, 16, 50});
+    model.initialise(1);
+    model.reserve(4, 16, Use::training);
+    Batch batch = random_batch(6, 4, 16, 50);
+    for (size_t i = 0; i + 1 < batch.inputs.size(); ++i) batch.targets[i] = batch.inputs[i + 1];
+    const StepOptions o = plain_steps(1e-2, 200);
+    train_step(model, {batch}, o, 0);
+    CHECK(model.state->loss == doctest::Approx(std::log(50.0)).epsilon(0.02));  // knows nothing yet
+    int64_t s = 1;
+    while (s < 200 && model.state->loss >= 0.01) train_step(model, {batch}, o, s++);
+    MESSAGE("loss " << model.state->loss << " after " << s << " steps");
+    CHECK(model.state->loss < 0.01);
+}
+
+TEST_CASE("training: the same weights, bit for bit, for 1, 2 and 3 threads, dropout on") {
+    auto run = [](auto device, int threads) {
+        Threads some(threads);
+        Gpt2<decltype(device)> model(Config{2, 3, 33, 19, 101, false, 0.1f});
+        model.initialise(1);
+        model.reserve(3, 19, Use::training);
+        const StepOptions o = plain_steps(1e-2, 2);
+        std::vector<double> losses;
+        for (int64_t s = 0; s < 2; ++s) {
+            train_step(model, {random_batch(uint64_t(2 * s), 3, 19, 101, 7), random_batch(uint64_t(2 * s + 1), 3, 19, 101)},
+                       o, s);
+            losses.push_back(model.state->loss), losses.push_back(model.state->grad_norm);
+        }
+        return std::pair(losses, model.get_weights());
+    };
+    const auto one = run(Cpu<float>(), 1), two = run(Cpu<float>(), 2), three = run(Cpu<float>(), 3);
+    CHECK(one == two);
+    CHECK(one == three);
+    CHECK(one == run(Cpu<float>(), 1));
+    CHECK(run(Cpu<double>(), 1) == run(Cpu<double>(), 3));
+}
+
+TEST_CASE("training: k accumulated micro-batches are one batch k times as large") {
+    Threads one(1);
+    const Config config{2, 2, 16, 8, 23};
+    const Batch whole = random_batch(8, 6, 8, 23, 5);  // the parts have unequal numbers of targets
+    auto part = [&](int first, int B) {
+        Batch batch;
+        batch.resize(B, 8);
+        for (size_t i = 0; i < batch.inputs.size(); ++i) {
+            batch.inputs[i] = whole.inputs[size_t(first) * 8 + i];
+            batch.targets[i] = whole.targets[size_t(first) * 8 + i];
+            batch.scored += batch.targets[i] >= 0;
+        }
+        batch.sort_rows();
+        return batch;
+    };
+    auto run = [&](const std::vector<Batch>& batches) {
+        Gpt2<Cpu<double>> model(config);
+        set_lively_weights(model, 4);
+        model.reserve(batches[0].B, 8, Use::training);
+        train_step(model, batches, plain_steps(1e-2, 1), 0);
+        return std::tuple(model.state->loss, std::vector<double>(model.grads, model.grads + model.layout.size),
+                          model.get_weights());
+    };
+    const auto [loss, grads, weights] = run({whole});
+    for (int k : {2, 3, 6}) {
+        std::vector<Batch> parts;
+        for (int i = 0; i < k; ++i) parts.push_back(part(i * 6 / k, 6 / k));
+        const auto [part_loss, part_grads, part_weights] = run(parts);
+        CAPTURE(k);
+        CHECK(std::abs(part_loss / loss - 1) < 1e-12);
+        CHECK(relative_error(part_grads.data(), grads.data(), grads.size()) < 1e-12);
+        // Careful: AdamW divides by |g|, so a gradient of nearly 0 (the keys' bias) is left to its eps.
+        CHECK(relative_error(part_weights.data(), weights.data(), weights.size()) < 1e-9);
+    }
+}
+
+TEST_CASE("dropout: zero with probability p, otherwise scaled so that the mean stays") {
+    const size_t n = 400000;
+    for (float p : {0.1f, 0.5f, 0.9f}) {
+        const Dropout a{random_key(1, 2, 3), p}, b{random_key(1, 2, 4), p};
+        double zeros = 0, sum = 0, both = 0, pairs = 0;
+        bool only_two = true;
+        for (size_t i = 0; i < n; ++i) {
+            const float scale = a.scale(i);
+            zeros += scale == 0, sum += double(scale), both += scale == 0 && b.scale(i) == 0;
+            pairs += scale == 0 && a.scale(i + 1) == 0;
+            only_two = only_two && (scale == 0 || scale == 1 / (1 - p));
+        }
+        const double q = double(p), deviation = std::sqrt(q * (1 - q) / double(n));
+        CAPTURE(p);
+        CHECK(only_two);
+        CHECK(std::abs(zeros / double(n) - q) < 5 * deviation);
+        CHECK(std::abs(sum / double(n) - 1) < 5 * deviation / (1 - q));
+        CHECK(std::abs(both / double(n) - q * q) < 5 * q / std::sqrt(double(n)));   // places are independent
+        CHECK(std::abs(pairs / double(n) - q * q) < 5 * q / std::sqrt(double(n)));  // so are neighbours
+    }
+    CHECK(!Dropout{5, 0.0f}.on());
+}
+
+TEST_CASE("dropout: acts on embeddings, branches and attention weights, not on the residual stream") {
+    Threads one(1);
+    Cpu<double> device;
+    const int B = 2, T = 50, C = 40, rows = B * T;
+    const float p = 0.25f;
+    const double kept = double(1 / (1 - p));
+    std::vector<double> ones(size_t(rows) * C * 3, 1.0), zeros(size_t(rows) * C, 0.0), out(size_t(rows) * C);
+    const std::vector<int32_t> tokens(static_cast<size_t>(rows), 0);
+    auto fraction_of = [&](double dropped, double other) {
+        double count = 0;
+        for (double x : out) {
+            count += x == dropped;
+            CHECK((x == dropped || std::abs(x - other) < 1e-12));
+        }
+        return count / double(out.size());
+    };
+    device.embed_forward(out.data(), tokens.data(), ones.data(), zeros.data(), B, T, C, 0, {1, p});
+    CHECK(std::abs(fraction_of(0, kept) - 0.25) < 0.04);
+    // Branch of 2 (a bias) onto a stream of 1: a dropped branch leaves the stream alone.
+    std::vector<double> twos(static_cast<size_t>(C), 2.0);
+    device.linear_residual_forward(out.data(), ones.data(), ones.data(), zeros.data(), twos.data(), rows, C, C, {2, p});
+    CHECK(std::abs(fraction_of(1, 1 + 2 * kept) - 0.25) < 0.04);
+    // Values of 1 and equal scores: the output is the share of weights that stayed, times 1/(1-p).
+    std::vector<double> lse(size_t(rows) * 4);
+    device.attention_forward(out.data(), lse.data(), ones.data(), B, T, 4, 10, {3, p});
+    double sum = 0;
+    for (size_t row = 0; row < size_t(rows); ++row)
+        for (size_t h = 0; h < 4; ++h) {
+            const double o = out[row * size_t(C) + h * 10], t = double(row % size_t(T)) + 1;
+            const double stayed = o * t / kept;
+            CHECK(std::abs(stayed - std::round(stayed)) < 1e-9);
+            sum += o;
+        }
+    CHECK(std::abs(sum / double(rows) / 4 - 1) < 0.06);
+}
+
+TEST_CASE("dropout: a mask for every place, micro-batch and step; none in evaluation") {
+    Threads one(1);
+    std::set<uint64_t> keys;
+    const Config config{3, 2, 16, 8, 23, false, 0.5f};
+    for (int place = 0; place <= 9; ++place) {
+        const Dropout drop = dropout_at(config, {1, 1, true, 77, 0, false}, place);
+        CHECK(drop.p == 0.5f);
+        keys.insert(drop.key);
+        CHECK(!dropout_at(config, {1, 1, false, 77, 0, false}, place).on());
+    }
+    CHECK(keys.size() == 10);
+    auto model_with = [&](float p) {
+        Config c = config;
+        c.dropout = p;
+        auto model = std::make_unique<Gpt2<Cpu<float>>>(c);
+        model->reserve(2, 8, Use::training);
+        set_lively_weights(*model, 4);
+        return model;
+    };
+    const auto with = model_with(0.5f), without = model_with(0);
+    const Batch batch = random_batch(1, 2, 8, 23);
+    const std::vector<float> losses = batch_losses(*with, batch);
+    CHECK(losses == batch_losses(*without, batch));
+    CHECK(losses == batch_losses(*with, batch));
+    // With a rate of 0 nothing is learned: only the masks can make a difference.
+    std::set<double> seen;
+    StepOptions o = plain_steps(0, 9);
+    for (int64_t s = 0; s < 3; ++s) {
+        train_step(*with, {batch, batch}, o, s), seen.insert(with->state->loss);
+        train_step(*with, {batch}, o, s + 100), seen.insert(with->state->loss);
+        train_step(*without, {batch}, o, s), seen.insert(without->state->loss);
+    }
+    CHECK(seen.size() == 7);
+    train_step(*with, {batch, batch}, o, 1);
+    CHECK(seen.count(with->state->loss) == 1);  // the same step again: the same masks
+    o.seed = 4;
+    train_step(*with, {batch, batch}, o, 1);
+    CHECK(seen.count(with->state->loss) == 0);
+}
+
+TEST_CASE("schedule: warm-up, then each shape, at their corners") {
+    constexpr std::array all = {Schedule::cosine, Schedule::linear, Schedule::constant, Schedule::wsd};
+    for (Schedule schedule : all) {
+        CAPTURE(int(schedule));
+        const LearningRate rate{schedule, 0.5, 0.1, 5, 20};
+        for (int s = 0; s < 5; ++s) CHECK(learning_rate(rate, s) == doctest::Approx(0.5 * (s + 1) / 5).epsilon(1e-15));
+        CHECK(learning_rate(rate, 5) == 0.5);  // r = 0: the peak
+        for (int s = 5; s < 20; ++s) {
+            const double now = learning_rate(rate, s), next = learning_rate(rate, s + 1);
+            CHECK(now >= next);
+            CHECK(now >= 0.05);
+            CHECK(now <= 0.5);
+        }
+        // One past the last step, the floor is reached.
+        CHECK(learning_rate(rate, 20) == doctest::Approx(schedule == Schedule::constant ? 0.5 : 0.05).epsilon(1e-14));
+        CHECK(learning_rate({schedule, 0.5, 1.0, 0, 20}, 17) == doctest::Approx(0.5));      // lo = peak
+        CHECK(learning_rate({schedule, 0.5, 0.1, 40, 20}, 19) == doctest::Approx(0.25));    // warm-up beyond N
+        CHECK(learning_rate({schedule, 0.5, 0.1, 20, 20}, 19) == doctest::Approx(0.5));     // exactly N
+        CHECK(learning_rate({schedule, 0.5, 0.1, 0, 1}, 0) == 0.5);                         // one step
+        CHECK(learning_rate({schedule, 0.5, 0.1, 1, 1}, 0) == 0.5);
+        CHECK(std::isfinite(learning_rate({schedule, 0.5, 0.1, 0, 0}, 0)));                 // none
+    }
+    CHECK(learning_rate({Schedule::cosine, 1, 0.1, 4, 20}, 12) == doctest::Approx(0.1 + 0.9 * 0.5).epsilon(1e-14));
+    CHECK(learning_rate({Schedule::cosine, 1, 0.1, 0, 3}, 1) == doctest::Approx(0.1 + 0.9 * 0.75).epsilon(1e-14));
+    CHECK(learning_rate({Schedule::linear, 1, 0, 4, 20}, 8) == doctest::Approx(0.75).epsilon(1e-14));
+    CHECK(learning_rate({Schedule::wsd, 1, 0.1, 2, 10}, 7) == 1);
+    CHECK(learning_rate({Schedule::wsd, 1, 0.1, 2, 10}, 8) == 1);  // r' = 0
+    CHECK(learning_rate({Schedule::wsd, 1, 0.1, 2, 10}, 9) == doctest::Approx(0.1 + 0.9 * (1 - std::sqrt(0.5))));
+    CHECK(learning_rate({Schedule::wsd, 1, 0.1, 9, 10}, 8) == 1);  // warm-up into the decay
+    CHECK(learning_rate({Schedule::wsd, 1, 0.1, 9, 10}, 9) == doctest::Approx(0.1 + 0.9 * (1 - std::sqrt(0.5))));
+    CHECK(learning_rate({Schedule::wsd, 1, 0, 0, 1000}, 900) == doctest::Approx(1 - std::sqrt(0.5)));
+}
+
+TEST_CASE("guards: a norm above the limit is scaled to it exactly, any other left alone") {
+    Threads one(1);
+    auto scale_for = [](double norm, double limit) {
+        StepState state;
+        state.loss = 1, state.grad_norm = norm;
+        judge(state, {limit, 0});
+        CHECK(state.skip == 0);
+        CHECK(state.grad_norm == norm);  // the log has the norm before clipping
+        return state.clip_scale;
+    };
+    CHECK(scale_for(4, 1) == 0.25);
+    CHECK(scale_for(3, 2) == 2.0 / 3.0);
+    CHECK(scale_for(1, 1) == 1);
+    CHECK(scale_for(0.5, 1) == 1);
+    CHECK(scale_for(0, 1) == 1);
+    CHECK(scale_for(1e30, 0) == 1);  // 0: no limit
+    // The device's norm is that of all elements, and any number of them.
+    Cpu<double> device;
+    for (size_t n : {size_t(1), size_t(1000), size_t(16384), size_t(16385), size_t(50001)}) {
+        const std::vector<double> g = random_vector(n, n);
+        StepState state;
+        device.gradient_norm(&state, g.data(), n);
+        CHECK(state.grad_norm == doctest::Approx(std::sqrt(dot(g, g))).epsilon(1e-13));
+    }
+}
+
+TEST_CASE("guards: NaN and infinity are never let through, outliers only if asked") {
+    const double nan = std::numeric_limits<double>::quiet_NaN(), inf = std::numeric_limits<double>::infinity();
+    for (auto [loss, norm] : {std::pair{nan, 1.0}, {1.0, nan}, {inf, 1.0}, {-inf, 1.0}, {1.0, inf}, {nan, nan}}) {
+        StepState state;
+        state.loss = loss, state.grad_norm = norm;
+        judge(state, {1, 0});
+        CHECK(state.broken == 1);
+        CHECK(state.skip == 1);
+        CHECK(state.updates == 0);
+        CHECK(state.skipped == 1);
+        CHECK(state.outliers == 0);
+        CHECK(state.seen == 0);  // not remembered
+        state.loss = 1, state.grad_norm = 1;
+        judge(state, {1, 0});  // and the next good step is good
+        CHECK((state.broken == 0 && state.skip == 0 && state.updates == 1 && state.skipped == 1 && state.seen == 1));
+    }
+    for (double z : {0.0, 5.0}) {
+        StepState state;
+        auto step = [&](double loss, double norm) {
+            state.loss = loss, state.grad_norm = norm;
+            judge(state, {0, z});
+            return state.skip;
+        };
+        for (int i = 0; i < StepState::kWindow; ++i) {
+            // Before the window is full, nothing is an outlier.
+            CHECK(step(i == 50 ? 9 : 3 + 0.1 * random_normal(1, uint64_t(i)), 1 + 0.1 * random_normal(2, uint64_t(i))) == 0);
+        }
+        for (int i = 0; i < StepState::kWindow; ++i) step(3 + 0.1 * random_normal(3, uint64_t(i)), 1 + 0.1 * random_normal(4, uint64_t(i)));
+        const int64_t before = state.updates;
+        CHECK(step(3.2, 1.2) == 0);                // two deviations
+        CHECK(step(2, 0.2) == 0);                  // far below is no harm
+        CHECK(step(3, 2) == (z > 0));              // a norm ten deviations above
+        CHECK(step(5, 1) == (z > 0));              // a loss twenty above
+        CHECK(state.outliers == (z > 0 ? 2 : 0));
+        CHECK(state.updates == before + 4 - state.outliers);
+        CHECK(state.broken == 0);
+    }
+    const double equal[] = {2, 2, 2};
+    CHECK(z_score(equal, 3, 7) == 0);  // no spread, no judgement
+    const double window[] = {1, 3};
+    CHECK(z_score(window, 2, 5) == 3);
+}
+
+TEST_CASE("guards: a broken step changes neither weights nor moments") {
+    Threads one(1);
+    for (double poison : {std::nan(""), double(INFINITY), 1e38}) {
+        CAPTURE(poison);
+        Gpt2<Cpu<float>> model(Config{1, 2, 8, 8, 11});
+        model.initialise(1);
+        model.reserve(2, 8, Use::training);
+        const Batch batch = random_batch(1, 2, 8, 11);
+        StepOptions o = plain_steps(1e-2, 9);
+        train_step(model, {batch}, o, 0);
+        const size_t at = size_t(model.w.h[0].c_fc_weight - model.weights) + 3;
+        const float good = model.weights[at];
+        model.weights[at] = float(poison);
+        const size_t n = model.layout.size, bytes = n * sizeof(float);
+        const std::vector<float> w = model.get_weights(), m(model.m, model.m + n), v(model.v, model.v + n);
+        train_step(model, {batch}, o, 1);
+        if (poison == 1e38 && !model.state->broken) continue;  // it may survive the layernorm
+        CHECK(model.state->broken == 1);
+        CHECK(model.state->updates == 1);
+        CHECK(std::memcmp(model.weights, w.data(), bytes) == 0);
+        CHECK(std::memcmp(model.m, m.data(), bytes) == 0);
+        CHECK(std::memcmp(model.v, v.data(), bytes) == 0);
+        model.weights[at] = good;
+        train_step(model, {batch}, o, 2);
+        CHECK(model.state->broken == 0);
+        CHECK(model.state->updates == 2);
+        for (size_t i = 0; i < n; ++i) REQUIRE(std::isfinite(model.weights[i]));
+    }
+}
+
+TEST_CASE("adamw: agrees with its formula; only what comes before `decayed` decays") {
+    Threads one(1);
+    const size_t n = 1000, decayed = 320;
+    const AdamW hyper{0.9, 0.95, 1e-8, 0.1};
+    std::vector<double> w = random_vector(n, 1), m(n), v(n), g(n);
+    std::vector<long double> W(w.begin(), w.end()), M(n), V(n);
+    StepState state;
+    Cpu<double> device;
+    for (int t = 1; t <= 7; ++t) {
+        const double lr = 0.01 * t, clip = 1.0 / t;
+        state.lr = lr, state.updates = t, state.clip_scale = clip, state.skip = t == 4;
+        if (t == 4) state.updates = 3;
+        for (size_t i = 0; i < n; ++i)  // gradients down to eps and below
+            g[i] = random_normal(uint64_t(t + 10), i) * std::pow(10.0, -double(i % 12));
+        device.adamw(w.data(), w.data(), m.data(), v.data(), g.data(), n, decayed, &state, hyper);
+        if (t == 4) continue;  // skipped
+        const int u = t;
+        for (size_t i = 0; i < n; ++i) {
+            const long double d = static_cast<long double>(g[i]) * clip;
+            M[i] = 0.9L * M[i] + 0.1L * d, V[i] = 0.95L * V[i] + 0.05L * d * d;
+            const long double mh = M[i] / (1 - std::pow(0.9L, u)), vh = V[i] / (1 - std::pow(0.95L, u));
+            W[i] -= lr * (mh / (std::sqrt(vh) + 1e-8L) + (i < decayed ? 0.1L : 0.0L) * W[i]);
+        }
+    }
+    double worst = 0;
+    for (size_t i = 0; i < n; ++i) worst = std::max(worst, double(std::abs(w[i] - W[i])));
+    CHECK(worst < 1e-14);
+    // Without gradients only decay is left: matrices shrink by lr * decay, vectors stay.
+    Gpt2<Cpu<float>> model(Config{1, 2, 8, 8, 11, true});
+    model.reserve(1, 8, Use::training);
+    std::fill(model.weights, model.weights + model.layout.size, 1.0f);
+    *model.state = StepState();
+    model.state->lr = 0.5, model.state->updates = 1;
+    model.device.adamw(model.weights, model.masters, model.m, model.v, model.grads, model.layout.size,
+                       model.layout.decayed, model.state, hyper);
+    for (const TensorInfo& t : model.layout.tensors) {
+        CAPTURE(t.name);
+        const float expected = t.shape.size() == 2 ? 0.95f : 1.0f;
+        for (size_t i = 0; i < t.count; ++i)
+            if (std::abs(model.weights[t.offset + i] - expected) > 1e-6f) FAIL_CHECK("element " << i << " differs");
+    }
+}
+
+TEST_CASE("training: nothing but the list's tensors has a gradient or a weight") {
+    Threads one(1);
+    Gpt2<Cpu<float>> model(Config{2, 3, 9, 7, 13, true, 0.1f});
+    model.initialise(1);
+    model.reserve(2, 7, Use::training);
+    for (int64_t s = 0; s < 3; ++s) train_step(model, {random_batch(uint64_t(s), 2, 7, 13)}, plain_steps(1e-2, 3), s);
+    std::vector<char> named(model.layout.size, 0);
+    double squares = 0;
+    for (const TensorInfo& t : model.layout.tensors)
+        for (size_t i = t.offset; i < t.offset + t.count; ++i) {
+            CHECK_MESSAGE(named[i] == 0, t.name << " overlaps another tensor");
+            named[i] = 1, squares += double(model.grads[i]) * double(model.grads[i]);
+        }
+    for (size_t i = 0; i < named.size(); ++i)
+        if (!named[i]) REQUIRE((model.weights[i] == 0 && model.grads[i] == 0 && model.m[i] == 0 && model.v[i] == 0));
+    CHECK(model.state->grad_norm == doctest::Approx(std::sqrt(squares)).epsilon(1e-9));
+}
+
+// --- 5. Data
+
+// Writes a shard; `tell` other than -1 is the count that its header promises.
+inline void write_test_shard(const std::string& path, const std::vector<uint16_t>& tokens, int64_t tell = -1,
+                             int32_t magic = 20240520, int32_t version = 1) {
+    std::vector<int32_t> header(256);
+    header[0] = magic, header[1] = version, header[2] = int32_t(tell < 0 && tell != -2 ? int64_t(tokens.size()) : tell);
+    std::ofstream file(path, std::ios::binary);
+    file.write(reinterpret_cast<const char*>(header.data()), 1024);
+    file.write(reinterpret_cast<const char*>(tokens.data()), std::streamsize(2 * tokens.size()));
+}
+// Shards whose tokens are all different: 0, 1, 2, ... on through all of them.
+inline std::unique_ptr<Shards> counting_shards(const TemporaryFolder& folder, const std::vector<int>& lengths) {
+    uint16_t next = 0;
+    for (size_t s = 0; s < lengths.size(); ++s) {
+        std::vector<uint16_t> tokens(static_cast<size_t>(lengths[s]));
+        for (uint16_t& token : tokens) token = next++;
+        write_test_shard(folder / format("train_%06d.bin", int(s)), tokens);
+    }
+    return std::make_unique<Shards>(folder / "train_*.bin");
+}
+
+TEST_CASE("data: shuffled is a bijection, and another one for every key") {
+    for (uint64_t n = 1; n <= 130; ++n)
+        for (uint64_t key : {0ull, 1ull, 0xfeedfacedeadbeefull}) {
+            std::vector<int> hits(n);
+            for (uint64_t i = 0; i < n; ++i) {
+                const uint64_t to = shuffled(i, n, key);
+                REQUIRE(to < n);
+                ++hits[to];
+            }
+            REQUIRE(std::all_of(hits.begin(), hits.end(), [](int h) { return h == 1; }));
+        }
+    const uint64_t n = 70001;
+    std::vector<bool> hit(n);
+    uint64_t stay = 0, same = 0;
+    double drift = 0;
+    for (uint64_t i = 0; i < n; ++i) {
+        const uint64_t a = shuffled(i, n, 5), b = shuffled(i, n, 6);
+        REQUIRE(a < n);
+        REQUIRE(!hit[a]);
+        hit[a] = true, stay += a == i, same += a == b;
+        drift += (double(i) / n - 0.5) * (double(a) / n - 0.5);
+    }
+    CHECK(stay < 10);  // a random permutation has about one fixed point
+    CHECK(same < 10);
+    CHECK(std::abs(drift / n * 12) < 5 / std::sqrt(double(n)));  // position says nothing about place
+}
+
+TEST_CASE("data: one epoch makes every prediction exactly once, whatever T, shuffle and shards") {
+    const std::vector<std::vector<int>> cases = {{40}, {2}, {1, 30}, {17, 0, 2, 64, 1}, {0, 0, 33, 7}, {101, 100, 99}, {5, 3, 1}};
+    for (const auto& lengths : cases) {
+        TemporaryFolder folder;
+        const auto shards = counting_shards(folder, lengths);
+        const int total = std::accumulate(lengths.begin(), lengths.end(), 0);
+        std::vector<char> predicted(static_cast<size_t>(total), 0);  // token i+1 after token i
+        int64_t predictions = 0;
+        for (size_t s = 0, at = 0; s < lengths.size(); at += size_t(lengths[s++]))
+            for (int i = 0; i + 1 < lengths[s]; ++i) predicted[at + size_t(i)] = 1, ++predictions;
+        for (int T : {1, 2, 3, 7, 16, 100, 128})
+            for (bool shuffle : {false, true})
+                for (uint64_t seed : {1, 2}) {
+                    const DataOrder order(*shards, 1, T, seed, shuffle, false);
+                    for (int64_t epoch = 0; epoch < 3; ++epoch) {
+                        std::vector<char> seen(static_cast<size_t>(total), 0);
+                        int64_t scored = 0;
+                        for (int64_t i = 0; i < order.blocks_per_epoch(); ++i) {
+                            Batch batch;
+                            batch.resize(1, T);
+                            const int64_t sample = epoch * order.blocks_per_epoch() + i;
+                            REQUIRE(order.epoch(sample) == epoch);
+                            BatchLoader::fill(batch, *shards, order, sample, 65536);
+                            for (size_t t = 0; t < size_t(T); ++t) {
+                                if (batch.targets[t] == kIgnore) continue;
+                                REQUIRE(batch.targets[t] == batch.inputs[t] + 1);  // shifted by one
+                                ++seen[size_t(batch.inputs[t])], ++scored;
+                            }
+                            REQUIRE(batch.scored == std::count_if(batch.targets.begin(), batch.targets.end(),
+                                                                  [](int32_t t) { return t >= 0; }));
+                        }
+                        CAPTURE(T);
+                        CAPTURE(shuffle);
+                        REQUIRE(scored == predictions);
+                        REQUIRE(seen == predicted);
+                    }
+                }
+    }
+}
+
+TEST_CASE("data: a shuffled epoch has its own order and its own offset; the seed decides") {
+    TemporaryFolder folder;
+    const auto shards = counting_shards(folder, {400, 333});
+    auto begins = [&](uint64_t seed, int64_t epoch, bool shuffle) {
+        const DataOrder order(*shards, 1, 10, seed, shuffle, false);
+        std::vector<std::pair<int, int64_t>> list;
+        for (int64_t i = 0; i < order.blocks_per_epoch(); ++i) {
+            const auto place = order.place(epoch * order.blocks_per_epoch() + i);
+            list.push_back({place.shard, place.begin});
+        }
+        return list;
+    };
+    const auto plain = begins(1, 0, false), first = begins(1, 0, true), second = begins(1, 1, true);
+    CHECK(std::is_sorted(plain.begin(), plain.end()));
+    CHECK(plain == begins(2, 5, false));
+    CHECK(first == begins(1, 0, true));
+    CHECK(first != begins(2, 0, true));
+    CHECK(first != second);
+    CHECK(!std::is_sorted(first.begin(), first.end()));
+    std::set<std::vector<std::pair<int, int64_t>>> cuts;  // as sets: the offsets differ, not only the order
+    for (int64_t epoch = 0; epoch < 6; ++epoch) {
+        auto list = begins(1, epoch, true);
+        std::sort(list.begin(), list.end());
+        cuts.insert(list);
+    }
+    CHECK(cuts.size() == 6);
+}
+
+TEST_CASE("data: without shuffling the rows follow each other; overfitting repeats the first batch") {
+    TemporaryFolder folder;
+    const int B = 3, T = 5;
+    const auto shards = counting_shards(folder, {B * T + 1});  // just enough
+    for (bool shuffle : {false, true}) {
+        const DataOrder order(*shards, B, T, 9, shuffle, true);
+        for (int64_t first : {0, B, 7 * B}) {
+            Batch batch;
+            batch.resize(B, T);
+            BatchLoader::fill(batch, *shards, order, first, B * T + 1);
+            for (int i = 0; i < B * T; ++i) {
+                REQUIRE(batch.inputs[size_t(i)] == i);
+                REQUIRE(batch.targets[size_t(i)] == i + 1);
+            }
+            CHECK(batch.scored == B * T);
+        }
+    }
+    Batch batch;
+    batch.resize(B, T);
+    BatchLoader::fill(batch, *shards, DataOrder(*shards, B, T, 9, false, false), 0, 1000);
+    for (int i = 0; i < B * T; ++i) REQUIRE((batch.inputs[size_t(i)] == i && batch.targets[size_t(i)] == i + 1));
+}
+
+TEST_CASE("data: the rows of a batch are sorted by token, equal ones in their order") {
+    Batch batch = random_batch(4, 7, 9, 10);
+    std::vector<int32_t> order = batch.order;
+    for (size_t i = 1; i < order.size(); ++i) {
+        const int32_t a = batch.inputs[size_t(order[i - 1])], b = batch.inputs[size_t(order[i])];
+        REQUIRE((a < b || (a == b && order[i - 1] < order[i])));
+    }
+    std::sort(order.begin(), order.end());
+    for (size_t i = 0; i < order.size(); ++i) REQUIRE(order[i] == int32_t(i));
+}
+
+TEST_CASE("data: a damaged shard is refused, with the reason") {
+    TemporaryFolder folder;
+    const std::string path = folder / "a.bin";
+    const std::vector<uint16_t> tokens(100, 7);
+    auto error = [&] { return error_of([&] { Shard shard(path); }); };
+    write_test_shard(path, tokens);
+    CHECK(error() == "");
+    CHECK(Shard(path).tokens == 100);
+    write_test_shard(path, tokens, -1, 20240521);
+    CHECK(has(error(), "20240521"));
+    CHECK(has(error(), path));
+    write_test_shard(path, tokens, -1, 20240520, 2);
+    CHECK(has(error(), "version 1"));
+    for (int64_t count : {int64_t(0), int64_t(99), int64_t(101), int64_t(1) << 30, int64_t(-2)}) {
+        write_test_shard(path, tokens, count);
+        CAPTURE(count);
+        CHECK(has(error(), "damaged"));
+    }
+    for (size_t bytes : {0, 1, 12, 1023}) {
+        std::filesystem::resize_file(path, bytes);
+        CHECK(has(error(), "no token shard"));
+    }
+    CHECK(has(error_of([&] { Shard shard(folder / "missing.bin"); }), "cannot open"));
+    CHECK(error_of([&] { Shard shard(folder.path); }) != "");
+    CHECK(Shards(folder / "nothing_*.bin").empty());
+    write_test_shard(path, {});
+    CHECK(Shard(path).tokens == 0);
+}
+
+TEST_CASE("data: a shard that shrinks while it is open is an error, not a signal") {
+    TemporaryFolder folder;
+    const std::string path = folder / "train_000000.bin";
+    write_test_shard(path, std::vector<uint16_t>(5000, 7));
+    const Shards shards(path);
+    std::vector<uint16_t> out(10);
+    shards.files()[0].read(out.data(), 4990, 10);
+    CHECK(out[9] == 7);
+    std::filesystem::resize_file(path, 1024 + 2 * 100);
+    CHECK(error_of([&] { shards.files()[0].read(out.data(), 90, 10); }) == "");
+    CHECK(has(error_of([&] { shards.files()[0].read(out.data(), 95, 10); }), "token 100"));
+    CHECK(has(error_of([&] { shards.check_tokens(8); }), "shorter"));
+    // Through the loader: the good batches come, then the error, and it stays.
+    BatchLoader loader(shards, DataOrder(shards, 1, 50, 1, false, false), 1, 50, 8, 0);
+    CHECK(loader.next().scored == 50);
+    CHECK(has(error_of([&] {
+        for (int i = 0; i < 5; ++i) loader.next();
+    }), "shorter"));
+    CHECK(error_of([&] { loader.next(); }) != "");
+}
+
+TEST_CASE("data: a token outside the vocabulary is an error that says where") {
+    TemporaryFolder folder;
+    std::vector<uint16_t> tokens(300, 5);
+    tokens[217] = 300;
+    write_test_shard(folder / "train_000000.bin", std::vector<uint16_t>(50, 5));
+    write_test_shard(folder / "train_000001.bin", tokens);
+    const Shards shards(folder / "train_*.bin");
+    CHECK(shards.tokens() == 350);
+    CHECK(error_of([&] { shards.check_tokens(301); }) == "");
+    const std::string error = error_of([&] { shards.check_tokens(300); });
+    CHECK(has(error, "token 217"));
+    CHECK(has(error, "train_000001.bin"));
+    CHECK(has(error, "300"));
+    // The last token is only ever a target: it is checked as well.
+    Batch batch;
+    batch.resize(1, 217);
+    const DataOrder order(shards, 1, 217, 1, false, false);
+    CHECK(error_of([&] { BatchLoader::fill(batch, shards, order, 0, 300); }) == "");
+    CHECK(has(error_of([&] { BatchLoader::fill(batch, shards, order, 1, 300); }), "token 217"));
+}
+
+TEST_CASE("data: the loader delivers what fill makes, from any sample on, and can stop at any time") {
+    TemporaryFolder folder;
+    const auto shards = counting_shards(folder, {90, 3, 77});
+    const int B = 3, T = 8;
+    const DataOrder order(*shards, B, T, 5, true, false);
+    for (int64_t first : {int64_t(0), int64_t(10), int64_t(1000)}) {
+        BatchLoader loader(*shards, order, B, T, 65536, first);
+        for (int64_t i = 0; i < 20; ++i) {
+            const Batch found = loader.next();
+            Batch expected;
+            expected.resize(B, T);
+            BatchLoader::fill(expected, *shards, order, first + i * B, 65536);
+            REQUIRE(found.inputs == expected.inputs);
+            REQUIRE(found.targets == expected.targets);
+            REQUIRE(found.order == expected.order);
+            REQUIRE(found.scored == expected.scored);
+        }
+    }
+    for (int i = 0; i < 50; ++i) BatchLoader loader(*shards, order, B, T, 65536, i);  // never asked
+    BatchLoader broken(*shards, order, B, T, 10, 0);
+    CHECK(has(error_of([&] { broken.next(); }), "vocabulary"));
+    CHECK(has(error_of([&] { broken.next(); }), "vocabulary"));
+}
+
+// --- 6. Evaluation and generation
+
+TEST_CASE("evaluation: every prediction is scored exactly once, and the mean is the mean") {
+    Threads one(1);
+    TemporaryFolder folder;
+    const int V = 30, eot = 29;
+    std::vector<uint16_t> all;
+    for (int s = 0; s < 3; ++s) {
+        std::vector<uint16_t> tokens;
+        for (int i = 0; i < std::array{61, 1, 40}[size_t(s)]; ++i)
+            tokens.push_back(uint16_t(i == 0 || random_bits(uint64_t(s), uint64_t(i)) % 9 == 0
+                                          ? eot : int(random_bits(uint64_t(s) + 9, uint64_t(i)) % 29)));
+        write_test_shard(folder / format("val_%06d.bin", s), tokens);
+    }
+    const Shards shards(folder / "val_*.bin");
+    Gpt2<Cpu<double>> model(Config{1, 2, 8, 16, V, false, 0.5f});
+    set_lively_weights(model, 3);
+    for (int T : {1, 4, 16})
+        for (int document_start : {-1, eot})
+            for (int B : {1, 5}) {
+                CAPTURE(T);
+                CAPTURE(document_start);
+                model.reserve(B, T, Use::evaluation);
+                const auto windows = evaluation_windows(shards, T, document_start);
+                std::map<std::pair<int, int64_t>, int> hits;
+                for (const Window& w : windows) {
+                    const Shard& shard = shards.files()[size_t(w.shard)];
+                    REQUIRE(w.skip < T);
+                    for (int64_t t = w.skip; t < T && w.begin + t < shard.tokens - 1; ++t) ++hits[{w.shard, w.begin + t}];
+                    if (document_start < 0) continue;
+                    uint16_t first = 0;
+                    shard.read(&first, w.begin, 1);
+                    REQUIRE((first == eot || w.skip == 0));  // whole documents, unless longer than T
+                }
+                CHECK(hits.size() == 60 + 39);
+                CHECK(std::all_of(hits.begin(), hits.end(), [](const auto& hit) { return hit.second == 1; }));
+                const std::vector<int> bytes(size_t(V), 3);
+                const Evaluation result = evaluate(model, shards, windows, bytes);
+                CHECK(result.tokens == 99);
+                CHECK(result.bytes == 297);
+                double total = 0;
+                for (size_t i = 0; i < windows.size(); ++i) {  // one window at a time
+                    Batch batch;
+                    batch.resize(1, T);
+                    fill_windows(batch, shards, windows, i, V);
+                    for (double loss : batch_losses(model, batch)) total += loss;
+                }
+                CHECK(result.total == doctest::Approx(total).epsilon(1e-12));
+                CHECK(result.perplexity() == doctest::Approx(std::exp(total / 99)).epsilon(1e-12));
+                CHECK(result.bits_per_byte() == doctest::Approx(total / std::log(2.0) / 297).epsilon(1e-12));
+            }
+}
+
+TEST_CASE("generation: the key/value cache gives the logits of the full forward pass") {
+    Threads one(1);
+    const Config config{3, 3, 24, 20, 31};
+    const Batch batch = random_batch(3, 1, 20, 31);
+    Gpt2<Cpu<double>> full(config), cached(config);
+    set_lively_weights(full, 6), set_lively_weights(cached, 6);
+    full.reserve(1, 20, Use::evaluation), cached.reserve(1, 20, Use::generation);
+    set_batch(full, batch);
+    forward(full, {1, 20, false, 0, 0, false});
+    std::vector<double> logits(20 * 31);
+    full.device.head_logits(logits.data(), full.a.ln_f, full.w.lm_head, 20, 24, 31);
+    double worst = 0;
+    for (const std::vector<int>& pieces : {std::vector<int>{20}, {1, 1, 1, 1, 1, 1, 1, 1, 1, 1}, {5, 1, 7, 2, 1, 4}, {19, 1}}) {
+        int past = 0;
+        for (int n : pieces) {
+            const std::vector<int32_t> tokens(batch.inputs.begin() + past, batch.inputs.begin() + past + n);
+            const std::vector<float> next = next_logits(cached, tokens, past);
+            past += n;
+            const double* truth = logits.data() + size_t(past - 1) * 31;
+            worst = std::max(worst, relative_error(cached.a.next_logits, truth, 31));
+            CHECK(relative_error(next.data(), truth, 31) < 1e-6);  // handed over as float
+        }
+    }
+    CHECK(worst < 1e-12);
+}
+
+TEST_CASE("generation: temperature, top-k and top-p choose the candidates") {
+    const std::vector<float> logits = {1, 3, 2, 3, -1};
+    auto tokens_of = [](const std::vector<Candidate>& list) {
+        std::vector<int> tokens;
+        for (const Candidate& c : list) tokens.push_back(c.token);
+        return tokens;
+    };
+    auto sum_of = [](const std::vector<Candidate>& list) {
+        return std::accumulate(list.begin(), list.end(), 0.0, [](double s, const Candidate& c) { return s + c.probability; });
+    };
+    using Ids = std::vector<int>;
+    const auto all = candidates(logits, 1, 0, 1);
+    CHECK(tokens_of(all) == Ids{1, 3, 2, 0, 4});  // likeliest first, equal ones by id
+    double total = 0;
+    for (float l : logits) total += std::exp(double(l));
+    for (const Candidate& c : all)
+        CHECK(c.probability == doctest::Approx(std::exp(double(logits[size_t(c.token)])) / total).epsilon(1e-12));
+    const auto hot = candidates(logits, 2, 0, 1);
+    CHECK(hot[0].probability / hot[2].probability == doctest::Approx(std::exp(0.5)).epsilon(1e-12));
+    CHECK(tokens_of(candidates(logits, 0, 0, 1)) == Ids{1});
+    CHECK(tokens_of(candidates(logits, 1, 1, 1)) == Ids{1});
+    CHECK(tokens_of(candidates(logits, 1, 3, 1)) == Ids{1, 3, 2});
+    CHECK(tokens_of(candidates(logits, 1, 99, 1)) == Ids{1, 3, 2, 0, 4});
+    // p = e^3 : e^3 : e^2 : e : 1/e = 0.397, 0.397, 0.146, 0.054, 0.007: the fewest that reach top_p.
+    CHECK(tokens_of(candidates(logits, 1, 0, 0.39)) == Ids{1});
+    CHECK(tokens_of(candidates(logits, 1, 0, 0.40)) == Ids{1, 3});
+    CHECK(tokens_of(candidates(logits, 1, 0, 0.80)) == Ids{1, 3, 2});
+    CHECK(tokens_of(candidates(logits, 1, 0, 0.99)) == Ids{1, 3, 2, 0});
+    CHECK(tokens_of(candidates(logits, 1, 0, 0.0)) == Ids{1});          // one is always left
+    CHECK(tokens_of(candidates(logits, 1, 2, 0.5)) == Ids{1});         // of the two left, each has a half
+    for (double temperature : {0.0, 0.3, 1.0, 50.0})
+        for (int k : {0, 1, 4})
+            for (double p : {0.1, 0.7, 1.0}) CHECK(sum_of(candidates(logits, temperature, k, p)) == doctest::Approx(1).epsilon(1e-12));
+    CHECK(sum_of(candidates({1000, -1000, 999}, 1e-3, 0, 1)) == doctest::Approx(1));  // no overflow
+    // pick follows the probabilities.
+    CHECK(pick(all, 0) == 1);
+    CHECK(pick(all, 0x1.fffffffffffffp-1) == 4);
+    std::vector<double> hits(5);
+    const int n = 40000;
+    for (int i = 0; i < n; ++i) ++hits[size_t(pick(all, random_uniform(1, uint64_t(i))))];
+    for (const Candidate& c : all)
+        CHECK(std::abs(hits[size_t(c.token)] / n - c.probability) < 5 * std::sqrt(c.probability / n));
+}
+
+TEST_CASE("generation: greedy text is the argmax, the seed decides the rest, and the context slides") {
+    Threads one(1);
+    const Config config{2, 2, 16, 12, 19};
+    Gpt2<Cpu<float>> model(config);
+    set_lively_weights(model, 8);
+    model.reserve(1, 12, Use::generation);
+    auto text = [&](std::vector<int32_t> prompt, SampleOptions o, int* slides = nullptr) {
+        std::vector<int> out;
+        const int slid = generate(model, prompt, o, [&](int token) { return out.push_back(token), true; });
+        if (slides) *slides = slid;
+        return out;
+    };
+    SampleOptions greedy;
+    greedy.temperature = 0, greedy.max_new_tokens = 9;
+    int slides = -1;
+    const std::vector<int> out = text({3, 5, 7}, greedy, &slides);
+    CHECK(out.size() == 9);
+    CHECK(slides == 0);
+    Gpt2<Cpu<float>> full(config);
+    set_lively_weights(full, 8);
+    full.reserve(1, 12, Use::evaluation);
+    std::vector<int32_t> so_far = {3, 5, 7};
+    for (int token : out) {
+        Batch batch;
+        const int n = int(so_far.size());
+        batch.resize(1, n);
+        batch.inputs = so_far;
+        batch.sort_rows();
+        set_batch(full, batch);
+        forward(full, {1, n, false, 0, 0, false});
+        std::vector<float> logits(19);
+        full.device.head_logits(logits.data(), full.a.ln_f + (n - 1) * 16, full.w.lm_head, 1, 16, 19);
+        REQUIRE(token == std::max_element(logits.begin(), logits.end()) - logits.begin());
+        so_far.push_back(token);
+    }
+    SampleOptions o;
+    o.max_new_tokens = 40, o.temperature = 1, o.seed = 5;
+    const std::vector<int> sampled = text({1}, o, &slides);
+    CHECK(sampled.size() == 40);
+    CHECK(slides > 2);  // 41 tokens through a context of 12
+    CHECK(sampled == text({1}, o));
+    o.seed = 6;
+    CHECK(sampled != text({1}, o));
+    CHECK(text(std::vector<int32_t>(100, 4), o).size() == 40);  // a prompt longer than the context
+    o.max_new_tokens = 0;
+    CHECK(text({1}, o).empty());
+    // It stops at end of text, and when it is told to.
+    greedy.max_new_tokens = 50, greedy.end_of_text = out[4];
+    const size_t first = size_t(std::find(out.begin(), out.end(), out[4]) - out.begin());
+    CHECK(text({3, 5, 7}, greedy).size() == first);
+    int told = 0;
+    o.max_new_tokens = 30;
+    generate(model, {1}, o, [&](int) { return ++told < 3; });
+    CHECK(told == 3);
+}
+
+}  // namespace model_tests
+
+// Matrix products, attention and e^x: the fast ones against their definitions.
+
+namespace {
+
+// Numbers in [-1, 1), the same for the same seed.
+template <class real>
+std::vector<real> random_vector(size_t count, uint64_t seed) {
+    std::vector<real> v(count);
+    for (size_t i = 0; i < count; ++i) v[i] = real(2 * tinygpt::random_uniform(seed, i) - 1);
+    return v;
+}
+
+template <class real>
+double largest_difference(const std::vector<real>& a, const std::vector<real>& b) {
+    REQUIRE(a.size() == b.size());
+    double worst = 0;
+    for (size_t i = 0; i < a.size(); ++i) {
+        const double d = std::abs(double(a[i]) - double(b[i]));
+        if (!(d <= worst)) worst = d;  // a NaN stays
+    }
+    return worst;
+}
+
+// A matrix [rows, cols], stored as it is or transposed.
+template <class real>
+struct Operand {
+    std::vector<real> data;
+    tinygpt::View<real> view;
+    Operand(int rows, int cols, bool transposed, uint64_t seed)
+        : data(random_vector<real>(size_t(rows) * cols, seed)),
+          view(transposed ? tinygpt::transpose_of(data.data(), rows)
+                          : tinygpt::rows_of(data.data(), cols)) {}
+};
+
+// The largest difference between the fast product and the definition, over the size of its error bound.
+template <class real>
+double matmul_error(int m, int n, int k, bool a_transposed, bool b_transposed, bool accumulate) {
+    const Operand<real> a(m, k, a_transposed, 1), b(k, n, b_transposed, 2);
+    const int ldc = n + 3;
+    std::vector<real> c = random_vector<real>(size_t(m) * ldc, 3), expected = c;
+    std::vector<real> product(size_t(m) * ldc);
+    tinygpt::matmul_definition(product.data(), ldc, a.view, b.view, m, n, k);
+    for (int i = 0; i < m; ++i)
+        for (int j = 0; j < n; ++j) {
+            real& e = expected[size_t(i) * ldc + j];
+            e = product[size_t(i) * ldc + j] + (accumulate ? e : real(0));
+        }
+    (accumulate ? tinygpt::matmul_add<real> : tinygpt::matmul_set<real>)(c.data(), ldc, a.view, b.view, m, n, k, {});
+    return largest_difference(c, expected) / (std::numeric_limits<real>::epsilon() * (k + 2));
+}
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("matmul: agrees with the definition, ragged or not, in every order", real, float,
+                   double) {
+    const std::array<int, 3> sizes[] = {{1, 1, 1},    {1, 17, 5},    {1, 301, 257}, {2, 3, 1},
+                                        {7, 31, 2},   {14, 32, 16},  {15, 33, 17},  {13, 127, 61},
+                                        {6, 16, 8},   {29, 65, 383}, {28, 64, 384}, {43, 97, 385},
+                                        {225, 70, 9}, {230, 33, 800}, {5, 4200, 3}};
+    for (const auto& size : sizes)
+        for (int order = 0; order < 8; ++order) {
+            INFO("m, n, k ", size[0], ", ", size[1], ", ", size[2], ", order ", order);
+            CHECK(matmul_error<real>(size[0], size[1], size[2], order & 1, order & 2, order & 4) < 1);
+        }
+}
+
+TEST_CASE("matmul: finish sees every sum once, and what it leaves is stored") {
+    const int m = 31, n = 67, k = 400;
+    const Operand<float> a(m, k, false, 1), b(k, n, false, 2);
+    std::vector<float> c(size_t(m) * n), plain(c.size()), seen(c.size());
+    std::vector<int> visits(c.size());
+    tinygpt::matmul(plain.data(), n, a.view, b.view, m, n, k);
+    tinygpt::matmul(c.data(), n, a.view, b.view, m, n, k, {},
+                    [&](int row, int col, int count, float* values) {
+                        for (int j = 0; j < count; ++j) {
+                            seen[size_t(row) * n + col + j] = values[j];
+                            ++visits[size_t(row) * n + col + j];
+                            values[j] = 2 * values[j] + float(row);
+                        }
+                    });
+    CHECK(*std::min_element(visits.begin(), visits.end()) == 1);
+    CHECK(*std::max_element(visits.begin(), visits.end()) == 1);
+    CHECK(seen == plain);
+    for (size_t i = 0; i < c.size(); ++i) REQUIRE(c[i] == 2 * plain[i] + float(i / n));
+}
+
+TEST_CASE("matmul: the same bits for any number of threads, column sums too") {
+    const int m = 61, n = 203, k = 500, before = omp_get_max_threads();
+    const Operand<float> a(m, k, true, 1), b(k, n, false, 2);
+    std::vector<float> first(size_t(m) * n), first_sums(n);
+    for (int threads : {1, 2, 3, 5}) {
+        omp_set_num_threads(threads);
+        std::vector<float> c(size_t(m) * n), sums(n);
+        tinygpt::matmul(c.data(), n, a.view, b.view, m, n, k);
+        tinygpt::column_sums(sums.data(), b.data.data(), k, n, false);
+        if (threads == 1) first = c, first_sums = sums;
+        CHECK(c == first);
+        CHECK(sums == first_sums);
+    }
+    omp_set_num_threads(before);
+    for (int j = 0; j < n; ++j) {
+        double sum = 0;
+        for (int p = 0; p < k; ++p) sum += double(b.view(p, j));
+        CHECK(std::abs(first_sums[j] - sum) < 1e-4);
+    }
+}
+
+TEST_CASE("exp: within 2 units in the last place, and right at the ends") {
+    double worst = 0;
+    for (float x = -87.3f; x < 88.3f; x += 1.37e-3f) {
+        const double right = std::exp(double(x));
+        const float near = float(right);
+        const double unit = double(std::nextafter(near, INFINITY)) - double(near);
+        worst = std::max(worst, std::abs(double(tinygpt::exp_fast(x)) - right) / unit);
+    }
+    CHECK(worst < 2);
+    CHECK(tinygpt::exp_fast(-INFINITY) == 0);
+    CHECK(tinygpt::exp_fast(-1e30f) == 0);
+    CHECK(tinygpt::exp_fast(float(INFINITY)) == INFINITY);
+    CHECK(tinygpt::exp_fast(1e30f) == INFINITY);
+    CHECK(std::isnan(tinygpt::exp_fast(float(NAN))));
+    CHECK(tinygpt::exp_fast(0.0f) == 1);
+}
+
+TEST_CASE("gelu: its formula with tanh, and its derivative, everywhere") {
+    double worst = 0, worst_slope = 0, worst_float = 0;
+    for (double x = -12; x < 12; x += 1e-3) {
+        const double u = std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x), h = 1e-6;
+        worst = std::max(worst, std::abs(tinygpt::gelu(x) - 0.5 * x * (1 + std::tanh(u))));
+        worst_slope = std::max(worst_slope,
+                               std::abs(tinygpt::gelu_derivative(x) -
+                                        (tinygpt::gelu(x + h) - tinygpt::gelu(x - h)) / (2 * h)));
+        worst_float = std::max(worst_float, std::abs(double(tinygpt::gelu(float(x))) - tinygpt::gelu(x)));
+    }
+    CHECK(worst < 1e-14);
+    CHECK(worst_slope < 1e-8);
+    CHECK(worst_float < 2e-6);
+    for (float x : {-INFINITY, -1e30f, -100.0f}) {
+        CHECK(std::abs(tinygpt::gelu(x)) < 1e-30);
+        CHECK(std::abs(tinygpt::gelu_derivative(x)) < 1e-30);
+    }
+    for (float x : {100.0f, 1e30f, float(INFINITY)}) {
+        CHECK(tinygpt::gelu(x) == x);
+        CHECK(tinygpt::gelu_derivative(x) == 1);
+    }
+    CHECK(std::isnan(tinygpt::gelu(float(NAN))));
+    CHECK(std::isnan(tinygpt::gelu_derivative(float(NAN))));
+}
+
+namespace {
+
+// Attention of every head by the definition.
+template <class real>
+std::vector<real> defined_attention(const std::vector<real>& qkv, int B, int T, int NH, int HS,
+                                    tinygpt::Dropout drop) {
+    const int C = NH * HS;
+    std::vector<real> out(size_t(B) * T * C);
+    for (int b = 0; b < B; ++b)
+        for (int h = 0; h < NH; ++h) {
+            const real* q = qkv.data() + size_t(b) * T * 3 * C + h * HS;
+            tinygpt::attention_definition(out.data() + size_t(b) * T * C + h * HS, C, q, q + C, q + 2 * C,
+                                          3 * C, T, HS, drop, uint64_t(b * NH + h));
+        }
+    return out;
+}
+
+struct AttentionShape {
+    int B, T, NH, HS;
+    float p;
+};
+const AttentionShape kAttentionShapes[] = {{1, 1, 1, 1, 0},    {2, 5, 3, 4, 0},    {1, 33, 2, 7, 0},
+                                           {1, 150, 1, 16, 0}, {2, 113, 2, 31, 0}, {1, 65, 1, 70, 0},
+                                           {1, 40, 2, 33, 0.3f}, {2, 129, 1, 8, 0.5f}};
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("attention: forward agrees with the definition", real, float, double) {
+    for (const AttentionShape& shape : kAttentionShapes) {
+        INFO("T ", shape.T, ", HS ", shape.HS, ", dropout ", shape.p);
+        const int B = shape.B, T = shape.T, NH = shape.NH, HS = shape.HS, C = NH * HS;
+        const tinygpt::Dropout drop{7, shape.p};
+        std::vector<real> qkv = random_vector<real>(size_t(B) * T * 3 * C, 5);
+        for (real& x : qkv) x *= 3;
+        std::vector<real> out(size_t(B) * T * C), lse(size_t(B) * NH * T);
+        tinygpt::attention_forward(out.data(), lse.data(), qkv.data(), B, T, NH, HS, drop);
+        CHECK(largest_difference(out, defined_attention(qkv, B, T, NH, HS, drop)) <
+              200 * std::numeric_limits<real>::epsilon());
+    }
+}
+
+TEST_CASE("attention: backward agrees with finite differences of the definition") {
+    for (const AttentionShape& shape : kAttentionShapes) {
+        if (shape.T > 70) continue;
+        INFO("T ", shape.T, ", HS ", shape.HS, ", dropout ", shape.p);
+        const int B = shape.B, T = shape.T, NH = shape.NH, HS = shape.HS, C = NH * HS;
+        const tinygpt::Dropout drop{7, shape.p};
+        std::vector<double> qkv = random_vector<double>(size_t(B) * T * 3 * C, 5);
+        const std::vector<double> dout = random_vector<double>(size_t(B) * T * C, 6);
+        std::vector<double> out(dout.size()), lse(size_t(B) * NH * T), dqkv(qkv.size(), 99.0);
+        tinygpt::attention_forward(out.data(), lse.data(), qkv.data(), B, T, NH, HS, drop);
+        tinygpt::attention_backward(dqkv.data(), dout.data(), out.data(), lse.data(), qkv.data(), B, T, NH,
+                                    HS, drop);
+        auto loss = [&] {
+            const std::vector<double> o = defined_attention(qkv, B, T, NH, HS, drop);
+            return std::inner_product(o.begin(), o.end(), dout.begin(), 0.0);
+        };
+        // Every element where there are few; else a stride of them that meets all rows and channels.
+        const size_t step = std::max<size_t>(1, qkv.size() / 150);
+        for (size_t i = 0; i < qkv.size(); i += step) {
+            const double h = 1e-5, x = qkv[i];
+            qkv[i] = x + h;
+            const double above = loss();
+            qkv[i] = x - h;
+            const double below = loss();
+            qkv[i] = x;
+            CHECK(std::abs(dqkv[i] - (above - below) / (2 * h)) < 1e-7);
+        }
+    }
+}
+
+TEST_CASE("attention: backward in float agrees with double") {
+    const int B = 1, T = 257, NH = 2, HS = 64, C = NH * HS;
+    const std::vector<float> qkv = random_vector<float>(size_t(B) * T * 3 * C, 5);
+    const std::vector<float> dout = random_vector<float>(size_t(B) * T * C, 6);
+    const std::vector<double> qkv2(qkv.begin(), qkv.end()), dout2(dout.begin(), dout.end());
+    std::vector<float> out(dout.size()), lse(size_t(B) * NH * T), dqkv(qkv.size());
+    std::vector<double> out2(dout.size()), lse2(lse.size()), dqkv2(qkv.size());
+    tinygpt::attention_forward(out.data(), lse.data(), qkv.data(), B, T, NH, HS, {});
+    tinygpt::attention_backward(dqkv.data(), dout.data(), out.data(), lse.data(), qkv.data(), B, T, NH, HS,
+                                {});
+    tinygpt::attention_forward(out2.data(), lse2.data(), qkv2.data(), B, T, NH, HS, {});
+    tinygpt::attention_backward(dqkv2.data(), dout2.data(), out2.data(), lse2.data(), qkv2.data(), B, T, NH,
+                                HS, {});
+    CHECK(largest_difference(std::vector<double>(dqkv.begin(), dqkv.end()), dqkv2) < 1e-5);
+}
+
+TEST_CASE("attention: the same bits for any number of threads") {
+    const int B = 2, T = 77, NH = 3, HS = 20, C = NH * HS, before = omp_get_max_threads();
+    const std::vector<float> qkv = random_vector<float>(size_t(B) * T * 3 * C, 5);
+    const std::vector<float> dout = random_vector<float>(size_t(B) * T * C, 6);
+    std::vector<float> first;
+    for (int threads : {1, 2, 3}) {
+        omp_set_num_threads(threads);
+        std::vector<float> out(dout.size()), lse(size_t(B) * NH * T), dqkv(qkv.size());
+        tinygpt::attention_forward(out.data(), lse.data(), qkv.data(), B, T, NH, HS, {});
+        tinygpt::attention_backward(dqkv.data(), dout.data(), out.data(), lse.data(), qkv.data(), B, T, NH,
+                                    HS, {});
+        if (threads == 1) first = dqkv;
+        CHECK(dqkv == first);
+    }
+    omp_set_num_threads(before);
+}
+
+TEST_CASE_TEMPLATE("attention: with a cache, the rows of the whole", real, float, double) {
+    const int T = 147, NH = 3, HS = 20, C = NH * HS;
+    const std::vector<real> qkv = random_vector<real>(size_t(T) * 3 * C, 5);
+    std::vector<real> out(size_t(T) * C), lse(size_t(NH) * T);
+    tinygpt::attention_forward(out.data(), lse.data(), qkv.data(), 1, T, NH, HS, {});
+    const std::pair<int, int> cases[] = {{0, 1}, {1, 1}, {63, 1}, {146, 1}, {0, 147}, {5, 9}, {40, 100}};
+    for (const auto& range : cases) {
+        const int past = range.first, n = range.second;
+        INFO("past ", past, ", n ", n);
+        std::vector<real> part(size_t(n) * C);
+        const std::vector<real> whole(out.begin() + size_t(past) * C, out.begin() + size_t(past + n) * C);
+        tinygpt::attention_cached(part.data(), qkv.data(), past, n, NH, HS);
+        CHECK(largest_difference(part, whole) < 20 * std::numeric_limits<real>::epsilon());
+    }
+}
+
+// =================================================================================================
+// The tokenizer and prepare_data
+// =================================================================================================
+
+namespace tokenizer_tests {
+
+using namespace tinygpt;
+
+// The folder with GPT-2's vocabulary and its golden tokens; empty where it is not there.
+inline std::string gpt2_data() {
+    const char* named = std::getenv("TINYGPT_SHARED");
+    std::string folder = std::string(named ? named : "../shared") + "/data";
+    if (file_exists(folder + "/vocab.bpe") && file_exists(folder + "/gpt2_golden.jsonl"))
+        return folder;
+    MESSAGE("skipped: GPT-2's vocabulary and its golden tokens are not in "
+            << folder << " (set TINYGPT_SHARED to the folder that has data/)");
+    return "";
+}
+
+// A folder of its own for a test, removed at the end.
+struct TemporaryFolder {
+    std::string path;
+    TemporaryFolder() {
+        const char* base = std::getenv("TMPDIR");
+        path = std::string(base ? base : "/tmp") + "/tinygpt-tokenizer-XXXXXX";
+        REQUIRE(::mkdtemp(path.data()) != nullptr);
+    }
+    ~TemporaryFolder() { std::filesystem::remove_all(path); }
+    std::string operator/(const std::string& name) const { return path + "/" + name; }
+};
+
+inline std::string_view raw(const std::vector<uint16_t>& tokens) {
+    return {reinterpret_cast<const char*>(tokens.data()), tokens.size() * sizeof(uint16_t)};
+}
+
+// Text for small vocabularies: several scripts, contractions, digits, odd spaces.
+inline std::string sample_text() {
+    std::string text =
+        "The cat sat on the mat. The cat didn't see the other cat, and the other cat couldn't see "
+        "it.\n"
+        "They're cats; they'll sleep 12 or 13 hours a day, said the caf\u00e9's owner \u2014 "
+        "\u00abd\u00e9j\u00e0 vu\u00bb!\n\n"
+        "\t\u0427\u0435\u0440\u043d\u044b\u0439 \u043a\u043e\u0442, \u9ed2\u732b\u3001\u3000\u732b "
+        "\U0001f431\U0001f431  \u00bd \u2167 x\u00b2\n";
+    return text + text + "the cat sat on the mat\n";
+}
+
+// Random text: words, spaces, apostrophes, characters beyond ASCII and broken UTF-8.
+inline std::string random_text(uint64_t seed, size_t atoms, bool broken = true) {
+    const std::vector<std::string> all = {"a",
+                                          "b",
+                                          "ab",
+                                          "the",
+                                          " ",
+                                          "  ",
+                                          "\n",
+                                          "\t",
+                                          "'",
+                                          "'s",
+                                          "'ll",
+                                          "'re",
+                                          "7",
+                                          "42",
+                                          "!",
+                                          "==",
+                                          "\u00e9",
+                                          "\u00a0",
+                                          "\u3000",
+                                          "\u732b",
+                                          "\u0661",
+                                          "\u0301",
+                                          "\U0001f431",
+                                          "\U00010400",
+                                          std::string(1, '\0'),
+                                          "\x80",
+                                          "\xff",
+                                          "\xe9",
+                                          "\xc3",
+                                          "\xed\xa0\x80",
+                                          "\xf0\x9f\x90",
+                                          "\xc0\xaf",
+                                          "\xf4\x90\x80\x80"};
+    size_t choices = broken ? all.size() : all.size() - 8;
+    std::string text;
+    for (size_t i = 0; i < atoms; ++i) text += all[random_bits(seed, i) % choices];
+    return text;
+}
+inline std::string random_bytes(uint64_t seed, size_t count) {
+    std::string text;
+    for (size_t i = 0; i < count; ++i) text += char(random_bits(seed, i));
+    return text;
+}
+
+inline std::vector<std::string> pieces_of(std::string_view text) {
+    std::vector<std::string> pieces;
+    for (size_t at = 0; at < text.size(); at += pieces.back().size())
+        pieces.emplace_back(next_piece(text, at));
+    return pieces;
+}
+
+inline Tokenizer trained_on(const std::vector<std::string>& texts, int64_t size) {
+    return train_bpe(std::vector<std::string_view>(texts.begin(), texts.end()), size);
+}
+
+// BPE by its definition: merge the earliest pair, leftmost first, until none is left.
+inline std::vector<uint16_t> encode_by_definition(const Tokenizer& tokenizer,
+                                                  std::string_view text) {
+    std::vector<uint16_t> out;
+    for (const std::string& piece : pieces_of(text)) {
+        std::vector<uint16_t> ids;
+        for (char c : piece) ids.push_back(kBytes.id_of_byte[uint8_t(c)]);
+        for (size_t i = 0; i < tokenizer.merges().size(); ++i)
+            for (size_t at = 0; at + 1 < ids.size(); ++at)
+                if (Tokenizer::Merge(ids[at], ids[at + 1]) == tokenizer.merges()[i]) {
+                    ids[at] = uint16_t(256 + i);
+                    ids.erase(ids.begin() + ptrdiff_t(at) + 1);
+                }
+        out.insert(out.end(), ids.begin(), ids.end());
+    }
+    return out;
+}
+
+// BPE training by its definition: count all pairs anew for every merge.
+inline std::vector<Tokenizer::Merge> train_by_definition(std::string_view text, size_t wanted) {
+    std::vector<std::vector<uint16_t>> pieces;
+    for (const std::string& piece : pieces_of(text)) {
+        pieces.emplace_back();
+        for (char c : piece) pieces.back().push_back(kBytes.id_of_byte[uint8_t(c)]);
+    }
+    std::vector<Tokenizer::Merge> merges;
+    while (merges.size() < wanted) {
+        std::map<Tokenizer::Merge, int> counts;
+        for (auto& ids : pieces)
+            for (size_t at = 0; at + 1 < ids.size(); ++at) ++counts[{ids[at], ids[at + 1]}];
+        auto best = std::max_element(counts.begin(), counts.end(),
+                                     [](auto& a, auto& b) { return a.second < b.second; });
+        if (best == counts.end() || best->second < 2) break;
+        for (auto& ids : pieces)
+            for (size_t at = 0; at + 1 < ids.size(); ++at)
+                if (Tokenizer::Merge(ids[at], ids[at + 1]) == best->first) {
+                    ids[at] = uint16_t(256 + merges.size());
+                    ids.erase(ids.begin() + ptrdiff_t(at) + 1);
+                }
+        merges.push_back(best->first);
+    }
+    return merges;
+}
+
+// The message of the error that `work` ends with, after its status: "1: ..." or "2: ...".
+template <class Work>
+inline std::string error_of(const Work& work) {
+    try {
+        work();
+    } catch (const Error& error) {
+        return format("%d: %s", error.status, error.what());
+    }
+    return "no error";
+}
+inline bool contains(const std::string& text, const std::string& part) {
+    return text.find(part) != text.npos;
+}
+
+// Runs prepare_data with its output to the terminal held back.
+inline std::string prepare_data(const std::vector<std::string>& arguments) {
+    std::fflush(stdout);
+    int kept = ::dup(1), null = ::open("/dev/null", O_WRONLY);
+    ::dup2(null, 1);
+    std::string error = error_of([&] { run_prepare_data(arguments); });
+    std::fflush(stdout);
+    ::dup2(kept, 1);
+    ::close(kept), ::close(null);
+    return error;
+}
+
+// All tokens of one shard.
+inline std::vector<uint16_t> shard_tokens(const std::string& path) {
+    Shard shard(path);
+    std::vector<uint16_t> tokens(size_t(shard.tokens));
+    shard.read(tokens.data(), 0, shard.tokens);
+    return tokens;
+}
+
+TEST_CASE("tokenizer: the table of characters is Unicode 17.0's") {
+    int64_t count[4] = {};
+    for (uint32_t code = 0; code < 0x110000; ++code) ++count[CharTable::of(code)];
+    CHECK(count[kLetter] == 145672);
+    CHECK(count[kNumber] == 1924);
+    CHECK(count[kSpace] == 25);
+    for (uint32_t space : {0x9, 0xd, 0x20, 0x85, 0xa0, 0x1680, 0x2000, 0x200a, 0x2028, 0x2029,
+                           0x202f, 0x205f, 0x3000})
+        CHECK(CharTable::of(space) == kSpace);
+    for (uint32_t other :
+         {0x0, 0x1c, 0x1f, 0x5f, 0x180e, 0x200b, 0xfeff, 0x301, 0x1f431, 0xe0001, 0x10ffff})
+        CHECK(CharTable::of(other) == kOther);
+    for (uint32_t letter : {0x41, 0x7a, 0xaa, 0xe9, 0x427, 0x732b, 0xac00, 0x10400, 0x33479})
+        CHECK(CharTable::of(letter) == kLetter);
+    for (uint32_t number : {0x30, 0xb2, 0xbd, 0x661, 0x2167, 0x1fbf9})
+        CHECK(CharTable::of(number) == kNumber);
+}
+
+TEST_CASE("tokenizer: text is cut into pieces as GPT-2 cuts it") {
+    using Pieces = std::vector<std::string>;
+    CHECK(pieces_of("Hello, world's") == Pieces{"Hello", ",", " world", "'s"});
+    CHECK(pieces_of("a   b") == Pieces{"a", "  ", " b"});
+    CHECK(pieces_of("a   ") == Pieces{"a", "   "});
+    CHECK(pieces_of("\n\nA") == Pieces{"\n", "\n", "A"});
+    CHECK(pieces_of("a\r\nb\tc") == Pieces{"a", "\r", "\n", "b", "\t", "c"});
+    CHECK(pieces_of("DON'T don't ''s 's x'sy") ==
+          Pieces{"DON", "'", "T", " don", "'t", " ''", "s", " '", "s", " x", "'s", "y"});
+    CHECK(pieces_of("we'll they're I've I'm he'd 'l") ==
+          Pieces{"we", "'ll", " they", "'re", " I", "'ve", " I", "'m", " he", "'d", " '", "l"});
+    CHECK(pieces_of("x\u00b2 \u00bd e\u0301") == Pieces{"x", "\u00b2", " \u00bd", " e", "\u0301"});
+    CHECK(pieces_of("a\u00a0\u00a0b\u3000") == Pieces{"a", "\u00a0", "\u00a0", "b", "\u3000"});
+    // A bad byte is a character of no class: it joins neither letters nor digits.
+    CHECK(pieces_of("caf\xe9 \xff\x80!") == Pieces{"caf", "\xe9", " \xff\x80!"});
+    CHECK(pieces_of("a\xed\xa0\x80"
+                    "b") == Pieces{"a", "\xed\xa0\x80", "b"});
+}
+
+TEST_CASE("tokenizer: GPT-2's golden strings, pieces and tokens") {
+    std::string folder = gpt2_data();
+    if (folder.empty()) return;
+    Tokenizer gpt2 = Tokenizer::load(folder);
+    CHECK(gpt2.vocab_size() == 50257);
+    CHECK(gpt2.end_of_text() == 50256);
+    std::string lines = read_file(folder + "/gpt2_golden.jsonl");
+    int strings = 0;
+    for (size_t at = 0, end; at < lines.size(); at = end + 1, ++strings) {
+        end = std::min(lines.find('\n', at), lines.size());
+        Json golden = Json::parse(lines.substr(at, end - at), "gpt2_golden.jsonl");
+        const std::string& text = golden.get_string("text", "golden");
+        std::vector<std::string> pieces;
+        std::vector<uint16_t> ids;
+        for (const Json& piece : golden.find("pieces")->items) pieces.push_back(piece.text);
+        for (const Json& id : golden.find("ids")->items) ids.push_back(uint16_t(id.integer));
+        CAPTURE(text);
+        CHECK(pieces_of(text) == pieces);
+        CHECK(gpt2.encode(text) == ids);
+        CHECK(gpt2.decode(ids) == text);
+    }
+    CHECK(strings == 91);
+    CHECK(gpt2.encode("<|endoftext|>") == std::vector<uint16_t>{27, 91, 437, 1659, 5239, 91, 29});
+}
+
+TEST_CASE("tokenizer: tinyshakespeare has the published tokens") {
+    std::string folder = gpt2_data();
+    if (folder.empty()) return;
+    Tokenizer gpt2 = Tokenizer::load(folder);
+    std::string text = read_file(folder + "/tinyshakespeare.txt");
+    std::vector<uint16_t> tokens = gpt2.encode(text);
+    CHECK(tokens.size() == 338025);
+    CHECK(sha256_hex(raw(tokens)) ==
+          "25c01b32b32f41897a6359dd222ec114992dc30c357bcafbfe6c56672f76cd31");
+    CHECK(gpt2.decode(tokens) == text);
+    // nanoGPT's split: the first 90 % of the characters.
+    Documents documents;
+    documents.texts = {text};
+    split_documents(documents, 0.1);
+    CHECK(documents.val[0].size() == 111540);
+    CHECK(sha256_hex(raw(gpt2.encode(documents.train[0]))) ==
+          "502a2bdc8210d1ac5d5674867cb74467dd31db575d25cf6dbb08c8bdbea8680f");
+    CHECK(sha256_hex(raw(gpt2.encode(documents.val[0]))) ==
+          "68a53422394c26a655ebe641f5c6f49888e8f4e45fe5d6f02abda63ba3ebd65b");
+    // llm.c's: a document for each section, the first 32,768 tokens for validation, as whole files.
+    std::vector<std::string_view> sections;
+    for (size_t at = 0, end; at < text.size(); at = end) {
+        end = std::min(text.find("\n\n", at), text.size() - 2) + 2;
+        sections.push_back(std::string_view(text).substr(at, end - at));
+    }
+    CHECK(sections.size() == 7222);
+    TemporaryFolder temporary;
+    std::vector<uint16_t> all = encode_documents(gpt2, sections);
+    REQUIRE(all.size() == 32768 + 305260);
+    write_shard(temporary / "val.bin", all.data(), 32768);
+    write_shard(temporary / "train.bin", all.data() + 32768, 305260);
+    CHECK(file_digest<Sha256>(temporary / "val.bin") ==
+          "fe99db720dc7c83e694806d4e047a952909411da1daccde4ccc2e55f40882a62");
+    CHECK(file_digest<Sha256>(temporary / "train.bin") ==
+          "8a70606be574040c26d225694f5f9759973b419852d22f7fe5c118e1b359dcc8");
+}
+
+TEST_CASE("tokenizer: GPT-2's vocabulary is saved byte for byte as OpenAI published it") {
+    std::string folder = gpt2_data();
+    if (folder.empty()) return;
+    TemporaryFolder temporary;
+    Tokenizer gpt2 = Tokenizer::load(folder);
+    gpt2.save(temporary.path);
+    CHECK(read_file(temporary / "vocab.json") == read_file(folder + "/encoder.json"));
+    CHECK(read_file(temporary / "merges.txt") == read_file(folder + "/vocab.bpe"));
+    CHECK(Tokenizer::load(temporary.path) == gpt2);
+}
+
+TEST_CASE("tokenizer: bytes, in GPT-2's order") {
+    Tokenizer bytes = Tokenizer::bytes();
+    CHECK(bytes.vocab_size() == 257);
+    CHECK(bytes.end_of_text() == 256);
+    CHECK(bytes.encode("! ~\n\t\xff") == std::vector<uint16_t>{0, 220, 93, 198, 197, 187});
+    CHECK(bytes.bytes_of(256) == "");
+    CHECK(bytes.decode({39, 256, 72}, "|") == "H|i");
+    CHECK(bytes.name_of(220) == "\u0120");
+    CHECK(error_of([&] { bytes.decode({257}); }) ==
+          "1: there is no token 257: the vocabulary has 257");
+    TemporaryFolder temporary;
+    bytes.save(temporary.path);
+    CHECK(Tokenizer::load(temporary.path) == bytes);
+}
+
+TEST_CASE("tokenizer: decode(encode(x)) is x for any bytes") {
+    for (const Tokenizer& tokenizer : {Tokenizer::bytes(), trained_on({sample_text()}, 320)})
+        for (uint64_t seed = 0; seed < 200; ++seed) {
+            std::string bytes = random_bytes(seed, seed * 3), text = random_text(seed, seed);
+            CHECK(tokenizer.decode(tokenizer.encode(bytes)) == bytes);
+            CHECK(tokenizer.decode(tokenizer.encode(text)) == text);
+        }
+}
+
+TEST_CASE("tokenizer: encoding agrees with BPE by its definition") {
+    Tokenizer tokenizer = trained_on({sample_text(), std::string(40, 'a') + " aaa aaaa"}, 360);
+    for (uint64_t seed = 0; seed < 100; ++seed) {
+        std::string text = random_text(seed, 200) + sample_text().substr(seed);
+        CHECK(tokenizer.encode(text) == encode_by_definition(tokenizer, text));
+    }
+    for (int n : {1, 2, 3, 15, 16, 17, 100, 1001})
+        for (std::string unit : {"a", "ab", " ", "=", "\xff", "\u732b"}) {
+            std::string text;
+            for (int i = 0; i < n; ++i) text += unit;
+            CHECK(tokenizer.encode(text) == encode_by_definition(tokenizer, text));
+        }
+}
+
+TEST_CASE("tokenizer: a megabyte of one character takes no more than moments") {
+    Tokenizer tokenizer = trained_on(
+        {sample_text(), std::string(999, 'a') + std::string(999, ' ') + std::string(999, '=')},
+        380);
+    auto start = std::chrono::steady_clock::now();
+    for (char c : {'a', ' ', '=', '\n', '\xff'}) {
+        std::string text(1'000'000, c);
+        CHECK(tokenizer.decode(tokenizer.encode(text)) == text);
+    }
+    // Generous: sanitizers and a busy machine included. Quadratic work would take hours.
+    CHECK(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < 60);
+}
+
+TEST_CASE("tokenizer: the text may be cut where safe_cut says") {
+    Tokenizer tokenizer = trained_on({sample_text()}, 320);
+    for (uint64_t seed = 0; seed < 300; ++seed) {
+        std::string text = random_text(seed, 100);
+        std::vector<uint16_t> whole = tokenizer.encode(text);
+        for (size_t at = 0; at < text.size(); at = safe_cut(text, at + 1)) {
+            std::vector<uint16_t> parts = tokenizer.encode(text.substr(0, at)),
+                                  rest = tokenizer.encode(text.substr(at));
+            parts.insert(parts.end(), rest.begin(), rest.end());
+            CHECK(parts == whole);
+        }
+    }
+}
+
+TEST_CASE("tokenizer: the same tokens on any number of threads, and from the serial encoder") {
+    Tokenizer tokenizer = trained_on({sample_text()}, 320);
+    std::vector<std::string> texts;
+    for (uint64_t seed = 0; seed < 40; ++seed)
+        texts.push_back(random_text(seed, 10 + seed * seed * 30));
+    std::vector<std::string_view> documents(texts.begin(), texts.end());
+    std::vector<uint16_t> serial;
+    for (const std::string& text : texts) {
+        std::vector<uint16_t> tokens = tokenizer.encode(text);
+        serial.push_back(uint16_t(tokenizer.end_of_text()));
+        serial.insert(serial.end(), tokens.begin(), tokens.end());
+    }
+    int threads = omp_get_max_threads();
+    std::vector<std::vector<Tokenizer::Merge>> learnt;
+    for (int n : {1, 2, 3}) {
+        omp_set_num_threads(n);
+        CHECK(encode_documents(tokenizer, documents) == serial);
+        learnt.push_back(train_bpe(documents, 400).merges());
+    }
+    omp_set_num_threads(threads);
+    CHECK(make_jobs(documents).size() > 3);
+    CHECK(learnt[0] == learnt[1]);
+    CHECK(learnt[0] == learnt[2]);
+}
+
+TEST_CASE("tokenizer: learning, on the worked example aaabdaaabac") {
+    auto id = [](char c) { return kBytes.id_of_byte[uint8_t(c)]; };
+    std::vector<Tokenizer::Merge> merges = BpeTrainer({{"aaabdaaabac", 1}}).train(3);
+    // aa, four times; then ab, twice, as is (aa)a, but with the smaller left token; then (aa)(ab).
+    CHECK(merges ==
+          std::vector<Tokenizer::Merge>{{id('a'), id('a')}, {id('a'), id('b')}, {256, 257}});
+    CHECK(Tokenizer(merges).encode("aaabdaaabac") ==
+          std::vector<uint16_t>{258, id('d'), 258, id('a'), id('c')});
+    CHECK(BpeTrainer({{"aaabdaaabac", 1}}).train(99) == merges);  // nothing else occurs twice
+    CHECK(BpeTrainer({{"ab", 2}, {"cd", 3}}).train(9) ==
+          std::vector<Tokenizer::Merge>{{id('c'), id('d')}, {id('a'), id('b')}});
+}
+
+TEST_CASE("tokenizer: learning agrees with counting all pairs anew for each merge") {
+    CHECK(trained_on({sample_text()}, 500).merges() == train_by_definition(sample_text(), 243));
+    for (uint64_t seed = 0; seed < 60; ++seed) {
+        std::string text = random_text(seed, 300), letters;
+        for (size_t i = 0; i < 400; ++i)
+            letters += "ab c"[random_bits(seed + 1000, i) % 4 * (i % 7 != 0)];
+        CHECK(trained_on({text}, 330).merges() == train_by_definition(text, 73));
+        CHECK(trained_on({letters}, 330).merges() == train_by_definition(letters, 73));
+    }
+    CHECK(contains(error_of([] { trained_on({"a"}, 256); }), "2: a vocabulary has 257"));
+    CHECK(contains(error_of([] { trained_on({"a"}, 65537); }), "found 65537"));
+}
+
+TEST_CASE("tokenizer: a learnt vocabulary is saved and loaded") {
+    TemporaryFolder temporary;
+    Tokenizer tokenizer = trained_on({sample_text(), random_text(3, 500)}, 400);
+    CHECK(tokenizer.vocab_size() > 300);
+    CHECK(tokenizer.bytes_of(tokenizer.end_of_text()) == "");
+    tokenizer.save(temporary.path);
+    CHECK(Tokenizer::load(temporary.path) == tokenizer);
+    CHECK_FALSE(tokenizer == Tokenizer::bytes());
+}
+
+TEST_CASE("tokenizer: damaged vocabulary files are refused in one clear line") {
+    TemporaryFolder temporary;
+    trained_on({"the cat the cat the hat"}, 262).save(temporary.path);
+    const std::string vocab = read_file(temporary / "vocab.json"),
+                      merges = read_file(temporary / "merges.txt");
+    auto refusal = [&](const std::string& vocab_text, const std::string& merges_text) {
+        write_file(temporary / "vocab.json", vocab_text);
+        write_file(temporary / "merges.txt", merges_text);
+        std::string error = error_of([&] { Tokenizer::load(temporary.path); });
+        CHECK_FALSE(contains(error, "\n"));
+        return error;
+    };
+    auto changed = [](std::string text, const std::string& from, const std::string& to) {
+        REQUIRE(contains(text, from));
+        return text.replace(text.find(from), from.size(), to);
+    };
+    CHECK(refusal(vocab, merges) == "no error");
+    CHECK(refusal(vocab, merges.substr(merges.find('\n') + 1)) ==
+          "no error");  // the version line may be missing
+    CHECK(contains(refusal(vocab, merges + "zzz a\n"), "line 7: \"zzz a\" is not two tokens"));
+    CHECK(contains(refusal(vocab, merges + "abc\n"), "line 7: expected two tokens"));
+    CHECK(contains(refusal(vocab, merges + "\n"), "line 7: expected two tokens"));
+    CHECK(contains(refusal(vocab, merges + "a b c\n"), "line 7"));
+    CHECK(contains(refusal(vocab, merges + " a\n"), "line 7"));
+    CHECK(
+        contains(refusal(vocab, merges + merges.substr(merges.find('\n') + 1)), "exists already"));
+    CHECK(contains(refusal(vocab, merges + "q x\n"), "expected an object of 263 tokens"));
+    CHECK(contains(refusal(changed(vocab, "\"!\": 0", "\"!\": 1"), merges),
+                   "\"!\" must have the id 0"));
+    CHECK(contains(refusal(changed(vocab, "\"!\": 0", "\"!\": 0.0"), merges),
+                   "\"!\" must have the id 0"));
+    CHECK(contains(refusal(changed(vocab, "\"!\": 0", "\"?!\": 0"), merges),
+                   "no merge makes the token \"?!\""));
+    CHECK(contains(refusal(changed(vocab, "<|endoftext|>", "<|end|>"), merges), "no merge makes"));
+    CHECK(contains(refusal(vocab.substr(0, 99), merges), "not valid JSON"));
+    CHECK(contains(refusal("[]", merges), "expected an object of 262 tokens"));
+    std::filesystem::remove(temporary / "merges.txt");
+    CHECK(contains(error_of([&] { Tokenizer::load(temporary.path); }), "there is no tokenizer in"));
+}
+
+TEST_CASE("prepare_data: options") {
+    PrepareOptions o =
+        parse_prepare_options({"--input", "a", "b", "--vocab_size=300", "--tokenizer", "byte",
+                               "--tokenizer=bpe", "--output", "x", "--val-fraction", "0"});
+    CHECK(o.input == std::vector<std::string>{"a", "b"});
+    CHECK(o.vocab_size == 300);
+    CHECK(o.tokenizer == "bpe");
+    CHECK(o.val_fraction == 0);
+    auto error = [](std::vector<std::string> arguments) { return prepare_data(arguments); };
+    CHECK(error({"--vocabsize", "300"}) ==
+          "2: there is no option --vocabsize; did you mean --vocab-size? (--help lists all)");
+    CHECK(contains(error({"--vocab-size", "12x"}),
+                   "2: --vocab-size takes a whole number from 257 to 65536, found 12x"));
+    for (const char* bad :
+         {"256", "65537", "-1", "0", "1e3", "99999999999999999999", " 300", "nan"})
+        CHECK(contains(error({"--vocab-size", bad}), "2: --vocab-size takes"));
+    for (const char* bad : {"1", "-0.1", "nan", "inf", "half", "0.1x"})
+        CHECK(contains(error({"--val-fraction", bad}), "2: --val-fraction takes"));
+    CHECK(contains(error({"--shard-tokens=0"}), "2: --shard-tokens takes"));
+    CHECK(contains(error({"--output"}), "2: --output needs a value"));
+    CHECK(contains(error({"--output="}), "2: --output needs a value"));
+    CHECK(contains(error({"--input", "--output", "x"}), "2: --input needs a value"));
+    CHECK(contains(error({"book.txt"}), "2: expected an option"));
+    CHECK(contains(error({"--input", "x"}), "2: --input needs --output"));
+    CHECK(contains(error({"--input", "x", "--output", "y", "--tokenizer", "word"}),
+                   "2: --tokenizer is bpe, byte or gpt2"));
+    CHECK(contains(error({"--tokenizer", "byte", "--vocab-size", "300"}),
+                   "2: --vocab-size is for --tokenizer bpe"));
+}
+
+TEST_CASE("prepare_data: a text becomes shards, a tokenizer and dataset.json") {
+    TemporaryFolder temporary;
+    const std::string text = "The cat sat on the mat", out = temporary / "new/data";
+    write_file(temporary / "cat.txt", text);
+    CHECK(prepare_data({"--input", temporary / "cat.txt", "--tokenizer", "byte", "--output",
+                        out}) == "no error");
+    Tokenizer bytes = Tokenizer::load(out);
+    CHECK(bytes == Tokenizer::bytes());
+    std::vector<uint16_t> train = shard_tokens(out + "/train_000001.bin"),
+                          val = shard_tokens(out + "/val_000000.bin");
+    CHECK(bytes.decode(train, "|") == "|The cat sat on the ");
+    CHECK(bytes.decode(val, "|") == "|mat");
+    Json json = Json::parse(read_file(out + "/dataset.json"), "dataset.json");
+    CHECK(json.get_string("tokenizer", "") == "byte");
+    CHECK(json.get_int("vocab_size", "") == 257);
+    CHECK(json.get_int("train_characters", "") == 19);
+    CHECK(json.get_int("train_tokens", "") == 20);
+    CHECK(json.get_int("val_bytes", "") == 3);
+    CHECK(json.get_int("val_tokens", "") == 4);
+    CHECK(json.find("floor") == nullptr);
+    // Shards of three tokens; then again without validation: the old files go.
+    CHECK(prepare_data({"--input", temporary / "cat.txt", "--tokenizer", "byte", "--output", out,
+                        "--shard-tokens", "6"}) == "no error");
+    CHECK(list_folder(out).size() == 4 + 3 + 1);
+    std::vector<uint16_t> joined;
+    for (int shard = 1; shard <= 4; ++shard) {
+        std::vector<uint16_t> part = shard_tokens(out + format("/train_%06d.bin", shard));
+        joined.insert(joined.end(), part.begin(), part.end());
+    }
+    CHECK(joined == train);
+    CHECK(prepare_data({"--input", temporary / "cat.txt", "--output", out, "--val-fraction=0"}) ==
+          "no error");
+    CHECK(list_folder(out) ==
+          std::vector<std::string>{"dataset.json", "merges.txt", "train_000001.bin", "vocab.json"});
+    CHECK(Tokenizer::load(out).decode(shard_tokens(out + "/train_000001.bin")) == text);
+}
+
+TEST_CASE("prepare_data: documents keep their order and their bytes") {
+    TemporaryFolder temporary;
+    make_folders(temporary / "in/b");
+    write_file(temporary / "in/b/1.md", "one\r\n");
+    write_file(temporary / "in/a.jsonl",
+               "{\"text\": \" x\\n\", \"id\": 1}\n\n{\"id\": 2, \"text\": "
+               "\"\\u732b\\ud83d\\udc31\"}\r\n{\"text\": \"\"}\n");
+    write_file(temporary / "in/c", "\xff\xfe");
+    write_file(temporary / "in/.hidden", "no");
+    write_file(temporary / "in/empty", "");
+    Documents documents = read_documents({temporary / "in/c", temporary / "in"});
+    CHECK(documents.texts ==
+          std::vector<std::string>{"\xff\xfe", " x\n", "\u732b\U0001f431", "one\r\n", "\xff\xfe"});
+    CHECK(documents.empty == 2);
+    // Several documents are divided by documents, the validation part rounded up.
+    split_documents(documents, 0.3);
+    CHECK(documents.train.size() == 3);
+    CHECK(documents.val == std::vector<std::string_view>{"one\r\n", "\xff\xfe"});
+    // One is divided by characters, whole ones.
+    Documents single;
+    single.texts = {
+        "\u732b\u732b\u732b\u732b\xff"
+        "a\u732b\u732b\u732b\u732b"};
+    split_documents(single, 0.5);
+    CHECK(single.train[0] == "\u732b\u732b\u732b\u732b\xff");
+    split_documents(single, 0);
+    CHECK(single.val.empty());
+    single.texts = {"a"};
+    CHECK(contains(error_of([&] { split_documents(single, 0.1); }), "only 1 characters"));
+}
+
+TEST_CASE("prepare_data: bad input ends in one line, and nothing is written") {
+    TemporaryFolder temporary;
+    const std::string out = temporary / "out";
+    write_file(temporary / "text", "some text");
+    write_file(temporary / "empty", "");
+    write_file(temporary / "bad.jsonl", "{\"text\": \"x\"}\n{\"text\": \"y\"\n");
+    write_file(temporary / "other.jsonl", "{\"text\": \"x\"}\n{\"body\": \"y\"}\n");
+    write_file(temporary / "list.jsonl", "[1]\n");
+    make_folders(temporary / "nothing");
+    auto error = [&](const std::string& input, std::vector<std::string> more = {}) {
+        more.insert(more.begin(), {"--input", temporary / input, "--output", out});
+        std::string message = prepare_data(more);
+        CHECK_FALSE(contains(message, "\n"));
+        CHECK_FALSE(folder_exists(out));
+        return message;
+    };
+    CHECK(contains(error("missing"), "1: cannot read"));
+    CHECK(contains(error("empty"), "1: there is no text in the input"));
+    CHECK(contains(error("nothing"), "1: there is no text in the input"));
+    CHECK(contains(error("bad.jsonl"), "bad.jsonl, line 2: not valid JSON"));
+    CHECK(contains(error("other.jsonl"), "other.jsonl, line 2: \"text\" is missing"));
+    CHECK(contains(error("list.jsonl"), "list.jsonl, line 1: expected an object"));
+    CHECK(contains(error("text", {"--tokenizer", "gpt2", "--vocab", temporary / "nothing"}),
+                   "there is no tokenizer in"));
+    CHECK(contains(prepare_data({"--input", temporary / "text", "--output", temporary / "text"}),
+                   "it is a file"));
+    CHECK(contains(
+        prepare_data({"--input", temporary / "text", "--output", temporary / "text/deeper"}),
+        "cannot write to"));
+    // Shards without a dataset.json are somebody else's.
+    write_file(temporary / "nothing/train_000001.bin", "x");
+    CHECK(contains(prepare_data({"--input", temporary / "text", "--output", temporary / "nothing"}),
+                   "no dataset.json"));
+    CHECK(read_file(temporary / "nothing/train_000001.bin") == "x");
+}
+
+TEST_CASE("prepare_data: when writing fails, the old dataset stays whole") {
+    TemporaryFolder temporary;
+    const std::string out = temporary / "out";
+    write_file(temporary / "text", "some text, some more text");
+    REQUIRE(prepare_data({"--input", temporary / "text", "--output", out}) == "no error");
+    auto contents = [&] {
+        std::map<std::string, std::string> files;
+        for (const std::string& name : list_folder(out)) files[name] = read_file(out + "/" + name);
+        return files;
+    };
+    auto before = contents();
+    int failed = 0;
+    for (int write = 0; write < 100; ++write) {
+        int count = 0;
+        file_fault() = [&](const char* call, const std::string&) {
+            return std::string(call) == "write" && count++ == write ? ENOSPC : 0;
+        };
+        std::string error =
+            prepare_data({"--input", temporary / "text", "--output", out, "--tokenizer", "byte"});
+        file_fault() = nullptr;
+        if (error == "no error") break;
+        CHECK(contains(error, "No space left"));
+        CHECK(contents() == before);
+        ++failed;
+    }
+    CHECK(failed >= 5);  // two shards with header and tokens, two tokenizer files, dataset.json
+    CHECK_FALSE(contents() == before);
+}
+
+TEST_CASE("prepare_data: the stories have a floor, and it agrees with the grammar's entropy") {
+    TemporaryFolder temporary;
+    CHECK(prepare_data({"--output", temporary / "stories"}) == "no error");
+    Json json = Json::parse(read_file(temporary / "stories/dataset.json"), "dataset.json");
+    double floor = json.get_number("floor", ""), entropy = json.get_number("entropy", "");
+    CHECK(floor == doctest::Approx(entropy).epsilon(0.02));
+    CHECK(json.get_int("val_tokens", "") == Shard(temporary / "stories/val_000000.bin").tokens);
+}
+
+TEST_CASE("prepare_data: a model of llm.c becomes a Hugging Face folder") {
+    TemporaryFolder temporary;
+    const int P = 5, V = 257, padded = 320, L = 2, NH = 2, C = 4;
+    for (int version : {3, 5}) {
+        // A file whose element number i is i itself: every element of the result says where it was.
+        std::vector<int32_t> header = {20240326, version, P, V, L, NH, C, padded};
+        header.resize(256);
+        std::string file(reinterpret_cast<const char*>(header.data()), 1024);
+        size_t count = padded * C + P * C + L * (12 * C * C + 13 * C) + 2 * C;
+        for (size_t i = 0; i < count; ++i) {
+            float value = float(i);
+            bf16 half(value);
+            version == 3 ? file.append(reinterpret_cast<const char*>(&value), 4)
+                         : file.append(reinterpret_cast<const char*>(&half), 2);
+        }
+        write_file(temporary / "model.bin", file);
+        Tokenizer::bytes().save(temporary / "bytes");
+        CHECK(prepare_data({"--from-llmc", temporary / "model.bin", "--output", temporary / "out",
+                            "--vocab", temporary / "bytes"}) == "no error");
+        SafetensorsFile safetensors(temporary / "out/model.safetensors");
+        CHECK(safetensors.tensors.size() == 4 + 12 * L);
+        auto element = [&](const std::string& name, size_t i) {
+            const StoredTensor* tensor = safetensors.find("transformer." + name);
+            REQUIRE(tensor != nullptr);
+            std::vector<float> values(tensor->count());
+            safetensors.read(*tensor, values.data());
+            return values[i];
+        };
+        auto stored = [&](size_t i) { return version == 3 ? float(i) : float(bf16(float(i))); };
+        size_t wpe = padded * C, ln_1 = wpe + P * C, qkvw = ln_1 + 2 * L * C,
+               qkvb = qkvw + L * 3 * C * C;
+        CHECK(element("wte.weight", V * C - 1) == stored(V * C - 1));
+        CHECK(element("wpe.weight", 3) == stored(wpe + 3));
+        CHECK(element("h.1.ln_1.weight", 2) == stored(ln_1 + C + 2));
+        CHECK(element("h.1.attn.c_attn.weight", 2 * 3 * C + 7) ==
+              stored(qkvw + 3 * C * C + 7 * C + 2));  // [in 2, out 7]
+        CHECK(element("h.1.attn.c_attn.bias", 5) == stored(qkvb + 3 * C + 5));
+        CHECK(element("ln_f.bias", C - 1) == stored(count - 1));
+        CHECK(config_of_folder(temporary / "out").n_head == NH);
+        CHECK(config_of_folder(temporary / "out").vocab_size == V);
+        // A file cut short, or of another kind, is refused.
+        auto error = [&](const std::string& bytes) {
+            write_file(temporary / "bad.bin", bytes);
+            std::string message = prepare_data(
+                {"--from-llmc", temporary / "bad.bin", "--output", temporary / "none"});
+            CHECK_FALSE(folder_exists(temporary / "none"));
+            return message;
+        };
+        CHECK(contains(error(file.substr(0, file.size() - 1)), "is damaged"));
+        CHECK(contains(error(file.substr(0, 10)), "impossible sizes"));
+        CHECK(contains(error(""), "no model of llm.c"));
+        CHECK(contains(error("x" + file), "no model of llm.c"));
+        file[20] = 3;
+        CHECK(contains(error(file), "impossible sizes"));
+    }
+    CHECK(contains(prepare_data({"--from-llmc", "x"}), "2: --from-llmc needs --output"));
+}
+
+}  // namespace tokenizer_tests
+
+// -------------------------------------------------------------------------------------------------
+// The stories: the floor is exact, and only a model with a memory comes near it
+// -------------------------------------------------------------------------------------------------
+
+namespace test_stories {
+
+using namespace tinygpt;
+
+inline std::string replaced(std::string text, const std::string& from, const std::string& to) {
+    size_t at = text.find(from);
+    REQUIRE(at != std::string::npos);
+    return text.replace(at, from.size(), to);
+}
+
+// Words and punctuation marks, each a token: a fair stand-in for a trained vocabulary.
+inline std::vector<int> tokens(const std::string& story, std::map<std::string, int>& ids) {
+    std::vector<int> tokens;
+    std::string word;
+    auto flush = [&] {
+        if (!word.empty()) tokens.push_back(ids.emplace(word, int(ids.size())).first->second);
+        word.clear();
+    };
+    for (char c : story) {
+        if (!std::isalpha(uint8_t(c))) flush();
+        if (c != ' ') word += c;
+        if (!std::isalpha(uint8_t(c))) flush();
+    }
+    flush();
+    return tokens;
+}
+
+// An n-gram model with absolute discounting: what an order takes off its counts goes to the next
+// shorter one. As in Kneser and Ney (1995), the shorter orders count contexts, not occurrences.
+struct Ngram {
+    static constexpr int order = 5;
+    struct Context { double total = 0, kinds = 0; };
+    double discount, vocabulary;
+    std::array<std::unordered_map<uint64_t, double>, order> counts;
+    std::array<std::unordered_map<uint64_t, Context>, order> contexts;
+
+    // The n words before and at `at`; 12 bits a word hold any of these vocabularies.
+    static uint64_t key(const std::vector<int>& story, size_t at, int n) {
+        uint64_t key = 1;
+        for (int i = n - 1; i >= 0; i--) key = key << 12 | uint64_t(story[at - size_t(i)]);
+        return key;
+    }
+
+    void add(const std::vector<int>& story, size_t at) {
+        for (int n = order - 1; n >= 0; n--) {
+            double& count = counts[size_t(n)][key(story, at, n + 1)];
+            Context& context = contexts[size_t(n)][key(story, at - 1, n)];
+            context.total++;
+            context.kinds += count == 0;
+            if (count++ > 0) return;  // the shorter orders have seen this continuation
+        }
+    }
+
+    double prob(const std::vector<int>& story, size_t at) const {
+        double p = 1 / vocabulary;
+        for (int n = 0; n < order; n++) {
+            auto context = contexts[size_t(n)].find(key(story, at - 1, n));
+            if (context == contexts[size_t(n)].end()) break;
+            auto found = counts[size_t(n)].find(key(story, at, n + 1));
+            double count = found == counts[size_t(n)].end() ? 0 : found->second;
+            p = (std::max(count - discount, 0.0) + discount * context->second.kinds * p) /
+                context->second.total;
+        }
+        return p;
+    }
+};
+
+// A story with end-of-text before and after it, and room for a whole context before its first word.
+inline std::vector<int> padded(const std::vector<int>& story, int end) {
+    std::vector<int> padded(Ngram::order, end);
+    padded.insert(padded.end(), story.begin(), story.end());
+    padded.push_back(end);
+    return padded;
+}
+
+}  // namespace test_stories
+
+TEST_CASE("stories: the parser finds one derivation, and it costs what the teller paid") {
+    const auto& grammar = tinygpt::stories::the_grammar();
+    for (int i = 0; i < 20000; i++) {
+        tinygpt::stories::Teller teller{grammar, tinygpt::random_key(99, 0, uint64_t(i))};
+        teller.tell(grammar.rules[0].alternatives[0]);
+        auto found = tinygpt::stories::derivations(teller.text);
+        CAPTURE(teller.text);
+        REQUIRE(found.size() == 1);
+        REQUIRE(std::abs(found[0] - teller.neg_log_prob) < 1e-9);
+        REQUIRE(teller.text.ends_with(" The end."));
+        REQUIRE(teller.text.find(" The end.") == teller.text.size() - 9);
+    }
+}
+
+TEST_CASE("stories: the closed-form entropy is the mean of many stories") {
+    const auto& grammar = tinygpt::stories::the_grammar();
+    double n = 100000, sum = 0, squares = 0;
+    for (int i = 0; i < int(n); i++) {
+        tinygpt::stories::Teller teller{grammar, tinygpt::random_key(7, 0, uint64_t(i))};
+        teller.tell(grammar.rules[0].alternatives[0]);
+        sum += teller.neg_log_prob;
+        squares += teller.neg_log_prob * teller.neg_log_prob;
+    }
+    double mean = sum / n, standard_error = std::sqrt((squares / n - mean * mean) / n);
+    double entropy = tinygpt::stories::entropy(grammar, grammar.rules[0]);
+    CHECK(entropy > 25);
+    CHECK(standard_error < 0.02);
+    CHECK(std::abs(mean - entropy) < 4 * standard_error);
+}
+
+TEST_CASE("stories: the validation floor is the sum over its stories, none of them trained on") {
+    auto corpus = tinygpt::make_stories(1337, 20000, 600);
+    std::set<std::string> seen(corpus.train.begin(), corpus.train.end());
+    CHECK(seen.size() == corpus.train.size());
+    double sum = 0;
+    size_t shared = 0;
+    for (const std::string& story : corpus.val) {
+        sum += tinygpt::story_neg_log_prob(story);
+        shared += seen.count(story);
+    }
+    CHECK(shared == 0);
+    CHECK(std::abs(sum - corpus.val_neg_log_prob) < 1e-6);
+    CHECK(tinygpt::make_stories(1337, 3, 2).train[2] == corpus.train[2]);
+    CHECK(tinygpt::make_stories(1337, 3, 2).val[1] == corpus.val[1]);
+    CHECK(tinygpt::make_stories(1338, 3, 2).train[2] != corpus.train[2]);
+}
+
+TEST_CASE("stories: a 5-gram with the best discount stays 20 % above the floor") {
+    using namespace test_stories;
+    auto corpus = make_stories(1337, 20000, 600);
+    std::map<std::string, int> ids{{"end of text", 0}};
+    std::vector<std::vector<int>> train, val;
+    for (const std::string& story : corpus.train) train.push_back(padded(tokens(story, ids), 0));
+    for (const std::string& story : corpus.val) val.push_back(padded(tokens(story, ids), 0));
+    REQUIRE(ids.size() < 4096);
+
+    Ngram model{0, double(ids.size()), {}, {}};
+    for (const auto& story : train) {
+        for (size_t at = Ngram::order; at < story.size(); at++) model.add(story, at);
+    }
+    double best = 1e300;
+    for (double discount : {0.3, 0.5, 0.7, 0.9}) {
+        model.discount = discount;
+        double loss = 0;
+        for (const auto& story : val) {
+            for (size_t at = Ngram::order; at < story.size(); at++) {
+                loss -= std::log(model.prob(story, at));
+            }
+        }
+        best = std::min(best, loss);
+    }
+    MESSAGE("5-gram / floor: " << best / corpus.val_neg_log_prob);
+    CHECK(best > 1.2 * corpus.val_neg_log_prob);
+}
+
+// ---- files, JSON, safetensors, config.json ------------------------------------------------------
+
+namespace files_test {
+
+using namespace tinygpt;
+
+// A folder of its own for each test, gone at its end.
+struct Scratch {
+    std::string folder;
+    Scratch() {
+        const char* base = std::getenv("TMPDIR");
+        folder = std::string(base && *base ? base : "/tmp") + "/tinygpt-test-XXXXXX";
+        REQUIRE(::mkdtemp(folder.data()) != nullptr);
+    }
+    ~Scratch() {
+        file_fault() = nullptr;
+        remove_folder(folder);
+    }
+    std::string operator/(const std::string& name) const { return folder + "/" + name; }
+};
+
+// The message of the Error that `action` throws, or "" if it throws none.
+template <class Action>
+std::string error_of(Action&& action) {
+    try {
+        action();
+    } catch (const Error& error) {
+        return error.what();
+    }
+    return "";
+}
+bool contains(const std::string& text, const std::string& part) {
+    return text.find(part) != std::string::npos;
+}
+// One line that begins with the file's name and has the reason in it.
+bool is_refusal(const std::string& message, const std::string& path, const std::string& reason) {
+    return message.rfind(path + ": ", 0) == 0 && contains(message, reason) &&
+           !contains(message, "\n") && message.size() < 400;
+}
+
+// A file written plainly, for tests that write thousands: no sync, no rename.
+void put_file(const std::string& path, const std::string& bytes) {
+    ::unlink(path.c_str());  // some file systems sync a file that is cut to nothing and refilled
+    std::FILE* file = std::fopen(path.c_str(), "wb");
+    REQUIRE(file != nullptr);
+    REQUIRE(std::fwrite(bytes.data(), 1, bytes.size(), file) == bytes.size());
+    REQUIRE(std::fclose(file) == 0);
+}
+
+std::string little_endian(uint64_t n) {
+    std::string bytes(8, '\0');
+    for (size_t i = 0; i < 8; i++) bytes[i] = char(uint8_t(n >> (8 * i)));
+    return bytes;
+}
+std::string safetensors_bytes(const std::string& header, const std::string& data) {
+    return little_endian(header.size()) + header + data;
+}
+template <class T>
+std::string raw(const std::vector<T>& values) {
+    std::string bytes(values.size() * sizeof(T), '\0');
+    if (!values.empty()) std::memcpy(bytes.data(), values.data(), bytes.size());
+    return bytes;
+}
+std::string entry(const std::string& name, const std::string& dtype, const std::string& shape,
+                  const std::string& offsets) {
+    return "\"" + name + "\":{\"dtype\":\"" + dtype + "\",\"shape\":" + shape +
+           ",\"data_offsets\":" + offsets + "}";
+}
+
+const Config tiny_config{2, 2, 8, 4, 11, false, 0.0f};
+
+// Random weights under the names of a checkpoint, changed at will before they are written.
+struct Weights {
+    Layout layout;
+    std::vector<float> values;
+    std::vector<TensorToWrite> tensors;
+    explicit Weights(const Config& config, bool prefix = true, const char* dtype = "F32")
+        : layout(layout_of(config)), values(layout.size) {
+        for (const TensorInfo& info : layout.tensors) {
+            for (size_t i = info.offset; i < info.offset + info.count; i++)
+                values[i] = float(random_normal(7, i));
+            std::string name = prefix ? name_in_checkpoint(info.name) : info.name;
+            tensors.push_back(
+                tensor_to_write(name, info.shape, values.data() + info.offset, dtype));
+        }
+    }
+    void add(const std::string& name, std::vector<int64_t> shape) {
+        tensors.push_back(tensor_to_write(name, std::move(shape), values.data(), "F32"));
+    }
+    TensorToWrite& at(const std::string& name) {
+        for (TensorToWrite& tensor : tensors)
+            if (tensor.name == name) return tensor;
+        throw std::logic_error("no tensor " + name);
+    }
+    void remove(const std::string& name) {
+        tensors.erase(tensors.begin() + (&at(name) - &tensors[0]));
+    }
+};
+
+}  // namespace files_test
+
+TEST_CASE("files: SHA-256 gives the published digests, in any portions") {
+    using namespace tinygpt;
+    // FIPS 180-4 examples and the empty message.
+    const std::string a_million(1'000'000, 'a');
+    CHECK(sha256_hex("") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+    CHECK(sha256_hex("abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+    CHECK(sha256_hex("abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq") ==
+          "248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1");
+    CHECK(sha256_hex(a_million) ==
+          "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0");
+    for (size_t length = 50; length < 70; length++) {  // around the padding's corner
+        std::string text = a_million.substr(0, length);
+        Sha256 portions;
+        for (size_t i = 0; i < length; i += 7)
+            portions.add(text.data() + i, std::min<size_t>(7, length - i));
+        CHECK(portions.hex() == sha256_hex(text));
+    }
+}
+
+TEST_CASE("files: the checksum sees every flipped bit, every length, and no portions") {
+    using namespace tinygpt;
+    auto checksum = [](const std::string& bytes) {
+        Checksum sum;
+        sum.add(bytes.data(), bytes.size());
+        return sum.hex();
+    };
+    std::set<std::string> seen;
+    size_t tried = 0;
+    for (size_t length = 0; length < 100; length++, tried++)
+        seen.insert(checksum(std::string(length, '\0')));
+    std::string text(77, '\0');
+    for (size_t i = 0; i < text.size(); i++) text[i] = char(i * 37 + 1);
+    const std::string whole = checksum(text);
+    for (size_t bit = 0; bit < 8 * text.size(); bit++, tried++) {
+        text[bit / 8] = char(text[bit / 8] ^ (1 << (bit % 8)));
+        seen.insert(checksum(text));
+        text[bit / 8] = char(text[bit / 8] ^ (1 << (bit % 8)));
+    }
+    seen.insert(whole);
+    CHECK(seen.size() == tried + 1);
+    for (size_t cut = 0; cut <= text.size(); cut++) {
+        Checksum portions;
+        portions.add(text.data(), cut);
+        portions.add(text.data() + cut, text.size() - cut);
+        CHECK(portions.hex() == whole);
+    }
+}
+
+TEST_CASE("files: what is written is read back; folders are made, listed and removed") {
+    using namespace tinygpt;
+    files_test::Scratch scratch;
+    const std::string deep = scratch / "a/b/c";
+    make_folders(deep);
+    make_folders(deep + "/");
+    CHECK(folder_exists(deep));
+    std::string bytes(300'001, 'x');
+    bytes[7] = '\0';
+    for (const std::string& content : {std::string(), std::string("one\n"), bytes}) {
+        write_file(deep + "/f", content);
+        CHECK(read_file(deep + "/f") == content);
+    }
+    write_file(deep + "/e", "");
+    CHECK(list_folder(deep) == std::vector<std::string>{"e", "f"});
+    CHECK(read_file(deep + "/f", bytes.size()) == bytes);
+    rename_path(deep + "/e", deep + "/f");
+    CHECK(read_file(deep + "/f").empty());
+    CHECK(file_digest<Sha256>(deep + "/f") == sha256_hex(""));
+    // A link in a folder that is removed takes nothing else with it.
+    write_file(scratch / "keep", "kept");
+    REQUIRE(::symlink(scratch.folder.c_str(), (deep + "/link").c_str()) == 0);
+    remove_folder(scratch / "a");
+    CHECK(!folder_exists(scratch / "a"));
+    CHECK(read_file(scratch / "keep") == "kept");
+}
+
+TEST_CASE("files: errors name the path and the reason") {
+    using namespace tinygpt;
+    using files_test::contains, files_test::error_of;
+    files_test::Scratch scratch;
+    const std::string file = scratch / "file", missing = scratch / "none";
+    write_file(file, "12345");
+    auto check = [](const std::string& message, const std::string& path, const char* reason) {
+        CAPTURE(message);
+        CHECK(contains(message, path));
+        CHECK(contains(message, reason));
+    };
+    check(error_of([&] { read_file(missing); }), missing, "No such file");
+    check(error_of([&] { read_file(scratch.folder); }), scratch.folder, "Is a directory");
+    check(error_of([&] { read_file(file, 4); }), file, "at most 4 bytes");
+    check(error_of([&] { write_file(missing + "/f", ""); }), missing + "/f", "No such file");
+    check(error_of([&] { write_file(file + "/f", ""); }), file + "/f", "Not a directory");
+    check(error_of([&] { write_file(scratch.folder, ""); }), scratch.folder, "not a file");
+    check(error_of([&] { write_file("/dev/null", ""); }), "/dev/null", "not a file");
+    check(error_of([&] { make_folders(file); }), file, "File exists");
+    check(error_of([&] { make_folders(file + "/x"); }), file, "File exists");
+    check(error_of([&] { list_folder(missing); }), missing, "No such file");
+    check(error_of([&] { remove_folder(missing); }), missing, "No such file");
+    CHECK(list_folder(scratch.folder) == std::vector<std::string>{"file"});
+}
+
+TEST_CASE("files: what a killed save left is removed, and nothing else") {
+    using namespace tinygpt;
+    files_test::Scratch scratch;
+    for (const char* name : {"a", "a.tmp-12", "b.tmp", "model.safetensors.tmp-99999"})
+        files_test::put_file(scratch / name, "x");
+    make_folders(scratch / "c.tmp-1");
+    remove_temporary_files(scratch.folder);
+    CHECK(list_folder(scratch.folder) == std::vector<std::string>{"a", "b.tmp", "c.tmp-1"});
+}
+
+TEST_CASE("files: a save syncs the data before the rename and the folder after it") {
+    using namespace tinygpt;
+    files_test::Scratch scratch;
+    std::vector<std::string> log;
+    file_fault() = [&](const char* call, const std::string& path) {
+        bool temporary = path.find("/f.tmp-") != std::string::npos;
+        std::string name = path.substr(std::min(path.size(), scratch.folder.size() + 1));
+        log.push_back(std::string(call) + " " + (temporary ? "temporary" : name));
+        return 0;
+    };
+    make_folders(scratch / "new");
+    write_file(scratch / "new/f", "bytes");
+    const std::vector<std::string> order = {
+        "mkdir new",       "fsync ",       "open temporary", "write temporary",
+        "fsync temporary", "rename new/f", "fsync new"};
+    CHECK(log == order);
+}
+
+TEST_CASE("files: whichever call of a save fails, the old file or the new one is there, whole") {
+    using namespace tinygpt;
+    files_test::Scratch scratch;
+    const std::vector<float> weights(400'000, 1.5f);
+    const std::string model = scratch / "model.safetensors";
+    const std::vector<TensorToWrite> tensors = {
+        tensor_to_write("w", {400'000}, weights.data(), "F32")};
+    auto save_text = [&] { write_file(scratch / "f", "the new text"); };
+    auto save_model = [&] { write_safetensors(model, tensors); };
+    write_safetensors(scratch / "right", tensors);
+    for (int kind = 0; kind < 2; kind++) {
+        const std::string path = kind ? model : scratch / "f";
+        const std::string fresh = kind ? read_file(scratch / "right") : "the new text";
+        // Call number `nth` answers `code`, until there is no such call. -1 is a short write.
+        for (int code : {EIO, ENOSPC, EINTR, -1}) {
+            const bool harmless = code == EINTR || code == -1;
+            std::set<std::string> failed_calls;
+            bool failed = true;
+            for (int nth = 0; failed; nth++) {
+                file_fault() = nullptr;
+                files_test::put_file(path, "the old bytes");
+                int calls = 0;
+                bool renamed = false;
+                failed = false;
+                file_fault() = [&](const char* call, const std::string&) {
+                    std::string name = call;
+                    if (harmless && name != "write") return 0;
+                    if (calls++ != nth) return renamed = renamed || name == "rename", 0;
+                    failed = true;
+                    failed_calls.insert(name + (renamed ? " folder" : ""));
+                    return code;
+                };
+                std::string message =
+                    files_test::error_of([&] { kind ? save_model() : save_text(); });
+                file_fault() = nullptr;
+                CAPTURE(message);
+                const bool must_fail = failed && !harmless;
+                CHECK(message.empty() == !must_fail);
+                CHECK(read_file(path) == (renamed || !must_fail ? fresh : "the old bytes"));
+                if (must_fail) {
+                    CHECK(files_test::contains(message, renamed ? scratch.folder : path));
+                    CHECK(files_test::contains(message, std::strerror(code)));
+                }
+                for (const std::string& name : list_folder(scratch.folder))
+                    CHECK(!files_test::contains(name, ".tmp-"));
+            }
+            if (harmless) CHECK(failed_calls == std::set<std::string>{"write"});
+            else CHECK(failed_calls == std::set<std::string>{"open", "write", "fsync", "rename",
+                                                             "fsync folder"});
+        }
+    }
+    file_fault() = [](const char* call, const std::string&) {
+        return std::string(call) == "mkdir" ? EACCES : 0;
+    };
+    std::string message = files_test::error_of([&] { make_folders(scratch / "x/y"); });
+    CHECK(message == "cannot create folder " + (scratch / "x") + ": " + std::strerror(EACCES));
+    file_fault() = [](const char* call, const std::string&) {
+        return std::string(call) == "write" ? ENOSPC : 0;
+    };
+    try {
+        write_file(scratch / "f", "x");
+        FAIL("a full disk went unnoticed");
+    } catch (const FileError& error) {
+        CHECK(error.code == ENOSPC);
+    }
+}
+
+TEST_CASE("json: what RFC 8259 allows is read") {
+    using namespace tinygpt;
+    const std::pair<const char*, const char*> list[] = {
+        {"null", "null"},
+        {" true ", "true"},
+        {"\t\r\n false", "false"},
+        {"0", "0"},
+        {"-0", "0"},
+        {"-12", "-12"},
+        {"9223372036854775807", "9223372036854775807"},
+        {"-9223372036854775808", "-9223372036854775808"},
+        {"9007199254740993", "9007199254740993"},
+        {"0.5", "0.5"},
+        {"1e2", "100"},
+        {"1E+2", "100"},
+        {"-1.5e-3", "-0.0015"},
+        {"1e-05", "1e-05"},
+        {"0.1", "0.1"},
+        {"\"\"", "\"\""},
+        {"\"a b\"", "\"a b\""},
+        {R"("\"\\\/\b\f\n\r\t")", R"("\"\\/\u0008\u000c\n\u000d\u0009")"},
+        {R"("\u0041\u00e9\u0120\u20ac\ud83d\ude00")",
+         "\"A\xc3\xa9\xc4\xa0\xe2\x82\xac\xf0\x9f\x98\x80\""},
+        {"\"\xc3\xa9\xf4\x8f\xbf\xbf\"", "\"\xc3\xa9\xf4\x8f\xbf\xbf\""},
+        {R"("\u0000")", R"("\u0000")"},
+        {"\"\x7f\"", "\"\x7f\""},
+        {"[]", "[]"},
+        {"[ ]", "[]"},
+        {"[1,\n[2] , {} ]", "[1,[2],{}]"},
+        {"{}", "{}"},
+        {R"({"b":1,"a":{"":[]} , "A" : null})", R"({"b":1,"a":{"":[]},"A":null})"},
+        {R"({"a":{"a":{"a":1}}})", R"({"a":{"a":{"a":1}}})"},
+    };
+    for (auto& [input, written] : list) {
+        const std::string text = input;
+        CAPTURE(text);
+        Json json = Json::parse(text, "x.json");
+        CHECK(json.write() == written);
+        CHECK(Json::parse(json.write(2), "x.json").write() == written);
+    }
+    CHECK(Json::parse("1.0", "x.json").integral == false);
+    CHECK(Json::parse("12345678901234567890", "x.json").integral == false);
+    CHECK(Json::parse("12345678901234567890", "x.json").number == 12345678901234567890.0);
+}
+
+TEST_CASE("json: what RFC 8259 does not allow is refused, with its place") {
+    using namespace tinygpt;
+    const std::pair<std::string, const char*> list[] = {
+        {"", "line 1, byte 0: expected a value, found the end"},
+        {" ", "found the end"},
+        {"nul", "expected a value, found 'n'"},
+        {"True", "expected a value"},
+        {"NaN", "expected a value"},
+        {"Infinity", "expected a value"},
+        {"-Infinity", "expected a digit, found 'I'"},
+        {"nullx", "expected the end of the text, found 'x'"},
+        {"1 2", "expected the end of the text"},
+        {"01", "expected the end of the text"},
+        {"-", "expected a digit"},
+        {"+1", "expected a value"},
+        {".5", "expected a value"},
+        {"1.", "expected a digit"},
+        {"1e", "expected a digit"},
+        {"1e+", "expected a digit"},
+        {"0x10", "expected the end of the text"},
+        {"1e400", "number out of range"},
+        {"'a'", "expected a value, found '''"},
+        {"\"", "expected the rest of a string, found the end"},
+        {"\"a\nb\"", "expected the rest of a string, found byte 0x0a"},
+        {std::string("\"a\0b\"", 5), "found byte 0x00"},
+        {std::string("1\0", 2), "expected the end of the text, found byte 0x00"},
+        {R"("\x41")", "expected an escape sequence, found 'x'"},
+        {R"("\u12g4")", "expected four hexadecimal digits, found 'g'"},
+        {R"("\u12)", "expected four hexadecimal digits"},
+        {R"("\ud800")", "half a surrogate pair"},
+        {R"("\ud800\u0041")", "half a surrogate pair"},
+        {R"("\udc00\ud800")", "half a surrogate pair"},
+        {"\"\\", "expected an escape sequence, found the end"},
+        {"\"\x80\"", "invalid UTF-8"},
+        {"\"\xc0\x80\"", "invalid UTF-8"},
+        {"\"\xc3\"", "invalid UTF-8"},
+        {"\"\xe0\x9f\xbf\"", "invalid UTF-8"},
+        {"\"\xed\xa0\x80\"", "invalid UTF-8"},
+        {"\"\xf0\x8f\xbf\xbf\"", "invalid UTF-8"},
+        {"\"\xf4\x90\x80\x80\"", "invalid UTF-8"},
+        {"\"\xff\"", "invalid UTF-8"},
+        {"\xef\xbb\xbf{}", "expected a value, found byte 0xef"},
+        {"[", "expected a value, found the end"},
+        {"[1,]", "expected a value, found ']'"},
+        {"[1 2]", "expected ',' or ']'"},
+        {"[1,\n 2", "line 2, byte 6: expected ',' or ']', found the end"},
+        {"]", "expected a value"},
+        {"{", "expected a key in quotes, found the end"},
+        {"{a:1}", "expected a key in quotes"},
+        {"{\"a\"}", "expected ':'"},
+        {"{\"a\":}", "expected a value"},
+        {"{\"a\":1,}", "expected a key in quotes"},
+        {"{\"a\":1 \"b\":2}", "expected ',' or '}'"},
+        {"{\"a\":1}}", "expected the end of the text"},
+        {"{\"a\":1,\"b\":2,\"a\":3}", "has the key \"a\" twice"},
+        {"{\"a\":1,\"\\u0061\":3}", "has the key \"a\" twice"},
+        {"/* c */ 1", "expected a value"},
+    };
+    for (auto& [input, reason] : list) {
+        const std::string text = input;
+        CAPTURE(text);
+        std::string message = files_test::error_of([&] { Json::parse(text, "x.json"); });
+        CAPTURE(message);
+        CHECK(files_test::is_refusal(message, "x.json", reason));
+    }
+}
+
+TEST_CASE("json: numbers and strings come back as they were, members by name and type") {
+    using namespace tinygpt;
+    for (double x : {1.0, 0.1, -1e-300, 1.7976931348623157e308, 2.0 / 3, 123456789012345680.0}) {
+        CAPTURE(x);
+        CHECK(Json::parse(Json(x).write(), "x").number == x);
+    }
+    CHECK_THROWS_AS(Json(std::nan("")).write(), Error);
+    CHECK(Json("\xff\"\\\x1b").write() == "\"\xef\xbf\xbd\\\"\\\\\\u001b\"");
+    Json json = Json::object();
+    json.set("n", 3).set("x", 0.5).set("s", "text").set("b", true).set("n", 4);
+    CHECK(json.write() == R"({"n":4,"x":0.5,"s":"text","b":true})");
+    CHECK(json.write(2) == "{\n  \"n\": 4,\n  \"x\": 0.5,\n  \"s\": \"text\",\n  \"b\": true\n}");
+    CHECK(json.get_int("n", "f") == 4);
+    CHECK(json.get_number("x", "f") == 0.5);
+    CHECK(json.get_string("s", "f") == "text");
+    CHECK(json.get_bool("b", "f"));
+    CHECK(json.find("none") == nullptr);
+    auto error = [&](auto action) { return files_test::error_of(action); };
+    CHECK(error([&] { json.get_int("none", "f"); }) == "f: \"none\" is missing");
+    CHECK(error([&] { json.get_int("s", "f"); }) == "f: \"s\" must be a number, found a string");
+    CHECK(error([&] { json.get_int("x", "f", 0, 9); }) ==
+          "f: \"x\" must be an integer from 0 to 9, found 0.5");
+    CHECK(error([&] { json.get_int("n", "f", 5, 9); }) ==
+          "f: \"n\" must be an integer from 5 to 9, found 4");
+}
+
+TEST_CASE("json: large and hostile texts take linear time and bounded depth") {
+    using namespace tinygpt;
+    const auto start = std::chrono::steady_clock::now();
+    std::string vocabulary = "{";
+    for (int i = 0; i < 50257; i++)
+        vocabulary += format("%s\"word%d\": %d", i ? ", " : "", i * 7, i);
+    Json json = Json::parse(vocabulary + "}", "vocab.json");
+    REQUIRE(json.members.size() == 50257);
+    CHECK(json.members[50256].second.integer == 50256);
+    std::string twice = vocabulary + ", \"word0\": 1}";
+    auto error = [](const std::string& text, JsonLimits limits = {}) {
+        return files_test::error_of([&] { Json::parse(text, "x", limits); });
+    };
+    CHECK(files_test::contains(error(twice), "\"word0\" twice"));
+    CHECK(error(std::string(64, '[') + std::string(64, ']')) == "");
+    CHECK(files_test::contains(error(std::string(65, '[') + std::string(65, ']')), "64 levels"));
+    CHECK(files_test::contains(error(std::string(1'000'000, '[')), "64 levels"));
+    std::string objects;
+    for (int i = 0; i < 100'000; i++) objects += "{\"a\":";
+    CHECK(files_test::contains(error(objects), "64 levels"));
+    CHECK(files_test::contains(error("\"" + std::string(1'000'000, 'x')), "the rest of a string"));
+    CHECK(error(std::string(1'000'000, '1')) != "");  // a number with a million digits
+    CHECK(files_test::contains(error("[1,2,3]", {.depth = 64, .values = 3}), "more than 3 values"));
+    std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    CHECK(seconds.count() < 5);  // 0.05 s; a quadratic step anywhere takes minutes
+}
+
+TEST_CASE("json: no mutation of a text makes the parser do anything but read or refuse it") {
+    using namespace tinygpt;
+    const std::string good =
+        R"({"a":[1,-2.5e3,true,false,null],"b\u0041\ud83d\ude00":{"c":"\n\t\"","d":{}},"e":""})";
+    const std::string alphabet = "{}[]\",:\\u0d8-+.eE1 \n\xff\xc3";
+    int accepted = 0;
+    for (uint64_t i = 0; i < 20'000; i++) {
+        std::string text = good;
+        for (uint64_t change = 0; change <= random_bits(i, 0) % 3; change++) {
+            size_t place = random_bits(i, 3 * change + 1) % text.size();
+            char c = alphabet[random_bits(i, 3 * change + 2) % alphabet.size()];
+            switch (random_bits(i, 3 * change + 3) % 3) {
+                case 0: text[place] = c; break;
+                case 1: text.insert(place, 1, c); break;
+                default: text.erase(place, 1 + random_bits(i, 99) % 5);
+            }
+            if (text.empty()) text = "[";
+        }
+        std::string message = files_test::error_of([&] {
+            std::string written = Json::parse(text, "x").write();
+            CHECK(Json::parse(written, "x").write() == written);
+            accepted++;
+        });
+        CHECK((message.empty() || message.rfind("x: not valid JSON: line ", 0) == 0));
+    }
+    CHECK(accepted > 500);
+    CHECK(accepted < 15'000);
+}
+
+TEST_CASE("safetensors: a file is what the format says, byte for byte") {
+    using namespace tinygpt;
+    files_test::Scratch scratch;
+    const std::vector<float> b = {1.0f, -2.0f}, a = {0.5f, 3.0f, 1.0e-3f};
+    const std::vector<double> d = {0.1};
+    const std::vector<int64_t> n = {-1};
+    const std::vector<TensorToWrite> tensors = {
+        tensor_to_write("h", {3, 1}, a.data(), "BF16"), tensor_to_write("b", {2}, b.data(), "F32"),
+        tensor_to_write("a", {3}, a.data(), "F32"), tensor_to_write("n", {1}, n.data(), "I64"),
+        tensor_to_write("d", {}, d.data(), "F64")};
+    std::string sum = write_safetensors(scratch / "f", tensors);
+    std::string header =
+        R"({"__metadata__":{"format":"pt"},)"
+        R"("d":{"dtype":"F64","shape":[],"data_offsets":[0,8]},)"
+        R"("n":{"dtype":"I64","shape":[1],"data_offsets":[8,16]},)"
+        R"("a":{"dtype":"F32","shape":[3],"data_offsets":[16,28]},)"
+        R"("b":{"dtype":"F32","shape":[2],"data_offsets":[28,36]},)"
+        R"("h":{"dtype":"BF16","shape":[3,1],"data_offsets":[36,42]}})";
+    header.append((8 - header.size() % 8) % 8, ' ');
+    // 1e-3 is 0x3a83126f: to the nearest bf16, 0x3a83.
+    std::string data = files_test::raw(d) + files_test::raw(n) + files_test::raw(a) +
+                       files_test::raw(b) + files_test::raw<uint16_t>({0x3f00, 0x4040, 0x3a83});
+    CHECK(read_file(scratch / "f") == files_test::safetensors_bytes(header, data));
+    CHECK(sum == file_digest<Checksum>(scratch / "f"));
+}
+
+TEST_CASE("safetensors: GPT-2 small has the published size") {
+    using namespace tinygpt;
+    // 8 + 14,968 + 497,759,232 bytes in F32, 248,894,656 in BF16: 148 tensors, name-sorted.
+    for (auto& [dtype, bytes] : {std::pair("F32", size_t(497'774'208)), {"BF16", 248'894'656}}) {
+        std::vector<TensorToWrite> tensors;
+        Layout layout = layout_of({12, 12, 768, 1024, 50257, false, 0.0f});
+        for (const TensorInfo& info : layout.tensors)
+            tensors.push_back({name_in_checkpoint(info.name), dtype, info.shape, nullptr});
+        std::sort(tensors.begin(), tensors.end(), [](auto& a, auto& b) { return a.name < b.name; });
+        CHECK(tensors.size() == 148);
+        CHECK(safetensors_header(tensors).size() + layout.count * dtype_bytes(dtype) == bytes);
+    }
+}
+
+TEST_CASE("safetensors: every type of weight is read exactly, on any number of threads") {
+    using namespace tinygpt;
+    files_test::Scratch scratch;
+    const size_t count = 1'000'003;  // several pieces, the last one ragged
+    std::vector<double> values(count);
+    for (size_t i = 0; i < count; i++) values[i] = 0.02 * random_normal(5, i);
+    std::vector<double> back(count);
+    std::vector<float> narrow(count);
+    for (const char* dtype : {"F64", "F32", "BF16"}) {
+        CAPTURE(dtype);
+        write_safetensors(scratch / "f",
+                          {tensor_to_write("w", {int64_t(count)}, values.data(), dtype)});
+        SafetensorsFile file(scratch / "f");
+        CHECK(file.metadata.at(0) == std::pair<std::string, std::string>("format", "pt"));
+        REQUIRE(file.tensors.size() == 1);
+        CHECK(file.find("w") == &file.tensors[0]);
+        CHECK(file.find("v") == nullptr);
+        for (int threads : {1, 3}) {
+            omp_set_num_threads(threads);
+            std::fill(back.begin(), back.end(), 0.0);
+            std::fill(narrow.begin(), narrow.end(), 0.0f);
+            file.read(file.tensors[0], back.data());
+            file.read(file.tensors[0], narrow.data());
+            bool equal = true, equal_narrow = true;
+            for (size_t i = 0; i < count; i++) {
+                double x = dtype[0] == 'B' ? float(bf16(float(values[i])))
+                           : dtype[1] == '3' ? float(values[i]) : values[i];
+                equal = equal && back[i] == x;
+                equal_narrow = equal_narrow && narrow[i] == float(x);
+            }
+            CHECK(equal);
+            CHECK(equal_narrow);
+        }
+    }
+    omp_set_num_threads(omp_get_num_procs());
+    // Halves: 1, -2, 65504 (largest), 2^-14 (smallest normal), 2^-24 (smallest), -0.
+    std::string header = "{" + files_test::entry("w", "F16", "[2,3]", "[0,12]") + "}";
+    std::vector<uint16_t> halves = {0x3c00, 0xc000, 0x7bff, 0x0400, 0x0001, 0x8000};
+    write_file(scratch / "h", files_test::safetensors_bytes(header, files_test::raw(halves)));
+    float w[6];
+    SafetensorsFile file(scratch / "h");
+    file.read(file.tensors[0], w);
+    const float expected[] = {1, -2, 65504, 0x1p-14f, 0x1p-24f, -0.0f};
+    CHECK(std::memcmp(w, expected, sizeof w) == 0);
+    for (uint32_t half = 0; half < 0x7c00; half++) {  // in order, and the sign is a sign
+        if (half > 0) REQUIRE(half_to_float(uint16_t(half)) > half_to_float(uint16_t(half - 1)));
+        REQUIRE(half_to_float(uint16_t(half | 0x8000)) == -half_to_float(uint16_t(half)));
+    }
+    CHECK(std::isinf(half_to_float(0xfc00)));
+    CHECK(std::isnan(half_to_float(0x7e00)));
+}
+
+TEST_CASE("safetensors: unusual files that follow the rules are read") {
+    using namespace tinygpt;
+    using files_test::entry;
+    files_test::Scratch scratch;
+    const std::string eight(8, '\0');
+    const std::pair<std::string, std::string> list[] = {
+        {"{}", ""},
+        {"{}      ", ""},
+        {"{\"__metadata__\":{}}", ""},
+        {"{ \"a\" : {\"shape\":[ 2 ],\n\"data_offsets\":[0,8],\"dtype\":\"F32\"} }   ", eight},
+        {"{" + entry("a", "F32", "[]", "[4,8]") + "," + entry("b", "I32", "[1,1]", "[0,4]") + "}",
+         eight},
+        {"{" + entry("z", "F32", "[0]", "[0,0]") + "," + entry("a", "F64", "[1]", "[0,8]") + "}",
+         eight},
+        {"{" + entry("a", "F64", "[1]", "[0,8]") + "," + entry("z", "F32", "[5,0]", "[8,8]") + "}",
+         eight},
+        {"{" + entry("a", "BOOL", "[8]", "[0,8]") + "}", eight},
+        {"{" + entry("a\\n\\u0120", "U16", "[2,2]", "[0,8]") + "}", eight},
+    };
+    for (auto& [json, data] : list) {
+        const std::string header = json;
+        CAPTURE(header);
+        files_test::put_file(scratch / "f", files_test::safetensors_bytes(header, data));
+        CHECK(files_test::error_of([&] { SafetensorsFile file(scratch / "f"); }) == "");
+    }
+}
+
+TEST_CASE("safetensors: each rule of the format broken once is refused, by name and at once") {
+    using namespace tinygpt;
+    using files_test::entry, files_test::little_endian, files_test::safetensors_bytes;
+    files_test::Scratch scratch;
+    const std::string path = scratch / "model.safetensors", data(24, '\0');
+    const std::string a = entry("a", "F32", "[2,2]", "[0,16]");
+    const std::string b = entry("b", "F32", "[2]", "[16,24]");
+    const std::string good = "{" + a + "," + b + "}";
+    const std::string whole = safetensors_bytes(good, data);
+    auto pair = [&](const std::string& one, const std::string& two) {
+        return safetensors_bytes("{" + one + "," + two + "}", data);
+    };
+    auto with_a = [&](const char* dtype, const char* shape, const char* offsets) {
+        return pair(entry("a", dtype, shape, offsets), b);
+    };
+    auto header = [&](const std::string& text) { return safetensors_bytes(text, data); };
+    auto length = [&](uint64_t n) { return little_endian(n) + whole.substr(8); };
+    std::string many = "{";
+    for (int i = 0; i < 30'000; i++)
+        many += (i ? "," : "") + entry("t" + std::to_string(i), "F32", "[6]", "[0,24]");
+    std::string nested = "{\"a\":";
+    for (int i = 0; i < 100'000; i++) nested += "[";
+
+    const std::tuple<const char*, std::string, const char*> list[] = {
+        // The length
+        {"empty file", "", "at least 10 bytes, found 0"},
+        {"seven bytes", whole.substr(0, 7), "at least 10 bytes, found 7"},
+        {"length only", whole.substr(0, 8), "cut short"},
+        {"cut in the header", whole.substr(0, 40), "cut short"},
+        {"cut at the header's last byte", whole.substr(0, 8 + good.size() - 1), "cut short"},
+        {"length 0", length(0), "must begin with '{'"},
+        {"length one more than the file", length(whole.size() - 7), "cut short"},
+        {"length 100000000", length(100'000'000), "cut short"},
+        {"length 100000001", length(100'000'001), "the format allows 100000000"},
+        {"length 2^31", length(1ull << 31), "the format allows"},
+        {"length 2^32", length(1ull << 32), "the format allows"},
+        {"length 2^63 - 1", length(INT64_MAX), "the format allows"},
+        {"length 2^63", length(1ull << 63), "the format allows"},
+        {"length 2^64 - 8", length(0 - 8ull), "the format allows"},
+        {"length 2^64 - 1", length(UINT64_MAX), "the format allows"},
+        {"length too short", length(good.size() - 1), "not valid JSON"},
+        {"length reaches into the data", length(good.size() + 8), "must end with '}'"},
+        {"big-endian length", length(uint64_t(good.size()) << 56), "the format allows"},
+        {"a header of 5 MB", safetensors_bytes("{}" + std::string(5'000'000, ' '), ""),
+         "a GPT-2 needs less than"},
+        // The JSON
+        {"space first", header(" " + good), "must begin with '{'"},
+        {"byte-order mark first", header("\xef\xbb\xbf" + good), "must begin with '{'"},
+        {"an array", header("[" + good + "]"), "must begin with '{'"},
+        {"padding of NUL", header(good + std::string(4, '\0')), "must end with '}'"},
+        {"padding of newlines", header(good + "\n"), "must end with '}'"},
+        {"two objects", header(good + good), "not valid JSON"},
+        {"a comma too many", header("{" + a + "," + b + ",}"), "not valid JSON"},
+        {"a comma missing", header("{" + a + b + "}"), "not valid JSON"},
+        {"a brace missing", header("{" + a + "," + b.substr(0, b.size() - 1) + "}"),
+         "not valid JSON"},
+        {"single quotes", header("{'a':1}"), "not valid JSON"},
+        {"a comment", header("{/**/}"), "not valid JSON"},
+        {"invalid UTF-8 in a name", pair(a, entry("\xc3(", "F32", "[2]", "[16,24]")),
+         "invalid UTF-8"},
+        {"half a surrogate pair", pair(a, entry("\\ud800", "F32", "[2]", "[16,24]")), "surrogate"},
+        {"NUL in a name", pair(a, entry(std::string(1, '\0'), "F32", "[2]", "[16,24]")),
+         "not valid JSON"},
+        {"a name twice", pair(a, entry("a", "F32", "[2]", "[16,24]")), "\"a\" twice"},
+        {"a name twice, escaped", pair(a, entry("\\u0061", "F32", "[2]", "[16,24]")),
+         "\"a\" twice"},
+        {"dtype twice", header("{" + a.substr(0, a.size() - 1) + ",\"dtype\":\"F32\"}," + b + "}"),
+         "\"dtype\" twice"},
+        {"100000 levels", safetensors_bytes(nested + "}", ""), "more than 8 levels"},
+        {"metadata: a number", header("{\"__metadata__\":{\"x\":1}," + a + "," + b + "}"),
+         "\"x\" must be a string"},
+        {"metadata: an object", header("{\"__metadata__\":{\"x\":{}}," + a + "," + b + "}"),
+         "\"x\" must be a string"},
+        {"metadata: null", header("{\"__metadata__\":null," + a + "," + b + "}"),
+         "must be an object"},
+        {"metadata twice", header("{\"__metadata__\":{},\"__metadata__\":{}," + a + "," + b + "}"),
+         "twice"},
+        // A tensor's description
+        {"a tensor that is a number", pair(a, "\"b\":7"), "\"b\": must be an object"},
+        {"a tensor that is null", pair(a, "\"b\":null"), "\"b\": must be an object"},
+        {"no dtype", pair(a, R"("b":{"shape":[2],"data_offsets":[16,24]})"),
+         "\"dtype\" is missing"},
+        {"no shape", pair(a, R"("b":{"dtype":"F32","data_offsets":[16,24]})"),
+         "\"shape\" is missing"},
+        {"no offsets", pair(a, R"("b":{"dtype":"F32","shape":[2]})"),
+         "\"data_offsets\" is missing"},
+        {"a key too many", pair(a, b.substr(0, b.size() - 1) + ",\"strides\":[1]}"),
+         "unknown key \"strides\""},
+        {"unknown dtype", with_a("F128", "[2,2]", "[0,16]"), "unknown dtype \"F128\""},
+        {"dtype in small letters", with_a("f32", "[2,2]", "[0,16]"), "unknown dtype \"f32\""},
+        {"empty dtype", with_a("", "[2,2]", "[0,16]"), "unknown dtype \"\""},
+        {"dtype with bars", with_a("U16|F16", "[2,2]", "[0,8]"), "unknown dtype"},
+        {"dtype a number", pair(R"("a":{"dtype":4,"shape":[],"data_offsets":[0,16]})", b),
+         "\"dtype\" must be a string"},
+        {"shape a number", with_a("F32", "4", "[0,16]"), "\"shape\" must be an array"},
+        {"shape of strings", with_a("F32", "[\"2\",2]", "[0,16]"), "shape must be integers"},
+        {"shape negative", with_a("F32", "[-2,-2]", "[0,16]"), "shape must be integers"},
+        {"shape -1", with_a("F32", "[-1]", "[0,16]"), "shape must be integers"},
+        {"shape a fraction", with_a("F32", "[2.0,2]", "[0,16]"), "shape must be integers"},
+        {"shape with an exponent", with_a("F32", "[4e0]", "[0,16]"), "shape must be integers"},
+        {"shape 2^53 + 1", with_a("F32", "[9007199254740993]", "[0,16]"), "shape must be integers"},
+        {"shape 2^64", with_a("F32", "[18446744073709551616]", "[0,16]"), "shape must be integers"},
+        {"shape wraps to 0", with_a("F32", "[4294967296,4294967296]", "[0,0]"), "overflows"},
+        {"shape wraps to 0, then 0", with_a("F32", "[4294967296,4294967296,0]", "[0,0]"),
+         "overflows"},
+        {"shape times size wraps", with_a("F32", "[2147483648,2147483648]", "[0,0]"), "overflows"},
+        {"shape wraps to 4", with_a("F32", "[4611686018427387905]", "[0,4]"), "shape must be"},
+        {"too many elements", with_a("F32", "[2,3]", "[0,16]"), "takes 24 bytes"},
+        {"too few elements", with_a("F32", "[2,1]", "[0,16]"), "takes 8 bytes"},
+        {"a wider type", with_a("F64", "[2,2]", "[0,16]"), "takes 32 bytes"},
+        {"a narrower type", with_a("BF16", "[2,2]", "[0,16]"), "takes 8 bytes"},
+        {"zero elements, 16 bytes", with_a("F32", "[0]", "[0,16]"), "takes 0 bytes"},
+        // The offsets
+        {"one offset", with_a("F32", "[2,2]", "[16]"), "must be two integers"},
+        {"three offsets", with_a("F32", "[2,2]", "[0,16,16]"), "must be two integers"},
+        {"offsets an object", with_a("F32", "[2,2]", "{}"), "\"data_offsets\" must be an array"},
+        {"offset negative", with_a("F32", "[2,2]", "[-16,0]"), "data_offsets must be integers"},
+        {"offset a fraction", with_a("F32", "[2,2]", "[0.0,16]"), "data_offsets must be integers"},
+        {"offset with an exponent", with_a("F32", "[2,2]", "[0,16e0]"),
+         "data_offsets must be integers"},
+        {"offset a string", with_a("F32", "[2,2]", "[\"0\",16]"), "data_offsets must be integers"},
+        {"offset null", with_a("F32", "[2,2]", "[null,16]"), "data_offsets must be integers"},
+        {"offset 2^53 + 2", with_a("F32", "[2,2]", "[9007199254740978,9007199254740994]"),
+         "data_offsets must be integers"},
+        {"offset 2^63 - 1", with_a("F32", "[2,2]", "[0,9223372036854775807]"),
+         "data_offsets must be integers"},
+        {"offset 2^64 - 16", with_a("F32", "[2,2]", "[18446744073709551600,0]"),
+         "data_offsets must be integers"},
+        {"begin after end", with_a("F32", "[2,2]", "[16,0]"), "end before they begin"},
+        {"out of the file", with_a("F32", "[2,2]", "[1000,1016]"), "hole"},
+        {"a hole before", pair(entry("a", "F32", "[1,2]", "[8,16]"), b), "hole"},
+        {"a hole between", pair(entry("a", "F32", "[3]", "[0,12]"), b), "hole"},
+        {"overlap by one", pair(a, entry("b", "U8", "[9]", "[15,24]")), "overlap"},
+        {"overlap, the same bytes", pair(entry("a", "F32", "[6]", "[0,24]"),
+                                         entry("b", "F32", "[6]", "[0,24]")), "overlap"},
+        {"an empty tensor inside another", pair(a, entry("b", "F32", "[0]", "[8,8]")), "overlap"},
+        {"30000 tensors in the same bytes", safetensors_bytes(many + "}", data), "values"},
+        {"3000 tensors in the same bytes",
+         safetensors_bytes(many.substr(0, many.find(",\"t3000\"")) + "}", data), "overlap"},
+        {"bytes missing at the end", whole.substr(0, whole.size() - 1), "cut short or too long"},
+        {"no data at all", whole.substr(0, 8 + good.size()), "cut short or too long"},
+        {"a byte too many", whole + '\0', "cut short or too long"},
+        {"two files in one", whole + whole, "cut short or too long"},
+        {"data without tensors", header("{}"), "cut short or too long"},
+        {"something else", "PK\x03\x04 this is a zip archive", "the format allows"},
+        {"a page", "<!DOCTYPE html><html>404</html>", "the format allows"},
+        {"a git-lfs pointer", "version https://git-lfs.github.com/spec/v1\n", "the format allows"},
+    };
+    files_test::put_file(path, whole);
+    REQUIRE(files_test::error_of([&] { SafetensorsFile file(path); }) == "");
+    int count = 0;
+    for (auto& [name, bytes, reason] : list) {
+        const std::string what = name;
+        CAPTURE(what);
+        files_test::put_file(path, bytes);
+        auto start = std::chrono::steady_clock::now();
+        std::string message = files_test::error_of([&] { SafetensorsFile file(path); });
+        std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+        CAPTURE(message);
+        CHECK(files_test::is_refusal(message, path, reason));
+        CHECK(seconds.count() < 1);  // under 0.1 s; the rest is for sanitizers and busy machines
+        count++;
+    }
+    CHECK(count >= 60);
+    // Cut at any byte, it is refused; so is a folder in the file's place.
+    for (size_t bytes = 0; bytes < whole.size(); bytes++) {
+        CAPTURE(bytes);
+        files_test::put_file(path, whole.substr(0, bytes));
+        std::string message = files_test::error_of([&] { SafetensorsFile file(path); });
+        CHECK(files_test::is_refusal(message, path, ""));
+    }
+    std::string message = files_test::error_of([&] { SafetensorsFile file(scratch.folder); });
+    CHECK(files_test::is_refusal(message, scratch.folder, "expected a file"));
+    REQUIRE(::mkfifo((scratch / "pipe").c_str(), 0600) == 0);  // must not wait for a writer
+    message = files_test::error_of([&] { SafetensorsFile file(scratch / "pipe"); });
+    CHECK(files_test::is_refusal(message, scratch / "pipe", "expected a file"));
+}
+
+TEST_CASE("safetensors: no changed byte of a header reads outside the file or is missed") {
+    using namespace tinygpt;
+    files_test::Scratch scratch;
+    const std::vector<float> w = {1, 2, 3, 4, 5, 6};
+    write_safetensors(scratch / "f", {tensor_to_write("a", {2, 2}, w.data(), "F32"),
+                                      tensor_to_write("b", {2}, w.data(), "F32")});
+    const std::string whole = read_file(scratch / "f");
+    const size_t header = whole.size() - 24;
+    for (uint64_t i = 0; i < 4000; i++) {
+        std::string bytes = whole;
+        bytes[random_bits(i, 1) % header] = char(random_bits(i, 2));
+        files_test::put_file(scratch / "g", bytes);
+        std::string message = files_test::error_of([&] {
+            SafetensorsFile file(scratch / "g");
+            uint64_t covered = 0;
+            for (const StoredTensor& tensor : file.tensors) {
+                REQUIRE(tensor.end <= bytes.size());
+                covered += tensor.end - tensor.begin;
+            }
+            CHECK(covered == 24);
+        });
+        CHECK((message.empty() || files_test::is_refusal(message, scratch / "g", "")));
+    }
+}
+
+TEST_CASE("safetensors: NaN and infinity are neither read nor written") {
+    using namespace tinygpt;
+    files_test::Scratch scratch;
+    const std::string path = scratch / "f";
+    const float nan = std::numeric_limits<float>::quiet_NaN(), inf = HUGE_VALF;
+    auto read_it = [&](const std::string& dtype, const std::string& bytes) {
+        std::string size = std::to_string(bytes.size() / dtype_bytes(dtype));
+        std::string offsets = "[0," + std::to_string(bytes.size()) + "]";
+        std::string header =
+            "{" + files_test::entry("h.0.ln_1.weight", dtype, "[" + size + "]", offsets) + "}";
+        files_test::put_file(path, files_test::safetensors_bytes(header, bytes));
+        SafetensorsFile file(path);
+        std::vector<float> out(bytes.size() / dtype_bytes(dtype));
+        return files_test::error_of([&] { file.read(file.tensors[0], out.data()); });
+    };
+    std::vector<float> late(700'000, 1.0f);
+    late[699'999] = nan;
+    using files_test::raw;
+    const std::tuple<const char*, std::string, const char*> list[] = {
+        {"F32", raw<float>({1, nan}), "NaN in tensor \"h.0.ln_1.weight\", element 1"},
+        {"F32", raw<float>({-inf, nan}), "infinity in tensor \"h.0.ln_1.weight\", element 0"},
+        {"F32", raw(late), "NaN in tensor \"h.0.ln_1.weight\", element 699999"},
+        {"F64", raw<double>({1, 2, double(nan)}), "NaN in tensor \"h.0.ln_1.weight\", element 2"},
+        {"F64", raw<double>({1e300}), "infinity in tensor \"h.0.ln_1.weight\", element 0"},
+        {"BF16", raw<uint16_t>({0x3f80, 0x7fc0}), "NaN in tensor \"h.0.ln_1.weight\", element 1"},
+        {"BF16", raw<uint16_t>({0x3f80, 0xff80}), "infinity in tensor \"h.0.ln_1.weight\""},
+        {"F16", raw<uint16_t>({0x7e00}), "NaN in tensor \"h.0.ln_1.weight\", element 0"},
+        {"F16", raw<uint16_t>({0x7c00}), "infinity in tensor \"h.0.ln_1.weight\""},
+        {"I64", raw<int64_t>({1}), "expected type F32, BF16, F16 or F64, found I64"},
+        {"F8_E4M3", "x", "expected type F32, BF16, F16 or F64, found F8_E4M3"},
+    };
+    for (auto& [dtype, bytes, reason] : list) {
+        std::string message = read_it(dtype, bytes);
+        CAPTURE(message);
+        CHECK(files_test::is_refusal(message, path, reason));
+    }
+    CHECK(read_it("F32", raw<float>({1, -3.4028235e38f, 1e-45f})) == "");
+    files_test::put_file(path, "the old bytes");
+    for (const char* dtype : {"F32", "BF16", "F64"})
+        for (float bad : {nan, -inf}) {
+            std::vector<float> w(300'000, 1.0f);
+            w[299'999] = bad;
+            const TensorToWrite tensor = tensor_to_write("w", {300'000}, w.data(), dtype);
+            std::string message = files_test::error_of([&] { write_safetensors(path, {tensor}); });
+            CHECK(files_test::is_refusal(message, path, "NaN or infinity in tensor \"w\""));
+            CHECK(read_file(path) == "the old bytes");
+        }
+    CHECK(list_folder(scratch.folder).size() == 1);
+}
+
+TEST_CASE("safetensors: a file that shrinks after it was opened is an error, not a crash") {
+    using namespace tinygpt;
+    files_test::Scratch scratch;
+    std::vector<float> w(300'000, 1.0f);
+    write_safetensors(scratch / "f", {tensor_to_write("w", {300'000}, w.data(), "F32")});
+    SafetensorsFile file(scratch / "f");
+    REQUIRE(::truncate((scratch / "f").c_str(), 1000) == 0);
+    std::string message = files_test::error_of([&] { file.read(file.tensors[0], w.data()); });
+    CHECK(files_test::is_refusal(message, scratch / "f", "became shorter"));
+}
+
+TEST_CASE("checkpoints: every way of naming GPT-2's tensors is understood") {
+    using namespace tinygpt;
+    files_test::Scratch scratch;
+    const std::string path = scratch / "model.safetensors";
+    Config untied = files_test::tiny_config;
+    untied.untied_head = true;
+    for (const Config& config : {files_test::tiny_config, untied})
+        for (bool prefix : {false, true})
+            for (bool extras : {false, true}) {
+                files_test::Weights weights(config, prefix);
+                const std::string start = prefix ? "transformer." : "";
+                if (extras) {
+                    weights.add(start + "h.0.attn.bias", {1, 1, 4, 4});
+                    weights.add(start + "h.1.attn.masked_bias", {});
+                    if (!config.untied_head) weights.add("lm_head.weight", {11, 8});
+                }
+                write_safetensors(path, weights.tensors);
+                SafetensorsFile file(path);
+                auto found = match_tensors(file, weights.layout.tensors);
+                REQUIRE(found.size() == weights.layout.tensors.size());
+                std::vector<float> back(weights.layout.size);
+                for (size_t i = 0; i < found.size(); i++) {
+                    const TensorInfo& info = weights.layout.tensors[i];
+                    CHECK(found[i]->name == (prefix ? name_in_checkpoint(info.name) : info.name));
+                    file.read(*found[i], back.data() + info.offset);
+                }
+                CHECK(back == weights.values);
+            }
+}
+
+TEST_CASE("checkpoints: a missing, extra or misshapen tensor is named with what was expected") {
+    using namespace tinygpt;
+    files_test::Scratch scratch;
+    const std::string path = scratch / "model.safetensors";
+    Config untied = files_test::tiny_config;
+    untied.untied_head = true;
+    using W = files_test::Weights;
+    using Change = std::function<void(W&)>;
+    const std::string p = "transformer.";
+    const std::tuple<Config, Change, const char*> list[] = {
+        {files_test::tiny_config, [&](W& w) { w.remove(p + "wpe.weight"); },
+         "tensor \"wpe.weight\" is missing: expected shape [4, 8]"},
+        {files_test::tiny_config, [&](W& w) { w.remove(p + "h.1.mlp.c_fc.bias"); },
+         "tensor \"h.1.mlp.c_fc.bias\" is missing: expected shape [32]"},
+        {untied, [&](W& w) { w.remove("lm_head.weight"); },
+         "tensor \"lm_head.weight\" is missing: expected shape [11, 8]"},
+        {files_test::tiny_config, [&](W& w) { w.add("lm_head.weight", {8, 11}); },
+         "tensor \"lm_head.weight\": expected shape [11, 8], found [8, 11]"},
+        {files_test::tiny_config, [&](W& w) { w.add("lm_head.bias", {11}); },
+         "tensor \"lm_head.bias\": unexpected"},
+        {files_test::tiny_config, [&](W& w) { w.add(p + "h.2.ln_1.weight", {8}); },
+         "tensor \"transformer.h.2.ln_1.weight\": unexpected"},
+        {files_test::tiny_config, [&](W& w) { w.add("score.weight", {2, 8}); },
+         "tensor \"score.weight\": unexpected"},
+        {files_test::tiny_config, [&](W& w) { w.add(p + "h.0.attn.biases", {1}); },
+         "tensor \"transformer.h.0.attn.biases\": unexpected"},
+        {files_test::tiny_config, [&](W& w) { w.add(p + "h..attn.bias", {1}); }, "unexpected"},
+        {files_test::tiny_config, [&](W& w) { w.add("model.wte.weight", {11, 8}); }, "unexpected"},
+        {files_test::tiny_config, [&](W& w) { w.add("bad\nname", {1}); }, "tensor \"bad\\nname\""},
+        {files_test::tiny_config, [&](W& w) { w.add(std::string(5000, 'n'), {1}); },
+         "nnn\"...: unexpected"},
+        {files_test::tiny_config, [&](W& w) { w.add("wte.weight", {11, 8}); }, "there twice"},
+        {files_test::tiny_config, [&](W& w) { w.at(p + "wte.weight").shape = {8, 11}; },
+         "tensor \"transformer.wte.weight\": expected shape [11, 8], found [8, 11]"},
+        {files_test::tiny_config, [&](W& w) { w.at(p + "h.0.attn.c_attn.weight").shape = {24, 8}; },
+         "expected shape [8, 24], found [24, 8]"},
+        {files_test::tiny_config, [&](W& w) { w.at(p + "ln_f.weight").shape = {1, 8}; },
+         "expected shape [8], found [1, 8]"},
+        {files_test::tiny_config, [&](W& w) { w.at(p + "ln_f.bias").shape = {}; },
+         "expected shape [8], found []"},
+        {files_test::tiny_config, [&](W& w) { w.at(p + "ln_f.bias").shape = {0}; },
+         "expected shape [8], found [0]"},
+    };
+    for (auto& [config, change, reason] : list) {
+        W weights(config);
+        change(weights);
+        write_safetensors(path, weights.tensors);
+        SafetensorsFile file(path);
+        std::string message =
+            files_test::error_of([&] { match_tensors(file, weights.layout.tensors); });
+        CAPTURE(message);
+        CHECK(files_test::is_refusal(message, path, reason));
+    }
+}
+
+TEST_CASE("checkpoints: a folder without model.safetensors gets an answer that helps") {
+    using namespace tinygpt;
+    files_test::Scratch scratch;
+    const std::string folder = scratch.folder, none = scratch / "none";
+    auto error = [](const std::string& path) {
+        return files_test::error_of([&] { find_weights(path); });
+    };
+    CHECK(files_test::is_refusal(error(none), none, "no such folder"));
+    CHECK(files_test::is_refusal(error(folder), folder, "found no such file"));
+    files_test::put_file(scratch / "pytorch_model.bin", "x");
+    CHECK(files_test::is_refusal(error(folder), folder, "found pytorch_model.bin; save the model"));
+    files_test::put_file(scratch / "model.safetensors", "x");
+    CHECK(find_weights(folder) == scratch / "model.safetensors");
+}
+
+TEST_CASE("config.json: written here it is read here; Hugging Face's own is understood") {
+    using namespace tinygpt;
+    files_test::Scratch scratch;
+    const std::string path = scratch / "config.json";
+    auto same = [](const Config& a, const Config& b) {
+        return a.n_layer == b.n_layer && a.n_head == b.n_head && a.n_embd == b.n_embd &&
+               a.n_positions == b.n_positions && a.vocab_size == b.vocab_size &&
+               a.untied_head == b.untied_head;
+    };
+    for (bool untied_head : {false, true}) {
+        Config config{3, 2, 10, 7, 300, untied_head, 0.1f};
+        files_test::put_file(path, hf_config_text(config, 299, "float32"));
+        CHECK(same(read_hf_config(path).model, config));
+        CHECK(read_hf_config(path).end_of_text == 299);
+        files_test::put_file(path, hf_config_text(config, -1, "bfloat16"));
+        CHECK(read_hf_config(path).end_of_text == -1);
+        CHECK(files_test::contains(read_file(path), "\"attn_pdrop\": 0.1,"));
+        CHECK(files_test::contains(read_file(path), "\"eos_token_id\": null"));
+    }
+    // The fields of the published GPT-2, in an order of their own.
+    files_test::put_file(path, R"({"activation_function": "gelu_new", "attn_pdrop": 0.1,
+        "architectures": ["GPT2LMHeadModel"], "bos_token_id": 50256, "embd_pdrop": 0.1,
+        "eos_token_id": 50256,
+        "initializer_range": 0.02, "layer_norm_epsilon": 0.00001, "model_type": "gpt2",
+        "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024,
+        "resid_pdrop": 0.1,
+        "summary_activation": null, "summary_use_proj": true, "vocab_size": 50257,
+        "task_specific_params": {"text-generation": {"do_sample": true, "max_length": 50}}})");
+    CHECK(same(read_hf_config(path).model, {12, 12, 768, 1024, 50257, false, 0.0f}));
+}
+
+TEST_CASE("config.json: what this model does not do is refused by name") {
+    using namespace tinygpt;
+    files_test::Scratch scratch;
+    const std::string path = scratch / "config.json";
+    const std::string text = hf_config_text(files_test::tiny_config, 10, "float32");
+    const Json good = Json::parse(text, "x");
+    const std::tuple<const char*, const char*, const char*> list[] = {
+        {"model_type", "\"gpt_neo\"", "\"model_type\" is \"gpt_neo\": only \"gpt2\""},
+        {"activation_function", "\"gelu\"",
+         "\"activation_function\" is \"gelu\": only the tanh GELU"},
+        {"activation_function", "\"relu\"", "\"activation_function\" is \"relu\""},
+        {"activation_function", "7", "\"activation_function\" is 7"},
+        {"n_inner", "31", "\"n_inner\" is 31: only null or 4 n_embd"},
+        {"n_inner", "0", "\"n_inner\" is 0"},
+        {"n_ctx", "5", "\"n_ctx\" is 5: it must equal n_positions"},
+        {"layer_norm_epsilon", "1e-6", "\"layer_norm_epsilon\" is 1e-06: only 1e-5"},
+        {"layer_norm_epsilon", "0", "\"layer_norm_epsilon\" is 0"},
+        {"layer_norm_epsilon", "\"1e-5\"", "\"layer_norm_epsilon\" is \"1e-5\""},
+        {"scale_attn_weights", "false", "\"scale_attn_weights\" is false"},
+        {"scale_attn_by_inverse_layer_idx", "true", "\"scale_attn_by_inverse_layer_idx\" is true"},
+        {"reorder_and_upcast_attn", "true", "\"reorder_and_upcast_attn\" is true"},
+        {"add_cross_attention", "true", "\"add_cross_attention\" is true"},
+        {"is_encoder_decoder", "true", "\"is_encoder_decoder\" is true"},
+        {"quantization_config", "{\"bits\":4}", "\"quantization_config\" is {\"bits\":4}"},
+        {"pruned_heads", "{\"0\":[1]}", "\"pruned_heads\""},
+        {"tie_word_embeddings", "0", "\"tie_word_embeddings\" is 0: must be true or false"},
+        {"n_layer", "0", "\"n_layer\" must be an integer from 1 to 300, found 0"},
+        {"n_layer", "-2", "\"n_layer\" must be an integer"},
+        {"n_layer", "2.5", "\"n_layer\" must be an integer"},
+        {"n_layer", "2147483648", "\"n_layer\" must be an integer"},
+        {"n_layer", "1e300", "\"n_layer\" must be an integer"},
+        {"n_layer", "\"2\"", "\"n_layer\" must be a number, found a string"},
+        {"n_layer", "null", "\"n_layer\" must be a number, found null"},
+        {"n_head", "3", "\"n_head\" 3 does not divide \"n_embd\" 8"},
+        {"n_head", "0", "\"n_head\" must be an integer from 1"},
+        {"n_embd", "4294967304", "\"n_embd\" must be an integer"},
+        {"n_embd", "18446744073709551616", "\"n_embd\" must be an integer"},
+        {"n_positions", "0", "\"n_positions\" must be an integer"},
+        {"vocab_size", "0", "\"vocab_size\" must be an integer"},
+        {"vocab_size", "[11]", "\"vocab_size\" must be a number, found an array"},
+        {"eos_token_id", "11", "\"eos_token_id\" must be null or below vocab_size"},
+        {"eos_token_id", "-1", "\"eos_token_id\" must be null or below vocab_size"},
+        {"eos_token_id", "\"x\"", "\"eos_token_id\" must be null or below vocab_size"},
+    };
+    for (auto& [key, text_of_value, reason] : list) {
+        const std::string value = text_of_value;
+        Json changed = good;
+        changed.set(key, Json::parse(value, "x"));
+        files_test::put_file(path, changed.write());
+        std::string message = files_test::error_of([&] { read_hf_config(path); });
+        CAPTURE(value);
+        CAPTURE(message);
+        CHECK(files_test::is_refusal(message, path, reason));
+    }
+    for (const char* key : {"n_layer", "n_head", "n_embd", "n_positions", "vocab_size"}) {
+        Json changed = good;
+        for (size_t i = 0; i < changed.members.size(); i++)
+            if (changed.members[i].first == key)
+                changed.members.erase(changed.members.begin() + std::ptrdiff_t(i));
+        files_test::put_file(path, changed.write());
+        std::string message = files_test::error_of([&] { read_hf_config(path); });
+        CHECK(message == path + ": \"" + key + "\" is missing");
+    }
+    for (const char* text : {"", "[]", "7", "{", "{\"n_layer\": 2, \"n_layer\": 2}", "<html>"}) {
+        files_test::put_file(path, text);
+        std::string message = files_test::error_of([&] { read_hf_config(path); });
+        CHECK(files_test::is_refusal(message, path, ""));
+    }
+    files_test::put_file(path, "{\"x\":\"" + std::string(2'000'000, 'x') + "\"}");
+    std::string message = files_test::error_of([&] { read_hf_config(path); });
+    CHECK(files_test::is_refusal(message, path, "at most 1000000 bytes"));
+}
+
+// §12: the command line, config files, help and echo.
+
+namespace options_test {
+
+using namespace tinygpt;
+using Arguments = std::vector<std::string>;
+
+// The message of a refusal; "" where the arguments are accepted. Any other
+// exception fails the test.
+std::string refusal(const Arguments& arguments) {
+    try {
+        parse_options(arguments);
+    } catch (const Error& error) {
+        CHECK(error.status == 2);
+        return error.what();
+    }
+    return "";
+}
+bool has(const std::string& text, const std::string& part) {
+    return text.find(part) != std::string::npos;
+}
+
+const Option& option(const std::string& name) {
+    for (const Option& entry : option_table())
+        if (entry.name == name) return entry;
+    FAIL("no option " << name);
+    return option_table()[0];
+}
+// A command that takes the option.
+std::string command_of(const Option& entry) {
+    return split_at(split_at(command_name(entry.commands), ',')[0], ' ')[0];
+}
+// What the option has after `--name value`; the message of the refusal where it
+// is refused.
+std::string value_after(const Option& entry, const std::string& value) {
+    const Arguments arguments = {command_of(entry), "--" + std::string(entry.name) + "=" + value};
+    try {
+        Options o;
+        const auto all = split_arguments(arguments, 1, find_command(arguments[0]));
+        for (const Assignment& a : all) assign(o, a);
+        return value_text(o, entry);
+    } catch (const Error& error) {
+        CHECK(error.status == 2);
+        return error.what();
+    }
+}
+
+// A config file that is gone at the end of its scope.
+struct ConfigFile {
+    std::string path;
+    explicit ConfigFile(const std::string& text)
+        : path((std::filesystem::temp_directory_path() /
+                ("tinygpt_options_" + std::to_string(getpid())))
+                   .string()) {
+        std::ofstream(path, std::ios::binary) << text;
+    }
+    ~ConfigFile() { std::filesystem::remove(path); }
+};
+
+const std::vector<std::string> kDocumented = {"data",
+                                              "train-shards",
+                                              "val-shards",
+                                              "model",
+                                              "n-layer",
+                                              "n-head",
+                                              "n-embd",
+                                              "n-positions",
+                                              "vocab-size",
+                                              "dropout",
+                                              "untied-head",
+                                              "init-from",
+                                              "resume",
+                                              "override",
+                                              "output",
+                                              "seed",
+                                              "threads",
+                                              "precision",
+                                              "batch-size",
+                                              "seq-len",
+                                              "grad-accum-steps",
+                                              "shuffle",
+                                              "overfit-batch",
+                                              "max-steps",
+                                              "epochs",
+                                              "max-minutes",
+                                              "learning-rate",
+                                              "min-lr-fraction",
+                                              "schedule",
+                                              "warmup-steps",
+                                              "weight-decay",
+                                              "beta1",
+                                              "beta2",
+                                              "eps",
+                                              "grad-clip",
+                                              "log-interval",
+                                              "eval-interval",
+                                              "eval-batches",
+                                              "sample-interval",
+                                              "prompt",
+                                              "tensor-stats-interval",
+                                              "patience",
+                                              "save-interval",
+                                              "keep",
+                                              "on-nan",
+                                              "skip-outliers",
+                                              "prompt-file",
+                                              "max-new-tokens",
+                                              "num-samples",
+                                              "temperature",
+                                              "top-k",
+                                              "top-p",
+                                              "show-top",
+                                              "hellaswag",
+                                              "config",
+                                              "help"};
+
+}  // namespace options_test
+
+TEST_CASE("options: every documented option is in the table, once") {
+    using namespace options_test;
+    std::set<std::string> names;
+    for (const Option& entry : option_table()) {
+        CHECK_MESSAGE(names.insert(entry.name).second, entry.name);
+        CHECK(entry.commands != 0);
+        CHECK(std::string(entry.help).size() > 0);
+    }
+    CHECK(names == std::set<std::string>(kDocumented.begin(), kDocumented.end()));
+}
+
+TEST_CASE("options: no two options share a member") {
+    using namespace options_test;
+    // Setting one option changes the text of that one only.
+    for (const Option& entry : option_table()) {
+        Options o;
+        const std::string before = value_text(o, entry);
+        std::string value = entry.range.choice ? split_at(entry.range.words, '|').back() : "1";
+        if (value == before) value = "0";
+        const bool number = !entry.is_switch() && entry.range.words.empty();
+        if (number && !entry.range.contains(std::stod(value)))
+            value = entry.range.low > 0 ? "2" : "0.5";
+        assign(o, {&entry, value, ""});
+        const Options defaults;
+        for (const Option& other : option_table())
+            CHECK_MESSAGE(
+                (value_text(o, other) != value_text(defaults, other)) == (&other == &entry),
+                entry.name << " and " << other.name);
+    }
+}
+
+TEST_CASE("options: nothing given means train with the defaults") {
+    using namespace options_test;
+    const Options o = parse_options({});
+    CHECK(o.command == kTrain);
+    CHECK_FALSE(o.command_given);
+    CHECK(o.set_names.empty());
+    CHECK(o.data == "data/stories");
+    CHECK(o.model == "tiny");
+    CHECK(o.max_steps > 0);
+    CHECK(o.shuffle);
+    CHECK(o.schedule == Schedule::cosine);
+}
+
+TEST_CASE("options: the two forms, switches, and - for _") {
+    using namespace options_test;
+    CHECK(parse_options({"--batch-size", "7"}).batch_size == 7);
+    CHECK(parse_options({"--batch-size=7"}).batch_size == 7);
+    CHECK(parse_options({"--batch_size=7"}).batch_size == 7);
+    CHECK(parse_options({"train", "--grad_accum-steps", "3"}).grad_accum_steps == 3);
+    CHECK(parse_options({"--overfit-batch"}).overfit_batch);
+    CHECK(parse_options({"--overfit-batch", "--seed", "2"}).overfit_batch);
+    CHECK(parse_options({"--overfit-batch", "1"}).overfit_batch);
+    CHECK_FALSE(parse_options({"--shuffle", "0"}).shuffle);
+    CHECK_FALSE(parse_options({"--shuffle=0"}).shuffle);
+    CHECK(parse_options({"--shuffle=1"}).shuffle);
+    CHECK(parse_options({"--schedule", "wsd"}).schedule == Schedule::wsd);
+    CHECK(parse_options({"sample", "--prompt="}).prompt.empty());
+    CHECK(parse_options({"sample", "--prompt", ""}).given("prompt"));
+    CHECK(parse_options({"sample", "--prompt", "a = b # c"}).prompt == "a = b # c");
+    CHECK(parse_options({"sample", "--prompt=--x"}).prompt == "--x");
+    CHECK(parse_options({"--data=a=b"}).data == "a=b");
+    CHECK(parse_options({"--seed", "1000000000000000000"}).seed == 1000000000000000000u);
+    for (const char* bad : {"true", "false", "yes", "2", "01", "on"})
+        CHECK(refusal({"--shuffle", bad}) == "--shuffle must be 0 or 1, got " + std::string(bad));
+    CHECK(refusal({"--shuffle", "-1"}) == "--shuffle must be 0 or 1, got -1");
+}
+
+TEST_CASE("options: given twice the last counts, and all are checked") {
+    using namespace options_test;
+    CHECK(parse_options({"--batch-size", "7", "--batch_size=8"}).batch_size == 8);
+    CHECK(has(refusal({"--batch-size", "x", "--batch-size", "8"}), "must be a whole number"));
+    CHECK(has(refusal({"--batch-size", "8", "--batch-size", "0"}), "[1, 1000000], got 0"));
+}
+
+TEST_CASE("options: commands, and options of other commands") {
+    using namespace options_test;
+    for (const CommandName& c : command_table()) {
+        const Options o = parse_options({c.name});
+        CHECK(o.command == c.command);
+        CHECK(o.command_given);
+    }
+    CHECK(has(refusal({"smaple"}), "did you mean sample?"));
+    CHECK(has(refusal({"evl"}), "did you mean eval?"));
+    CHECK(has(refusal({""}), "unknown command \"\""));
+    CHECK(refusal({"sample", "--batch-size", "4"}) ==
+          "sample takes no option --batch-size; it is for train, eval, info, "
+          "bench");
+    CHECK(has(refusal({"--top-k", "4"}), "train takes no option --top-k; it is for sample"));
+    for (const Option& entry : option_table())
+        for (const CommandName& c : command_table()) {
+            const bool refused =
+                has(refusal({c.name, "--" + std::string(entry.name) + "=\n"}), "takes no option");
+            CHECK(refused == !(entry.commands & c.command));
+        }
+}
+
+TEST_CASE("options: an unknown name is answered with the nearest") {
+    using namespace options_test;
+    for (auto [typed, meant] :
+         {std::pair<const char*, const char*>{"learningrate", "learning-rate"},
+          {"lr", "learning-rate"},
+          {"batchsize", "batch-size"},
+          {"bs", "batch-size"},
+          {"steps", "max-steps"},
+          {"epoch", "epochs"},
+          {"drop-out", "dropout"},
+          {"seqlen", "seq-len"},
+          {"layers", "n-layer"},
+          {"wieght-decay", "weight-decay"},
+          {"outptu", "output"},
+          {"beta3", "beta1"},
+          {"thread", "threads"},
+          {"n-heads", "n-head"},
+          {"vocab", "vocab-size"},
+          {"-data", "data"}})
+        CHECK(refusal({"--" + std::string(typed), "1"}) ==
+              "unknown option --" + std::string(typed) + "; did you mean --" + meant +
+                  "? (--help lists all options)");
+    CHECK(has(refusal({"--batchsize=4"}), "did you mean --batch-size?"));
+    CHECK(edit_distance("kitten", "sitting") == 3);
+    CHECK(edit_distance("", "abc") == 3);
+    CHECK(edit_distance("abc", "abc") == 0);
+}
+
+TEST_CASE("options: what is no option is refused") {
+    using namespace options_test;
+    for (const char* stray : {"-x", "-", "--", "-batch-size", "4"})
+        CHECK(has(refusal({"train", stray}),
+                  "expected an option such as --data, found " + std::string(stray)));
+    CHECK(has(refusal({"--seed", "1", "2"}), "found 2"));
+    CHECK(has(refusal({"train", "train"}), "found train"));
+    CHECK(has(refusal({"--=3"}), "unknown option"));
+}
+
+TEST_CASE("options: a missing value is an error, a negative number is a value") {
+    using namespace options_test;
+    CHECK(has(refusal({"--batch-size"}), "--batch-size needs a value: in [1, 1000000]"));
+    CHECK(has(refusal({"--batch-size", "--seed", "1"}), "--batch-size needs a value"));
+    CHECK(has(refusal({"--batch-size="}), "--batch-size needs a value"));
+    CHECK(has(refusal({"--batch-size", ""}), "--batch-size needs a value"));
+    CHECK(has(refusal({"--data", "--model", "tiny"}), "--data needs a value: DIR"));
+    CHECK(has(refusal({"--data="}), "--data needs a value: DIR"));
+    CHECK(has(refusal({"--shuffle="}), "--shuffle needs a value: 0 or 1"));
+    CHECK(refusal({"--skip-outliers", "-1"}) == "--skip-outliers must be in [0, 1000000], got -1");
+    CHECK(has(refusal({"--seed", "-4"}), "--seed must be in [0, 1e+18], got -4"));
+    CHECK(has(refusal({"--learning-rate", "-1e-3"}), "must be in [0, 100], got -1e-3"));
+}
+
+TEST_CASE("options: numbers are read strictly") {
+    using namespace options_test;
+    for (const char* bad :
+         {"abc", "1x", "1.5", "1e3", "0x10", " 1", "1 ", "+1", "-", "--1", "1,000", "\xc2\xb2"})
+        CHECK(has(refusal({"--batch-size=" + std::string(bad)}),
+                  "--batch-size must be a whole number in"));
+    for (const char* big : {"99999999999", "99999999999999999999999", "-99999999999999999999999"})
+        CHECK(has(refusal({"--batch-size", big}), "--batch-size must be in [1, 1000000], got"));
+    for (const char* bad :
+         {"abc", "1x", "inf", "nan", "-inf", "0x1p3", " 1", "1 ", "+1", "1e", "e5", ".", "1.2.3"})
+        CHECK(has(refusal({"--learning-rate=" + std::string(bad)}),
+                  "--learning-rate must be a number in"));
+    for (const char* big : {"1e999", "1e-999", "101"})
+        CHECK(has(refusal({"--learning-rate", big}), "--learning-rate must be in [0, 100], got"));
+    for (auto [text, value] : {std::pair<const char*, double>{"1e-3", 1e-3},
+                               {"0.5", 0.5},
+                               {".5", 0.5},
+                               {"5", 5},
+                               {"5.", 5},
+                               {"1E+1", 10},
+                               {"0", 0}})
+        CHECK(parse_options({"--learning-rate", text}).learning_rate == value);
+    CHECK(refusal({"sample", "--top-p", "1.5"}) == "--top-p must be in (0, 1], got 1.5");
+    CHECK(refusal({"--schedule", "cos"}) ==
+          "--schedule must be one of cosine, linear, constant, wsd, got cos");
+    CHECK(has(refusal({"--model", "gpt3"}),
+              "one of tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, got gpt3"));
+    CHECK(has(refusal({"--on-nan", "Stop"}), "one of stop, skip"));
+}
+
+TEST_CASE("options: ranges hold at both ends, for every number") {
+    using namespace options_test;
+    int numbers = 0;
+    for (const Option& entry : option_table()) {
+        const Range& range = entry.range;
+        if (entry.is_switch() || !range.words.empty()) continue;
+        ++numbers;
+        const bool whole = !std::holds_alternative<double Options::*>(entry.member);
+        auto text = [&](double x) { return format(whole ? "%.0f" : "%.17g", x); };
+        auto beyond = [&](double x, double way) {
+            return whole && x < 1e15 ? x + way : std::nextafter(x, way * INFINITY);
+        };
+        auto accepted = [&](double x) { return !has(value_after(entry, text(x)), "must be"); };
+        CHECK(range.low < range.high);
+        CHECK_MESSAGE(accepted(range.low) == !range.open_low, entry.name);
+        CHECK_MESSAGE(accepted(range.high) == !range.open_high, entry.name);
+        CHECK_MESSAGE(!accepted(beyond(range.low, -1)), entry.name);
+        CHECK_MESSAGE(!accepted(beyond(range.high, 1)), entry.name);
+    }
+    CHECK(numbers > 30);
+}
+
+TEST_CASE("options: a value written out and read again is the same") {
+    using namespace options_test;
+    for (const char* text : {"0.002", "1e-08", "0.30000000000000004", "100"}) {
+        const Options o = parse_options({"--learning-rate", text});
+        const std::string again = value_text(o, option("learning-rate"));
+        CHECK(parse_options({"--learning-rate", again}).learning_rate == o.learning_rate);
+    }
+    CHECK(value_text(parse_options({"--schedule", "linear"}), option("schedule")) == "linear");
+    CHECK(value_text(Options(), option("shuffle")) == "1");
+    CHECK(value_text(Options(), option("eps")) == "1e-08");
+}
+
+TEST_CASE("options: length: what is set counts, the default only alone") {
+    using namespace options_test;
+    CHECK(parse_options({"--max-steps", "9"}).max_steps == 9);
+    CHECK(parse_options({"--epochs", "2"}).max_steps == 0);
+    CHECK(parse_options({"--max-minutes", "0.5"}).max_steps == 0);
+    const Options both = parse_options({"--epochs", "2", "--max-steps", "9"});
+    CHECK(both.max_steps == 9);
+    CHECK(both.epochs == 2);
+    CHECK(has(refusal({"--max-steps", "0"}), "[1, 1e+12], got 0"));
+}
+
+TEST_CASE("options: contradictions are refused") {
+    using namespace options_test;
+    CHECK(has(refusal({"--data", "a", "--train-shards", "b"}),
+              "--data and --train-shards exclude each other"));
+    CHECK(has(refusal({"sample", "--prompt", "a", "--prompt-file", "b"}), "exclude each other"));
+    CHECK(has(refusal({"--val-shards", "b"}), "--val-shards needs --train-shards"));
+    CHECK(refusal({"eval", "--val-shards", "b"}).empty());
+    CHECK(refusal({"--train-shards", "a", "--val-shards", "b"}).empty());
+    CHECK(has(refusal({"--override"}), "--override needs --resume"));
+    CHECK(refusal({"--override", "--resume", "auto"}).empty());
+    CHECK(has(refusal({"--patience", "3", "--eval-interval", "0"}), "--patience"));
+    CHECK(has(refusal({"--batch-size", "1000000", "--seq-len", "4096"}),
+              "must be below 2147483648 tokens"));
+}
+
+TEST_CASE("options: config files") {
+    using namespace options_test;
+    const ConfigFile file(
+        "\xef\xbb\xbf# a comment\n\n  batch-size = 3\t# "
+        "three\r\n--learning_rate=0.5\nshuffle = 0\n"
+        "prompt = C# is = fine\ndata = x#y\nbatch_size = 4\n\t#\nprecision=fp32");
+    const Options o = parse_options({"--config", file.path});
+    CHECK(o.batch_size == 4);
+    CHECK(o.learning_rate == 0.5);
+    CHECK_FALSE(o.shuffle);
+    CHECK(o.prompt == "C# is = fine");
+    CHECK(o.data == "x#y");
+    CHECK(o.precision == "fp32");
+    CHECK(o.given("batch-size"));
+    CHECK(o.given("config"));
+    CHECK_FALSE(o.given("seed"));
+    // The command line comes first, on either side.
+    CHECK(parse_options({"--config", file.path, "--batch-size", "9"}).batch_size == 9);
+    CHECK(parse_options({"--batch-size", "9", "--config", file.path}).batch_size == 9);
+    CHECK(parse_options({"--batch-size", "9", "--config=" + file.path}).learning_rate == 0.5);
+    // Of two files the last counts, but the first is read and checked.
+    const ConfigFile* same = &file;
+    CHECK(has(refusal({"--config", "/no/such/file", "--config", same->path}),
+              "cannot read /no/such/file"));
+}
+
+TEST_CASE("options: a bad config file is refused, naming file and line") {
+    using namespace options_test;
+    auto message = [](const std::string& text, const Arguments& more = {}) {
+        const ConfigFile file(text);
+        Arguments all = more;
+        all.insert(all.end(), {"--config", file.path});
+        const std::string refused = refusal(all);
+        return refused.starts_with(file.path) ? refused.substr(file.path.size()) : refused;
+    };
+    CHECK(message("# empty").empty());
+    CHECK(message("").empty());
+    CHECK(has(message("seed = 1\nbatch-size = x\n"), ":2: --batch-size must be a whole number"));
+    CHECK(has(message("batch-size = 0\nbatch-size = 1\n"), ":1: --batch-size must be in"));
+    CHECK(has(message("\n\nlearningrate = 1"),
+              ":3: unknown option --learningrate; did you mean --learning-rate?"));
+    CHECK(has(message("batch-size 4"), ":1: expected `name = value`"));
+    CHECK(has(message("overfit-batch"), ":1: expected `name = value`"));
+    CHECK(has(message("batch-size ="), ":1: --batch-size needs a value"));
+    CHECK(has(message("= 4"), ":1: unknown option"));
+    CHECK(has(message("config = other"), ":1: a config file cannot hold --config"));
+    CHECK(has(message("--help = 1"), ":1: a config file cannot hold --help"));
+    CHECK(has(message("top-k = 4"), ":1: train takes no option --top-k"));
+    CHECK(has(message("seed = 1", {"walk"}), ":1: walk takes no option --seed"));
+    CHECK(has(message(std::string("seed = 1\n\0x", 11)), ":2: this is not text"));
+    CHECK(has(message("\x7f"
+                      "ELF"),
+              ":1: this is not text"));
+    CHECK(has(message("data = a\vb"), ":1: this is not text"));
+    CHECK(has(message(std::string(1 << 17, '\n')), "expected at most 65536 bytes"));
+    CHECK(message(std::string(60000, 'x')).size() < 300);
+    CHECK(has(refusal({"--config", "/dev/zero"}), "expected at most 65536 bytes"));
+    CHECK(has(refusal({"--config", "/"}), "--config: cannot read /"));
+    CHECK(has(refusal({"--config", ""}), "--config needs a value"));
+}
+
+TEST_CASE("options: help has every option once, in its group, in 100 columns") {
+    using namespace options_test;
+    const std::string all = help_text(parse_options({"--help"}), "train_gpt");
+    for (const Option& entry : option_table()) {
+        const std::string start = "\n  --" + std::string(entry.name);
+        size_t count = 0;
+        for (size_t at = all.find(start); at != all.npos; at = all.find(start, at + 1))
+            count += all[at + start.size()] == ' ';
+        CHECK_MESSAGE(count == 1, entry.name);
+    }
+    for (const char* group : {"data", "model", "run", "batch", "length", "optimizer", "watching",
+                              "guards", "sample", "eval"})
+        CHECK_MESSAGE(has(all, "\n\n" + std::string(group) + "\n"), group);
+    for (const CommandName& c : command_table()) {
+        const Options o = parse_options({c.name, "-h"});
+        CHECK(o.help);
+        const std::string page = help_text(o, "train_gpt");
+        for (const Option& entry : option_table())
+            CHECK(has(page, "\n  --" + std::string(entry.name) + " ") ==
+                  bool(entry.commands & c.command));
+    }
+    for (const std::string& line : split_at(all, '\n')) {
+        CHECK_MESSAGE(line.size() <= 100, line);
+        CHECK_MESSAGE((line.empty() || line.back() != ' '), line);
+    }
+    CHECK(has(all, "in [0, 1) (default 0.95)"));
+    CHECK(has(all, "(default data/stories)"));
+    CHECK(parse_options({"sample", "--help"}).command == kSample);
+    CHECK(parse_options({"--help", "--override"}).help);  // what goes together does not matter then
+    CHECK(has(refusal({"--help", "--nonsense"}), "unknown option"));
+}
+
+TEST_CASE("options: the echo has every option of the command, marked where changed") {
+    using namespace options_test;
+    const Options o = parse_options({"--batch-size", "4", "--seed", "1337", "--prompt", "two words",
+                                     "--data", std::string(300, 'd'), "--output", "a\nb"});
+    const std::string text = describe(o);
+    for (const Option& entry : option_table()) {
+        const bool listed = has(text, " " + std::string(entry.name) + "=") ||
+                            has(text, "*" + std::string(entry.name) + "=");
+        CHECK_MESSAGE(listed == ((entry.commands & kTrain) && std::string(entry.name) != "help"),
+                      entry.name);
+    }
+    CHECK(has(text, "*batch-size=4"));
+    CHECK(has(text, " seed=1337"));
+    CHECK(has(text, "*prompt=\"two words\""));
+    CHECK(has(text, "*output=\"a\\nb\""));
+    CHECK(has(text, " n-layer=-"));
+    for (const std::string& line : split_at(text, '\n')) CHECK_MESSAGE(line.size() <= 100, line);
+    CHECK(split_at(text, '\n').size() < 30);
+    // A value that is cut is not cut inside a character.
+    const std::string cut = describe(parse_options({"--data=x" + std::string(60, '\xff')}));
+    for (size_t at = 0; at < cut.size(); at += std::max<size_t>(1, utf8_character(cut.substr(at))))
+        REQUIRE(utf8_character(cut.substr(at)) > 0);
+    CHECK(has(cut, "..."));
+    CHECK_FALSE(has(describe(parse_options({})), " *"));
+    CHECK(has(describe(parse_options({"sample"})), "top-k=0"));
+    CHECK_FALSE(has(describe(parse_options({"sample"})), "batch-size"));
+}
+
+TEST_CASE("options: those that change the numbers") {
+    using namespace options_test;
+    std::map<std::string, std::string> saved;
+    for (auto& [name, value] :
+         options_that_change_numbers(parse_options({"--batch-size=3", "--schedule=wsd"})))
+        CHECK(saved.emplace(name, value).second);
+    CHECK(saved["batch-size"] == "3");
+    CHECK(saved["schedule"] == "wsd");
+    CHECK(saved["learning-rate"] == "0.002");
+    for (const char* name : {"data", "model", "n-layer", "dropout", "seed", "precision", "seq-len",
+                             "shuffle", "grad-accum-steps", "max-steps", "beta2", "grad-clip",
+                             "patience", "on-nan", "skip-outliers"})
+        CHECK_MESSAGE(saved.count(name) == 1, name);
+    for (const char* name :
+         {"threads", "output", "resume", "override", "config", "help", "log-interval", "keep",
+          "save-interval", "sample-interval", "prompt", "top-k", "hellaswag"})
+        CHECK_MESSAGE(saved.count(name) == 0, name);
+}
+
+TEST_CASE("options: whatever is typed, nothing but an Error of status 2") {
+    using namespace options_test;
+    const Arguments pieces = {"--",
+                              "-",
+                              "=",
+                              "train",
+                              "sample",
+                              "0",
+                              "1",
+                              "-1",
+                              "1e9",
+                              "x",
+                              "",
+                              "--help",
+                              "-h",
+                              "\xff\xfe",
+                              "99999999999999999999",
+                              "nan",
+                              "--config",
+                              "/dev/null",
+                              "/",
+                              std::string(5000, 'a'),
+                              "--" + std::string(5000, 'b'),
+                              "--shuffle",
+                              "=1",
+                              "\n",
+                              std::string(1, '\0')};
+    int accepted = 0;
+    for (uint64_t round = 0; round < 3000; ++round) {
+        const uint64_t key = random_key(9, round, 0);
+        auto draw = [&, i = uint64_t(0)](size_t n) mutable {
+            return size_t(random_bits(key, i++) % n);
+        };
+        Arguments arguments;
+        for (size_t i = draw(6); i > 0; --i) {
+            std::string one = draw(2) ? "--" + kDocumented[draw(kDocumented.size())]
+                                      : pieces[draw(pieces.size())];
+            if (draw(3) == 0) one += "=" + pieces[draw(pieces.size())];
+            if (draw(8) == 0 && !one.empty()) one[draw(one.size())] = char(draw(256));
+            arguments.push_back(one);
+        }
+        const std::string message = refusal(arguments);
+        accepted += message.empty();
+        CHECK(message.size() < 400);
+        CHECK(std::count(message.begin(), message.end(), '\n') < 3);
+    }
+    CHECK(accepted > 100);
+}

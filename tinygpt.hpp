@@ -1,0 +1,6266 @@
+// tinygpt.hpp - v0.1.0 - train a GPT-2, on a CPU or a GPU, in one header
+//
+#ifndef TINYGPT_HPP_INCLUDED
+#define TINYGPT_HPP_INCLUDED
+
+#define TINYGPT_VERSION 100  // major * 10000 + minor * 100 + patch
+
+#include <dirent.h>    // opendir: the files of a folder
+#include <fcntl.h>     // open
+#include <glob.h>      // glob: shard patterns
+#include <omp.h>       // threads
+#include <signal.h>    // sigaction: Ctrl-C saves before it stops
+#include <sys/file.h>  // flock: one run per folder
+#include <sys/stat.h>
+#include <unistd.h>    // pread, fsync
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <bit>
+#include <cctype>
+#include <cerrno>
+#include <charconv>
+#include <chrono>
+#include <cmath>
+#include <condition_variable>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <numeric>
+#include <optional>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <type_traits>
+#include <unordered_map>
+#include <utility>
+#include <variant>
+#include <vector>
+
+// Why: masked attention needs -infinity and the guards need NaN; finite-math builds break both.
+#if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
+#error "tinygpt needs infinities and NaN: build without -ffast-math, -Ofast or -ffinite-math-only"
+#endif
+
+// A function marked so is compiled for the GPU too when nvcc reads this header.
+#ifdef __CUDACC__
+#define TINYGPT_HD __host__ __device__
+#else
+#define TINYGPT_HD
+#endif
+
+namespace tinygpt {
+
+// =================================================================================================
+// §1 Ground rules: errors with a message, and random numbers that can be asked for in any order
+// =================================================================================================
+
+// Whatever goes wrong is thrown as an Error; main prints its message and exits with its status.
+struct Error : std::runtime_error {
+    int status;  // 1: failed at run time, 2: bad usage
+    Error(int status, const std::string& message) : std::runtime_error(message), status(status) {}
+};
+
+// printf into a string.
+[[gnu::format(printf, 1, 2)]] inline std::string format(const char* pattern, ...) {
+    va_list args, again;
+    va_start(args, pattern);
+    va_copy(again, args);
+    std::string out(size_t(std::vsnprintf(nullptr, 0, pattern, args)), '\0');
+    std::vsnprintf(out.data(), out.size() + 1, pattern, again);
+    va_end(args);
+    va_end(again);
+    return out;
+}
+
+[[noreturn]] inline void fail(const std::string& message) { throw Error(1, message); }
+[[noreturn]] inline void fail_usage(const std::string& message) { throw Error(2, message); }
+
+// A check that stays on in every build. The message (printf style) says what was expected, what was
+// found, where, and what to do. It is evaluated only when the check fails.
+#define TINYGPT_CHECK(condition, ...)                                \
+    do {                                                             \
+        if (!(condition)) ::tinygpt::fail(::tinygpt::format(__VA_ARGS__)); \
+    } while (0)
+
+// bf16: the upper half of a float. Eight bits of exponent, so float's range; eight of significand.
+struct bf16 {
+    uint16_t bits;
+    bf16() = default;
+    // Round to nearest, ties to even; a NaN stays a NaN.
+    TINYGPT_HD explicit bf16(float value) {
+        union { float f; uint32_t u; } pun{value};
+        bool nan = (pun.u & 0x7fffffffu) > 0x7f800000u;
+        bits = nan ? uint16_t((pun.u >> 16) | 0x40) : uint16_t((pun.u + 0x7fffu + ((pun.u >> 16) & 1)) >> 16);
+    }
+    TINYGPT_HD explicit operator float() const {
+        union { uint32_t u; float f; } pun{uint32_t(bits) << 16};
+        return pun.f;
+    }
+};
+
+// Random numbers are a pure function of where they are used: random_bits(key, i) is the i-th number
+// of the stream `key`. Nothing is drawn "next", so threads, restarts and GPUs all see the same ones.
+// The mixer is the finaliser of SplitMix64 (Steele, Lea, Flood 2014).
+TINYGPT_HD inline uint64_t mix_bits(uint64_t x) {
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+    return x ^ (x >> 31);
+}
+TINYGPT_HD inline uint64_t random_key(uint64_t seed, uint64_t step, uint64_t place) {
+    return mix_bits(mix_bits(mix_bits(seed + 0x9e3779b97f4a7c15ull) + step) + place);
+}
+TINYGPT_HD inline uint64_t random_bits(uint64_t key, uint64_t i) {
+    return mix_bits(key + i * 0x9e3779b97f4a7c15ull);
+}
+// In [0, 1): the upper 53 bits.
+TINYGPT_HD inline double random_uniform(uint64_t key, uint64_t i) {
+    return double(random_bits(key, i) >> 11) * 0x1.0p-53;
+}
+// Standard normal, by Box and Muller: two uniforms make one.
+inline double random_normal(uint64_t key, uint64_t i) {
+    double u = 1.0 - random_uniform(key, 2 * i), v = random_uniform(key, 2 * i + 1);
+    return std::sqrt(-2.0 * std::log(u)) * std::cos(2.0 * M_PI * v);
+}
+
+// =================================================================================================
+// §2 One batch: B rows of T tokens, and the same text shifted by one
+// =================================================================================================
+// A token is a number below 65,536 that stands for a piece of text (§10). Text comes as shards:
+//   256 x int32 header: 20240520, version 1, number of tokens, zeros; then the tokens as uint16.
+// The same layout is used by the public FineWeb shards for GPT-2, so those work as they are.
+
+constexpr int kShardHeaderBytes = 1024;
+constexpr int32_t kShardMagic = 20240520;
+constexpr int32_t kIgnore = -1;  // a target that is not scored
+
+// What one training step reads. Row b predicts targets[b][t] from inputs[b][0..t], where
+// targets[b][t] is the token that follows inputs[b][t] in the text: the shift by one.
+struct Batch {
+    int B = 0, T = 0;
+    std::vector<int32_t> inputs, targets;  // [B, T] each
+    std::vector<int32_t> order;            // the rows 0 .. B*T-1 sorted by input token (for §4.1)
+    int64_t scored = 0;                    // targets that are not kIgnore
+    void resize(int rows, int columns) {
+        B = rows, T = columns, scored = 0;
+        inputs.assign(size_t(B) * T, 0);
+        targets.assign(size_t(B) * T, kIgnore);
+    }
+    void sort_rows() {
+        order.resize(inputs.size());
+        std::iota(order.begin(), order.end(), 0);
+        std::stable_sort(order.begin(), order.end(),
+                         [this](int32_t i, int32_t j) { return inputs[size_t(i)] < inputs[size_t(j)]; });
+    }
+};
+
+// One open shard. Reads with pread, so that a file that shrinks is an error and not a signal.
+class Shard {
+   public:
+    // Opens and validates `path`: magic, version, and a length that agrees with the count.
+    explicit Shard(std::string file) : path(std::move(file)), fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
+        TINYGPT_CHECK(fd_ >= 0, "cannot open the shard %s: %s", path.c_str(), std::strerror(errno));
+        int32_t header[256] = {};
+        struct stat info {};
+        ssize_t got = ::pread(fd_, header, sizeof header, 0);
+        if (::fstat(fd_, &info) != 0 || got != kShardHeaderBytes || header[0] != kShardMagic ||
+            header[1] != 1) {
+            ::close(fd_);
+            fail(format("%s is no token shard: expected a 1024-byte header with %d and version 1, found "
+                        "%d and %d (%zd bytes read). Make shards with ./prepare_data",
+                        path.c_str(), kShardMagic, header[0], header[1], got));
+        }
+        tokens = header[2];
+        if (tokens < 0 || info.st_size != kShardHeaderBytes + 2 * tokens) {
+            ::close(fd_);
+            fail(format("%s is damaged: its header promises %lld tokens, so %lld bytes, but it has %lld",
+                        path.c_str(), (long long)tokens, (long long)(kShardHeaderBytes + 2 * tokens),
+                        (long long)info.st_size));
+        }
+    }
+    Shard(Shard&& other) noexcept
+        : path(std::move(other.path)), tokens(other.tokens), fd_(std::exchange(other.fd_, -1)) {}
+    ~Shard() {
+        if (fd_ >= 0) ::close(fd_);
+    }
+
+    // Reads tokens [begin, begin + count) into out. Fails if the file has been cut short since.
+    void read(uint16_t* out, int64_t begin, int64_t count) const {
+        char* to = reinterpret_cast<char*>(out);
+        int64_t left = 2 * count, at = kShardHeaderBytes + 2 * begin;
+        while (left > 0) {
+            ssize_t got = ::pread(fd_, to, size_t(left), at);
+            if (got < 0 && errno == EINTR) continue;
+            TINYGPT_CHECK(got > 0, "cannot read token %lld of %s: %s", (long long)(at / 2 - 512),
+                          path.c_str(), got < 0 ? std::strerror(errno) : "the file has become shorter");
+            to += got, at += got, left -= got;
+        }
+    }
+
+    std::string path;
+    int64_t tokens = 0;
+
+   private:
+    int fd_;
+};
+
+// All shards of one split, and a check that every token is below the vocabulary's size.
+class Shards {
+   public:
+    // Opens every file that matches the pattern, in name order.
+    explicit Shards(const std::string& pattern) : pattern_(pattern) {
+        glob_t found{};
+        int status = ::glob(pattern.c_str(), 0, nullptr, &found);
+        std::vector<std::string> paths(found.gl_pathv, found.gl_pathv + (status == 0 ? found.gl_pathc : 0));
+        ::globfree(&found);
+        for (const std::string& path : paths) shards_.emplace_back(path);
+        for (const Shard& shard : shards_) tokens_ += shard.tokens;
+    }
+    bool empty() const { return shards_.empty(); }
+    int64_t tokens() const { return tokens_; }
+    const std::string& pattern() const { return pattern_; }
+    const std::vector<Shard>& files() const { return shards_; }
+
+    // Reads every token once; fails at the first that the vocabulary does not have.
+    void check_tokens(int vocab_size) const {
+        std::vector<uint16_t> buffer(1 << 20);
+        for (const Shard& shard : shards_)
+            for (int64_t at = 0; at < shard.tokens; at += int64_t(buffer.size())) {
+                int64_t count = std::min(int64_t(buffer.size()), shard.tokens - at);
+                shard.read(buffer.data(), at, count);
+                check_range(shard, buffer.data(), at, count, vocab_size);
+            }
+    }
+    static void check_range(const Shard& shard, const uint16_t* tokens, int64_t at, int64_t count,
+                            int vocab_size) {
+        for (int64_t i = 0; i < count; ++i)
+            TINYGPT_CHECK(tokens[i] < vocab_size,
+                          "token %lld of %s is %d, but the vocabulary has only %d entries: this data "
+                          "was made with another tokenizer; give its folder, or --vocab-size",
+                          (long long)(at + i), shard.path.c_str(), tokens[i], vocab_size);
+    }
+
+   private:
+    std::string pattern_;
+    std::vector<Shard> shards_;
+    int64_t tokens_ = 0;
+};
+
+// A permutation of 0..n-1 that needs no memory: four Feistel rounds on the next even number of bits,
+// walking on while the result is not below n. Bijective because every round can be undone.
+inline uint64_t shuffled(uint64_t i, uint64_t n, uint64_t key) {
+    int half = 1;
+    while (half < 32 && (uint64_t(1) << (2 * half)) < n) ++half;
+    const uint64_t mask = (uint64_t(1) << half) - 1;
+    do {
+        uint64_t left = i >> half, right = i & mask;
+        for (int round = 0; round < 4; ++round) {
+            uint64_t mixed = left ^ (mix_bits(key + uint64_t(round) * 0x9e3779b97f4a7c15ull + right) & mask);
+            left = right, right = mixed;
+        }
+        i = (left << half) | right;
+    } while (i >= n);
+    return i;
+}
+
+// Which block of text is the i-th sample of training. A shard of N tokens has N-1 predictions; they
+// are cut into blocks of T, so that one epoch makes every prediction exactly once. The last block
+// may be short: its missing targets are kIgnore. With shuffle, every epoch has a fresh order of the
+// blocks and a fresh offset at which the cutting begins (the shard is taken as a ring), so blocks do
+// not always begin at the same words. Everything is a function of (seed, i): nothing to save.
+class DataOrder {
+   public:
+    DataOrder() = default;
+    DataOrder(const Shards& shards, int B, int T, uint64_t seed, bool shuffle, bool overfit_batch)
+        : B_(B), T_(T), seed_(seed), shuffle_(shuffle), overfit_(overfit_batch) {
+        for (const Shard& shard : shards.files()) {
+            lengths_.push_back(std::max<int64_t>(0, shard.tokens - 1));
+            first_block_.push_back(blocks_);
+            blocks_ += (lengths_.back() + T - 1) / T;
+        }
+        if (overfit_) blocks_ = B;
+    }
+    struct Place {
+        int shard = 0;
+        int64_t begin = 0;   // first prediction of the block, on the ring of the shard's predictions
+        int64_t length = 0;  // how many of its T predictions exist
+    };
+    int64_t blocks_per_epoch() const { return blocks_; }
+    int64_t epoch(int64_t sample) const { return sample / blocks_; }
+    int64_t ring(int shard) const { return lengths_[size_t(shard)]; }
+
+    // The place of sample number i, counted from the start of training.
+    Place place(int64_t i) const {
+        if (overfit_) return {0, (i % B_) * T_, T_};
+        int64_t epoch = i / blocks_, block = i % blocks_;
+        if (shuffle_)
+            block = int64_t(shuffled(uint64_t(block), uint64_t(blocks_), random_key(seed_, uint64_t(epoch), 1)));
+        size_t shard = size_t(std::upper_bound(first_block_.begin(), first_block_.end(), block) -
+                              first_block_.begin() - 1);
+        while (lengths_[shard] == 0) --shard;  // an empty shard shares its first block with the next
+        int64_t inside = (block - first_block_[shard]) * T_, length = lengths_[shard];
+        int64_t offset = 0;
+        if (shuffle_)
+            offset = int64_t(random_bits(random_key(seed_, uint64_t(epoch), 2), shard) % uint64_t(length));
+        return {int(shard), (inside + offset) % length, std::min<int64_t>(T_, length - inside)};
+    }
+
+   private:
+    int B_ = 1, T_ = 1;
+    uint64_t seed_ = 0;
+    bool shuffle_ = false, overfit_ = false;
+    int64_t blocks_ = 0;
+    std::vector<int64_t> lengths_, first_block_;
+};
+
+// Reads the batches of a run in order, one ahead of the step, on a thread of its own.
+class BatchLoader {
+   public:
+    BatchLoader(const Shards& shards, DataOrder order, int B, int T, int vocab_size, int64_t first_sample)
+        : shards_(shards), order_(std::move(order)), B_(B), T_(T), vocab_size_(vocab_size), sample_(first_sample) {
+        reader_ = std::thread([this] { read_ahead(); });
+    }
+    ~BatchLoader() {
+        {
+            std::lock_guard lock(mutex_);
+            stop_ = true;
+        }
+        changed_.notify_all();
+        reader_.join();
+    }
+    BatchLoader(const BatchLoader&) = delete;
+
+    // The next B samples. A reading error met by the thread is thrown here.
+    Batch next() {
+        std::unique_lock lock(mutex_);
+        changed_.wait(lock, [this] { return ready_; });
+        if (error_) std::rethrow_exception(error_);
+        Batch batch = std::move(ahead_);
+        ready_ = false;
+        sample_ += B_;
+        lock.unlock();
+        changed_.notify_all();
+        return batch;
+    }
+    const DataOrder& order() const { return order_; }
+
+    // Fills one batch with samples first .. first + B - 1. Fails on a token outside the vocabulary.
+    static void fill(Batch& batch, const Shards& shards, const DataOrder& order, int64_t first, int vocab_size) {
+        std::vector<uint16_t> text(size_t(batch.T) + 1);
+        for (int b = 0; b < batch.B; ++b) {
+            DataOrder::Place place = order.place(first + b);
+            const Shard& shard = shards.files()[size_t(place.shard)];
+            // Read the block, in two pieces where it runs over the end of the ring.
+            int64_t ring = order.ring(place.shard), head = std::min(place.length, ring - place.begin);
+            int32_t* inputs = batch.inputs.data() + size_t(b) * batch.T;
+            int32_t* targets = batch.targets.data() + size_t(b) * batch.T;
+            for (auto [from, begin, count] : {std::array<int64_t, 3>{0, place.begin, head},
+                                              std::array<int64_t, 3>{head, 0, place.length - head}}) {
+                if (count == 0) continue;
+                shard.read(text.data(), begin, count + 1);
+                Shards::check_range(shard, text.data(), begin, count + 1, vocab_size);
+                for (int64_t t = 0; t < count; ++t) inputs[from + t] = text[size_t(t)];
+                for (int64_t t = 0; t < count; ++t) targets[from + t] = text[size_t(t) + 1];  // shifted by one
+            }
+            batch.scored += place.length;
+        }
+        batch.sort_rows();
+    }
+
+   private:
+    void read_ahead() {
+        while (true) {
+            std::unique_lock lock(mutex_);
+            changed_.wait(lock, [this] { return stop_ || !ready_; });
+            if (stop_) return;
+            int64_t first = sample_;
+            lock.unlock();
+            Batch batch;
+            std::exception_ptr error;
+            try {
+                batch.resize(B_, T_);
+                fill(batch, shards_, order_, first, vocab_size_);
+            } catch (...) {
+                error = std::current_exception();
+            }
+            lock.lock();
+            ahead_ = std::move(batch), error_ = error, ready_ = true;
+            lock.unlock();
+            changed_.notify_all();
+        }
+    }
+
+    const Shards& shards_;
+    DataOrder order_;
+    int B_, T_, vocab_size_;
+    int64_t sample_;
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    std::thread reader_;
+    Batch ahead_;
+    bool ready_ = false, stop_ = false;
+    std::exception_ptr error_;
+};
+
+// =================================================================================================
+// §3 What a model is made of: its sizes, and the one list of its parameters
+// =================================================================================================
+// B rows of T tokens are given. Dimensions, used everywhere below:
+//   B batch   T sequence   C channels (n_embd)   NH heads   HS = C / NH head size
+//   L layers  V vocabulary  P positions
+
+struct Config {
+    int n_layer = 0, n_head = 0, n_embd = 0, n_positions = 0, vocab_size = 0;
+    bool untied_head = false;  // true: lm_head.weight is a tensor of its own, not wte.weight
+    float dropout = 0;         // training only
+    int head_size() const { return n_embd / n_head; }
+};
+
+struct Preset {
+    const char* name;
+    Config config;
+};
+// `tiny` learns the default corpus in about a minute on two cores. The others are GPT-2's (Radford et
+// al. 2019; sizes as in the published configurations).
+inline const std::vector<Preset>& presets() {
+    static const std::vector<Preset> list = {
+        {"tiny", {4, 4, 128, 128, 1024}},
+        {"gpt2", {12, 12, 768, 1024, 50257}},
+        {"gpt2-medium", {24, 16, 1024, 1024, 50257}},
+        {"gpt2-large", {36, 20, 1280, 1024, 50257}},
+        {"gpt2-xl", {48, 25, 1600, 1024, 50257}},
+    };
+    return list;
+}
+
+// Every tensor of the model by name. T is what an element is: a weight, a gradient, a moment.
+template <class T>
+struct Parameters {
+    struct Block {
+        T *ln_1_weight, *ln_1_bias, *c_attn_weight, *c_attn_bias, *attn_proj_weight, *attn_proj_bias;
+        T *ln_2_weight, *ln_2_bias, *c_fc_weight, *c_fc_bias, *mlp_proj_weight, *mlp_proj_bias;
+    };
+    T *wte, *wpe;           // token and position embeddings
+    std::vector<Block> h;   // the layers
+    T *ln_f_weight, *ln_f_bias;
+    T* lm_head;             // the tied head is wte itself
+};
+
+enum class Init { zeros, ones, normal, residual };  // residual: normal, scaled by 1/sqrt(2L)
+
+// The one list. Calls visit(name, pointer, shape, init) once for every tensor, in the order of the
+// text's way through the model. Allocation, initialisation, weight decay, checkpoints, the parameter
+// table and the gradient test all come from here, so none of them can forget a tensor.
+// Names and shapes are Hugging Face's for GPT-2: linear weights are [in, out], y = x W + b.
+template <class T, class Visit>
+void for_each_tensor(const Config& config, Parameters<T>& p, Visit&& visit) {
+    using Shape = std::vector<int64_t>;
+    const int64_t C = config.n_embd, V = config.vocab_size, P = config.n_positions;
+    visit("wte.weight", p.wte, Shape{V, C}, Init::normal);
+    visit("wpe.weight", p.wpe, Shape{P, C}, Init::normal);
+    for (int l = 0; l < config.n_layer; ++l) {
+        auto& h = p.h[size_t(l)];
+        const std::string at = "h." + std::to_string(l) + ".";
+        visit(at + "ln_1.weight", h.ln_1_weight, Shape{C}, Init::ones);
+        visit(at + "ln_1.bias", h.ln_1_bias, Shape{C}, Init::zeros);
+        visit(at + "attn.c_attn.weight", h.c_attn_weight, Shape{C, 3 * C}, Init::normal);
+        visit(at + "attn.c_attn.bias", h.c_attn_bias, Shape{3 * C}, Init::zeros);
+        visit(at + "attn.c_proj.weight", h.attn_proj_weight, Shape{C, C}, Init::residual);
+        visit(at + "attn.c_proj.bias", h.attn_proj_bias, Shape{C}, Init::zeros);
+        visit(at + "ln_2.weight", h.ln_2_weight, Shape{C}, Init::ones);
+        visit(at + "ln_2.bias", h.ln_2_bias, Shape{C}, Init::zeros);
+        visit(at + "mlp.c_fc.weight", h.c_fc_weight, Shape{C, 4 * C}, Init::normal);
+        visit(at + "mlp.c_fc.bias", h.c_fc_bias, Shape{4 * C}, Init::zeros);
+        visit(at + "mlp.c_proj.weight", h.mlp_proj_weight, Shape{4 * C, C}, Init::residual);
+        visit(at + "mlp.c_proj.bias", h.mlp_proj_bias, Shape{C}, Init::zeros);
+    }
+    visit("ln_f.weight", p.ln_f_weight, Shape{C}, Init::ones);
+    visit("ln_f.bias", p.ln_f_bias, Shape{C}, Init::zeros);
+    if (config.untied_head) visit("lm_head.weight", p.lm_head, Shape{V, C}, Init::normal);
+}
+
+// Where a tensor lies in the one flat array that holds all of them.
+struct TensorInfo {
+    std::string name;
+    std::vector<int64_t> shape;
+    Init init;
+    size_t offset, count;
+    bool decays() const { return shape.size() >= 2; }  // weight decay is for matrices only
+};
+
+// The flat array: first all tensors that decay, then all that do not, so that "does element i
+// decay" is one comparison (i < decayed). Each tensor starts at a multiple of 64 elements.
+struct Layout {
+    std::vector<TensorInfo> tensors;  // in the order of the list
+    size_t size = 0, decayed = 0;     // elements with padding; how many of them decay
+    size_t count = 0;                 // parameters, without padding
+};
+
+inline Layout layout_of(const Config& config) {
+    Layout layout;
+    Parameters<char> none;
+    none.h.resize(size_t(config.n_layer));
+    for_each_tensor(config, none, [&](std::string name, char*, std::vector<int64_t> shape, Init init) {
+        size_t count = 1;
+        for (int64_t n : shape) count *= size_t(n);
+        layout.tensors.push_back({std::move(name), std::move(shape), init, 0, count});
+        layout.count += count;
+    });
+    for (bool decays : {true, false}) {
+        for (TensorInfo& t : layout.tensors)
+            if (t.decays() == decays) t.offset = layout.size, layout.size += (t.count + 63) / 64 * 64;
+        if (decays) layout.decayed = layout.size;
+    }
+    return layout;
+}
+
+// Points every tensor of p into the flat array at base.
+template <class T>
+void point_into(Parameters<T>& p, T* base, const Config& config, const Layout& layout) {
+    p.h.resize(size_t(config.n_layer));
+    size_t i = 0;
+    for_each_tensor(config, p, [&](const std::string&, T*& pointer, const std::vector<int64_t>&, Init) {
+        pointer = base + layout.tensors[i++].offset;
+    });
+    if (!config.untied_head) p.lm_head = p.wte;
+}
+
+// Fresh weights: N(0, 0.02), the two projections that write into the residual stream scaled down by
+// 1/sqrt(2L) so that 2L additions keep its variance (Radford et al. 2019, §2.3), biases 0, norms 1.
+// sets weights[layout.size]; padding is 0. Element i of a tensor depends on (seed, tensor, i) alone.
+template <class real>
+void initialise(real* weights, const Config& config, const Layout& layout, uint64_t seed) {
+    std::fill(weights, weights + layout.size, real(0));
+    for (size_t tensor = 0; tensor < layout.tensors.size(); ++tensor) {
+        const TensorInfo& info = layout.tensors[tensor];
+        const uint64_t key = random_key(seed, tensor, 3);
+        real* w = weights + info.offset;
+        if (info.init == Init::zeros) continue;
+        if (info.init == Init::ones) {
+            std::fill(w, w + info.count, real(1));
+            continue;
+        }
+        const double scale = info.init == Init::residual ? 0.02 / std::sqrt(2.0 * config.n_layer) : 0.02;
+#pragma omp parallel for schedule(static)
+        for (int64_t i = 0; i < int64_t(info.count); ++i)
+            w[i] = real(float(scale * random_normal(key, uint64_t(i))));
+    }
+}
+
+// =================================================================================================
+// §4 The layers, in the order the batch meets them
+// =================================================================================================
+// We hold one batch of tokens [B, T] and the parameters. From here on a row is one position of one
+// sequence; rows = B*T of them lie below each other, and x is [rows, C]: the residual stream.
+//
+// A device is a struct with the functions below. Cpu<real> has them as loops, Cuda as kernels; model,
+// training and generation (§5-9) are written once, over any device, and never ask which one it is.
+// For the reader: in every function outputs come first, d means "the gradient of the loss with
+// respect to", and a backward function stands directly below its forward.
+
+// Dropout multiplies every element by 0 with probability p, otherwise by 1/(1-p), so that the mean
+// stays (Srivastava et al. 2014). Which is decided by the element's index alone: the backward pass
+// makes the mask again instead of storing it, and the GPU makes the same one.
+struct Dropout {
+    uint64_t key = 0;
+    float p = 0;  // 0: off
+    TINYGPT_HD bool on() const { return p > 0; }
+    TINYGPT_HD float scale(uint64_t i) const {
+        return double(random_bits(key, i) >> 32) < double(p) * 4294967296.0 ? 0.0f : 1.0f / (1.0f - p);
+    }
+};
+
+// The few numbers of a step that live beside the weights, on the device, so that no step has to wait
+// for the host: what the host set (lr), what the device found, and the guards' memory (§7).
+struct StepState {
+    static constexpr int kWindow = 128;  // how many past steps an outlier is judged by
+    double lr = 0, loss = 0, grad_norm = 0;
+    double clip_scale = 1;               // gradients are multiplied by this in the update
+    int32_t skip = 0;                    // 1: this update is not made
+    int32_t broken = 0;                  // 1: loss or norm was NaN or infinite
+    int64_t updates = 0;                 // updates made so far: AdamW's t
+    int64_t skipped = 0, outliers = 0;   // totals of the run
+    int64_t seen = 0;                    // steps in the window so far
+    double losses[kWindow] = {}, norms[kWindow] = {};
+};
+
+// The rules of the update (§7).
+struct Guards {
+    double grad_clip = 1;      // limit of the global norm; 0: none
+    double skip_outliers = 0;  // z-score above which an update is skipped; 0: never
+};
+struct AdamW {
+    double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1;
+};
+
+// How the CPU computes matrix products. bf16: operands are rounded to bf16, sums stay fp32.
+struct MatmulOptions {
+    bool bf16 = false;
+};
+
+// The CPU. `real` is float for training and double for checking gradients.
+template <class real>
+struct Cpu {
+    using Real = real;        // masters, moments, statistics, losses
+    using Weight = real;      // what the layers read (on a GPU in bf16: bf16 copies of the masters)
+    using Gradient = real;    // of parameters
+    using Activation = real;  // and their gradients
+    static constexpr bool kSeparateMasters = false;  // masters and weights are one array
+    static constexpr bool kHostMemory = true;        // the host may read and write its arrays
+    MatmulOptions matmul_options;                    // bf16 operands or not
+
+    // --- the machine
+    static constexpr const char* kProgram = "train_gpt";
+    std::string describe() const;  // one line
+    size_t free_memory() const;    // bytes
+    double peak_flops() const;     // operations a second, measured
+    void synchronize() {}          // wait until everything asked for is done: here it always is
+
+    // --- memory
+    template <class T> T* allocate(size_t count);
+    template <class T> void release(T* pointer);
+    template <class T> void zero(T* to, size_t count);
+    template <class T> void upload(T* to, const T* from_host, size_t count);
+    template <class T> void download(T* to_host, const T* from, size_t count);
+    void weights_from_masters(Weight*, const Real*, size_t) {}  // nothing to do: one array
+
+    // --- token and position embeddings
+    void embed_forward(Activation* out, const int32_t* tokens, const Weight* wte, const Weight* wpe,
+                       int B, int T, int C, int past, Dropout drop);
+    void embed_backward(Gradient* dwte, Gradient* dwpe, const Activation* dout, const int32_t* tokens,
+                        const int32_t* order, int B, int T, int C, Dropout drop);
+
+    // --- layernorm
+    void layernorm_forward(Activation* out, Real* mean, Real* rstd, const Activation* x,
+                           const Weight* weight, const Weight* bias, int rows, int C);
+    void layernorm_backward(Activation* dx, Gradient* dweight, Gradient* dbias, Activation* dbranch,
+                            Gradient* dbranch_bias, const Activation* dout,
+                            const Activation* dresidual, const Activation* x, const Real* mean,
+                            const Real* rstd, const Weight* weight, int rows, int C, Dropout drop,
+                            bool accumulate);
+
+    // --- linear layers: plain; followed by GELU; added to the residual stream
+    void linear_forward(Activation* out, const Activation* x, const Weight* w, const Weight* b,
+                        int rows, int C, int OC);
+    void linear_backward(Activation* dx, Gradient* dw, Gradient* db, const Activation* dout,
+                         const Activation* x, const Weight* w, int rows, int C, int OC,
+                         bool accumulate);
+    void linear_gelu_forward(Activation* gelu, Activation* pre, const Activation* x, const Weight* w,
+                             const Weight* b, int rows, int C, int OC);
+    void linear_gelu_backward(Activation* dpre, Gradient* dw, Gradient* dpre_bias,
+                              const Activation* dout, const Activation* gelu, const Activation* pre,
+                              const Weight* w, int rows, int C, int OC, bool accumulate);
+    void linear_residual_forward(Activation* out, const Activation* residual, const Activation* x,
+                                 const Weight* w, const Weight* b, int rows, int C, int OC,
+                                 Dropout drop);
+
+    // --- causal attention over packed queries, keys and values
+    void attention_forward(Activation* out, Real* lse, const Activation* qkv, int B, int T, int NH,
+                           int HS, Dropout drop);
+    void attention_backward(Activation* dqkv, const Activation* dout, const Activation* out,
+                            const Real* lse, const Activation* qkv, int B, int T, int NH, int HS,
+                            Dropout drop);
+    void attention_cached(Activation* out, const Activation* qkv, int past, int n, int NH, int HS);
+
+    // --- head, softmax and cross-entropy in one
+    static size_t head_workspace(int rows, int V);  // elements of `logits` below
+    void head_forward(Real* losses, Activation* logits, const Activation* x, const Weight* w,
+                      const int32_t* targets, int rows, int C, int V);
+    void head_forward_backward(Real* losses, Activation* dx, Gradient* dw, Activation* logits,
+                               const Activation* x, const Weight* w, const int32_t* targets, int rows,
+                               int C, int V, Real scale, bool accumulate);
+    void head_logits(Real* logits, const Activation* x, const Weight* w, int rows, int C, int V);
+
+    // --- the update
+    void begin_step(StepState* state, double lr);
+    void add_loss(StepState* state, const Real* losses, int rows, double scale);
+    void gradient_norm(StepState* state, const Gradient* grads, size_t count);
+    void judge_step(StepState* state, Guards guards);
+    void adamw(Weight* weights, Real* masters, Real* m, Real* v, const Gradient* grads, size_t count,
+               size_t decayed, const StepState* state, AdamW hyper);
+};
+
+// --- memory: one aligned block; the host is the device
+
+// Uninitialised memory for count elements, at a multiple of 64 bytes. Fails when there is none.
+template <class real>
+template <class T>
+T* Cpu<real>::allocate(size_t count) {
+    size_t bytes = (std::max<size_t>(count, 1) * sizeof(T) + 63) / 64 * 64;
+    void* pointer = std::aligned_alloc(64, bytes);
+    TINYGPT_CHECK(pointer, "out of memory: %.2f GB more were needed", double(bytes) / 1e9);
+    return static_cast<T*>(pointer);
+}
+template <class real>
+template <class T>
+void Cpu<real>::release(T* pointer) {
+    std::free(pointer);
+}
+template <class real>
+template <class T>
+void Cpu<real>::zero(T* to, size_t count) {
+    std::memset(static_cast<void*>(to), 0, count * sizeof(T));
+}
+template <class real>
+template <class T>
+void Cpu<real>::upload(T* to, const T* from_host, size_t count) {
+    std::memcpy(static_cast<void*>(to), from_host, count * sizeof(T));
+}
+template <class real>
+template <class T>
+void Cpu<real>::download(T* to_host, const T* from, size_t count) {
+    std::memcpy(static_cast<void*>(to_host), from, count * sizeof(T));
+}
+
+// A sum over rows must not depend on the number of threads. So the rows are cut into a fixed number
+// of stripes, each stripe is summed by one thread, and the stripes are added in order.
+constexpr int kStripes = 32;
+inline int stripe_begin(int rows, int stripe) { return int(int64_t(rows) * stripe / kStripes); }
+
+// --- §4.1 Embedding: every position gets the vector of its token plus the vector of its place
+//   out[b,t] = drop(wte[tokens[b,t]] + wpe[past + t])
+
+// out [B*T, C], tokens [B*T], wte [V, C], wpe [P, C]. past: position of the first column.
+template <class real>
+void Cpu<real>::embed_forward(real* out, const int32_t* tokens, const real* wte, const real* wpe, int B,
+                              int T, int C, int past, Dropout drop) {
+#pragma omp parallel for schedule(static)
+    for (int row = 0; row < B * T; ++row) {
+        const real* token = wte + size_t(tokens[row]) * C;
+        const real* place = wpe + size_t(past + row % T) * C;
+        real* o = out + size_t(row) * C;
+        for (int c = 0; c < C; ++c) o[c] = token[c] + place[c];
+        if (drop.on())
+            for (int c = 0; c < C; ++c) o[c] *= drop.scale(size_t(row) * C + c);
+    }
+}
+
+// The output is a plain sum, so its gradient goes to both addends as it is: each row of dout is added
+// to its token's row of dwte and to its place's row of dwpe. Adds to both.
+// Threads share the channels, not the rows: two rows may hold the same token. `order` (the rows sorted
+// by token) is for devices that share out tokens instead.
+template <class real>
+void Cpu<real>::embed_backward(real* dwte, real* dwpe, const real* dout, const int32_t* tokens,
+                               const int32_t* /*order*/, int B, int T, int C, Dropout drop) {
+    const int slice = 16;
+#pragma omp parallel for schedule(static)
+    for (int first = 0; first < C; first += slice)
+        for (int row = 0; row < B * T; ++row) {
+            const real* d = dout + size_t(row) * C;
+            real* token = dwte + size_t(tokens[row]) * C;
+            real* place = dwpe + size_t(row % T) * C;
+            for (int c = first; c < std::min(C, first + slice); ++c) {
+                real value = drop.on() ? d[c] * drop.scale(size_t(row) * C + c) : d[c];
+                token[c] += value, place[c] += value;
+            }
+        }
+}
+
+// --- §4.2 Layernorm (Ba et al. 2016): each row is shifted to mean 0 and scaled to variance 1
+//   m = mean(x)   r = 1/sqrt(mean((x - m)^2) + 1e-5)   n = (x - m) r   out = n weight + bias
+constexpr double kLayernormEps = 1e-5;
+
+// out, x [rows, C]; mean, rstd [rows]: kept for backward.
+template <class real>
+void Cpu<real>::layernorm_forward(real* out, real* mean, real* rstd, const real* x, const real* weight,
+                                  const real* bias, int rows, int C) {
+#pragma omp parallel for schedule(static)
+    for (int row = 0; row < rows; ++row) {
+        const real* in = x + size_t(row) * C;
+        real* o = out + size_t(row) * C;
+        real sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int c = 0; c < C; ++c) sum += in[c];
+        const real m = sum / C;
+#pragma omp simd reduction(+ : squares)
+        for (int c = 0; c < C; ++c) squares += (in[c] - m) * (in[c] - m);
+        const real r = 1 / std::sqrt(squares / C + real(kLayernormEps));
+        for (int c = 0; c < C; ++c) o[c] = (in[c] - m) * r * weight[c] + bias[c];
+        mean[row] = m, rstd[row] = r;
+    }
+}
+
+// With g = dout * weight, the gradient of the normalised n:
+//   dx_j = sum_i g_i dn_i/dx_j,   n_i = (x_i - m) r
+//   dm/dx_j = 1/C,  dr/dx_j = -r^2 n_j / C  (the variance's derivative is 2 (x_j - m) / C)
+//   dn_i/dx_j = r [i=j] - r/C - n_i n_j r / C
+// so  dx = r (g - mean(g) - n mean(g n)): three terms, for x itself, for the mean, for the scale.
+// Layernorm reads the residual stream, which also flows on past it; dx joins both gradients:
+//   dx = dresidual + the above        (dresidual may be null: nothing else read x; may be dx itself)
+// What was added to the stream just below came from a branch, x = residual + drop(branch), with a
+// bias. Its gradients ride along, since dx is at hand:
+//   dbranch = drop(dx) (written only when drop is on)   dbranch_bias = column sums of dbranch
+// dweight = column sums of dout n, dbias = column sums of dout. dbranch_bias may be null.
+// sets dx and dbranch; sets dweight, dbias, dbranch_bias [C], or adds to them if accumulate.
+template <class real>
+void Cpu<real>::layernorm_backward(real* dx, real* dweight, real* dbias, real* dbranch,
+                                   real* dbranch_bias, const real* dout, const real* dresidual,
+                                   const real* x, const real* mean, const real* rstd,
+                                   const real* weight, int rows, int C, Dropout drop,
+                                   bool accumulate) {
+    std::vector<real> sums(size_t(kStripes) * 3 * C);  // of dweight, dbias, dbranch_bias
+#pragma omp parallel for schedule(static)
+    for (int stripe = 0; stripe < kStripes; ++stripe) {
+        real* sum_w = sums.data() + size_t(stripe) * 3 * C;
+        real *sum_b = sum_w + C, *sum_branch = sum_b + C;
+        for (int row = stripe_begin(rows, stripe); row < stripe_begin(rows, stripe + 1); ++row) {
+            const size_t at = size_t(row) * C;
+            const real *in = x + at, *d = dout + at, m = mean[row], r = rstd[row];
+            real mean_g = 0, mean_gn = 0;
+#pragma omp simd reduction(+ : mean_g, mean_gn)
+            for (int c = 0; c < C; ++c) {
+                const real g = d[c] * weight[c], n = (in[c] - m) * r;
+                mean_g += g, mean_gn += g * n;
+            }
+            mean_g /= C, mean_gn /= C;
+            for (int c = 0; c < C; ++c) {
+                const real g = d[c] * weight[c], n = (in[c] - m) * r;
+                const real joined = dresidual ? dresidual[at + c] : real(0);
+                sum_w[c] += d[c] * n, sum_b[c] += d[c];
+                dx[at + c] = joined + r * (g - mean_g - n * mean_gn);
+            }
+            if (drop.on())
+                for (int c = 0; c < C; ++c) dbranch[at + c] = dx[at + c] * drop.scale(at + c);
+            const real* branch = drop.on() ? dbranch : dx;
+            for (int c = 0; c < C; ++c) sum_branch[c] += branch[at + c];
+        }
+    }
+    auto add_up = [&](real* to, int which) {
+        for (int c = 0; to && c < C; ++c) {
+            real total = accumulate ? to[c] : real(0);
+            for (int stripe = 0; stripe < kStripes; ++stripe)
+                total += sums[(size_t(stripe) * 3 + which) * C + c];
+            to[c] = total;
+        }
+    };
+    add_up(dweight, 0), add_up(dbias, 1), add_up(dbranch_bias, 2);
+}
+
+// --- §4.3 Matrix products, attention and e^x at the hardware's speed
+//
+//   matmul(c, ldc, a, b, m, n, k, options, finish)           c[m, n] = finish(a[m, k] b[k, n])
+//     a and b are Views, so a transpose costs nothing; c is row-major, its rows ldc apart.
+//       out  = x w + bias    matmul(out, OC, rows_of(x, C), rows_of(w, OC), rows, OC, C, options, add_bias)
+//       dx   = dout w^T      matmul(dx, C, rows_of(dout, OC), transpose_of(w, OC), rows, C, OC, options)
+//       dw  += x^T dout      matmul_add(dw, OC, transpose_of(x, C), rows_of(dout, OC), C, OC, rows, options)
+//     finish(row, col, count, values) may change `count` finished sums of a row, from column col on,
+//     just before they are stored: that is where bias, GELU and residual go.
+//   column_sums(out, x, rows, n, accumulate)
+//   exp_fast(x), gelu(x), gelu_derivative(x) of one number; gelu, gelu_backward, exp_and_sum of many
+//   attention_forward, attention_backward, attention_cached; matmul_definition, attention_definition
+
+
+// A matrix in memory: element (i, j) is data[i * row + j * col]. One of the two steps is 1.
+template <class real>
+struct View {
+    const real* data;
+    ptrdiff_t row, col;
+    real operator()(ptrdiff_t i, ptrdiff_t j) const { return data[i * row + j * col]; }
+    View from(ptrdiff_t i, ptrdiff_t j) const { return {data + i * row + j * col, row, col}; }
+    View transposed() const { return {data, col, row}; }
+};
+// Row-major data, its rows `stride` elements apart; and the transpose of such a matrix.
+template <class real>
+View<real> rows_of(const real* data, ptrdiff_t stride) {
+    return {data, stride, 1};
+}
+template <class real>
+View<real> transpose_of(const real* data, ptrdiff_t stride) {
+    return {data, 1, stride};
+}
+
+// The definition: c[m, n] = a[m, k] b[k, n]. Everything fast below must agree with it.
+template <class real>
+void matmul_definition(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k) {
+    for (int i = 0; i < m; ++i)
+        for (int j = 0; j < n; ++j) {
+            double sum = 0;
+            for (int p = 0; p < k; ++p) sum += double(a(i, p)) * double(b(p, j));
+            c[i * ldc + j] = real(sum);
+        }
+}
+
+// --- The compiler's vectors: arithmetic on a whole register at a time, on any CPU
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kVectorRegisters = 32;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32, kVectorRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, kVectorRegisters = 32;
+#else
+constexpr int kVectorBytes = 16, kVectorRegisters = 16;
+#endif
+
+// Vec<real>: kLanes<real> numbers in one register. + - * / < work lane by lane, and a number beside a
+// vector stands for a vector full of it.
+template <class real>
+struct VectorOf {
+    typedef real type __attribute__((vector_size(kVectorBytes)));
+};
+template <class real>
+using Vec = typename VectorOf<real>::type;
+template <class real>
+constexpr int kLanes = kVectorBytes / int(sizeof(real));
+
+// From and to memory, one instruction each; the address need not be aligned.
+template <class real>
+Vec<real> load(const real* from) {
+    Vec<real> v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+template <class V, class real>
+void store(real* to, V v) {
+    std::memcpy(to, &v, sizeof v);
+}
+
+// --- e^x without a library call: the same lines for one float and for a vector of them
+//   x = n ln2 + r,  |r| <= ln2/2,  n whole:   e^x = 2^n e^r,  and e^r = 1 + r + r^2 q(r)
+// The coefficients of q are a minimax fit (relative error of e^r: 3.2e-9, far below float's 6e-8). ln2
+// is subtracted in two parts so that n * 0.693359375 is exact (Cody and Waite 1980).
+// Adding and subtracting 1.5 * 2^23 rounds to whole numbers and leaves n in the low bits of the sum.
+
+// Within 2 units in the last place for -87.3 < x < 88.3; 0 below, infinity above; NaN stays NaN.
+template <class V>
+V exp_float(V x) {
+    using Bits = std::conditional_t<std::is_same_v<V, float>, int32_t, decltype(x < x)>;
+    x = x < -88.0f ? -88.0f : x;
+    x = x > 89.0f ? 89.0f : x;
+    const V shifted = x * 1.44269504f + 12582912.0f;
+    const V n = shifted - 12582912.0f;
+    const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    const V q = (((1.38138782e-3f * r + 8.36906396e-3f) * r + 4.16684225e-2f) * r + 1.66665182e-1f) * r +
+                0.49999994f;
+    const Bits power = (std::bit_cast<Bits>(shifted) << 23) + (127 << 23);
+    return ((r * r) * q + r + 1.0f) * std::bit_cast<V>(power);
+}
+inline float exp_fast(float x) { return exp_float(x); }
+inline Vec<float> exp_fast(Vec<float> x) { return exp_float(x); }
+// In double, for checking gradients: the library's, to the last bit.
+inline double exp_fast(double x) { return std::exp(x); }
+inline Vec<double> exp_fast(Vec<double> x) {
+    for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+    return x;
+}
+
+// GELU with tanh (Hendrycks and Gimpel 2016), as GPT-2 has it:
+//   gelu(x) = x/2 (1 + tanh u),   u = sqrt(2/pi) (x + 0.044715 x^3)
+// and (1 + tanh u)/2 = 1/(1 + e^(-2u)) = s, the logistic function: gelu(x) = x s, one exponential.
+// Its derivative: ds/du = 2 s (1 - s), so gelu'(x) = s + x 2 s (1 - s) du/dx.
+// Careful: at -10 the true value is -1e-37; stopping there keeps -infinity * 0 away.
+template <class real>
+real gelu(real x) {
+    x = x < -10 ? real(-10) : x;
+    const real inner = real(-1.5957691216057308) * x * (1 + real(0.044715) * x * x);
+    return x / (1 + exp_fast(inner));
+}
+template <class real>
+real gelu_derivative(real x) {
+    x = x < -10 ? real(-10) : x > 10 ? real(10) : x;
+    const real slope = real(1.5957691216057308) * (1 + 3 * real(0.044715) * x * x);
+    const real inner = real(-1.5957691216057308) * x * (1 + real(0.044715) * x * x);
+    const real s = 1 / (1 + exp_fast(inner));
+    return s + x * s * (1 - s) * slope;
+}
+
+// out [count] = gelu(x).
+template <class real>
+void gelu(real* out, const real* x, int count) {
+    for (int j = 0; j < count; ++j) out[j] = gelu(x[j]);
+}
+// Backward, in place: d [count] becomes d gelu'(x).
+template <class real>
+void gelu_backward(real* d, const real* x, int count) {
+    for (int j = 0; j < count; ++j) d[j] *= gelu_derivative(x[j]);
+}
+// x [count] becomes e^(x - shift); returns the sum, whose order of additions is fixed.
+template <class real>
+real exp_and_sum(real* x, real shift, int count) {
+    real sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int j = 0; j < count; ++j) {
+        x[j] = exp_fast(x[j] - shift);
+        sum += x[j];
+    }
+    return sum;
+}
+
+// --- The fast product
+//
+//             n                    b, kDepth rows at a time, is cut into panels of kTileCols columns,
+//        +---------+               each copied so that it is read from start to end.
+//      k | b  |p|  |
+//        +---------+               a, the same: panels of kTileRows rows.
+//   k
+// +-----+ +---------+              A tile of c is one panel of a times one panel of b. Its sums
+// |     | |    | |  |              stay in registers for kDepth steps; every step reads one
+// |  a  | |    | |  |              column of a's panel and one row of b's panel, and does
+// |=====| |----[]---| <- tile      kTileRows * kTileCols multiply-adds with them.
+// |     | |         |
+// +-----+ +---------+
+//
+// A panel of b meets kBlockRows rows of a in turn: it stays in the first cache, they in the second.
+// That is the blocking of Goto and van de Geijn (2008), and of BLIS.
+// Ragged edges: panels are filled up with zeros, and there is a micro-kernel for each number of rows.
+constexpr int kTileRows = kVectorRegisters == 32 ? 14 : 6;  // its sums and operands fill the registers
+template <class real>
+constexpr int kTileCols = 2 * kLanes<real>;
+#ifndef KD
+#define KD 384
+#define MCP 16
+#define NCC 768
+#endif
+#ifndef STRIP
+#define STRIP 12
+#endif
+constexpr int kDepth = KD;                   // steps of k packed at a time
+constexpr int kBlockRows = MCP * kTileRows;  // rows of a that meet one panel of b
+constexpr int kBlockCols = NCC;              // columns of b packed at a time
+
+// Tile [rows, kTileCols] (+)= panel of a [k, kTileRows] * panel of b [k, kTileCols].
+template <class real, int rows>
+void micro_kernel(real* tile, ptrdiff_t stride, const real* a, const real* b, int k, bool add) {
+    constexpr int L = kLanes<real>;
+    Vec<real> left[rows], right[rows];
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) left[i] = right[i] = Vec<real>{};
+    for (int p = 0; p < k; ++p, a += kTileRows, b += 2 * L) {
+        const Vec<real> b0 = load(b), b1 = load(b + L);
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; ++i) left[i] += a[i] * b0, right[i] += a[i] * b1;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) {
+        real* out = tile + i * stride;
+        store(out, add ? load(out) + left[i] : left[i]);
+        store(out + L, add ? load(out + L) + right[i] : right[i]);
+    }
+}
+
+// The micro-kernel for tiles of `rows` rows, 1 to kTileRows.
+template <class real>
+using MicroKernel = void (*)(real*, ptrdiff_t, const real*, const real*, int, bool);
+template <class real, int... i>
+MicroKernel<real> pick_kernel(int rows, std::integer_sequence<int, i...>) {
+    static constexpr MicroKernel<real> kernels[] = {micro_kernel<real, i + 1>...};
+    return kernels[rows - 1];
+}
+template <class real>
+MicroKernel<real> kernel_for(int rows) {
+    return pick_kernel<real>(rows, std::make_integer_sequence<int, kTileRows>());
+}
+
+// Memory that its owner keeps and that grows on demand, at a multiple of 64 bytes.
+class Scratch {
+    std::unique_ptr<void, decltype(&std::free)> block{nullptr, &std::free};
+    size_t size = 0;
+
+public:
+    template <class T>
+    T* get(size_t count) {
+        const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+        if (bytes > size) {
+            block.reset(std::aligned_alloc(64, bytes));
+            TINYGPT_CHECK(block, "out of memory: %.2f GB more were needed", double(bytes) / 1e9);
+            size = bytes;
+        }
+        return static_cast<T*>(block.get());
+    }
+};
+
+// Copies a panel: out[p][i] = from(i, p) for p < k and i < count, and 0 up to i = width.
+template <int width, class real>
+void pack_panel(real* out, View<real> from, int count, int k) {
+    if (from.row == 1 && count == width) {
+        for (int p = 0; p < k; ++p)
+            for (int i = 0; i < width; ++i) out[p * width + i] = from.data[i + p * from.col];
+        return;
+    }
+    if (count < width) std::fill(out, out + size_t(k) * width, real(0));
+    for (int p = 0; p < k; p += 16)
+        for (int i = 0; i < count; ++i)
+            for (int q = p; q < std::min(k, p + 16); ++q) out[q * width + i] = from(i, q);
+}
+
+// out[n] = column sums of x [rows, n], or adds them. The rows are added in order, whoever does it.
+template <class real>
+void column_sums(real* out, const real* x, int rows, int n, bool accumulate) {
+    constexpr int width = 64;
+#pragma omp parallel for schedule(static)
+    for (int j0 = 0; j0 < n; j0 += width) {
+        const int count = std::min(width, n - j0);
+        real sums[width] = {};
+        for (int row = 0; row < rows; ++row)
+            for (int j = 0; j < count; ++j) sums[j] += x[size_t(row) * n + j0 + j];
+        for (int j = 0; j < count; ++j) out[j0 + j] = accumulate ? out[j0 + j] + sums[j] : sums[j];
+    }
+}
+
+// What to do with finished sums: nothing.
+struct KeepSums {
+    template <class real>
+    void operator()(int, int, int, real*) const {}
+};
+
+// c[m, n] = finish(a b), or finish(c + a b) if accumulate. The sum over k of one element is made by
+// one thread, in order: no result depends on the number of threads.
+template <class real, class Finish>
+void multiply(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
+              MatmulOptions /*options*/, bool accumulate, Finish finish) {
+    constexpr int R = kTileRows, N = kTileCols<real>;
+    static thread_local Scratch scratch_a, scratch_b;
+    const int panels_a = (m + R - 1) / R, blocks = (n + kBlockCols - 1) / kBlockCols;
+    const int block_cols = ((n + blocks - 1) / blocks + N - 1) / N * N;  // blocks of equal size
+    real* packed_a = scratch_a.get<real>(size_t(panels_a) * R * kDepth);
+    real* packed_b = scratch_b.get<real>(size_t(block_cols) * kDepth);
+#pragma omp parallel
+    for (int n0 = 0; n0 < n; n0 += block_cols)
+        for (int k0 = 0; k0 < k; k0 += kDepth) {
+            const int nc = std::min(block_cols, n - n0), kc = std::min(kDepth, k - k0);
+            const int panels_b = (nc + N - 1) / N, strips = (panels_b + STRIP - 1) / STRIP;
+            const bool first = k0 == 0 && !accumulate, last = k0 + kc == k;
+#pragma omp for schedule(static) nowait
+            for (int p = 0; p < panels_a; ++p)
+                pack_panel<R>(packed_a + size_t(p) * R * kc, a.from(p * R, k0), std::min(R, m - p * R), kc);
+#pragma omp for schedule(static)
+            for (int p = 0; p < panels_b; ++p)
+                pack_panel<N>(packed_b + size_t(p) * N * kc, b.from(k0, n0 + p * N).transposed(),
+                              std::min(N, nc - p * N), kc);
+#pragma omp for schedule(dynamic)
+            for (int job = 0; job < panels_a * strips; ++job) {
+                const int i0 = job / strips * R, rows = std::min(R, m - i0), strip = job % strips;
+                const auto kernel = kernel_for<real>(rows);
+                for (int panel = strip * STRIP; panel < std::min(panels_b, strip * STRIP + STRIP); ++panel) {
+                    const int j0 = n0 + panel * N, cols = std::min(N, n - j0);
+                    alignas(64) real tile[R * N];
+                    kernel(tile, N, packed_a + size_t(i0) * kc, packed_b + size_t(panel) * N * kc, kc, false);
+                    for (int i = 0; i < rows; ++i) {
+                        real *to = c + (i0 + i) * ldc + j0, *sum = tile + i * N;
+                        if (!first)
+                            for (int j = 0; j < cols; ++j) sum[j] += to[j];
+                        if (last) finish(i0 + i, j0, cols, sum);
+                        for (int j = 0; j < cols; ++j) to[j] = sum[j];
+                    }
+                }
+            }
+        }
+}
+
+// c = finish(a b); c = a b; c += a b.
+template <class real, class Finish = KeepSums>
+void matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
+            MatmulOptions options = {}, Finish finish = {}) {
+    multiply(c, ldc, a, b, m, n, k, options, false, finish);
+}
+template <class real>
+void matmul_set(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
+                MatmulOptions options = {}) {
+    multiply(c, ldc, a, b, m, n, k, options, false, KeepSums{});
+}
+template <class real>
+void matmul_add(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
+                MatmulOptions options = {}) {
+    multiply(c, ldc, a, b, m, n, k, options, true, KeepSums{});
+}
+
+// --- §4.4 Causal self-attention (Vaswani et al. 2017): every position looks back at all before it
+// qkv [B*T, 3C]: a row holds the queries of all NH heads, then the keys, then the values; a head is HS
+// neighbouring channels, C = NH*HS. For each head, for query t and keys t2 <= t:
+//   s[t,t2] = q[t].k[t2] / sqrt(HS)   p[t,t2] = e^s[t,t2] / sum of e^s[t,.]   out[t] = sum of p[t,t2] v[t2]
+// lse[t] = log of that sum of e^s: all that the backward pass needs to make p again.
+// Dropout, where it is on, multiplies p by a mask (index: ((b NH + h) T + t) T + t2) after the sum.
+
+// The definition, of one head: q, k, v with rows `stride` apart, out [T, HS] with rows out_stride apart.
+template <class real>
+void attention_definition(real* out, ptrdiff_t out_stride, const real* q, const real* k, const real* v,
+                          ptrdiff_t stride, int T, int HS, Dropout drop, uint64_t place) {
+    for (int t = 0; t < T; ++t) {
+        std::vector<double> p(t + 1), sum(HS);
+        double total = 0;
+        for (int t2 = 0; t2 <= t; ++t2) {
+            for (int i = 0; i < HS; ++i) p[t2] += double(q[t * stride + i]) * double(k[t2 * stride + i]);
+            total += p[t2] = std::exp(p[t2] / std::sqrt(double(HS)));
+        }
+        for (int t2 = 0; t2 <= t; ++t2) {
+            if (drop.on()) p[t2] *= double(drop.scale((place * T + t) * T + t2));
+            for (int i = 0; i < HS; ++i) sum[i] += p[t2] / total * double(v[t2 * stride + i]);
+        }
+        for (int i = 0; i < HS; ++i) out[t * out_stride + i] = real(sum[i]);
+    }
+}
+
+// Forward. The scores are made transposed, keys down and queries across: then a running softmax is a
+// vector of maxima and sums, one lane for each query, and p^T [keys, queries] is already the packed
+// right operand of out^T = v^T p^T. For each block of keys (Milakov and Gimelshein 2018, Dao 2022):
+//   new max = max(old max, s)   p = e^(s - new max)   both sums so far shrink by e^(old max - new max)
+// Keys behind the last query of a tile are never touched: that is the causal half.
+
+// One head: queries first..last-1 over keys 0..last-1. qkv: the head's query of row 0, rows 3C apart.
+// Sets out [last - first, HS], rows C apart, and lse [last - first] unless it is null.
+template <class real>
+void attend(real* out, real* lse, const real* qkv, int first, int last, int C, int HS, Dropout drop,
+            uint64_t place, int T) {
+    constexpr int R = kTileRows, N = kTileCols<real>, L = kLanes<real>, kKeys = 8 * R;
+    const ptrdiff_t stride = 3 * ptrdiff_t(C);
+    const int key_panels = (last + R - 1) / R, value_panels = (HS + R - 1) / R;
+    static thread_local Scratch scratch;
+    real* keys = scratch.get<real>(size_t(key_panels + N) * R * HS + size_t(value_panels) * R * (last + N) +
+                                   size_t(kKeys) * N);
+    real* values = keys + size_t(key_panels) * R * HS;          // [value_panels][last][R]
+    real* queries = values + size_t(value_panels) * R * last;   // [HS][N]
+    real* sums = queries + size_t(HS) * N;                      // [value_panels * R][N]: out^T
+    real* p = sums + size_t(value_panels) * R * N;              // [kKeys][N]
+    const View<real> q = rows_of(qkv, stride), k = rows_of(qkv + C, stride), v = rows_of(qkv + 2 * C, stride);
+    for (int t = 0; t < last; t += R) pack_panel<R>(keys + size_t(t) * HS, k.from(t, 0), std::min(R, last - t), HS);
+    for (int i = 0; i < HS; i += R)
+        pack_panel<R>(values + size_t(i) * last, v.from(0, i).transposed(), std::min(R, HS - i), last);
+    const real scale = 1 / std::sqrt(real(HS));
+    for (int t = first; t < last; t += N) {
+        const int count = std::min(N, last - t), end = t + count;
+        alignas(64) real max[N], total[N];
+        std::fill(max, max + N, -std::numeric_limits<real>::infinity());
+        std::fill(total, total + N, real(0));
+        std::fill(sums, sums + size_t(value_panels) * R * N, real(0));
+        pack_panel<N>(queries, q.from(t, 0), count, HS);
+        for (int i = 0; i < HS * N; ++i) queries[i] *= scale;
+        for (int k0 = 0; k0 < end; k0 += kKeys) {
+            const int kc = std::min(kKeys, end - k0);
+            for (int i = 0; i < kc; i += R)
+                kernel_for<real>(std::min(R, kc - i))(p + i * N, N, keys + size_t(k0 + i) * HS, queries, HS, false);
+            for (int i = std::max(0, t - k0); i < kc; ++i)  // a key behind the query is not seen
+                for (int j = 0; j < std::min(N, k0 + i - t); ++j) p[i * N + j] = -std::numeric_limits<real>::infinity();
+            for (int lane = 0; lane < N; lane += L) {
+                const Vec<real> old_max = load(max + lane);
+                Vec<real> top = old_max;
+                for (int i = 0; i < kc; ++i) {
+                    const Vec<real> s = load(p + i * N + lane);
+                    top = s > top ? s : top;
+                }
+                const Vec<real> shrink = exp_fast(old_max - top);
+                Vec<real> sum = load(total + lane) * shrink;
+                for (int i = 0; i < kc; ++i) {
+                    const Vec<real> e = exp_fast(load(p + i * N + lane) - top);
+                    store(p + i * N + lane, e);
+                    sum += e;
+                }
+                store(max + lane, top), store(total + lane, sum);
+                for (int i = 0; i < HS; ++i) store(sums + i * N + lane, load(sums + i * N + lane) * shrink);
+            }
+            if (drop.on())
+                for (int i = 0; i < kc; ++i)
+                    for (int j = 0; j < count; ++j)
+                        p[i * N + j] *= drop.scale((place * T + t + j) * T + k0 + i);
+            for (int i = 0; i < HS; i += R)
+                kernel_for<real>(std::min(R, HS - i))(sums + i * N, N, values + size_t(i) * last + size_t(k0) * R, p, kc, true);
+        }
+        for (int j = 0; j < count; ++j) {
+            for (int i = 0; i < HS; ++i) out[(t - first + j) * ptrdiff_t(C) + i] = sums[i * N + j] / total[j];
+            if (lse) lse[t - first + j] = max[j] + std::log(total[j]);
+        }
+    }
+}
+
+// out [B*T, C], lse [B, NH, T], qkv [B*T, 3C]. Sets out and lse.
+template <class real>
+void attention_forward(real* out, real* lse, const real* qkv, int B, int T, int NH, int HS, Dropout drop) {
+    const int C = NH * HS;
+#pragma omp parallel for schedule(dynamic)
+    for (int head = 0; head < B * NH; ++head) {
+        const size_t row = size_t(head / NH) * T;
+        const int channel = head % NH * HS;
+        attend(out + row * C + channel, lse + size_t(head) * T, qkv + row * 3 * C + channel, 0, T, C, HS, drop, uint64_t(head), T);
+    }
+}
+
+// Generation: out [n, C] for positions past..past+n-1 of one sequence, whose qkv rows 0..past+n-1
+// are the cache of keys and values.
+template <class real>
+void attention_cached(real* out, const real* qkv, int past, int n, int NH, int HS) {
+    const int C = NH * HS;
+#pragma omp parallel for schedule(dynamic)
+    for (int head = 0; head < NH; ++head) {
+        if (n > 1) {
+            attend(out + head * HS, static_cast<real*>(nullptr), qkv + head * HS, past, past + n, C, HS, Dropout{}, 0, past + n);
+            continue;
+        }
+        // One query: nothing is used twice, so nothing is packed.
+        static thread_local Scratch scratch;
+        real *p = scratch.get<real>(past + 1), *o = out + head * HS, total = 0;
+        const real *q = qkv + size_t(past) * 3 * C + head * HS, *k = qkv + C + head * HS, *v = k + C;
+        real top = -std::numeric_limits<real>::infinity();
+        for (int t = 0; t <= past; ++t) {
+            real s = 0;
+#pragma omp simd reduction(+ : s)
+            for (int i = 0; i < HS; ++i) s += q[i] * k[size_t(t) * 3 * C + i];
+            p[t] = s / std::sqrt(real(HS));
+            top = std::max(top, p[t]);
+        }
+        for (int t = 0; t <= past; ++t) p[t] = exp_fast(p[t] - top);
+        for (int t = 0; t <= past; ++t) total += p[t];
+        std::fill(o, o + HS, real(0));
+        for (int t = 0; t <= past; ++t)
+            for (int i = 0; i < HS; ++i) o[i] += p[t] / total * v[size_t(t) * 3 * C + i];
+    }
+}
+
+// Backward. With dp = dout v^T (times the mask), the softmax passes on ds = p (dp - D), where
+//   D[t] = sum over t2 of p dp = dout[t].out[t]    (out = p v: the sum over t2 is already there)
+//   dv = p^T dout    dk = ds^T q / sqrt(HS)    dq = ds k / sqrt(HS)
+// For each block of keys the scores of all later queries are made again, p = e^(s - lse), this time
+// queries down and keys across: p and ds are then the right operands of dv^T and dk^T as they are.
+template <class real>
+void attend_backward(real* dqkv, const real* dout, const real* out, const real* lse, const real* qkv,
+                     int T, int C, int HS, Dropout drop, uint64_t place) {
+    constexpr int R = kTileRows, N = kTileCols<real>, kQueries = 8 * R;
+    const ptrdiff_t stride = 3 * ptrdiff_t(C);
+    const int row_panels = (T + R - 1) / R, panels = (HS + R - 1) / R, wide = (HS + N - 1) / N;
+    const size_t by_rows = size_t(row_panels) * R * HS, by_cols = size_t(panels) * R * T;
+    static thread_local Scratch scratch;
+    real* q_rows = scratch.get<real>(2 * by_rows + 2 * by_cols + size_t(row_panels) * R * (wide * N + 1) +
+                                     size_t(N) * (2 * HS + wide * N + 2 * panels * R + 2 * kQueries + R) + 64);
+    real *q_cols = q_rows + by_rows, *dout_rows = q_cols + by_cols, *dout_cols = dout_rows + by_rows;
+    real* dq = dout_cols + by_cols;                        // [wide][T][N]
+    real* k_right = dq + size_t(row_panels) * R * wide * N;  // [HS][N]
+    real* v_right = k_right + HS * N;                      // [HS][N]
+    real* k_wide = v_right + HS * N;                       // [wide][N][N]
+    real* dk = k_wide + wide * N * N;                      // [HS][N]
+    real* dv = dk + panels * R * N;                        // [HS][N]
+    real* p = dv + panels * R * N;                         // [kQueries][N]
+    real* ds = p + kQueries * N;                           // [kQueries][N]
+    real* ds_left = ds + kQueries * N;                     // [N][R]
+    real* D = ds_left + N * R;                             // [T]
+    const View<real> q = rows_of(qkv, stride), k = rows_of(qkv + C, stride), v = rows_of(qkv + 2 * C, stride);
+    const View<real> d = rows_of(dout, C);
+    for (int t = 0; t < T; t += R) {
+        pack_panel<R>(q_rows + size_t(t) * HS, q.from(t, 0), std::min(R, T - t), HS);
+        pack_panel<R>(dout_rows + size_t(t) * HS, d.from(t, 0), std::min(R, T - t), HS);
+    }
+    for (int i = 0; i < HS; i += R) {
+        pack_panel<R>(q_cols + size_t(i) * T, q.from(0, i).transposed(), std::min(R, HS - i), T);
+        pack_panel<R>(dout_cols + size_t(i) * T, d.from(0, i).transposed(), std::min(R, HS - i), T);
+    }
+    for (int t = 0; t < T; ++t) {
+        real sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int i = 0; i < HS; ++i) sum += dout[ptrdiff_t(t) * C + i] * out[ptrdiff_t(t) * C + i];
+        D[t] = sum;
+    }
+    std::fill(dq, k_right, real(0));
+    const real scale = 1 / std::sqrt(real(HS));
+    for (int k0 = 0; k0 < T; k0 += N) {
+        const int kn = std::min(N, T - k0);
+        pack_panel<N>(k_right, k.from(k0, 0), kn, HS);
+        pack_panel<N>(v_right, v.from(k0, 0), kn, HS);
+        for (int i = 0; i < HS; i += N)
+            pack_panel<N>(k_wide + i * N, k.from(k0, i).transposed(), std::min(N, HS - i), kn);
+        std::fill(dk, p, real(0));
+        for (int t0 = k0 / R * R; t0 < T; t0 += kQueries) {
+            const int tn = std::min(kQueries, T - t0);
+            for (int i = 0; i < tn; i += R) {
+                const auto kernel = kernel_for<real>(std::min(R, tn - i));
+                kernel(p + i * N, N, q_rows + size_t(t0 + i) * HS, k_right, HS, false);
+                kernel(ds + i * N, N, dout_rows + size_t(t0 + i) * HS, v_right, HS, false);
+            }
+            for (int i = 0; i < tn; ++i) {
+                real *p_row = p + i * N, *ds_row = ds + i * N;
+                const int t = t0 + i;
+                for (int j = 0; j < N; ++j) p_row[j] = exp_fast(p_row[j] * scale - lse[t]);
+                for (int j = std::max(0, t + 1 - k0); j < N; ++j) p_row[j] = 0;
+                if (!drop.on()) {
+                    for (int j = 0; j < N; ++j) ds_row[j] = p_row[j] * (ds_row[j] - D[t]) * scale;
+                    continue;
+                }
+                for (int j = 0; j < kn; ++j) {
+                    const real mask = drop.scale((place * T + t) * T + k0 + j);
+                    ds_row[j] = p_row[j] * (ds_row[j] * mask - D[t]) * scale;
+                    p_row[j] *= mask;
+                }
+            }
+            for (int i = 0; i < HS; i += R) {
+                const auto kernel = kernel_for<real>(std::min(R, HS - i));
+                kernel(dv + i * N, N, dout_cols + size_t(i) * T + size_t(t0) * R, p, tn, true);
+                kernel(dk + i * N, N, q_cols + size_t(i) * T + size_t(t0) * R, ds, tn, true);
+            }
+            for (int i = 0; i < tn; i += R) {
+                const int rows = std::min(R, tn - i);
+                pack_panel<R>(ds_left, rows_of(ds + i * N, N), rows, kn);
+                for (int w = 0; w < wide; ++w)
+                    kernel_for<real>(rows)(dq + (size_t(w) * row_panels * R + t0 + i) * N, N, ds_left, k_wide + w * N * N, kn, true);
+            }
+        }
+        for (int j = 0; j < kn; ++j)
+            for (int i = 0; i < HS; ++i) {
+                real* to = dqkv + (k0 + j) * stride + i;
+                to[C] = dk[i * N + j], to[2 * C] = dv[i * N + j];
+            }
+    }
+    for (int t = 0; t < T; ++t)
+        for (int i = 0; i < HS; ++i)
+            dqkv[t * stride + i] = dq[(size_t(i / N) * row_panels * R + t) * N + i % N];
+}
+
+// dqkv [B*T, 3C] is set; dout, out [B*T, C], lse [B, NH, T], qkv [B*T, 3C] are read.
+template <class real>
+void attention_backward(real* dqkv, const real* dout, const real* out, const real* lse,
+                        const real* qkv, int B, int T, int NH, int HS, Dropout drop) {
+    const int C = NH * HS;
+#pragma omp parallel for schedule(dynamic)
+    for (int head = 0; head < B * NH; ++head) {
+        const size_t row = size_t(head / NH) * T;
+        const int channel = head % NH * HS;
+        attend_backward(dqkv + row * 3 * C + channel, dout + row * C + channel, out + row * C + channel,
+                        lse + size_t(head) * T, qkv + row * 3 * C + channel, T, C, HS, drop, uint64_t(head));
+    }
+}
+
+// --- §4.4 The linear layer: every output is a weighted sum of all inputs, plus a bias
+//   out = x w + bias        x [rows, C], w [C, OC] ([in, out], as Hugging Face stores GPT-2), bias [OC]
+// The finished sums of a tile pass through one of these while they are still in the cache.
+
+template <class real>
+struct AddBias {
+    const real* bias;
+    void operator()(int, int col, int count, real* values) const {
+        for (int j = 0; j < count; ++j) values[j] += bias[col + j];
+    }
+};
+
+// Also keeps the sum before the GELU in pre [rows, OC]: the GELU's backward needs it.
+template <class real>
+struct AddBiasGelu {
+    const real* bias;
+    real* pre;
+    int OC;
+    void operator()(int row, int col, int count, real* values) const {
+        real* kept = pre + size_t(row) * OC + col;
+        for (int j = 0; j < count; ++j) kept[j] = values[j] + bias[col + j];
+        gelu(values, kept, count);
+    }
+};
+
+// out = residual + drop(sum + bias): the branch joins the residual stream.
+template <class real>
+struct AddBiasResidual {
+    const real *bias, *residual;
+    int OC;
+    Dropout drop;
+    void operator()(int row, int col, int count, real* values) const {
+        const size_t at = size_t(row) * OC + col;
+        for (int j = 0; j < count; ++j) values[j] += bias[col + j];
+        if (drop.on())
+            for (int j = 0; j < count; ++j) values[j] *= drop.scale(at + j);
+        for (int j = 0; j < count; ++j) values[j] += residual[at + j];
+    }
+};
+
+// Multiplies a finished gradient of gelu(pre) by gelu'(pre): the chain rule, in place.
+template <class real>
+struct TimesGeluDerivative {
+    const real* pre;
+    int C;
+    void operator()(int row, int col, int count, real* values) const {
+        gelu_backward(values, pre + size_t(row) * C + col, count);
+    }
+};
+
+// out [rows, OC] = x w + b.
+template <class real>
+void Cpu<real>::linear_forward(real* out, const real* x, const real* w, const real* b, int rows, int C,
+                               int OC) {
+    matmul(out, OC, rows_of(x, C), rows_of(w, OC), rows, OC, C, matmul_options, AddBias<real>{b});
+}
+
+// Each output is out_ro = sum_c x_rc w_co + b_o, so each product rule term names its own gradient:
+//   dx_rc = sum_o dout_ro w_co,  dx = dout w^T      (every output the input fed)
+//   dw_co = sum_r x_rc dout_ro,  dw = x^T dout      (every row the weight served)
+//   db_o  = sum_r dout_ro                           (column sums)
+// sets dx [rows, C]; sets dw [C, OC] and db [OC], or adds to them if accumulate. db may be null.
+template <class real>
+void Cpu<real>::linear_backward(real* dx, real* dw, real* db, const real* dout, const real* x,
+                                const real* w, int rows, int C, int OC, bool accumulate) {
+    matmul(dx, C, rows_of(dout, OC), transpose_of(w, OC), rows, C, OC, matmul_options);
+    auto product = accumulate ? matmul_add<real> : matmul_set<real>;
+    product(dw, OC, transpose_of(x, C), rows_of(dout, OC), C, OC, rows, matmul_options);
+    if (db) column_sums(db, dout, rows, OC, accumulate);
+}
+
+// gelu [rows, OC] = GELU(pre), pre = x w + b. Both are kept.
+template <class real>
+void Cpu<real>::linear_gelu_forward(real* gelu, real* pre, const real* x, const real* w, const real* b,
+                                    int rows, int C, int OC) {
+    matmul(gelu, OC, rows_of(x, C), rows_of(w, OC), rows, OC, C, matmul_options,
+           AddBiasGelu<real>{b, pre, OC});
+}
+
+// Backward of a linear layer whose input was gelu = GELU(pre), and of that GELU:
+//   dpre = (dout w^T) gelu'(pre)     dw = gelu^T dout     dpre_bias = column sums of dpre
+// dpre_bias is the bias gradient of the layer that made pre. Shapes: dpre, gelu, pre [rows, C],
+// dout [rows, OC], w [C, OC]. sets dpre; sets dw, dpre_bias [C], or adds to them if accumulate.
+template <class real>
+void Cpu<real>::linear_gelu_backward(real* dpre, real* dw, real* dpre_bias, const real* dout,
+                                     const real* gelu, const real* pre, const real* w, int rows, int C,
+                                     int OC, bool accumulate) {
+    matmul(dpre, C, rows_of(dout, OC), transpose_of(w, OC), rows, C, OC, matmul_options,
+           TimesGeluDerivative<real>{pre, C});
+    auto product = accumulate ? matmul_add<real> : matmul_set<real>;
+    product(dw, OC, transpose_of(gelu, C), rows_of(dout, OC), C, OC, rows, matmul_options);
+    column_sums(dpre_bias, dpre, rows, C, accumulate);
+}
+
+// out [rows, OC] = residual + drop(x w + b). Its backward is linear_backward of drop(dout); the
+// residual's gradient is dout itself (see layernorm_backward, which makes both).
+template <class real>
+void Cpu<real>::linear_residual_forward(real* out, const real* residual, const real* x, const real* w,
+                                        const real* b, int rows, int C, int OC, Dropout drop) {
+    matmul(out, OC, rows_of(x, C), rows_of(w, OC), rows, OC, C, matmul_options,
+           AddBiasResidual<real>{b, residual, OC, drop});
+}
+
+// --- §4.5 Attention on this device: the functions of §4.3
+
+template <class real>
+void Cpu<real>::attention_forward(real* out, real* lse, const real* qkv, int B, int T, int NH, int HS,
+                                  Dropout drop) {
+    tinygpt::attention_forward(out, lse, qkv, B, T, NH, HS, drop);
+}
+template <class real>
+void Cpu<real>::attention_backward(real* dqkv, const real* dout, const real* out, const real* lse,
+                                   const real* qkv, int B, int T, int NH, int HS, Dropout drop) {
+    tinygpt::attention_backward(dqkv, dout, out, lse, qkv, B, T, NH, HS, drop);
+}
+template <class real>
+void Cpu<real>::attention_cached(real* out, const real* qkv, int past, int n, int NH, int HS) {
+    tinygpt::attention_cached(out, qkv, past, n, NH, HS);
+}
+
+// --- §4.6 The head: logits, softmax and cross-entropy in one
+//   logits = x w^T,  w [V, C]      p = softmax(logits)      loss = -log p[target]
+// Every token gets a score, and the loss is how surprised the softmax is by the one that came.
+// logits [rows, V] is by far the largest thing in the model (0.8 GB for 4 x 1024 rows of GPT-2), so
+// it is made a block of rows at a time, and used for everything it is needed for while it is there.
+
+constexpr int kHeadRows = 1024;  // of one block
+template <class real>
+size_t Cpu<real>::head_workspace(int rows, int V) {
+    return size_t(std::min(rows, kHeadRows)) * size_t(V);
+}
+
+// Loss of each row: log(sum exp(logits)) - logits[target], with the maximum taken out so that exp
+// cannot overflow. With scale > 0 the row of logits becomes its own gradient:
+//   dloss/dlogits_v = d/dlogits_v (log sum_u exp(logits_u) - logits_target) = p_v - [v = target]
+// softmax minus one-hot, times scale. A row whose target is kIgnore has loss 0 and gradient 0.
+// sets losses [rows]; logits [rows, V] in place.
+template <class real>
+void softmax_cross_entropy(real* losses, real* logits, const int32_t* targets, int rows, int V, real scale) {
+#pragma omp parallel for schedule(static)
+    for (int row = 0; row < rows; ++row) {
+        real* l = logits + size_t(row) * V;
+        const int target = targets[row];
+        if (target < 0) {
+            losses[row] = 0;
+            if (scale > 0) std::fill(l, l + V, real(0));
+            continue;
+        }
+        real highest = l[0];
+#pragma omp simd reduction(max : highest)
+        for (int v = 0; v < V; ++v) highest = l[v] > highest ? l[v] : highest;
+        const real at_target = l[target];
+        const real sum = exp_and_sum(l, highest, V);  // l[v] = exp(l[v] - highest)
+        losses[row] = std::log(sum) + highest - at_target;
+        if (scale <= 0) continue;
+        const real factor = scale / sum;
+        for (int v = 0; v < V; ++v) l[v] *= factor;
+        l[target] -= scale;
+    }
+}
+
+// sets losses [rows]. x [rows, C], w [V, C]; logits is workspace.
+template <class real>
+void Cpu<real>::head_forward(real* losses, real* logits, const real* x, const real* w,
+                             const int32_t* targets, int rows, int C, int V) {
+    for (int first = 0; first < rows; first += kHeadRows) {
+        const int n = std::min(kHeadRows, rows - first);
+        head_logits(logits, x + size_t(first) * C, w, n, C, V);
+        softmax_cross_entropy(losses + first, logits, targets + first, n, V, real(0));
+    }
+}
+
+// As head_forward, and the gradients of scale * (sum of losses):
+//   dx = dlogits w      dw = dlogits^T x
+// sets losses [rows], dx [rows, C]; sets dw [V, C], or adds to it if accumulate.
+template <class real>
+void Cpu<real>::head_forward_backward(real* losses, real* dx, real* dw, real* logits, const real* x,
+                                      const real* w, const int32_t* targets, int rows, int C, int V,
+                                      real scale, bool accumulate) {
+    for (int first = 0; first < rows; first += kHeadRows) {
+        const int n = std::min(kHeadRows, rows - first);
+        const real* x_block = x + size_t(first) * C;
+        head_logits(logits, x_block, w, n, C, V);
+        softmax_cross_entropy(losses + first, logits, targets + first, n, V, scale);
+        matmul(dx + size_t(first) * C, C, rows_of(logits, V), rows_of(w, C), n, C, V, matmul_options);
+        auto product = accumulate || first > 0 ? matmul_add<real> : matmul_set<real>;
+        product(dw, C, transpose_of(logits, V), rows_of(x_block, C), V, C, n, matmul_options);
+    }
+}
+
+// logits [rows, V] = x w^T: for generation, which wants the scores themselves.
+template <class real>
+void Cpu<real>::head_logits(real* logits, const real* x, const real* w, int rows, int C, int V) {
+    matmul(logits, V, rows_of(x, C), transpose_of(w, C), rows, V, C, matmul_options);
+}
+
+// =================================================================================================
+// §5 Forward: GPT-2 on one screen
+// =================================================================================================
+// We hold every layer; now they are put together. What backward will need is kept: the input of each
+// matmul (its weight gradient is input^T dout), the input and statistics of each layernorm, the
+// attention's qkv, output and log-sum-exp, the GELU's input. Everything else is recomputed or shared.
+
+template <class Device>
+struct Activations {
+    using Activation = typename Device::Activation;
+    using Real = typename Device::Real;
+    struct Layer {
+        Activation *ln_1, *qkv, *att, *x_mid;  // [rows, C], [rows, 3C], [rows, C], [rows, C]
+        Activation *ln_2, *fc, *gelu, *x_out;  // [rows, C], [rows, 4C], [rows, 4C], [rows, C]
+        Real *ln_1_mean, *ln_1_rstd, *ln_2_mean, *ln_2_rstd;  // [rows]
+        Real* lse;                                            // [B*NH, T]
+    };
+    int32_t *inputs, *targets, *order;  // [rows] each
+    Activation* embedded;               // [rows, C]
+    std::vector<Layer> layers;
+    Activation* ln_f;             // [rows, C]
+    Real *ln_f_mean, *ln_f_rstd;  // [rows]
+    Activation* logits;           // workspace of the head: never all rows at once on a CPU
+    Real* losses;                 // [rows]
+    Real* next_logits;            // [V], of one row, for generation
+    // Gradients of activations. One set serves all layers: each is used up before the next needs it.
+    Activation *dx, *dbranch, *dwide, *dnarrow;  // [rows, C], [rows, C], [rows, 4C], [rows, C]
+};
+
+// What the memory is for. generation: one sequence, one set of buffers for all layers, except qkv,
+// whose rows are the key/value cache.
+enum class Use { training, evaluation, generation };
+
+// Hands out aligned pieces of one block; with no block it only counts, which is how the memory a run
+// will need is known before any is taken.
+struct Arena {
+    char* base = nullptr;
+    size_t used = 0;
+    template <class T>
+    T* take(size_t count) {
+        T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
+        used += (count * sizeof(T) + 255) / 256 * 256;
+        return piece;
+    }
+};
+
+// Places every buffer of `a` into the arena.
+template <class Device>
+void place(Activations<Device>& a, Arena& arena, const Config& config, int B, int T, Use use) {
+    using Activation = typename Device::Activation;
+    using Real = typename Device::Real;
+    const size_t rows = size_t(B) * T, C = config.n_embd;
+    auto wide = [&](size_t columns) { return arena.take<Activation>(rows * columns); };
+    auto per_row = [&] { return arena.take<Real>(rows); };
+    a.inputs = arena.take<int32_t>(rows), a.targets = arena.take<int32_t>(rows);
+    a.order = arena.take<int32_t>(rows);
+    a.embedded = wide(C);
+    a.layers.resize(size_t(config.n_layer));
+    for (auto& l : a.layers) {
+        if (use == Use::training || &l == &a.layers[0]) {
+            l.ln_1 = wide(C), l.att = wide(C), l.x_mid = wide(C), l.ln_2 = wide(C);
+            l.fc = wide(4 * C), l.gelu = wide(4 * C), l.x_out = wide(C);
+            l.qkv = wide(3 * C);
+            l.ln_1_mean = per_row(), l.ln_1_rstd = per_row();
+            l.ln_2_mean = per_row(), l.ln_2_rstd = per_row();
+            l.lse = arena.take<Real>(rows * size_t(config.n_head));
+        } else {
+            l = a.layers[0];  // nothing is kept: all layers share one set; x_out is read before it is set
+            if (use == Use::generation) l.qkv = wide(3 * C);
+        }
+    }
+    a.ln_f = wide(C), a.ln_f_mean = per_row(), a.ln_f_rstd = per_row();
+    a.next_logits = arena.take<Real>(size_t(config.vocab_size));
+    if (use == Use::generation) return;
+    a.logits = arena.take<Activation>(Device::head_workspace(int(rows), config.vocab_size));
+    a.losses = per_row();
+    if (use != Use::training) return;
+    a.dx = wide(C), a.dwide = wide(4 * C), a.dnarrow = wide(C);
+    a.dbranch = config.dropout > 0 ? wide(C) : a.dx;
+}
+
+// A model on a device: the parameters, what training adds to them, and the activations of one batch.
+template <class Device>
+struct Gpt2 {
+    using Real = typename Device::Real;
+    using Weight = typename Device::Weight;
+    using Gradient = typename Device::Gradient;
+    Config config;
+    Layout layout;
+    Device device;
+    Weight* weights = nullptr;  // flat, layout.size
+    Real* masters = nullptr;    // flat; the same array where Device has no separate masters
+    Gradient* grads = nullptr;  // flat
+    Real *m = nullptr, *v = nullptr;  // AdamW's moments, flat
+    StepState* state = nullptr;
+    Parameters<Weight> w;    // the flat weights by name
+    Parameters<Gradient> g;  // the flat gradients by name
+    Activations<Device> a;
+    int B = 0, T = 0;  // what the activations have room for
+    char* block = nullptr;
+
+    explicit Gpt2(const Config& config, Device device = {})
+        : config(config), layout(layout_of(config)), device(device) {
+        weights = this->device.template allocate<Weight>(layout.size);
+        masters = Device::kSeparateMasters ? this->device.template allocate<Real>(layout.size)
+                                           : reinterpret_cast<Real*>(weights);
+        point_into(w, weights, config, layout);
+        state = this->device.template allocate<StepState>(1);
+        StepState fresh;
+        this->device.upload(state, &fresh, 1);
+    }
+    Gpt2(const Gpt2&) = delete;
+    ~Gpt2() {
+        for (Real* array : {m, v, Device::kSeparateMasters ? masters : nullptr}) device.release(array);
+        device.release(weights), device.release(grads), device.release(block), device.release(state);
+    }
+
+    // Makes room for batches of up to B x T. For training also for gradients and moments, set to 0.
+    void reserve(int rows, int columns, Use use) {
+        device.release(std::exchange(block, nullptr));
+        Arena arena;
+        place(a, arena, config, rows, columns, use);
+        arena = {device.template allocate<char>(arena.used), 0};
+        block = arena.base, B = rows, T = columns;
+        place(a, arena, config, rows, columns, use);
+        if (use != Use::training || grads) return;
+        grads = device.template allocate<Gradient>(layout.size);
+        m = device.template allocate<Real>(layout.size);
+        v = device.template allocate<Real>(layout.size);
+        device.zero(grads, layout.size), device.zero(m, layout.size), device.zero(v, layout.size);
+        point_into(g, grads, config, layout);
+    }
+
+    // Takes masters [layout.size] from the host.
+    void set_weights(const Real* host) {
+        device.upload(masters, host, layout.size);
+        device.weights_from_masters(weights, masters, layout.size);
+    }
+    std::vector<Real> get_weights() {
+        std::vector<Real> host(layout.size);
+        device.download(host.data(), masters, layout.size);
+        return host;
+    }
+    void initialise(uint64_t seed) {
+        std::vector<Real> host(layout.size);
+        tinygpt::initialise(host.data(), config, layout, seed);
+        set_weights(host.data());
+    }
+};
+
+// Bytes that a model will take on its device, by what they are for.
+struct MemoryNeed {
+    size_t weights = 0, gradients = 0, moments = 0, activations = 0;
+    size_t total() const { return weights + gradients + moments + activations; }
+};
+template <class Device>
+MemoryNeed memory_need(const Config& config, int B, int T, Use use) {
+    const size_t n = layout_of(config).size;
+    MemoryNeed need;
+    need.weights = n * sizeof(typename Device::Weight);
+    if (Device::kSeparateMasters) need.weights += n * sizeof(typename Device::Real);
+    Activations<Device> a;
+    Arena arena;
+    place(a, arena, config, B, T, use);
+    need.activations = arena.used;
+    if (use != Use::training) return need;
+    need.gradients = n * sizeof(typename Device::Gradient);
+    need.moments = 2 * n * sizeof(typename Device::Real);
+    return need;
+}
+
+// How one pass is made. Dropout acts when pass.dropout is set: in training, never in evaluation.
+struct Pass {
+    int B = 0, T = 0;
+    bool dropout = false;
+    uint64_t dropout_key = 0;  // differs in every micro-batch of every step
+    int past = 0;              // generation: positions already in the key/value cache; then B = 1
+    bool cached = false;
+};
+
+// The mask at one place of the model: place 0 follows the embedding, then three in every layer.
+inline Dropout dropout_at(const Config& config, const Pass& pass, int place) {
+    if (!pass.dropout) return {};
+    return {random_key(pass.dropout_key, uint64_t(place), 4), config.dropout};
+}
+
+// tokens a.inputs [B, T] -> a.ln_f [B*T, C], from which the head makes logits. The whole of GPT-2.
+template <class Device>
+void forward(Gpt2<Device>& model, const Pass& pass) {
+    const Config& config = model.config;
+    Device& device = model.device;
+    auto& a = model.a;
+    auto& w = model.w;
+    const int B = pass.B, T = pass.T, rows = B * T, C = config.n_embd;
+    const int NH = config.n_head, HS = config.head_size();
+    auto drop = [&](int place) { return dropout_at(config, pass, place); };
+
+    device.embed_forward(a.embedded, a.inputs, w.wte, w.wpe, B, T, C, pass.past, drop(0));
+    auto* x = a.embedded;  // the residual stream: every layer reads it and adds to it
+    for (int i = 0; i < config.n_layer; ++i) {
+        auto& l = a.layers[size_t(i)];
+        const auto& p = w.h[size_t(i)];
+        auto* qkv = l.qkv + size_t(pass.past) * 3 * C;  // new rows go behind the cached ones
+        device.layernorm_forward(l.ln_1, l.ln_1_mean, l.ln_1_rstd, x, p.ln_1_weight, p.ln_1_bias, rows, C);
+        device.linear_forward(qkv, l.ln_1, p.c_attn_weight, p.c_attn_bias, rows, C, 3 * C);
+        if (pass.cached)
+            device.attention_cached(l.att, l.qkv, pass.past, T, NH, HS);
+        else
+            device.attention_forward(l.att, l.lse, qkv, B, T, NH, HS, drop(3 * i + 1));
+        device.linear_residual_forward(l.x_mid, x, l.att, p.attn_proj_weight, p.attn_proj_bias, rows, C, C,
+                                       drop(3 * i + 2));
+        device.layernorm_forward(l.ln_2, l.ln_2_mean, l.ln_2_rstd, l.x_mid, p.ln_2_weight, p.ln_2_bias, rows, C);
+        device.linear_gelu_forward(l.gelu, l.fc, l.ln_2, p.c_fc_weight, p.c_fc_bias, rows, C, 4 * C);
+        device.linear_residual_forward(l.x_out, l.x_mid, l.gelu, p.mlp_proj_weight, p.mlp_proj_bias, rows,
+                                       4 * C, C, drop(3 * i + 3));
+        x = l.x_out;
+    }
+    device.layernorm_forward(a.ln_f, a.ln_f_mean, a.ln_f_rstd, x, w.ln_f_weight, w.ln_f_bias, rows, C);
+}
+
+// =================================================================================================
+// §6 Backward: the same lines upside down
+// =================================================================================================
+// We hold a.ln_f [rows, C] and the targets. The head turns them into the loss and, while a block of
+// logits is at hand, into its own two gradients. From there every line of forward has its mirror
+// image, last first. dx is the gradient of the residual stream; since x_out = x_mid + branch, it
+// goes to the branch as it is and past it as it is, and layernorm's backward joins the two again.
+
+// sets (first micro-batch) or adds to every parameter gradient; sets a.losses. `scale` is 1 / (number
+// of scored targets of the whole step): the loss of a step is the mean over all its micro-batches.
+template <class Device>
+void backward(Gpt2<Device>& model, const Pass& pass, double scale, bool first_micro_batch) {
+    const Config& config = model.config;
+    Device& device = model.device;
+    auto& a = model.a;
+    auto &w = model.w;
+    auto &g = model.g;
+    const bool add = !first_micro_batch;
+    const int B = pass.B, T = pass.T, rows = B * T, C = config.n_embd, V = config.vocab_size;
+    const int NH = config.n_head, HS = config.head_size(), L = config.n_layer;
+    auto drop = [&](int place) { return dropout_at(config, pass, place); };
+    // The input of layer i is the output of the layer below.
+    auto input_of = [&](int i) { return i > 0 ? a.layers[size_t(i - 1)].x_out : a.embedded; };
+    auto* dbranch = pass.dropout ? a.dbranch : a.dx;
+
+    device.head_forward_backward(a.losses, a.dnarrow, g.lm_head, a.logits, a.ln_f, w.lm_head, a.targets,
+                                 rows, C, V, typename Device::Real(scale), add);
+    // The projection's bias gradient of the layer below rides on each layernorm's backward.
+    auto bias_below = [&](int i) { return i > 0 ? g.h[size_t(i - 1)].mlp_proj_bias : nullptr; };
+    device.layernorm_backward(a.dx, g.ln_f_weight, g.ln_f_bias, dbranch, bias_below(L), a.dnarrow, nullptr,
+                              input_of(L), a.ln_f_mean, a.ln_f_rstd, w.ln_f_weight, rows, C,
+                              drop(3 * L), add);
+    for (int i = L - 1; i >= 0; --i) {
+        auto& l = a.layers[size_t(i)];
+        const auto& p = w.h[size_t(i)];
+        const auto& d = g.h[size_t(i)];
+        // MLP: projection and GELU, then c_fc, then ln_2, which joins dx.
+        device.linear_gelu_backward(a.dwide, d.mlp_proj_weight, d.c_fc_bias, dbranch, l.gelu, l.fc,
+                                    p.mlp_proj_weight, rows, 4 * C, C, add);
+        device.linear_backward(a.dnarrow, d.c_fc_weight, nullptr, a.dwide, l.ln_2, p.c_fc_weight, rows, C,
+                               4 * C, add);
+        device.layernorm_backward(a.dx, d.ln_2_weight, d.ln_2_bias, dbranch, d.attn_proj_bias, a.dnarrow,
+                                  a.dx, l.x_mid, l.ln_2_mean, l.ln_2_rstd, p.ln_2_weight, rows, C,
+                                  drop(3 * i + 2), add);
+        // Attention: projection, attention itself (dwide serves as dqkv), c_attn, then ln_1.
+        device.linear_backward(a.dnarrow, d.attn_proj_weight, nullptr, dbranch, l.att, p.attn_proj_weight,
+                               rows, C, C, add);
+        device.attention_backward(a.dwide, a.dnarrow, l.att, l.lse, l.qkv, B, T, NH, HS, drop(3 * i + 1));
+        device.linear_backward(a.dnarrow, d.c_attn_weight, d.c_attn_bias, a.dwide, l.ln_1, p.c_attn_weight,
+                               rows, C, 3 * C, add);
+        device.layernorm_backward(a.dx, d.ln_1_weight, d.ln_1_bias, dbranch, bias_below(i), a.dnarrow, a.dx,
+                                  input_of(i), l.ln_1_mean, l.ln_1_rstd, p.ln_1_weight, rows, C,
+                                  i > 0 ? drop(3 * i) : Dropout{}, add);
+    }
+    // The embeddings are only ever added to: wpe, and wte where the head has not set it already.
+    if (first_micro_batch) device.zero(g.wpe, size_t(config.n_positions) * C);
+    if (first_micro_batch && config.untied_head) device.zero(g.wte, size_t(V) * C);
+    device.embed_backward(g.wte, g.wpe, a.dx, a.inputs, a.order, B, T, C, drop(0));
+}
+
+// =================================================================================================
+// §7 The update: how far, how much, and whether at all
+// =================================================================================================
+// We hold a gradient for every parameter, flat. Three questions: which learning rate (schedule), is
+// the gradient too long (clip) or not to be trusted (guards), and which way to go (AdamW).
+
+enum class Schedule { cosine, linear, constant, wsd };
+struct LearningRate {
+    Schedule schedule = Schedule::cosine;
+    double peak = 1e-3, min_fraction = 0.1;
+    int64_t warmup = 0, steps = 1;  // warm-up steps; N, all steps
+};
+
+// The rate of step s = 0 .. N-1. Warm-up: peak (s+1)/warmup. Then, with r from 0 towards 1 and
+// lo = peak min_fraction: cosine lo + (peak - lo)(1 + cos(pi r))/2 (Loshchilov, Hutter 2017); linear;
+// constant; wsd (warm-up, stable, decay; Hu et al. 2024): constant for 80 % of all steps, then
+// lo + (peak - lo)(1 - sqrt(r')), r' over what is left.
+inline double learning_rate(const LearningRate& rate, int64_t s) {
+    const double peak = rate.peak, lo = peak * rate.min_fraction;
+    const double N = double(rate.steps), warmup = double(rate.warmup);
+    if (s < rate.warmup) return peak * double(s + 1) / warmup;
+    const double r = std::clamp((double(s) - warmup) / std::max(1.0, N - warmup), 0.0, 1.0);
+    switch (rate.schedule) {
+        case Schedule::cosine: return lo + (peak - lo) * (1 + std::cos(M_PI * r)) / 2;
+        case Schedule::linear: return peak - (peak - lo) * r;
+        case Schedule::constant: return peak;
+        case Schedule::wsd: break;
+    }
+    const double stable = 0.8 * N;
+    if (double(s) < stable) return peak;
+    return lo + (peak - lo) * (1 - std::sqrt(std::min(1.0, (double(s) - stable) / (N - stable))));
+}
+
+// How many standard deviations `value` lies above the mean of the last `count` values.
+TINYGPT_HD inline double z_score(const double* window, int64_t count, double value) {
+    double mean = 0, squares = 0;
+    for (int64_t i = 0; i < count; ++i) mean += window[i];
+    mean /= double(count);
+    for (int64_t i = 0; i < count; ++i) squares += (window[i] - mean) * (window[i] - mean);
+    const double deviation = sqrt(squares / double(count));
+    return deviation > 0 ? (value - mean) / deviation : 0;
+}
+
+// Decides about the step in `state` from its loss and norm: sets broken, skip and clip_scale, counts,
+// and remembers good values. A NaN or an infinity always skips: it must never reach the weights.
+// Clipping: a norm above the limit scales the gradient by limit / norm (Pascanu et al. 2013).
+TINYGPT_HD inline void judge(StepState& state, const Guards& guards) {
+    const int64_t window = StepState::kWindow;
+    const double limit = 1.7976931348623157e308;  // comparisons with a NaN are false
+    state.broken = !(state.loss <= limit && state.loss >= -limit && state.grad_norm <= limit);
+    bool outlier = false;
+    if (!state.broken && guards.skip_outliers > 0 && state.seen >= window)
+        outlier = z_score(state.losses, window, state.loss) > guards.skip_outliers ||
+                  z_score(state.norms, window, state.grad_norm) > guards.skip_outliers;
+    state.skip = state.broken || outlier;
+    state.outliers += outlier, state.skipped += state.skip, state.updates += !state.skip;
+    state.clip_scale = guards.grad_clip > 0 && state.grad_norm > guards.grad_clip
+                           ? guards.grad_clip / state.grad_norm : 1.0;
+    if (state.broken) return;
+    state.losses[state.seen % window] = state.loss;
+    state.norms[state.seen % window] = state.grad_norm;
+    ++state.seen;
+}
+
+// One element of AdamW (Loshchilov, Hutter 2019), t = number of this update, from 1:
+//   m <- beta1 m + (1-beta1) g        v <- beta2 v + (1-beta2) g^2
+//   w <- w - lr (m/(1-beta1^t) / (sqrt(v/(1-beta2^t)) + eps) + weight_decay w)
+// m_scale = 1/(1-beta1^t), v_scale = 1/(1-beta2^t). decay is 0 for vectors.
+template <class real>
+TINYGPT_HD inline void adamw_element(real& w, real& m, real& v, real g, real lr, real m_scale, real v_scale,
+                                     real beta1, real beta2, real eps, real decay) {
+    m = beta1 * m + (1 - beta1) * g;
+    v = beta2 * v + (1 - beta2) * g * g;
+    w -= lr * (m * m_scale / (std::sqrt(v * v_scale) + eps) + decay * w);
+}
+
+template <class real>
+void Cpu<real>::begin_step(StepState* state, double lr) {
+    state->lr = lr, state->loss = 0;
+}
+
+// state.loss += scale * sum of losses [rows].
+template <class real>
+void Cpu<real>::add_loss(StepState* state, const real* losses, int rows, double scale) {
+    double sum = 0;
+    for (int row = 0; row < rows; ++row) sum += double(losses[row]);
+    state->loss += scale * sum;
+}
+
+// state.grad_norm = the length of the whole gradient as one vector. Fixed pieces, added in order.
+template <class real>
+void Cpu<real>::gradient_norm(StepState* state, const real* grads, size_t count) {
+    const size_t piece = 1 << 14, pieces = (count + piece - 1) / piece;
+    std::vector<double> sums(pieces);
+#pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < pieces; ++i) {
+        const real* g = grads + i * piece;
+        const size_t n = std::min(piece, count - i * piece);
+        double sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (size_t j = 0; j < n; ++j) sum += double(g[j]) * double(g[j]);
+        sums[i] = sum;
+    }
+    state->grad_norm = std::sqrt(std::accumulate(sums.begin(), sums.end(), 0.0));
+}
+
+template <class real>
+void Cpu<real>::judge_step(StepState* state, Guards guards) {
+    judge(*state, guards);
+}
+
+// Updates masters, m and v [count] from grads, unless state.skip. Elements below `decayed` decay.
+template <class real>
+void Cpu<real>::adamw(real*, real* masters, real* m, real* v, const real* grads, size_t count,
+                      size_t decayed, const StepState* state, AdamW hyper) {
+    if (state->skip) return;
+    const double t = double(state->updates);
+    const real m_scale = real(1 / (1 - std::pow(hyper.beta1, t)));
+    const real v_scale = real(1 / (1 - std::pow(hyper.beta2, t)));
+    const real lr = real(state->lr), clip = real(state->clip_scale);
+    const real beta1 = real(hyper.beta1), beta2 = real(hyper.beta2), eps = real(hyper.eps);
+    auto update = [&](size_t begin, size_t end, real decay) {
+#pragma omp parallel for simd schedule(static)
+        for (size_t i = begin; i < end; ++i)
+            adamw_element(masters[i], m[i], v[i], grads[i] * clip, lr, m_scale, v_scale, beta1, beta2, eps,
+                          decay);
+    };
+    update(0, decayed, real(hyper.weight_decay)), update(decayed, count, real(0));
+}
+
+// =================================================================================================
+// §8 One training step
+// =================================================================================================
+
+struct StepOptions {
+    int grad_accum_steps = 1;
+    uint64_t seed = 0;
+    LearningRate rate;
+    AdamW adamw;
+    Guards guards;
+};
+
+// Puts a batch where the model reads it.
+template <class Device>
+void set_batch(Gpt2<Device>& model, const Batch& batch) {
+    const size_t rows = batch.inputs.size();
+    model.device.upload(model.a.inputs, batch.inputs.data(), rows);
+    model.device.upload(model.a.targets, batch.targets.data(), rows);
+    model.device.upload(model.a.order, batch.order.data(), rows);
+}
+
+// Step s (from 0): gradients of all micro-batches, then one update. Afterwards model.state holds the
+// loss and the norm of the batch, both from before the update. micro_batches: the step's batches.
+template <class Device>
+void train_step(Gpt2<Device>& model, const std::vector<Batch>& micro_batches, const StepOptions& o, int64_t s) {
+    Device& device = model.device;
+    int64_t scored = 0;
+    for (const Batch& batch : micro_batches) scored += batch.scored;
+    const double scale = 1.0 / double(std::max<int64_t>(1, scored));
+
+    device.begin_step(model.state, learning_rate(o.rate, s));
+    for (size_t i = 0; i < micro_batches.size(); ++i) {
+        const Batch& batch = micro_batches[i];
+        const uint64_t key = random_key(o.seed, uint64_t(s) * micro_batches.size() + i, 5);
+        const Pass pass{batch.B, batch.T, model.config.dropout > 0, key};
+        set_batch(model, batch);
+        forward(model, pass);
+        backward(model, pass, scale, i == 0);
+        device.add_loss(model.state, model.a.losses, batch.B * batch.T, scale);
+    }
+    device.gradient_norm(model.state, model.grads, model.layout.size);
+    device.judge_step(model.state, o.guards);
+    device.adamw(model.weights, model.masters, model.m, model.v, model.grads, model.layout.size,
+                 model.layout.decayed, model.state, o.adamw);
+}
+
+// =================================================================================================
+// §9 Evaluate and generate
+// =================================================================================================
+// We hold a model that trains. How good is it on text it has not seen, and what does it write?
+
+// A window of T predictions, the first `skip` of which are context only and not scored.
+struct Window {
+    int shard = 0;
+    int64_t begin = 0;
+    int64_t skip = 0;
+};
+
+// Windows that score every prediction of the shards exactly once. Plainly, they lie end to end.
+// With document_start >= 0 (the end-of-text token), each window starts at the start of a document
+// instead, and tokens that were scored already are skipped: then every token is predicted from the
+// whole of its document so far, which is what the floor of the default corpus assumes.
+inline std::vector<Window> evaluation_windows(const Shards& shards, int T, int document_start) {
+    std::vector<Window> windows;
+    for (int s = 0; s < int(shards.files().size()); ++s) {
+        const Shard& shard = shards.files()[size_t(s)];
+        std::vector<uint16_t> tokens(document_start < 0 ? 0 : size_t(shard.tokens));
+        if (document_start >= 0) shard.read(tokens.data(), 0, shard.tokens);
+        for (int64_t scored = 0; scored < shard.tokens - 1;) {
+            int64_t begin = scored;
+            if (document_start >= 0) {
+                while (begin > 0 && tokens[size_t(begin)] != document_start) --begin;
+                if (scored - begin >= T) begin = scored;  // a document longer than the window
+            }
+            windows.push_back({s, begin, scored - begin});
+            scored = std::min(begin + T, shard.tokens - 1);
+        }
+    }
+    return windows;
+}
+
+// Fills a batch with windows [first, first + B). Rows past the last window are not scored.
+inline void fill_windows(Batch& batch, const Shards& shards, const std::vector<Window>& windows, size_t first,
+                         int vocab_size) {
+    std::vector<uint16_t> text(size_t(batch.T) + 1);
+    for (size_t b = 0; b < size_t(batch.B) && first + b < windows.size(); ++b) {
+        const Window& window = windows[first + b];
+        const Shard& shard = shards.files()[size_t(window.shard)];
+        const int64_t count = std::min<int64_t>(batch.T, shard.tokens - 1 - window.begin);
+        shard.read(text.data(), window.begin, count + 1);
+        Shards::check_range(shard, text.data(), window.begin, count + 1, vocab_size);
+        for (int64_t t = 0; t < count; ++t) {
+            const size_t at = b * size_t(batch.T) + size_t(t);
+            batch.inputs[at] = text[size_t(t)];
+            if (t < window.skip) continue;
+            batch.targets[at] = text[size_t(t) + 1];
+            ++batch.scored;
+        }
+    }
+    batch.sort_rows();
+}
+
+struct Evaluation {
+    double total = 0;                // sum of -log p, in nats
+    int64_t tokens = 0, bytes = 0;   // scored; what they decode to
+    double loss() const { return total / double(std::max<int64_t>(1, tokens)); }
+    double perplexity() const { return std::exp(loss()); }
+    double bits_per_byte() const { return total / std::log(2.0) / double(std::max<int64_t>(1, bytes)); }
+};
+
+// The losses of one batch, row by row [B*T], without dropout. Needs model.reserve(>= B, >= T).
+template <class Device>
+std::vector<typename Device::Real> batch_losses(Gpt2<Device>& model, const Batch& batch) {
+    const int rows = batch.B * batch.T;
+    Pass pass;
+    pass.B = batch.B, pass.T = batch.T;
+    set_batch(model, batch);
+    forward(model, pass);
+    model.device.head_forward(model.a.losses, model.a.logits, model.a.ln_f, model.w.lm_head, model.a.targets,
+                              rows, model.config.n_embd, model.config.vocab_size);
+    std::vector<typename Device::Real> losses(static_cast<size_t>(rows));
+    model.device.download(losses.data(), model.a.losses, losses.size());
+    return losses;
+}
+
+// Scores every window. token_bytes[id]: how many bytes a token stands for; may be empty.
+template <class Device>
+Evaluation evaluate(Gpt2<Device>& model, const Shards& shards, const std::vector<Window>& windows,
+                    const std::vector<int>& token_bytes) {
+    Evaluation result;
+    Batch batch;
+    for (size_t first = 0; first < windows.size(); first += size_t(model.B)) {
+        batch.resize(model.B, model.T);
+        fill_windows(batch, shards, windows, first, model.config.vocab_size);
+        const auto losses = batch_losses(model, batch);
+        for (size_t i = 0; i < losses.size(); ++i) {
+            if (batch.targets[i] < 0) continue;
+            result.total += double(losses[i]), ++result.tokens;
+            if (!token_bytes.empty()) result.bytes += token_bytes[size_t(batch.targets[i])];
+        }
+    }
+    return result;
+}
+
+// --- Generation: predict one token, append it, predict the next
+
+struct SampleOptions {
+    int max_new_tokens = 50;
+    double temperature = 0.8;  // 0: always the likeliest token
+    int top_k = 0;             // 0: all tokens
+    double top_p = 1;          // 1: all tokens
+    uint64_t seed = 0;
+    int end_of_text = -1;      // stops there; -1: never
+};
+
+struct Candidate {
+    int token;
+    double probability;
+};
+
+// The softmax of logits / temperature, likeliest first (equal ones by id), cut to the top_k likeliest
+// and then to the fewest whose probabilities reach top_p (nucleus sampling, Holtzman et al. 2020);
+// what is left is scaled to sum 1.
+inline std::vector<Candidate> candidates(const std::vector<float>& logits, double temperature, int top_k,
+                                         double top_p) {
+    const double highest = double(*std::max_element(logits.begin(), logits.end()));
+    const double scale = temperature > 0 ? 1 / temperature : 1;
+    std::vector<Candidate> list(logits.size());
+    for (size_t i = 0; i < logits.size(); ++i)
+        list[i] = {int(i), std::exp((double(logits[i]) - highest) * scale)};
+    auto likelier = [](const Candidate& a, const Candidate& b) {
+        return a.probability != b.probability ? a.probability > b.probability : a.token < b.token;
+    };
+    if (temperature <= 0) top_k = 1;
+    const size_t keep = top_k > 0 ? std::min(list.size(), size_t(top_k)) : list.size();
+    std::partial_sort(list.begin(), list.begin() + ptrdiff_t(keep), list.end(), likelier);
+    list.resize(keep);
+    double total = 0, reached = 0;
+    for (const Candidate& c : list) total += c.probability;
+    size_t count = 0;
+    while (count < list.size() && (count == 0 || reached < top_p * total)) reached += list[count++].probability;
+    list.resize(count);
+    for (Candidate& c : list) c.probability /= reached;
+    return list;
+}
+
+// Picks by a uniform number u in [0, 1).
+inline int pick(const std::vector<Candidate>& list, double u) {
+    for (const Candidate& c : list)
+        if ((u -= c.probability) < 0) return c.token;
+    return list.back().token;
+}
+
+// Reads tokens into the key/value cache behind `past` earlier ones; returns the logits of what comes
+// after the last [V]. The cache is nothing but the rows of qkv that forward keeps anyway.
+// Needs past + tokens.size() <= the rows that are reserved, and <= n_positions.
+template <class Device>
+std::vector<float> next_logits(Gpt2<Device>& model, const std::vector<int32_t>& tokens, int past) {
+    using Real = typename Device::Real;
+    const int n = int(tokens.size()), C = model.config.n_embd, V = model.config.vocab_size;
+    Pass pass;
+    pass.B = 1, pass.T = n, pass.past = past, pass.cached = true;
+    model.device.upload(model.a.inputs, tokens.data(), tokens.size());
+    forward(model, pass);
+    model.device.head_logits(model.a.next_logits, model.a.ln_f + size_t(n - 1) * C, model.w.lm_head, 1, C, V);
+    std::vector<Real> real_logits(static_cast<size_t>(V));
+    model.device.download(real_logits.data(), model.a.next_logits, real_logits.size());
+    return std::vector<float>(real_logits.begin(), real_logits.end());
+}
+
+// Continues `tokens` (at least one) and calls on_token(token) for each new one; stops when that
+// returns false, at end of text, or after max_new_tokens. When the context is full it slides: the
+// later half of it is read again as a new beginning. Returns how often that happened.
+template <class Device, class OnToken>
+int generate(Gpt2<Device>& model, std::vector<int32_t> tokens, const SampleOptions& o, OnToken&& on_token) {
+    const int context = std::min(model.config.n_positions, model.T);
+    const uint64_t key = random_key(o.seed, 0, 6);
+    int cached = 0, slides = 0;
+    if (int(tokens.size()) > context) {
+        tokens.erase(tokens.begin(), tokens.end() - std::max(1, context / 2));
+        ++slides;
+    }
+    for (int i = 0; i < o.max_new_tokens; ++i) {
+        if (int(tokens.size()) > context) {
+            tokens.erase(tokens.begin(), tokens.end() - std::max(1, context / 2));
+            cached = 0, ++slides;
+        }
+        const std::vector<int32_t> fresh(tokens.begin() + cached, tokens.end());
+        const std::vector<float> logits = next_logits(model, fresh, cached);
+        cached = int(tokens.size());
+        const int token = pick(candidates(logits, o.temperature, o.top_k, o.top_p),
+                               random_uniform(key, uint64_t(i)));
+        if (token == o.end_of_text || !on_token(token)) break;
+        tokens.push_back(token);
+    }
+    return slides;
+}
+
+// =================================================================================================
+// What follows is plumbing: files, tokenizer, checkpoints, options, log and loop. The model is done.
+// =================================================================================================
+// =================================================================================================
+// §10 Files: read and written whole, checked, and JSON
+// =================================================================================================
+
+// A file operation that failed, with the system's error number: a full disk (ENOSPC, EDQUOT) can be
+// told from a folder that is not there.
+struct FileError : Error {
+    int code;
+    FileError(int code, const std::string& message) : Error(1, message), code(code) {}
+};
+[[noreturn]] inline void fail_file(const std::string& what, const std::string& path, int code) {
+    throw FileError(code, "cannot " + what + " " + path + ": " + std::strerror(code));
+}
+
+// Every change this program makes on disk goes through the calls below, and each of them first asks
+// this hook: 0 goes ahead, a positive number makes the call fail with that errno, -1 makes a write
+// come up short. It is empty but in tests, which make each call of a save fail in turn and read off
+// the order of the calls.
+// Why a static: a test must reach calls made deep inside a save. Set before any thread starts.
+using FileFault = std::function<int(const char* call, const std::string& path)>;
+inline FileFault& file_fault() {
+    static FileFault fault;
+    return fault;
+}
+// True where the hook lets `call` happen; otherwise errno says why not. short_write may be null.
+inline bool file_call(const char* call, const std::string& path, bool* short_write = nullptr) {
+    int verdict = file_fault() ? file_fault()(call, path) : 0;
+    if (short_write) *short_write = verdict < 0;
+    if (verdict > 0) errno = verdict;
+    return verdict <= 0;
+}
+inline int sys_create(const std::string& path) {
+    if (!file_call("open", path)) return -1;
+    return ::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+}
+inline ssize_t sys_write(int fd, const std::string& path, const void* data, size_t bytes) {
+    bool half = false;
+    if (!file_call("write", path, &half)) return -1;
+    return ::write(fd, data, half && bytes > 1 ? bytes / 2 : bytes);
+}
+inline int sys_fsync(int fd, const std::string& path) {
+    return file_call("fsync", path) ? ::fsync(fd) : -1;
+}
+inline int sys_rename(const std::string& from, const std::string& to) {
+    return file_call("rename", to) ? ::rename(from.c_str(), to.c_str()) : -1;
+}
+inline int sys_mkdir(const std::string& path) {
+    return file_call("mkdir", path) ? ::mkdir(path.c_str(), 0777) : -1;
+}
+inline int sys_unlink(const std::string& path) {
+    return file_call("unlink", path) ? ::unlink(path.c_str()) : -1;
+}
+inline int sys_rmdir(const std::string& path) {
+    return file_call("rmdir", path) ? ::rmdir(path.c_str()) : -1;
+}
+
+// An open file descriptor, closed at the end of its scope.
+struct FileHandle {
+    int fd = -1;
+    explicit FileHandle(int fd) : fd(fd) {}
+    FileHandle(FileHandle&& other) noexcept : fd(std::exchange(other.fd, -1)) {}
+    FileHandle& operator=(FileHandle&& other) noexcept {
+        std::swap(fd, other.fd);
+        return *this;
+    }
+    ~FileHandle() {
+        if (fd >= 0) ::close(fd);
+    }
+};
+
+// Something of that name is there that is not a folder; a folder is there.
+inline bool file_exists(const std::string& path) {
+    struct stat info;
+    return ::stat(path.c_str(), &info) == 0 && !S_ISDIR(info.st_mode);
+}
+inline bool folder_exists(const std::string& path) {
+    struct stat info;
+    return ::stat(path.c_str(), &info) == 0 && S_ISDIR(info.st_mode);
+}
+// "a/b/c" -> "a/b", "c" -> ".", "/c" -> "/".
+inline std::string parent_folder(std::string path) {
+    while (path.size() > 1 && path.back() == '/') path.pop_back();
+    size_t slash = path.rfind('/');
+    if (slash == std::string::npos) return ".";
+    return slash == 0 ? "/" : path.substr(0, slash);
+}
+
+// The names in a folder, sorted, without "." and "..".
+inline std::vector<std::string> list_folder(const std::string& path) {
+    std::unique_ptr<DIR, int (*)(DIR*)> folder(::opendir(path.c_str()), ::closedir);
+    if (!folder) fail_file("list folder", path, errno);
+    std::vector<std::string> names;
+    errno = 0;
+    while (dirent* entry = ::readdir(folder.get())) {
+        std::string name = entry->d_name;
+        if (name != "." && name != "..") names.push_back(name);
+    }
+    if (errno != 0) fail_file("list folder", path, errno);
+    std::sort(names.begin(), names.end());
+    return names;
+}
+
+// The whole file. Pipes are fine too; more than max_bytes is an error before it is read.
+inline std::string read_file(const std::string& path, size_t max_bytes = SIZE_MAX) {
+    FileHandle file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+    struct stat info;
+    if (file.fd < 0 || ::fstat(file.fd, &info) != 0) fail_file("read", path, errno);
+    if (S_ISDIR(info.st_mode)) fail_file("read", path, EISDIR);
+    size_t expected = S_ISREG(info.st_mode) ? size_t(info.st_size) : 0, used = 0;
+    std::string bytes;
+    try {
+        for (;;) {
+            TINYGPT_CHECK(std::max(used, expected) <= max_bytes,
+                          "%s: expected at most %zu bytes, found more", path.c_str(), max_bytes);
+            // One byte more than expected: the read that finds the end finds it at once.
+            if (used == bytes.size()) bytes.resize(std::max(expected + 1, 2 * used + 4096));
+            ssize_t got = ::read(file.fd, bytes.data() + used, bytes.size() - used);
+            if (got < 0 && errno == EINTR) continue;
+            if (got < 0) fail_file("read", path, errno);
+            if (got == 0) break;
+            used += size_t(got);
+        }
+    } catch (const std::bad_alloc&) {
+        fail(format("%s: %zu bytes do not fit in memory", path.c_str(), std::max(used, expected)));
+    } catch (const std::length_error&) {
+        fail(format("%s: %zu bytes do not fit in memory", path.c_str(), std::max(used, expected)));
+    }
+    bytes.resize(used);
+    return bytes;
+}
+
+// Makes the names in a folder survive a power cut. Careful: some network file systems cannot
+// (EINVAL, ENOTSUP); there is nothing to be done about those, so they count as done.
+inline void sync_folder(const std::string& path) {
+    FileHandle folder(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+    if (folder.fd < 0) fail_file("open folder", path, errno);
+    if (sys_fsync(folder.fd, path) != 0 && errno != EINVAL && errno != ENOTSUP)
+        fail_file("sync folder", path, errno);
+}
+
+// Creates a folder and those above it; those that exist are left alone.
+inline void make_folders(const std::string& path) {
+    if (path.empty() || folder_exists(path)) return;
+    std::string parent = parent_folder(path);
+    make_folders(parent);
+    if (sys_mkdir(path) != 0) {
+        int code = errno;  // somebody else may have made it meanwhile: that is as good
+        if (code != EEXIST || !folder_exists(path)) fail_file("create folder", path, code);
+    }
+    sync_folder(parent);
+}
+
+// Gives a file or folder another name, and makes the new name last. Replaces a file of that name.
+inline void rename_path(const std::string& from, const std::string& to) {
+    if (sys_rename(from, to) != 0) fail_file("rename " + from + " to", to, errno);
+    sync_folder(parent_folder(to));
+}
+
+inline void remove_file(const std::string& path) {
+    if (sys_unlink(path) != 0 && errno != ENOENT) fail_file("remove", path, errno);
+}
+// Removes a folder and all in it, following no link. For our own temporary and old checkpoints.
+inline void remove_folder(const std::string& path) {
+    for (const std::string& name : list_folder(path)) {
+        std::string inner = path + "/" + name;
+        struct stat info;
+        bool folder = ::lstat(inner.c_str(), &info) == 0 && S_ISDIR(info.st_mode);
+        folder ? remove_folder(inner) : remove_file(inner);
+    }
+    if (sys_rmdir(path) != 0) fail_file("remove folder", path, errno);
+}
+
+// A file that appears whole or not at all: bytes go to a temporary name beside it, commit() syncs
+// them and gives them their name. Without commit() the temporary is removed and the old file, if
+// there was one, stays as it was. After a commit() that failed at its very last step (the folder's
+// sync) the new file is there, whole, but may not survive a power cut.
+class FileWriter {
+public:
+    explicit FileWriter(const std::string& path)
+        : path(path), temporary(path + format(".tmp-%d", int(::getpid()))), file(-1) {
+        struct stat info;  // a rename over /dev/null would be a surprise
+        bool other = ::stat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode);
+        TINYGPT_CHECK(!other, "cannot write %s: it exists and is not a file", path.c_str());
+        ::unlink(temporary.c_str());  // left by a killed process that had our number
+        file.fd = sys_create(temporary);
+        if (file.fd < 0) fail_file("write", path, errno);
+    }
+    FileWriter(const FileWriter&) = delete;
+    FileWriter& operator=(const FileWriter&) = delete;
+    ~FileWriter() {
+        if (file.fd >= 0) ::unlink(temporary.c_str());
+    }
+    // Appends. Not buffered: give it large pieces. A write may come up short or be interrupted.
+    void write(const void* data, size_t bytes) {
+        const char* from = static_cast<const char*>(data);
+        while (bytes > 0) {
+            ssize_t done = sys_write(file.fd, temporary, from, bytes);
+            if (done < 0 && errno == EINTR) continue;
+            if (done <= 0) fail_file("write", path, done < 0 ? errno : ENOSPC);
+            from += done;
+            bytes -= size_t(done);
+        }
+    }
+    // Careful: the order is the promise. Were the name synced before the data, a power cut could
+    // leave the name with an empty file.
+    void commit() {
+        if (sys_fsync(file.fd, temporary) != 0) fail_file("write (fsync)", path, errno);
+        if (sys_rename(temporary, path) != 0) fail_file("write (rename to)", path, errno);
+        ::close(std::exchange(file.fd, -1));
+        sync_folder(parent_folder(path));
+    }
+
+private:
+    std::string path, temporary;
+    FileHandle file;
+};
+
+// Removes what a killed process left in a folder under FileWriter's temporary names. Careful: only
+// for a folder that no other process writes to now.
+inline void remove_temporary_files(const std::string& folder) {
+    for (const std::string& name : list_folder(folder)) {
+        std::string path = folder + "/" + name;
+        if (name.find(".tmp-") != std::string::npos && file_exists(path)) remove_file(path);
+    }
+}
+
+// The file has these bytes, all of them, or is as it was.
+inline void write_file(const std::string& path, std::string_view bytes) {
+    FileWriter writer(path);
+    writer.write(bytes.data(), bytes.size());
+    writer.commit();
+}
+
+// ---- Has this file changed? -----------------------------------------------------------------
+
+// A 64-bit checksum at the speed of memory, against accidents (a flipped bit, a lost page), not
+// against somebody who wants to deceive. Four lanes take every fourth 8-byte word, mixed:
+//     word = word * K;  word ^= word >> 32;  lane = rotate((lane ^ word) * K'),  K and K' odd.
+// Each of these can be undone, for a fixed word as for a fixed lane: so two files of one length
+// that differ only within one word, by a single bit, say, always have different checksums. Others
+// escape with a chance of about 2^-64. K and K' are the multipliers of mix_bits.
+class Checksum {
+public:
+    // In any portions: the sum is that of all the bytes in a row.
+    void add(const void* data, size_t bytes) {
+        const char* from = static_cast<const char*>(data);
+        length += bytes;
+        while (bytes > 0) {
+            if (filled == 0 && bytes >= sizeof buffer) {
+                size_t blocks = bytes / sizeof buffer;
+                add_blocks(from, blocks);
+                from += blocks * sizeof buffer;
+                bytes -= blocks * sizeof buffer;
+                continue;
+            }
+            size_t part = std::min(bytes, sizeof buffer - filled);
+            std::memcpy(buffer + filled, from, part);
+            filled += part;
+            from += part;
+            bytes -= part;
+            if (filled == sizeof buffer) add_blocks(buffer, 1), filled = 0;
+        }
+    }
+    // 16 hexadecimal digits. The last block is filled up with zeros; the length tells them apart.
+    std::string hex() const {
+        Checksum last = *this;
+        std::memset(last.buffer + filled, 0, sizeof buffer - filled);
+        if (filled > 0) last.add_blocks(last.buffer, 1);
+        uint64_t sum = length;
+        for (uint64_t lane : last.lanes) sum = step(sum, lane);
+        return format("%016llx", static_cast<unsigned long long>(mix_bits(sum)));
+    }
+
+private:
+    uint64_t lanes[4] = {1, 2, 3, 4}, length = 0;
+    char buffer[32];
+    size_t filled = 0;
+
+    static uint64_t step(uint64_t lane, uint64_t word) {
+        word *= 0xbf58476d1ce4e5b9ull;
+        word ^= word >> 32;
+        lane = (lane ^ word) * 0x94d049bb133111ebull;
+        return (lane << 29) | (lane >> 35);
+    }
+    void add_blocks(const char* from, size_t blocks) {
+        uint64_t a = lanes[0], b = lanes[1], c = lanes[2], d = lanes[3], words[4];
+        for (size_t i = 0; i < blocks; i++, from += sizeof words) {
+            std::memcpy(words, from, sizeof words);
+            a = step(a, words[0]), b = step(b, words[1]);
+            c = step(c, words[2]), d = step(d, words[3]);
+        }
+        lanes[0] = a, lanes[1] = b, lanes[2] = c, lanes[3] = d;
+    }
+};
+
+// SHA-256 (FIPS 180-4), for files whose digest is published. Bytes are added in any portions.
+class Sha256 {
+public:
+    void add(const void* data, size_t bytes) {
+        const uint8_t* from = static_cast<const uint8_t*>(data);
+        for (length += bytes; bytes > 0;) {
+            size_t part = std::min(bytes, 64 - filled);
+            std::memcpy(block + filled, from, part);
+            filled += part;
+            from += part;
+            bytes -= part;
+            if (filled == 64) add_block(), filled = 0;
+        }
+    }
+    // 64 hexadecimal digits. §5.1.1: a one bit, zeros, and the length in bits end the last block.
+    std::string hex() const {
+        Sha256 last = *this;
+        uint64_t bits = length * 8;
+        uint8_t padding[72] = {0x80};
+        size_t zeros = (filled < 56 ? 56 : 120) - filled;
+        for (int i = 0; i < 8; i++) padding[zeros + size_t(i)] = uint8_t(bits >> (56 - 8 * i));
+        last.add(padding, zeros + 8);
+        std::string text;
+        for (uint32_t word : last.state) text += format("%08x", word);
+        return text;
+    }
+
+private:
+    uint32_t state[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                         0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};  // §5.3.3
+    uint8_t block[64];
+    uint64_t length = 0;
+    size_t filled = 0;
+
+    // §4.2.2: the first 32 bits of the fractional parts of the cube roots of the first 64 primes.
+    static const std::array<uint32_t, 64>& constants() {
+        static const std::array<uint32_t, 64> table = [] {
+            std::array<uint32_t, 64> k;
+            size_t found = 0;
+            for (int n = 2; found < k.size(); n++) {
+                bool prime = true;
+                for (int d = 2; d * d <= n; d++) prime = prime && n % d != 0;
+                double root = std::cbrt(double(n));
+                if (prime) k[found++] = uint32_t((root - std::floor(root)) * 0x1p32);
+            }
+            return k;
+        }();
+        return table;
+    }
+    static uint32_t rotate(uint32_t x, int n) { return (x >> n) | (x << (32 - n)); }
+    // §6.2.2, with its names.
+    void add_block() {
+        uint32_t w[64], s[8];
+        for (int t = 0; t < 16; t++)
+            w[t] = uint32_t(block[4 * t]) << 24 | uint32_t(block[4 * t + 1]) << 16 |
+                   uint32_t(block[4 * t + 2]) << 8 | block[4 * t + 3];
+        for (int t = 16; t < 64; t++) {
+            uint32_t x = w[t - 15], y = w[t - 2];
+            uint32_t sigma0 = rotate(x, 7) ^ rotate(x, 18) ^ (x >> 3);
+            uint32_t sigma1 = rotate(y, 17) ^ rotate(y, 19) ^ (y >> 10);
+            w[t] = sigma1 + w[t - 7] + sigma0 + w[t - 16];
+        }
+        std::copy(state, state + 8, s);
+        const std::array<uint32_t, 64>& k = constants();
+        for (size_t t = 0; t < 64; t++) {
+            auto [a, b, c, d, e, f, g, h] = s;
+            uint32_t t1 = h + (rotate(e, 6) ^ rotate(e, 11) ^ rotate(e, 25)) +
+                          ((e & f) ^ (~e & g)) + k[t] + w[t];
+            uint32_t t2 = (rotate(a, 2) ^ rotate(a, 13) ^ rotate(a, 22)) +
+                          ((a & b) ^ (a & c) ^ (b & c));
+            uint32_t next[8] = {t1 + t2, a, b, c, d + t1, e, f, g};
+            std::copy(next, next + 8, s);
+        }
+        for (int i = 0; i < 8; i++) state[i] += s[i];
+    }
+};
+inline std::string sha256_hex(std::string_view bytes) {
+    Sha256 sha;
+    sha.add(bytes.data(), bytes.size());
+    return sha.hex();
+}
+
+// The digest of a file (Checksum or Sha256), read a piece at a time.
+template <class Digest>
+inline std::string file_digest(const std::string& path) {
+    FileHandle file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+    if (file.fd < 0) fail_file("read", path, errno);
+    std::vector<char> piece(size_t(1) << 18);
+    Digest digest;
+    for (;;) {
+        ssize_t got = ::read(file.fd, piece.data(), piece.size());
+        if (got < 0 && errno == EINTR) continue;
+        if (got < 0) fail_file("read", path, errno);
+        if (got == 0) return digest.hex();
+        digest.add(piece.data(), size_t(got));
+    }
+}
+
+// ---- JSON (RFC 8259) ------------------------------------------------------------------------
+
+// The number of bytes of the character text begins with; 0 where that is not valid UTF-8 (too long
+// a form, half a surrogate pair, above U+10FFFF, cut short).
+inline size_t utf8_character(std::string_view text) {
+    auto byte = [&](size_t i) { return i < text.size() ? unsigned(uint8_t(text[i])) : 0u; };
+    auto tail = [&](size_t i) { return (byte(i) & 0xc0) == 0x80; };
+    unsigned a = byte(0), b = byte(1);
+    if (text.empty()) return 0;
+    if (a < 0x80) return 1;
+    if (a >= 0xc2 && a <= 0xdf) return tail(1) ? 2 : 0;
+    if (a >= 0xe0 && a <= 0xef) {
+        bool range = !(a == 0xe0 && b < 0xa0) && !(a == 0xed && b > 0x9f);
+        return range && tail(1) && tail(2) ? 3 : 0;
+    }
+    bool range = a >= 0xf0 && a <= 0xf4 && !(a == 0xf0 && b < 0x90) && !(a == 0xf4 && b > 0x8f);
+    return range && tail(1) && tail(2) && tail(3) ? 4 : 0;
+}
+// Appends a code point (below 0x110000, no surrogate) in one to four bytes.
+inline void append_utf8(std::string& out, uint32_t code) {
+    auto put = [&](uint32_t byte) { out.push_back(char(uint8_t(byte))); };
+    if (code < 0x80) return put(code);
+    if (code < 0x800) return put(0xc0 | code >> 6), put(0x80 | (code & 0x3f));
+    if (code < 0x10000) put(0xe0 | code >> 12);
+    else put(0xf0 | code >> 18), put(0x80 | (code >> 12 & 0x3f));
+    put(0x80 | (code >> 6 & 0x3f)), put(0x80 | (code & 0x3f));
+}
+
+// A JSON string, quotes included. A byte that is not UTF-8 becomes U+FFFD: the text stays JSON.
+inline void append_json_string(std::string& out, std::string_view text) {
+    out.push_back('"');
+    for (size_t i = 0; i < text.size();) {
+        unsigned char c = uint8_t(text[i]);
+        size_t bytes = utf8_character(text.substr(i, 4));
+        if (c == '"' || c == '\\') out.append({'\\', char(c)});
+        else if (c == '\n') out.append("\\n");
+        else if (c < 0x20) out.append(format("\\u%04x", c));
+        else if (bytes == 0) out.append("\xef\xbf\xbd");
+        else out.append(text.substr(i, bytes));
+        i += std::max<size_t>(bytes, 1);
+    }
+    out.push_back('"');
+}
+// Names for messages: one line, not long, whatever a file holds.
+inline std::string in_quotes(std::string_view text) {
+    std::string out;
+    append_json_string(out, text.substr(0, 60));
+    return text.size() > 60 ? out + "..." : out;
+}
+
+// What a text may ask of the parser.
+struct JsonLimits {
+    int depth = 64;             // arrays and objects inside one another
+    size_t values = 10'000'000;  // of any kind, keys not counted
+};
+
+// One JSON value; an object keeps its members in the order of the file.
+struct Json {
+    enum class Kind { null, boolean, number, string, array, object };
+    Kind kind = Kind::null;
+    bool boolean = false;
+    bool integral = false;  // a number written without fraction or exponent that fits `integer`
+    int64_t integer = 0;
+    double number = 0;      // of every number, the integral ones too
+    std::string text;
+    std::vector<Json> items;
+    std::vector<std::pair<std::string, Json>> members;
+
+    Json() = default;
+    Json(std::nullptr_t) {}
+    Json(bool value) : kind(Kind::boolean), boolean(value) {}
+    Json(double value) : kind(Kind::number), number(value) {}
+    template <class T, class = std::enable_if_t<std::is_integral_v<T> && !std::is_same_v<T, bool>>>
+    Json(T value)
+        : kind(Kind::number), integral(true), integer(int64_t(value)), number(double(value)) {
+        TINYGPT_CHECK(std::is_signed_v<T> || integer >= 0, "JSON: integer above 2^63 - 1");
+    }
+    Json(std::string value) : kind(Kind::string), text(std::move(value)) {}
+    Json(std::string_view value) : Json(std::string(value)) {}
+    Json(const char* value) : Json(std::string(value)) {}
+    static Json array() { return of(Kind::array); }
+    static Json object() { return of(Kind::object); }
+
+    // `where` (a file's name) begins every error's message.
+    static Json parse(std::string_view text, const std::string& where, JsonLimits limits = {});
+    // One line with indent 0; otherwise a line for each member, and for each item of an array.
+    std::string write(int indent = 0) const;
+
+    bool is_null() const { return kind == Kind::null; }
+    bool is_object() const { return kind == Kind::object; }
+    bool is_array() const { return kind == Kind::array; }
+    bool is_string() const { return kind == Kind::string; }
+    // The member's value, or null where there is none.
+    const Json* find(std::string_view key) const {
+        for (auto& [name, value] : members)
+            if (name == key) return &value;
+        return nullptr;
+    }
+    // Sets a member, at its old place or the end. Linear: fill large objects through `members`.
+    Json& set(std::string_view key, Json value) {
+        for (auto& [name, old] : members)
+            if (name == key) return old = std::move(value), *this;
+        members.emplace_back(std::string(key), std::move(value));
+        return *this;
+    }
+    // A member that must be there and of that kind; otherwise an error naming `where` and the key.
+    const Json& get(std::string_view key, Kind kind, const std::string& where) const;
+    int64_t get_int(std::string_view key, const std::string& where, int64_t lowest = INT64_MIN,
+                    int64_t highest = INT64_MAX) const;
+    double get_number(std::string_view key, const std::string& where) const {
+        return get(key, Kind::number, where).number;
+    }
+    bool get_bool(std::string_view key, const std::string& where) const {
+        return get(key, Kind::boolean, where).boolean;
+    }
+    const std::string& get_string(std::string_view key, const std::string& where) const {
+        return get(key, Kind::string, where).text;
+    }
+
+private:
+    static Json of(Kind kind) {
+        Json value;
+        value.kind = kind;
+        return value;
+    }
+    void write_to(std::string& out, int indent, int depth) const;
+};
+
+inline const char* json_kind_name(Json::Kind kind) {
+    constexpr const char* names[] = {"null",     "true or false", "a number",
+                                     "a string", "an array",      "an object"};
+    return names[size_t(kind)];
+}
+inline const Json& Json::get(std::string_view key, Kind wanted, const std::string& where) const {
+    std::string name(key);
+    const Json* value = find(key);
+    TINYGPT_CHECK(value, "%s: \"%s\" is missing", where.c_str(), name.c_str());
+    TINYGPT_CHECK(value->kind == wanted, "%s: \"%s\" must be %s, found %s", where.c_str(),
+                  name.c_str(), json_kind_name(wanted), json_kind_name(value->kind));
+    return *value;
+}
+inline int64_t Json::get_int(std::string_view key, const std::string& where, int64_t lowest,
+                             int64_t highest) const {
+    const Json& value = get(key, Kind::number, where);
+    bool good = value.integral && value.integer >= lowest && value.integer <= highest;
+    TINYGPT_CHECK(good, "%s: \"%s\" must be an integer from %lld to %lld, found %s", where.c_str(),
+                  std::string(key).c_str(), static_cast<long long>(lowest),
+                  static_cast<long long>(highest), value.write().c_str());
+    return value.integer;
+}
+
+// The grammar, a function for each kind of value. Time and memory are linear in the text, but for
+// the sort that finds duplicate keys.
+class JsonParser {
+public:
+    JsonParser(std::string_view text, const std::string& where, JsonLimits limits)
+        : text(text), where(where), limits(limits) {}
+    Json document() {
+        Json out;
+        value(out, 0);
+        if (at < text.size()) wrong("the end of the text");
+        return out;
+    }
+
+private:
+    std::string_view text;
+    const std::string& where;
+    JsonLimits limits;
+    size_t at = 0, values = 0;
+
+    // Why lines are counted only here: a good text pays nothing for them.
+    [[noreturn]] void error(size_t place, const std::string& message) const {
+        place = std::min(place, text.size());
+        std::string_view before = text.substr(0, place);
+        size_t line = 1 + size_t(std::count(before.begin(), before.end(), '\n'));
+        fail(format("%s: not valid JSON: line %zu, byte %zu: %s", where.c_str(), line, place,
+                    message.c_str()));
+    }
+    [[noreturn]] void wrong(const char* expected) const {
+        std::string found = "the end";
+        if (at < text.size()) {
+            uint8_t c = uint8_t(text[at]);
+            found = c > ' ' && c < 127 ? format("'%c'", c) : format("byte 0x%02x", c);
+        }
+        error(at, format("expected %s, found %s", expected, found.c_str()));
+    }
+    char peek() const { return at < text.size() ? text[at] : '\0'; }
+    void space() {
+        while (at < text.size() && std::strchr(" \t\n\r", text[at]) && text[at]) at++;
+    }
+    bool accept(char c) {
+        if (at >= text.size() || text[at] != c) return false;
+        at++;
+        return true;
+    }
+
+    // Each of these reads one thing of the grammar at text[at], and moves `at` behind it.
+    // A value, and the space around it; `out` is empty.
+    void value(Json& out, int depth) {
+        space();
+        if (++values > limits.values) error(at, format("more than %zu values", limits.values));
+        char c = peek();
+        if (c == '{' || c == '[') {
+            if (depth >= limits.depth) error(at, format("more than %d levels", limits.depth));
+            at++;
+            c == '{' ? object(out, depth + 1) : array(out, depth + 1);
+        } else if (c == '"') {
+            out.kind = Json::Kind::string;
+            string(out.text);
+        } else if (c == '-' || (c >= '0' && c <= '9')) {
+            number(out);
+        } else if (!word("null", out, nullptr) && !word("true", out, true) &&
+                   !word("false", out, false)) {
+            wrong("a value");
+        }
+        space();
+    }
+    bool word(std::string_view word, Json& out, Json meaning) {
+        if (text.substr(at, word.size()) != word) return false;
+        at += word.size();
+        out = std::move(meaning);
+        return true;
+    }
+    void array(Json& out, int depth) {
+        out.kind = Json::Kind::array;
+        space();
+        if (accept(']')) return;
+        do value(out.items.emplace_back(), depth);
+        while (accept(','));
+        if (!accept(']')) wrong("',' or ']'");
+    }
+    void object(Json& out, int depth) {
+        size_t start = at;
+        out.kind = Json::Kind::object;
+        space();
+        if (accept('}')) return;
+        do {
+            auto& [key, member] = out.members.emplace_back();
+            space();
+            if (peek() != '"') wrong("a key in quotes");
+            string(key);
+            space();
+            if (!accept(':')) wrong("':'");
+            value(member, depth);
+        } while (accept(','));
+        if (!accept('}')) wrong("',' or '}'");
+        refuse_duplicates(out, start);
+    }
+    // Why sorting: comparing every pair takes minutes on a vocabulary of 50,000 keys, and the keys
+    // of a hostile file could be chosen to fall into one slot of a hash table.
+    void refuse_duplicates(const Json& object, size_t start) const {
+        std::vector<std::string_view> keys;
+        for (auto& member : object.members) keys.push_back(member.first);
+        std::sort(keys.begin(), keys.end());
+        auto twice = std::adjacent_find(keys.begin(), keys.end());
+        if (twice != keys.end())
+            error(start, "the object that starts here has the key " + in_quotes(*twice) + " twice");
+    }
+    void digits() {
+        if (!std::isdigit(uint8_t(peek()))) wrong("a digit");
+        while (std::isdigit(uint8_t(peek()))) at++;
+    }
+    // from_chars alone would take "01", "1." and "inf": the grammar comes first.
+    void number(Json& out) {
+        size_t start = at;
+        accept('-');
+        if (!accept('0')) digits();
+        size_t whole = at;
+        if (accept('.')) digits();
+        if (accept('e') || accept('E')) {
+            accept('+') || accept('-');
+            digits();
+        }
+        const char *begin = text.data() + start, *end = text.data() + at;
+        out.kind = Json::Kind::number;
+        if (std::from_chars(begin, end, out.number).ec != std::errc())
+            error(start, "number out of range");
+        out.integral = whole == at && std::from_chars(begin, end, out.integer).ec == std::errc();
+    }
+    // A quoted string, valid UTF-8, without control characters.
+    void string(std::string& out) {
+        for (at++; !accept('"');) {
+            uint8_t c = uint8_t(peek());
+            if (at >= text.size() || c < 0x20) wrong("the rest of a string");
+            if (c == '\\') {
+                escape(out);
+                continue;
+            }
+            size_t bytes = c < 0x80 ? 1 : utf8_character(text.substr(at, 4));
+            if (bytes == 0) error(at, "invalid UTF-8");
+            out.append(text, at, bytes);
+            at += bytes;
+        }
+    }
+    // \n and the like, or \u with the four digits of a UTF-16 unit.
+    void escape(std::string& out) {
+        static constexpr std::string_view names = "\"\\/bfnrt", meanings = "\"\\/\b\f\n\r\t";
+        size_t start = at++;
+        size_t which = at < text.size() ? names.find(text[at]) : std::string_view::npos;
+        if (which != std::string_view::npos) {
+            at++;
+            out.push_back(meanings[which]);
+        } else if (accept('u')) {
+            uint32_t code = hex4();
+            // Above U+FFFF: a high and a low surrogate, ten bits each.
+            if (code >= 0xd800 && code <= 0xdbff && text.substr(at, 2) == "\\u") {
+                at += 2;
+                uint32_t low = hex4();
+                if (low < 0xdc00 || low > 0xdfff) error(start, "half a surrogate pair");
+                code = 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00);
+            }
+            if (code >= 0xd800 && code <= 0xdfff) error(start, "half a surrogate pair");
+            append_utf8(out, code);
+        } else {
+            wrong("an escape sequence");
+        }
+    }
+    uint32_t hex4() {
+        uint32_t code = 0;
+        for (int i = 0; i < 4; i++) {
+            if (!std::isxdigit(uint8_t(peek()))) wrong("four hexadecimal digits");
+            char c = text[at++];
+            code = code * 16 + uint32_t(c <= '9' ? c - '0' : (c | 0x20) - 'a' + 10);
+        }
+        return code;
+    }
+};
+inline Json Json::parse(std::string_view text, const std::string& where, JsonLimits limits) {
+    return JsonParser(text, where, limits).document();
+}
+
+inline std::string Json::write(int indent) const {
+    std::string out;
+    write_to(out, indent, 0);
+    return out;
+}
+// Numbers are written so that reading them gives the same bits back.
+inline void Json::write_to(std::string& out, int indent, int depth) const {
+    auto line = [&](int level) {
+        if (indent > 0) out.append("\n").append(size_t(indent * level), ' ');
+    };
+    char digits[32];
+    if (kind == Kind::null) out.append("null");
+    if (kind == Kind::boolean) out.append(boolean ? "true" : "false");
+    if (kind == Kind::string) append_json_string(out, text);
+    if (kind == Kind::number) {
+        TINYGPT_CHECK(std::isfinite(number), "JSON has no NaN and no infinity: cannot write one");
+        auto end = integral ? std::to_chars(digits, digits + sizeof digits, integer).ptr
+                            : std::to_chars(digits, digits + sizeof digits, number).ptr;
+        out.append(digits, end);
+    }
+    if (kind == Kind::array) {
+        out.push_back('[');
+        for (size_t i = 0; i < items.size(); i++) {
+            if (i > 0) out.push_back(',');
+            line(depth + 1);
+            items[i].write_to(out, indent, depth + 1);
+        }
+        if (!items.empty()) line(depth);
+        out.push_back(']');
+    }
+    if (kind == Kind::object) {
+        out.push_back('{');
+        for (size_t i = 0; i < members.size(); i++) {
+            if (i > 0) out.push_back(',');
+            line(depth + 1);
+            append_json_string(out, members[i].first);
+            out.append(indent > 0 ? ": " : ":");
+            members[i].second.write_to(out, indent, depth + 1);
+        }
+        if (!members.empty()) line(depth);
+        out.push_back('}');
+    }
+}
+
+// =================================================================================================
+// §10 The tokenizer: text to tokens and back
+// =================================================================================================
+// GPT-2's tokenizer is a byte-level BPE (byte pair encoding). Text is cut into pieces, which are
+// roughly words with the space before them; each piece starts as its bytes, one token a byte; and
+// then the neighbours whose merge was learnt first become one token, again and again, until no two
+// neighbours have a merge. So any bytes at all can be encoded, and decoding gives them back.
+//
+//   text    "Hello, world's"
+//   pieces  "Hello" | "," | " world" | "'s"
+//   tokens   15496     11     995       338        (with GPT-2's own vocabulary)
+
+// ---- Letters, numbers, spaces: what Unicode says of a character --------------------------------
+
+// The classes of characters that decide where a piece ends. kBeyondAscii marks the first byte of a
+// longer character, in the table of bytes only.
+enum CharClass : uint8_t { kOther, kLetter, kNumber, kSpace, kBeyondAscii };
+
+// \p{L}, \p{N} and \s of Unicode 17.0. The code points 0, 1, 2, ... fall into runs of one class;
+// each run is the number (length - 1) * 4 + class in base 32, lowest digit first. A digit is one of
+// the 64 characters from '0' to 'p' without the backslash, one of the upper 32 where more digits
+// follow. (Written by checks/unicode_classes.py.) GPT-2 itself was trained with the Unicode of
+// 2017: only characters that were added later are classed differently.
+constexpr std::string_view kClassRuns =
+    "P1CT23i1V1HU3DU3T13T33P11H6018210:0j20j30Uj1<^1e1AH101P@A054=01D109010^20Y:0YALfD0f441DQ5i8Y"
+    "3<=a5Y5a2V1<50Y<01i15H5V1941m110f3a3Q;X11e1V1Q4P15<1@f2<1P1181i2Q3HY1@n20Im1U5T7f681T21HU1<V"
+    "10n1<M454f20I018=81m11a1509<V154F41LE<54f20I050505i3=01HV149m1Q1090f20I050A81T21i15<V1P11X1M"
+    "454f20I050A81e3509<V101FX110E890=85010585898^1e21a2c1T2M090j20n181T390545<V1LJ01<M090j20U10A"
+    "81e3905<V105P2Q1090Q541m11@90J9<Z20E@U28n20Q1014Ii3V1P2n505]1IP1V1i45010A0n2010U105P114A01P1"
+    "V14=m31i3_2]1M0^4X3AX>Y5]21V1DE<=8185H9<b1]110V1Df401@14Y50bY10=4I010=4Q50=4Q40=4I010=4j10Q7"
+    "0=4Y8e1_28n1m1f:4E8^^24Q23U3@Y98:MHU2a1Y2e1U2e1b109i1^6X41<18V1DV1e2V1DQ;HA4U401@f8T1j3i4V1f"
+    "34AX1^5<U3DZ1a4j2P1b6X5V1DV1a11a;j5P2M8V1P5f3a15V1^5T3^4]3V189V1^44Y1@Y549P5=0E0581@nGm7fR14"
+    "E4f44E4M0101010j34b60I01890I8=4E<b1@90I8[1a37@3i53m1214F@1V1Db1a<1<14U1018AD101010=0Y14=@A<1"
+    "0Z65Bek2_7e9g2e_2g3]^4bLD=85P124f401@14n6H1m1j2P1I0I0I0I0I0I0I0Im91mj13<52P3R1HA4:5<f:D90U;0"
+    "=@Y50f;8>T1n3m5n1m3V1e3N0k1m3V1i4k1mW1nhIm7bbg2X8f54bQ18n1V15]2j5m1j34f8V1i4Q14j<4U:]2Q2090="
+    "0j2a1FT1^6e1U6]3V1m2E81050V1^3T1j2P3b3Hj5]31V1DA0U1V1A0Q5i290M<V1Dj2818U601854A4101m294Y1H9]"
+    "1E4E4EP1I0I0Y50f1DY>a1V1D^e[1]1j2<Q6]PQ1f^14U=e4I]1A@10U10b10A0105050^=P4Y^1T2n74f6m4^1]>A0j"
+    "@X2V1HU3DU3X1Q;8E4E4E49X4^10U30Y2050j14f1T4Y?]1c5]1R7P26]Nb38Q6m1Z3<n3>P1^22M2@f4T1f34^4<M0B"
+    "T5fC4V1D^4<^4<n4L^6]1Y10j10I050Y10j10I058^6]1jV1P1f2T1Mm2E0U50Q1a8E410^505814j24Nj24Jj3LR1m5"
+    "Y205@Bf2F<U3DU3e4n6<65o14g51i1=090b3T1R1i2b360b3:m3M0^3DBm1f6T1f24NY2@NU2i2Jm9Q9i6Y6a1Y6HF^4"
+    "]1V1DV1^3P1j2TKk30U5D5m1Em6b3V11Lf2X1>X3U2e5b2J]2j2]1b6T3g30541a1b5m3Q3HV1P1^4i1V1<141LY481]"
+    "1n5e1=X1V1101<_2X1U20Q3X25i7I010=0j10U1Hj5P2V1X1M454f20I050A81T21]1Ae3U101410f401P3101]5b6T2"
+    "=@V1@9e3n5]2501LV1eDj5P5=]4n5]21X1V1e4Y5a11HV1D_2]3Y3a2_1<IPG^5]>n7Z2]1M414M050n2i1101e1V1e8"
+    "M4j4m1101]31T1n4H1a21X1f5X21T2Q9iHQ4i1V1DQ10b4P21i1c3@f3m=I050f4a21P1V1DE050n3e11HV1D^5<V1eN"
+    "Y2i110b10U4]3V1e:1i1c2X5Ud3e<k=P2^H]Y:Q<i1nU4P2EP3Yd?@jX2PhJf3T2V1ei6QW2Hj30V1Dj90V1Df3T2n5m"
+    "1=]1V10J0b2@Y2mf1b58V1eHn7k2P1Q34Q3]5Y9@1T8b1m7501e15:P1fkLP5n3P<Y>apQ1=0I050YT1i11a3941e1=L"
+    "^b1]P9Y=@b18Q1HU1eZ@V1ei5_2]1_2]=R3i@b:0j80541454=0^1010I0Q80=4M0I0^30=0A018I0^Z14Q30Q30j30Q"
+    "30j30Q30j30Q30j30Q30M4V6mp6j3DEaP1f7TBb5T1I4V1<1PX1f3T2^5<V1ek1^3<V1eJf341V1aHj309050I4AP15m"
+    "KI0=050j10bH4R1m5^8H1<V1iR3Z70:0>]9c50k1TH=0Y30501410U10=0101D1<10101090501410101010105014=0"
+    "I0=0=010U10Q2@90A0Q2]X2c1Xm:V1eP4nlV5m3fSA4fbF4QVMi1f^2Te9fS2Tm5YYC@UUQ1";
+
+// The class of every code point. Expanded at its first use, then only read.
+class CharTable {
+   public:
+    static CharClass of(uint32_t code) {
+        static const CharTable table;
+        return code < table.class_.size() ? table.class_[code] : kOther;
+    }
+
+   private:
+    CharTable() {
+        size_t value = 0, shift = 0;
+        for (char c : kClassRuns) {
+            size_t digit = size_t(c - '0' - (c > '\\'));
+            value |= (digit & 31) << shift, shift += 5;
+            if (digit >= 32) continue;
+            class_.insert(class_.end(), value / 4 + 1, CharClass(value % 4));
+            value = shift = 0;
+        }
+    }
+    std::vector<CharClass> class_;  // up to the last code point that is not kOther
+};
+
+// The same for a byte that begins a character; English hardly needs more.
+constexpr std::array<CharClass, 256> make_byte_classes() {
+    std::array<CharClass, 256> classes{};
+    for (int b = 0; b < 256; ++b) {
+        int letter = b | 0x20;
+        classes[size_t(b)] = b >= 128                          ? kBeyondAscii
+                             : letter >= 'a' && letter <= 'z'  ? kLetter
+                             : b >= '0' && b <= '9'            ? kNumber
+                             : b == ' ' || (b >= 9 && b <= 13) ? kSpace
+                                                               : kOther;
+    }
+    return classes;
+}
+inline constexpr std::array<CharClass, 256> kByteClass = make_byte_classes();
+inline CharClass class_of_byte(char c) { return kByteClass[uint8_t(c)]; }
+
+// One character of a text: how many bytes it takes, and its class.
+struct Character {
+    int bytes;
+    CharClass kind;
+};
+
+// The character at text[at], for at < text.size(). A byte that begins no valid UTF-8 character is
+// taken alone, as kOther: broken text loses nothing.
+inline Character character_at(std::string_view text, size_t at) {
+    std::string_view c = text.substr(at, 4);
+    auto low_bits = [&](size_t i) { return uint32_t(uint8_t(c[i]) & 0x3f); };
+    size_t bytes = utf8_character(c);
+    uint32_t code = uint8_t(c[0]);
+    if (bytes == 0) return {1, kOther};
+    if (bytes == 2) code = (code & 31) << 6 | low_bits(1);
+    if (bytes == 3) code = (code & 15) << 12 | low_bits(1) << 6 | low_bits(2);
+    if (bytes == 4) code = (code & 7) << 18 | low_bits(1) << 12 | low_bits(2) << 6 | low_bits(3);
+    return {int(bytes), CharTable::of(code)};
+}
+
+// How many characters the text has; a byte that belongs to none counts as one.
+inline int64_t count_characters(std::string_view text) {
+    int64_t count = 0;
+    for (size_t at = 0; at < text.size(); ++count)
+        at += text[at] & 0x80 ? size_t(character_at(text, at).bytes) : 1;
+    return count;
+}
+
+// ---- Pieces: where merging stops ---------------------------------------------------------------
+
+// How many of the eight bytes at `text`, from the first on, are ASCII letters. Eight comparisons at
+// once, in one register: adding 128 - c sets the top bit of a byte below 128 that is c or more.
+inline size_t leading_letters(const char* text) {
+    constexpr uint64_t kEach = 0x0101010101010101, kTop = 0x80 * kEach;
+    uint64_t bytes;
+    std::memcpy(&bytes, text, sizeof bytes);
+    uint64_t lower = (bytes | 0x20 * kEach) & ~kTop;
+    uint64_t from_a = lower + (128 - 'a') * kEach, beyond_z = lower + (128 - 'z' - 1) * kEach;
+    uint64_t others = ~(from_a & ~beyond_z & ~bytes) & kTop;
+    return size_t(std::countr_zero(others)) / 8;
+}
+
+// Where the run of characters of class `kind` that begins at text[at] ends. If `last` is given, it
+// becomes where the run's last character begins.
+inline size_t run_end(std::string_view text, size_t at, CharClass kind, size_t* last = nullptr) {
+    if (kind == kLetter) {
+        while (at + 8 <= text.size()) {
+            size_t letters = leading_letters(text.data() + at);
+            at += letters;
+            if (letters < 8) break;
+        }
+    }
+    while (at < text.size()) {
+        CharClass here = class_of_byte(text[at]);
+        size_t bytes = 1;
+        if (here == kBeyondAscii) {
+            Character c = character_at(text, at);
+            here = c.kind, bytes = size_t(c.bytes);
+        }
+        if (here != kind) break;
+        if (last) *last = at;
+        at += bytes;
+    }
+    return at;
+}
+
+// The piece that begins at text[at], for at < text.size(). This is GPT-2's pattern
+//   's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+// (openai/gpt-2, src/encoder.py) as a scanner: the first alternative that fits is the piece.
+inline std::string_view next_piece(std::string_view text, size_t at) {
+    auto is = [&](size_t i, char c) { return at + i < text.size() && text[at + i] == c; };
+    // An ending after an apostrophe, lower case only: 's 't 'm 'd, or 're 've 'll.
+    if (text[at] == '\'') {
+        if (is(1, 's') || is(1, 't') || is(1, 'm') || is(1, 'd')) return text.substr(at, 2);
+        if ((is(1, 'r') && is(2, 'e')) || (is(1, 'v') && is(2, 'e')) || (is(1, 'l') && is(2, 'l')))
+            return text.substr(at, 3);
+    }
+    // A run of letters, of numbers, or of anything else but space, after at most one blank.
+    size_t begin = at + (text[at] == ' ' && at + 1 < text.size());
+    CharClass kind = class_of_byte(text[begin]);
+    if (kind == kBeyondAscii) kind = character_at(text, begin).kind;
+    if (kind != kSpace) return text.substr(at, run_end(text, begin, kind) - at);
+    // White space. Before a word its last character is left over: a blank joins that word.
+    size_t last = at, end = run_end(text, at, kSpace, &last);
+    return text.substr(at, (end == text.size() || last == at ? end : last) - at);
+}
+
+// The first place at or after text[at] where the text may be cut, so that its two parts have the
+// same pieces as the whole: between a character that is no space and a space.
+inline size_t safe_cut(std::string_view text, size_t at) {
+    for (at = std::max<size_t>(at, 1); at < text.size(); ++at) {
+        CharClass before = class_of_byte(text[at - 1]), after = class_of_byte(text[at]);
+        if (after == kSpace && before != kSpace && before != kBeyondAscii) return at;
+    }
+    return text.size();
+}
+
+// ---- Tokens ------------------------------------------------------------------------------------
+
+// GPT-2 writes bytes as characters that can be seen. The 188 bytes that are visible in Latin-1
+// stand for themselves; the other 68, in order, are written as U+0100, U+0101, ... ("Ġ" is the
+// blank). The token ids of the bytes follow the same order: first the 188, then the 68.
+struct ByteAlphabet {
+    uint8_t byte_of_id[256] = {};
+    uint16_t id_of_byte[256] = {}, code_of_byte[256] = {};
+    constexpr ByteAlphabet() {
+        auto visible = [](int b) { return (b > 32 && b < 127) || (b > 160 && b != 173); };
+        int id = 0;
+        for (int hidden = 0; hidden < 2; ++hidden)
+            for (int b = 0; b < 256; ++b)
+                if (visible(b) != bool(hidden)) {
+                    byte_of_id[id] = uint8_t(b), id_of_byte[b] = uint16_t(id);
+                    code_of_byte[b] = uint16_t(hidden ? 256 + id - 188 : b);
+                    ++id;
+                }
+    }
+};
+inline constexpr ByteAlphabet kBytes;
+
+constexpr std::string_view kEndOfText = "<|endoftext|>";  // as it is written in a vocabulary file
+
+// Which token two neighbours merge into: a hash table with linear probing.
+class MergeTable {
+   public:
+    static constexpr uint32_t kNone = UINT32_MAX;
+    // The token that left and right become, or kNone. The smaller the token, the earlier its merge.
+    uint32_t find(uint32_t left, uint32_t right) const {
+        uint32_t key = left << 16 | right;
+        for (size_t at = slot(key);; at = (at + 1) & (entries_.size() - 1)) {
+            if (entries_[at].token == kNone || entries_[at].key == key) return entries_[at].token;
+        }
+    }
+    explicit MergeTable(size_t merges = 0) : entries_(std::bit_ceil(2 * merges + 2)) {}
+    void add(uint32_t left, uint32_t right, uint32_t token) {
+        uint32_t key = left << 16 | right;
+        size_t at = slot(key);
+        while (entries_[at].token != kNone) at = (at + 1) & (entries_.size() - 1);
+        entries_[at] = {key, token};
+    }
+
+   private:
+    struct Entry {
+        uint32_t key = 0, token = kNone;
+    };
+    // Fibonacci hashing (Knuth, The Art of Computer Programming, 6.4).
+    size_t slot(uint32_t key) const {
+        return size_t((key * 0x9e3779b97f4a7c15ull) >> 32) & (entries_.size() - 1);
+    }
+    std::vector<Entry> entries_;
+};
+
+// A vocabulary. Tokens 0..255 are the bytes, token 256 + i is what merge i makes of two earlier
+// tokens, and the last token is the end of a text.
+class Tokenizer {
+   public:
+    using Merge = std::pair<uint16_t, uint16_t>;
+
+    // The vocabulary of these merges. Fails if one names a token that does not exist before it.
+    explicit Tokenizer(std::vector<Merge> merge_list)
+        : merges_(std::move(merge_list)), table_(merges_.size()) {
+        TINYGPT_CHECK(merges_.size() <= 65536 - 257,
+                      "expected at most %d merges, found %zu: token ids have 16 bits", 65536 - 257,
+                      merges_.size());
+        for (int b : kBytes.byte_of_id) bytes_.emplace_back(1, char(b));
+        for (auto [left, right] : merges_) {
+            TINYGPT_CHECK(left < bytes_.size() && right < bytes_.size(),
+                          "merge %zu joins tokens %d and %d, which do not exist before it",
+                          bytes_.size() - 256, left, right);
+            table_.add(left, right, uint32_t(bytes_.size()));
+            bytes_.push_back(bytes_[left] + bytes_[right]);
+        }
+        bytes_.emplace_back();
+    }
+    // No merges: every byte is a token.
+    static Tokenizer bytes() { return Tokenizer({}); }
+
+    int vocab_size() const { return int(bytes_.size()); }
+    int end_of_text() const { return vocab_size() - 1; }
+    const std::vector<Merge>& merges() const { return merges_; }
+    const MergeTable& merge_table() const { return table_; }
+    bool operator==(const Tokenizer& other) const { return merges_ == other.merges_; }
+
+    // The bytes that a token stands for: none for the end of a text.
+    std::string_view bytes_of(int id) const {
+        TINYGPT_CHECK(id >= 0 && id < vocab_size(), "there is no token %d: the vocabulary has %d",
+                      id, vocab_size());
+        return bytes_[size_t(id)];
+    }
+    // The tokens of a text. "<|endoftext|>" in it is thirteen characters like any others.
+    std::vector<uint16_t> encode(std::string_view text) const;
+
+    // The text of some tokens, with `end_of_text_mark` for every end of text.
+    std::string decode(const std::vector<uint16_t>& tokens,
+                       std::string_view end_of_text_mark = "") const {
+        std::string text;
+        for (uint16_t id : tokens) text += id == end_of_text() ? end_of_text_mark : bytes_of(id);
+        return text;
+    }
+
+    // A folder with vocab.json and merges.txt, or encoder.json and vocab.bpe; save writes the
+    // former.
+    static Tokenizer load(const std::string& folder);
+    void save(const std::string& folder) const;
+    std::string name_of(int id) const;  // the token in GPT-2's visible characters
+    std::string vocab_json() const;
+    std::string merges_text() const;
+
+   private:
+    std::vector<Merge> merges_;
+    std::vector<std::string> bytes_;
+    MergeTable table_;
+};
+
+// ---- Encoding ----------------------------------------------------------------------------------
+
+// Turns text into tokens and remembers short pieces. One for each thread.
+// Why: text repeats its words, so nearly every piece is found in the memory, and merging is rare.
+class Encoder {
+   public:
+    // The memory is sized for texts of about text_bytes.
+    explicit Encoder(const Tokenizer& tokenizer, size_t text_bytes = SIZE_MAX)
+        : table_(tokenizer.merge_table()),
+          known_(std::bit_ceil(std::clamp<size_t>(text_bytes / 16, 64, kMaxKnown))) {}
+
+    // Appends the tokens of the text to out.
+    void encode(std::string_view text, std::vector<uint16_t>& out) {
+        size_t used = out.size();
+        for (size_t at = 0; at < text.size();) {
+            std::string_view piece = next_piece(text, at);
+            // Make room for a token a byte, and for all of a Known's, which are copied unseen.
+            if (out.size() < used + piece.size() + kMaxTokens)
+                out.resize(2 * used + piece.size() + 4096);
+            uint16_t* to = out.data() + used;
+            bool fits = piece.size() <= kMaxBytes;
+            used += fits ? recall(piece, text.size() - at, to) : merge(piece, to);
+            at += piece.size();
+        }
+        out.resize(used);
+    }
+
+   private:
+    static constexpr size_t kMaxKnown = 1 << 16;
+    static constexpr size_t kMaxBytes = 15, kMaxTokens = 7;
+    // A piece of up to 15 bytes, with its length in the 16th, and its tokens, if they are at most
+    // 7. 32 bytes: two share a line of cache. A new piece takes the place of the one that was
+    // there.
+    struct Known {
+        uint64_t key[2] = {0, 0};  // zero: nothing here, as no piece is empty
+        uint16_t count = 0, tokens[kMaxTokens] = {};
+    };
+
+    // Writes the tokens of a short piece to `to`, which has room for 7 at least; returns how many.
+    // Bytes can be read from the piece's first on, beyond its end too: that is `readable`.
+    size_t recall(std::string_view piece, size_t readable, uint16_t* to) {
+        uint64_t key[2] = {0, 0};
+        if (readable >= sizeof key) {
+            // Why: copying a fixed number of bytes and clearing the surplus is far faster.
+            std::memcpy(key, piece.data(), sizeof key);
+            size_t low = std::min<size_t>(piece.size(), 8), high = piece.size() - low;
+            key[0] &= ~uint64_t(0) >> (64 - 8 * low);
+            key[1] &= (uint64_t(1) << (8 * high)) - 1;
+        } else {
+            std::memcpy(key, piece.data(), piece.size());
+        }
+        key[1] |= uint64_t(piece.size()) << 56;
+        uint64_t mixed = (key[0] ^ (key[1] * 0xbf58476d1ce4e5b9ull)) * 0x9e3779b97f4a7c15ull;
+        Known& known = known_[size_t(mixed >> 40) & (known_.size() - 1)];
+        if (known.key[0] != key[0] || known.key[1] != key[1]) {
+            size_t count = merge(piece, to);
+            if (count > kMaxTokens) return count;
+            known.key[0] = key[0], known.key[1] = key[1], known.count = uint16_t(count);
+            std::copy(to, to + count, known.tokens);
+        }
+        std::memcpy(to, known.tokens, sizeof known.tokens);
+        return known.count;
+    }
+
+    // Writes the tokens of one piece, its bytes merged, to `to`; returns how many.
+    size_t merge(std::string_view piece, uint16_t* to) {
+        return piece.size() <= kShort ? merge_short(piece, to) : merge_long(piece, to);
+    }
+
+    // Merging as it is defined: look for the earliest merge, make it, look again. n * n steps.
+    size_t merge_short(std::string_view piece, uint16_t* to) const {
+        size_t n = piece.size();
+        uint32_t merged[kShort];  // what token i and the one after it make
+        for (size_t i = 0; i < n; ++i) to[i] = kBytes.id_of_byte[uint8_t(piece[i])];
+        for (size_t i = 0; i + 1 < n; ++i) merged[i] = table_.find(to[i], to[i + 1]);
+        while (n > 1) {
+            size_t best = size_t(std::min_element(merged, merged + n - 1) - merged);
+            if (merged[best] == MergeTable::kNone) break;
+            to[best] = uint16_t(merged[best]);
+            --n;
+            std::copy(to + best + 2, to + n + 1, to + best + 1);
+            if (best + 1 < n) std::copy(merged + best + 2, merged + n, merged + best + 1);
+            if (best > 0) merged[best - 1] = table_.find(to[best - 1], to[best]);
+            if (best + 1 < n) merged[best] = table_.find(to[best], to[best + 1]);
+        }
+        return n;
+    }
+
+    // The same for any length. The tokens are a linked list; what can merge waits in a queue of its
+    // own for every token that it would become, and the queues are served from the smallest token
+    // on.
+    // Why that is enough: a token takes part in later merges than its own only, so what is made
+    // while a queue is served goes to queues that come after it.
+    size_t merge_long(std::string_view piece, uint16_t* to) {
+        TINYGPT_CHECK(piece.size() < kEnd, "a word of %zu bytes is too long to encode",
+                      piece.size());
+        symbols_.clear();
+        for (char c : piece) {
+            uint32_t i = uint32_t(symbols_.size());
+            symbols_.push_back(
+                {kBytes.id_of_byte[uint8_t(c)], i - 1, i + 1 < piece.size() ? i + 1 : kEnd});
+        }
+        for (uint32_t i = 0; i + 1 < symbols_.size(); ++i) offer(i);
+        while (!queues_.empty()) {
+            std::pop_heap(queues_.begin(), queues_.end(), std::greater<>());
+            uint32_t token = queues_.back();
+            queues_.pop_back();
+            serve(token);
+        }
+        size_t count = 0;
+        for (uint32_t i = 0; i != kEnd; i = symbols_[i].next)
+            to[count++] = uint16_t(symbols_[i].token);
+        return count;
+    }
+    // Lets symbol i wait for its merge with its right neighbour, if they have one.
+    void offer(uint32_t i) {
+        uint32_t token = table_.find(symbols_[i].token, symbols_[symbols_[i].next].token);
+        if (token == MergeTable::kNone) return;
+        if (waiting_.size() <= token) waiting_.resize(token + 1);
+        if (waiting_[token].empty()) {
+            queues_.push_back(token);
+            std::push_heap(queues_.begin(), queues_.end(), std::greater<>());
+        }
+        waiting_[token].push_back(i);
+    }
+    // Merges all pairs that become `token`, from left to right: aaa becomes (aa)a.
+    void serve(uint32_t token) {
+        std::vector<uint32_t> places = std::move(waiting_[token]);
+        if (!std::is_sorted(places.begin(), places.end())) std::sort(places.begin(), places.end());
+        for (uint32_t i : places) {
+            // Pass over a pair that is no more: one of its two has merged with another neighbour.
+            Symbol& left = symbols_[i];
+            if (left.token == kGone || left.next == kEnd) continue;
+            Symbol& right = symbols_[left.next];
+            if (table_.find(left.token, right.token) != token) continue;
+            left.token = token, left.next = right.next, right.token = kGone;
+            if (left.next != kEnd) symbols_[left.next].previous = i;
+            if (left.previous != kEnd) offer(left.previous);
+            if (left.next != kEnd) offer(i);
+        }
+        places.clear();
+        waiting_[token] = std::move(places);  // empty, but its memory is used again
+    }
+
+    static constexpr size_t kShort = 32;
+    static constexpr uint32_t kGone = UINT32_MAX, kEnd = UINT32_MAX;
+    struct Symbol {
+        uint32_t token, previous, next;
+    };
+    const MergeTable& table_;
+    std::vector<Known> known_;
+    std::vector<Symbol> symbols_;
+    std::vector<std::vector<uint32_t>> waiting_;  // for every token: the left symbols of its pairs
+    std::vector<uint32_t> queues_;                // a heap of the tokens whose queue is not empty
+};
+
+inline std::vector<uint16_t> Tokenizer::encode(std::string_view text) const {
+    std::vector<uint16_t> tokens;
+    Encoder(*this, text.size()).encode(text, tokens);
+    return tokens;
+}
+
+// ---- Vocabulary files --------------------------------------------------------------------------
+// merges.txt: a line "#version: 0.2", then a line "left right" for each merge. vocab.json: one
+// object, "token": id. Tokens are written in GPT-2's visible characters. The vocabulary follows
+// from the merges alone; a vocab.json that says otherwise is refused, for its model would see other
+// tokens.
+
+inline std::string Tokenizer::name_of(int id) const {
+    if (id == end_of_text()) return std::string(kEndOfText);
+    std::string name;
+    for (char b : bytes_of(id)) append_utf8(name, kBytes.code_of_byte[uint8_t(b)]);
+    return name;
+}
+
+inline std::string Tokenizer::merges_text() const {
+    std::string text = "#version: 0.2\n";
+    for (auto [left, right] : merges_) text += name_of(left) + ' ' + name_of(right) + '\n';
+    return text;
+}
+
+// In plain ASCII, with the separators of Python's json: GPT-2's comes out as OpenAI wrote it.
+inline std::string Tokenizer::vocab_json() const {
+    std::string json = "{";
+    for (int id = 0; id < vocab_size(); ++id) {
+        json += id == 0 ? "\"" : ", \"";
+        for (char c : bytes_of(id)) {
+            unsigned code = kBytes.code_of_byte[uint8_t(c)];
+            if (code == '"' || code == '\\') json += '\\';
+            if (code < 128)
+                json += char(code);
+            else
+                json += format("\\u%04x", code);
+        }
+        if (id == end_of_text()) json += kEndOfText;
+        json += format("\": %d", id);
+    }
+    return json + "}";
+}
+
+inline void Tokenizer::save(const std::string& folder) const {
+    make_folders(folder);
+    write_file(folder + "/vocab.json", vocab_json());
+    write_file(folder + "/merges.txt", merges_text());
+}
+
+// The merges of a merges file. `ids` begins empty and ends with the id of every token but the last.
+inline std::vector<Tokenizer::Merge> read_merges(const std::string& path,
+                                                 std::unordered_map<std::string, uint16_t>& ids) {
+    for (int b = 0; b < 256; ++b) {
+        std::string name;
+        append_utf8(name, kBytes.code_of_byte[b]);
+        ids[name] = kBytes.id_of_byte[b];
+    }
+    std::vector<Tokenizer::Merge> merges;
+    std::string text = read_file(path);
+    int line_number = 0;
+    for (size_t at = 0; at < text.size();) {
+        size_t end = std::min(text.find('\n', at), text.size()), blank = text.find(' ', at);
+        std::string line = text.substr(at, end - at);
+        at = end + 1;
+        if (++line_number == 1 && line.starts_with("#version")) continue;
+        auto where = [&] { return format("%s, line %d", path.c_str(), line_number); };
+        TINYGPT_CHECK(blank < end,
+                      "%s: expected two tokens with a blank between them, found \"%.40s\"",
+                      where().c_str(), line.c_str());
+        blank -= end - line.size();
+        auto left = ids.find(line.substr(0, blank)), right = ids.find(line.substr(blank + 1));
+        TINYGPT_CHECK(left != ids.end() && right != ids.end(),
+                      "%s: \"%.40s\" is not two tokens that exist before it (bytes, or made by an "
+                      "earlier line)",
+                      where().c_str(), line.c_str());
+        TINYGPT_CHECK(ids.size() < 65535, "%s: expected at most %d merges: token ids have 16 bits",
+                      where().c_str(), 65535 - 256);
+        merges.emplace_back(left->second, right->second);
+        bool added = ids.emplace(left->first + right->first, uint16_t(ids.size())).second;
+        TINYGPT_CHECK(added, "%s: \"%.40s\" makes a token that exists already", where().c_str(),
+                      line.c_str());
+    }
+    return merges;
+}
+
+inline Tokenizer Tokenizer::load(const std::string& folder) {
+    bool ours = file_exists(folder + "/vocab.json") && file_exists(folder + "/merges.txt");
+    bool openai = file_exists(folder + "/encoder.json") && file_exists(folder + "/vocab.bpe");
+    TINYGPT_CHECK(
+        ours || openai,
+        "there is no tokenizer in %s: expected vocab.json and merges.txt, or encoder.json and "
+        "vocab.bpe (make gpt2-vocab fetches GPT-2's into data/gpt2)",
+        folder.c_str());
+    std::string vocab_path = folder + (ours ? "/vocab.json" : "/encoder.json");
+    std::unordered_map<std::string, uint16_t> ids;
+    Tokenizer tokenizer(read_merges(folder + (ours ? "/merges.txt" : "/vocab.bpe"), ids));
+    ids.emplace(kEndOfText, uint16_t(tokenizer.end_of_text()));
+    // The vocabulary must say what the merges say.
+    const Json vocab = Json::parse(read_file(vocab_path), vocab_path);
+    TINYGPT_CHECK(vocab.is_object() && vocab.members.size() == ids.size(),
+                  "%s: expected an object of %zu tokens (256 bytes, %zu merges, %s), found %zu",
+                  vocab_path.c_str(), ids.size(), tokenizer.merges().size(), kEndOfText.data(),
+                  vocab.members.size());
+    for (const auto& [name, id] : vocab.members) {
+        auto expected = ids.find(name);
+        TINYGPT_CHECK(expected != ids.end(), "%s: no merge makes the token \"%.60s\"",
+                      vocab_path.c_str(), name.c_str());
+        TINYGPT_CHECK(id.integral && id.integer == expected->second,
+                      "%s: the token \"%.60s\" must have the id %d, as its merge has, found %.20s",
+                      vocab_path.c_str(), name.c_str(), expected->second, id.write().c_str());
+    }
+    return tokenizer;
+}
+// =================================================================================================
+// §11 Hugging Face in, Hugging Face out: safetensors files and config.json
+// =================================================================================================
+// A safetensors file is
+//
+//     8 bytes        N, the length of the header, little-endian
+//     N bytes        JSON, {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...},
+//                    with or without a map of strings "__metadata__"; spaces at the end
+//     the rest       the tensors' bytes, in C order, at those offsets: each byte belongs to one
+//                    tensor, none is left over
+//
+// The reader checks all of that before it allocates anything of a size the file names: a damaged or
+// hostile file is refused with one line.
+
+// ---- The types of elements ------------------------------------------------------------------
+
+// Bytes of an element; 0 for a type that is not of the format (or not of whole bytes).
+inline size_t dtype_bytes(std::string_view dtype) {
+    static constexpr std::string_view of_size[] = {
+        "|BOOL|U8|I8|F8_E4M3|F8_E5M2|F8_E8M0|", "|I16|U16|F16|BF16|", "|I32|U32|F32|",
+        "|I64|U64|F64|C64|"};
+    std::string wanted = "|" + std::string(dtype) + "|";
+    if (dtype.find('|') != std::string_view::npos) return 0;
+    for (size_t log = 0; log < 4; log++)
+        if (of_size[log].find(wanted) != std::string_view::npos) return size_t(1) << log;
+    return 0;
+}
+
+// IEEE half precision to float, exactly. One sign bit, five of exponent, ten of significand.
+inline float half_to_float(uint16_t half) {
+    uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7fff, bits;
+    if (rest < 0x400) {  // zero or subnormal: a multiple of 2^-24
+        float value = float(rest) * 0x1p-24f;
+        return sign ? -value : value;
+    }
+    bits = rest >= 0x7c00 ? 0x7f800000 | (rest & 0x3ff) << 13 : (rest << 13) + (112u << 23);
+    bits |= sign;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// The first element whose exponent bits are all set (infinity, NaN), or count.
+// Why two loops: the first has no exit, so it vectorises.
+template <class Bits>
+inline size_t first_with_exponent(const void* data, size_t count, Bits exponent) {
+    const char* bytes = static_cast<const char*>(data);
+    auto bad = [&](size_t i) {
+        Bits bits;
+        std::memcpy(&bits, bytes + i * sizeof bits, sizeof bits);
+        return (bits & exponent) == exponent;
+    };
+    Bits any = 0;
+    for (size_t i = 0; i < count; i++) any |= Bits(bad(i));
+    if (!any) return count;
+    size_t i = 0;
+    while (!bad(i)) i++;
+    return i;
+}
+// The first element of this type that is NaN or infinite, or count.
+inline size_t first_not_finite(const void* data, size_t count, std::string_view dtype) {
+    if (dtype == "F64") return first_with_exponent<uint64_t>(data, count, 0x7ff0000000000000ull);
+    if (dtype == "F32") return first_with_exponent<uint32_t>(data, count, 0x7f800000u);
+    if (dtype == "BF16") return first_with_exponent<uint16_t>(data, count, uint16_t(0x7f80));
+    if (dtype == "F16") return first_with_exponent<uint16_t>(data, count, uint16_t(0x7c00));
+    return count;
+}
+
+// A shape for messages, never long.
+inline std::string shape_text(const std::vector<int64_t>& shape) {
+    std::string out = "[";
+    for (size_t i = 0; i < shape.size() && i < 8; i++)
+        out += (i ? ", " : "") + std::to_string(shape[i]);
+    return out + (shape.size() > 8 ? ", ...]" : "]");
+}
+
+// ---- Reading --------------------------------------------------------------------------------
+
+// A tensor as the header describes it; its bytes are [begin, end) of the file.
+struct StoredTensor {
+    std::string name, dtype;
+    std::vector<int64_t> shape;
+    uint64_t begin, end;
+    size_t count() const { return size_t(end - begin) / dtype_bytes(dtype); }
+};
+
+class SafetensorsFile {
+public:
+    const std::string path;
+    std::vector<StoredTensor> tensors;                          // in the order of their bytes
+    std::vector<std::pair<std::string, std::string>> metadata;  // "__metadata__"
+
+    // Opens the file and checks the whole header against the file's size.
+    explicit SafetensorsFile(const std::string& path)
+        : path(path), file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
+        struct stat info;
+        if (file.fd < 0 || ::fstat(file.fd, &info) != 0) fail_file("read", path, errno);
+        if (!S_ISREG(info.st_mode)) refuse("expected a file, found a folder, pipe or device");
+        parse_header(read_header(uint64_t(info.st_size)), uint64_t(info.st_size));
+    }
+
+    // The tensor of that name, or null.
+    const StoredTensor* find(std::string_view name) const {
+        for (const StoredTensor& tensor : tensors)
+            if (tensor.name == name) return &tensor;
+        return nullptr;
+    }
+
+    // Sets out[tensor.count()] (real: float or double) from F64, F32, F16 or BF16. Straight into
+    // place where the types are the same; otherwise through a buffer that stays in the cache.
+    // Refuses NaN, infinities, and what is too large for `real`.
+    template <class real>
+    void read(const StoredTensor& tensor, real* out) const {
+        const std::string& dtype = tensor.dtype;
+        bool float_in = dtype == "F64" || dtype == "F32" || dtype == "F16" || dtype == "BF16";
+        if (!float_in) refuse(tensor, "expected type F32, BF16, F16 or F64, found " + dtype);
+        const int64_t count = int64_t(tensor.count()), step = 1 << 17;
+        int error = 0;
+        int64_t bad = count;
+        // Why threads: half of the time goes into first touching the memory of `out`.
+#pragma omp parallel for schedule(dynamic) reduction(min : bad) reduction(max : error) \
+    if (count > 4 * step)
+        for (int64_t first = 0; first < count; first += step) {
+            size_t some = size_t(std::min(step, count - first));
+            int code = read_piece(tensor, out + first, size_t(first), some);
+            error = std::max(error, code);
+            size_t wrong = code ? some : first_not_finite(out + first, some, dtype_of<real>());
+            if (wrong < some) bad = std::min(bad, first + int64_t(wrong));
+        }
+        if (error != 0) refuse_read(error);
+        if (bad < count) {
+            const char* what = std::isnan(out[bad]) ? "NaN" : "infinity";
+            refuse(format("%s in tensor %s, element %lld: these weights are broken", what,
+                          in_quotes(tensor.name).c_str(), static_cast<long long>(bad)));
+        }
+    }
+
+    [[noreturn]] void refuse(const std::string& reason) const { fail(path + ": " + reason); }
+    [[noreturn]] void refuse(const StoredTensor& tensor, const std::string& reason) const {
+        refuse("tensor " + in_quotes(tensor.name) + ": " + reason);
+    }
+
+private:
+    FileHandle file;
+    static constexpr int end_of_file = 1 << 30;  // no errno is that large
+
+    template <class real>
+    static constexpr const char* dtype_of() {
+        static_assert(std::is_same_v<real, float> || std::is_same_v<real, double>);
+        return std::is_same_v<real, float> ? "F32" : "F64";
+    }
+
+    // Reads `bytes` at `offset`. Returns 0, an errno, or end_of_file.
+    int read_at(void* out, size_t bytes, uint64_t offset) const {
+        char* to = static_cast<char*>(out);
+        while (bytes > 0) {
+            ssize_t got = ::pread(file.fd, to, bytes, off_t(offset));
+            if (got < 0 && errno == EINTR) continue;
+            if (got <= 0) return got < 0 ? errno : end_of_file;
+            to += got, offset += uint64_t(got), bytes -= size_t(got);
+        }
+        return 0;
+    }
+
+    [[noreturn]] void refuse_read(int code) const {
+        if (code == end_of_file) refuse("the file became shorter while it was read");
+        fail_file("read", path, code);
+    }
+
+    // Elements [first, first + count) of a tensor, converted. Returns as read_at.
+    template <class real>
+    int read_piece(const StoredTensor& tensor, real* out, size_t first, size_t count) const {
+        size_t size = dtype_bytes(tensor.dtype);
+        uint64_t offset = tensor.begin + uint64_t(first) * size;
+        if (tensor.dtype == dtype_of<real>()) return read_at(out, count * size, offset);
+        char buffer[1 << 13];
+        for (size_t done = 0; done < count;) {
+            size_t some = std::min(count - done, sizeof buffer / size);
+            if (int error = read_at(buffer, some * size, offset + done * size)) return error;
+            convert(out + done, buffer, some, tensor.dtype);
+            done += some;
+        }
+        return 0;
+    }
+    // out[i] = in[i], from the type of the file.
+    template <class real>
+    static void convert(real* out, const char* in, size_t count, const std::string& dtype) {
+        auto each = [&](auto stored, auto meaning) {
+            for (size_t i = 0; i < count; i++) {
+                std::memcpy(&stored, in + i * sizeof stored, sizeof stored);
+                out[i] = real(meaning(stored));
+            }
+        };
+        if (dtype == "F64") each(double(), [](double x) { return x; });
+        if (dtype == "F32") each(float(), [](float x) { return x; });
+        if (dtype == "F16") each(uint16_t(), [](uint16_t x) { return half_to_float(x); });
+        if (dtype == "BF16") each(bf16(), [](bf16 x) { return float(x); });
+    }
+
+    // Returns the JSON of the header, padding included. Every length is checked before it is used.
+    std::string read_header(uint64_t file_bytes) const {
+        uint8_t length[8];
+        if (file_bytes < 8)
+            refuse(format("a safetensors file has at least 10 bytes, found %d", int(file_bytes)));
+        if (int code = read_at(length, 8, 0)) refuse_read(code);
+        uint64_t N = 0;
+        for (int i = 7; i >= 0; i--) N = N << 8 | length[i];
+        auto number = [](uint64_t n) { return std::to_string(n); };
+        if (N > 100'000'000)
+            refuse("header of " + number(N) + " bytes: the format allows 100000000; is this a "
+                   "safetensors file?");
+        if (N > file_bytes - 8)
+            refuse("header of " + number(N) + " bytes in a file of " + number(file_bytes) +
+                   ": cut short; fetch or copy it again");
+        // Why: a header of GPT-2 has about 110 bytes a tensor; parsing 100 MB would take seconds.
+        if (N > 4'000'000)
+            refuse("header of " + number(N) + " bytes: a GPT-2 needs less than 4000000");
+        std::string header(size_t(N), '\0');
+        if (int code = read_at(header.data(), header.size(), 8)) refuse_read(code);
+        if (header.empty() || header[0] != '{') refuse("the header must begin with '{'");
+        size_t last = header.find_last_not_of(' ');
+        if (header[last] != '}') refuse("the header must end with '}', then only spaces");
+        return header;
+    }
+
+    // Sets tensors and metadata, with all the rules that concern the file as a whole.
+    void parse_header(const std::string& header, uint64_t file_bytes) {
+        const uint64_t data = 8 + header.size();
+        // Why 40000 values: 300 layers need fewer, and a hostile header is refused in little time.
+        Json json = Json::parse(header, path + ": header", {.depth = 8, .values = 40'000});
+        for (auto& [name, value] : json.members) {
+            if (name == "__metadata__") parse_metadata(value);
+            else tensors.push_back(parse_tensor(name, value));
+        }
+        // Every byte of the data belongs to exactly one tensor.
+        std::stable_sort(tensors.begin(), tensors.end(), [](auto& a, auto& b) {
+            return std::pair(a.begin, a.end) < std::pair(b.begin, b.end);
+        });
+        uint64_t at = 0;
+        for (StoredTensor& tensor : tensors) {
+            if (tensor.begin != at)
+                refuse(tensor, "its bytes begin at " + std::to_string(tensor.begin) +
+                                   ", the tensor before it ends at " + std::to_string(at) +
+                                   (tensor.begin < at ? ": overlap" : ": hole"));
+            at = tensor.end;
+            tensor.begin += data, tensor.end += data;
+        }
+        if (data + at != file_bytes)
+            refuse("the header describes " + std::to_string(data + at) + " bytes, the file has " +
+                   std::to_string(file_bytes) + ": it is cut short or too long; fetch it again");
+    }
+    void parse_metadata(const Json& value) {
+        if (!value.is_object()) refuse("__metadata__ must be an object");
+        for (auto& [key, text] : value.members) {
+            if (!text.is_string()) refuse("__metadata__ " + in_quotes(key) + " must be a string");
+            metadata.emplace_back(key, text.text);
+        }
+    }
+    // One member of the header; the offsets are still relative to the data.
+    StoredTensor parse_tensor(const std::string& name, const Json& value) const {
+        const std::string where = path + ": tensor " + in_quotes(name);
+        if (!value.is_object()) fail(where + ": must be an object");
+        for (auto& [key, part] : value.members)
+            if (key != "dtype" && key != "shape" && key != "data_offsets")
+                fail(where + ": unknown key " + in_quotes(key));
+        StoredTensor tensor;
+        tensor.name = name;
+        tensor.dtype = value.get_string("dtype", where);
+        uint64_t bytes = dtype_bytes(tensor.dtype);
+        if (bytes == 0) fail(where + ": unknown dtype " + in_quotes(tensor.dtype));
+        for (const Json& item : value.get("shape", Json::Kind::array, where).items)
+            tensor.shape.push_back(parse_size(item, "shape", where));
+        // Careful: a product that wraps around to a small number is the classic way in.
+        for (int64_t n : tensor.shape)
+            if (__builtin_mul_overflow(bytes, uint64_t(n), &bytes))
+                fail(where + ": shape " + shape_text(tensor.shape) + " overflows 64 bits");
+        auto& offsets = value.get("data_offsets", Json::Kind::array, where).items;
+        if (offsets.size() != 2) fail(where + ": data_offsets must be two integers");
+        tensor.begin = uint64_t(parse_size(offsets[0], "data_offsets", where));
+        tensor.end = uint64_t(parse_size(offsets[1], "data_offsets", where));
+        if (tensor.begin > tensor.end) fail(where + ": data_offsets end before they begin");
+        if (tensor.end - tensor.begin != bytes)
+            fail(where + ": shape " + shape_text(tensor.shape) + " of " + tensor.dtype + " takes " +
+                 std::to_string(bytes) + " bytes, data_offsets say " +
+                 std::to_string(tensor.end - tensor.begin));
+        return tensor;
+    }
+    // Why 2^53: beyond it, readers that keep numbers as doubles would see another file.
+    static int64_t parse_size(const Json& item, const char* key, const std::string& where) {
+        if (!item.integral || item.integer < 0 || item.integer > (int64_t(1) << 53))
+            fail(where + ": " + key + " must be integers from 0 to 2^53");
+        return item.integer;
+    }
+};
+
+// ---- Writing --------------------------------------------------------------------------------
+
+// A tensor to be written. fill(out, first, count) sets out to elements [first, first + count), in
+// the file's type: they may come from an array, or a piece at a time from a GPU.
+struct TensorToWrite {
+    std::string name, dtype;
+    std::vector<int64_t> shape;
+    std::function<void(char* out, size_t first, size_t count)> fill;
+    size_t count() const {
+        size_t product = 1;
+        for (int64_t n : shape) product *= size_t(n);
+        return product;
+    }
+};
+
+// An array as a tensor of dtype "F32", "BF16" or "F64"; int64_t as "I64". It must stay alive.
+template <class T>
+TensorToWrite tensor_to_write(std::string name, std::vector<int64_t> shape, const T* data,
+                              const std::string& dtype) {
+    auto as = [&](auto type) {
+        using Out = decltype(type);
+        return [data](char* out, size_t first, size_t count) {
+            for (size_t i = 0; i < count; i++) {
+                Out value = Out(data[first + i]);
+                std::memcpy(out + i * sizeof value, &value, sizeof value);
+            }
+        };
+    };
+    TensorToWrite tensor{std::move(name), dtype, std::move(shape), nullptr};
+    if constexpr (std::is_floating_point_v<T>) {
+        if (dtype == "F32") tensor.fill = as(float());
+        if (dtype == "F64") tensor.fill = as(double());
+        if (dtype == "BF16") tensor.fill = as(bf16());
+    } else if (dtype == "I64") {
+        tensor.fill = as(int64_t());
+    }
+    if (!tensor.fill) fail("cannot write tensor " + tensor.name + " as " + dtype);
+    return tensor;
+}
+
+// The first 8 + N bytes of a file of these tensors, which lie in this order.
+inline std::string safetensors_header(const std::vector<TensorToWrite>& tensors) {
+    Json header = Json::object();
+    header.set("__metadata__", Json::object().set("format", "pt"));
+    size_t at = 0;
+    for (const TensorToWrite& tensor : tensors) {
+        Json shape = Json::array(), offsets = Json::array();
+        for (int64_t n : tensor.shape) shape.items.push_back(n);
+        offsets.items.push_back(at);
+        offsets.items.push_back(at += tensor.count() * dtype_bytes(tensor.dtype));
+        Json entry = Json::object();
+        entry.set("dtype", tensor.dtype).set("shape", shape).set("data_offsets", offsets);
+        header.members.emplace_back(tensor.name, std::move(entry));
+    }
+    std::string json = header.write();
+    json.append((8 - json.size() % 8) % 8, ' ');  // the data begins at a multiple of 8
+    std::string length(8, '\0');
+    for (size_t i = 0; i < 8; i++) length[i] = char(uint8_t(uint64_t(json.size()) >> (8 * i)));
+    return length + json;
+}
+
+// Writes the file, whole or not at all, and returns its Checksum. Order as the reference writer's:
+// wide types first, then by name. NaN and infinities are refused: they must not reach a checkpoint.
+inline std::string write_safetensors(const std::string& path, std::vector<TensorToWrite> tensors) {
+    std::sort(tensors.begin(), tensors.end(), [](auto& a, auto& b) {
+        size_t wide_a = dtype_bytes(a.dtype), wide_b = dtype_bytes(b.dtype);
+        return wide_a != wide_b ? wide_a > wide_b : a.name < b.name;
+    });
+    FileWriter file(path);
+    Checksum checksum;
+    auto write = [&](const char* data, size_t bytes) {
+        checksum.add(data, bytes);
+        file.write(data, bytes);
+    };
+    std::string header = safetensors_header(tensors);
+    write(header.data(), header.size());
+    std::vector<char> buffer(size_t(1) << 20);
+    for (const TensorToWrite& tensor : tensors) {
+        size_t size = dtype_bytes(tensor.dtype), count = tensor.count();
+        size_t step = buffer.size() / size;
+        for (size_t first = 0; first < count; first += step) {
+            size_t some = std::min(step, count - first);
+            tensor.fill(buffer.data(), first, some);
+            bool good = first_not_finite(buffer.data(), some, tensor.dtype) == some;
+            TINYGPT_CHECK(good, "%s: not written: NaN or infinity in tensor %s", path.c_str(),
+                          in_quotes(tensor.name).c_str());
+            write(buffer.data(), some * size);
+        }
+    }
+    file.commit();
+    return checksum.hex();
+}
+
+// ---- GPT-2's names --------------------------------------------------------------------------
+// Hugging Face writes "transformer.h.0.ln_1.weight", OpenAI's own checkpoint has "h.0.ln_1.weight".
+// Some files also hold the causal masks, which are constants, and the tied head once more.
+
+// The name to write; the head stands outside of the transformer.
+inline std::string name_in_checkpoint(const std::string& name) {
+    return name == "lm_head.weight" ? name : "transformer." + name;
+}
+inline std::string_view without_prefix(std::string_view name) {
+    constexpr std::string_view prefix = "transformer.";
+    return name.substr(0, prefix.size()) == prefix ? name.substr(prefix.size()) : name;
+}
+// h.<number>.attn.bias and h.<number>.attn.masked_bias
+inline bool is_mask_buffer(std::string_view name) {
+    if (name.substr(0, 2) != "h.") return false;
+    size_t end = std::min(name.find_first_not_of("0123456789", 2), name.size());
+    std::string_view rest = name.substr(end);
+    return end > 2 && (rest == ".attn.bias" || rest == ".attn.masked_bias");
+}
+
+// Finds every tensor of the list in the file; result[i] belongs to expected[i]. A missing, extra or
+// misshapen tensor is an error that names it and says what was expected.
+inline std::vector<const StoredTensor*> match_tensors(const SafetensorsFile& file,
+                                                      const std::vector<TensorInfo>& expected) {
+    // Names on both sides are compared without the prefix.
+    std::map<std::string_view, size_t> index;
+    for (size_t i = 0; i < expected.size(); i++) index[without_prefix(expected[i].name)] = i;
+    std::vector<const StoredTensor*> found(expected.size(), nullptr);
+    auto wte = index.find("wte.weight");
+    for (const StoredTensor& tensor : file.tensors) {
+        std::string_view name = without_prefix(tensor.name);
+        auto entry = index.find(name);
+        bool spare_head = name == "lm_head.weight" && entry == index.end() && wte != index.end();
+        if (spare_head) entry = wte;  // tied: it is wte once more, so its shape must be the same
+        if (entry == index.end()) {
+            if (is_mask_buffer(name)) continue;
+            file.refuse(tensor, "unexpected: the model of config.json has no such tensor");
+        }
+        const std::vector<int64_t>& shape = expected[entry->second].shape;
+        if (tensor.shape != shape)
+            file.refuse(tensor, "expected shape " + shape_text(shape) + ", found " +
+                                    shape_text(tensor.shape));
+        if (spare_head) continue;
+        const StoredTensor*& place = found[entry->second];
+        if (place) file.refuse(tensor, "there twice, with and without \"transformer.\"");
+        place = &tensor;
+    }
+    for (size_t i = 0; i < expected.size(); i++)
+        if (!found[i])
+            file.refuse("tensor " + in_quotes(expected[i].name) + " is missing: expected shape " +
+                        shape_text(expected[i].shape));
+    return found;
+}
+
+// The weights of a Hugging Face folder. Other forms of them get an answer that helps.
+inline std::string find_weights(const std::string& folder) {
+    if (!folder_exists(folder)) fail(folder + ": there is no such folder");
+    std::string path = folder + "/model.safetensors";
+    if (file_exists(path)) return path;
+    for (const char* other : {"model.safetensors.index.json", "pytorch_model.bin", "tf_model.h5"})
+        if (file_exists(folder + "/" + other))
+            fail(folder + ": expected model.safetensors, found " + other +
+                 "; save the model again with transformers: save_pretrained(folder, "
+                 "max_shard_size=\"100GB\")");
+    fail(folder + ": expected model.safetensors, found no such file");
+}
+
+// ---- config.json ----------------------------------------------------------------------------
+
+struct HfConfig {
+    Config model;
+    int64_t end_of_text = -1;  // eos_token_id; -1 where there is none
+};
+
+// Reads GPT-2's config.json. What this model does not do is refused by name; what makes no
+// difference to the numbers (initializer_range, summary_*, use_cache, ...) is passed over, dropout
+// too: it is the run's choice. Missing switches have Hugging Face's defaults.
+inline HfConfig read_hf_config(const std::string& path) {
+    Json json = Json::parse(read_file(path, 1'000'000), path, {.depth = 64, .values = 100'000});
+    if (!json.is_object()) fail(path + ": must be a JSON object");
+    // The member is missing or has one of these values.
+    auto only = [&](const char* key, const std::vector<Json>& allowed, const char* why) {
+        const Json* value = json.find(key);
+        if (!value) return;
+        for (const Json& good : allowed)
+            if (value->write() == good.write()) return;
+        fail(path + ": \"" + key + "\" is " + value->write().substr(0, 60) + ": " + why);
+    };
+    auto size = [&](const char* key, int64_t highest) {
+        return int(json.get_int(key, path, 1, highest));
+    };
+    only("model_type", {"gpt2"}, "only \"gpt2\" is supported");
+    Config model;
+    model.n_layer = size("n_layer", 300);
+    model.n_head = size("n_head", 1'000'000);
+    model.n_embd = size("n_embd", 1'000'000);
+    model.n_positions = size("n_positions", 100'000'000);
+    model.vocab_size = size("vocab_size", 100'000'000);
+    if (model.n_embd % model.n_head != 0)
+        fail(format("%s: \"n_head\" %d does not divide \"n_embd\" %d", path.c_str(), model.n_head,
+                    model.n_embd));
+    int64_t inner = 4 * int64_t(model.n_embd);
+    only("n_inner", {nullptr, inner}, "only null or 4 n_embd is supported");
+    only("n_ctx", {int64_t(model.n_positions)}, "it must equal n_positions");
+    only("activation_function", {"gelu_new", "gelu_pytorch_tanh"},
+         "only the tanh GELU (\"gelu_new\") is supported");
+    only("layer_norm_epsilon", {1e-5}, "only 1e-5 is supported");
+    only("scale_attn_weights", {true}, "only true is supported");
+    only("scale_attn_by_inverse_layer_idx", {false}, "only false is supported");
+    only("reorder_and_upcast_attn", {false}, "only false is supported");
+    only("add_cross_attention", {false}, "only false is supported");
+    only("is_encoder_decoder", {false}, "only false is supported");
+    only("quantization_config", {nullptr}, "quantised weights are not supported");
+    only("pruned_heads", {nullptr, Json::object()}, "pruned heads are not supported");
+    only("tie_word_embeddings", {true, false}, "must be true or false");
+    const Json *tied = json.find("tie_word_embeddings"), *end = json.find("eos_token_id");
+    model.untied_head = tied && !tied->boolean;
+    if (end && end->is_array() && !end->items.empty()) end = &end->items[0];
+    HfConfig config{model, -1};
+    if (end && !end->is_null()) {
+        bool good = end->integral && end->integer >= 0 && end->integer < model.vocab_size;
+        if (!good) fail(path + ": \"eos_token_id\" must be null or below vocab_size");
+        config.end_of_text = end->integer;
+    }
+    return config;
+}
+
+// The same file from this side, all of it for `transformers`: dtype is "float32" or "bfloat16",
+// end_of_text is -1 where there is none.
+inline std::string hf_config_text(const Config& model, int64_t end_of_text,
+                                  const std::string& dtype) {
+    Json json = Json::object(), end = end_of_text < 0 ? Json() : Json(end_of_text);
+    Json architectures = Json::array();
+    architectures.items.push_back("GPT2LMHeadModel");
+    json.set("model_type", "gpt2").set("architectures", architectures);
+    json.set("vocab_size", model.vocab_size).set("n_positions", model.n_positions);
+    json.set("n_ctx", model.n_positions).set("n_embd", model.n_embd);
+    json.set("n_layer", model.n_layer).set("n_head", model.n_head).set("n_inner", nullptr);
+    json.set("activation_function", "gelu_new").set("layer_norm_epsilon", 1e-5);
+    json.set("initializer_range", 0.02).set("scale_attn_weights", true);
+    for (const char* key : {"resid_pdrop", "embd_pdrop", "attn_pdrop"})
+        json.set(key, std::stod(format("%.6g", double(model.dropout))));
+    json.set("tie_word_embeddings", !model.untied_head);
+    json.set("bos_token_id", end).set("eos_token_id", end).set("torch_dtype", dtype);
+    return json.write(2) + "\n";
+}
+
+// ---- Checkpoints: a Hugging Face folder, and beside it what resuming needs -------------------
+//
+//   checkpoint-<step>/  model.safetensors  config.json  generation_config.json
+//                       vocab.json  merges.txt  tokenizer_config.json      (where there is a tokenizer)
+//                       optimizer.safetensors    AdamW's moments, "m." and "v." + the tensor's name
+//                       trainer_state.json       everything else, and a checksum of every other file
+//
+// It is written under a temporary name, synced, and renamed: it is there whole or not at all. The
+// state is written last, so a folder with a state that verifies is complete.
+
+// What a run is, apart from weights and moments.
+struct TrainerState {
+    int64_t planned_steps = 0;  // N; 0: not known yet
+    int64_t step = 0;        // updates tried: the next step is this one, counted from 0
+    int64_t samples = 0;     // rows of text read: the data's position
+    double seconds = 0;      // of training so far, evaluation and saving not counted
+    double best_loss = std::numeric_limits<double>::infinity();
+    int64_t best_step = -1, stale_evals = 0;  // evaluations since the best one
+    double epoch_loss = 0;                    // sum over the steps of this epoch so far
+    int64_t epoch_steps = 0;
+    double val_loss = NAN, train_loss = NAN;  // the last measured
+    bool finished = false;
+    StepState guards;                                           // counts and windows of §7
+    std::vector<std::pair<std::string, std::string>> options;  // those that change the numbers
+    std::vector<std::string> data;                              // the shards, to be recognised by
+};
+
+inline Json json_number_or_null(double value) { return std::isfinite(value) ? Json(value) : Json(); }
+inline double number_or(const Json& json, const char* key, double otherwise) {
+    const Json* value = json.find(key);
+    return value && value->kind == Json::Kind::number ? value->number : otherwise;
+}
+
+inline Json state_to_json(const TrainerState& s) {
+    Json json = Json::object(), window = Json::object(), options = Json::object();
+    json.set("planned_steps", s.planned_steps);
+    json.set("step", s.step).set("samples", s.samples).set("seconds", s.seconds);
+    json.set("best_loss", json_number_or_null(s.best_loss)).set("best_step", s.best_step);
+    json.set("stale_evals", s.stale_evals).set("epoch_loss", s.epoch_loss);
+    json.set("epoch_steps", s.epoch_steps).set("val_loss", json_number_or_null(s.val_loss));
+    json.set("train_loss", json_number_or_null(s.train_loss)).set("finished", s.finished);
+    json.set("updates", s.guards.updates).set("skipped", s.guards.skipped);
+    json.set("outliers", s.guards.outliers).set("seen", s.guards.seen);
+    for (auto [name, values] : {std::pair{"losses", s.guards.losses}, {"norms", s.guards.norms}}) {
+        Json list = Json::array();
+        for (int i = 0; i < StepState::kWindow; ++i) list.items.push_back(values[i]);
+        json.set(name, list);
+    }
+    for (auto& [name, value] : s.options) options.members.emplace_back(name, value);
+    Json data = Json::array();
+    for (const std::string& shard : s.data) data.items.push_back(shard);
+    return json.set("options", options).set("data", data);
+}
+
+// Reads the same back; `where` is the file's name, for messages.
+inline TrainerState state_from_json(const Json& json, const std::string& where) {
+    TrainerState s;
+    auto whole = [&](const char* key, int64_t lowest) { return json.get_int(key, where, lowest); };
+    s.planned_steps = whole("planned_steps", 0);
+    s.step = whole("step", 0), s.samples = whole("samples", 0);
+    s.best_step = whole("best_step", -1), s.stale_evals = whole("stale_evals", 0);
+    s.epoch_steps = whole("epoch_steps", 0);
+    s.seconds = json.get_number("seconds", where), s.epoch_loss = json.get_number("epoch_loss", where);
+    s.best_loss = number_or(json, "best_loss", s.best_loss);
+    s.val_loss = number_or(json, "val_loss", NAN), s.train_loss = number_or(json, "train_loss", NAN);
+    s.finished = json.get_bool("finished", where);
+    s.guards.updates = whole("updates", 0), s.guards.skipped = whole("skipped", 0);
+    s.guards.outliers = whole("outliers", 0), s.guards.seen = whole("seen", 0);
+    for (auto [name, values] : {std::pair{"losses", s.guards.losses}, {"norms", s.guards.norms}}) {
+        const Json& list = json.get(name, Json::Kind::array, where);
+        TINYGPT_CHECK(list.items.size() == size_t(StepState::kWindow), "%s: \"%s\" must have %d numbers",
+                      where.c_str(), name, StepState::kWindow);
+        for (int i = 0; i < StepState::kWindow; ++i) values[i] = list.items[size_t(i)].number;
+    }
+    for (auto& [name, value] : json.get("options", Json::Kind::object, where).members)
+        s.options.emplace_back(name, value.text);
+    for (const Json& shard : json.get("data", Json::Kind::array, where).items) s.data.push_back(shard.text);
+    return s;
+}
+
+// The flat array `from` on the device, as the tensors of the list, their names prefixed.
+template <class Device, class Real>
+std::vector<TensorToWrite> tensors_to_write(Gpt2<Device>& model, const Real* from, const std::string& prefix,
+                                            const std::string& dtype) {
+    std::vector<TensorToWrite> list;
+    for (const TensorInfo& info : model.layout.tensors) {
+        const Real* tensor = from + info.offset;
+        auto fill = [&model, tensor, dtype](char* out, size_t first, size_t count) {
+            std::vector<Real> host(count);
+            model.device.download(host.data(), tensor + first, count);
+            tensor_to_write("", {int64_t(count)}, host.data(), dtype).fill(out, 0, count);
+        };
+        list.push_back({prefix + name_in_checkpoint(info.name), dtype, info.shape, fill});
+    }
+    return list;
+}
+
+// config.json, generation_config.json and the tokenizer's files: what tells others how to use it.
+inline void write_model_description(const std::string& folder, const Config& config, const Tokenizer* tokenizer,
+                                    const std::string& dtype) {
+    const int64_t end = tokenizer ? tokenizer->end_of_text() : -1;
+    write_file(folder + "/config.json", hf_config_text(config, end, dtype));
+    Json generation = Json::object();
+    generation.set("_from_model_config", true);
+    if (end >= 0) generation.set("bos_token_id", end).set("eos_token_id", end);
+    write_file(folder + "/generation_config.json", generation.write(2) + "\n");
+    if (!tokenizer) return;
+    tokenizer->save(folder);
+    Json about = Json::object();
+    about.set("model_max_length", config.n_positions).set("tokenizer_class", "GPT2Tokenizer");
+    for (const char* role : {"bos_token", "eos_token", "unk_token"}) about.set(role, "<|endoftext|>");
+    write_file(folder + "/tokenizer_config.json", about.write(2) + "\n");
+}
+
+// Gives a folder its name. Where one of that name is there already, the two change places in one
+// step (Linux), and the old one is removed.
+inline void replace_folder(const std::string& temporary, const std::string& folder) {
+    if (!folder_exists(folder)) return rename_path(temporary, folder);
+    if (!file_call("rename", folder)) fail_file("rename " + temporary + " to", folder, errno);
+    if (::renameat2(AT_FDCWD, temporary.c_str(), AT_FDCWD, folder.c_str(), RENAME_EXCHANGE) == 0) {
+        sync_folder(parent_folder(folder));
+        return remove_folder(temporary);
+    }
+    // A file system that cannot: between the two renames only the .old name exists.
+    const std::string old = folder + ".old";
+    if (folder_exists(old)) remove_folder(old);
+    rename_path(folder, old), rename_path(temporary, folder);
+    remove_folder(old);
+}
+
+// Writes the checkpoint `folder`. Without moments it can be opened and sampled but not resumed.
+template <class Device>
+void save_checkpoint(Gpt2<Device>& model, const std::string& folder, const Tokenizer* tokenizer,
+                     const TrainerState& state, bool with_moments) {
+    const std::string temporary = folder + ".tmp";
+    if (folder_exists(temporary)) remove_folder(temporary);
+    make_folders(temporary);
+    try {
+        Json sums = Json::object();
+        sums.set("model.safetensors",
+                 write_safetensors(temporary + "/model.safetensors",
+                                   tensors_to_write(model, model.masters, "", "F32")));
+        if (with_moments) {
+            auto moments = tensors_to_write(model, model.m, "m.", "F32");
+            auto second = tensors_to_write(model, model.v, "v.", "F32");
+            moments.insert(moments.end(), second.begin(), second.end());
+            sums.set("optimizer.safetensors", write_safetensors(temporary + "/optimizer.safetensors", moments));
+        }
+        write_model_description(temporary, model.config, tokenizer, "float32");
+        for (const std::string& name : list_folder(temporary))
+            if (!sums.find(name)) sums.set(name, file_digest<Checksum>(temporary + "/" + name));
+        Json json = state_to_json(state);
+        // The state guards itself too: the sum of its own text without this line.
+        json.set("checksums", sums);
+        Checksum own;
+        const std::string text = json.write();
+        own.add(text.data(), text.size());
+        json.set("own_checksum", own.hex());
+        write_file(temporary + "/trainer_state.json", json.write(2) + "\n");
+        replace_folder(temporary, folder);
+    } catch (...) {
+        // Best effort: the error that matters is the first one.
+        try {
+            if (folder_exists(temporary)) remove_folder(temporary);
+        } catch (const Error&) {
+        }
+        throw;
+    }
+}
+
+// Reads and verifies a checkpoint's state: every file must have the checksum that was written down.
+inline TrainerState verify_checkpoint(const std::string& folder) {
+    const std::string path = folder + "/trainer_state.json";
+    Json json = Json::parse(read_file(path, 10'000'000), path);
+    const std::string own = json.get_string("own_checksum", path);
+    std::erase_if(json.members, [](auto& member) { return member.first == "own_checksum"; });
+    Checksum sum;
+    const std::string text = json.write();
+    sum.add(text.data(), text.size());
+    TINYGPT_CHECK(sum.hex() == own, "%s is damaged: its checksum does not match", path.c_str());
+    for (auto& [name, expected] : json.get("checksums", Json::Kind::object, path).members) {
+        TINYGPT_CHECK(name.find('/') == std::string::npos, "%s: names a file outside its folder", path.c_str());
+        const std::string found = file_digest<Checksum>(folder + "/" + name);
+        TINYGPT_CHECK(found == expected.text, "%s/%s is damaged: its checksum does not match",
+                      folder.c_str(), name.c_str());
+    }
+    return state_from_json(json, path);
+}
+
+// The model that a Hugging Face folder describes; dropout is the run's choice.
+inline Config config_of_folder(const std::string& folder) {
+    if (!folder_exists(folder)) fail(folder + ": there is no such folder");
+    return read_hf_config(folder + "/config.json").model;
+}
+
+// Sets a flat array on the device from a file with exactly the tensors of the list.
+template <class Device, class Real>
+void load_tensors(Gpt2<Device>& model, Real* to, const SafetensorsFile& file,
+                  const std::vector<const StoredTensor*>& stored) {
+    std::vector<Real> host;
+    for (size_t i = 0; i < stored.size(); ++i) {
+        const TensorInfo& info = model.layout.tensors[i];
+        if constexpr (Device::kHostMemory) {
+            file.read(*stored[i], to + info.offset);  // straight into place
+        } else {
+            host.resize(info.count);
+            file.read(*stored[i], host.data());
+            model.device.upload(to + info.offset, host.data(), info.count);
+        }
+    }
+}
+
+// Sets the weights from folder/model.safetensors.
+template <class Device>
+void load_weights(Gpt2<Device>& model, const std::string& folder) {
+    const SafetensorsFile file(find_weights(folder));
+    load_tensors(model, model.masters, file, match_tensors(file, model.layout.tensors));
+    model.device.weights_from_masters(model.weights, model.masters, model.layout.size);
+}
+
+// Sets the moments from folder/optimizer.safetensors.
+template <class Device>
+void load_moments(Gpt2<Device>& model, const std::string& folder) {
+    const SafetensorsFile file(folder + "/optimizer.safetensors");
+    for (auto [prefix, to] : {std::pair{"m.", model.m}, {"v.", model.v}}) {
+        std::vector<const StoredTensor*> stored;
+        for (const TensorInfo& info : model.layout.tensors) {
+            const StoredTensor* tensor = file.find(prefix + name_in_checkpoint(info.name));
+            if (!tensor || tensor->shape != info.shape)
+                file.refuse("no moments of " + info.name + " in the model's shape");
+            stored.push_back(tensor);
+        }
+        load_tensors(model, to, file, stored);
+    }
+}
+
+// The steps of the checkpoints in a run's folder, newest first. Unfinished ones do not count.
+inline std::vector<int64_t> checkpoint_steps(const std::string& output) {
+    std::vector<int64_t> steps;
+    if (!folder_exists(output)) return steps;
+    for (const std::string& name : list_folder(output)) {
+        int64_t step = 0;
+        const char *begin = name.data() + 11, *end = name.data() + name.size();
+        if (name.rfind("checkpoint-", 0) != 0 || begin == end) continue;
+        auto [stop, error] = std::from_chars(begin, end, step);
+        if (error == std::errc() && stop == end) steps.push_back(step);
+    }
+    std::sort(steps.rbegin(), steps.rend());
+    return steps;
+}
+inline std::string checkpoint_folder(const std::string& output, int64_t step) {
+    return output + "/checkpoint-" + std::to_string(step);
+}
+
+// Removes all but the newest `keep` checkpoints, and what an interrupted save left behind.
+inline void remove_old_checkpoints(const std::string& output, int keep) {
+    const std::vector<int64_t> steps = checkpoint_steps(output);
+    for (size_t i = size_t(keep); i < steps.size(); ++i) {
+        // Renamed first, so that a half-removed checkpoint is never taken for a damaged one.
+        const std::string gone = checkpoint_folder(output, steps[i]) + ".tmp";
+        if (folder_exists(gone)) remove_folder(gone);
+        rename_path(checkpoint_folder(output, steps[i]), gone);
+        remove_folder(gone);
+    }
+}
+inline void remove_leftovers(const std::string& output) {
+    for (const std::string& name : list_folder(output)) {
+        const std::string path = output + "/" + name;
+        if (name.size() > 4 && name.ends_with(".tmp") && folder_exists(path)) remove_folder(path);
+    }
+}
+
+// =================================================================================================
+// §12 Options: one table for parsing, defaults, ranges, help, echo, config files and checkpoints
+// =================================================================================================
+
+enum Command : unsigned { kTrain = 1, kEval = 2, kSample = 4, kInfo = 8, kBench = 16, kWalk = 32 };
+
+// What the user asked for. A default outside the option's own range (0 where the least is 1) or an
+// empty text means "not set": the comment says what then happens.
+struct Options {
+    Command command = kTrain;
+    bool command_given = false;       // the command was written out
+    std::set<std::string> set_names;  // options the user set, on the command line or in a file
+    bool help = false;
+    std::string config;
+
+    std::string data = "data/stories", train_shards, val_shards;
+
+    std::string model = "tiny";
+    int n_layer = 0, n_head = 0, n_embd = 0, n_positions = 0, vocab_size = 0;  // the preset's
+    double dropout = 0;
+    bool untied_head = false;
+    std::string init_from;
+
+    std::string resume, output;  // output not set: out/ and a name made from the data folder's
+    bool override_changes = false;
+    uint64_t seed = 1337;
+    int threads = 0;        // 0: all cores
+    std::string precision;  // not set: the device's default
+
+    int batch_size = 16, grad_accum_steps = 1;
+    int seq_len = 0;  // not set: 128, or the positions where those are fewer
+    bool shuffle = true, overfit_batch = false;
+
+    // What is set here ends the run, whichever comes first. The default of max_steps counts only
+    // where neither of the other two is set; otherwise parse_options makes it 0, no limit.
+    int64_t max_steps = 1500;
+    double epochs = 0, max_minutes = 0;  // not set: no limit
+
+    double learning_rate = 2e-3, min_lr_fraction = 0.1;
+    Schedule schedule = Schedule::cosine;
+    int64_t warmup_steps = 100;
+    double weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8;
+    double grad_clip = 1;  // 0: none
+
+    // 0: never
+    int64_t log_interval = 10, eval_interval = 250, eval_batches = 10, sample_interval = 500;
+    int64_t tensor_stats_interval = 0, patience = 0, save_interval = 500;
+    std::string prompt;
+    int keep = 2;
+
+    std::string on_nan = "stop";
+    double skip_outliers = 0;  // 0: never
+
+    std::string prompt_file;
+    int max_new_tokens = 100, num_samples = 1;
+    double temperature = 1;  // 0: always the likeliest
+    int top_k = 0;           // 0: all
+    double top_p = 1;
+    int show_top = 0;
+
+    std::string hellaswag;
+
+    // Whether the user set this option. The name as in the table: "batch-size".
+    bool given(const std::string& name) const { return set_names.count(name) != 0; }
+};
+
+// Which values an option takes: numbers between two bounds, one of some words, or any text. words:
+// the choices, joined by '|', or how help names the text.
+struct Range {
+    double low = 0, high = 0;
+    bool open_low = false, open_high = false, choice = false;
+    std::string words;
+    bool contains(double x) const {
+        return (open_low ? x > low : x >= low) && (open_high ? x < high : x <= high);
+    }
+    bool any_text() const { return !choice && !words.empty(); }
+    static Range within(double low, double high) { return {low, high, false, false, false, ""}; }
+    static Range above(double low, double high) { return {low, high, true, false, false, ""}; }
+    static Range below(double low, double high) { return {low, high, false, true, false, ""}; }
+    static Range one_of(const std::string& words) { return {0, 0, false, false, true, words}; }
+    static Range text(const std::string& name) { return {0, 0, false, false, false, name}; }
+    static Range on_off() { return {}; }
+};
+
+struct Option {
+    const char* name;
+    std::variant<bool Options::*, int Options::*, int64_t Options::*, uint64_t Options::*,
+                 double Options::*, std::string Options::*, Schedule Options::*>
+        member;
+    const char* group;
+    unsigned commands;  // those that take it
+    Range range;
+    bool changes_numbers;  // a resumed run must have the same value: it is saved in checkpoints
+    const char* help;
+    bool is_switch() const { return member.index() == 0; }
+};
+
+// "a", "b" -> "a, b", one at a time.
+inline void join(std::string& list, const char* separator, const std::string& item) {
+    list += (list.empty() ? "" : separator) + item;
+}
+
+// Careful: an upper bound is there to keep a product of sizes inside 64 bits, and eps and dropout
+// inside what a float can tell from 0 and 1.
+inline const std::vector<Option>& option_table() {
+    using O = Options;
+    const auto within = Range::within, above = Range::above, below = Range::below;
+    const auto one_of = Range::one_of, text = Range::text;
+    const Range on_off = Range::on_off(), count = within(0, 1e12), any = within(0, 1e18);
+    const unsigned model = kTrain | kInfo | kBench, batch = model | kEval;
+    const unsigned machine = batch | kSample, all = machine | kWalk;
+    const bool yes = true, no = false;
+    std::string names;
+    for (const Preset& preset : presets()) join(names, "|", preset.name);
+    // name, member, group, commands, range, whether it changes the numbers, help
+    static const std::vector<Option> table = {
+        {"data", &O::data, "data", kTrain | kEval | kInfo, text("DIR"), yes,
+         "shards and tokenizer, as ./prepare_data writes them"},
+        {"train-shards", &O::train_shards, "data", kTrain | kEval, text("GLOB"), yes,
+         "training shards, instead of --data; text is shown as token numbers"},
+        {"val-shards", &O::val_shards, "data", kTrain | kEval, text("GLOB"), yes,
+         "validation shards, beside --train-shards"},
+
+        {"model", &O::model, "model", model, one_of(names), yes, "sizes of the model"},
+        {"n-layer", &O::n_layer, "model", model, within(1, 1000), yes,
+         "layers, not the model's own"},
+        {"n-head", &O::n_head, "model", model, within(1, 1000), yes, "heads, likewise"},
+        {"n-embd", &O::n_embd, "model", model, within(1, 65536), yes, "channels, likewise"},
+        {"n-positions", &O::n_positions, "model", model, within(1, 1 << 20), yes,
+         "the longest text it can see, in tokens, likewise"},
+        {"vocab-size", &O::vocab_size, "model", model, within(2, 65536), yes,
+         "tokens in the vocabulary, where there is no tokenizer to say"},
+        {"dropout", &O::dropout, "model", model, within(0, 0.999), yes,
+         "share dropped in training"},
+        {"untied-head", &O::untied_head, "model", model, on_off, yes,
+         "the head has weights of its own, not the embedding's"},
+        {"init-from", &O::init_from, "model", machine & ~kBench, text("DIR"), yes,
+         "start from this Hugging Face folder or checkpoint"},
+
+        {"config", &O::config, "run", all, text("FILE"), no,
+         "read lines `name = value` (# begins a comment); the command line comes before them"},
+        {"resume", &O::resume, "run", kTrain, text("DIR|auto"), no,
+         "go on from a checkpoint; auto: from the newest good one in --output, if any"},
+        {"override", &O::override_changes, "run", kTrain, on_off, no,
+         "resume although options that change the numbers have changed"},
+        {"output", &O::output, "run", kTrain, text("DIR"), no,
+         "the run's folder; not set: out/ and a name made from the data folder's"},
+        {"seed", &O::seed, "run", kTrain | kEval | kSample | kBench, any, yes, "of all randomness"},
+        {"threads", &O::threads, "run", all, within(0, 1024), no, "0: all cores"},
+        {"precision", &O::precision, "run", machine, one_of("fp32|bf16|tf32"), yes,
+         "not set: the best for this machine"},
+        {"help", &O::help, "run", all, on_off, no,
+         "this page; after a command, what that command takes"},
+
+        {"batch-size", &O::batch_size, "batch", batch, within(1, 1e6), yes, "texts read at once"},
+        {"seq-len", &O::seq_len, "batch", batch, within(1, 1 << 20), yes,
+         "tokens in each; not set: 128, or --n-positions where that is less"},
+        {"grad-accum-steps", &O::grad_accum_steps, "batch", kTrain, within(1, 1e6), yes,
+         "batches whose gradients make one update"},
+        {"shuffle", &O::shuffle, "batch", kTrain, on_off, yes, "a new order in every epoch"},
+        {"overfit-batch", &O::overfit_batch, "batch", kTrain, on_off, yes,
+         "only ever the first batch"},
+
+        {"max-steps", &O::max_steps, "length", kTrain, within(1, 1e12), yes,
+         "updates; the default counts only where neither of the next two is set"},
+        {"epochs", &O::epochs, "length", kTrain, above(0, 1e9), yes,
+         "times through the training text"},
+        {"max-minutes", &O::max_minutes, "length", kTrain, above(0, 1e9), yes,
+         "of all that are set, what comes first ends the run"},
+
+        {"learning-rate", &O::learning_rate, "optimizer", kTrain, within(0, 100), yes,
+         "at its highest"},
+        {"min-lr-fraction", &O::min_lr_fraction, "optimizer", kTrain, within(0, 1), yes,
+         "of --learning-rate, left at the end"},
+        {"schedule", &O::schedule, "optimizer", kTrain, one_of("cosine|linear|constant|wsd"), yes,
+         "how the rate falls after warm-up"},
+        {"warmup-steps", &O::warmup_steps, "optimizer", kTrain, count, yes,
+         "updates until the full rate"},
+        {"weight-decay", &O::weight_decay, "optimizer", kTrain, within(0, 100), yes, "of matrices"},
+        {"beta1", &O::beta1, "optimizer", kTrain, below(0, 1), yes, "memory of the mean gradient"},
+        {"beta2", &O::beta2, "optimizer", kTrain, below(0, 1), yes, "memory of its square"},
+        {"eps", &O::eps, "optimizer", kTrain, within(1e-30, 1), yes, "AdamW's, outside the root"},
+        {"grad-clip", &O::grad_clip, "optimizer", kTrain, within(0, 1e30), yes,
+         "longest gradient; 0: no limit"},
+
+        {"log-interval", &O::log_interval, "watching", kTrain, count, no,
+         "steps between lines on the terminal; 0, here and below: never"},
+        {"eval-interval", &O::eval_interval, "watching", kTrain, count, yes,
+         "steps between evaluations"},
+        {"eval-batches", &O::eval_batches, "watching", kTrain | kEval, count, yes,
+         "training batches scored in each, beside all of the validation text"},
+        {"sample-interval", &O::sample_interval, "watching", kTrain, count, no,
+         "steps between samples"},
+        {"prompt", &O::prompt, "watching", kTrain | kSample, text("TEXT"), no, "how samples begin"},
+        {"tensor-stats-interval", &O::tensor_stats_interval, "watching", kTrain, count, no,
+         "steps between tables of each tensor's weight, gradient and update"},
+        {"patience", &O::patience, "watching", kTrain, count, yes,
+         "stop after that many evaluations without a new best; 0: do not"},
+        {"save-interval", &O::save_interval, "watching", kTrain, count, no,
+         "steps between checkpoints"},
+        {"keep", &O::keep, "watching", kTrain, within(1, 1e6), no,
+         "newest checkpoints not deleted"},
+
+        {"on-nan", &O::on_nan, "guards", kTrain, one_of("stop|skip"), yes,
+         "what to do where loss or gradient is no number"},
+        {"skip-outliers", &O::skip_outliers, "guards", kTrain, within(0, 1e6), yes,
+         "skip updates whose loss or norm is this many deviations high; 0: none"},
+
+        {"prompt-file", &O::prompt_file, "sample", kSample, text("FILE"), no,
+         "how the text begins; - is standard input"},
+        {"max-new-tokens", &O::max_new_tokens, "sample", kSample, within(1, 1e9), no,
+         "the most to write"},
+        {"num-samples", &O::num_samples, "sample", kSample, within(1, 1e6), no, "texts to write"},
+        {"temperature", &O::temperature, "sample", kSample, within(0, 100), no,
+         "0: always the likeliest token"},
+        {"top-k", &O::top_k, "sample", kSample, within(0, 65536), no,
+         "only the k likeliest; 0: all"},
+        {"top-p", &O::top_p, "sample", kSample, above(0, 1), no,
+         "only the likeliest, up to this sum"},
+        {"show-top", &O::show_top, "sample", kSample, within(0, 65536), no,
+         "print the likeliest next tokens with their probabilities"},
+
+        {"hellaswag", &O::hellaswag, "eval", kEval, text("FILE"), no,
+         "score this file of questions too"},
+    };
+    return table;
+}
+
+struct CommandName {
+    Command command;
+    const char *name, *help;
+};
+inline const std::vector<CommandName>& command_table() {
+    static const std::vector<CommandName> table = {
+        {kTrain, "train", "train a model (what happens without a command)"},
+        {kEval, "eval", "the loss of a checkpoint"},
+        {kSample, "sample", "text from a checkpoint"},
+        {kInfo, "info", "every tensor, and what memory and time the model takes"},
+        {kBench, "bench", "how fast each layer is, against what this machine can do"},
+        {kWalk, "walk", "one tiny batch through one training step, with all its numbers"},
+    };
+    return table;
+}
+
+// ---- Words for messages -------------------------------------------------------------------------
+
+inline std::vector<std::string> split_at(std::string_view text, char separator) {
+    std::vector<std::string> parts(1);
+    for (char c : text)
+        if (c == separator) parts.emplace_back();
+        else parts.back().push_back(c);
+    return parts;
+}
+
+// What the user typed: as it is where it is short and plain, else quoted and cut.
+inline std::string shown(const std::string& text) {
+    const bool plain =
+        std::all_of(text.begin(), text.end(), [](char c) { return c > ' ' && c < 127; });
+    return plain && !text.empty() && text.size() <= 60 ? text : in_quotes(text);
+}
+
+// How many letters must be added, dropped or changed to make b of a (Levenshtein 1966).
+inline size_t edit_distance(std::string_view a, std::string_view b) {
+    std::vector<size_t> row(b.size() + 1);
+    std::iota(row.begin(), row.end(), size_t(0));
+    for (size_t i = 0; i < a.size(); ++i) {
+        size_t diagonal = std::exchange(row[0], i + 1);
+        for (size_t j = 0; j < b.size(); ++j) {
+            const size_t changed = diagonal + (a[i] != b[j]);
+            diagonal = std::exchange(row[j + 1], std::min({changed, row[j] + 1, row[j + 1] + 1}));
+        }
+    }
+    return row.back();
+}
+
+// How far `typed` is from meaning `name`. Initials ("lr") and parts of it ("steps") are near.
+inline double name_distance(const std::string& typed, const std::string& name) {
+    std::string initials;
+    for (const std::string& word : split_at(name, '-')) initials += word.substr(0, 1);
+    if (typed == initials) return 0;
+    const size_t extra = name.size() - std::min(name.size(), typed.size());
+    if (typed.size() > 2 && name.find(typed) != std::string::npos) return 1 + 0.01 * double(extra);
+    return double(edit_distance(typed.substr(0, 64), name));
+}
+
+// The entry of a table (of options, of commands) whose name is nearest to `typed`.
+template <class Entry>
+const Entry& nearest(const std::vector<Entry>& table, const std::string& typed) {
+    return *std::min_element(table.begin(), table.end(), [&](const Entry& a, const Entry& b) {
+        return name_distance(typed, a.name) < name_distance(typed, b.name);
+    });
+}
+
+// "in (0, 1]", "one of stop, skip", "0 or 1", or how the text is named.
+inline std::string range_text(const Option& option) {
+    const Range& range = option.range;
+    if (option.is_switch()) return "0 or 1";
+    if (range.words.empty())
+        return format("in %c%.12g, %.12g%c", range.open_low ? '(' : '[', range.low, range.high,
+                      range.open_high ? ')' : ']');
+    if (!range.choice) return range.words;
+    std::string words;
+    for (const std::string& word : split_at(range.words, '|')) join(words, ", ", word);
+    return "one of " + words;
+}
+
+// A value as the user would type it; reading it gives the same value again.
+inline std::string value_text(const Options& options, const Option& option) {
+    const auto text_of = [&](auto member) -> std::string {
+        const auto& value = options.*member;
+        using T = std::decay_t<decltype(value)>;
+        if constexpr (std::is_same_v<T, std::string>) return value;
+        else if constexpr (std::is_same_v<T, Schedule>)
+            return split_at(option.range.words, '|')[size_t(value)];
+        else if constexpr (std::is_same_v<T, bool>) return value ? "1" : "0";
+        else {
+            char text[32];
+            return std::string(text, std::to_chars(text, text + sizeof text, value).ptr);
+        }
+    };
+    return std::visit(text_of, option.member);
+}
+
+// False for an empty text and for a number outside its option's range.
+inline bool is_set(const Options& options, const Option& option) {
+    const auto value_is_set = [&](auto member) {
+        const auto& value = options.*member;
+        using T = std::decay_t<decltype(value)>;
+        if constexpr (std::is_same_v<T, std::string>) return !value.empty();
+        else if constexpr (std::is_same_v<T, Schedule> || std::is_same_v<T, bool>) return true;
+        else return option.range.contains(double(value));
+    };
+    return std::visit(value_is_set, option.member);
+}
+
+// ---- Reading one value --------------------------------------------------------------------------
+
+// An option and its value, as typed. where: "" or "file:line: ".
+struct Assignment {
+    const Option* option;
+    std::string value, where;
+};
+
+// "--top-p must be in (0, 1], got 1.5". kind: "a number ", where the value is none.
+[[noreturn]] inline void fail_value(const Assignment& a, const std::string& kind = "") {
+    fail_usage(a.where + "--" + a.option->name + " must be " + kind + range_text(*a.option) +
+               ", got " + shown(a.value));
+}
+
+[[noreturn]] inline void fail_no_value(const Option& option, const std::string& where) {
+    const std::string name = std::string("--") + option.name;
+    const bool text = option.range.any_text();
+    fail_usage(where + name + " needs a value: " + range_text(option) +
+               (text ? "; one that begins with -- is written " + name + "=--..." : ""));
+}
+
+// The number that the whole value is. Strict: digits only in a whole number; no spaces, no "+5", no
+// hexadecimal, no infinity, no NaN, nothing too large or too small for the type.
+template <class T>
+T parse_number(const Assignment& a) {
+    constexpr bool whole = std::is_integral_v<T>;
+    const std::string kind = whole ? "a whole number " : "a number ";
+    const char *begin = a.value.data(), *end = begin + a.value.size();
+    const std::string_view digits = std::string_view(a.value).substr(a.value.starts_with('-'));
+    const char* allowed = whole ? "0123456789" : "0123456789.eE+-";
+    if (digits.empty() || digits.find_first_not_of(allowed) != digits.npos) fail_value(a, kind);
+    T value{};
+    const auto [stop, error] = std::from_chars(begin, end, value);
+    if (whole ? error != std::errc() : error == std::errc::result_out_of_range) fail_value(a);
+    if (error != std::errc() || stop != end) fail_value(a, kind);
+    if (!a.option->range.contains(double(value))) fail_value(a);
+    return value;
+}
+
+// The place of the value among the option's words.
+inline size_t parse_choice(const Assignment& a) {
+    const std::vector<std::string> words = split_at(a.option->range.words, '|');
+    const size_t place = size_t(std::find(words.begin(), words.end(), a.value) - words.begin());
+    if (place == words.size()) fail_value(a);
+    return place;
+}
+
+// Sets one option, or fails. An empty value is fine for a TEXT only.
+inline void assign(Options& options, const Assignment& a) {
+    const Range& range = a.option->range;
+    if (a.value.empty() && range.words != "TEXT") fail_no_value(*a.option, a.where);
+    const auto set = [&](auto member) {
+        auto& value = options.*member;
+        using T = std::decay_t<decltype(value)>;
+        if constexpr (std::is_same_v<T, bool>) {
+            if (a.value != "0" && a.value != "1") fail_value(a);
+            value = a.value == "1";
+        } else if constexpr (std::is_same_v<T, Schedule>) {
+            value = Schedule(parse_choice(a));
+        } else if constexpr (std::is_same_v<T, std::string>) {
+            if (range.choice) parse_choice(a);
+            value = a.value;
+        } else {
+            value = parse_number<T>(a);
+        }
+    };
+    std::visit(set, a.option->member);
+    options.set_names.insert(a.option->name);
+}
+
+// ---- Reading all of them ------------------------------------------------------------------------
+
+inline std::string command_name(unsigned commands) {
+    std::string names;
+    for (const CommandName& c : command_table())
+        if (commands & c.command) join(names, ", ", c.name);
+    return names;
+}
+
+inline Command find_command(const std::string& typed) {
+    for (const CommandName& c : command_table())
+        if (typed == c.name) return c.command;
+    fail_usage("unknown command " + shown(typed) + "; did you mean " +
+               nearest(command_table(), typed).name + "? The commands are " + command_name(~0u));
+}
+
+// The option of that name, which `command` must take. '-' and '_' are the same.
+inline const Option& find_option(std::string name, Command command, const std::string& where) {
+    std::replace(name.begin(), name.end(), '_', '-');
+    for (const Option& option : option_table()) {
+        if (name != option.name) continue;
+        if (option.commands & command) return option;
+        fail_usage(where + command_name(command) + " takes no option --" + name + "; it is for " +
+                   command_name(option.commands));
+    }
+    fail_usage(where + "unknown option " + shown("--" + name) + "; did you mean --" +
+               nearest(option_table(), name).name + "? (--help lists all options)");
+}
+
+// The assignments in the arguments from `first` on. What follows an option is its value, unless it
+// begins with "--"; a switch may stand alone and then means 1.
+inline std::vector<Assignment> split_arguments(const std::vector<std::string>& args, size_t first,
+                                               Command command) {
+    std::vector<Assignment> all;
+    for (size_t i = first; i < args.size(); ++i) {
+        const std::string arg = args[i] == "-h" ? "--help" : args[i];
+        if (!arg.starts_with("--") || arg.size() < 3)
+            fail_usage("expected an option such as --data, found " + shown(arg) +
+                       " (--help lists all options)");
+        const size_t equals = arg.find('=');
+        const Option& option = find_option(arg.substr(2, equals - 2), command, "");
+        const bool stands_alone = i + 1 == args.size() || args[i + 1].starts_with("--") ||
+                                  (option.is_switch() && args[i + 1] == "-h");
+        if (equals != arg.npos) all.push_back({&option, arg.substr(equals + 1), ""});
+        else if (!stands_alone) all.push_back({&option, args[++i], ""});
+        else if (option.is_switch()) all.push_back({&option, "1", ""});
+        else fail_no_value(option, "");
+    }
+    return all;
+}
+
+// The assignments in the text of a config file, all checked. A line is empty, `name = value`, or a
+// comment; a '#' at its start or after a space begins one. path is for messages only.
+inline std::vector<Assignment> parse_config(std::string_view text, const std::string& path,
+                                            Command command) {
+    std::vector<Assignment> all;
+    Options checked;
+    size_t number = 0;
+    auto trim = [](const std::string& s) {
+        const size_t begin = s.find_first_not_of(" \t\r"), end = s.find_last_not_of(" \t\r");
+        return begin == s.npos ? "" : s.substr(begin, end - begin + 1);
+    };
+    if (text.starts_with("\xef\xbb\xbf")) text.remove_prefix(3);  // a byte order mark
+    for (std::string line : split_at(text, '\n')) {
+        const std::string where = format("%s:%zu: ", path.c_str(), ++number);
+        for (unsigned char c : line)
+            if ((c < ' ' && c != '\t' && c != '\r') || c == 127)
+                fail_usage(where + "this is not text");
+        for (size_t i = 0; i < line.size(); ++i)
+            if (line[i] == '#' && (i == 0 || line[i - 1] == ' ' || line[i - 1] == '\t'))
+                line.resize(i);
+        line = trim(line);
+        if (line.empty()) continue;
+        const size_t equals = line.find('=');
+        if (equals == line.npos)
+            fail_usage(where + "expected `name = value`, found " + shown(line));
+        std::string name = trim(line.substr(0, equals));
+        if (name.starts_with("--")) name.erase(0, 2);
+        if (name == "config" || name == "help")
+            fail_usage(where + "a config file cannot hold --" + name);
+        all.push_back({&find_option(name, command, where), trim(line.substr(equals + 1)), where});
+        assign(checked, all.back());
+    }
+    return all;
+}
+
+inline std::vector<Assignment> read_config(const std::string& path, Command command) {
+    std::string text;
+    try {
+        text = read_file(path, 1 << 16);
+    } catch (const Error& error) {
+        fail_usage(std::string("--config: ") + error.what());
+    }
+    return parse_config(text, path, command);
+}
+
+// Refuses options that do not go together: nothing the user types may be silently ignored.
+inline void check_together(const Options& o) {
+    auto both = [&](const char* a, const char* b) {
+        if (o.given(a) && o.given(b)) fail_usage(format("--%s and --%s exclude each other", a, b));
+    };
+    both("data", "train-shards");
+    both("data", "val-shards");
+    both("prompt", "prompt-file");
+    if (o.command == kTrain && o.given("val-shards") && !o.given("train-shards"))
+        fail_usage("--val-shards needs --train-shards too: --train-shards GLOB --val-shards GLOB");
+    if (o.override_changes && o.resume.empty())
+        fail_usage("--override needs --resume DIR or --resume auto");
+    if (o.patience > 0 && o.eval_interval == 0)
+        fail_usage("--patience counts evaluations: it needs an --eval-interval above 0");
+    if (int64_t(o.batch_size) * std::max(o.seq_len, 1) > INT32_MAX)
+        fail_usage(format("--batch-size %d times --seq-len %d must be below 2147483648 tokens",
+                          o.batch_size, o.seq_len));
+}
+
+// The options in the arguments (without the program's name), all checked. Bad usage throws Error
+// with status 2. Reads no file but that of --config. Of options given twice the last counts; the
+// command line counts before a file, wherever --config stands.
+inline Options parse_options(const std::vector<std::string>& args) {
+    Options o;
+    o.command_given = !args.empty() && !args[0].starts_with('-');
+    if (o.command_given) o.command = find_command(args[0]);
+    const std::vector<Assignment> typed = split_arguments(args, o.command_given ? 1 : 0, o.command);
+    std::vector<Assignment> from_file;
+    for (const Assignment& a : typed) {
+        assign(o, a);
+        if (std::string_view(a.option->name) == "config")
+            from_file = read_config(a.value, o.command);
+    }
+    for (const Assignment& a : from_file) assign(o, a);
+    for (const Assignment& a : typed) assign(o, a);
+    if (!o.help) check_together(o);
+    if (!o.given("max-steps") && (o.given("epochs") || o.given("max-minutes"))) o.max_steps = 0;
+    return o;
+}
+
+// ---- Showing them -------------------------------------------------------------------------------
+
+// `line` and the words after it, in lines of at most 100 columns, indented after the first.
+inline std::string wrap(std::string line, const std::vector<std::string>& words, size_t indent) {
+    std::string lines;
+    line.resize(std::max(line.size(), indent), ' ');
+    for (const std::string& word : words) {
+        if (line.size() > indent && line.size() + 1 + word.size() > 100) {
+            lines += line + "\n";
+            line.assign(indent, ' ');
+        }
+        line += (line.size() > indent ? " " : "") + word;
+    }
+    return lines + line + "\n";
+}
+
+// One entry of the help: name, what it means, its range, its default.
+inline std::string option_help(const Option& option) {
+    const Options defaults;
+    const bool number = !option.is_switch() && option.range.words.empty();
+    const bool whole = number && !std::holds_alternative<double Options::*>(option.member);
+    std::string name = std::string("  --") + option.name;
+    if (number) name += whole ? " N" : " X";
+    else if (option.range.choice) name += " WORD";
+    else name += (option.is_switch() ? "" : " ") + option.range.words;
+    std::vector<std::string> words = split_at(option.help, ' ');
+    if (number || option.range.choice) words.back() += ";", words.push_back(range_text(option));
+    if (is_set(defaults, option)) words.push_back("(default " + value_text(defaults, option) + ")");
+    return wrap(name, words, 30);
+}
+
+// What --help prints: all options, or only those of the command that was written out.
+inline std::string help_text(const Options& options, const std::string& program) {
+    const unsigned commands = options.command_given ? unsigned(options.command) : ~0u;
+    std::string text =
+        "usage: " + program + " [command] [--name value | --name=value | --switch] ...\n\n";
+    for (const CommandName& c : command_table())
+        if (commands & c.command) text += format("  %-8s %s\n", c.name, c.help);
+    std::string group;
+    for (const Option& option : option_table()) {
+        if (!(option.commands & commands)) continue;
+        if (group != option.group) text += "\n" + (group = option.group) + "\n";
+        text += option_help(option);
+    }
+    return text +
+           "\nA switch is --name or --name 0|1. In names - and _ are the same. Given twice, the "
+           "last counts.\n";
+}
+
+// The echo at the start of a run: every option the command takes, in lines of at most 100 columns.
+inline std::string describe(const Options& options) {
+    const Options defaults;
+    std::string text = "options (* not the default, - not set)\n";
+    std::map<std::string, std::vector<std::string>> groups;
+    std::vector<std::string> order;
+    for (const Option& option : option_table()) {
+        if (!(option.commands & options.command) || std::string_view(option.name) == "help")
+            continue;
+        const std::string value = value_text(options, option);
+        std::string out = is_set(options, option) ? shown(value) : "-";
+        size_t cut = 67;
+        while (cut < out.size() && (out[cut] & 0xc0) == 0x80) --cut;  // not inside a character
+        if (out.size() > 70) out = out.substr(0, cut) + "...";
+        const bool changed = value != value_text(defaults, option);
+        if (groups[option.group].empty()) order.push_back(option.group);
+        groups[option.group].push_back((changed ? "*" : "") + std::string(option.name) + "=" + out);
+    }
+    for (const std::string& group : order) text += wrap("  " + group, groups[group], 12);
+    return text;
+}
+
+// Name and value of every option that must be the same for a resumed run to be the same run.
+inline std::vector<std::pair<std::string, std::string>> options_that_change_numbers(
+    const Options& options) {
+    std::vector<std::pair<std::string, std::string>> all;
+    for (const Option& option : option_table())
+        if (option.changes_numbers && (option.commands & kTrain))
+            all.emplace_back(option.name, value_text(options, option));
+    return all;
+}
+
+// ---- The log: one row for every step ---------------------------------------------------------
+
+// A field that was not measured is empty; one that is NaN was measured and is NaN.
+struct LogRow {
+    int64_t step = 0;
+    double epoch = 0;
+    int64_t tokens = 0;
+    std::optional<double> train_loss, eval_train_loss, val_loss, perplexity, floor, lr, grad_norm;
+    std::optional<double> tokens_per_s, mfu, seconds;
+};
+constexpr const char* kLogHeader =
+    "step,epoch,tokens,train_loss,eval_train_loss,val_loss,perplexity,floor,lr,grad_norm,tokens_per_s,"
+    "mfu,seconds\n";
+
+inline std::string log_line(const LogRow& row) {
+    std::string line = format("%lld,%.6g,%lld", (long long)row.step, row.epoch, (long long)row.tokens);
+    auto field = [&](const std::optional<double>& value, const char* pattern) {
+        char text[40] = "";
+        if (value) std::snprintf(text, sizeof text, pattern, *value);
+        line += "," + std::string(text);
+    };
+    for (auto* value : {&row.train_loss, &row.eval_train_loss, &row.val_loss, &row.perplexity, &row.floor,
+                        &row.lr, &row.grad_norm})
+        field(*value, "%.9g");
+    field(row.tokens_per_s, "%.1f"), field(row.mfu, "%.4f"), field(row.seconds, "%.3f");
+    return line + "\n";
+}
+
+// log.csv. Rows are appended; a disk that is full keeps them waiting in memory instead of losing them.
+class Log {
+   public:
+    // Begins a fresh log, or goes on behind the row of step `last`: what lies behind it, a line cut
+    // short by a crash too, is dropped, because those steps are made again. The file is replaced
+    // whole before it is appended to.
+    Log(const std::string& path, std::optional<int64_t> last) : path_(path), fd_(-1) {
+        std::string kept = kLogHeader;
+        if (last && file_exists(path)) {
+            const std::string old = read_file(path);
+            for (size_t at = 0, end; (end = old.find('\n', at)) != std::string::npos; at = end + 1) {
+                int64_t step = -1;
+                std::from_chars(old.data() + at, old.data() + end, step);
+                const bool whole = std::count(old.begin() + ptrdiff_t(at), old.begin() + ptrdiff_t(end), ',') == 12;
+                if (whole && step >= 0 && step <= *last) kept += old.substr(at, end + 1 - at);
+            }
+        }
+        write_file(path, kept);
+        fd_.fd = ::open(path.c_str(), O_WRONLY | O_APPEND | O_CLOEXEC);
+        if (fd_.fd < 0) fail_file("write", path, errno);
+    }
+    // The rows are on their way to the disk when this returns true.
+    bool add(const LogRow& row) {
+        waiting_ += log_line(row);
+        return flush();
+    }
+    bool flush() {
+        while (!waiting_.empty()) {
+            const ssize_t done = sys_write(fd_.fd, path_, waiting_.data(), waiting_.size());
+            if (done < 0 && errno == EINTR) continue;
+            if (done <= 0) return false;
+            waiting_.erase(0, size_t(done));
+        }
+        return true;
+    }
+    // Everything so far is on the disk, or an error says why not.
+    void sync() {
+        if (!flush() || sys_fsync(fd_.fd, path_) != 0) fail_file("write", path_, errno);
+    }
+
+   private:
+    std::string path_;
+    FileHandle fd_;
+    std::string waiting_;
+};
+
+// ---- What the terminal shows -----------------------------------------------------------------
+
+// 1234567 -> "1,234,567"
+inline std::string with_commas(int64_t n) {
+    std::string digits = std::to_string(n < 0 ? -n : n);
+    for (ptrdiff_t at = ptrdiff_t(digits.size()) - 3; at > 0; at -= 3) digits.insert(size_t(at), ",");
+    return n < 0 ? "-" + digits : digits;
+}
+inline std::string bytes_text(double bytes) {
+    if (bytes >= 1e9) return format("%.2f GB", bytes / 1e9);
+    return bytes >= 1e6 ? format("%.1f MB", bytes / 1e6) : format("%.1f KB", bytes / 1e3);
+}
+inline std::string duration_text(double seconds) {
+    const int64_t s = int64_t(seconds + 0.5);
+    if (s >= 86400) return format("%lldd %lldh", (long long)(s / 86400), (long long)(s % 86400 / 3600));
+    if (s >= 3600) return format("%lldh %02lldm", (long long)(s / 3600), (long long)(s % 3600 / 60));
+    return s >= 60 ? format("%lldm %02llds", (long long)(s / 60), (long long)(s % 60)) : format("%llds", (long long)s);
+}
+
+// Floating-point operations of a training step per token: 2 for every weight that is multiplied in
+// forward and 4 in backward; attention's scores and sums over the causal half, on average (T+1)/2
+// positions of 2 C each, twice, and twice as much again in backward.
+inline double flops_per_token(const Config& config, int T) {
+    const double C = config.n_embd, L = config.n_layer, V = config.vocab_size;
+    return 6 * (12 * C * C * L + V * C) + 6 * C * (T + 1.0) * L;
+}
+
+// One point of a curve.
+struct CurvePoint {
+    int64_t step;
+    double loss;
+};
+
+// Draws train (.), validation (o) and floor (-) into a box of text; losses on a log scale.
+inline std::string draw_curve(const std::vector<CurvePoint>& train, const std::vector<CurvePoint>& val,
+                              double floor, int width = 76, int height = 16) {
+    double low = std::isfinite(floor) ? floor : INFINITY, high = -INFINITY;
+    int64_t last = 1;
+    for (auto* curve : {&train, &val})
+        for (const CurvePoint& p : *curve) {
+            if (!std::isfinite(p.loss)) continue;
+            low = std::min(low, p.loss), high = std::max(high, p.loss), last = std::max(last, p.step);
+        }
+    if (!(high > 0) || !(low > 0)) return "";
+    const double bottom = std::log(low * 0.98), top = std::log(std::max(high, low * 1.1));
+    std::vector<std::string> rows(size_t(height), std::string(size_t(width), ' '));
+    auto put = [&](double x, double loss, char mark) {
+        const int column = std::clamp(int(x * (width - 1) + 0.5), 0, width - 1);
+        const int row = std::clamp(int((top - std::log(loss)) / (top - bottom) * (height - 1) + 0.5), 0, height - 1);
+        rows[size_t(row)][size_t(column)] = mark;
+    };
+    if (std::isfinite(floor))
+        for (int c = 0; c < width; ++c) put(double(c) / (width - 1), floor, '-');
+    for (const CurvePoint& p : train)
+        if (std::isfinite(p.loss)) put(double(p.step) / double(last), p.loss, '.');
+    for (const CurvePoint& p : val)
+        if (std::isfinite(p.loss)) put(double(p.step) / double(last), p.loss, 'o');
+    std::string out;
+    for (int r = 0; r < height; ++r) {
+        const double loss = std::exp(top - (top - bottom) * r / (height - 1));
+        out += (r % 5 == 0 || r == height - 1 ? format("%8.3f |", loss) : "         |") + rows[size_t(r)] + "\n";
+    }
+    out += "         +" + std::string(size_t(width), '-') + "\n";
+    out += format("          0%*lld\n", width - 1, (long long)last);
+    out += "          loss over steps: . train" + std::string(val.empty() ? "" : "   o validation") +
+           (std::isfinite(floor) ? format("   --- floor %.4f", floor) : "") + "\n";
+    return out;
+}
+
+// Text in pieces, without cutting a UTF-8 character in two: a piece that ends within one is held back
+// until the rest has come. What never becomes a character is shown as U+FFFD.
+class Utf8Stream {
+   public:
+    std::string add(std::string_view bytes) {
+        held_ += bytes;
+        std::string out;
+        size_t at = 0;
+        while (at < held_.size()) {
+            const size_t length = utf8_character(std::string_view(held_).substr(at, 4));
+            if (length == 0 && held_.size() - at < 4 && may_continue(std::string_view(held_).substr(at))) break;
+            out += length ? held_.substr(at, length) : "\xef\xbf\xbd";
+            at += std::max<size_t>(1, length);
+        }
+        held_.erase(0, at);
+        return out;
+    }
+    std::string finish() {
+        std::string out;
+        for (size_t i = 0; i < held_.size(); ++i) out += "\xef\xbf\xbd";
+        held_.clear();
+        return out;
+    }
+
+   private:
+    // A lead byte followed by fewer continuation bytes than it announces.
+    static bool may_continue(std::string_view text) {
+        const unsigned char lead = uint8_t(text[0]);
+        const size_t length = lead >= 0xf0 && lead < 0xf5 ? 4 : lead >= 0xe0 ? 3 : lead >= 0xc2 ? 2 : 1;
+        if (lead >= 0xf5 || text.size() >= length) return false;
+        return std::all_of(text.begin() + 1, text.end(), [](char c) { return (uint8_t(c) & 0xc0) == 0x80; });
+    }
+    std::string held_;
+};
+
+// ---- The machine -----------------------------------------------------------------------------
+
+template <class real>
+std::string Cpu<real>::describe() const {
+    return format("CPU, %d threads, vectors of %d bits, %s", omp_get_max_threads(), kVectorBytes * 8,
+                  matmul_options.bf16 ? "bf16 products" : sizeof(real) == 4 ? "fp32" : "fp64");
+}
+
+// What the system says could be used without swapping; without /proc, all memory there is.
+template <class real>
+size_t Cpu<real>::free_memory() const {
+    size_t kilobytes = 0;
+    if (std::FILE* file = std::fopen("/proc/meminfo", "r")) {
+        char line[128];
+        while (std::fgets(line, sizeof line, file))
+            if (std::sscanf(line, "MemAvailable: %zu kB", &kilobytes) == 1) break;
+        std::fclose(file);
+    }
+    if (kilobytes > 0) return kilobytes * 1024;
+    return size_t(::sysconf(_SC_PHYS_PAGES)) * size_t(::sysconf(_SC_PAGESIZE));
+}
+
+inline double now_seconds() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Multiplies and adds in registers, nothing else: 12 sums that do not wait for each other.
+// Returns operations a second of one thread.
+template <class real>
+double registers_only_flops() {
+    constexpr int kSums = 12;
+    Vec<real> sums[kSums], factor = Vec<real>{} + real(1.0000001), addend = Vec<real>{} + real(1e-7);
+    for (int i = 0; i < kSums; ++i) sums[i] = Vec<real>{} + real(i);
+    double best = 0;
+    for (int trial = 0; trial < 8; ++trial) {
+        const int rounds = 20000;
+        const double begin = now_seconds();
+        for (int round = 0; round < rounds; ++round)
+#pragma GCC unroll 12
+            for (int i = 0; i < kSums; ++i) sums[i] = sums[i] * factor + addend;
+        const double seconds = now_seconds() - begin;
+        best = std::max(best, 2.0 * kSums * kLanes<real> * rounds / seconds);
+    }
+    volatile real sink = 0;  // so that the sums are needed
+    for (int i = 0; i < kSums; ++i) sink = sink + sums[i][0];
+    return best;
+}
+
+// Measured in a few milliseconds, on all threads at once.
+template <class real>
+double Cpu<real>::peak_flops() const {
+    double total = 0;
+#pragma omp parallel reduction(+ : total)
+    total += registers_only_flops<real>();
+    return total;
+}
+
+// =================================================================================================
+// §13 The loop, and the commands
+// =================================================================================================
+
+// ---- The data of a run -----------------------------------------------------------------------
+
+struct Corpus {
+    std::string folder;  // empty where shards were named one by one
+    std::optional<Tokenizer> tokenizer;
+    std::optional<Shards> train, val;
+    double floor = NAN;  // nats a token, where the corpus knows it
+    std::vector<int> token_bytes() const {
+        std::vector<int> bytes;
+        for (int id = 0; tokenizer && id < tokenizer->vocab_size(); ++id)
+            bytes.push_back(int(tokenizer->bytes_of(id).size()));
+        return bytes;
+    }
+    bool has_val() const { return val && !val->empty(); }
+    std::string text_of(int token) const {
+        if (tokenizer) return std::string(tokenizer->bytes_of(token));
+        return std::to_string(token) + " ";
+    }
+};
+
+// Opens the data that the options name. Fails when there is none, saying how to make some.
+inline Corpus open_corpus(const Options& o, bool needs_train) {
+    Corpus corpus;
+    if (!o.train_shards.empty() || !o.val_shards.empty()) {
+        if (!o.train_shards.empty()) corpus.train.emplace(o.train_shards);
+        if (!o.val_shards.empty()) corpus.val.emplace(o.val_shards);
+        for (auto* split : {&corpus.train, &corpus.val})
+            TINYGPT_CHECK(!*split || !(*split)->empty(), "no file matches %s", (*split)->pattern().c_str());
+        TINYGPT_CHECK(!needs_train || corpus.train, "--train-shards is missing: there is nothing to train on");
+        return corpus;
+    }
+    corpus.folder = o.data;
+    TINYGPT_CHECK(folder_exists(o.data),
+                  "there is no data folder %s: make the default one with ./prepare_data, or one of your "
+                  "own with ./prepare_data --input book.txt --output %s", o.data.c_str(), o.data.c_str());
+    corpus.train.emplace(o.data + "/train_*.bin"), corpus.val.emplace(o.data + "/val_*.bin");
+    TINYGPT_CHECK(!needs_train || !corpus.train->empty(),
+                  "%s holds no train_*.bin: make shards with ./prepare_data --input FILE --output %s",
+                  o.data.c_str(), o.data.c_str());
+    if (file_exists(o.data + "/vocab.json") || file_exists(o.data + "/encoder.json"))
+        corpus.tokenizer = Tokenizer::load(o.data);
+    const std::string about = o.data + "/dataset.json";
+    if (file_exists(about)) {
+        const Json json = Json::parse(read_file(about, 10'000'000), about);
+        corpus.floor = number_or(json, "floor", NAN);
+    }
+    return corpus;
+}
+
+// ---- The model of a run ----------------------------------------------------------------------
+
+// The sizes that the options ask for: a checkpoint's, or a preset's with some overridden; the
+// vocabulary is the tokenizer's unless it was given.
+inline Config config_for(const Options& o, const Corpus& corpus) {
+    Config config;
+    if (!o.init_from.empty()) {
+        config = config_of_folder(o.init_from);
+    } else {
+        for (const Preset& preset : presets())
+            if (o.model == preset.name) config = preset.config;
+        if (o.n_layer) config.n_layer = int(o.n_layer);
+        if (o.n_head) config.n_head = int(o.n_head);
+        if (o.n_embd) config.n_embd = int(o.n_embd);
+        if (o.n_positions) config.n_positions = int(o.n_positions);
+        if (corpus.tokenizer) config.vocab_size = corpus.tokenizer->vocab_size();
+        if (o.vocab_size) config.vocab_size = int(o.vocab_size);
+        config.untied_head = o.untied_head;
+    }
+    config.dropout = float(o.dropout);
+    if (config.n_embd % config.n_head)
+        fail_usage(format("--n-head %d does not divide --n-embd %d: each head takes an equal share of the channels",
+                          config.n_head, config.n_embd));
+    if (corpus.tokenizer && config.vocab_size < corpus.tokenizer->vocab_size())
+        fail_usage(format("the vocabulary of %d is smaller than the tokenizer's %d in %s", config.vocab_size,
+                          corpus.tokenizer->vocab_size(), corpus.folder.c_str()));
+    return config;
+}
+
+// A data folder of another tokenizer would train nonsense: refuse it.
+inline void check_same_tokenizer(const Corpus& corpus, const std::string& model_folder) {
+    if (!corpus.tokenizer || !file_exists(model_folder + "/vocab.json")) return;
+    TINYGPT_CHECK(Tokenizer::load(model_folder) == *corpus.tokenizer,
+                  "%s has another tokenizer than the model in %s: tokenize the text again with "
+                  "./prepare_data --tokenizer gpt2 --vocab %s", corpus.folder.c_str(), model_folder.c_str(),
+                  model_folder.c_str());
+}
+
+// Refuses sizes that the device cannot hold, saying how much they need.
+template <class Device>
+MemoryNeed check_memory(Device& device, const Config& config, int B, int T, Use use) {
+    const MemoryNeed need = memory_need<Device>(config, B, T, use);
+    const size_t free = device.free_memory();
+    if (need.total() <= free) return need;
+    std::string advice = "choose a smaller --model";
+    for (int smaller = B / 2; smaller > 0; smaller /= 2)
+        if (memory_need<Device>(config, smaller, T, use).total() <= free) {
+            advice = format("--batch-size %d would fit (with --grad-accum-steps %d for the same step)", smaller,
+                            (B + smaller - 1) / smaller);
+            break;
+        }
+    fail(format("these sizes need %s of memory, and %s are free: %s", bytes_text(double(need.total())).c_str(),
+                bytes_text(double(free)).c_str(), advice.c_str()));
+}
+
+// The table at the start: what the model is made of.
+inline void print_model(const Config& config, const Layout& layout, const MemoryNeed& need, int T) {
+    std::printf("model      %d layers, %d heads, %d channels, %d positions, vocabulary %d%s\n", config.n_layer,
+                config.n_head, config.n_embd, config.n_positions, config.vocab_size,
+                config.untied_head ? ", untied head" : "");
+    std::printf("           %s parameters, %.1f MFLOP a token to train\n", with_commas(int64_t(layout.count)).c_str(),
+                flops_per_token(config, T) / 1e6);
+    std::printf("memory     %s: weights %s, gradients %s, moments %s, activations %s\n",
+                bytes_text(double(need.total())).c_str(), bytes_text(double(need.weights)).c_str(),
+                bytes_text(double(need.gradients)).c_str(), bytes_text(double(need.moments)).c_str(),
+                bytes_text(double(need.activations)).c_str());
+}
+
+// ---- Ctrl-C ----------------------------------------------------------------------------------
+
+// How often the run was asked to stop. The first time it finishes the step, saves and exits 130; the
+// second time it exits at once, which harms nothing: files are whole or not there.
+inline volatile sig_atomic_t& stop_requests() {
+    static volatile sig_atomic_t requests = 0;
+    return requests;
+}
+inline void catch_signals() {
+    struct sigaction action {};
+    action.sa_handler = [](int) {
+        if (stop_requests()) ::_exit(130);
+        stop_requests() = 1;
+    };
+    for (int number : {SIGINT, SIGTERM, SIGHUP}) ::sigaction(number, &action, nullptr);
+    ::signal(SIGPIPE, SIG_IGN);
+    ::signal(SIGXFSZ, SIG_IGN);  // a file-size limit is an error to report, not a death
+}
+
+// One run in a folder at a time. The lock is the kernel's: it goes when the process goes.
+inline FileHandle lock_folder(const std::string& folder) {
+    FileHandle file(::open((folder + "/lock").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666));
+    if (file.fd < 0) fail_file("write into", folder, errno);
+    TINYGPT_CHECK(::flock(file.fd, LOCK_EX | LOCK_NB) == 0,
+                  "another run is writing into %s: wait for it, or give another --output", folder.c_str());
+    return file;
+}
+
+// ---- One run ---------------------------------------------------------------------------------
+
+template <class Device>
+class Trainer {
+   public:
+    Trainer(const Options& options, Corpus& corpus, Gpt2<Device>& model)
+        : o_(options), corpus_(corpus), model_(model), B_(int(o_.batch_size)), T_(model.T),
+          order_(*corpus.train, B_, T_, o_.seed, o_.shuffle, o_.overfit_batch),
+          token_bytes_(corpus.token_bytes()) {
+        windows_ = corpus.has_val() ? evaluation_windows(*corpus.val, T_, document_start()) : std::vector<Window>{};
+    }
+
+    // Trains from state.step to the end; returns the exit status.
+    int run(TrainerState state, bool resumed);
+
+    // How many steps the options ask for: steps or epochs, whichever is fewer; or what fits into
+    // --max-minutes, measured on three trial steps.
+    int64_t planned_steps();
+
+   private:
+    int document_start() const {
+        return std::isfinite(corpus_.floor) && corpus_.tokenizer ? corpus_.tokenizer->end_of_text() : -1;
+    }
+    int64_t rows_per_step() const { return int64_t(B_) * o_.grad_accum_steps; }
+    StepOptions step_options() const;
+    std::vector<Batch> read_step(BatchLoader& loader);
+    LogRow row_now() const;
+    LogRow one_step(BatchLoader& loader);
+    void evaluate_into(LogRow& row);
+    void note_best(const LogRow& row);
+    void finish_epoch(int64_t epoch);
+    std::string write_sample(const std::string& title, int count);
+    bool try_save(const std::string& name, bool with_moments);
+    void save(bool finished);
+    void show(const LogRow& row, bool keep);
+    void begin(TrainerState state, bool resumed);
+    void write_row(LogRow& row);
+    [[noreturn]] void refuse_broken_step(LogRow& row);
+    enum class End { none, finished, out_of_time, plateau, interrupted };
+    End end_reached() const;
+    bool due(int64_t interval) const { return interval > 0 && state_.step % interval == 0; }
+    std::string verdict() const;
+    void report(End end);
+    void tensor_stats(const std::vector<typename Device::Real>& before);
+
+    const Options& o_;
+    Corpus& corpus_;
+    Gpt2<Device>& model_;
+    int B_, T_;
+    DataOrder order_;
+    std::vector<int> token_bytes_;
+    std::vector<Window> windows_;
+    std::optional<Log> log_;
+    TrainerState state_;
+    int64_t steps_ = 0;
+    double peak_flops_ = 0, step_seconds_ = 0;  // the latter smoothed
+    bool warned_ = false;
+    std::vector<CurvePoint> train_curve_, val_curve_;
+};
+
+template <class Device>
+StepOptions Trainer<Device>::step_options() const {
+    StepOptions s;
+    s.grad_accum_steps = int(o_.grad_accum_steps), s.seed = o_.seed;
+    s.rate = {o_.schedule, o_.learning_rate, o_.min_lr_fraction, o_.warmup_steps, steps_};
+    s.adamw = {o_.beta1, o_.beta2, o_.eps, o_.weight_decay};
+    s.guards = {o_.grad_clip, o_.skip_outliers};
+    return s;
+}
+
+template <class Device>
+int64_t Trainer<Device>::planned_steps() {
+    int64_t steps = o_.max_steps > 0 ? o_.max_steps : std::numeric_limits<int64_t>::max();
+    const double blocks = double(order_.blocks_per_epoch());
+    if (o_.epochs > 0)
+        steps = std::min(steps, std::max<int64_t>(1, int64_t(std::ceil(o_.epochs * blocks / double(rows_per_step()) - 1e-9))));
+    if (steps < std::numeric_limits<int64_t>::max()) return steps;
+    // Only --max-minutes: time three steps without an update.
+    Batch batch;
+    batch.resize(B_, T_);
+    BatchLoader::fill(batch, *corpus_.train, order_, 0, model_.config.vocab_size);
+    double begin = 0;
+    for (int i = 0; i < 4; ++i) {
+        if (i == 1) begin = now_seconds();
+        set_batch(model_, batch);
+        const Pass pass{B_, T_};
+        forward(model_, pass);
+        backward(model_, pass, 1.0, true);
+        model_.device.gradient_norm(model_.state, model_.grads, model_.layout.size);
+        model_.device.synchronize();
+    }
+    const double a_step = (now_seconds() - begin) / 3 * double(o_.grad_accum_steps) * 1.1;
+    return std::max<int64_t>(1, int64_t(o_.max_minutes * 60 / a_step));
+}
+
+template <class Device>
+std::vector<Batch> Trainer<Device>::read_step(BatchLoader& loader) {
+    std::vector<Batch> batches;
+    for (int i = 0; i < o_.grad_accum_steps; ++i) batches.push_back(loader.next());
+    return batches;
+}
+
+// A row that knows where the run stands, and nothing measured yet.
+template <class Device>
+LogRow Trainer<Device>::row_now() const {
+    LogRow row;
+    row.step = state_.step;
+    row.epoch = double(state_.samples) / double(order_.blocks_per_epoch());
+    row.tokens = state_.samples * T_;
+    return row;
+}
+
+// Makes one update; the row has its loss and norm, both from before it.
+template <class Device>
+LogRow Trainer<Device>::one_step(BatchLoader& loader) {
+    const std::vector<Batch> batches = read_step(loader);
+    const bool stats = o_.tensor_stats_interval > 0 && (state_.step + 1) % o_.tensor_stats_interval == 0;
+    std::vector<typename Device::Real> before;
+    if (stats) before = model_.get_weights();
+    const double begin = now_seconds();
+    train_step(model_, batches, step_options(), state_.step);
+    model_.device.download(&state_.guards, model_.state, 1);
+    const double seconds = now_seconds() - begin;
+
+    ++state_.step;
+    state_.samples += rows_per_step();
+    state_.seconds += seconds;
+    step_seconds_ = step_seconds_ > 0 ? 0.9 * step_seconds_ + 0.1 * seconds : seconds;
+    const double tokens_a_second = double(rows_per_step()) * T_ / seconds;
+    LogRow row = row_now();
+    row.train_loss = state_.guards.loss, row.grad_norm = state_.guards.grad_norm, row.lr = state_.guards.lr;
+    row.tokens_per_s = tokens_a_second;
+    if (peak_flops_ > 0) row.mfu = tokens_a_second * flops_per_token(model_.config, T_) / peak_flops_;
+    state_.train_loss = state_.guards.loss;
+    state_.epoch_loss += state_.guards.loss, ++state_.epoch_steps;
+    train_curve_.push_back({state_.step, state_.guards.loss});
+    if (stats) tensor_stats(before);
+    return row;
+}
+
+// Norms of weight, gradient and update of every tensor, on request.
+template <class Device>
+void Trainer<Device>::tensor_stats(const std::vector<typename Device::Real>& before) {
+    const auto after = model_.get_weights();
+    std::vector<typename Device::Gradient> grads(model_.layout.size);
+    model_.device.download(grads.data(), model_.grads, grads.size());
+    std::printf("\n%-28s %12s %12s %12s %12s\n", format("step %lld", (long long)state_.step).c_str(), "|weight|",
+                "|gradient|", "|update|", "update/weight");
+    for (const TensorInfo& info : model_.layout.tensors) {
+        double weight = 0, gradient = 0, update = 0;
+        for (size_t i = info.offset; i < info.offset + info.count; ++i) {
+            weight += double(after[i]) * double(after[i]);
+            gradient += double(grads[i]) * double(grads[i]);
+            update += (double(after[i]) - double(before[i])) * (double(after[i]) - double(before[i]));
+        }
+        std::printf("%-28s %12.5g %12.5g %12.5g %12.3g\n", info.name.c_str(), std::sqrt(weight),
+                    std::sqrt(gradient), std::sqrt(update), std::sqrt(update / std::max(weight, 1e-300)));
+    }
+}
+
+// Scores the validation set, and --eval-batches fixed batches of training text.
+template <class Device>
+void Trainer<Device>::evaluate_into(LogRow& row) {
+    if (!windows_.empty()) {
+        const Evaluation e = evaluate(model_, *corpus_.val, windows_, token_bytes_);
+        row.val_loss = e.loss(), row.perplexity = e.perplexity();
+        if (std::isfinite(corpus_.floor)) row.floor = corpus_.floor;
+        state_.val_loss = e.loss();
+        val_curve_.push_back({state_.step, e.loss()});
+    }
+    if (o_.eval_batches > 0) {
+        const DataOrder fixed(*corpus_.train, B_, T_, 0, !o_.overfit_batch, o_.overfit_batch);
+        double total = 0;
+        int64_t scored = 0;
+        Batch batch;
+        for (int64_t i = 0; i < o_.eval_batches; ++i) {
+            batch.resize(B_, T_);
+            BatchLoader::fill(batch, *corpus_.train, fixed, i * B_, model_.config.vocab_size);
+            for (auto loss : batch_losses(model_, batch)) total += double(loss);
+            scored += batch.scored;
+        }
+        row.eval_train_loss = total / double(std::max<int64_t>(1, scored));
+    }
+}
+
+// Is this the best evaluation so far? Counts those without progress, for --patience.
+template <class Device>
+void Trainer<Device>::note_best(const LogRow& row) {
+    const std::optional<double> loss = row.val_loss ? row.val_loss : row.eval_train_loss;
+    if (!loss) return;
+    const bool better = *loss < state_.best_loss;
+    if (better) state_.best_loss = *loss, state_.best_step = state_.step;
+    state_.stale_evals = better ? 0 : state_.stale_evals + 1;
+}
+
+// A few lines of the model's own text, from the prompt or from the start of a document.
+template <class Device>
+std::string Trainer<Device>::write_sample(const std::string& title, int count) {
+    const int end = corpus_.tokenizer ? corpus_.tokenizer->end_of_text() : -1;
+    std::vector<int32_t> tokens;
+    if (end >= 0) tokens.push_back(end);
+    if (corpus_.tokenizer)
+        for (uint16_t token : corpus_.tokenizer->encode(o_.prompt)) tokens.push_back(token);
+    if (tokens.empty()) tokens.push_back(0);
+    SampleOptions s;
+    s.max_new_tokens = count, s.seed = o_.seed, s.end_of_text = end;
+    std::string text = o_.prompt;
+    generate(model_, tokens, s, [&](int token) {
+        text += corpus_.text_of(token);
+        return true;
+    });
+    Utf8Stream stream;
+    std::string shown = stream.add(text);
+    shown += stream.finish();
+    std::printf("\n%s\n%s\n\n", title.c_str(), shown.c_str());
+    FileHandle file(::open((o_.output + "/samples.txt").c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666));
+    const std::string entry = "=== " + title + "\n" + shown + "\n\n";
+    if (file.fd < 0 || sys_write(file.fd, o_.output + "/samples.txt", entry.data(), entry.size()) < 0)
+        std::fprintf(stderr, "warning: cannot write %s/samples.txt: %s\n", o_.output.c_str(), std::strerror(errno));
+    return shown;
+}
+
+template <class Device>
+void Trainer<Device>::finish_epoch(int64_t epoch) {
+    const double mean = state_.epoch_loss / double(std::max<int64_t>(1, state_.epoch_steps));
+    state_.epoch_loss = 0, state_.epoch_steps = 0;
+    write_sample(format("epoch %lld ends at step %lld: mean train loss %.4f", (long long)epoch + 1,
+                        (long long)state_.step, mean), 50);
+}
+
+// Saves under the run's folder. A full disk is a warning: the last good checkpoint is untouched, and
+// training can go on. Returns whether it was saved.
+template <class Device>
+bool Trainer<Device>::try_save(const std::string& name, bool with_moments) {
+    try {
+        log_->sync();
+        save_checkpoint(model_, o_.output + "/" + name, corpus_.tokenizer ? &*corpus_.tokenizer : nullptr, state_,
+                        with_moments);
+        return true;
+    } catch (const FileError& e) {
+        if (e.code != ENOSPC && e.code != EDQUOT && e.code != EFBIG) throw;
+        std::fprintf(stderr, "\nwarning: %s; nothing was saved at step %lld, training goes on\n", e.what(),
+                     (long long)state_.step);
+        return false;
+    }
+}
+
+template <class Device>
+void Trainer<Device>::save(bool finished) {
+    state_.finished = finished;
+    if (try_save("checkpoint-" + std::to_string(state_.step), true)) remove_old_checkpoints(o_.output, int(o_.keep));
+}
+
+// The live line. It stays on the terminal when `keep` is set; otherwise the next one overwrites it.
+template <class Device>
+void Trainer<Device>::show(const LogRow& row, bool keep) {
+    const bool live = ::isatty(STDOUT_FILENO);
+    if (!live && !keep) return;
+    std::string line = format("step %lld/%lld", (long long)row.step, (long long)steps_);
+    if (row.train_loss) line += format(" | loss %.4f", *row.train_loss);
+    if (row.val_loss) line += format(" | val %.4f (perplexity %.2f)", *row.val_loss, *row.perplexity);
+    if (row.eval_train_loss) line += format(" | fixed train %.4f", *row.eval_train_loss);
+    if (row.lr) line += format(" | lr %.2e | norm %.3f", *row.lr, *row.grad_norm);
+    if (row.tokens_per_s) line += format(" | %s tok/s", with_commas(int64_t(*row.tokens_per_s)).c_str());
+    if (row.mfu) line += format(" | MFU %.0f%%", 100 * *row.mfu);
+    if (row.train_loss) line += " | " + duration_text(double(steps_ - row.step) * step_seconds_) + " left";
+    std::printf("%s%s%s", live ? "\r\033[K" : "", line.c_str(), keep ? "\n" : "");
+    std::fflush(stdout);
+}
+
+// Opens the log, evaluates the model as it is (row 0), and says how long the run will be.
+template <class Device>
+void Trainer<Device>::begin(TrainerState state, bool resumed) {
+    state_ = std::move(state);
+    steps_ = state_.planned_steps > 0 ? state_.planned_steps : planned_steps();
+    state_.planned_steps = steps_;
+    peak_flops_ = model_.device.peak_flops();
+    model_.device.upload(model_.state, &state_.guards, 1);
+    log_.emplace(o_.output + "/log.csv", resumed ? std::optional<int64_t>(state_.step) : std::nullopt);
+    std::printf("run        %s steps of %s tokens (%.2f epochs) into %s\n\n", with_commas(steps_).c_str(),
+                with_commas(rows_per_step() * T_).c_str(),
+                double(steps_ * rows_per_step()) / double(order_.blocks_per_epoch()), o_.output.c_str());
+    if (resumed) return;
+    LogRow row = row_now();
+    if (o_.eval_interval > 0) evaluate_into(row);
+    row.seconds = 0.0;
+    show(row, true);
+    write_row(row);
+}
+
+// A row of the step just made. A disk that is full does not stop training: rows wait in memory.
+template <class Device>
+void Trainer<Device>::write_row(LogRow& row) {
+    row.seconds = state_.seconds;
+    if (!log_->add(row) && !std::exchange(warned_, true))
+        std::fprintf(stderr, "\nwarning: cannot write %s/log.csv: %s; rows wait in memory\n", o_.output.c_str(),
+                     std::strerror(errno));
+}
+
+// Whether the run is over after this step, and why.
+template <class Device>
+typename Trainer<Device>::End Trainer<Device>::end_reached() const {
+    if (state_.step == steps_) return End::finished;
+    if (stop_requests()) return End::interrupted;
+    if (o_.max_minutes > 0 && state_.seconds > o_.max_minutes * 60) return End::out_of_time;
+    if (o_.patience > 0 && state_.stale_evals >= o_.patience) return End::plateau;
+    return End::none;
+}
+
+template <class Device>
+int Trainer<Device>::run(TrainerState state, bool resumed) {
+    begin(std::move(state), resumed);
+    BatchLoader loader(*corpus_.train, order_, B_, T_, model_.config.vocab_size, state_.samples);
+    End end = End::none;
+    while (end == End::none && state_.step < steps_) {
+        const int64_t epoch = order_.epoch(state_.samples);
+        LogRow row = one_step(loader);
+        if (state_.guards.broken && o_.on_nan == "stop") refuse_broken_step(row);
+        const bool evaluated = due(o_.eval_interval) || (o_.eval_interval > 0 && state_.step == steps_);
+        if (evaluated) evaluate_into(row), note_best(row);
+        write_row(row);
+        end = end_reached();
+        show(row, evaluated || end != End::none || due(o_.log_interval));
+        if (evaluated && state_.best_step == state_.step) try_save("best", false);
+        if (order_.epoch(state_.samples) > epoch) finish_epoch(epoch);
+        if (due(o_.sample_interval) && end == End::none)
+            write_sample(format("sample at step %lld", (long long)state_.step), 50);
+        if (end != End::none || due(o_.save_interval)) save(end != End::none && end != End::interrupted);
+    }
+    if (end == End::interrupted) {
+        std::printf("\ninterrupted: saved at step %lld; go on with --resume auto\n", (long long)state_.step);
+        return 130;
+    }
+    report(end);
+    return 0;
+}
+
+// What the run says about itself: still improving, flat, or overfitting; from its last evaluations.
+template <class Device>
+std::string Trainer<Device>::verdict() const {
+    if (val_curve_.size() < 4) return "too few evaluations to judge the curve (--eval-interval sets how many)";
+    const CurvePoint &last = val_curve_.back(), &before = val_curve_[val_curve_.size() - 1 - (val_curve_.size() + 3) / 4];
+    const double gain = (before.loss - last.loss) / before.loss;
+    const double above_best = (last.loss - state_.best_loss) / state_.best_loss;
+    std::string text;
+    if (above_best > 0.01)
+        text = format("overfitting: validation loss rose %.1f %% above its best (step %lld, kept in best/); more "
+                      "text, --dropout 0.1 or --patience 3 would help", 100 * above_best, (long long)state_.best_step);
+    else if (gain > 0.01)
+        text = format("still improving: validation loss fell %.1f %% in the last quarter; a longer run would gain",
+                      100 * gain);
+    else
+        text = format("flat: validation loss changed by %.1f %% in the last quarter; a larger --model would gain "
+                      "more than a longer run", -100 * gain);
+    if (std::isfinite(corpus_.floor))
+        text += format("\n           it is %.1f %% above the floor, the loss of the process that wrote the text",
+                       100 * (last.loss / corpus_.floor - 1));
+    return text;
+}
+
+// The end: the curve, the verdict, a sample, and what to type next.
+template <class Device>
+void Trainer<Device>::report(End end) {
+    const char* why = end == End::plateau ? "stopped early: no progress (--patience)"
+                      : end == End::out_of_time ? "time is up (--max-minutes)" : "done";
+    std::printf("\n%s: %lld steps in %s\n\n%s\n", why, (long long)state_.step,
+                duration_text(state_.seconds).c_str(), draw_curve(train_curve_, val_curve_, corpus_.floor).c_str());
+    if (std::isfinite(state_.val_loss)) {
+        std::printf("val loss   %.4f, best %.4f at step %lld", state_.val_loss, state_.best_loss,
+                    (long long)state_.best_step);
+        if (std::isfinite(corpus_.floor))
+            std::printf("; the floor is %.4f, so the ratio is %.4f", corpus_.floor, state_.val_loss / corpus_.floor);
+        std::printf("\nverdict    %s\n", verdict().c_str());
+    }
+    if (state_.guards.skipped)
+        std::printf("guards     %lld updates were skipped, %lld of them as outliers\n",
+                    (long long)state_.guards.skipped, (long long)state_.guards.outliers);
+    write_sample("the model writes:", 100);
+    const std::string from = o_.output + (state_.best_step >= 0 ? "/best" : "/checkpoint-" + std::to_string(state_.step));
+    std::printf("next       ./%s sample --init-from %s --prompt \"%s\"\n", Device::kProgram, from.c_str(),
+                corpus_.tokenizer ? "Once" : "");
+    std::printf("           ./%s eval --init-from %s%s\n", Device::kProgram, from.c_str(),
+                corpus_.folder.empty() ? "" : (" --data " + corpus_.folder).c_str());
+}
+
+// A NaN or an infinity: the row is logged, nothing of the step is kept, and the run ends.
+template <class Device>
+void Trainer<Device>::refuse_broken_step(LogRow& row) {
+    write_row(row);
+    fail(format("step %lld: the loss is %g and the gradient's norm %g: training has diverged. Nothing of this step "
+                "was saved. Go on from the last checkpoint with a lower --learning-rate, --resume auto and "
+                "--override, or pass over such steps with --on-nan skip",
+                (long long)state_.step, state_.guards.loss, state_.guards.grad_norm));
+}
+
+// ---- The commands ----------------------------------------------------------------------------
+
+// The run's folder: --output, or out/ and the name of its data.
+inline std::string output_folder(const Options& o) {
+    if (!o.output.empty()) return o.output;
+    std::string name = o.train_shards.empty() ? o.data : "run";
+    while (name.size() > 1 && name.back() == '/') name.pop_back();
+    const size_t slash = name.rfind('/');
+    return "out/" + (slash == std::string::npos ? name : name.substr(slash + 1));
+}
+
+inline int sequence_length(const Options& o, const Config& config) {
+    if (o.seq_len == 0) return std::min(128, config.n_positions);
+    if (o.seq_len > config.n_positions)
+        fail_usage(format("--seq-len %d is longer than the model's %d positions: shorten it, or raise --n-positions",
+                          int(o.seq_len), config.n_positions));
+    return int(o.seq_len);
+}
+
+// What a checkpoint remembers of the data, to know it again: each shard's length and first tokens.
+inline std::vector<std::string> describe_shards(const Corpus& corpus) {
+    std::vector<std::string> list;
+    for (const auto* split : {&corpus.train, &corpus.val}) {
+        if (!*split) continue;
+        for (const Shard& shard : (*split)->files()) {
+            std::vector<uint16_t> first(size_t(std::min<int64_t>(shard.tokens, 4096)));
+            shard.read(first.data(), 0, int64_t(first.size()));
+            Checksum sum;
+            sum.add(first.data(), 2 * first.size());
+            const size_t slash = shard.path.rfind('/');
+            list.push_back(format("%s: %lld tokens, %s", shard.path.substr(slash + 1).c_str(), (long long)shard.tokens,
+                                  sum.hex().c_str()));
+        }
+    }
+    return list;
+}
+
+// Refuses data that is too short, or holds tokens that the model does not have.
+inline void check_data(const Options& o, const Corpus& corpus, const Config& config, int T) {
+    const int64_t need = int64_t(o.batch_size) * T + 1;
+    if (corpus.train->tokens() < need)
+        fail_usage(format("the training data has %s tokens, but one batch of %d x %d needs %s (one more than its "
+                          "size): take a smaller --batch-size or --seq-len, or more text",
+                          with_commas(corpus.train->tokens()).c_str(), int(o.batch_size), T, with_commas(need).c_str()));
+    if (o.overfit_batch && corpus.train->files()[0].tokens < need)
+        fail_usage("--overfit-batch takes its batch from the first shard, which is too short for it");
+    if (corpus.train->tokens() <= 200'000'000) corpus.train->check_tokens(config.vocab_size);
+    if (corpus.has_val() && corpus.val->tokens() <= 200'000'000) corpus.val->check_tokens(config.vocab_size);
+}
+
+// Where a run begins: afresh, or at a checkpoint that verifies.
+struct Start {
+    std::string folder;  // of the checkpoint; empty: afresh
+    TrainerState state;
+};
+
+// The newest checkpoint that verifies; says which were passed over, and why.
+inline Start find_start(const Options& o, const std::string& output) {
+    if (o.resume.empty()) return {};
+    if (o.resume != "auto") return {o.resume, verify_checkpoint(o.resume)};
+    bool any = false;
+    for (int64_t step : checkpoint_steps(output)) {
+        const std::string folder = checkpoint_folder(output, step);
+        any = true;
+        try {
+            return {folder, verify_checkpoint(folder)};
+        } catch (const Error& e) {
+            std::fprintf(stderr, "passing over %s: %s\n", folder.c_str(), e.what());
+        }
+    }
+    TINYGPT_CHECK(!any, "no checkpoint in %s is whole: nothing to resume. Remove the folder to start again",
+                  output.c_str());
+    return {};
+}
+
+// A resumed run must be the run that was interrupted: names what has changed.
+inline void check_same_run(const Options& o, const Start& start, const Corpus& corpus) {
+    if (o.override_changes) return;
+    for (auto& [name, now] : options_that_change_numbers(o))
+        for (auto& [saved_name, saved] : start.state.options)
+            if (name == saved_name && now != saved)
+                fail_usage(format("%s was made with --%s %s, now it is %s: resume with the same options, or say "
+                                  "--override to go on all the same", start.folder.c_str(), name.c_str(),
+                                  saved.empty() ? "(not set)" : saved.c_str(), now.empty() ? "(not set)" : now.c_str()));
+    TINYGPT_CHECK(describe_shards(corpus) == start.state.data,
+                  "the data has changed since %s was saved: the run would not be the same. Say --override to go "
+                  "on all the same", start.folder.c_str());
+}
+
+template <class Device>
+int train_command(Device device, const Options& given) {
+    Options o = given;
+    o.output = output_folder(o);
+    Corpus corpus = open_corpus(o, true);
+    const Config config = config_for(o, corpus);
+    const int T = sequence_length(o, config);
+    if (!o.init_from.empty()) check_same_tokenizer(corpus, o.init_from);
+    check_data(o, corpus, config, T);
+    const MemoryNeed need = check_memory(device, config, int(o.batch_size), T, Use::training);
+    // A folder that holds a run already is not written over.
+    const bool holds_run = !checkpoint_steps(o.output).empty() || file_exists(o.output + "/log.csv");
+    if (holds_run && o.resume.empty())
+        fail(format("%s already holds a run: go on with --resume auto, or give another --output", o.output.c_str()));
+    Start start = find_start(o, o.output);
+    if (!start.folder.empty()) {
+        check_same_run(o, start, corpus);
+        if (start.state.finished && !o.override_changes) {
+            std::printf("%s is finished: %lld steps. Nothing to do\n", o.output.c_str(), (long long)start.state.step);
+            return 0;
+        }
+        if (o.override_changes) start.state.planned_steps = 0;
+    }
+    make_folders(o.output);
+    const FileHandle lock = lock_folder(o.output);
+    remove_leftovers(o.output);
+
+    std::printf("tinygpt    %s\n", device.describe().c_str());
+    std::printf("%s", describe(o).c_str());
+    std::printf("data       %s: %s training tokens, %s for validation\n",
+                corpus.folder.empty() ? "shards" : corpus.folder.c_str(), with_commas(corpus.train->tokens()).c_str(),
+                with_commas(corpus.has_val() ? corpus.val->tokens() : 0).c_str());
+    print_model(config, layout_of(config), need, T);
+    Gpt2<Device> model(config, device);
+    model.reserve(int(o.batch_size), T, Use::training);
+    if (!start.folder.empty()) {
+        load_weights(model, start.folder), load_moments(model, start.folder);
+        std::printf("resumed    %s\n", start.folder.c_str());
+    } else if (!o.init_from.empty()) {
+        load_weights(model, o.init_from);
+        std::printf("weights    from %s\n", o.init_from.c_str());
+    } else {
+        model.initialise(o.seed);
+    }
+    start.state.options = options_that_change_numbers(o);
+    start.state.data = describe_shards(corpus);
+    catch_signals();
+    return Trainer<Device>(o, corpus, model).run(start.state, !start.folder.empty());
+}
+
+// A model opened for use: from a folder, with its tokenizer where it has one.
+inline std::optional<Tokenizer> tokenizer_of(const std::string& folder) {
+    if (file_exists(folder + "/vocab.json") || file_exists(folder + "/encoder.json")) return Tokenizer::load(folder);
+    return std::nullopt;
+}
+inline void need_init_from(const Options& o) {
+    if (o.init_from.empty())
+        fail_usage("--init-from is missing: name the folder of a model, such as out/stories/best");
+}
+
+// ---- HellaSwag: which of four endings fits? --------------------------------------------------
+// The file is llm.c's (facts in its dev/data/hellaswag.py): 256 int32 header 20240522, 1, examples,
+// longest; then for each example, as uint16: 65535, its bytes, index, label, 4, the context's length
+// and tokens, and four times an ending's length and tokens. The ending of the lowest mean loss is
+// the model's answer.
+
+struct HellaswagExample {
+    int label = 0;
+    std::vector<uint16_t> context;
+    std::vector<uint16_t> endings[4];
+};
+
+inline std::vector<HellaswagExample> read_hellaswag(const std::string& path, int vocab_size) {
+    const std::string bytes = read_file(path, size_t(1) << 30);
+    int32_t header[256] = {};
+    TINYGPT_CHECK(bytes.size() >= sizeof header, "%s: expected a header of 1024 bytes, found %zu bytes", path.c_str(),
+                  bytes.size());
+    std::memcpy(header, bytes.data(), sizeof header);
+    TINYGPT_CHECK(header[0] == 20240522 && header[1] == 1, "%s is no HellaSwag file: expected 20240522 and version 1, "
+                  "found %d and %d", path.c_str(), header[0], header[1]);
+    size_t at = sizeof header;
+    auto next = [&]() -> int {
+        TINYGPT_CHECK(at + 2 <= bytes.size(), "%s ends in the middle of an example", path.c_str());
+        uint16_t value;
+        std::memcpy(&value, bytes.data() + at, 2);
+        at += 2;
+        return value;
+    };
+    auto tokens = [&] {
+        std::vector<uint16_t> list(static_cast<size_t>(next()));
+        for (uint16_t& token : list) {
+            const int id = next();
+            TINYGPT_CHECK(id < vocab_size, "%s: token %d is outside the vocabulary of %d", path.c_str(), id, vocab_size);
+            token = uint16_t(id);
+        }
+        return list;
+    };
+    std::vector<HellaswagExample> examples;
+    for (int32_t i = 0; i < header[2]; ++i) {
+        HellaswagExample e;
+        const int start = next();
+        next(), next();
+        e.label = next();
+        const int endings = next();
+        TINYGPT_CHECK(start == 65535 && endings == 4 && e.label < 4, "%s: example %d is damaged", path.c_str(), i);
+        e.context = tokens();
+        for (auto& ending : e.endings) {
+            ending = tokens();
+            TINYGPT_CHECK(!e.context.empty() && !ending.empty(), "%s: example %d is empty", path.c_str(), i);
+        }
+        examples.push_back(std::move(e));
+    }
+    return examples;
+}
+
+// The mean loss of each ending after its context; a text too long for T loses its beginning.
+template <class Device>
+std::array<double, 4> score_endings(Gpt2<Device>& model, const HellaswagExample& e) {
+    Batch batch;
+    batch.resize(4, model.T);
+    for (size_t i = 0; i < 4; ++i) {
+        std::vector<uint16_t> text = e.context;
+        text.insert(text.end(), e.endings[i].begin(), e.endings[i].end());
+        const size_t room = size_t(model.T) + 1, cut = text.size() > room ? text.size() - room : 0;
+        for (size_t t = cut; t + 1 < text.size(); ++t) {
+            const size_t place = i * size_t(model.T) + t - cut;
+            batch.inputs[place] = text[t];
+            if (t + 1 >= e.context.size()) batch.targets[place] = text[t + 1];
+        }
+    }
+    batch.sort_rows();
+    const auto losses = batch_losses(model, batch);
+    std::array<double, 4> mean{};
+    for (size_t i = 0; i < 4; ++i) {
+        int count = 0;
+        for (size_t t = 0; t < size_t(model.T); ++t)
+            if (batch.targets[i * size_t(model.T) + t] >= 0) mean[i] += double(losses[i * size_t(model.T) + t]), ++count;
+        mean[i] /= std::max(1, count);
+    }
+    return mean;
+}
+
+template <class Device>
+int hellaswag_command(Device device, const Options& o, const Config& config) {
+    const auto examples = read_hellaswag(o.hellaswag, config.vocab_size);
+    const int T = o.seq_len ? sequence_length(o, config) : config.n_positions;
+    check_memory(device, config, 4, T, Use::evaluation);
+    Gpt2<Device> model(config, device);
+    model.reserve(4, T, Use::evaluation);
+    load_weights(model, o.init_from);
+    int64_t right = 0;
+    for (const HellaswagExample& e : examples) {
+        const std::array<double, 4> loss = score_endings(model, e);
+        right += std::min_element(loss.begin(), loss.end()) - loss.begin() == e.label;
+    }
+    std::printf("hellaswag  %lld of %zu right: accuracy %.4f\n", (long long)right, examples.size(),
+                double(right) / double(std::max<size_t>(1, examples.size())));
+    return 0;
+}
+
+template <class Device>
+int eval_command(Device device, const Options& o) {
+    need_init_from(o);
+    const Config config = config_of_folder(o.init_from);
+    if (!o.hellaswag.empty()) return hellaswag_command(device, o, config);
+    Corpus corpus = open_corpus(o, false);
+    check_same_tokenizer(corpus, o.init_from);
+    TINYGPT_CHECK(corpus.has_val(), "there is no validation data: make some with ./prepare_data --val-fraction, or "
+                  "name shards with --val-shards");
+    const int T = sequence_length(o, config);
+    check_memory(device, config, int(o.batch_size), T, Use::evaluation);
+    Gpt2<Device> model(config, device);
+    model.reserve(int(o.batch_size), T, Use::evaluation);
+    load_weights(model, o.init_from);
+    const bool stories = std::isfinite(corpus.floor) && corpus.tokenizer;
+    const auto windows = evaluation_windows(*corpus.val, T, stories ? corpus.tokenizer->end_of_text() : -1);
+    const double begin = now_seconds();
+    const Evaluation e = evaluate(model, *corpus.val, windows, corpus.token_bytes());
+    const double seconds = now_seconds() - begin;
+    std::printf("val loss   %.9g nats a token over %s tokens\nperplexity %.4f\n", e.loss(),
+                with_commas(e.tokens).c_str(), e.perplexity());
+    if (e.bytes > 0) std::printf("bits/byte  %.4f\n", e.bits_per_byte());
+    if (std::isfinite(corpus.floor))
+        std::printf("floor      %.6f: the loss is %.2f %% above it\n", corpus.floor, 100 * (e.loss() / corpus.floor - 1));
+    std::printf("speed      %s tokens a second\n", with_commas(int64_t(double(e.tokens) / seconds)).c_str());
+    return 0;
+}
+
+// ---- sample ----------------------------------------------------------------------------------
+
+// The prompt's text: --prompt, or a file, or standard input.
+inline std::string prompt_text(const Options& o) {
+    if (o.prompt_file.empty()) return o.prompt;
+    return read_file(o.prompt_file == "-" ? "/dev/stdin" : o.prompt_file, size_t(1) << 26);
+}
+
+// Tokens of a prompt; without a tokenizer, the numbers in it. A document begins with end-of-text.
+inline std::vector<int32_t> prompt_tokens(const std::string& text, const std::optional<Tokenizer>& tokenizer,
+                                          const Config& config) {
+    std::vector<int32_t> tokens;
+    if (tokenizer) {
+        if (text.empty()) tokens.push_back(tokenizer->end_of_text());
+        for (uint16_t token : tokenizer->encode(text)) tokens.push_back(token);
+        return tokens;
+    }
+    for (const std::string& word : split_at(text, ' ')) {
+        if (word.empty()) continue;
+        int id = -1;
+        auto [stop, error] = std::from_chars(word.data(), word.data() + word.size(), id);
+        if (error != std::errc() || stop != word.data() + word.size() || id < 0 || id >= config.vocab_size)
+            fail_usage("this model has no tokenizer: give the prompt as token numbers below " +
+                       std::to_string(config.vocab_size) + ", not " + shown(word));
+        tokens.push_back(id);
+    }
+    if (tokens.empty()) tokens.push_back(0);
+    return tokens;
+}
+
+// The likeliest next tokens, with their probabilities.
+template <class Device>
+void show_top(Gpt2<Device>& model, const std::vector<int32_t>& tokens, const std::optional<Tokenizer>& tokenizer,
+              int count) {
+    const size_t context = size_t(std::min(model.config.n_positions, model.T));
+    const std::vector<int32_t> tail(tokens.end() - ptrdiff_t(std::min(tokens.size(), context)), tokens.end());
+    for (const Candidate& c : candidates(next_logits(model, tail, 0), 1, 0, 1)) {
+        if (count-- <= 0) break;
+        const std::string text = !tokenizer ? "" : c.token == tokenizer->end_of_text() ? "<|endoftext|>"
+                                                                                       : std::string(tokenizer->bytes_of(c.token));
+        std::printf("%8.4f %%  %6d  %s\n", 100 * c.probability, c.token, tokenizer ? in_quotes(text).c_str() : "");
+    }
+}
+
+template <class Device>
+int sample_command(Device device, const Options& o) {
+    need_init_from(o);
+    const Config config = config_of_folder(o.init_from);
+    const std::optional<Tokenizer> tokenizer = tokenizer_of(o.init_from);
+    if (tokenizer && tokenizer->vocab_size() > config.vocab_size)
+        fail(o.init_from + ": its tokenizer has more tokens than its model");
+    check_memory(device, config, 1, config.n_positions, Use::generation);
+    const std::string prompt = prompt_text(o);
+    const std::vector<int32_t> tokens = prompt_tokens(prompt, tokenizer, config);
+    Gpt2<Device> model(config, device);
+    model.reserve(1, config.n_positions, Use::generation);
+    load_weights(model, o.init_from);
+    if (o.show_top > 0) show_top(model, tokens, tokenizer, o.show_top);
+    for (int i = 0; o.show_top == 0 && i < o.num_samples; ++i) {
+        if (i > 0) std::printf("\n---\n");
+        std::printf("%s", prompt.c_str());
+        Utf8Stream stream;
+        SampleOptions s{int(o.max_new_tokens), o.temperature, int(o.top_k), o.top_p, o.seed + uint64_t(i),
+                        tokenizer ? tokenizer->end_of_text() : -1};
+        int64_t count = 0;
+        const double begin = now_seconds();
+        const int slides = generate(model, tokens, s, [&](int token) {
+            const std::string text = tokenizer ? stream.add(tokenizer->bytes_of(token)) : std::to_string(token) + " ";
+            std::fputs(text.c_str(), stdout);
+            std::fflush(stdout);
+            return ++count, !std::ferror(stdout);
+        });
+        std::printf("%s\n", stream.finish().c_str());
+        std::fflush(stdout);
+        const double seconds = now_seconds() - begin;
+        std::fprintf(stderr, "[%lld tokens, %.1f a second]\n", (long long)count, double(count) / seconds);
+        if (slides)
+            std::fprintf(stderr, "[the text outgrew the model's %d positions: %d times its older half was forgotten]\n",
+                         config.n_positions, slides);
+    }
+    return 0;
+}
+
+// ---- info ------------------------------------------------------------------------------------
+
+template <class Device>
+int info_command(Device device, const Options& o) {
+    Corpus corpus;
+    if (o.given("data")) corpus = open_corpus(o, false);
+    const Config config = config_for(o, corpus);
+    const int T = o.seq_len ? sequence_length(o, config) : config.n_positions;
+    const Layout layout = layout_of(config);
+    std::printf("%-28s %-16s %14s %8s  %s\n", "tensor", "shape", "parameters", "share", "decays");
+    for (const TensorInfo& t : layout.tensors)
+        std::printf("%-28s %-16s %14s %7.3f%%  %s\n", t.name.c_str(), shape_text(t.shape).c_str(),
+                    with_commas(int64_t(t.count)).c_str(), 100 * double(t.count) / double(layout.count),
+                    t.decays() ? "yes" : "");
+    std::printf("%-28s %-16s %14s %7.3f%%\n\n", "total", "", with_commas(int64_t(layout.count)).c_str(), 100.0);
+    print_model(config, layout, memory_need<Device>(config, int(o.batch_size), T, Use::training), T);
+    std::printf("           for --batch-size %d --seq-len %d\n", int(o.batch_size), T);
+    const double flops = flops_per_token(config, T), peak = device.peak_flops();
+    std::printf("time       10 billion tokens take %s at this machine's measured %.0f GFLOP/s, %s at half of it\n",
+                duration_text(1e10 * flops / peak).c_str(), peak / 1e9, duration_text(2e10 * flops / peak).c_str());
+    return 0;
+}
+
+// ---- main ------------------------------------------------------------------------------------
+
+// Runs the command on a device.
+template <class Device>
+int run_command(Device device, const Options& o) {
+    switch (o.command) {
+        case kTrain: return train_command(device, o);
+        case kEval: return eval_command(device, o);
+        case kSample: return sample_command(device, o);
+        case kInfo: return info_command(device, o);
+        default: fail_usage("this command is not part of this program");
+    }
+}
+
+// Threads that wait should not burn a core for long that others could use: on a busy machine that makes
+// a step ten times slower. The OpenMP run-times read these once, before main, so the program starts
+// itself again with them set.
+inline void wait_politely(char** argv) {
+    if (std::getenv("OMP_WAIT_POLICY") || std::getenv("GOMP_SPINCOUNT") || std::getenv("KMP_BLOCKTIME")) return;
+    ::setenv("GOMP_SPINCOUNT", "10000", 0);  // libgomp: about 30 microseconds
+    ::setenv("KMP_BLOCKTIME", "0", 0);       // libomp: milliseconds
+    ::execv("/proc/self/exe", argv);         // where that fails, things go on as they are
+}
+
+// Reads the command line, hands the options to `run`, and turns errors into a line and a status.
+template <class Run>
+int program(int argc, char** argv, const char* name, Run&& run) {
+    wait_politely(argv);
+    try {
+        const Options options = parse_options(std::vector<std::string>(argv + 1, argv + argc));
+        if (options.help) {
+            std::printf("%s", help_text(options, name).c_str());
+            return 0;
+        }
+        if (options.threads > 0) omp_set_num_threads(int(options.threads));
+        return run(options);
+    } catch (const Error& e) {
+        std::fflush(stdout);
+        std::fprintf(stderr, "error: %s\n", e.what());
+        return e.status;
+    } catch (const std::bad_alloc&) {
+        std::fprintf(stderr, "error: out of memory: choose a smaller --batch-size or --model\n");
+        return 1;
+    }
+}
+
+// The CPU device that the options ask for.
+inline Cpu<float> make_cpu(const Options& o) {
+    if (o.precision == "tf32")
+        fail_usage("--precision tf32 is for GPUs (./train_gpt_cu); a CPU has fp32 and, where it has bf16 dot "
+                   "products, bf16");
+    Cpu<float> device;
+    device.matmul_options.bf16 = o.precision == "bf16";
+    if (device.matmul_options.bf16 && true)
+        fail("--precision bf16 needs a CPU with bf16 dot products (AVX-512 BF16), and a build for it "
+             "(MARCH=native): use --precision fp32");
+    return device;
+}
+
+}  // namespace tinygpt
+
+#endif  // TINYGPT_HPP_INCLUDED
