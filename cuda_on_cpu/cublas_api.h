@@ -1,0 +1,3 @@
+// cublas_api.h: only what cublasLt.h shares with it.
+#pragma once
+#include "cublasLt.h"

@@ -1,0 +1,1027 @@
+// cuda_runtime.h: the part of the CUDA language and runtime that a program translated by
+// translate.cpp may use, on a CPU. Names, values and meanings follow NVIDIA's CUDA Runtime API
+// reference and CUDA C++ Programming Guide; what is missing here fails to compile.
+#pragma once
+
+#include <chrono>
+#include <cmath>
+#include <ctime>
+#include <limits>
+
+#include "emulator.hpp"
+#if CUDA_ON_CPU_WATCH
+#include "watch.hpp"
+#endif
+
+#define CUDA_ON_CPU 1
+#define CUDART_VERSION 12000
+#define __global__ __attribute__((noinline))  // so that a debugger shows the kernel as a function
+#define __device__
+#define __host__
+#define __constant__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+#define __restrict__ __restrict
+
+// =================================================================================================
+// Vector types
+// =================================================================================================
+
+// clang-format off
+struct alignas(8) float2 { float x, y; };
+struct float3 { float x, y, z; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) int2 { int x, y; };
+struct alignas(16) int4 { int x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) double2 { double x, y; };
+struct alignas(16) ulonglong2 { unsigned long long x, y; };
+
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float3 make_float3(float x, float y, float z) { return {x, y, z}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline double2 make_double2(double x, double y) { return {x, y}; }
+// clang-format on
+
+// =================================================================================================
+// Barriers, votes and shuffles. Each tells where it stands by its default arguments.
+// =================================================================================================
+
+#define CUDA_ON_CPU_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+inline void __syncthreads(CUDA_ON_CPU_HERE) {
+    cuda_on_cpu::block_barrier(cuda_on_cpu::barrier_plain, 0, {"__syncthreads()", file, line});
+}
+inline int __syncthreads_count(int predicate, CUDA_ON_CPU_HERE) {
+    return cuda_on_cpu::block_barrier(cuda_on_cpu::barrier_count, predicate,
+                                      {"__syncthreads_count()", file, line});
+}
+inline int __syncthreads_and(int predicate, CUDA_ON_CPU_HERE) {
+    return cuda_on_cpu::block_barrier(cuda_on_cpu::barrier_and, predicate,
+                                      {"__syncthreads_and()", file, line});
+}
+inline int __syncthreads_or(int predicate, CUDA_ON_CPU_HERE) {
+    return cuda_on_cpu::block_barrier(cuda_on_cpu::barrier_or, predicate,
+                                      {"__syncthreads_or()", file, line});
+}
+inline void __syncwarp(unsigned mask = 0xffffffffu, CUDA_ON_CPU_HERE) {
+    int nothing = 0;
+    cuda_on_cpu::warp_operation(mask, &nothing, [](void* const*, unsigned) {}, false,
+                                {"__syncwarp()", file, line});
+    cuda_on_cpu::watch_syncwarp();
+}
+inline void __threadfence() {
+    __sync_synchronize();
+}
+inline void __threadfence_block() {
+    __sync_synchronize();
+}
+inline void __threadfence_system() {
+    __sync_synchronize();
+}
+
+namespace cuda_on_cpu {
+
+template <typename T>
+struct ShuffleLane {
+    T value, result;
+    int from;  // the lane whose value this lane wants; -1: its own
+};
+
+// Every lane of the mask takes the value of the lane it asks for.
+template <typename T>
+void shuffle_lanes(void* const* lanes, unsigned mask) {
+    for (unsigned m = mask; m; m &= m - 1) {
+        int lane = __builtin_ctz(m);
+        auto* mine = static_cast<ShuffleLane<T>*>(lanes[lane]);
+        if (mine->from < 0) mine->from = lane;
+        if (!(mask >> mine->from & 1)) {
+            const Thread& t = worker->threads[self->rank / 32 * 32 + unsigned(lane)];
+            report(Mistake::warp,
+                   text("%s: lane %d reads from lane %d, which is not in the mask 0x%08x",
+                        text(t.site).c_str(), lane, mine->from, mask),
+                   &t);
+        }
+        mine->result = static_cast<ShuffleLane<T>*>(lanes[mine->from])->value;
+    }
+}
+
+template <typename T>
+T shuffle(unsigned mask, T value, int from, Site site) {
+    ShuffleLane<T> mine{value, value, from};
+    warp_operation(mask, &mine, shuffle_lanes<T>, false, site);
+    return mine.result;
+}
+
+inline int lane_of(const char* what) {
+    return int(running_thread(what).rank % 32);
+}
+
+inline void check_width(int width, const Site& site) {
+    if (width < 1 || width > 32 || (width & (width - 1)))
+        report(Mistake::warp,
+               text("%s: the width %d is not a power of two up to 32", text(site).c_str(), width));
+}
+
+struct VoteLane {
+    int predicate;
+    unsigned result;
+};
+inline void vote_lanes(void* const* lanes, unsigned mask) {
+    unsigned votes = 0;
+    for (unsigned m = mask; m; m &= m - 1) {
+        int lane = __builtin_ctz(m);
+        votes |= unsigned(static_cast<VoteLane*>(lanes[lane])->predicate != 0) << lane;
+    }
+    for (unsigned m = mask; m; m &= m - 1)
+        static_cast<VoteLane*>(lanes[__builtin_ctz(m)])->result = votes;
+}
+inline unsigned vote(unsigned mask, int predicate, Site site) {
+    VoteLane mine{predicate, 0};
+    warp_operation(mask, &mine, vote_lanes, false, site);
+    return mine.result;
+}
+
+}  // namespace cuda_on_cpu
+
+// The lane to read from, by the rules of the Programming Guide (warp shuffle functions): sub-warps
+// of `width` lanes; where the source falls outside of the sub-warp a lane keeps its own value.
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32, CUDA_ON_CPU_HERE) {
+    cuda_on_cpu::Site site{"__shfl_sync()", file, line};
+    cuda_on_cpu::check_width(width, site);
+    int lane = cuda_on_cpu::lane_of(site.what);
+    return cuda_on_cpu::shuffle(mask, value, lane / width * width + (source & (width - 1)), site);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, CUDA_ON_CPU_HERE) {
+    cuda_on_cpu::Site site{"__shfl_xor_sync()", file, line};
+    cuda_on_cpu::check_width(width, site);
+    int lane = cuda_on_cpu::lane_of(site.what), from = lane ^ lane_mask;
+    return cuda_on_cpu::shuffle(mask, value,
+                                from >= (lane / width + 1) * width || from > 31 ? -1 : from, site);
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, CUDA_ON_CPU_HERE) {
+    cuda_on_cpu::Site site{"__shfl_down_sync()", file, line};
+    cuda_on_cpu::check_width(width, site);
+    int lane = cuda_on_cpu::lane_of(site.what);
+    bool inside = delta < unsigned(width) && lane % width + int(delta) < width;
+    return cuda_on_cpu::shuffle(mask, value, inside ? lane + int(delta) : -1, site);
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, CUDA_ON_CPU_HERE) {
+    cuda_on_cpu::Site site{"__shfl_up_sync()", file, line};
+    cuda_on_cpu::check_width(width, site);
+    int lane = cuda_on_cpu::lane_of(site.what);
+    bool inside = delta < unsigned(width) && lane % width - int(delta) >= 0;
+    return cuda_on_cpu::shuffle(mask, value, inside ? lane - int(delta) : -1, site);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate, CUDA_ON_CPU_HERE) {
+    return cuda_on_cpu::vote(mask, predicate, {"__ballot_sync()", file, line});
+}
+inline int __any_sync(unsigned mask, int predicate, CUDA_ON_CPU_HERE) {
+    return cuda_on_cpu::vote(mask, predicate, {"__any_sync()", file, line}) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate, CUDA_ON_CPU_HERE) {
+    return cuda_on_cpu::vote(mask, predicate, {"__all_sync()", file, line}) == mask;
+}
+// Which lanes happen to run together is not something a correct kernel may depend on.
+inline unsigned __activemask(CUDA_ON_CPU_HERE) {
+    cuda_on_cpu::report(
+        cuda_on_cpu::Mistake::warp,
+        cuda_on_cpu::text("__activemask() (%s:%d): say which lanes take part, with a mask "
+                          "computed from the indices",
+                          file, line));
+}
+
+// =================================================================================================
+// Loads, stores and atomics
+// =================================================================================================
+
+// clang-format off
+template <typename T> T __ldg(const T* p) { return *p; }
+template <typename T> T __ldcs(const T* p) { return *p; }
+template <typename T> T __ldcg(const T* p) { return *p; }
+template <typename T> T __ldca(const T* p) { return *p; }
+template <typename T> T __ldlu(const T* p) { return *p; }
+template <typename T> void __stcs(T* p, T value) { *p = value; }
+template <typename T> void __stcg(T* p, T value) { *p = value; }
+template <typename T> void __stwb(T* p, T value) { *p = value; }
+template <typename T> void __stwt(T* p, T value) { *p = value; }
+inline size_t __cvta_generic_to_shared(const void* p) { return size_t(p); }
+// clang-format on
+
+namespace cuda_on_cpu {
+template <typename T>
+concept AtomicInteger = std::is_integral_v<T> &&(sizeof(T) == 4 || sizeof(T) == 8);
+
+// Reads *p, writes f(*p) and returns what was read, in one step.
+template <typename T, typename F>
+CUDA_ON_CPU_UNWATCHED T change_atomically(T* p, F f) {
+    running_thread("an atomic operation");
+    watch_atomic(p, sizeof(T));
+    T old = __atomic_load_n(p, __ATOMIC_RELAXED);
+    while (!__atomic_compare_exchange_n(p, &old, T(f(old)), false, __ATOMIC_RELAXED,
+                                        __ATOMIC_RELAXED)) {
+    }
+    return old;
+}
+[[noreturn]] inline void refuse_float_atomic(const char* what, const char* file, int line) {
+    report(Mistake::forbidden, text("%s on floating-point numbers (%s:%d): the order of the "
+                                    "additions, and so the result, would change "
+                                    "from run to run. Sum in a fixed order: partial sums first, "
+                                    "then one thread or warp adds them",
+                                    what, file, line));
+}
+}  // namespace cuda_on_cpu
+
+template <cuda_on_cpu::AtomicInteger T>
+T atomicAdd(T* p, std::type_identity_t<T> v) {
+    return cuda_on_cpu::change_atomically(p, [=](T old) { return old + v; });
+}
+template <cuda_on_cpu::AtomicInteger T>
+T atomicSub(T* p, std::type_identity_t<T> v) {
+    return cuda_on_cpu::change_atomically(p, [=](T old) { return old - v; });
+}
+template <cuda_on_cpu::AtomicInteger T>
+T atomicMax(T* p, std::type_identity_t<T> v) {
+    return cuda_on_cpu::change_atomically(p, [=](T old) { return std::max(old, v); });
+}
+template <cuda_on_cpu::AtomicInteger T>
+T atomicMin(T* p, std::type_identity_t<T> v) {
+    return cuda_on_cpu::change_atomically(p, [=](T old) { return std::min(old, v); });
+}
+template <cuda_on_cpu::AtomicInteger T>
+T atomicAnd(T* p, std::type_identity_t<T> v) {
+    return cuda_on_cpu::change_atomically(p, [=](T old) { return old & v; });
+}
+template <cuda_on_cpu::AtomicInteger T>
+T atomicOr(T* p, std::type_identity_t<T> v) {
+    return cuda_on_cpu::change_atomically(p, [=](T old) { return old | v; });
+}
+template <cuda_on_cpu::AtomicInteger T>
+T atomicXor(T* p, std::type_identity_t<T> v) {
+    return cuda_on_cpu::change_atomically(p, [=](T old) { return old ^ v; });
+}
+template <cuda_on_cpu::AtomicInteger T>
+T atomicExch(T* p, std::type_identity_t<T> v) {
+    return cuda_on_cpu::change_atomically(p, [=](T) { return v; });
+}
+template <cuda_on_cpu::AtomicInteger T>
+T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> v) {
+    return cuda_on_cpu::change_atomically(p, [=](T old) { return old == expected ? v : old; });
+}
+inline unsigned atomicInc(unsigned* p, unsigned limit) {
+    return cuda_on_cpu::change_atomically(p,
+                                          [=](unsigned old) { return old >= limit ? 0 : old + 1; });
+}
+inline float atomicAdd(float*, float, CUDA_ON_CPU_HERE) {
+    cuda_on_cpu::refuse_float_atomic("atomicAdd", file, line);
+}
+inline double atomicAdd(double*, double, CUDA_ON_CPU_HERE) {
+    cuda_on_cpu::refuse_float_atomic("atomicAdd", file, line);
+}
+inline float2 atomicAdd(float2*, float2, CUDA_ON_CPU_HERE) {
+    cuda_on_cpu::refuse_float_atomic("atomicAdd", file, line);
+}
+inline float4 atomicAdd(float4*, float4, CUDA_ON_CPU_HERE) {
+    cuda_on_cpu::refuse_float_atomic("atomicAdd", file, line);
+}
+
+// =================================================================================================
+// Arithmetic. The fast functions are given the exact ones' values.
+// =================================================================================================
+
+// Why macros: the C library declares some of these names for itself.
+// clang-format off
+#define __expf(x) ::expf(x)
+#define __exp10f(x) ::exp10f(x)
+#define __logf(x) ::logf(x)
+#define __log2f(x) ::log2f(x)
+#define __sinf(x) ::sinf(x)
+#define __cosf(x) ::cosf(x)
+#define __powf(x, y) ::powf(x, y)
+#if !defined(__GLIBC__) || !__GLIBC_PREREQ(2, 42)
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
+#endif
+inline float __fdividef(float x, float y) { return x / y; }
+inline float __fdiv_rn(float x, float y) { return x / y; }
+inline float __frcp_rn(float x) { return 1.0f / x; }
+inline float __fsqrt_rn(float x) { return std::sqrt(x); }
+inline float __frsqrt_rn(float x) { return 1.0f / std::sqrt(x); }
+// Never fused with another operation.
+inline float __fadd_rn(float x, float y) { volatile float sum = x + y; return sum; }
+inline float __fsub_rn(float x, float y) { volatile float sum = x - y; return sum; }
+inline float __fmul_rn(float x, float y) { volatile float product = x * y; return product; }
+inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
+inline float __saturatef(float x) { return x > 0 ? std::min(x, 1.0f) : 0.0f; }
+// clang-format on
+
+template <typename To, typename From>
+To cuda_on_cpu_same_bits(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+// clang-format off
+inline int __float_as_int(float x) { return cuda_on_cpu_same_bits<int>(x); }
+inline unsigned __float_as_uint(float x) { return cuda_on_cpu_same_bits<unsigned>(x); }
+inline float __int_as_float(int x) { return cuda_on_cpu_same_bits<float>(x); }
+inline float __uint_as_float(unsigned x) { return cuda_on_cpu_same_bits<float>(x); }
+inline long long __double_as_longlong(double x) { return cuda_on_cpu_same_bits<long long>(x); }
+inline double __longlong_as_double(long long x) { return cuda_on_cpu_same_bits<double>(x); }
+// clang-format on
+
+namespace cuda_on_cpu {
+// Out of range becomes the nearest value that fits, and NaN becomes 0, as on the device.
+template <typename I>
+I to_integer(float x) {
+    if (std::isnan(x)) return 0;
+    if (double(x) <= double(std::numeric_limits<I>::min())) return std::numeric_limits<I>::min();
+    if (double(x) >= double(std::numeric_limits<I>::max())) return std::numeric_limits<I>::max();
+    return I(x);
+}
+}  // namespace cuda_on_cpu
+// clang-format off
+inline int __float2int_rn(float x) { return cuda_on_cpu::to_integer<int>(std::nearbyint(x)); }
+inline int __float2int_rz(float x) { return cuda_on_cpu::to_integer<int>(std::trunc(x)); }
+inline int __float2int_rd(float x) { return cuda_on_cpu::to_integer<int>(std::floor(x)); }
+inline int __float2int_ru(float x) { return cuda_on_cpu::to_integer<int>(std::ceil(x)); }
+inline unsigned __float2uint_rn(float x) {
+    return cuda_on_cpu::to_integer<unsigned>(std::nearbyint(x));
+}
+inline unsigned __float2uint_rz(float x) {
+    return cuda_on_cpu::to_integer<unsigned>(std::trunc(x));
+}
+inline float __int2float_rn(int x) { return float(x); }
+inline float __uint2float_rn(unsigned x) { return float(x); }
+inline float __double2float_rn(double x) { return float(x); }
+
+inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
+inline int __clzll(long long x) { return x ? __builtin_clzll(uint64_t(x)) : 64; }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
+inline unsigned __umulhi(unsigned x, unsigned y) { return unsigned(uint64_t(x) * y >> 32); }
+// clang-format on
+inline unsigned long long __umul64hi(unsigned long long x, unsigned long long y) {
+    __extension__ typedef unsigned __int128 wide;
+    return static_cast<unsigned long long>(wide(x) * y >> 64);
+}
+inline unsigned __brev(unsigned x) {
+    unsigned out = 0;
+    for (int i = 0; i < 32; i++) out |= (x >> i & 1) << (31 - i);
+    return out;
+}
+
+// CUDA's min and max take any two numbers of one kind, and mix int with unsigned.
+// clang-format off
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
+inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
+inline long min(long a, long b) { return a < b ? a : b; }
+inline long max(long a, long b) { return a > b ? a : b; }
+inline unsigned long min(unsigned long a, unsigned long b) { return a < b ? a : b; }
+inline unsigned long max(unsigned long a, unsigned long b) { return a > b ? a : b; }
+inline long long min(long long a, long long b) { return a < b ? a : b; }
+inline long long max(long long a, long long b) { return a > b ? a : b; }
+inline float min(float a, float b) { return fminf(a, b); }
+inline float max(float a, float b) { return fmaxf(a, b); }
+inline double min(double a, double b) { return std::fmin(a, b); }
+inline double max(double a, double b) { return std::fmax(a, b); }
+// clang-format on
+
+inline long long clock64() {
+    return std::chrono::steady_clock::now().time_since_epoch().count();
+}
+inline clock_t clock_of_device() {
+    return clock_t(clock64());
+}
+inline void __nanosleep(unsigned) {}
+[[noreturn]] inline void __trap(CUDA_ON_CPU_HERE) {
+    cuda_on_cpu::report(cuda_on_cpu::Mistake::other,
+                        cuda_on_cpu::text("__trap() (%s:%d)", file, line));
+}
+
+// =================================================================================================
+// Errors
+// =================================================================================================
+
+enum cudaError {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorMemoryAllocation = 2,
+    cudaErrorInitializationError = 3,
+    cudaErrorInvalidConfiguration = 9,
+    cudaErrorInvalidMemcpyDirection = 21,
+    cudaErrorInsufficientDriver = 35,
+    cudaErrorNoDevice = 100,
+    cudaErrorInvalidDevice = 101,
+    cudaErrorNoKernelImageForDevice = 209,
+    cudaErrorInvalidResourceHandle = 400,
+    cudaErrorNotReady = 600,
+    cudaErrorIllegalAddress = 700,
+    cudaErrorLaunchFailure = 719,
+    cudaErrorNotSupported = 801,
+    cudaErrorStreamCaptureUnsupported = 900,
+    cudaErrorStreamCaptureUnmatched = 903,
+    cudaErrorStreamCaptureImplicit = 906,
+    cudaErrorUnknown = 999,
+};
+typedef enum cudaError cudaError_t;
+
+namespace cuda_on_cpu {
+struct ErrorName {
+    cudaError_t code;
+    const char* name;
+    const char* meaning;
+};
+inline const ErrorName* error_names(size_t& count) {
+    static const ErrorName names[] = {
+        {cudaSuccess, "cudaSuccess", "no error"},
+        {cudaErrorInvalidValue, "cudaErrorInvalidValue", "invalid argument"},
+        {cudaErrorMemoryAllocation, "cudaErrorMemoryAllocation", "out of memory"},
+        {cudaErrorInitializationError, "cudaErrorInitializationError", "initialization error"},
+        {cudaErrorInvalidConfiguration, "cudaErrorInvalidConfiguration",
+         "invalid configuration argument"},
+        {cudaErrorInvalidMemcpyDirection, "cudaErrorInvalidMemcpyDirection",
+         "invalid copy direction for memcpy"},
+        {cudaErrorInsufficientDriver, "cudaErrorInsufficientDriver",
+         "the driver is too old for this program"},
+        {cudaErrorNoDevice, "cudaErrorNoDevice", "no CUDA-capable device is detected"},
+        {cudaErrorInvalidDevice, "cudaErrorInvalidDevice", "invalid device ordinal"},
+        {cudaErrorNoKernelImageForDevice, "cudaErrorNoKernelImageForDevice",
+         "the program holds no code for this device"},
+        {cudaErrorInvalidResourceHandle, "cudaErrorInvalidResourceHandle",
+         "invalid resource handle"},
+        {cudaErrorNotReady, "cudaErrorNotReady", "device not ready"},
+        {cudaErrorIllegalAddress, "cudaErrorIllegalAddress",
+         "an illegal memory access was encountered"},
+        {cudaErrorLaunchFailure, "cudaErrorLaunchFailure", "a launch failed"},
+        {cudaErrorNotSupported, "cudaErrorNotSupported", "operation not supported"},
+        {cudaErrorStreamCaptureUnsupported, "cudaErrorStreamCaptureUnsupported",
+         "not permitted while a stream is capturing"},
+        {cudaErrorStreamCaptureUnmatched, "cudaErrorStreamCaptureUnmatched",
+         "capture ended on another stream than it began on"},
+        {cudaErrorStreamCaptureImplicit, "cudaErrorStreamCaptureImplicit",
+         "would make a capturing stream depend on the default stream"},
+    };
+    count = sizeof names / sizeof *names;
+    return names;
+}
+inline const ErrorName* find_error_name(cudaError_t code) {
+    size_t count;
+    const ErrorName* names = error_names(count);
+    for (size_t i = 0; i < count; i++)
+        if (names[i].code == code) return &names[i];
+    return nullptr;
+}
+struct LastError {
+    cudaError_t code = cudaSuccess;
+    std::string message;
+};
+inline LastError& last_error() {
+    static LastError e;
+    return e;
+}
+// What the last failing call of the runtime found wrong, in words.
+inline std::string last_message() {
+    return last_error().message;
+}
+inline cudaError_t fail_with(cudaError_t code, const std::string& message) {
+    last_error() = {code, message};
+    mistake_found(message.c_str());
+    return code;
+}
+}  // namespace cuda_on_cpu
+
+inline const char* cudaGetErrorName(cudaError_t code) {
+    auto* e = cuda_on_cpu::find_error_name(code);
+    return e ? e->name : "unrecognized error code";
+}
+inline const char* cudaGetErrorString(cudaError_t code) {
+    auto* e = cuda_on_cpu::find_error_name(code);
+    return e ? e->meaning : "unrecognized error code";
+}
+inline cudaError_t cudaPeekAtLastError() {
+    return cuda_on_cpu::last_error().code;
+}
+inline cudaError_t cudaGetLastError() {
+    return std::exchange(cuda_on_cpu::last_error().code, cudaSuccess);
+}
+
+// =================================================================================================
+// The device
+// =================================================================================================
+
+struct cudaDeviceProp {
+    char name[256];
+    size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin, sharedMemPerMultiprocessor;
+    int regsPerBlock, regsPerMultiprocessor, warpSize, maxThreadsPerBlock,
+        maxThreadsPerMultiProcessor;
+    int maxThreadsDim[3], maxGridSize[3];
+    int major, minor, multiProcessorCount, memoryBusWidth, l2CacheSize, ECCEnabled, integrated;
+    int concurrentKernels, asyncEngineCount, unifiedAddressing, managedMemory, canMapHostMemory;
+};
+enum cudaDeviceAttr {
+    cudaDevAttrMaxThreadsPerBlock = 1,
+    cudaDevAttrMaxSharedMemoryPerBlock = 8,
+    cudaDevAttrWarpSize = 10,
+    cudaDevAttrClockRate = 13,
+    cudaDevAttrMultiProcessorCount = 16,
+    cudaDevAttrMemoryClockRate = 36,
+    cudaDevAttrGlobalMemoryBusWidth = 37,
+    cudaDevAttrL2CacheSize = 38,
+    cudaDevAttrMaxThreadsPerMultiProcessor = 39,
+    cudaDevAttrComputeCapabilityMajor = 75,
+    cudaDevAttrComputeCapabilityMinor = 76,
+    cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
+
+inline cudaError_t cudaGetDeviceCount(int* count) {
+    *count = cuda_on_cpu::settings().device_count;
+    return *count > 0
+               ? cudaSuccess
+               : cuda_on_cpu::fail_with(cudaErrorNoDevice, "no device: CUDA_ON_CPU_DEVICES is 0");
+}
+inline cudaError_t cudaSetDevice(int device) {
+    bool known = device >= 0 && device < cuda_on_cpu::settings().device_count;
+    return known ? cudaSuccess
+                 : cuda_on_cpu::fail_with(cudaErrorInvalidDevice,
+                                          cuda_on_cpu::text("there is no device %d", device));
+}
+inline cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+inline cudaError_t cudaDeviceSynchronize();
+inline cudaError_t cudaDeviceReset() {
+    return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) {
+    *version = CUDART_VERSION;
+    return cudaSuccess;
+}
+inline cudaError_t cudaRuntimeGetVersion(int* version) {
+    *version = CUDART_VERSION;
+    return cudaSuccess;
+}
+enum cudaFlags {
+    cudaDeviceScheduleAuto = 0,
+    cudaDeviceScheduleSpin = 1,
+    cudaDeviceScheduleYield = 2,
+    cudaDeviceScheduleBlockingSync = 4
+};
+inline cudaError_t cudaSetDeviceFlags(unsigned) {
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
+    if (cudaError_t e = cudaSetDevice(device)) return e;
+    const auto& s = cuda_on_cpu::settings();
+    *p = cudaDeviceProp{};
+    std::snprintf(p->name, sizeof p->name, "CUDA on CPU");
+    p->totalGlobalMem = s.memory_bytes;
+    p->sharedMemPerBlock = cuda_on_cpu::shared_limit_plain;
+    p->sharedMemPerBlockOptin = cuda_on_cpu::shared_limit_opted;
+    p->sharedMemPerMultiprocessor = cuda_on_cpu::shared_limit_opted + 1024;
+    p->regsPerBlock = p->regsPerMultiprocessor = 65536;
+    p->warpSize = 32;
+    p->maxThreadsPerBlock = 1024;
+    p->maxThreadsPerMultiProcessor = 2048;
+    p->maxThreadsDim[0] = p->maxThreadsDim[1] = 1024;
+    p->maxThreadsDim[2] = 64;
+    p->maxGridSize[0] = 2147483647;
+    p->maxGridSize[1] = p->maxGridSize[2] = 65535;
+    p->major = s.major;
+    p->minor = s.minor;
+    p->multiProcessorCount = s.multiprocessors;
+    p->memoryBusWidth = 64;
+    p->l2CacheSize = 1 << 20;
+    p->concurrentKernels = p->asyncEngineCount = p->unifiedAddressing = p->canMapHostMemory = 1;
+    return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+    cudaDeviceProp p;
+    if (cudaError_t e = cudaGetDeviceProperties(&p, device)) return e;
+    switch (attribute) {
+        case cudaDevAttrMaxThreadsPerBlock: *value = p.maxThreadsPerBlock; break;
+        case cudaDevAttrMaxSharedMemoryPerBlock: *value = int(p.sharedMemPerBlock); break;
+        case cudaDevAttrWarpSize: *value = 32; break;
+        case cudaDevAttrClockRate: *value = 1000000; break;
+        case cudaDevAttrMultiProcessorCount: *value = p.multiProcessorCount; break;
+        case cudaDevAttrMemoryClockRate: *value = 1000000; break;
+        case cudaDevAttrGlobalMemoryBusWidth: *value = p.memoryBusWidth; break;
+        case cudaDevAttrL2CacheSize: *value = p.l2CacheSize; break;
+        case cudaDevAttrMaxThreadsPerMultiProcessor: *value = p.maxThreadsPerMultiProcessor; break;
+        case cudaDevAttrComputeCapabilityMajor: *value = p.major; break;
+        case cudaDevAttrComputeCapabilityMinor: *value = p.minor; break;
+        case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+            *value = int(p.sharedMemPerMultiprocessor);
+            break;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(p.sharedMemPerBlockOptin); break;
+        default:
+            return cuda_on_cpu::fail_with(
+                cudaErrorInvalidValue,
+                cuda_on_cpu::text("device attribute %d is not known here", attribute));
+    }
+    return cudaSuccess;
+}
+
+// =================================================================================================
+// Memory
+// =================================================================================================
+
+namespace cuda_on_cpu {
+
+inline bool any_stream_captures(bool change = false, int by = 0) {
+    static std::atomic<int> count{0};
+    if (change) count += by;
+    return count > 0;
+}
+inline cudaError_t refuse_while_capturing(const char* what) {
+    return fail_with(cudaErrorStreamCaptureUnsupported,
+                     text("%s is not permitted while a stream is being captured", what));
+}
+
+// A buffer that ends at a guard page. Aligned to 256 bytes as cudaMalloc's are when its size is a
+// multiple of that, else to 16, so that the guard stays near.
+inline cudaError_t allocate(void** p, size_t bytes, bool on_host) {
+    *p = nullptr;
+    if (!p) return fail_with(cudaErrorInvalidValue, "cudaMalloc: null pointer");
+    if (any_stream_captures()) return refuse_while_capturing("cudaMalloc");
+    if (bytes == 0) return cudaSuccess;
+    Buffers& all = buffers();
+    std::lock_guard lock(all.mutex);
+    if (!on_host &&
+        bytes > settings().memory_bytes - std::min(settings().memory_bytes, all.bytes_in_use))
+        return fail_with(cudaErrorMemoryAllocation,
+                         text("cudaMalloc of %zu bytes: %zu of %zu are in use", bytes,
+                              all.bytes_in_use, settings().memory_bytes));
+    Buffer b;
+    try {
+        b.memory.allocate(bytes, bytes % 256 == 0 ? 256 : 16, on_host);
+    } catch (const std::bad_alloc&) {
+        return fail_with(cudaErrorMemoryAllocation,
+                         text("cudaMalloc of %zu bytes: this machine has no more memory", bytes));
+    }
+    b.number = ++all.count;
+    b.on_host = on_host;
+    if (!on_host) all.bytes_in_use += bytes, watch_new_buffer(b.memory);
+    *p = b.memory.data;
+    all.by_address[uintptr_t(b.memory.map)] = b;
+    return cudaSuccess;
+}
+inline cudaError_t release(void* p, bool on_host) {
+    const char* what = on_host ? "cudaFreeHost" : "cudaFree";
+    if (!p) return cudaSuccess;
+    if (any_stream_captures()) return refuse_while_capturing(what);
+    Buffers& all = buffers();
+    std::lock_guard lock(all.mutex);
+    Buffer* b = all.find(p);
+    if (!b || b->on_host != on_host || p != b->memory.data || !b->live)
+        return fail_with(cudaErrorInvalidValue,
+                         text("%s(%p): %s", what, p,
+                              !b                    ? "was never allocated"
+                              : !b->live            ? "is already freed"
+                              : p != b->memory.data ? "is not the start of a buffer"
+                                                    : "is of the other kind"));
+    if (!on_host) all.bytes_in_use -= b->memory.bytes;
+    b->live = false;
+    b->memory.retire();
+    return cudaSuccess;
+}
+
+// Where [p, p + bytes) lies: false with a message if it crosses the end of a buffer, or is freed.
+inline bool check_range(uintptr_t address, size_t bytes, const char* what, bool& on_device,
+                        std::string& message) {
+    const void* p = reinterpret_cast<const void*>(address);
+    std::lock_guard lock(buffers().mutex);
+    Buffer* b = buffers().find(p);
+    on_device = b && !b->on_host;
+    if (!b || (b->live && b->memory.holds(p, bytes))) return true;
+    message = text("%s: %zu bytes starting %s", what, bytes, describe_address(*b, p).c_str());
+    return false;
+}
+
+}  // namespace cuda_on_cpu
+
+template <typename T>
+cudaError_t cudaMalloc(T** p, size_t bytes) {
+    return cuda_on_cpu::allocate(reinterpret_cast<void**>(p), bytes, false);
+}
+template <typename T>
+cudaError_t cudaMallocHost(T** p, size_t bytes, unsigned = 0) {
+    return cuda_on_cpu::allocate(reinterpret_cast<void**>(p), bytes, true);
+}
+enum {
+    cudaHostAllocDefault = 0,
+    cudaHostAllocPortable = 1,
+    cudaHostAllocMapped = 2,
+    cudaHostAllocWriteCombined = 4
+};
+template <typename T>
+cudaError_t cudaHostAlloc(T** p, size_t bytes, unsigned) {
+    return cuda_on_cpu::allocate(reinterpret_cast<void**>(p), bytes, true);
+}
+inline cudaError_t cudaFree(void* p) {
+    return cuda_on_cpu::release(p, false);
+}
+inline cudaError_t cudaFreeHost(void* p) {
+    return cuda_on_cpu::release(p, true);
+}
+inline cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total) {
+    std::lock_guard lock(cuda_on_cpu::buffers().mutex);
+    *total = cuda_on_cpu::settings().memory_bytes;
+    *free_bytes = *total - std::min(*total, cuda_on_cpu::buffers().bytes_in_use);
+    return cudaSuccess;
+}
+
+// =================================================================================================
+// Streams, events, graphs. Every operation is done when its call returns, unless the stream is
+// being captured: then it is recorded.
+// =================================================================================================
+
+typedef cuda_on_cpu::Stream* cudaStream_t;
+#define cudaStreamLegacy (static_cast<cudaStream_t>(nullptr))
+
+struct cuda_on_cpu_event {
+    std::shared_ptr<cuda_on_cpu::Graph> captured_in;  // the capture it was recorded in
+    std::chrono::steady_clock::time_point time{};
+    bool recorded = false;
+};
+typedef cuda_on_cpu_event* cudaEvent_t;
+struct cuda_on_cpu_graph_handle {
+    std::shared_ptr<cuda_on_cpu::Graph> graph;
+};
+typedef cuda_on_cpu_graph_handle* cudaGraph_t;
+struct cuda_on_cpu_graph_exec {
+    cuda_on_cpu::Graph graph;
+};
+typedef cuda_on_cpu_graph_exec* cudaGraphExec_t;
+
+enum { cudaStreamDefault = 0, cudaStreamNonBlocking = 1 };
+enum { cudaEventDefault = 0, cudaEventBlockingSync = 1, cudaEventDisableTiming = 2 };
+enum cudaMemcpyKind {
+    cudaMemcpyHostToHost,
+    cudaMemcpyHostToDevice,
+    cudaMemcpyDeviceToHost,
+    cudaMemcpyDeviceToDevice,
+    cudaMemcpyDefault
+};
+enum cudaStreamCaptureMode {
+    cudaStreamCaptureModeGlobal,
+    cudaStreamCaptureModeThreadLocal,
+    cudaStreamCaptureModeRelaxed
+};
+enum cudaStreamCaptureStatus {
+    cudaStreamCaptureStatusNone,
+    cudaStreamCaptureStatusActive,
+    cudaStreamCaptureStatusInvalidated
+};
+
+namespace cuda_on_cpu {
+
+inline bool captures(cudaStream_t s) {
+    return s && s->capturing;
+}
+
+inline cudaError_t check_copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+    std::string message;
+    bool to_device = false, from_device = false;
+    if (!check_range(uintptr_t(to), bytes, "cudaMemcpy to", to_device, message) ||
+        !check_range(uintptr_t(from), bytes, "cudaMemcpy from", from_device, message))
+        return fail_with(cudaErrorInvalidValue, message);
+    bool says_to = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
+    bool says_from = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
+    if (kind != cudaMemcpyDefault && (says_to != to_device || says_from != from_device))
+        return fail_with(cudaErrorInvalidValue,
+                         text("cudaMemcpy: the kind says %s to %s, but the pointers are %s to %s",
+                              says_from ? "device" : "host", says_to ? "device" : "host",
+                              from_device ? "device" : "host", to_device ? "device" : "host"));
+    return cudaSuccess;
+}
+CUDA_ON_CPU_UNWATCHED inline void copy_bytes(void* to, const void* from, size_t bytes) {
+    std::memmove(to, from, bytes);
+    watch_host_write(to, bytes);
+}
+CUDA_ON_CPU_UNWATCHED inline void set_bytes(void* to, int value, size_t bytes) {
+    std::memset(to, value, bytes);
+    watch_host_write(to, bytes);
+}
+inline cudaError_t check_set(void* to, size_t bytes) {
+    std::string message;
+    bool on_device;
+    if (!check_range(uintptr_t(to), bytes, "cudaMemset", on_device, message))
+        return fail_with(cudaErrorInvalidValue, message);
+    if (!on_device)
+        return fail_with(cudaErrorInvalidValue, "cudaMemset: the pointer is not device memory");
+    return cudaSuccess;
+}
+
+}  // namespace cuda_on_cpu
+
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
+                                   cudaStream_t stream = nullptr) {
+    if (bytes == 0) return cudaSuccess;
+    if (cudaError_t e = cuda_on_cpu::check_copy(to, from, bytes, kind)) return e;
+    cuda_on_cpu::submit(stream, [=] { cuda_on_cpu::copy_bytes(to, from, bytes); });
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes,
+                                   cudaStream_t stream = nullptr) {
+    if (bytes == 0) return cudaSuccess;
+    if (cudaError_t e = cuda_on_cpu::check_set(to, bytes)) return e;
+    cuda_on_cpu::submit(stream, [=] { cuda_on_cpu::set_bytes(to, value, bytes); });
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+    if (cuda_on_cpu::any_stream_captures())
+        return cuda_on_cpu::fail_with(
+            cudaErrorStreamCaptureImplicit,
+            "cudaMemcpy while a stream is being captured: use cudaMemcpyAsync on that stream");
+    return cudaMemcpyAsync(to, from, bytes, kind);
+}
+inline cudaError_t cudaMemset(void* to, int value, size_t bytes) {
+    if (cuda_on_cpu::any_stream_captures())
+        return cuda_on_cpu::fail_with(
+            cudaErrorStreamCaptureImplicit,
+            "cudaMemset while a stream is being captured: use cudaMemsetAsync on that stream");
+    return cudaMemsetAsync(to, value, bytes);
+}
+template <typename Symbol>
+cudaError_t cudaMemcpyToSymbol(Symbol& symbol, const void* from, size_t bytes, size_t offset = 0,
+                               cudaMemcpyKind = cudaMemcpyHostToDevice) {
+    if (offset + bytes > sizeof symbol)
+        return cuda_on_cpu::fail_with(cudaErrorInvalidValue,
+                                      "cudaMemcpyToSymbol: past the end of the variable");
+    std::memcpy(reinterpret_cast<char*>(&symbol) + offset, from, bytes);
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceSynchronize() {
+    return cuda_on_cpu::any_stream_captures()
+               ? cuda_on_cpu::refuse_while_capturing("cudaDeviceSynchronize")
+               : cudaSuccess;
+}
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+    *stream = new cuda_on_cpu::Stream;
+    (*stream)->non_blocking = flags & cudaStreamNonBlocking;
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamCreate(cudaStream_t* stream) {
+    return cudaStreamCreateWithFlags(stream, cudaStreamDefault);
+}
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    delete stream;
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    return cuda_on_cpu::captures(stream)
+               ? cuda_on_cpu::refuse_while_capturing("cudaStreamSynchronize")
+               : cudaSuccess;
+}
+inline cudaError_t cudaStreamQuery(cudaStream_t stream) {
+    return cudaStreamSynchronize(stream);
+}
+
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+    *event = new cuda_on_cpu_event;
+    return cudaSuccess;
+}
+inline cudaError_t cudaEventCreate(cudaEvent_t* event, unsigned flags = 0) {
+    return cudaEventCreateWithFlags(event, flags);
+}
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    delete event;
+    return cudaSuccess;
+}
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream = nullptr) {
+    event->captured_in = stream ? stream->capturing : nullptr;
+    event->recorded = true;
+    event->time = std::chrono::steady_clock::now();
+    return cudaSuccess;
+}
+inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    return event->captured_in ? cuda_on_cpu::refuse_while_capturing("cudaEventSynchronize")
+                              : cudaSuccess;
+}
+inline cudaError_t cudaEventQuery(cudaEvent_t event) {
+    return cudaEventSynchronize(event);
+}
+inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_t stop) {
+    if (!start->recorded || !stop->recorded || start->captured_in || stop->captured_in)
+        return cuda_on_cpu::fail_with(cudaErrorInvalidResourceHandle,
+                                      "cudaEventElapsedTime: an event was not recorded");
+    *ms = std::chrono::duration<float, std::milli>(stop->time - start->time).count();
+    return cudaSuccess;
+}
+// Waiting for an event of a capture makes the stream a part of that capture.
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned = 0) {
+    if (event->captured_in && stream && !stream->capturing) {
+        stream->capturing = event->captured_in;
+        stream->capturing->streams.push_back(stream);
+    }
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+    if (!stream || stream->capturing)
+        return cuda_on_cpu::fail_with(
+            cudaErrorStreamCaptureUnsupported,
+            stream ? "this stream is being captured already"
+                   : "the default stream cannot be captured: use cudaStreamCreate");
+    stream->capturing = std::make_shared<cuda_on_cpu::Graph>();
+    stream->capturing->streams = {stream};
+    stream->captures_first = true;
+    cuda_on_cpu::any_stream_captures(true, 1);
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+    *graph = nullptr;
+    if (!stream || !stream->capturing || !stream->captures_first)
+        return cuda_on_cpu::fail_with(
+            cudaErrorStreamCaptureUnmatched,
+            "cudaStreamEndCapture: the capture did not begin on this stream");
+    auto captured = stream->capturing;
+    for (cudaStream_t member : captured->streams) member->capturing = nullptr;
+    captured->streams.clear();
+    *graph = new cuda_on_cpu_graph_handle{captured};
+    stream->captures_first = false;
+    cuda_on_cpu::any_stream_captures(true, -1);
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+    *status =
+        cuda_on_cpu::captures(stream) ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+    return cudaSuccess;
+}
+inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph,
+                                        unsigned long long = 0) {
+    *exec = new cuda_on_cpu_graph_exec{*graph->graph};
+    return cudaSuccess;
+}
+inline cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* exec, cudaGraph_t graph,
+                                                 unsigned long long = 0) {
+    return cudaGraphInstantiate(exec, graph);
+}
+inline cudaError_t cudaGraphUpload(cudaGraphExec_t, cudaStream_t) {
+    return cudaSuccess;
+}
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
+    for (auto& operation : exec->graph.operations) cuda_on_cpu::submit(stream, operation);
+    return cudaSuccess;
+}
+inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+    delete graph;
+    return cudaSuccess;
+}
+inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+    delete exec;
+    return cudaSuccess;
+}
+
+// =================================================================================================
+// Properties of kernels
+// =================================================================================================
+
+enum cudaFuncAttribute {
+    cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+    cudaFuncAttributePreferredSharedMemoryCarveout = 9
+};
+
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute,
+                                        int value) {
+    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+    if (value < 0 || size_t(value) > cuda_on_cpu::shared_limit_opted)
+        return cuda_on_cpu::fail_with(
+            cudaErrorInvalidValue,
+            cuda_on_cpu::text("a block can have at most %zu bytes of shared memory, not %d",
+                              cuda_on_cpu::shared_limit_opted, value));
+    std::lock_guard lock(cuda_on_cpu::kernel_list().mutex);
+    cuda_on_cpu::kernel_list().dynamic_limit[kernel] = size_t(value);
+    return cudaSuccess;
+}
+template <typename... P>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribute, int value) {
+    return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int threads,
+                                                          size_t) {
+    *blocks = threads > 0 ? std::max(1, 2048 / threads) : 1;
+    return cudaSuccess;
+}

@@ -1,0 +1,1773 @@
+// train_gpt.cu: the layers of tinygpt.hpp as CUDA kernels, and the GPU driver.
+//
+// Model, training loop, options and files are tinygpt.hpp's, unchanged: this file is one more device
+// for them, `Cuda<Activation>`, with the same functions as `Cpu<real>`. Read a layer there first: the
+// mathematics and the derivations stand there. Here each kernel says how it is laid out on the GPU,
+// how many bytes it moves and how many operations it does; a kernel is as fast as the larger of the
+// two times lets it be (an H100 moves about 3.0 TB/s and multiplies about 800 TFLOP/s in bf16).
+//
+//   1 errors            a return code that is not success ends with its name and place
+//   2 words of PTX      all inline assembly: tensor cores, and copies that do not wait
+//   3 small words       16 bytes at a time, sums over a warp and a block
+//   4 kernels           embedding, layernorm, linear layers, attention, head, update
+//   5 matmuls           cuBLASLt with plans that are made once for each shape
+//   6 struct Cuda       the device: which kernel, on how many blocks
+//   7 the driver
+//
+// Precision. bf16: activations and the weights that the layers read are bf16; master weights, moments,
+// parameter gradients, statistics, losses and every sum are fp32 or wider. tf32, fp32: all are fp32,
+// and matmuls round their inputs to tf32, or do not.
+//
+// Two runs are equal bit for bit: every sum has a fixed order, and there is no atomic addition.
+#include <cublasLt.h>
+#include <cuda_runtime.h>
+
+#include "tinygpt.hpp"
+
+namespace tinygpt {
+
+// =================================================================================================
+// 1 Errors
+// =================================================================================================
+
+// Ends with the name of the code, the call and its place, unless the code is success.
+inline void check_code(cudaError_t code, const char* call, int line) {
+    TINYGPT_CHECK(code == cudaSuccess, "train_gpt.cu:%d: %s failed: %s (%s)", line, call,
+                  cudaGetErrorName(code), cudaGetErrorString(code));
+}
+inline void check_code(cublasStatus_t code, const char* call, int line) {
+    TINYGPT_CHECK(code == CUBLAS_STATUS_SUCCESS, "train_gpt.cu:%d: %s failed: %s (%s)", line, call,
+                  cublasLtGetStatusName(code), cublasLtGetStatusString(code));
+}
+#define CUDA_CHECK(call) ::tinygpt::check_code(call, #call, __LINE__)
+
+// =================================================================================================
+// 2 Words of PTX
+// =================================================================================================
+// A warp of 32 lanes multiplies small matrices together, d += a b, with the elements of a, b and d
+// spread over its lanes (PTX ISA, "Matrix Fragments for mma.m16n8k16"). With g = lane / 4, t = lane % 4:
+//   a, 16 x 16: a[0] holds row g,     columns 2t, 2t+1     a[2] row g,     columns 2t+8, 2t+9
+//               a[1]       row g + 8, columns 2t, 2t+1     a[3] row g + 8, columns 2t+8, 2t+9
+//   b, 16 x 8:  b[0] holds rows 2t, 2t+1 of column g       b[1] rows 2t+8, 2t+9 of column g
+//   d, 16 x 8:  d[0], d[1]: row g, columns 2t, 2t+1        d[2], d[3]: row g + 8, the same columns
+// load_matrix reads 8 x 8 pieces from shared memory in just that layout: lane i gives the address of
+// row i % 8 of piece i / 8, and gets elements 2t, 2t+1 of row g of every piece; transposed, of column g.
+
+// PTX wrappers begin
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define TINYGPT_PTX(...) __trap()  // bf16, tf32 and asynchronous copies came with compute capability 8.0
+#else
+#define TINYGPT_PTX(...) asm volatile(__VA_ARGS__)
+#endif
+
+// d [16, 8] += a [16, 16] b [16, 8], in bf16 with fp32 sums.
+__device__ inline void mma_bf16_16x8x16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    TINYGPT_PTX("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// d [16, 8] += a [16, 8] b [8, 8], in tf32 with fp32 sums. Here a lane holds single elements:
+// a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4); b: (t, g), (t + 4, g); d as above.
+__device__ inline void mma_tf32_16x8x8(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    TINYGPT_PTX("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+                "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// The nearest tf32: a float with 10 bits behind the binary point.
+__device__ inline unsigned to_tf32(float x) {
+    unsigned bits = 0;
+    TINYGPT_PTX("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+    return bits;
+}
+__device__ inline void load_matrix_x4(unsigned (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(unsigned(__cvta_generic_to_shared(row)))
+                 : "memory");
+}
+__device__ inline void load_matrix_x4_transposed(unsigned (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(unsigned(__cvta_generic_to_shared(row)))
+                 : "memory");
+}
+// Starts to copy 16 bytes from global to shared memory; zeros instead where not valid.
+__device__ inline void copy_async_16(void* shared, const void* global, bool valid) {
+    TINYGPT_PTX("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                :: "r"(unsigned(__cvta_generic_to_shared(shared))), "l"(global), "r"(valid ? 16 : 0)
+                : "memory");
+}
+// Copies started so far and not yet committed become one group.
+__device__ inline void copy_async_commit() { TINYGPT_PTX("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most N of this thread's groups are still under way.
+template <int N>
+__device__ inline void copy_async_wait() {
+    TINYGPT_PTX("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+// 2^x with a relative error of about 2^-22; 0 for -infinity.
+__device__ inline float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+// Two floats rounded to bf16: lo in the lower half.
+__device__ inline unsigned pack_bf16(float lo, float hi) {
+    unsigned both = 0;
+    TINYGPT_PTX("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(hi), "f"(lo));
+    return both;
+}
+// PTX wrappers end
+
+// =================================================================================================
+// 3 Small words
+// =================================================================================================
+
+constexpr int kWarp = 32;
+constexpr float kLog2E = 1.4426950408889634f;
+
+// A GPU is fed best 16 bytes at a time. A pack is 16 bytes of A: 4 floats or 8 bf16, worked on as floats.
+// Every row length that is read this way is a multiple of 8 (Cuda checks n_embd).
+template <class A>
+constexpr int kPack = 16 / int(sizeof(A));
+
+__device__ inline void load_pack(float (&x)[4], const float* from) {
+    const float4 raw = *reinterpret_cast<const float4*>(from);
+    x[0] = raw.x, x[1] = raw.y, x[2] = raw.z, x[3] = raw.w;
+}
+__device__ inline void load_pack(float (&x)[8], const bf16* from) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(from);
+    const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        x[2 * i] = __uint_as_float(words[i] << 16);  // a bf16 is the upper half of a float
+        x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+}
+__device__ inline void store_pack(float* to, const float (&x)[4]) {
+    *reinterpret_cast<float4*>(to) = make_float4(x[0], x[1], x[2], x[3]);
+}
+__device__ inline void store_pack(bf16* to, const float (&x)[8]) {
+    *reinterpret_cast<uint4*>(to) = make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]),
+                                               pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
+}
+
+// The sum, the maximum of a value over the warp, in every lane. Each step adds the same two numbers
+// in both of two lanes, so all lanes end with the same bits.
+template <class T>
+__device__ inline T warp_sum(T x) {
+#pragma unroll
+    for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    return x;
+}
+__device__ inline float warp_max(float x) {
+#pragma unroll
+    for (int step = kWarp / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
+    return x;
+}
+// The sum over the block, in every thread. Called by all threads of a block of whole warps.
+template <class T>
+__device__ inline T block_sum(T x) {
+    __shared__ T sums[kWarp];
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+    x = warp_sum(x);
+    __syncthreads();  // the previous use of sums is over
+    if (lane == 0) sums[warp] = x;
+    __syncthreads();
+    return warp_sum(lane < warps ? sums[lane] : T(0));
+}
+__device__ inline float block_max(float x) {
+    __shared__ float highest[kWarp];
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+    x = warp_max(x);
+    __syncthreads();
+    if (lane == 0) highest[warp] = x;
+    __syncthreads();
+    return warp_max(lane < warps ? highest[lane] : -INFINITY);
+}
+
+// =================================================================================================
+// 4 Kernels
+// =================================================================================================
+
+constexpr int kThreads = 256;
+
+// --- 4.1 Embedding
+
+// out[row] = drop(wte[tokens[row]] + wpe[past + row % T]). One thread makes one pack.
+// Moves: reads 2, writes 1 row of C for each row.
+template <class A>
+__global__ void embed_forward_kernel(A* out, const int32_t* tokens, const A* wte, const A* wpe, int rows,
+                                     int T, int C, int past, Dropout drop) {
+    constexpr int N = kPack<A>;
+    const size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
+    if (at >= size_t(rows) * C) return;
+    const int row = int(at / C), c = int(at % C);
+    float token[N], place[N];
+    load_pack(token, wte + size_t(tokens[row]) * C + c);
+    load_pack(place, wpe + size_t(past + row % T) * C + c);
+#pragma unroll
+    for (int i = 0; i < N; ++i) token[i] += place[i];
+    if (drop.on())
+        for (int i = 0; i < N; ++i) token[i] *= drop.scale(at + i);
+    store_pack(out + at, token);
+}
+
+// dwte[token] += the rows of drop(dout) at which the token stands. `order` has the rows sorted by token,
+// so all rows of a token lie side by side in it. Block i: if order[i] is the first row of its token, it sums
+// the token's rows, 32 packs of columns at a time: 8 warps take every eighth row, then add up in order.
+// Moves: reads dout once, reads and writes the rows of dwte that occur.
+template <class A>
+__global__ void embed_backward_tokens_kernel(float* dwte, const A* dout, const int32_t* tokens,
+                                             const int32_t* order, int rows, int C, Dropout drop) {
+    constexpr int N = kPack<A>, kWarps = kThreads / kWarp;
+    __shared__ float sums[kWarps][kWarp * N];
+    const int first = blockIdx.x, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int token = tokens[order[first]];
+    if (first > 0 && tokens[order[first - 1]] == token) return;
+    for (int begin = 0; begin < C; begin += kWarp * N) {
+        const int c = begin + lane * N;
+        float sum[N] = {};
+        for (int i = first + warp; i < rows && tokens[order[i]] == token && c < C; i += kWarps) {
+            const size_t at = size_t(order[i]) * C + c;
+            float d[N];
+            load_pack(d, dout + at);
+#pragma unroll
+            for (int j = 0; j < N; ++j) sum[j] += drop.on() ? d[j] * drop.scale(at + j) : d[j];
+        }
+        __syncthreads();  // the sums before were read
+#pragma unroll
+        for (int j = 0; j < N; ++j) sums[warp][lane * N + j] = sum[j];
+        __syncthreads();
+        for (int i = threadIdx.x; i < kWarp * N && begin + i < C; i += kThreads) {
+            float total = dwte[size_t(token) * C + begin + i];
+            for (int w = 0; w < kWarps; ++w) total += sums[w][i];
+            dwte[size_t(token) * C + begin + i] = total;
+        }
+    }
+}
+
+// dwpe[t] += sum over b of drop(dout)[b, t]. One thread sums one pack, b in order.
+// Moves: reads dout once, reads and writes T rows of dwpe.
+template <class A>
+__global__ void embed_backward_places_kernel(float* dwpe, const A* dout, int B, int T, int C, Dropout drop) {
+    constexpr int N = kPack<A>;
+    const size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
+    if (at >= size_t(T) * C) return;
+    float sum[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) sum[i] = dwpe[at + i];
+    for (int b = 0; b < B; ++b) {
+        const size_t from = size_t(b) * T * C + at;
+        float d[N];
+        load_pack(d, dout + from);
+#pragma unroll
+        for (int i = 0; i < N; ++i) sum[i] += drop.on() ? d[i] * drop.scale(from + i) : d[i];
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) dwpe[at + i] = sum[i];
+}
+
+// --- 4.2 Layernorm
+
+// One warp makes one row. The row is read three times (mean, variance, result), but only the first
+// comes from far: 3 KB stay in the first-level cache. Moves: reads 1, writes 1 row of C.
+template <class A>
+__global__ void layernorm_forward_kernel(A* out, float* mean, float* rstd, const A* x, const A* weight,
+                                         const A* bias, int rows, int C) {
+    constexpr int N = kPack<A>;
+    const int row = (blockIdx.x * blockDim.x + threadIdx.x) / kWarp, lane = threadIdx.x % kWarp;
+    if (row >= rows) return;
+    const A* in = x + size_t(row) * C;
+    float values[N], sum = 0, squares = 0;
+    for (int c = lane * N; c < C; c += kWarp * N) {
+        load_pack(values, in + c);
+#pragma unroll
+        for (int i = 0; i < N; ++i) sum += values[i];
+    }
+    const float m = warp_sum(sum) / C;
+    for (int c = lane * N; c < C; c += kWarp * N) {
+        load_pack(values, in + c);
+#pragma unroll
+        for (int i = 0; i < N; ++i) squares += (values[i] - m) * (values[i] - m);
+    }
+    const float r = 1 / sqrtf(warp_sum(squares) / C + float(kLayernormEps));
+    for (int c = lane * N; c < C; c += kWarp * N) {
+        float w[N], b[N];
+        load_pack(values, in + c), load_pack(w, weight + c), load_pack(b, bias + c);
+#pragma unroll
+        for (int i = 0; i < N; ++i) values[i] = (values[i] - m) * r * w[i] + b[i];
+        store_pack(out + size_t(row) * C + c, values);
+    }
+    if (lane == 0) mean[row] = m, rstd[row] = r;
+}
+
+constexpr int kNormWarps = 4;  // of a block of layernorm's backward
+
+// Where layernorm's backward keeps the sum of column c: a lane's neighbours are other lanes' columns, so
+// that a warp meets every bank of shared memory once.
+template <class A>
+__host__ __device__ inline int sum_place(int c) {
+    constexpr int N = kPack<A>;
+    return c / (kWarp * N) * (kWarp * N) + c % N * kWarp + c / N % kWarp;
+}
+template <class A>
+__host__ __device__ inline int sum_places(int C) {
+    return (C + kWarp * kPack<A> - 1) / (kWarp * kPack<A>) * (kWarp * kPack<A>);
+}
+
+// dx = dresidual + r (g - mean(g) - n mean(g n)), g = dout weight; dbranch = drop(dx).
+// One warp takes rows warp, warp + warps, ...: two passes over a row, the second from the cache. Each warp
+// keeps column sums for dweight, dbias and the branch's bias in shared memory. The block adds its warps'
+// sums in order and leaves them in partial[block], [3][C]; sum_partials_kernel finishes.
+// Moves: reads dout, dresidual, x, writes dx (and dbranch): 4 or 5 rows of C.
+template <class A>
+__global__ void __launch_bounds__(128) layernorm_backward_kernel(A* dx, A* dbranch, float* partial, const A* dout,
+                                                                 const A* dresidual, const A* x, const float* mean,
+                                                                 const float* rstd, const A* weight, int rows, int C,
+                                                                 Dropout drop) {
+    constexpr int N = kPack<A>;
+    extern __shared__ float norm_sums[];  // [kNormWarps][3][places]
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, places = sum_places<A>(C);
+    float* mine = norm_sums + size_t(warp) * 3 * places + lane;
+    for (int i = 0; i < 3 * places; i += kWarp) mine[i] = 0;
+    for (int row = blockIdx.x * kNormWarps + warp; row < rows; row += gridDim.x * kNormWarps) {
+        const size_t start = size_t(row) * C;
+        const float m = mean[row], r = rstd[row];
+        float mean_g = 0, mean_gn = 0;
+        for (int c = lane * N; c < C; c += kWarp * N) {
+            float in[N], d[N], w[N];
+            load_pack(in, x + start + c), load_pack(d, dout + start + c), load_pack(w, weight + c);
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                mean_g += d[i] * w[i];
+                mean_gn += d[i] * w[i] * ((in[i] - m) * r);
+            }
+        }
+        mean_g = warp_sum(mean_g) / C, mean_gn = warp_sum(mean_gn) / C;
+        for (int c = lane * N; c < C; c += kWarp * N) {
+            float in[N], d[N], w[N], joined[N] = {};
+            float* sums = mine + (c - lane * N);
+            load_pack(in, x + start + c), load_pack(d, dout + start + c), load_pack(w, weight + c);
+            if (dresidual) load_pack(joined, dresidual + start + c);
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                const float n = (in[i] - m) * r;
+                joined[i] += r * (d[i] * w[i] - mean_g - n * mean_gn);
+                sums[i * kWarp] += d[i] * n;
+                sums[places + i * kWarp] += d[i];
+            }
+            store_pack(dx + start + c, joined);
+            if (drop.on()) {
+                for (int i = 0; i < N; ++i) joined[i] *= drop.scale(start + c + i);
+                store_pack(dbranch + start + c, joined);
+            }
+#pragma unroll
+            for (int i = 0; i < N; ++i) sums[2 * places + i * kWarp] += joined[i];
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < 3 * C; i += blockDim.x) {
+        const int at = i / C * places + sum_place<A>(i % C);
+        float total = 0;
+        for (int w = 0; w < kNormWarps; ++w) total += norm_sums[size_t(w) * 3 * places + at];
+        partial[size_t(blockIdx.x) * 3 * C + i] = total;
+    }
+}
+
+// to[c] = (accumulate ? to[c] : 0) + sum over parts of partial[part][c], in a fixed order: blockDim.y
+// threads share a column, each takes every blockDim.y-th part, then they add up in order. Row y of the grid does the
+// y-th of `width` / C tables that lie side by side in a part; a null pointer skips one.
+struct ThreePointers {
+    float* to[3];
+};
+__global__ void sum_partials_kernel(ThreePointers out, const float* partial, int parts, int width, int C,
+                                    bool accumulate) {
+    __shared__ float sums[kWarp][kWarp + 1];
+    const int c = blockIdx.x * kWarp + threadIdx.x;
+    float *to = out.to[blockIdx.y], sum = 0;
+    if (!to) return;
+    if (c < C)
+        for (int part = threadIdx.y; part < parts; part += blockDim.y)
+            sum += partial[size_t(part) * width + blockIdx.y * C + c];
+    sums[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y > 0 || c >= C) return;
+    float total = accumulate ? to[c] : 0;
+    for (int i = 0; i < int(blockDim.y); ++i) total += sums[i][threadIdx.x];
+    to[c] = total;
+}
+
+// --- 4.3 Linear layers: what stands beside the matmul where cuBLASLt cannot fuse it
+
+// GELU with tanh, as GPT-2 has it, and its derivative: u = k (x + 0.044715 x^3), k = sqrt(2/pi),
+//   gelu = x (1 + tanh u) / 2     gelu' = (1 + tanh u) / 2 + x (1 - tanh^2 u) u' / 2
+constexpr float kGeluScale = 0.7978845608028654f, kGeluCube = 0.044715f;
+__device__ inline float gelu_of(float x) {
+    return 0.5f * x * (1 + tanhf(kGeluScale * (x + kGeluCube * x * x * x)));
+}
+__device__ inline float gelu_slope(float x) {
+    const float t = tanhf(kGeluScale * (x + kGeluCube * x * x * x));
+    const float slope = kGeluScale * (1 + 3 * kGeluCube * x * x);
+    return 0.5f * (1 + t) + 0.5f * x * (1 - t * t) * slope;
+}
+
+// gelu [count] = GELU(pre). Moves: reads 1, writes 1.
+template <class A>
+__global__ void gelu_kernel(A* gelu, const A* pre, size_t count) {
+    constexpr int N = kPack<A>;
+    const size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
+    if (at >= count) return;
+    float x[N];
+    load_pack(x, pre + at);
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = gelu_of(x[i]);
+    store_pack(gelu + at, x);
+}
+
+// Column sums of d [rows, C], a block for 32 packs of columns and one of gridDim.y stripes of rows;
+// sum_partials_kernel adds up the stripes. With pre, d is first multiplied by gelu'(pre), in place.
+// Moves: reads d; with pre reads 2 and writes 1.
+template <class A>
+__global__ void column_sums_kernel(float* partial, A* d, const A* pre, int rows, int C) {
+    constexpr int N = kPack<A>, kWarps = kThreads / kWarp;
+    __shared__ float sums[kWarps][kWarp * N];
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int c = (blockIdx.x * kWarp + lane) * N;
+    float sum[N] = {};
+    for (int row = blockIdx.y * kWarps + warp; row < rows && c < C; row += gridDim.y * kWarps) {
+        const size_t at = size_t(row) * C + c;
+        float x[N], before[N];
+        load_pack(x, d + at);
+        if (pre) {
+            load_pack(before, pre + at);
+#pragma unroll
+            for (int i = 0; i < N; ++i) x[i] *= gelu_slope(before[i]);
+            store_pack(d + at, x);
+        }
+#pragma unroll
+        for (int i = 0; i < N; ++i) sum[i] += x[i];
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) sums[warp][lane * N + i] = sum[i];
+    __syncthreads();
+    for (int i = threadIdx.x; i < kWarp * N; i += kThreads) {
+        const int column = blockIdx.x * kWarp * N + i;
+        if (column >= C) continue;
+        float total = 0;
+        for (int w = 0; w < kWarps; ++w) total += sums[w][i];
+        partial[size_t(blockIdx.y) * C + column] = total;
+    }
+}
+
+// to = (accumulate ? to : 0) + from: a bias gradient that cuBLASLt made in the type of its output.
+template <class A>
+__global__ void take_bias_gradient_kernel(float* to, const A* from, int count, bool accumulate) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) to[i] = (accumulate ? to[i] : 0) + float(from[i]);
+}
+
+// out = residual + drop(out). Moves: reads 2, writes 1.
+template <class A>
+__global__ void residual_dropout_kernel(A* out, const A* residual, size_t count, Dropout drop) {
+    constexpr int N = kPack<A>;
+    const size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
+    if (at >= count) return;
+    float branch[N], stream[N];
+    load_pack(branch, out + at), load_pack(stream, residual + at);
+    for (int i = 0; i < N; ++i) stream[i] += branch[i] * drop.scale(at + i);
+    store_pack(out + at, stream);
+}
+
+// --- 4.4 Attention, the plain path: any head size up to 256, any type, fp32 arithmetic
+// s = q.k / sqrt(HS), p = e^(s - lse), out = sum of p v; no [T, T] matrix is ever stored. A block takes
+// 32 rows of one head ("held": queries forward; queries, or keys, backward), 8 for each of its 4 warps,
+// and streams past them tiles of 32 rows ("streamed": keys; keys, or queries). A lane owns one row of a
+// tile for the dot products, and every 32nd channel for the sums over rows: so all sums stay in
+// registers, and in a fixed order.
+// Operations: 2 HS for each of forward's 2 products and backward's 7, for each pair of T^2 / 2.
+// Moves: q, k, v once for each 32 rows of T, mostly from the second-level cache.
+
+constexpr int kPlainWarps = 4, kPlainRows = 8, kPlainHeld = kPlainWarps * kPlainRows;
+constexpr int kMaxHeadSize = 256;
+
+__host__ __device__ inline int padded_head(int HS) { return (HS + 3) / 4 * 4; }
+
+// to[i][0..HS) = from row first + i, as floats; zeros up to the padded size, and for rows from `end` on.
+template <class A>
+__device__ inline void copy_rows(float* to, int pitch, const A* from, size_t stride, int first, int end, int HS) {
+    const int padded = padded_head(HS);
+    for (int i = threadIdx.x; i < 32 * padded; i += kPlainWarps * kWarp) {
+        const int row = i / padded, d = i % padded;
+        to[row * pitch + d] = first + row < end && d < HS ? float(from[size_t(first + row) * stride + d]) : 0;
+    }
+}
+
+// s[r] = the dot product of the warp's held row r with the lane's streamed row.
+__device__ inline void plain_dots(float (&s)[kPlainRows], const float* held, const float* streamed, int HS) {
+    const int padded = padded_head(HS), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    for (int d = 0; d < padded; d += 4) {
+        const float* other = streamed + lane * (padded + 1) + d;
+        const float x0 = other[0], x1 = other[1], x2 = other[2], x3 = other[3];
+#pragma unroll
+        for (int r = 0; r < kPlainRows; ++r) {
+            const float4 y = *reinterpret_cast<const float4*>(held + (warp * kPlainRows + r) * padded + d);
+            s[r] += x0 * y.x + x1 * y.y + x2 * y.z + x3 * y.w;
+        }
+    }
+}
+
+// sum[r][e] += sum over the 32 streamed rows j of p[r][j] row_j[lane + 32 e]. p: the warp's, [rows][32].
+template <int E>
+__device__ inline void plain_add(float (&sum)[kPlainRows][E], const float* p, const float* streamed, int HS) {
+    const int padded = padded_head(HS), lane = threadIdx.x % kWarp;
+    for (int j = 0; j < 32; ++j) {
+        float x[E];
+#pragma unroll
+        for (int e = 0; e < E; ++e) {
+            const int d = lane + kWarp * e;
+            x[e] = d < HS ? streamed[j * (padded + 1) + d] : 0;
+        }
+#pragma unroll
+        for (int r = 0; r < kPlainRows; ++r)
+#pragma unroll
+            for (int e = 0; e < E; ++e) sum[r][e] += p[r * 32 + j] * x[e];
+    }
+}
+
+// Queries past .. past + n - 1 of sequences of past + n rows: training has past = 0 and n = T; generation
+// asks for the last rows. out [B * n, C]; lse [B * NH, n], or null. E: channels of a lane.
+template <class A, int E>
+__global__ void __launch_bounds__(128) attention_plain_forward_kernel(A* out, float* lse, const A* qkv, int past,
+                                                                      int n, int NH, int HS, Dropout drop) {
+    extern __shared__ float plain_tiles[];
+    const int padded = padded_head(HS), pitch = padded + 1, length = past + n, C = NH * HS;
+    float *q_rows = plain_tiles, *k_tile = q_rows + kPlainHeld * padded, *v_tile = k_tile + 32 * pitch;
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    float* p = v_tile + 32 * pitch + warp * kPlainRows * 32;  // [kPlainRows][32]
+    const int bh = blockIdx.y, b = bh / NH, h = bh % NH;
+    const size_t stride = 3 * size_t(C);
+    const A* q = qkv + size_t(b) * length * stride + h * HS;
+    const int first = past + blockIdx.x * kPlainHeld, last = min(first + kPlainHeld, length) - 1;
+    copy_rows(q_rows, padded, q, stride, first, length, HS);
+    float o[kPlainRows][E] = {}, highest[kPlainRows], total[kPlainRows] = {};
+#pragma unroll
+    for (int r = 0; r < kPlainRows; ++r) highest[r] = -INFINITY;
+    const float scale = 1 / sqrtf(float(HS));
+    for (int begin = 0; begin <= last; begin += 32) {
+        __syncthreads();  // the tiles were read
+        copy_rows(k_tile, pitch, q + C, stride, begin, length, HS);
+        copy_rows(v_tile, pitch, q + 2 * C, stride, begin, length, HS);
+        __syncthreads();
+        float s[kPlainRows] = {};
+        plain_dots(s, q_rows, k_tile, HS);
+        const int key = begin + lane;
+#pragma unroll
+        for (int r = 0; r < kPlainRows; ++r) {
+            const int query = first + warp * kPlainRows + r;
+            const float score = key <= query ? s[r] * scale : -INFINITY;
+            const float before = highest[r];
+            highest[r] = fmaxf(before, warp_max(score));
+            const float e = expf(score - highest[r]), shrink = expf(before - highest[r]);
+            total[r] = total[r] * shrink + warp_sum(e);
+#pragma unroll
+            for (int i = 0; i < E; ++i) o[r][i] *= shrink;
+            const uint64_t place = (uint64_t(bh) * length + query) * length + key;
+            p[r * 32 + lane] = drop.on() ? e * drop.scale(place) : e;
+        }
+        __syncwarp();
+        plain_add<E>(o, p, v_tile, HS);
+        __syncwarp();
+    }
+#pragma unroll
+    for (int r = 0; r < kPlainRows; ++r) {
+        const int query = first + warp * kPlainRows + r;
+        if (query >= length) continue;
+#pragma unroll
+        for (int e = 0; e < E; ++e)
+            if (lane + kWarp * e < HS)
+                out[(size_t(b) * n + query - past) * C + h * HS + lane + kWarp * e] = A(o[r][e] / total[r]);
+        if (lse && lane == 0) lse[size_t(bh) * n + query] = highest[r] + logf(total[r]);
+    }
+}
+
+// delta[b, h, t] = out . dout over the head's channels: what the softmax's backward subtracts (below).
+// One warp for each row and head. Moves: reads out and dout.
+template <class A>
+__global__ void attention_delta_kernel(float* delta, const A* out, const A* dout, int rows, int T, int NH, int HS) {
+    const int lane = threadIdx.x % kWarp;
+    const size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
+    if (i >= size_t(rows) * NH) return;
+    const int row = int(i / NH), h = int(i % NH), b = row / T, t = row % T;
+    float sum = 0;
+    for (int d = lane; d < HS; d += kWarp) sum += float(out[i * HS + d]) * float(dout[i * HS + d]);
+    sum = warp_sum(sum);
+    if (lane == 0) delta[(size_t(b) * NH + h) * T + t] = sum;
+}
+
+// With the mask w of dropout: out = sum of p w v, so dp = w (dout . v), and through the softmax
+// ds = p (dp - sum of p dp) = p (dp - delta), because sum of p w (dout . v) = dout . out. Then
+//   dq[t] = sum over t2 of ds k[t2] / sqrt(HS)      dk[t2] = sum over t of ds q[t] / sqrt(HS)
+//   dv[t2] = sum over t of p w dout[t]
+// kForKeys: held rows are keys (k and v), streamed are queries (q and dout): makes dk and dv.
+// Otherwise held are queries, streamed are keys: makes dq. Either way the first of the two held tables
+// meets the first streamed one for s, the second the second for dp.
+template <class A, int E, bool kForKeys>
+__global__ void __launch_bounds__(128) attention_plain_backward_kernel(A* dqkv, const A* dout, const float* lse,
+                                                                       const float* delta, const A* qkv, int T,
+                                                                       int NH, int HS, Dropout drop) {
+    extern __shared__ float plain_tiles[];
+    const int padded = padded_head(HS), pitch = padded + 1, C = NH * HS;
+    float *held_0 = plain_tiles, *held_1 = held_0 + kPlainHeld * padded;
+    float *streamed_0 = held_1 + kPlainHeld * padded, *streamed_1 = streamed_0 + 32 * pitch;
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    float* ds = streamed_1 + 32 * pitch + warp * 2 * kPlainRows * 32;  // [kPlainRows][32]
+    float* pw = ds + kPlainRows * 32;
+    const int bh = blockIdx.y, b = bh / NH, h = bh % NH;
+    const size_t stride = 3 * size_t(C);
+    const A *q = qkv + size_t(b) * T * stride + h * HS, *d_out = dout + size_t(b) * T * C + h * HS;
+    const int first = blockIdx.x * kPlainHeld;
+    copy_rows(held_0, padded, kForKeys ? q + C : q, stride, first, T, HS);
+    copy_rows(held_1, padded, kForKeys ? q + 2 * C : d_out, kForKeys ? stride : C, first, T, HS);
+    float sum_0[kPlainRows][E] = {}, sum_1[kPlainRows][E] = {};
+    const float scale = 1 / sqrtf(float(HS));
+    const int end = kForKeys ? T : min(first + kPlainHeld, T);
+    for (int begin = kForKeys ? first : 0; begin < end; begin += 32) {
+        __syncthreads();
+        copy_rows(streamed_0, pitch, kForKeys ? q : q + C, stride, begin, T, HS);
+        copy_rows(streamed_1, pitch, kForKeys ? d_out : q + 2 * C, kForKeys ? C : stride, begin, T, HS);
+        __syncthreads();
+        float s[kPlainRows] = {}, dp[kPlainRows] = {};
+        plain_dots(s, held_0, streamed_0, HS);
+        plain_dots(dp, held_1, streamed_1, HS);
+#pragma unroll
+        for (int r = 0; r < kPlainRows; ++r) {
+            const int held = first + warp * kPlainRows + r;
+            const int query = kForKeys ? begin + lane : held, key = kForKeys ? held : begin + lane;
+            const bool valid = key <= query && query < T;
+            const size_t at = size_t(bh) * T + (valid ? query : 0);
+            const float w = drop.on() ? drop.scale(at * T + key) : 1;
+            const float probability = valid ? expf(s[r] * scale - lse[at]) : 0;
+            pw[r * 32 + lane] = probability * w;
+            ds[r * 32 + lane] = valid ? probability * (w * dp[r] - delta[at]) * scale : 0;
+        }
+        __syncwarp();
+        plain_add<E>(sum_0, ds, streamed_0, HS);
+        if (kForKeys) plain_add<E>(sum_1, pw, streamed_1, HS);
+        __syncwarp();
+    }
+#pragma unroll
+    for (int r = 0; r < kPlainRows; ++r) {
+        const int row = first + warp * kPlainRows + r;
+        A* to = dqkv + (size_t(b) * T + row) * stride + h * HS;
+#pragma unroll
+        for (int e = 0; e < E; ++e) {
+            const int d = lane + kWarp * e;
+            if (row >= T || d >= HS) continue;
+            to[kForKeys ? C + d : d] = A(sum_0[r][e]);
+            if (kForKeys) to[2 * C + d] = A(sum_1[r][e]);
+        }
+    }
+}
+
+// --- 4.5 Attention on tensor cores: bf16, head sizes 32, 64 and 128 (Dao 2023, "FlashAttention-2")
+// The same sums as 4.4. Tiles of q, k, v and dout lie in shared memory as bf16; a warp holds 16 (or 32)
+// rows, and its scores never leave registers: the layout in which an mma leaves its results is the
+// layout in which the next one wants its left operand (section 2), two neighbouring tiles side by side.
+// While one tile is worked on, the next is copied.
+
+// A row of a tile is HS bf16, cut into chunks of 16 bytes. Why: 8 rows of one chunk, which load_matrix
+// reads at once, would all fall on the same banks; so chunk c of row r is stored at c xor r (mod 8).
+template <int HS>
+__device__ inline bf16* chunk_at(bf16* tile, int row, int chunk) {
+    const int stored = HS >= 64 ? chunk ^ (row & 7) : chunk ^ ((row >> 1) & 3);
+    return tile + row * HS + stored * 8;
+}
+
+// Starts copying rows first .. first + kRows - 1 of a table with T rows; rows past the end become 0.
+template <int HS, int kRows>
+__device__ inline void copy_tile(bf16* tile, const bf16* from, size_t stride, int first, int T) {
+    constexpr int kChunks = HS / 8;
+    for (int i = threadIdx.x; i < kRows * kChunks; i += blockDim.x) {
+        const int row = i / kChunks, chunk = i % kChunks;
+        const bool valid = first + row < T;
+        copy_async_16(chunk_at<HS>(tile, row, chunk), from + size_t(valid ? first + row : 0) * stride + chunk * 8,
+                      valid);
+    }
+}
+
+// Left operand [16, 16]: rows row.., columns 16 k.. of a tile.
+template <int HS>
+__device__ inline void left_operand(unsigned (&a)[4], bf16* tile, int row, int k) {
+    const int lane = threadIdx.x % kWarp;
+    load_matrix_x4(a, chunk_at<HS>(tile, row + lane % 16, 2 * k + lane / 16));
+}
+// Right operands of two mma, for d = a tile^T: columns col.. of d are rows of the tile, the sum runs
+// over the tile's columns 16 k...
+template <int HS>
+__device__ inline void rows_operand(unsigned (&b)[4], bf16* tile, int col, int k) {
+    const int lane = threadIdx.x % kWarp;
+    load_matrix_x4(b, chunk_at<HS>(tile, col + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+}
+// The same for d = a tile: columns 16 n.. of d are columns of the tile, the sum runs over rows k...
+template <int HS>
+__device__ inline void columns_operand(unsigned (&b)[4], bf16* tile, int k, int n) {
+    const int lane = threadIdx.x % kWarp;
+    load_matrix_x4_transposed(b, chunk_at<HS>(tile, k + lane % 16, 2 * n + lane / 16));
+}
+// Left operand [16, 16] from two neighbouring results [16, 8].
+__device__ inline void result_operand(unsigned (&a)[4], const float (&left)[4], const float (&right)[4]) {
+    a[0] = pack_bf16(left[0], left[1]), a[1] = pack_bf16(left[2], left[3]);
+    a[2] = pack_bf16(right[0], right[1]), a[3] = pack_bf16(right[2], right[3]);
+}
+// Two mma side by side: d [16, 16] += a b.
+__device__ inline void mma_pair(float (&left)[4], float (&right)[4], const unsigned (&a)[4], const unsigned (&b)[4]) {
+    const unsigned b_left[2] = {b[0], b[1]}, b_right[2] = {b[2], b[3]};
+    mma_bf16_16x8x16(left, a, b_left);
+    mma_bf16_16x8x16(right, a, b_right);
+}
+// Row and column of element e of result n in the fragment that starts at (0, 0).
+__device__ inline int result_row(int e) { return threadIdx.x % kWarp / 4 + (e >> 1) * 8; }
+__device__ inline int result_column(int n, int e) { return n * 8 + threadIdx.x % 4 * 2 + (e & 1); }
+
+// Rows mine.. (16 of them) of a table with T rows become factor * d, d a warp's results [16, HS].
+template <int HS>
+__device__ inline void store_rows(bf16* to, size_t stride, int mine, int T, const float (&d)[HS / 8][4], float factor) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = mine + result_row(2 * half);
+        if (row >= T) continue;
+        bf16* out = to + row * stride + result_column(0, 0);
+#pragma unroll
+        for (int n = 0; n < HS / 8; ++n)
+            *reinterpret_cast<unsigned*>(out + n * 8) = pack_bf16(factor * d[n][2 * half], factor * d[n][2 * half + 1]);
+    }
+}
+
+// The running softmax of a warp's 16 rows as a new tile of scores arrives: highest score and sum of
+// each row follow, o shrinks to the new maximum, s becomes p = 2^(scale2 (s - highest)).
+// A row's scores lie in 4 neighbouring lanes.
+template <int kScores, int kOut>
+__device__ inline void softmax_step(float (&s)[kScores][4], float (&o)[kOut][4], float (&highest)[2],
+                                    float (&total)[2], float scale2) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        float top = highest[half];
+#pragma unroll
+        for (int n = 0; n < kScores; ++n) top = fmaxf(top, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+        const float shrink = exp2_approx((highest[half] - top) * scale2), offset = top * scale2;
+        float sum = 0;
+#pragma unroll
+        for (int n = 0; n < kScores; ++n)
+#pragma unroll
+            for (int e = 2 * half; e < 2 * half + 2; ++e) sum += s[n][e] = exp2_approx(s[n][e] * scale2 - offset);
+        highest[half] = top, total[half] = total[half] * shrink + sum;
+#pragma unroll
+        for (int n = 0; n < kOut; ++n) o[n][2 * half] *= shrink, o[n][2 * half + 1] *= shrink;
+    }
+}
+
+// Puts the mask of dropout on a warp's p [16 queries, keys]. bh_T: (b NH + h) T.
+template <int kScores>
+__device__ inline void drop_scores(float (&s)[kScores][4], Dropout drop, uint64_t bh_T, int query, int key, int T) {
+#pragma unroll
+    for (int n = 0; n < kScores; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+            s[n][e] *= drop.scale((bh_T + query + result_row(e)) * T + key + result_column(n, e));
+}
+
+// One block: 4 warps, kM times 16 queries each, of one head; keys in tiles of 64.
+// Operations: 4 HS for each pair of T^2 / 2. Moves: reads 3, writes 1 row of C for each row.
+template <int HS, int kM>
+__global__ void __launch_bounds__(128) attention_forward_kernel(bf16* out, float* lse, const bf16* qkv, int T, int NH,
+                                                                Dropout drop) {
+    constexpr int kQueries = 64 * kM, kKeys = 64;
+    extern __shared__ bf16 attention_tiles[];
+    bf16 *q_tile = attention_tiles, *k_tiles = q_tile + kQueries * HS, *v_tiles = k_tiles + 2 * kKeys * HS;
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, C = NH * HS;
+    const int bh = blockIdx.y, b = bh / NH, h = bh % NH;
+    const size_t stride = 3 * size_t(C);
+    const bf16* q = qkv + size_t(b) * T * stride + h * HS;
+    const int first = (gridDim.x - 1 - blockIdx.x) * kQueries;  // Why: blocks with most work start first
+    const int mine = first + warp * 16 * kM;                    // this warp's first query
+    const int tiles = (min(first + kQueries, T) + kKeys - 1) / kKeys;
+    copy_tile<HS, kQueries>(q_tile, q, stride, first, T);
+    copy_tile<HS, kKeys>(k_tiles, q + C, stride, 0, T);
+    copy_tile<HS, kKeys>(v_tiles, q + 2 * C, stride, 0, T);
+    copy_async_commit();
+    const float scale = 1 / sqrtf(float(HS)), scale2 = scale * kLog2E;
+    float o[kM][HS / 8][4] = {}, highest[kM][2], total[kM][2] = {};
+    for (int i = 0; i < kM; ++i) highest[i][0] = highest[i][1] = -INFINITY;
+    unsigned q_operand[kM][HS / 16][4];
+    for (int tile = 0; tile < tiles; ++tile) {
+        copy_async_wait<0>();
+        __syncthreads();  // this tile is there for all, and all are done with the one before
+        bf16 *k_tile = k_tiles + tile % 2 * kKeys * HS, *v_tile = v_tiles + tile % 2 * kKeys * HS;
+        const int begin = tile * kKeys, next = begin + kKeys;
+        if (tile + 1 < tiles) {
+            copy_tile<HS, kKeys>(k_tiles + (tile + 1) % 2 * kKeys * HS, q + C, stride, next, T);
+            copy_tile<HS, kKeys>(v_tiles + (tile + 1) % 2 * kKeys * HS, q + 2 * C, stride, next, T);
+            copy_async_commit();
+        }
+        if (tile == 0)
+#pragma unroll
+            for (int i = 0; i < kM; ++i)
+#pragma unroll
+                for (int k = 0; k < HS / 16; ++k) left_operand<HS>(q_operand[i][k], q_tile, (warp * kM + i) * 16, k);
+        if (begin >= mine + 16 * kM) continue;  // all keys come after all of this warp's queries
+
+        // Scores s = q k^T
+        float s[kM][kKeys / 8][4] = {};
+#pragma unroll
+        for (int k = 0; k < HS / 16; ++k)
+#pragma unroll
+            for (int n = 0; n < kKeys / 16; ++n) {
+                unsigned keys[4];
+                rows_operand<HS>(keys, k_tile, n * 16, k);
+#pragma unroll
+                for (int i = 0; i < kM; ++i) mma_pair(s[i][2 * n], s[i][2 * n + 1], q_operand[i][k], keys);
+            }
+#pragma unroll
+        for (int i = 0; i < kM; ++i) {
+            const int query = mine + 16 * i;
+            if (next - 1 > query)  // the tile reaches past the diagonal
+#pragma unroll
+                for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e)
+                        if (begin + result_column(n, e) > query + result_row(e)) s[i][n][e] = -INFINITY;
+            softmax_step(s[i], o[i], highest[i], total[i], scale2);
+            if (drop.on()) drop_scores(s[i], drop, uint64_t(bh) * T, query, begin, T);
+        }
+
+        // o += p v
+#pragma unroll
+        for (int k = 0; k < kKeys / 16; ++k) {
+            unsigned p[kM][4];
+#pragma unroll
+            for (int i = 0; i < kM; ++i) result_operand(p[i], s[i][2 * k], s[i][2 * k + 1]);
+#pragma unroll
+            for (int n = 0; n < HS / 16; ++n) {
+                unsigned values[4];
+                columns_operand<HS>(values, v_tile, k * 16, n);
+#pragma unroll
+                for (int i = 0; i < kM; ++i) mma_pair(o[i][2 * n], o[i][2 * n + 1], p[i], values);
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kM; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float sum = total[i][half];
+            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            const int query = mine + 16 * i + result_row(2 * half);
+            if (query >= T) continue;
+            if (lane % 4 == 0) lse[size_t(bh) * T + query] = highest[i][half] * scale + logf(sum);
+            bf16* to = out + (size_t(b) * T + query) * C + h * HS + result_column(0, 0);
+#pragma unroll
+            for (int n = 0; n < HS / 8; ++n)
+                *reinterpret_cast<unsigned*>(to + n * 8) = pack_bf16(o[i][n][2 * half] / sum, o[i][n][2 * half + 1] / sum);
+        }
+    }
+}
+
+// What both backward kernels do with a warp's tile of s and dp [16, 8 kScores] (queries down and keys
+// across, or the other way round): s becomes p w, dp becomes ds without its factor 1 / sqrt(HS).
+//   p = 2^(scale2 s - lse2), 0 where the key comes after the query    ds = p (w dp - delta)
+// lse2, delta: of the query of an element; its place in the mask is bh_T T + query T + key.
+__device__ inline void backward_element(float& s, float& dp, float lse2, float delta, float scale2, int query,
+                                        int key, Dropout drop, uint64_t bh_T, int T) {
+    const float p = key <= query ? exp2_approx(s * scale2 - lse2) : 0;
+    const float w = drop.on() ? drop.scale((bh_T + query) * T + key) : 1;
+    dp = p * (w * dp - delta);
+    s = p * w;
+}
+
+// delta = out . dout of a warp's 16 rows, for results' rows g and g + 8 in subtract[0] and [1]; the row
+// `mine` + i goes to delta[i], rows from T on excepted. Two lanes share a row; its dout lies in a tile.
+template <int HS>
+__device__ inline void warp_delta(float (&subtract)[2], float* delta, const bf16* out, size_t stride, bf16* d_tile,
+                                  int tile_row, int mine, int T) {
+    const int lane = threadIdx.x % kWarp, row = lane / 2;
+    float sum = 0;
+    if (mine + row < T)
+#pragma unroll
+        for (int i = 0; i < HS / 16; ++i) {
+            const int chunk = lane % 2 * (HS / 16) + i;
+            float x[8], y[8];
+            load_pack(x, out + row * stride + chunk * 8);
+            load_pack(y, chunk_at<HS>(d_tile, tile_row + row, chunk));
+#pragma unroll
+            for (int j = 0; j < 8; ++j) sum += x[j] * y[j];
+        }
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    if (lane % 2 == 0 && mine + row < T) delta[row] = sum;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) subtract[half] = __shfl_sync(0xffffffffu, sum, 2 * result_row(2 * half));
+}
+
+// dq, and delta for the kernel below. One block: 64 queries of one head, 16 for each of 4 warps; keys in
+// tiles of 64. Operations: 6 HS for each pair of T^2 / 2. Moves: reads 5, writes 1 row of C.
+template <int HS>
+__global__ void __launch_bounds__(128) attention_backward_queries_kernel(bf16* dqkv, float* delta, const bf16* dout,
+                                                                         const bf16* out, const float* lse,
+                                                                         const bf16* qkv, int T, int NH,
+                                                                         Dropout drop) {
+    constexpr int kQueries = 64, kKeys = 64;
+    extern __shared__ bf16 attention_tiles[];
+    bf16 *q_tile = attention_tiles, *d_tile = q_tile + kQueries * HS;
+    bf16 *k_tiles = d_tile + kQueries * HS, *v_tiles = k_tiles + 2 * kKeys * HS;
+    const int warp = threadIdx.x / kWarp, C = NH * HS, bh = blockIdx.y, b = bh / NH, h = bh % NH;
+    const size_t stride = 3 * size_t(C);
+    const bf16* q = qkv + size_t(b) * T * stride + h * HS;
+    const int first = (gridDim.x - 1 - blockIdx.x) * kQueries, mine = first + warp * 16;
+    const int tiles = (min(first + kQueries, T) + kKeys - 1) / kKeys;
+    copy_tile<HS, kQueries>(q_tile, q, stride, first, T);
+    copy_tile<HS, kQueries>(d_tile, dout + size_t(b) * T * C + h * HS, C, first, T);
+    copy_tile<HS, kKeys>(k_tiles, q + C, stride, 0, T);
+    copy_tile<HS, kKeys>(v_tiles, q + 2 * C, stride, 0, T);
+    copy_async_commit();
+    const float scale = 1 / sqrtf(float(HS)), scale2 = scale * kLog2E;
+    float dq[HS / 8][4] = {}, lse2[2], subtract[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int query = mine + result_row(2 * half);
+        lse2[half] = query < T ? lse[size_t(bh) * T + query] * kLog2E : INFINITY;  // p = 0
+    }
+    for (int tile = 0; tile < tiles; ++tile) {
+        copy_async_wait<0>();
+        __syncthreads();
+        bf16 *k_tile = k_tiles + tile % 2 * kKeys * HS, *v_tile = v_tiles + tile % 2 * kKeys * HS;
+        const int begin = tile * kKeys;
+        if (tile + 1 < tiles) {
+            copy_tile<HS, kKeys>(k_tiles + (tile + 1) % 2 * kKeys * HS, q + C, stride, begin + kKeys, T);
+            copy_tile<HS, kKeys>(v_tiles + (tile + 1) % 2 * kKeys * HS, q + 2 * C, stride, begin + kKeys, T);
+            copy_async_commit();
+        }
+        if (tile == 0)
+            warp_delta<HS>(subtract, delta + size_t(bh) * T + mine, out + (size_t(b) * T + mine) * C + h * HS, C,
+                           d_tile, warp * 16, mine, T);
+        float s[kKeys / 8][4] = {}, dp[kKeys / 8][4] = {};
+#pragma unroll
+        for (int k = 0; k < HS / 16; ++k) {
+            unsigned queries[4], douts[4], right[4];
+            left_operand<HS>(queries, q_tile, warp * 16, k), left_operand<HS>(douts, d_tile, warp * 16, k);
+#pragma unroll
+            for (int n = 0; n < kKeys / 16; ++n) {
+                rows_operand<HS>(right, k_tile, n * 16, k);
+                mma_pair(s[2 * n], s[2 * n + 1], queries, right);
+                rows_operand<HS>(right, v_tile, n * 16, k);
+                mma_pair(dp[2 * n], dp[2 * n + 1], douts, right);
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                backward_element(s[n][e], dp[n][e], lse2[e / 2], subtract[e / 2], scale2, mine + result_row(e),
+                                 begin + result_column(n, e), drop, uint64_t(bh) * T, T);
+#pragma unroll
+        for (int k = 0; k < kKeys / 16; ++k) {
+            unsigned ds[4], keys[4];
+            result_operand(ds, dp[2 * k], dp[2 * k + 1]);
+#pragma unroll
+            for (int n = 0; n < HS / 16; ++n) {
+                columns_operand<HS>(keys, k_tile, k * 16, n);
+                mma_pair(dq[2 * n], dq[2 * n + 1], ds, keys);
+            }
+        }
+    }
+    store_rows<HS>(dqkv + size_t(b) * T * stride + h * HS, stride, mine, T, dq, scale);
+}
+
+// dk and dv. One block: 64 keys of one head, 16 for each of 4 warps; queries in tiles of kQueries. The
+// scores are made transposed, s^T = k q^T, so that p^T and ds^T are left operands as they are.
+// Operations: 8 HS for each pair of T^2 / 2. Moves: reads 4, writes 2 rows of C.
+template <int HS, int kQueries>
+__global__ void __launch_bounds__(128) attention_backward_keys_kernel(bf16* dqkv, const bf16* dout,
+                                                                      const float* lse, const float* delta,
+                                                                      const bf16* qkv, int T, int NH,
+                                                                      Dropout drop) {
+    constexpr int kKeys = 64;
+    extern __shared__ bf16 attention_tiles[];
+    __shared__ float2 statistics[2][kQueries];  // of each query of a tile: lse in base 2, delta
+    bf16 *k_tile = attention_tiles, *v_tile = k_tile + kKeys * HS;
+    bf16 *q_tiles = v_tile + kKeys * HS, *d_tiles = q_tiles + 2 * kQueries * HS;
+    const int warp = threadIdx.x / kWarp, C = NH * HS, bh = blockIdx.y, b = bh / NH, h = bh % NH;
+    const size_t stride = 3 * size_t(C);
+    const bf16 *q = qkv + size_t(b) * T * stride + h * HS, *d = dout + size_t(b) * T * C + h * HS;
+    const int first = blockIdx.x * kKeys, mine = first + warp * 16;
+    const int tiles = (T + kQueries - 1) / kQueries, first_tile = first / kQueries;
+    auto copy_queries = [&](int tile) {
+        const int begin = tile * kQueries, query = begin + threadIdx.x;
+        copy_tile<HS, kQueries>(q_tiles + tile % 2 * kQueries * HS, q, stride, begin, T);
+        copy_tile<HS, kQueries>(d_tiles + tile % 2 * kQueries * HS, d, C, begin, T);
+        copy_async_commit();
+        if (threadIdx.x >= kQueries) return;
+        const size_t at = size_t(bh) * T + (query < T ? query : 0);
+        statistics[tile % 2][threadIdx.x] = query < T ? make_float2(lse[at] * kLog2E, delta[at])
+                                                      : make_float2(INFINITY, 0);  // p = 0
+    };
+    copy_tile<HS, kKeys>(k_tile, q + C, stride, first, T);
+    copy_tile<HS, kKeys>(v_tile, q + 2 * C, stride, first, T);
+    copy_queries(first_tile);
+    const float scale = 1 / sqrtf(float(HS)), scale2 = scale * kLog2E;
+    float dk[HS / 8][4] = {}, dv[HS / 8][4] = {};
+    for (int tile = first_tile; tile < tiles; ++tile) {
+        copy_async_wait<0>();
+        __syncthreads();
+        bf16 *q_tile = q_tiles + tile % 2 * kQueries * HS, *d_tile = d_tiles + tile % 2 * kQueries * HS;
+        const int begin = tile * kQueries;
+        if (tile + 1 < tiles) copy_queries(tile + 1);
+        if (begin + kQueries <= mine) continue;  // all queries come before all of this warp's keys
+        float s[kQueries / 8][4] = {}, dp[kQueries / 8][4] = {};
+#pragma unroll
+        for (int k = 0; k < HS / 16; ++k) {
+            unsigned keys[4], values[4], right[4];
+            left_operand<HS>(keys, k_tile, warp * 16, k), left_operand<HS>(values, v_tile, warp * 16, k);
+#pragma unroll
+            for (int n = 0; n < kQueries / 16; ++n) {
+                rows_operand<HS>(right, q_tile, n * 16, k);
+                mma_pair(s[2 * n], s[2 * n + 1], keys, right);
+                rows_operand<HS>(right, d_tile, n * 16, k);
+                mma_pair(dp[2 * n], dp[2 * n + 1], values, right);
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < kQueries / 8; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const float2 of_query = statistics[tile % 2][result_column(n, e)];
+                backward_element(s[n][e], dp[n][e], of_query.x, of_query.y, scale2, begin + result_column(n, e),
+                                 mine + result_row(e), drop, uint64_t(bh) * T, T);
+            }
+#pragma unroll
+        for (int k = 0; k < kQueries / 16; ++k) {
+            unsigned p[4], ds[4], right[4];
+            result_operand(p, s[2 * k], s[2 * k + 1]), result_operand(ds, dp[2 * k], dp[2 * k + 1]);
+#pragma unroll
+            for (int n = 0; n < HS / 16; ++n) {
+                columns_operand<HS>(right, d_tile, k * 16, n);
+                mma_pair(dv[2 * n], dv[2 * n + 1], p, right);
+                columns_operand<HS>(right, q_tile, k * 16, n);
+                mma_pair(dk[2 * n], dk[2 * n + 1], ds, right);
+            }
+        }
+    }
+    bf16* to = dqkv + size_t(b) * T * stride + h * HS;
+    store_rows<HS>(to + C, stride, mine, T, dk, scale);
+    store_rows<HS>(to + 2 * C, stride, mine, T, dv, 1);
+}
+
+// --- 4.6 The head: softmax, cross-entropy and the gradient, in place on the logits
+
+// One block makes one row of logits [V], rows `pitch` apart: first its maximum and sum of e^(l - max) in
+// one reading, then, if kGradient, the logits become scale (softmax - onehot). The second reading finds
+// most of the row in the second-level cache. Moves: reads 1, writes 1 row of V.
+template <class A, bool kGradient>
+__global__ void softmax_cross_entropy_kernel(float* losses, A* logits, const int32_t* targets, int V, int pitch,
+                                             float scale) {
+    constexpr int N = kPack<A>, kBatch = 4;  // packs that a thread asks for before it uses the first
+    const int row = blockIdx.x, target = targets[row], whole = V / N * N, step = blockDim.x * N;
+    A* l = logits + size_t(row) * pitch;
+    const bool scored = target >= 0;
+    if (!scored && !kGradient) {
+        if (threadIdx.x == 0) losses[row] = 0;
+        return;
+    }
+    const float at_target = scored ? float(l[target]) : 0;
+    float highest = -INFINITY, sum = 0, x[kBatch][N];
+    auto load_batch = [&](int begin) {
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j)
+            if (begin + j * step < whole)
+                load_pack(x[j], l + begin + j * step);
+            else
+                for (int i = 0; i < N; ++i) x[j][i] = -INFINITY;
+    };
+    auto take = [&](const float* values, int count) {  // e^v = 2^(v log2 e)
+        float top = highest;
+        for (int i = 0; i < count; ++i) top = fmaxf(top, values[i]);
+        if (top == -INFINITY) return;
+        sum *= exp2_approx((highest - top) * kLog2E), highest = top;
+        for (int i = 0; i < count; ++i) sum += exp2_approx(values[i] * kLog2E - top * kLog2E);
+    };
+    for (int v = threadIdx.x * N; v < whole; v += kBatch * step) {
+        load_batch(v);
+        take(x[0], kBatch * N);
+    }
+    for (int v = whole + threadIdx.x; v < V; v += blockDim.x) {  // what is left when N does not divide V
+        x[0][0] = float(l[v]);
+        take(x[0], 1);
+    }
+    const float top = block_max(highest), offset = top * kLog2E;
+    sum = block_sum(highest == -INFINITY ? 0 : sum * exp2_approx((highest - top) * kLog2E));
+    if (threadIdx.x == 0) losses[row] = scored ? logf(sum) + top - at_target : 0;
+    if (!kGradient) return;
+    const float factor = scored ? scale / sum : 0, one = scored ? scale : 0;
+    for (int v = threadIdx.x * N; v < whole; v += kBatch * step) {
+        load_batch(v);
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+            const int begin = v + j * step;
+#pragma unroll
+            for (int i = 0; i < N; ++i)
+                x[j][i] = factor * exp2_approx(x[j][i] * kLog2E - offset) - (begin + i == target ? one : 0);
+            if (begin < whole) store_pack(l + begin, x[j]);
+        }
+    }
+    for (int v = whole + threadIdx.x; v < V; v += blockDim.x)
+        l[v] = A(factor * exp2_approx(float(l[v]) * kLog2E - offset) - (v == target ? one : 0));
+}
+
+// --- 4.7 The update
+
+__global__ void begin_step_kernel(StepState* state, double lr) { state->lr = lr, state->loss = 0; }
+
+// state.loss += scale * sum of losses [rows]. One block.
+__global__ void add_loss_kernel(StepState* state, const float* losses, int rows, double scale) {
+    double sum = 0;
+    for (int row = threadIdx.x; row < rows; row += blockDim.x) sum += double(losses[row]);
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) state->loss += scale * sum;
+}
+
+// sums[block] = a share of the sum of squares of grads [count], count a multiple of 4. Moves: 4 bytes each.
+__global__ void sum_of_squares_kernel(double* sums, const float* grads, size_t count) {
+    double sum = 0;
+    const size_t step = size_t(gridDim.x) * blockDim.x * 4;
+    for (size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 4; i < count; i += step) {
+        float g[4];
+        load_pack(g, grads + i);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum += double(g[j]) * double(g[j]);
+    }
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+// state.grad_norm = the root of the sum of sums [pieces]. One block.
+__global__ void gradient_norm_kernel(StepState* state, const double* sums, int pieces) {
+    double sum = 0;
+    for (int i = threadIdx.x; i < pieces; i += blockDim.x) sum += sums[i];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) state->grad_norm = sqrt(sum);
+}
+
+__global__ void judge_step_kernel(StepState* state, Guards guards) { judge(*state, guards); }
+
+__device__ inline void store_weights(float*, const float (&)[4]) {}  // the masters are the weights
+__device__ inline void store_weights(bf16* to, const float (&w)[4]) {
+    *reinterpret_cast<uint2*>(to) = make_uint2(pack_bf16(w[0], w[1]), pack_bf16(w[2], w[3]));
+}
+
+// One step of AdamW on all parameters, count and decayed multiples of 4, unless state.skip.
+// Moves: reads gradient, master, m, v; writes master, m, v and, in bf16, the weight: 28 or 30 bytes each.
+template <class Weight>
+__global__ void adamw_kernel(Weight* weights, float* masters, float* m, float* v, const float* grads, size_t count,
+                             size_t decayed, const StepState* state, AdamW hyper) {
+    if (state->skip) return;
+    __shared__ float scales[2];  // 1 / (1 - beta^t)
+    if (threadIdx.x == 0) {
+        const double t = double(state->updates);
+        scales[0] = float(1 / (1 - pow(hyper.beta1, t))), scales[1] = float(1 / (1 - pow(hyper.beta2, t)));
+    }
+    __syncthreads();
+    const float m_scale = scales[0], v_scale = scales[1], lr = float(state->lr), clip = float(state->clip_scale);
+    const float beta1 = float(hyper.beta1), beta2 = float(hyper.beta2), eps = float(hyper.eps);
+    const size_t step = size_t(gridDim.x) * blockDim.x * 4;
+    for (size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 4; i < count; i += step) {
+        float w4[4], m4[4], v4[4], g4[4];
+        load_pack(w4, masters + i), load_pack(m4, m + i), load_pack(v4, v + i), load_pack(g4, grads + i);
+        const float decay = i < decayed ? float(hyper.weight_decay) : 0;
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+            adamw_element(w4[j], m4[j], v4[j], g4[j] * clip, lr, m_scale, v_scale, beta1, beta2, eps, decay);
+        store_pack(masters + i, w4), store_pack(m + i, m4), store_pack(v + i, v4);
+        store_weights(weights + i, w4);
+    }
+}
+
+// weights [count] = masters, rounded. Moves: reads 4, writes 2 bytes each.
+__global__ void round_weights_kernel(bf16* weights, const float* masters, size_t count) {
+    const size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
+    if (i >= count) return;
+    float w[4];
+    load_pack(w, masters + i);
+    store_weights(weights + i, w);
+}
+
+// =================================================================================================
+// 5 Matmuls
+// =================================================================================================
+// cuBLASLt counts matrices column by column: what is a row-major [r, c] here is its [c, r] there. So
+// out = x w, [rows, OC] = [rows, C] [C, OC], is for it out^T = w^T x^T: its A is w, its B is x, and a
+// transpose asked of it undoes one of ours. A product's shape is all it needs to choose a kernel; the
+// choice, a plan, is kept. It is the library's first suggestion, so it is the same in every run.
+
+// D [m, n] = epilogue(op(A) [m, k] op(B) [k, n] (+ C)), column by column; lda is from one column to the next.
+struct Product {
+    int64_t m, n, k, lda, ldb, ldd;
+    bool transpose_a, transpose_b, add;  // add: C is added
+    cublasLtEpilogue_t epilogue;
+    cudaDataType_t in, out;
+    auto operator<=>(const Product&) const = default;
+};
+
+constexpr size_t kMatmulWorkspace = size_t(32) << 20;  // what NVIDIA recommends for Hopper
+
+struct Plan {
+    cublasLtMatmulDesc_t operation = nullptr;
+    cublasLtMatrixLayout_t a = nullptr, b = nullptr, d = nullptr;
+    cublasLtMatmulAlgo_t algorithm = {};
+    bool possible = false;
+};
+
+template <class T>
+void set_attribute(cublasLtMatmulDesc_t operation, cublasLtMatmulDescAttributes_t name, T value) {
+    CUDA_CHECK(cublasLtMatmulDescSetAttribute(operation, name, &value, sizeof value));
+}
+
+// What the device keeps between calls: the library's handle, plans, and memory to work in.
+class CudaContext {
+   public:
+    cudaStream_t stream = nullptr;
+    bool tf32() const { return compute_ == CUBLAS_COMPUTE_32F_FAST_TF32; }
+
+    explicit CudaContext(cublasComputeType_t compute) : compute_(compute) {
+        CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+        CUDA_CHECK(cublasLtCreate(&library_));
+        CUDA_CHECK(cudaMalloc(&workspace_, kMatmulWorkspace));
+    }
+    CudaContext(const CudaContext&) = delete;
+    ~CudaContext() {
+        for (auto& [product, plan] : plans_) {
+            cublasLtMatmulDescDestroy(plan.operation);
+            for (auto layout : {plan.a, plan.b, plan.d}) cublasLtMatrixLayoutDestroy(layout);
+        }
+        cublasLtDestroy(library_);
+        cudaFree(workspace_), cudaFree(scratch_);
+        cudaStreamDestroy(stream);
+    }
+
+    // Memory for one function of the device: valid until the next call. It grows on first use only.
+    template <class T>
+    T* scratch(size_t count) {
+        if (count * sizeof(T) > scratch_bytes_) {
+            CUDA_CHECK(cudaStreamSynchronize(stream));
+            CUDA_CHECK(cudaFree(scratch_));
+            scratch_ = nullptr, scratch_bytes_ = count * sizeof(T);
+            CUDA_CHECK(cudaMalloc(&scratch_, scratch_bytes_));
+        }
+        return static_cast<T*>(scratch_);
+    }
+
+    // Does the product; false if the library has no kernel for it. bias: read by an epilogue with bias,
+    // written by one with a bias gradient. aux [m, n]: the GELU's input. c: may be d.
+    bool multiply(const Product& product, void* d, const void* a, const void* b, const void* c = nullptr,
+                  const void* bias = nullptr, const void* aux = nullptr) {
+        Plan& plan = plan_for(product, bias, aux);
+        if (!plan.possible) return false;
+        if (bias) set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
+        if (aux) set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux);
+        const float one = 1, beta = product.add ? 1 : 0;
+        CUDA_CHECK(cublasLtMatmul(library_, plan.operation, &one, a, plan.a, b, plan.b, &beta, product.add ? c : d,
+                                  plan.d, d, plan.d, &plan.algorithm, workspace_, kMatmulWorkspace, stream));
+        return true;
+    }
+
+   private:
+    cublasLtHandle_t library_ = nullptr;
+    cublasComputeType_t compute_;
+    void *workspace_ = nullptr, *scratch_ = nullptr;
+    size_t scratch_bytes_ = 0;
+    std::map<Product, Plan> plans_;
+
+    Plan& plan_for(const Product& p, const void* bias, const void* aux) {
+        auto [found, fresh] = plans_.try_emplace(p);
+        Plan& plan = found->second;
+        if (!fresh) return plan;
+        CUDA_CHECK(cublasLtMatmulDescCreate(&plan.operation, compute_, CUDA_R_32F));
+        set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, p.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N);
+        set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSB, p.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N);
+        set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE, p.epilogue);
+        if (bias) set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
+        if (aux) set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux);
+        if (aux) set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, p.m);
+        const int64_t rows_a = p.transpose_a ? p.k : p.m, columns_a = p.transpose_a ? p.m : p.k;
+        const int64_t rows_b = p.transpose_b ? p.n : p.k, columns_b = p.transpose_b ? p.k : p.n;
+        CUDA_CHECK(cublasLtMatrixLayoutCreate(&plan.a, p.in, rows_a, columns_a, p.lda));
+        CUDA_CHECK(cublasLtMatrixLayoutCreate(&plan.b, p.in, rows_b, columns_b, p.ldb));
+        CUDA_CHECK(cublasLtMatrixLayoutCreate(&plan.d, p.out, p.m, p.n, p.ldd));
+        choose_algorithm(plan);
+        return plan;
+    }
+
+    void choose_algorithm(Plan& plan) {
+        cublasLtMatmulPreference_t preference;
+        CUDA_CHECK(cublasLtMatmulPreferenceCreate(&preference));
+        CUDA_CHECK(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                                        &kMatmulWorkspace, sizeof kMatmulWorkspace));
+        cublasLtMatmulHeuristicResult_t result = {};
+        int found = 0;
+        const cublasStatus_t code = cublasLtMatmulAlgoGetHeuristic(library_, plan.operation, plan.a, plan.b, plan.d,
+                                                                   plan.d, preference, 1, &result, &found);
+        cublasLtMatmulPreferenceDestroy(preference);
+        plan.possible = code == CUBLAS_STATUS_SUCCESS && found > 0;
+        plan.algorithm = result.algo;
+        if (code != CUBLAS_STATUS_NOT_SUPPORTED) CUDA_CHECK(code);
+    }
+};
+
+// =================================================================================================
+// 6 The device
+// =================================================================================================
+
+inline int whole_warps(int threads) { return std::min(1024, (threads + kWarp - 1) / kWarp * kWarp); }
+inline unsigned blocks_for(size_t count, size_t per_block) { return unsigned((count + per_block - 1) / per_block); }
+
+// Lets a kernel use more than 48 KB of shared memory in a block, its own arrays included.
+template <class Kernel>
+void allow_shared(Kernel* kernel, size_t bytes) {
+    if (bytes > 40 * 1024)
+        CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+}
+
+// Operations a second by the data sheet, dense: what one multiprocessor does in a clock, times the clock
+// the data sheets count with (NVIDIA's architecture white papers). An unknown GPU counts as the nearest.
+inline double data_sheet_flops(const cudaDeviceProp& gpu, bool bf16, bool tf32) {
+    struct Entry { int capability, bf16, tf32, fp32; double hertz; };
+    const Entry table[] = {{75, 0, 0, 128, 1.59e9},    {80, 2048, 1024, 128, 1.41e9}, {86, 512, 256, 256, 1.70e9},
+                           {89, 512, 256, 256, 2.52e9}, {90, 4096, 2048, 256, 1.83e9}, {100, 8192, 4096, 256, 1.85e9},
+                           {120, 1024, 512, 256, 2.41e9}};
+    const Entry* found = table;
+    for (const Entry& entry : table)
+        if (entry.capability <= gpu.major * 10 + gpu.minor) found = &entry;
+    return double(bf16 ? found->bf16 : tf32 ? found->tf32 : found->fp32) * gpu.multiProcessorCount * found->hertz;
+}
+
+// As many blocks as the GPU can hold at once, for kernels whose blocks take equal shares of all work:
+// one more would run alone. At most `enough`.
+template <class Kernel>
+int resident_blocks(Kernel* kernel, int threads, size_t shared, size_t enough) {
+    int device = 0, processors = 0, each = 0;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared));
+    return int(std::clamp<size_t>(size_t(processors) * each, 1, std::max<size_t>(1, enough)));
+}
+
+// Activation: float (fp32 and tf32) or bf16.
+template <class A>
+struct Cuda {
+    using Real = float;
+    using Weight = A;
+    using Gradient = float;  // Why: sums over a batch, and over micro-batches, want more than 8 bits
+    using Activation = A;
+    static constexpr bool kSeparateMasters = !std::is_same_v<A, float>;
+    static constexpr bool kHostMemory = false;
+    static constexpr const char* kProgram = "train_gpt_cu";
+    static constexpr size_t kHeadBytes = size_t(8) << 30;  // of logits at a time; GPT-2 at B = 64 takes 6.6 GB
+
+    std::shared_ptr<CudaContext> context;  // copies of a device are the same device
+    bool fuse = true;                      // ask cuBLASLt to do the GELU and bias gradients with the matmul
+    size_t head_bytes = kHeadBytes;
+
+    Cuda(bool tf32 = false)
+        : context(std::make_shared<CudaContext>(tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F)) {}
+
+    // --- the machine
+
+    std::string describe() const {
+        const cudaDeviceProp gpu = properties();
+        return format("%s, %d multiprocessors, %.1f GB, %s", gpu.name, gpu.multiProcessorCount,
+                      double(gpu.totalGlobalMem) / 1e9, kSeparateMasters ? "bf16" : context->tf32() ? "tf32" : "fp32");
+    }
+    size_t free_memory() const {
+        size_t free = 0, total = 0;
+        CUDA_CHECK(cudaMemGetInfo(&free, &total));
+        return free;
+    }
+    double peak_flops() const { return data_sheet_flops(properties(), kSeparateMasters, context->tf32()); }
+    void synchronize() { CUDA_CHECK(cudaStreamSynchronize(stream())); }
+    // Memory's speed, measured: 256 MB are copied, read and written. Best of five; bytes a second.
+    double peak_bandwidth() {
+        const size_t bytes = size_t(1) << 28;
+        char *from = allocate<char>(bytes), *to = allocate<char>(bytes);
+        zero(from, bytes), synchronize();
+        double best = 0;
+        for (int trial = 0; trial < 5; ++trial) {
+            const double begin = now_seconds();
+            CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream()));
+            synchronize();
+            best = std::max(best, 2.0 * double(bytes) / (now_seconds() - begin));
+        }
+        release(from), release(to);
+        return best;
+    }
+
+    // --- memory
+
+    template <class T>
+    T* allocate(size_t count) {
+        void* pointer = nullptr;
+        const cudaError_t code = cudaMalloc(&pointer, std::max<size_t>(count, 1) * sizeof(T));
+        TINYGPT_CHECK(code != cudaErrorMemoryAllocation, "out of GPU memory: %.2f GB more were needed",
+                      double(count * sizeof(T)) / 1e9);
+        CUDA_CHECK(code);
+        return static_cast<T*>(pointer);
+    }
+    template <class T>
+    void release(T* pointer) {
+        cudaFree(pointer);
+    }
+    template <class T>
+    void zero(T* to, size_t count) {
+        CUDA_CHECK(cudaMemsetAsync(to, 0, count * sizeof(T), stream()));
+    }
+    template <class T>
+    void upload(T* to, const T* from_host, size_t count) {
+        CUDA_CHECK(cudaMemcpyAsync(to, from_host, count * sizeof(T), cudaMemcpyHostToDevice, stream()));
+        CUDA_CHECK(cudaStreamSynchronize(stream()));
+    }
+    template <class T>
+    void download(T* to_host, const T* from, size_t count) {
+        CUDA_CHECK(cudaMemcpyAsync(to_host, from, count * sizeof(T), cudaMemcpyDeviceToHost, stream()));
+        CUDA_CHECK(cudaStreamSynchronize(stream()));
+    }
+    void weights_from_masters(Weight* weights, const Real* masters, size_t count) {
+        if constexpr (kSeparateMasters) {
+            round_weights_kernel<<<blocks_for(count, 4 * kThreads), kThreads, 0, stream()>>>(weights, masters, count);
+            CUDA_CHECK(cudaGetLastError());
+        }
+    }
+
+    // --- token and position embeddings
+
+    void embed_forward(A* out, const int32_t* tokens, const A* wte, const A* wpe, int B, int T, int C, int past,
+                       Dropout drop) {
+        check_channels(C);
+        embed_forward_kernel<A><<<packs(size_t(B) * T * C), kThreads, 0, stream()>>>(out, tokens, wte, wpe, B * T, T, C,
+                                                                                     past, drop);
+        CUDA_CHECK(cudaGetLastError());
+    }
+    void embed_backward(float* dwte, float* dwpe, const A* dout, const int32_t* tokens, const int32_t* order, int B,
+                        int T, int C, Dropout drop) {
+        embed_backward_tokens_kernel<A><<<B * T, kThreads, 0, stream()>>>(dwte, dout, tokens, order, B * T, C, drop);
+        CUDA_CHECK(cudaGetLastError());
+        embed_backward_places_kernel<A><<<packs(size_t(T) * C), kThreads, 0, stream()>>>(dwpe, dout, B, T, C, drop);
+        CUDA_CHECK(cudaGetLastError());
+    }
+
+    // --- layernorm
+
+    void layernorm_forward(A* out, float* mean, float* rstd, const A* x, const A* weight, const A* bias, int rows,
+                           int C) {
+        layernorm_forward_kernel<A><<<blocks_for(rows, kThreads / kWarp), kThreads, 0, stream()>>>(
+            out, mean, rstd, x, weight, bias, rows, C);
+        CUDA_CHECK(cudaGetLastError());
+    }
+    void layernorm_backward(A* dx, float* dweight, float* dbias, A* dbranch, float* dbranch_bias, const A* dout,
+                            const A* dresidual, const A* x, const float* mean, const float* rstd, const A* weight,
+                            int rows, int C, Dropout drop, bool accumulate) {
+        const size_t shared = size_t(kNormWarps) * 3 * sum_places<A>(C) * sizeof(float);
+        allow_shared(layernorm_backward_kernel<A>, shared);
+        const int blocks = resident_blocks(layernorm_backward_kernel<A>, kNormWarps * kWarp, shared,
+                                           blocks_for(rows, kNormWarps));
+        float* partial = context->scratch<float>(size_t(blocks) * 3 * C);
+        layernorm_backward_kernel<A><<<blocks, kNormWarps * kWarp, shared, stream()>>>(
+            dx, dbranch, partial, dout, dresidual, x, mean, rstd, weight, rows, C, drop);
+        CUDA_CHECK(cudaGetLastError());
+        sum_partials({{dweight, dbias, dbranch_bias}}, 3, partial, blocks, C, accumulate);
+    }
+
+    // --- linear layers
+
+    void linear_forward(A* out, const A* x, const A* w, const A* b, int rows, int C, int OC) {
+        must(context->multiply(forward_product(rows, C, OC, CUBLASLT_EPILOGUE_BIAS), out, w, x, nullptr, b));
+    }
+    void linear_backward(A* dx, float* dw, float* db, const A* dout, const A* x, const A* w, int rows, int C, int OC,
+                         bool accumulate) {
+        must(context->multiply(input_product(rows, C, OC, CUBLASLT_EPILOGUE_DEFAULT), dx, w, dout));
+        weight_gradient(dw, dout, x, rows, C, OC, accumulate);
+        if (db) column_sums(db, const_cast<A*>(dout), nullptr, rows, OC, accumulate);
+    }
+    void linear_gelu_forward(A* gelu, A* pre, const A* x, const A* w, const A* b, int rows, int C, int OC) {
+        const Product fused = forward_product(rows, C, OC, CUBLASLT_EPILOGUE_GELU_AUX_BIAS);
+        if (fuse && context->multiply(fused, gelu, w, x, nullptr, b, pre)) return;
+        linear_forward(pre, x, w, b, rows, C, OC);
+        const size_t count = size_t(rows) * OC;
+        gelu_kernel<A><<<packs(count), kThreads, 0, stream()>>>(gelu, pre, count);
+        CUDA_CHECK(cudaGetLastError());
+    }
+    void linear_gelu_backward(A* dpre, float* dw, float* dpre_bias, const A* dout, const A* gelu, const A* pre,
+                              const A* w, int rows, int C, int OC, bool accumulate) {
+        const Product fused = input_product(rows, C, OC, CUBLASLT_EPILOGUE_DGELU_BGRAD);
+        A* bias_gradient = context->scratch<A>(C);
+        if (fuse && context->multiply(fused, dpre, w, dout, nullptr, bias_gradient, pre)) {
+            take_bias_gradient_kernel<A><<<blocks_for(C, kThreads), kThreads, 0, stream()>>>(dpre_bias, bias_gradient,
+                                                                                             C, accumulate);
+            CUDA_CHECK(cudaGetLastError());
+        } else {
+            must(context->multiply(input_product(rows, C, OC, CUBLASLT_EPILOGUE_DEFAULT), dpre, w, dout));
+            column_sums(dpre_bias, dpre, pre, rows, C, accumulate);
+        }
+        weight_gradient(dw, dout, gelu, rows, C, OC, accumulate);
+    }
+    void linear_residual_forward(A* out, const A* residual, const A* x, const A* w, const A* b, int rows, int C,
+                                 int OC, Dropout drop) {
+        Product product = forward_product(rows, C, OC, CUBLASLT_EPILOGUE_BIAS);
+        product.add = !drop.on();
+        must(context->multiply(product, out, w, x, residual, b));
+        if (!drop.on()) return;
+        const size_t count = size_t(rows) * OC;
+        residual_dropout_kernel<A><<<packs(count), kThreads, 0, stream()>>>(out, residual, count, drop);
+        CUDA_CHECK(cudaGetLastError());
+    }
+
+    // --- attention
+
+    void attention_forward(A* out, float* lse, const A* qkv, int B, int T, int NH, int HS, Dropout drop) {
+        if constexpr (kSeparateMasters) {
+            if (HS == 32) return tensor_forward<32, 2>(out, lse, qkv, B, T, NH, drop);
+            if (HS == 64) return tensor_forward<64, 2>(out, lse, qkv, B, T, NH, drop);
+            if (HS == 128) return tensor_forward<128, 1>(out, lse, qkv, B, T, NH, drop);
+        }
+        plain_forward(out, lse, qkv, B, 0, T, NH, HS, drop);
+    }
+    void attention_backward(A* dqkv, const A* dout, const A* out, const float* lse, const A* qkv, int B, int T, int NH,
+                            int HS, Dropout drop) {
+        float* delta = context->scratch<float>(size_t(B) * NH * T);
+        if constexpr (kSeparateMasters) {
+            if (HS == 32) return tensor_backward<32, 64>(dqkv, delta, dout, out, lse, qkv, B, T, NH, drop);
+            if (HS == 64) return tensor_backward<64, 64>(dqkv, delta, dout, out, lse, qkv, B, T, NH, drop);
+            if (HS == 128) return tensor_backward<128, 32>(dqkv, delta, dout, out, lse, qkv, B, T, NH, drop);
+        }
+        attention_delta_kernel<A><<<blocks_for(size_t(B) * T * NH, kThreads / kWarp), kThreads, 0, stream()>>>(
+            delta, out, dout, B * T, T, NH, HS);
+        CUDA_CHECK(cudaGetLastError());
+        if (HS <= 32) return plain_backward<1>(dqkv, dout, lse, delta, qkv, B, T, NH, HS, drop);
+        if (HS <= 64) return plain_backward<2>(dqkv, dout, lse, delta, qkv, B, T, NH, HS, drop);
+        if (HS <= 128) return plain_backward<4>(dqkv, dout, lse, delta, qkv, B, T, NH, HS, drop);
+        plain_backward<8>(dqkv, dout, lse, delta, qkv, B, T, NH, HS, drop);
+    }
+    void attention_cached(A* out, const A* qkv, int past, int n, int NH, int HS) {
+        plain_forward(out, nullptr, qkv, 1, past, n, NH, HS, Dropout{});
+    }
+
+    // --- head
+
+    static int head_pitch(int V) { return (V + 7) / 8 * 8; }  // rows of logits start at multiples of 16 bytes
+    static int head_rows(int rows, int V, size_t bytes) {     // of one block of logits
+        const size_t all = size_t(rows) * head_pitch(V) * sizeof(A), blocks = (all + bytes - 1) / bytes;
+        return int((size_t(rows) + blocks - 1) / blocks);
+    }
+    static size_t head_workspace(int rows, int V) { return size_t(head_rows(rows, V, kHeadBytes)) * head_pitch(V); }
+
+    void head_forward(float* losses, A* logits, const A* x, const A* w, const int32_t* targets, int rows, int C,
+                      int V) {
+        const int step = head_rows(rows, V, head_bytes);
+        for (int first = 0; first < rows; first += step) {
+            const int n = std::min(step, rows - first);
+            must(context->multiply(logits_product(n, C, V), logits, w, x + size_t(first) * C));
+            softmax_cross_entropy<false>(losses + first, logits, targets + first, n, V, 0);
+        }
+    }
+    void head_forward_backward(float* losses, A* dx, float* dw, A* logits, const A* x, const A* w,
+                               const int32_t* targets, int rows, int C, int V, float scale, bool accumulate) {
+        const int step = head_rows(rows, V, head_bytes), pitch = head_pitch(V);
+        for (int first = 0; first < rows; first += step) {
+            const int n = std::min(step, rows - first);
+            const A* x_rows = x + size_t(first) * C;
+            must(context->multiply(logits_product(n, C, V), logits, w, x_rows));
+            softmax_cross_entropy<true>(losses + first, logits, targets + first, n, V, scale);
+            // dx = dlogits w, dw (+)= dlogits^T x
+            must(context->multiply({C, n, V, C, pitch, C, false, false, false, CUBLASLT_EPILOGUE_DEFAULT, kType, kType},
+                                   dx + size_t(first) * C, w, logits));
+            must(context->multiply({C, V, n, C, pitch, C, false, true, accumulate || first > 0,
+                                    CUBLASLT_EPILOGUE_DEFAULT, kType, CUDA_R_32F},
+                                   dw, x_rows, logits, dw));
+        }
+    }
+    void head_logits(float* logits, const A* x, const A* w, int rows, int C, int V) {
+        must(context->multiply({V, rows, C, C, C, V, true, false, false, CUBLASLT_EPILOGUE_DEFAULT, kType, CUDA_R_32F},
+                               logits, w, x));
+    }
+
+    // --- the update
+
+    void begin_step(StepState* state, double lr) {
+        begin_step_kernel<<<1, 1, 0, stream()>>>(state, lr);
+        CUDA_CHECK(cudaGetLastError());
+    }
+    void add_loss(StepState* state, const float* losses, int rows, double scale) {
+        add_loss_kernel<<<1, whole_warps(rows), 0, stream()>>>(state, losses, rows, scale);
+        CUDA_CHECK(cudaGetLastError());
+    }
+    void gradient_norm(StepState* state, const float* grads, size_t count) {
+        const int pieces = resident_blocks(sum_of_squares_kernel, kThreads, 0, blocks_for(count, 4 * kThreads));
+        double* sums = context->scratch<double>(pieces);
+        sum_of_squares_kernel<<<pieces, kThreads, 0, stream()>>>(sums, grads, count);
+        CUDA_CHECK(cudaGetLastError());
+        gradient_norm_kernel<<<1, whole_warps(pieces), 0, stream()>>>(state, sums, pieces);
+        CUDA_CHECK(cudaGetLastError());
+    }
+    void judge_step(StepState* state, Guards guards) {
+        judge_step_kernel<<<1, 1, 0, stream()>>>(state, guards);
+        CUDA_CHECK(cudaGetLastError());
+    }
+    void adamw(Weight* weights, float* masters, float* m, float* v, const float* grads, size_t count, size_t decayed,
+               const StepState* state, AdamW hyper) {
+        const int blocks = resident_blocks(adamw_kernel<Weight>, kThreads, 0, blocks_for(count, 4 * kThreads));
+        adamw_kernel<Weight><<<blocks, kThreads, 0, stream()>>>(weights, masters, m, v, grads, count, decayed, state,
+                                                                hyper);
+        CUDA_CHECK(cudaGetLastError());
+    }
+
+   private:
+    static constexpr cudaDataType_t kType = kSeparateMasters ? CUDA_R_16BF : CUDA_R_32F;
+
+    cudaStream_t stream() const { return context->stream; }
+    static cudaDeviceProp properties() {
+        cudaDeviceProp gpu;
+        CUDA_CHECK(cudaGetDeviceProperties(&gpu, 0));
+        return gpu;
+    }
+    static unsigned packs(size_t count) { return blocks_for(count, size_t(kThreads) * kPack<A>); }
+    static void must(bool possible) { TINYGPT_CHECK(possible, "cuBLASLt has no kernel for a matrix product"); }
+    static void check_channels(int C) {
+        TINYGPT_CHECK(C % 8 == 0, "on a GPU n_embd must be a multiple of 8; it is %d: use --n-embd %d", C,
+                      (C + 7) / 8 * 8);
+    }
+
+    // out [rows, OC] = x [rows, C] w [C, OC]
+    static Product forward_product(int rows, int C, int OC, cublasLtEpilogue_t epilogue) {
+        return {OC, rows, C, OC, C, OC, false, false, false, epilogue, kType, kType};
+    }
+    // dx [rows, C] = dout [rows, OC] w^T
+    static Product input_product(int rows, int C, int OC, cublasLtEpilogue_t epilogue) {
+        return {C, rows, OC, OC, OC, C, true, false, false, epilogue, kType, kType};
+    }
+    // logits [rows, V] = x [rows, C] w^T, w [V, C]
+    static Product logits_product(int rows, int C, int V) {
+        return {V, rows, C, C, C, head_pitch(V), true, false, false, CUBLASLT_EPILOGUE_DEFAULT, kType, kType};
+    }
+    // dw [C, OC] (+)= x^T dout
+    void weight_gradient(float* dw, const A* dout, const A* x, int rows, int C, int OC, bool accumulate) {
+        must(context->multiply({OC, C, rows, OC, C, OC, false, true, accumulate, CUBLASLT_EPILOGUE_DEFAULT, kType,
+                                CUDA_R_32F},
+                               dw, dout, x, dw));
+    }
+    // sums [C] (+)= column sums of d [rows, C]; with pre, d becomes d gelu'(pre) first.
+    void column_sums(float* sums, A* d, const A* pre, int rows, int C, bool accumulate) {
+        const dim3 grid(blocks_for(C, kWarp * kPack<A>), std::min<unsigned>(256, blocks_for(rows, kThreads / kWarp)));
+        float* partial = context->scratch<float>(size_t(grid.y) * C);
+        column_sums_kernel<A><<<grid, kThreads, 0, stream()>>>(partial, d, pre, rows, C);
+        CUDA_CHECK(cudaGetLastError());
+        sum_partials({{sums, nullptr, nullptr}}, 1, partial, int(grid.y), C, accumulate);
+    }
+    void sum_partials(ThreePointers to, unsigned tables, const float* partial, int parts, int C, bool accumulate) {
+        const dim3 grid(blocks_for(C, kWarp), tables), block(kWarp, std::min(kWarp, parts));
+        sum_partials_kernel<<<grid, block, 0, stream()>>>(to, partial, parts, int(tables) * C, C, accumulate);
+        CUDA_CHECK(cudaGetLastError());
+    }
+    template <bool kGradient>
+    void softmax_cross_entropy(float* losses, A* logits, const int32_t* targets, int rows, int V, float scale) {
+        const int threads = V >= 8192 ? 1024 : 256;
+        softmax_cross_entropy_kernel<A, kGradient><<<rows, threads, 0, stream()>>>(losses, logits, targets, V,
+                                                                                   head_pitch(V), scale);
+        CUDA_CHECK(cudaGetLastError());
+    }
+
+    void plain_forward(A* out, float* lse, const A* qkv, int B, int past, int n, int NH, int HS, Dropout drop) {
+        if (HS <= 32) return plain_forward_by<1>(out, lse, qkv, B, past, n, NH, HS, drop);
+        if (HS <= 64) return plain_forward_by<2>(out, lse, qkv, B, past, n, NH, HS, drop);
+        if (HS <= 128) return plain_forward_by<4>(out, lse, qkv, B, past, n, NH, HS, drop);
+        plain_forward_by<8>(out, lse, qkv, B, past, n, NH, HS, drop);
+    }
+    static size_t plain_shared(int HS, int held_tables) {
+        const size_t padded = padded_head(HS);
+        return sizeof(float) * (held_tables * kPlainHeld * padded + 2 * 32 * (padded + 1) +
+                                size_t(held_tables) * kPlainHeld * 32);
+    }
+    template <int E>
+    void plain_forward_by(A* out, float* lse, const A* qkv, int B, int past, int n, int NH, int HS, Dropout drop) {
+        TINYGPT_CHECK(HS <= kMaxHeadSize, "on a GPU a head has at most %d channels; n_embd / n_head is %d",
+                      kMaxHeadSize, HS);
+        const dim3 grid(blocks_for(n, kPlainHeld), unsigned(B * NH));
+        const size_t shared = plain_shared(HS, 1);
+        allow_shared(attention_plain_forward_kernel<A, E>, shared);
+        attention_plain_forward_kernel<A, E><<<grid, kPlainWarps * kWarp, shared, stream()>>>(out, lse, qkv, past, n,
+                                                                                             NH, HS, drop);
+        CUDA_CHECK(cudaGetLastError());
+    }
+    template <int E>
+    void plain_backward(A* dqkv, const A* dout, const float* lse, const float* delta, const A* qkv, int B, int T,
+                        int NH, int HS, Dropout drop) {
+        const dim3 grid(blocks_for(T, kPlainHeld), unsigned(B * NH));
+        const size_t shared = plain_shared(HS, 2);
+        allow_shared(attention_plain_backward_kernel<A, E, false>, shared);
+        attention_plain_backward_kernel<A, E, false><<<grid, kPlainWarps * kWarp, shared, stream()>>>(
+            dqkv, dout, lse, delta, qkv, T, NH, HS, drop);
+        CUDA_CHECK(cudaGetLastError());
+        allow_shared(attention_plain_backward_kernel<A, E, true>, shared);
+        attention_plain_backward_kernel<A, E, true><<<grid, kPlainWarps * kWarp, shared, stream()>>>(
+            dqkv, dout, lse, delta, qkv, T, NH, HS, drop);
+        CUDA_CHECK(cudaGetLastError());
+    }
+    template <int HS, int kM>
+    void tensor_forward(A* out, float* lse, const A* qkv, int B, int T, int NH, Dropout drop) {
+        const dim3 grid(blocks_for(T, 64 * kM), unsigned(B * NH));
+        const size_t shared = (64 * kM + 4 * 64) * HS * sizeof(A);
+        allow_shared(attention_forward_kernel<HS, kM>, shared);
+        attention_forward_kernel<HS, kM><<<grid, 128, shared, stream()>>>(out, lse, qkv, T, NH, drop);
+        CUDA_CHECK(cudaGetLastError());
+    }
+    template <int HS, int kQueries>
+    void tensor_backward(A* dqkv, float* delta, const A* dout, const A* out, const float* lse, const A* qkv, int B,
+                         int T, int NH, Dropout drop) {
+        const dim3 grid(blocks_for(T, 64), unsigned(B * NH));
+        const size_t shared_q = 6 * 64 * HS * sizeof(A), shared_k = (2 * 64 + 4 * kQueries) * HS * sizeof(A);
+        allow_shared(attention_backward_queries_kernel<HS>, shared_q);
+        attention_backward_queries_kernel<HS><<<grid, 128, shared_q, stream()>>>(dqkv, delta, dout, out, lse, qkv, T,
+                                                                                 NH, drop);
+        CUDA_CHECK(cudaGetLastError());
+        allow_shared(attention_backward_keys_kernel<HS, kQueries>, shared_k);
+        attention_backward_keys_kernel<HS, kQueries><<<grid, 128, shared_k, stream()>>>(dqkv, dout, lse, delta, qkv, T,
+                                                                                        NH, drop);
+        CUDA_CHECK(cudaGetLastError());
+    }
+};
+
+}  // namespace tinygpt
+
+// =================================================================================================
+// 7 The driver
+// =================================================================================================
+
+#ifndef TRAIN_GPT_CU_NO_MAIN
+int main(int argc, char** argv) {
+    using namespace tinygpt;
+    return program(argc, argv, "train_gpt_cu", [](const Options& options) {
+        int count = 0;
+        const cudaError_t code = cudaGetDeviceCount(&count);
+        if (code != cudaSuccess || count == 0)
+            fail(format("no GPU to train on (%s): ./train_gpt does the same on the CPU", cudaGetErrorString(code)));
+        cudaDeviceProp gpu;
+        CUDA_CHECK(cudaGetDeviceProperties(&gpu, 0));
+        // bf16 and tf32 came with compute capability 8.0.
+        const bool new_enough = gpu.major >= 8;
+        const std::string precision = !options.precision.empty() ? options.precision : new_enough ? "bf16" : "fp32";
+        if (precision != "fp32" && !new_enough)
+            fail(format("--precision %s needs a GPU of compute capability 8.0 or later, and %s has %d.%d: use "
+                        "--precision fp32", precision.c_str(), gpu.name, gpu.major, gpu.minor));
+        if (precision == "bf16") return run_command(Cuda<bf16>(), options);
+        return run_command(Cuda<float>(precision == "tf32"), options);
+    });
+}
+#endif
