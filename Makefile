@@ -16,7 +16,7 @@ endif
 empty    :=
 comma    := ,
 BUILD    := build/$(notdir $(CXX))-$(MARCH)$(subst $(comma),-,$(SANITIZE:%=-%))
-CXXFLAGS := -std=c++20 $(OPT) -march=$(MARCH) -fopenmp $(WARN) $(SANFLAGS) $(EXTRA)
+CXXFLAGS := -std=c++20 $(OPT) -fno-math-errno -march=$(MARCH) -fopenmp $(WARN) $(SANFLAGS) $(EXTRA)
 TESTFLAGS := $(if $(DOCTEST_DIR),-I$(DOCTEST_DIR))
 
 train_gpt: $(BUILD)/train_gpt data/stories/dataset.json
@@ -30,13 +30,38 @@ $(BUILD):
 data/stories/dataset.json: | prepare_data
 	./prepare_data
 
-# The tests. FILTER="matmul*" runs those whose names match.
+# CUDA. For the GPU in this machine; without one, for those named in CUDA_ARCHS.
+NVCC       ?= $(or $(shell command -v nvcc),/usr/local/cuda/bin/nvcc)
+GPU_HERE   := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
+CUDA_ARCHS ?= $(or $(if $(filter 90,$(GPU_HERE)),90a,$(GPU_HERE)),80 90a)
+GENCODE    := $(foreach a,$(CUDA_ARCHS),-gencode=arch=compute_$(a),code=sm_$(a))
+NVFLAGS    := -std=c++20 -O3 $(GENCODE) -Xcompiler -fopenmp,-march=$(MARCH),-Wall,-Wextra
+train_gpt_cu: train_gpt.cu tinygpt.hpp data/stories/dataset.json
+	@echo "building for compute capability $(CUDA_ARCHS)"
+	$(NVCC) $(NVFLAGS) $< -o $@ -lcublasLt
+test_gpt_cu: test_gpt.cpp train_gpt.cu tinygpt.hpp
+	$(NVCC) $(NVFLAGS) $(TESTFLAGS) -DTINYGPT_TEST_CUDA -x cu $< -o $@ -lcublasLt
+	./test_gpt_cu
+
+# The same kernels on the CPU, with no Toolkit: see cuda_on_cpu/README.md.
+EMULATOR   := $(wildcard cuda_on_cpu/*.h cuda_on_cpu/*.hpp)
+ON_CPU     := -Icuda_on_cpu -I. -g -Wno-unused-parameter
+$(BUILD)/translate: cuda_on_cpu/translate.cpp | $(BUILD)
+	$(CXX) -std=c++20 -O1 $(WARN) $< -o $@
+$(BUILD)/train_gpt_cu.cpp: train_gpt.cu $(BUILD)/translate
+	$(BUILD)/translate $< $@
+train_gpt_cu_on_cpu: $(BUILD)/train_gpt_cu.cpp tinygpt.hpp $(EMULATOR)
+	$(CXX) $(CXXFLAGS) -O2 $(ON_CPU) $< -o $@
+
+# The tests, CPU and CUDA in one program. FILTER="matmul*" runs those whose names match.
 test: $(BUILD)/test_gpt
 	OMP_WAIT_POLICY=passive $(BUILD)/test_gpt $(FILTER:%=-tc="%")
-$(BUILD)/test_gpt: $(BUILD)/test_cpu.o
+$(BUILD)/test_gpt: $(BUILD)/test_cpu.o $(BUILD)/test_cuda.o
 	$(CXX) $(CXXFLAGS) $^ -o $@
 $(BUILD)/test_cpu.o: test_gpt.cpp tinygpt.hpp prepare_data.cpp | $(BUILD)
 	$(CXX) $(CXXFLAGS) $(if $(SANITIZE),,-O2) $(TESTFLAGS) -c $< -o $@
+$(BUILD)/test_cuda.o: test_gpt.cpp tinygpt.hpp $(BUILD)/train_gpt_cu.cpp $(EMULATOR)
+	$(CXX) $(CXXFLAGS) $(if $(SANITIZE),,-O2) $(TESTFLAGS) $(ON_CPU) -I$(BUILD) -DTINYGPT_TEST_CUDA -c $< -o $@
 
 # Data that others made: fetched on request, checked, never part of the repository.
 SHAKESPEARE_URL := https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
@@ -51,5 +76,5 @@ gpt2-vocab:
 	@checks/fetch.sh "$(or $(URL),$(GPT2_URL))/encoder.json" $(ENCODER_SHA) data/gpt2/encoder.json
 
 clean:
-	rm -rf build train_gpt train_gpt_cu prepare_data
+	rm -rf build train_gpt train_gpt_cu train_gpt_cu_on_cpu test_gpt_cu prepare_data
 .PHONY: train_gpt prepare_data test shakespeare gpt2-vocab clean

@@ -412,10 +412,10 @@ class BpeTrainer {
         fresh_.push_back(key);
     }
 
-    // Replaces the pair by `token` wherever it occurs, from left to right.
+    // Replaces the pair by `token` wherever it occurs. The places of a pair of two equal tokens are
+    // in order from left to right (they came in one walk), so aaa becomes (aa)a, as in encoding.
     void merge_everywhere(uint32_t key, uint32_t token) {
         std::vector<uint32_t> places = std::move(pairs_[key].places);
-        std::sort(places.begin(), places.end());  // so that aaa becomes (aa)a, as in encoding
         for (uint32_t at : places) {
             Place& left = places_[at];
             if (left.token != key >> 16 || left.next == kNone ||
@@ -634,29 +634,33 @@ inline void prepare(const PrepareOptions& o, const Documents& documents, const s
 // The default corpus: short stories drawn from a grammar whose probabilities are known exactly
 // =================================================================================================
 //
-// Every choice a story makes is a roll of dice that we wrote down, and every choice can be read off
-// the finished text. So the probability of a story is known: it is the product of its choices,
+// Every choice a story makes is a roll of dice written down here, and every choice can be read off
+// the finished text. So the probability of a story is known: the product of that of its choices,
 //
 //     -log p(story) = sum over its choices of -log p(choice)            (in nats)
 //
-// and no model, however large, can do better on average than the sum of these over the stories it is
-// scored on. Divided by their tokens, that is the floor under the loss curve. Two things make it so:
-// the grammar is unambiguous (one text, one list of choices), and a story always closes with the
-// same two words, so the end-of-text token after them costs the true model nothing.
+// and no model can do better, on average, than the sum of these over the stories it is scored on.
+// Divided by their tokens, that is the floor under the loss curve. Two things make it exact: the
+// grammar is unambiguous (one text, one list of choices), and every story closes with the same two
+// words, found nowhere else, so the end-of-text token after them costs the true model nothing.
 //
-// How to read the grammar. A rule is a name and its alternatives, separated by `|`; each is as
-// likely as the next. In an alternative, braces are replaced:
-//     {Plot}               one alternative of the rule Plot
-//     {new colour}         a word drawn from the list `colour`, remembered as `colour`
-//     {friend=name!hero}   a word drawn from the list `name`, not the same as `hero`, remembered
-//     {hero}               the word remembered as `hero`: no dice, it costs nothing
-//     {hero.his}           another form of it: the columns of a list have names, as in [he him his]
-//     {hero.His}           the same with a capital letter
-//     {kind.a}             the word with its article: "a fox", "an owl"
+// How to read the grammar. A rule is a name and its alternatives, with `|` between them; all are
+// equally likely. In an alternative, braces are replaced:
+//     {Plot}              one of the alternatives of the rule Plot
+//     {any colour}        a word drawn from the list `colour`
+//     {new number}        a word drawn from the list `number`, and remembered as `number`
+//     {hero=name}         a word drawn from the list `name`, and remembered as `hero`
+//     {there=spot!spot}   the same, but any word except the one remembered as `spot`
+//     {hero}              the word remembered as `hero`: no dice, so it costs nothing
+//     {hero.his}          another form of it: the columns of a list have names, as in [he him his]
+//     {hero.His}          the same with a capital letter
+//     {any colour.a}      the word with its article: "a red", "an orange"
 // Rules with a capital letter are made of whole sentences; the others are parts of a sentence.
 //
-// Remembered words are what makes the stories worth learning. They come back many words later, when
-// a model that looks at the last four words only has long forgotten them.
+// Remembered words are what makes the stories worth learning. They decide names, pronouns and verbs
+// many words later, when a model that looks at the last four words has long forgotten them. What
+// has to agree (he or she, it or they, was or were) has few values and is soon learned; it teaches
+// where to look, and so makes the names, which have many, easier.
 
 namespace stories {
 
@@ -665,95 +669,115 @@ story: {Opening} {Plot} {Closing} The end.
 
 Opening:
     Once there was {any trait.a} child called {hero=name}. {hero.He} lived {any place}. |
-    Once upon a time, a child called {hero=name} lived {any place}. {hero.He} was very {any trait}. |
+    Once upon a time, a child called {hero=name} lived {any place}.
+        {hero.He} was very {any trait}. |
     Long ago, {any trait.a} child lived {any place}. The child was called {hero=name}. |
     There was once a child called {hero=name}, who was {any trait} and lived {any place}.
 
 when: One {any weather} {any daytime}
 
 Plot:
-    {Lost} | {Gift} | {Sharing} | {Supper} | {Rescue} | {Hiding} | {Finding} | {Race}
+    {Lost} | {Gift} | {Sharing} | {Supper} | {Rescue} | {Hiding} | {Finding} | {Race} |
+    {Picture} | {Song}
 
 Lost:
-    {when}, {hero.he} lost {hero.his} {any colour} {any toy}. {Helper} {hero} looked {any spot}, but
-        {friend.it} found it {any spot}.
+    {when}, {hero.he} lost {hero.his} {any colour} {any toy}. {Helper}
+        {hero} looked {new spot}, but {friend.it} found it {there=spot!spot}.
 Helper:
     Soon {friend=animal} came to help {hero.him}. |
     "Do not cry," said {friend=animal}. |
     {hero.He} asked {friend=animal} to help.
 
 Gift:
-    {when}, {hero.he} went to see {friend=animal}. {hero} gave {friend.them} {any colour.a} {any toy}.
-        {Thanks}
+    {when}, {hero.he} went to see {friend=animal}.
+        {hero} gave {friend.them} {any colour.a} {any toy}. {Thanks}
 Thanks:
     "Thank you, {hero}," said the {friend.kind}. |
     The {friend.kind} {friend.was} so {any feeling} that {friend.it} danced {any way}. |
     {friend.It} thanked {hero.him} {any way}.
 
 Sharing:
-    {when}, {hero.he} had {new number} {any fruit}s. Then {hero.he} met {friend=animal}, and {friend.it}
-        {friend.was} {any look}. {Kindness} Now {hero.he} had only {number.less} left.
+    {when}, {hero.he} had {new number} {any fruit}s.
+        Then {hero.he} met {friend=animal}, and {friend.it} {friend.was} {any look}.
+        {Kindness} Now {hero} had only {number.less} left.
 Kindness:
     {hero} gave {friend.them} one to eat. |
     "Please take one," said {hero}. |
     The {friend.kind} asked {hero.him} for one.
 
 Supper:
-    {when}, {hero.he} made some {any food}. Soon {friend=animal} came to the door. {Asking} Then
-        {friend.it} ate it all {any way}.
+    {when}, {hero.he} made some {any food}. Soon {friend=animal} came to the door.
+        {Asking} Then {friend.it} ate it all {any way}.
 Asking:
     "Come in and sit down," said {hero}. |
     "That smells good," said the {friend.kind}. |
     {friend.It} {friend.was} very {any look}.
 
 Rescue:
-    {when}, {hero.he} heard {any tune.a} cry. It came from {friend=animal} {any spot}. {hero} pulled
-        {friend.them} out with {any tool.a}. {Praise}
+    {when}, {hero.he} heard {any tune.a} cry. It was {friend=animal}, stuck {any spot}!
+        {hero} pulled {friend.them} out with {any tool.a}. {Praise}
 Praise:
     "You are very {any trait}," said the {friend.kind}. |
     {friend.It} thanked {hero.him} {any way}. |
     "Thank you, {hero}," said the {friend.kind}.
 
 Hiding:
-    {when}, {hero.he} played hide and seek with {friend=animal}. {hero} counted to {any number}. {Seek}
+    {when}, {hero.he} played hide and seek with {friend=animal}.
+        {hero} counted to {any number}. {Seek}
 Seek:
     The {friend.kind} hid {any spot} and {friend.was} very quiet. |
     Then {hero.he} found {friend.them} {any spot}. |
     {friend.It} hid {any spot}, but {hero.he} found {friend.them} {any way}.
 
 Finding:
-    {when}, {hero.he} found {any colour.a} {any toy} {any spot}. {hero} showed it to {friend=animal}.
-        {Return}
+    {when}, {hero.he} found {any colour.a} {any toy} {any spot}.
+        {hero} showed it to {friend=animal}. {Return}
 Return:
-    {friend.It} {friend.was} {any feeling} to have it back. |
+    {friend.It} {friend.was} {any feeling} to play with it. |
     The {friend.kind} played with it {any way}. |
-    "You may keep it," {hero.he} told {friend.them}.
+    "You may keep it," {hero} told {friend.them}.
 
 Race:
-    {when}, {hero.he} ran a race with {friend=animal}. {friend.It} {friend.was} fast and ran {any way}.
-        {Win}
+    {when}, {hero.he} ran a race with {friend=animal}.
+        {friend.It} {friend.was} fast and ran {any way}. {Win}
 Win:
     But {hero} was first, so {friend.it} gave {hero.him} some {any food}. |
-    The {friend.kind} {friend.was} first, so {hero.he} gave {friend.them} some {any food}. |
-    They were all {any look} and had some {any food}.
+    The {friend.kind} {friend.was} first, so {hero} gave {friend.them} some {any food}. |
+    In the end, it was a tie, so they shared some {any food}.
+
+Picture:
+    {when}, {hero.he} painted {any colour.a} {any toy}.
+        Soon {friend=animal} came to look. {Paint}
+Paint:
+    "That is very good," said the {friend.kind}. |
+    The {friend.kind} asked {hero} to paint {friend.them} too. |
+    Then {friend.it} fell into the paint and {friend.was} {any colour} all over!
+
+Song:
+    {when}, {hero.he} sang {any tune.a} song {any spot}.
+        Soon {friend=animal} came to listen. {Music}
+Music:
+    The {friend.kind} danced to it {any way}. |
+    "Please sing it again," said the {friend.kind}. |
+    {friend.It} {friend.was} so {any feeling} that {hero} sang it again.
 
 Closing:
     {hero} and the {friend.kind} felt {any feeling} and danced {any way}. |
-    {hero.He} told {hero.his} {any family} about the {friend.kind} and went to bed. |
-    After that, {hero} met the {friend.kind} {any place} every {any daytime}. |
+    {hero} told {hero.his} {any family} about the {friend.kind} and went to bed. |
+    After that, {hero.he} met the {friend.kind} {any place} every {any daytime}. |
     The {friend.kind} went home, and {hero} had {any food} with {hero.his} {any family}. |
     That night, {hero.he} dreamed of {any colour.a} {any toy} and {any tune.a} song.
 
 name [he him his]:
     Mia/she/her/her | Anna/she/her/her | Lily/she/her/her | Nora/she/her/her |
     Tom/he/him/his | Ben/he/him/his | Max/he/him/his | Leo/he/him/his
-animal [kind it them its was]:
-    a fox/fox/it/it/its/was | a bear/bear/it/it/its/was | a duck/duck/it/it/its/was |
-    an owl/owl/it/it/its/was | some mice/mice/they/them/their/were |
-    two rabbits/rabbits/they/them/their/were | three kittens/kittens/they/them/their/were |
-    four frogs/frogs/they/them/their/were
-trait: brave | kind | clever | shy | happy | sleepy | curious | gentle | honest | funny | eager | wise
-look: small | big | young | old | fat | thin | grey | fluffy | muddy | hungry | tired | elegant
+animal [kind it them was]:
+    a fox/fox/it/it/was | a bear/bear/it/it/was | a duck/duck/it/it/was | an owl/owl/it/it/was |
+    some mice/mice/they/them/were | two rabbits/rabbits/they/them/were |
+    three kittens/kittens/they/them/were | four frogs/frogs/they/them/were
+trait: brave | kind | clever | shy | happy | sleepy | curious | gentle | funny | eager | wise |
+    elegant
+look: small | big | young | old | fat | thin | grey | fluffy | muddy | hungry | tired | wet
 feeling: glad | proud | merry | pleased | excited | cheerful | lucky | jolly
 place:
     in the park | in the forest | in the garden | on the farm | at the beach | by the river |
@@ -764,7 +788,7 @@ spot:
     inside the barn | behind the bush | beside the tent | near the fence
 way: all day long | again and again | with a smile | until supper | right away | like the wind |
     three times | at once | in the sunshine | through the puddles
-tune: loud | soft | sad | silly | strange | quiet | old | new
+tune: loud | soft | sad | silly | strange | quiet | old | odd
 weather: sunny | rainy | windy | snowy | foggy | cloudy | warm | cold
 daytime: morning | afternoon | evening | day
 colour: red | blue | green | yellow | orange | white | black | pink | purple | brown
@@ -795,9 +819,9 @@ using Items = std::vector<Item>;
 // A rule is a list of words, each in several forms, or has alternatives made of items.
 struct Rule {
     std::string name;
-    std::vector<std::string> form_names;         // list: "", "a", then the names in brackets
-    std::vector<std::vector<std::string>> words;  // list: [word][form]
-    std::vector<Items> alternatives;              // not a list
+    std::vector<std::string> form_names;          // "", "a", then the columns named in brackets
+    std::vector<std::vector<std::string>> words;  // of a list: [word][form]
+    std::vector<Items> alternatives;              // of any other rule
 };
 
 // A place in memory: a word of one list, never the word in the slot `unlike` (-1: any word).
@@ -844,46 +868,41 @@ inline std::string with_article(const std::string& word) {
     return (vowel ? "an " : "a ") + word;
 }
 
-// What stands between braces: a rule, or a slot with the form of its word. Adds new slots.
+// Cuts `text` off before `mark`; returns what came after it, or nothing if there is none.
+inline std::string cut(std::string& text, char mark) {
+    size_t at = std::min(text.find(mark), text.size());
+    std::string after = text.substr(std::min(at + 1, text.size()));
+    text.resize(at);
+    return after;
+}
+
+// What stands between braces: a rule, or a slot and the form of its word. Adds new slots.
 inline Item parse_braces(Grammar& grammar, std::string tag) {
     Item item{Item::rule, "", find(grammar.rules, tag)};
     if (item.index >= 0 && grammar.rules[item.index].words.empty()) return item;
-    item.kind = Item::recall;
 
-    // {new kind.a} is short for {kind=kind.a}, and {any kind.a} for {any kind=kind.a}: a slot that
-    // no one recalls. Then the parts are: slot = list . form ! unlike.
-    if (tag.starts_with("new ")) tag = tag.substr(4, tag.find('.') - 4) + "=" + tag.substr(4);
-    if (tag.starts_with("any ")) tag = tag.substr(0, tag.find('.')) + "=" + tag.substr(4);
-    size_t bang = std::min(tag.find('!'), tag.size());
-    std::string unlike = tag.substr(std::min(bang + 1, tag.size()));
-    tag.resize(bang);
-    size_t dot = std::min(tag.find('.'), tag.size());
-    std::string form = tag.substr(std::min(dot + 1, tag.size()));
-    tag.resize(dot);
-    size_t equals = tag.find('=');
-    std::string name = tag.substr(0, equals);
-
-    item.index = find(grammar.slots, name);
-    if (equals != std::string::npos) {
-        item.kind = Item::draw;
-        if (item.index < 0) {
-            item.index = int(grammar.slots.size());
-            int list = find(grammar.rules, tag.substr(equals + 1));
-            grammar.slots.push_back({name, list, find(grammar.slots, unlike)});
-        }
+    // The parts are slot = list . form ! unlike. Nobody recalls the slot "any colour".
+    std::string unlike = cut(tag, '!'), form = cut(tag, '.'), list = cut(tag, '=');
+    if (tag.starts_with("new ")) list = tag = tag.substr(4);
+    if (tag.starts_with("any ")) list = tag.substr(4);
+    item.kind = list.empty() ? Item::recall : Item::draw;
+    if (item.kind == Item::draw && find(grammar.slots, tag) < 0) {
+        grammar.slots.push_back({tag, find(grammar.rules, list), find(grammar.slots, unlike)});
     }
+    item.index = find(grammar.slots, tag);
     TINYGPT_CHECK(item.index >= 0 && grammar.slots[item.index].rule >= 0,
-                  "story grammar: '%s' is no rule, list or word drawn above", tag.c_str());
+                  "story grammar: '%s' is no rule, no list and never drawn", tag.c_str());
 
-    item.capital = !form.empty() && std::isupper(uint8_t(form[0]));
+    item.capital = std::isupper(uint8_t(form[0]));
     if (item.capital) form[0] = char(std::tolower(form[0]));
     const auto& forms = grammar.rules[grammar.slots[item.index].rule].form_names;
     item.form = int(std::find(forms.begin(), forms.end(), form) - forms.begin());
     TINYGPT_CHECK(item.form < int(forms.size()), "story grammar: '%s' has no form '%s'",
-                  name.c_str(), form.c_str());
+                  tag.c_str(), form.c_str());
     return item;
 }
 
+// Letters and braces in turn.
 inline Items parse_items(Grammar& grammar, std::string_view text) {
     Items items;
     while (!text.empty()) {
@@ -929,7 +948,6 @@ inline void parse_words(Rule& rule, const std::string& body) {
     for (const std::string& word : split(body, '|')) {
         std::vector<std::string> forms = split(word, '/');
         forms.insert(forms.begin() + 1, with_article(forms[0]));
-        // The first column's name belongs to the second form given: {hero.he} is "he" or "she".
         rule.words.push_back(forms);
         TINYGPT_CHECK(forms.size() == rule.form_names.size(),
                       "story grammar: '%s' has %zu forms, list '%s' has %zu", word.c_str(),
@@ -937,27 +955,32 @@ inline void parse_words(Rule& rule, const std::string& body) {
     }
 }
 
-// Reads the text above. First the names of all rules and the lists, then what refers to them.
-inline Grammar parse_grammar(std::string_view text) {
-    Grammar grammar;
+// Adds each rule's name and columns to the grammar; returns the texts of their alternatives.
+inline std::vector<std::string> parse_headers(Grammar& grammar, std::string_view text) {
     std::vector<std::string> bodies;
     while (!text.empty()) {
         std::string line(text.substr(0, text.find('\n')));
         text.remove_prefix(std::min(line.size() + 1, text.size()));
-        if (line.empty() || line[0] == ' ') {
-            if (!bodies.empty()) bodies.back() += line + "\n";
-            continue;
+        if (!line.empty() && line[0] != ' ') {
+            std::string body = cut(line, ':'), columns = cut(line, '[');
+            cut(columns, ']');
+            grammar.rules.push_back({split(line, ' ')[0], {"", "a"}, {}, {}});
+            bodies.emplace_back();
+            for (const std::string& column : split(columns, ' ')) {
+                grammar.rules.back().form_names.push_back(column);
+            }
+            if (columns.empty()) grammar.rules.back().form_names.pop_back();
+            line = body;
         }
-        size_t colon = line.find(':');
-        std::vector<std::string> header = split(line.substr(0, colon), '[');
-        grammar.rules.push_back({header[0], {"", "a"}, {}, {}});
-        bodies.push_back(line.substr(colon + 1) + "\n");
-        if (header.size() == 1) continue;
-        header[1].pop_back();  // the closing bracket
-        for (const std::string& form : split(header[1], ' ')) {
-            grammar.rules.back().form_names.push_back(form);
-        }
+        if (!bodies.empty()) bodies.back() += line + "\n";
     }
+    return bodies;
+}
+
+// Reads the text above: names first, then the lists of words, then the rules that refer to them.
+inline Grammar parse_grammar(std::string_view text) {
+    Grammar grammar;
+    std::vector<std::string> bodies = parse_headers(grammar, text);
     for (size_t i = 0; i < bodies.size(); i++) {
         bool is_list = bodies[i].find('{') == std::string::npos;
         if (is_list) parse_words(grammar.rules[i], bodies[i]);
@@ -968,7 +991,8 @@ inline Grammar parse_grammar(std::string_view text) {
         if (!rule.words.empty()) continue;
         for (const std::string& alternative : split(bodies[i], '|')) {
             rule.alternatives.push_back(parse_items(grammar, alternative));
-            if (std::isupper(uint8_t(rule.name[0]))) add_sentences(grammar, alternative);
+            bool whole_sentences = std::isupper(uint8_t(rule.name[0]));
+            if (whole_sentences) add_sentences(grammar, alternative);
         }
     }
     grammar.sentences.push_back(parse_items(grammar, "The end."));
@@ -1037,11 +1061,14 @@ struct Teller {
     }
 };
 
-// The entropy of what a rule writes, in nats: the mean of -log p, by the chain rule. Choosing one of
-// n costs log n; then come, for each alternative with probability 1/n, the choices inside it. A
-// draw costs log n too, or log(n - 1) where one word is barred, whichever word that is; a recall
-// costs nothing. Why this is exact although words are remembered: memory decides which letters are
-// written, never how many words there are to choose from.
+// The entropy of what a rule writes, in nats: the mean of -log p, by the chain rule.
+//
+//     H(rule) = log n + 1/n sum over its n alternatives of [ sum of H(rule inside)
+//               + sum of log(words to draw from) ]
+//
+// Why this is exact although words are remembered: memory decides which letters are written, never
+// how many words there are to choose from. A barred word takes one of n away whichever it is, and a
+// recall costs nothing.
 inline double entropy(const Grammar& grammar, const Rule& rule) {
     double n = double(rule.alternatives.size()), sum = 0;
     for (const Items& items : rule.alternatives) {
@@ -1094,7 +1121,8 @@ struct Reader {
         const Item& item = todo.items[todo.next];
         Todo after{todo.items, todo.next + 1, todo.around};
         if (item.kind == Item::letters) {
-            if (text.starts_with(item.text)) read(after, text.substr(item.text.size()), memory, cost);
+            if (!text.starts_with(item.text)) return;
+            read(after, text.substr(item.text.size()), memory, cost);
         } else if (item.kind == Item::rule) {
             const Rule& rule = grammar.rules[item.index];
             for (const Items& items : rule.alternatives) {

@@ -1,5 +1,38 @@
 // tinygpt.hpp - v0.1.0 - train a GPT-2, on a CPU or a GPU, in one header
 //
+// The whole model, an explicit forward and an explicit backward for every layer, and the training loop.
+// Two drivers choose the device: train_gpt.cpp (CPU, OpenMP) and train_gpt.cu (CUDA). Both run the code
+// of this file, so what you read here is what trains. It is GPT-2 exactly, in fp32 or bf16, from scratch
+// or from a Hugging Face checkpoint. It is not a framework: no autograd, no graph, no other model, one
+// machine, one GPU.
+//
+//   make train_gpt && ./train_gpt         learns the default corpus in about a minute
+//   ./train_gpt walk                      one tiny batch through one step, with every number
+//   make test                             every gradient against finite differences, and much more
+//
+// Read it from the top: it follows one batch through one training step.
+//
+//   §1  ground rules      errors with a message; random numbers that can be asked for in any order
+//   §2  one batch         shards, and the same text shifted by one
+//   §3  the model         sizes, and the one list of parameters
+//   §4  the layers        embed, layernorm, matmul, attention, linear and GELU, dropout, head and loss
+//   §5  forward           GPT-2 on one screen
+//   §6  backward          the same lines upside down
+//   §7  the update        schedule, clip, guards, AdamW
+//   §8  one step          all of it in fifteen lines
+//   §9  evaluate, generate
+//   ----  plumbing from here on: the model is done
+//   §10 files, JSON, and the tokenizer     §11 safetensors, checkpoints     §12 options, log
+//   §13 the loop and the commands
+//
+// Notation. x is what a layer reads, out what it makes, w and b weight and bias; dx is the gradient of
+// the loss with respect to x. (B, T, C): B rows of T tokens of C channels, the last index running
+// fastest. A function's comment says what it sets and what it adds to; outputs come first. "Why:" gives
+// a reason, "Careful:" marks a trap, "walk>" quotes a line that ./train_gpt walk prints.
+//
+// To use it in a program of your own: C++20, -fopenmp, one #include. Everything is in namespace tinygpt
+// and may be included from several files. Licence: MIT, see LICENSE.
+//
 #ifndef TINYGPT_HPP_INCLUDED
 #define TINYGPT_HPP_INCLUDED
 
@@ -11,7 +44,9 @@
 #include <omp.h>       // threads
 #include <signal.h>    // sigaction: Ctrl-C saves before it stops
 #include <sys/file.h>  // flock: one run per folder
+#include <sys/mman.h>  // madvise: large pages
 #include <sys/stat.h>
+#include <sys/syscall.h>  // arch_prctl: asking for the matrix unit
 #include <unistd.h>    // pread, fsync
 
 #include <algorithm>
@@ -89,8 +124,8 @@ struct Error : std::runtime_error {
 
 // A check that stays on in every build. The message (printf style) says what was expected, what was
 // found, where, and what to do. It is evaluated only when the check fails.
-#define TINYGPT_CHECK(condition, ...)                                \
-    do {                                                             \
+#define TINYGPT_CHECK(condition, ...)                                      \
+    do {                                                                   \
         if (!(condition)) ::tinygpt::fail(::tinygpt::format(__VA_ARGS__)); \
     } while (0)
 
@@ -100,19 +135,22 @@ struct bf16 {
     bf16() = default;
     // Round to nearest, ties to even; a NaN stays a NaN.
     TINYGPT_HD explicit bf16(float value) {
-        union { float f; uint32_t u; } pun{value};
-        bool nan = (pun.u & 0x7fffffffu) > 0x7f800000u;
-        bits = nan ? uint16_t((pun.u >> 16) | 0x40) : uint16_t((pun.u + 0x7fffu + ((pun.u >> 16) & 1)) >> 16);
+        uint32_t u;
+        std::memcpy(&u, &value, 4);
+        bool nan = (u & 0x7fffffffu) > 0x7f800000u;
+        bits = uint16_t(nan ? (u >> 16) | 0x40 : (u + 0x7fffu + ((u >> 16) & 1)) >> 16);
     }
     TINYGPT_HD explicit operator float() const {
-        union { uint32_t u; float f; } pun{uint32_t(bits) << 16};
-        return pun.f;
+        uint32_t u = uint32_t(bits) << 16;
+        float value;
+        std::memcpy(&value, &u, 4);
+        return value;
     }
 };
 
 // Random numbers are a pure function of where they are used: random_bits(key, i) is the i-th number
-// of the stream `key`. Nothing is drawn "next", so threads, restarts and GPUs all see the same ones.
-// The mixer is the finaliser of SplitMix64 (Steele, Lea, Flood 2014).
+// of the stream `key`. Nothing is drawn "next", so threads, restarts and GPUs all see the same
+// ones. The mixer is the finaliser of SplitMix64 (Steele, Lea, Flood 2014).
 TINYGPT_HD inline uint64_t mix_bits(uint64_t x) {
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
@@ -147,6 +185,8 @@ constexpr int32_t kIgnore = -1;  // a target that is not scored
 
 // What one training step reads. Row b predicts targets[b][t] from inputs[b][0..t], where
 // targets[b][t] is the token that follows inputs[b][t] in the text: the shift by one.
+//   walk> row 0, t=0   input  0 the   target  1 cat
+//   walk> row 0, t=1   input  1 cat   target  2 sat
 struct Batch {
     int B = 0, T = 0;
     std::vector<int32_t> inputs, targets;  // [B, T] each
@@ -160,16 +200,18 @@ struct Batch {
     void sort_rows() {
         order.resize(inputs.size());
         std::iota(order.begin(), order.end(), 0);
-        std::stable_sort(order.begin(), order.end(),
-                         [this](int32_t i, int32_t j) { return inputs[size_t(i)] < inputs[size_t(j)]; });
+        std::stable_sort(order.begin(), order.end(), [this](int32_t i, int32_t j) {
+            return inputs[size_t(i)] < inputs[size_t(j)];
+        });
     }
 };
 
 // One open shard. Reads with pread, so that a file that shrinks is an error and not a signal.
 class Shard {
-   public:
+public:
     // Opens and validates `path`: magic, version, and a length that agrees with the count.
-    explicit Shard(std::string file) : path(std::move(file)), fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
+    explicit Shard(std::string file)
+        : path(std::move(file)), fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
         TINYGPT_CHECK(fd_ >= 0, "cannot open the shard %s: %s", path.c_str(), std::strerror(errno));
         int32_t header[256] = {};
         struct stat info {};
@@ -177,16 +219,18 @@ class Shard {
         if (::fstat(fd_, &info) != 0 || got != kShardHeaderBytes || header[0] != kShardMagic ||
             header[1] != 1) {
             ::close(fd_);
-            fail(format("%s is no token shard: expected a 1024-byte header with %d and version 1, found "
-                        "%d and %d (%zd bytes read). Make shards with ./prepare_data",
-                        path.c_str(), kShardMagic, header[0], header[1], got));
+            fail(format(
+                "%s is no token shard: expected a 1024-byte header with %d and version 1, found "
+                "%d and %d (%zd bytes read). Make shards with ./prepare_data",
+                path.c_str(), kShardMagic, header[0], header[1], got));
         }
         tokens = header[2];
         if (tokens < 0 || info.st_size != kShardHeaderBytes + 2 * tokens) {
             ::close(fd_);
-            fail(format("%s is damaged: its header promises %lld tokens, so %lld bytes, but it has %lld",
-                        path.c_str(), (long long)tokens, (long long)(kShardHeaderBytes + 2 * tokens),
-                        (long long)info.st_size));
+            fail(format(
+                "%s is damaged: its header promises %lld tokens, so %lld bytes, but it has %lld",
+                path.c_str(), (long long)tokens, (long long)(kShardHeaderBytes + 2 * tokens),
+                (long long)info.st_size));
         }
     }
     Shard(Shard&& other) noexcept
@@ -203,7 +247,8 @@ class Shard {
             ssize_t got = ::pread(fd_, to, size_t(left), at);
             if (got < 0 && errno == EINTR) continue;
             TINYGPT_CHECK(got > 0, "cannot read token %lld of %s: %s", (long long)(at / 2 - 512),
-                          path.c_str(), got < 0 ? std::strerror(errno) : "the file has become shorter");
+                          path.c_str(),
+                          got < 0 ? std::strerror(errno) : "the file has become shorter");
             to += got, at += got, left -= got;
         }
     }
@@ -211,18 +256,19 @@ class Shard {
     std::string path;
     int64_t tokens = 0;
 
-   private:
+private:
     int fd_;
 };
 
 // All shards of one split, and a check that every token is below the vocabulary's size.
 class Shards {
-   public:
+public:
     // Opens every file that matches the pattern, in name order.
     explicit Shards(const std::string& pattern) : pattern_(pattern) {
         glob_t found{};
         int status = ::glob(pattern.c_str(), 0, nullptr, &found);
-        std::vector<std::string> paths(found.gl_pathv, found.gl_pathv + (status == 0 ? found.gl_pathc : 0));
+        std::vector<std::string> paths(found.gl_pathv,
+                                       found.gl_pathv + (status == 0 ? found.gl_pathc : 0));
         ::globfree(&found);
         for (const std::string& path : paths) shards_.emplace_back(path);
         for (const Shard& shard : shards_) tokens_ += shard.tokens;
@@ -245,20 +291,21 @@ class Shards {
     static void check_range(const Shard& shard, const uint16_t* tokens, int64_t at, int64_t count,
                             int vocab_size) {
         for (int64_t i = 0; i < count; ++i)
-            TINYGPT_CHECK(tokens[i] < vocab_size,
-                          "token %lld of %s is %d, but the vocabulary has only %d entries: this data "
-                          "was made with another tokenizer; give its folder, or --vocab-size",
-                          (long long)(at + i), shard.path.c_str(), tokens[i], vocab_size);
+            TINYGPT_CHECK(
+                tokens[i] < vocab_size,
+                "token %lld of %s is %d, but the vocabulary has only %d entries: this data "
+                "was made with another tokenizer; give its folder, or --vocab-size",
+                (long long)(at + i), shard.path.c_str(), tokens[i], vocab_size);
     }
 
-   private:
+private:
     std::string pattern_;
     std::vector<Shard> shards_;
     int64_t tokens_ = 0;
 };
 
-// A permutation of 0..n-1 that needs no memory: four Feistel rounds on the next even number of bits,
-// walking on while the result is not below n. Bijective because every round can be undone.
+// A permutation of 0..n-1 that needs no memory: four Feistel rounds on the next even number of
+// bits, walking on while the result is not below n. Bijective because every round can be undone.
 inline uint64_t shuffled(uint64_t i, uint64_t n, uint64_t key) {
     int half = 1;
     while (half < 32 && (uint64_t(1) << (2 * half)) < n) ++half;
@@ -266,7 +313,8 @@ inline uint64_t shuffled(uint64_t i, uint64_t n, uint64_t key) {
     do {
         uint64_t left = i >> half, right = i & mask;
         for (int round = 0; round < 4; ++round) {
-            uint64_t mixed = left ^ (mix_bits(key + uint64_t(round) * 0x9e3779b97f4a7c15ull + right) & mask);
+            uint64_t mixed =
+                left ^ (mix_bits(key + uint64_t(round) * 0x9e3779b97f4a7c15ull + right) & mask);
             left = right, right = mixed;
         }
         i = (left << half) | right;
@@ -277,10 +325,10 @@ inline uint64_t shuffled(uint64_t i, uint64_t n, uint64_t key) {
 // Which block of text is the i-th sample of training. A shard of N tokens has N-1 predictions; they
 // are cut into blocks of T, so that one epoch makes every prediction exactly once. The last block
 // may be short: its missing targets are kIgnore. With shuffle, every epoch has a fresh order of the
-// blocks and a fresh offset at which the cutting begins (the shard is taken as a ring), so blocks do
-// not always begin at the same words. Everything is a function of (seed, i): nothing to save.
+// blocks and a fresh offset at which the cutting begins (the shard is taken as a ring), so blocks
+// do not always begin at the same words. Everything is a function of (seed, i): nothing to save.
 class DataOrder {
-   public:
+public:
     DataOrder() = default;
     DataOrder(const Shards& shards, int B, int T, uint64_t seed, bool shuffle, bool overfit_batch)
         : B_(B), T_(T), seed_(seed), shuffle_(shuffle), overfit_(overfit_batch) {
@@ -293,7 +341,8 @@ class DataOrder {
     }
     struct Place {
         int shard = 0;
-        int64_t begin = 0;   // first prediction of the block, on the ring of the shard's predictions
+        // first prediction of the block, on the ring of the shard's predictions
+        int64_t begin = 0;
         int64_t length = 0;  // how many of its T predictions exist
     };
     int64_t blocks_per_epoch() const { return blocks_; }
@@ -305,18 +354,21 @@ class DataOrder {
         if (overfit_) return {0, (i % B_) * T_, T_};
         int64_t epoch = i / blocks_, block = i % blocks_;
         if (shuffle_)
-            block = int64_t(shuffled(uint64_t(block), uint64_t(blocks_), random_key(seed_, uint64_t(epoch), 1)));
+            block = int64_t(shuffled(uint64_t(block), uint64_t(blocks_),
+                                     random_key(seed_, uint64_t(epoch), 1)));
         size_t shard = size_t(std::upper_bound(first_block_.begin(), first_block_.end(), block) -
                               first_block_.begin() - 1);
-        while (lengths_[shard] == 0) --shard;  // an empty shard shares its first block with the next
+        // an empty shard shares its first block with the next
+        while (lengths_[shard] == 0) --shard;
         int64_t inside = (block - first_block_[shard]) * T_, length = lengths_[shard];
         int64_t offset = 0;
         if (shuffle_)
-            offset = int64_t(random_bits(random_key(seed_, uint64_t(epoch), 2), shard) % uint64_t(length));
+            offset = int64_t(random_bits(random_key(seed_, uint64_t(epoch), 2), shard) %
+                             uint64_t(length));
         return {int(shard), (inside + offset) % length, std::min<int64_t>(T_, length - inside)};
     }
 
-   private:
+private:
     int B_ = 1, T_ = 1;
     uint64_t seed_ = 0;
     bool shuffle_ = false, overfit_ = false;
@@ -326,9 +378,11 @@ class DataOrder {
 
 // Reads the batches of a run in order, one ahead of the step, on a thread of its own.
 class BatchLoader {
-   public:
-    BatchLoader(const Shards& shards, DataOrder order, int B, int T, int vocab_size, int64_t first_sample)
-        : shards_(shards), order_(std::move(order)), B_(B), T_(T), vocab_size_(vocab_size), sample_(first_sample) {
+public:
+    BatchLoader(const Shards& shards, DataOrder order, int B, int T, int vocab_size,
+                int64_t first_sample)
+        : shards_(shards), order_(std::move(order)), B_(B), T_(T), vocab_size_(vocab_size),
+          sample_(first_sample) {
         reader_ = std::thread([this] { read_ahead(); });
     }
     ~BatchLoader() {
@@ -356,29 +410,33 @@ class BatchLoader {
     const DataOrder& order() const { return order_; }
 
     // Fills one batch with samples first .. first + B - 1. Fails on a token outside the vocabulary.
-    static void fill(Batch& batch, const Shards& shards, const DataOrder& order, int64_t first, int vocab_size) {
+    static void fill(Batch& batch, const Shards& shards, const DataOrder& order, int64_t first,
+                     int vocab_size) {
         std::vector<uint16_t> text(size_t(batch.T) + 1);
         for (int b = 0; b < batch.B; ++b) {
             DataOrder::Place place = order.place(first + b);
             const Shard& shard = shards.files()[size_t(place.shard)];
             // Read the block, in two pieces where it runs over the end of the ring.
-            int64_t ring = order.ring(place.shard), head = std::min(place.length, ring - place.begin);
+            int64_t ring = order.ring(place.shard),
+                    head = std::min(place.length, ring - place.begin);
             int32_t* inputs = batch.inputs.data() + size_t(b) * batch.T;
             int32_t* targets = batch.targets.data() + size_t(b) * batch.T;
-            for (auto [from, begin, count] : {std::array<int64_t, 3>{0, place.begin, head},
-                                              std::array<int64_t, 3>{head, 0, place.length - head}}) {
+            for (auto [from, begin, count] :
+                 {std::array<int64_t, 3>{0, place.begin, head},
+                  std::array<int64_t, 3>{head, 0, place.length - head}}) {
                 if (count == 0) continue;
                 shard.read(text.data(), begin, count + 1);
                 Shards::check_range(shard, text.data(), begin, count + 1, vocab_size);
                 for (int64_t t = 0; t < count; ++t) inputs[from + t] = text[size_t(t)];
-                for (int64_t t = 0; t < count; ++t) targets[from + t] = text[size_t(t) + 1];  // shifted by one
+                // shifted by one
+                for (int64_t t = 0; t < count; ++t) targets[from + t] = text[size_t(t) + 1];
             }
             batch.scored += place.length;
         }
         batch.sort_rows();
     }
 
-   private:
+private:
     void read_ahead() {
         while (true) {
             std::unique_lock lock(mutex_);
@@ -431,11 +489,11 @@ struct Preset {
     const char* name;
     Config config;
 };
-// `tiny` learns the default corpus in about a minute on two cores. The others are GPT-2's (Radford et
-// al. 2019; sizes as in the published configurations).
+// `tiny` learns the default corpus in about a minute on two cores. The others are GPT-2's (Radford
+// et al. 2019; sizes as in the published configurations).
 inline const std::vector<Preset>& presets() {
     static const std::vector<Preset> list = {
-        {"tiny", {4, 4, 128, 128, 1024}},
+        {"tiny", {2, 4, 128, 128, 1024}},
         {"gpt2", {12, 12, 768, 1024, 50257}},
         {"gpt2-medium", {24, 16, 1024, 1024, 50257}},
         {"gpt2-large", {36, 20, 1280, 1024, 50257}},
@@ -448,20 +506,21 @@ inline const std::vector<Preset>& presets() {
 template <class T>
 struct Parameters {
     struct Block {
-        T *ln_1_weight, *ln_1_bias, *c_attn_weight, *c_attn_bias, *attn_proj_weight, *attn_proj_bias;
+        T *ln_1_weight, *ln_1_bias, *c_attn_weight, *c_attn_bias, *attn_proj_weight,
+            *attn_proj_bias;
         T *ln_2_weight, *ln_2_bias, *c_fc_weight, *c_fc_bias, *mlp_proj_weight, *mlp_proj_bias;
     };
-    T *wte, *wpe;           // token and position embeddings
-    std::vector<Block> h;   // the layers
+    T *wte, *wpe;          // token and position embeddings
+    std::vector<Block> h;  // the layers
     T *ln_f_weight, *ln_f_bias;
-    T* lm_head;             // the tied head is wte itself
+    T* lm_head;  // the tied head is wte itself
 };
 
 enum class Init { zeros, ones, normal, residual };  // residual: normal, scaled by 1/sqrt(2L)
 
 // The one list. Calls visit(name, pointer, shape, init) once for every tensor, in the order of the
-// text's way through the model. Allocation, initialisation, weight decay, checkpoints, the parameter
-// table and the gradient test all come from here, so none of them can forget a tensor.
+// text's way through the model. Allocation, initialisation, weight decay, checkpoints, the
+// parameter table and the gradient test all come from here, so none of them can forget a tensor.
 // Names and shapes are Hugging Face's for GPT-2: linear weights are [in, out], y = x W + b.
 template <class T, class Visit>
 void for_each_tensor(const Config& config, Parameters<T>& p, Visit&& visit) {
@@ -511,15 +570,17 @@ inline Layout layout_of(const Config& config) {
     Layout layout;
     Parameters<char> none;
     none.h.resize(size_t(config.n_layer));
-    for_each_tensor(config, none, [&](std::string name, char*, std::vector<int64_t> shape, Init init) {
-        size_t count = 1;
-        for (int64_t n : shape) count *= size_t(n);
-        layout.tensors.push_back({std::move(name), std::move(shape), init, 0, count});
-        layout.count += count;
-    });
+    for_each_tensor(
+        config, none, [&](std::string name, char*, std::vector<int64_t> shape, Init init) {
+            size_t count = 1;
+            for (int64_t n : shape) count *= size_t(n);
+            layout.tensors.push_back({std::move(name), std::move(shape), init, 0, count});
+            layout.count += count;
+        });
     for (bool decays : {true, false}) {
         for (TensorInfo& t : layout.tensors)
-            if (t.decays() == decays) t.offset = layout.size, layout.size += (t.count + 63) / 64 * 64;
+            if (t.decays() == decays)
+                t.offset = layout.size, layout.size += (t.count + 63) / 64 * 64;
         if (decays) layout.decayed = layout.size;
     }
     return layout;
@@ -530,15 +591,17 @@ template <class T>
 void point_into(Parameters<T>& p, T* base, const Config& config, const Layout& layout) {
     p.h.resize(size_t(config.n_layer));
     size_t i = 0;
-    for_each_tensor(config, p, [&](const std::string&, T*& pointer, const std::vector<int64_t>&, Init) {
-        pointer = base + layout.tensors[i++].offset;
-    });
+    for_each_tensor(config, p,
+                    [&](const std::string&, T*& pointer, const std::vector<int64_t>&, Init) {
+                        pointer = base + layout.tensors[i++].offset;
+                    });
     if (!config.untied_head) p.lm_head = p.wte;
 }
 
 // Fresh weights: N(0, 0.02), the two projections that write into the residual stream scaled down by
 // 1/sqrt(2L) so that 2L additions keep its variance (Radford et al. 2019, §2.3), biases 0, norms 1.
-// sets weights[layout.size]; padding is 0. Element i of a tensor depends on (seed, tensor, i) alone.
+// sets weights[layout.size]; padding is 0. Element i of a tensor depends on (seed, tensor, i)
+// alone.
 template <class real>
 void initialise(real* weights, const Config& config, const Layout& layout, uint64_t seed) {
     std::fill(weights, weights + layout.size, real(0));
@@ -551,7 +614,8 @@ void initialise(real* weights, const Config& config, const Layout& layout, uint6
             std::fill(w, w + info.count, real(1));
             continue;
         }
-        const double scale = info.init == Init::residual ? 0.02 / std::sqrt(2.0 * config.n_layer) : 0.02;
+        const double scale =
+            info.init == Init::residual ? 0.02 / std::sqrt(2.0 * config.n_layer) : 0.02;
 #pragma omp parallel for schedule(static)
         for (int64_t i = 0; i < int64_t(info.count); ++i)
             w[i] = real(float(scale * random_normal(key, uint64_t(i))));
@@ -564,10 +628,10 @@ void initialise(real* weights, const Config& config, const Layout& layout, uint6
 // We hold one batch of tokens [B, T] and the parameters. From here on a row is one position of one
 // sequence; rows = B*T of them lie below each other, and x is [rows, C]: the residual stream.
 //
-// A device is a struct with the functions below. Cpu<real> has them as loops, Cuda as kernels; model,
-// training and generation (§5-9) are written once, over any device, and never ask which one it is.
-// For the reader: in every function outputs come first, d means "the gradient of the loss with
-// respect to", and a backward function stands directly below its forward.
+// A device is a struct with the functions below. Cpu<real> has them as loops, Cuda as kernels;
+// model, training and generation (§5-9) are written once, over any device, and never ask which one
+// it is. For the reader: in every function outputs come first, d means "the gradient of the loss
+// with respect to", and a backward function stands directly below its forward.
 
 // Dropout multiplies every element by 0 with probability p, otherwise by 1/(1-p), so that the mean
 // stays (Srivastava et al. 2014). Which is decided by the element's index alone: the backward pass
@@ -577,21 +641,22 @@ struct Dropout {
     float p = 0;  // 0: off
     TINYGPT_HD bool on() const { return p > 0; }
     TINYGPT_HD float scale(uint64_t i) const {
-        return double(random_bits(key, i) >> 32) < double(p) * 4294967296.0 ? 0.0f : 1.0f / (1.0f - p);
+        return double(random_bits(key, i) >> 32) < double(p) * 4294967296.0 ? 0.0f
+                                                                            : 1.0f / (1.0f - p);
     }
 };
 
-// The few numbers of a step that live beside the weights, on the device, so that no step has to wait
-// for the host: what the host set (lr), what the device found, and the guards' memory (§7).
+// The few numbers of a step that live beside the weights, on the device, so that no step has to
+// wait for the host: what the host set (lr), what the device found, and the guards' memory (§7).
 struct StepState {
     static constexpr int kWindow = 128;  // how many past steps an outlier is judged by
     double lr = 0, loss = 0, grad_norm = 0;
-    double clip_scale = 1;               // gradients are multiplied by this in the update
-    int32_t skip = 0;                    // 1: this update is not made
-    int32_t broken = 0;                  // 1: loss or norm was NaN or infinite
-    int64_t updates = 0;                 // updates made so far: AdamW's t
-    int64_t skipped = 0, outliers = 0;   // totals of the run
-    int64_t seen = 0;                    // steps in the window so far
+    double clip_scale = 1;              // gradients are multiplied by this in the update
+    int32_t skip = 0;                   // 1: this update is not made
+    int32_t broken = 0;                 // 1: loss or norm was NaN or infinite
+    int64_t updates = 0;                // updates made so far: AdamW's t
+    int64_t skipped = 0, outliers = 0;  // totals of the run
+    int64_t seen = 0;                   // steps in the window so far
     double losses[kWindow] = {}, norms[kWindow] = {};
 };
 
@@ -622,24 +687,31 @@ struct Cpu {
 
     // --- the machine
     static constexpr const char* kProgram = "train_gpt";
-    std::string describe() const;  // one line
-    size_t free_memory() const;    // bytes
-    double peak_flops() const;     // operations a second, measured
-    void synchronize() {}          // wait until everything asked for is done: here it always is
+    std::string describe() const;   // one line
+    size_t free_memory() const;     // bytes
+    double peak_flops() const;      // operations a second, measured
+    double peak_bandwidth() const;  // bytes a second, measured
+    void synchronize() {}           // wait until everything asked for is done: here it always is
 
     // --- memory
-    template <class T> T* allocate(size_t count);
-    template <class T> void release(T* pointer);
-    template <class T> void zero(T* to, size_t count);
-    template <class T> void upload(T* to, const T* from_host, size_t count);
-    template <class T> void download(T* to_host, const T* from, size_t count);
+    template <class T>
+    T* allocate(size_t count);
+    template <class T>
+    void release(T* pointer);
+    template <class T>
+    void zero(T* to, size_t count);
+    template <class T>
+    void upload(T* to, const T* from_host, size_t count);
+    template <class T>
+    void download(T* to_host, const T* from, size_t count);
     void weights_from_masters(Weight*, const Real*, size_t) {}  // nothing to do: one array
 
     // --- token and position embeddings
     void embed_forward(Activation* out, const int32_t* tokens, const Weight* wte, const Weight* wpe,
                        int B, int T, int C, int past, Dropout drop);
-    void embed_backward(Gradient* dwte, Gradient* dwpe, const Activation* dout, const int32_t* tokens,
-                        const int32_t* order, int B, int T, int C, Dropout drop);
+    void embed_backward(Gradient* dwte, Gradient* dwpe, const Activation* dout,
+                        const int32_t* tokens, const int32_t* order, int B, int T, int C,
+                        Dropout drop);
 
     // --- layernorm
     void layernorm_forward(Activation* out, Real* mean, Real* rstd, const Activation* x,
@@ -656,8 +728,8 @@ struct Cpu {
     void linear_backward(Activation* dx, Gradient* dw, Gradient* db, const Activation* dout,
                          const Activation* x, const Weight* w, int rows, int C, int OC,
                          bool accumulate);
-    void linear_gelu_forward(Activation* gelu, Activation* pre, const Activation* x, const Weight* w,
-                             const Weight* b, int rows, int C, int OC);
+    void linear_gelu_forward(Activation* gelu, Activation* pre, const Activation* x,
+                             const Weight* w, const Weight* b, int rows, int C, int OC);
     void linear_gelu_backward(Activation* dpre, Gradient* dw, Gradient* dpre_bias,
                               const Activation* dout, const Activation* gelu, const Activation* pre,
                               const Weight* w, int rows, int C, int OC, bool accumulate);
@@ -678,8 +750,8 @@ struct Cpu {
     void head_forward(Real* losses, Activation* logits, const Activation* x, const Weight* w,
                       const int32_t* targets, int rows, int C, int V);
     void head_forward_backward(Real* losses, Activation* dx, Gradient* dw, Activation* logits,
-                               const Activation* x, const Weight* w, const int32_t* targets, int rows,
-                               int C, int V, Real scale, bool accumulate);
+                               const Activation* x, const Weight* w, const int32_t* targets,
+                               int rows, int C, int V, Real scale, bool accumulate);
     void head_logits(Real* logits, const Activation* x, const Weight* w, int rows, int C, int V);
 
     // --- the update
@@ -687,8 +759,8 @@ struct Cpu {
     void add_loss(StepState* state, const Real* losses, int rows, double scale);
     void gradient_norm(StepState* state, const Gradient* grads, size_t count);
     void judge_step(StepState* state, Guards guards);
-    void adamw(Weight* weights, Real* masters, Real* m, Real* v, const Gradient* grads, size_t count,
-               size_t decayed, const StepState* state, AdamW hyper);
+    void adamw(Weight* weights, Real* masters, Real* m, Real* v, const Gradient* grads,
+               size_t count, size_t decayed, const StepState* state, AdamW hyper);
 };
 
 // --- memory: one aligned block; the host is the device
@@ -730,11 +802,12 @@ inline int stripe_begin(int rows, int stripe) { return int(int64_t(rows) * strip
 
 // --- §4.1 Embedding: every position gets the vector of its token plus the vector of its place
 //   out[b,t] = drop(wte[tokens[b,t]] + wpe[past + t])
+//   walk> embedded     [8,  8]   -0.0054  -0.0335   0.1426   0.0302  -0.0398  -0.0485 ...
 
 // out [B*T, C], tokens [B*T], wte [V, C], wpe [P, C]. past: position of the first column.
 template <class real>
-void Cpu<real>::embed_forward(real* out, const int32_t* tokens, const real* wte, const real* wpe, int B,
-                              int T, int C, int past, Dropout drop) {
+void Cpu<real>::embed_forward(real* out, const int32_t* tokens, const real* wte, const real* wpe,
+                              int B, int T, int C, int past, Dropout drop) {
 #pragma omp parallel for schedule(static)
     for (int row = 0; row < B * T; ++row) {
         const real* token = wte + size_t(tokens[row]) * C;
@@ -746,10 +819,10 @@ void Cpu<real>::embed_forward(real* out, const int32_t* tokens, const real* wte,
     }
 }
 
-// The output is a plain sum, so its gradient goes to both addends as it is: each row of dout is added
-// to its token's row of dwte and to its place's row of dwpe. Adds to both.
-// Threads share the channels, not the rows: two rows may hold the same token. `order` (the rows sorted
-// by token) is for devices that share out tokens instead.
+// The output is a plain sum, so its gradient goes to both addends as it is: each row of dout is
+// added to its token's row of dwte and to its place's row of dwpe. Adds to both.
+// Threads share the channels, not the rows: two rows may hold the same token. `order` (the rows
+// sorted by token) is for devices that share out tokens instead.
 template <class real>
 void Cpu<real>::embed_backward(real* dwte, real* dwpe, const real* dout, const int32_t* tokens,
                                const int32_t* /*order*/, int B, int T, int C, Dropout drop) {
@@ -769,12 +842,13 @@ void Cpu<real>::embed_backward(real* dwte, real* dwpe, const real* dout, const i
 
 // --- §4.2 Layernorm (Ba et al. 2016): each row is shifted to mean 0 and scaled to variance 1
 //   m = mean(x)   r = 1/sqrt(mean((x - m)^2) + 1e-5)   n = (x - m) r   out = n weight + bias
+//   walk>   ln_1       [8,  8]   -0.4404  -0.7322   1.0990  -0.0701  -0.7977  -0.8881 ...
 constexpr double kLayernormEps = 1e-5;
 
 // out, x [rows, C]; mean, rstd [rows]: kept for backward.
 template <class real>
-void Cpu<real>::layernorm_forward(real* out, real* mean, real* rstd, const real* x, const real* weight,
-                                  const real* bias, int rows, int C) {
+void Cpu<real>::layernorm_forward(real* out, real* mean, real* rstd, const real* x,
+                                  const real* weight, const real* bias, int rows, int C) {
 #pragma omp parallel for schedule(static)
     for (int row = 0; row < rows; ++row) {
         const real* in = x + size_t(row) * C;
@@ -797,7 +871,8 @@ void Cpu<real>::layernorm_forward(real* out, real* mean, real* rstd, const real*
 //   dn_i/dx_j = r [i=j] - r/C - n_i n_j r / C
 // so  dx = r (g - mean(g) - n mean(g n)): three terms, for x itself, for the mean, for the scale.
 // Layernorm reads the residual stream, which also flows on past it; dx joins both gradients:
-//   dx = dresidual + the above        (dresidual may be null: nothing else read x; may be dx itself)
+//   dx = dresidual + the above        (dresidual may be null: nothing else read x; may be dx
+//   itself)
 // What was added to the stream just below came from a branch, x = residual + drop(branch), with a
 // bias. Its gradients ride along, since dx is at hand:
 //   dbranch = drop(dx) (written only when drop is on)   dbranch_bias = column sums of dbranch
@@ -860,7 +935,6 @@ void Cpu<real>::layernorm_backward(real* dx, real* dweight, real* dbias, real* d
 //   exp_fast(x), gelu(x), gelu_derivative(x) of one number; gelu, gelu_backward, exp_and_sum of many
 //   attention_forward, attention_backward, attention_cached; matmul_definition, attention_definition
 
-
 // A matrix in memory: element (i, j) is data[i * row + j * col]. One of the two steps is 1.
 template <class real>
 struct View {
@@ -892,6 +966,9 @@ void matmul_definition(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m
 }
 
 // --- The compiler's vectors: arithmetic on a whole register at a time, on any CPU
+#ifdef __CUDACC__
+#pragma nv_diag_suppress 1675  // it need not know "GCC unroll"
+#endif
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64, kVectorRegisters = 32;
 #elif defined(__AVX__)
@@ -967,7 +1044,8 @@ real gelu(real x) {
 }
 template <class real>
 real gelu_derivative(real x) {
-    x = x < -10 ? real(-10) : x > 10 ? real(10) : x;
+    x = x < -10 ? real(-10) : x;
+    x = x > 10 ? real(10) : x;
     const real slope = real(1.5957691216057308) * (1 + 3 * real(0.044715) * x * x);
     const real inner = real(-1.5957691216057308) * x * (1 + real(0.044715) * x * x);
     const real s = 1 / (1 + exp_fast(inner));
@@ -1010,35 +1088,46 @@ real exp_and_sum(real* x, real shift, int count) {
 // |     | |         |
 // +-----+ +---------+
 //
-// A panel of b meets kBlockRows rows of a in turn: it stays in the first cache, they in the second.
-// That is the blocking of Goto and van de Geijn (2008), and of BLIS.
+// One panel of a, in the first cache, meets the panels of b in turn, which come from the second. That
+// is the blocking of Goto and van de Geijn (2008) and of BLIS, with the two operands' parts exchanged:
+// c is then walked along its rows, which is how memory likes it.
 // Ragged edges: panels are filled up with zeros, and there is a micro-kernel for each number of rows.
 constexpr int kTileRows = kVectorRegisters == 32 ? 14 : 6;  // its sums and operands fill the registers
 template <class real>
 constexpr int kTileCols = 2 * kLanes<real>;
-#ifndef KD
-#define KD 384
-#define MCP 16
-#define NCC 768
+constexpr int kDepth = 256;       // steps of k packed at a time: a's panel stays in the first cache
+constexpr int kBlockCols = 1024;  // columns of b packed at a time: they stay in the second
+constexpr int kStrip = 16;        // panels of b that meet one panel of a in one go
+
+// A step of the product: sum += a b, for a number a beside a vector b.
+template <class real>
+void multiply_add(Vec<real>& sum, real a, Vec<real> b) {
+    sum += a * b;
+}
+// In bf16 a packed element is a pair, two neighbouring steps of k, and one instruction does both:
+// sum += a.low b.low + a.high b.high, in fp32.
+#ifdef __AVX512BF16__
+constexpr bool kBf16Dot = true;
+inline void multiply_add(Vec<float>& sum, uint32_t a, Vec<uint32_t> b) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(b), "v"(Vec<uint32_t>{} + a));
+}
+#else
+constexpr bool kBf16Dot = false;
+inline void multiply_add(Vec<float>&, uint32_t, Vec<uint32_t>) {}  // refused before it gets here
 #endif
-#ifndef STRIP
-#define STRIP 12
-#endif
-constexpr int kDepth = KD;                   // steps of k packed at a time
-constexpr int kBlockRows = MCP * kTileRows;  // rows of a that meet one panel of b
-constexpr int kBlockCols = NCC;              // columns of b packed at a time
+inline bool cpu_has_bf16_dot() { return kBf16Dot; }
 
 // Tile [rows, kTileCols] (+)= panel of a [k, kTileRows] * panel of b [k, kTileCols].
-template <class real, int rows>
-void micro_kernel(real* tile, ptrdiff_t stride, const real* a, const real* b, int k, bool add) {
+template <int rows, class real, class packed>
+void micro_kernel(real* tile, ptrdiff_t stride, const packed* a, const packed* b, int k, bool add) {
     constexpr int L = kLanes<real>;
     Vec<real> left[rows], right[rows];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) left[i] = right[i] = Vec<real>{};
     for (int p = 0; p < k; ++p, a += kTileRows, b += 2 * L) {
-        const Vec<real> b0 = load(b), b1 = load(b + L);
+        const Vec<packed> b0 = load(b), b1 = load(b + L);
 #pragma GCC unroll 16
-        for (int i = 0; i < rows; ++i) left[i] += a[i] * b0, right[i] += a[i] * b1;
+        for (int i = 0; i < rows; ++i) multiply_add(left[i], a[i], b0), multiply_add(right[i], a[i], b1);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
@@ -1049,16 +1138,16 @@ void micro_kernel(real* tile, ptrdiff_t stride, const real* a, const real* b, in
 }
 
 // The micro-kernel for tiles of `rows` rows, 1 to kTileRows.
-template <class real>
-using MicroKernel = void (*)(real*, ptrdiff_t, const real*, const real*, int, bool);
-template <class real, int... i>
-MicroKernel<real> pick_kernel(int rows, std::integer_sequence<int, i...>) {
-    static constexpr MicroKernel<real> kernels[] = {micro_kernel<real, i + 1>...};
+template <class real, class packed>
+using MicroKernel = void (*)(real*, ptrdiff_t, const packed*, const packed*, int, bool);
+template <class real, class packed, int... i>
+MicroKernel<real, packed> pick_kernel(int rows, std::integer_sequence<int, i...>) {
+    static constexpr MicroKernel<real, packed> kernels[] = {micro_kernel<i + 1, real, packed>...};
     return kernels[rows - 1];
 }
-template <class real>
-MicroKernel<real> kernel_for(int rows) {
-    return pick_kernel<real>(rows, std::make_integer_sequence<int, kTileRows>());
+template <class real, class packed = real>
+MicroKernel<real, packed> kernel_for(int rows) {
+    return pick_kernel<real, packed>(rows, std::make_integer_sequence<int, kTileRows>());
 }
 
 // Memory that its owner keeps and that grows on demand, at a multiple of 64 bytes.
@@ -1069,29 +1158,201 @@ class Scratch {
 public:
     template <class T>
     T* get(size_t count) {
-        const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+        const size_t page = count * sizeof(T) < (1 << 20) ? 64 : 1 << 21;
+        const size_t bytes = (count * sizeof(T) + page - 1) / page * page;
         if (bytes > size) {
-            block.reset(std::aligned_alloc(64, bytes));
+            block.reset(std::aligned_alloc(page, bytes));
             TINYGPT_CHECK(block, "out of memory: %.2f GB more were needed", double(bytes) / 1e9);
+            if (page > 64) madvise(block.get(), bytes, MADV_HUGEPAGE);
             size = bytes;
         }
         return static_cast<T*>(block.get());
     }
 };
 
-// Copies a panel: out[p][i] = from(i, p) for p < k and i < count, and 0 up to i = width.
+// One step of a transpose: exchanges the lanes of a that have bit `step` set with those of b that
+// do not.
+template <int step, class V, int... lane>
+[[gnu::always_inline]] inline void exchange_lanes(V& a, V& b, std::integer_sequence<int, lane...>) {
+    constexpr int L = sizeof...(lane);
+#ifdef __CUDACC__  // nvcc's front end loses the list of lanes below
+    const V x = a, y = b;
+    for (int i = 0; i < L; ++i) a[i] = i & step ? y[i - step] : x[i], b[i] = i & step ? y[i] : x[i + step];
+#else
+    const V low = __builtin_shufflevector(a, b, (lane & step ? L + lane - step : lane)...);
+    b = __builtin_shufflevector(a, b, (lane & step ? L + lane : lane + step)...);
+    a = low;
+#endif
+}
+
+// v[i][j] = v[j][i], in registers, for kLanes vectors of kLanes numbers.
+template <class real, int step = 1>
+[[gnu::always_inline]] inline void transpose_square(Vec<real>* v) {
+    constexpr int L = kLanes<real>;
+    if constexpr (step < L) {
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i)
+            if (!(i & step)) exchange_lanes<step>(v[i], v[i + step], std::make_integer_sequence<int, L>());
+        transpose_square<real, 2 * step>(v);
+    }
+}
+
+// Copies panels: with w = i / width, out[w][p][i % width] = from(i, p) for p < k and i < count, and 0
+// up to a whole panel. One of from's steps is 1.
 template <int width, class real>
-void pack_panel(real* out, View<real> from, int count, int k) {
-    if (from.row == 1 && count == width) {
+void pack_panels(real* out, View<real> from, int count, int k) {
+    constexpr int L = kLanes<real>;
+    const size_t panel = size_t(width) * k;
+    if (from.row == 1) {  // along i: rows are copied whole, all panels side by side
         for (int p = 0; p < k; ++p)
-            for (int i = 0; i < width; ++i) out[p * width + i] = from.data[i + p * from.col];
+            for (int i = 0; i < count; i += width) {
+                real* to = out + i / width * panel + size_t(p) * width;
+                const real* row = &from.data[i + p * from.col];
+                if (i + width <= count)
+                    std::memcpy(to, row, width * sizeof(real));
+                else
+                    for (int j = 0; j < width; ++j) to[j] = i + j < count ? row[j] : real(0);
+            }
         return;
     }
-    if (count < width) std::fill(out, out + size_t(k) * width, real(0));
-    for (int p = 0; p < k; p += 16)
-        for (int i = 0; i < count; ++i)
-            for (int q = p; q < std::min(k, p + 16); ++q) out[q * width + i] = from(i, q);
+    // Along p: squares are transposed. A panel that is not a whole number of squares wide is written
+    // from its end, so that what one store puts too far the next puts right; but for the very last.
+    for (int i0 = 0; i0 < count; i0 += width, out += panel) {
+        const int rows = std::min(width, count - i0), whole = from.col == 1 ? k / L * L : 0;
+        for (int p = 0; p < whole; p += L)
+            for (int i = (width - 1) / L * L; i >= 0; i -= L) {
+                Vec<real> square[L];
+#pragma GCC unroll 16
+                for (int j = 0; j < L; ++j)
+                    square[j] = i + j < rows ? load(&from.data[(i0 + i + j) * from.row + p]) : Vec<real>{};
+                transpose_square<real>(square);
+#pragma GCC unroll 16
+                for (int j = 0; j < L; ++j) {
+                    real* to = out + size_t(p + j) * width + i;
+                    if (i + L <= width || p + j + 1 < k)
+                        store(to, square[j]);
+                    else
+                        std::memcpy(to, &square[j], width % L * sizeof(real));
+                }
+            }
+        for (size_t p = whole; p < size_t(k); ++p)
+            for (int i = 0; i < width; ++i) out[p * width + i] = i < rows ? from(i0 + i, p) : real(0);
+    }
 }
+
+// The three ways to compute a tile. Each has: what its panels hold (Packed), rows of a tile, steps of k
+// in a packed row (for `depth` steps, padded with zeros), the packing of both panels, and tile().
+
+// Numbers as they are, with multiply-adds.
+template <class real>
+struct PlainTiles {
+    using Packed = real;
+    static constexpr int kRows = kTileRows, kCols = kTileCols<real>, kDepth = tinygpt::kDepth;
+    static constexpr bool kAnyRows = true;
+    static int steps(int depth) { return depth; }
+    static void pack_left(real* out, View<real> a, int rows, int k) { pack_panels<kRows>(out, a, rows, k); }
+    static void pack_right(real* out, View<real> b, int cols, int k) {
+        pack_panels<kCols>(out, b.transposed(), cols, k);
+    }
+    static void tile(real* c, ptrdiff_t stride, const real* a, const real* b, int rows, int k, bool add) {
+        kernel_for<real>(rows)(c, stride, a, b, k, add);
+    }
+    PlainTiles() {}
+    ~PlainTiles() {}
+};
+
+// Pairs of bf16, with the vector dot product.
+inline int bf16_steps(int k) { return (k + 31) / 32 * 16; }
+template <int width>
+void pack_pairs(uint32_t* out, View<float> from, int count, int k) {
+    static thread_local Scratch scratch;
+    const int steps = bf16_steps(k);
+    for (int i = 0; i < count; i += width) {
+        float* panel = scratch.get<float>(size_t(width) * 2 * steps);
+        pack_panels<width>(panel, from.from(i, 0), std::min(width, count - i), k);
+        std::fill(panel + size_t(width) * k, panel + size_t(width) * 2 * steps, 0.0f);
+        for (int p = 0; p < steps; ++p, panel += 2 * width, out += width)
+            for (int j = 0; j < width; ++j)
+                out[j] = bf16(panel[j]).bits | uint32_t(bf16(panel[width + j]).bits) << 16;
+    }
+}
+struct DotTiles {
+    using Packed = uint32_t;
+    static constexpr int kRows = kTileRows, kCols = kTileCols<float>, kDepth = 2 * tinygpt::kDepth;
+    static constexpr bool kAnyRows = true;
+    static int steps(int depth) { return bf16_steps(depth); }
+    static void pack_left(uint32_t* out, View<float> a, int rows, int k) { pack_pairs<kRows>(out, a, rows, k); }
+    static void pack_right(uint32_t* out, View<float> b, int cols, int k) {
+        pack_pairs<kCols>(out, b.transposed(), cols, k);
+    }
+    static void tile(float* c, ptrdiff_t stride, const uint32_t* a, const uint32_t* b, int rows, int k, bool add) {
+        kernel_for<float, uint32_t>(rows)(c, stride, a, b, k, add);
+    }
+    DotTiles() {}
+    ~DotTiles() {}
+};
+
+// bf16 in the CPU's matrix unit (AMX: Intel's manual, volume 1, chapter 18). A tile register holds 16
+// rows of 64 bytes; one instruction multiplies 16 x 32 by 32 x 16 numbers. Four of them hold the sums.
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
+struct MatrixTiles {
+    using Packed = uint32_t;
+    static constexpr int kRows = 32, kCols = 32, kDepth = 2 * tinygpt::kDepth;
+    static constexpr bool kAnyRows = false;
+    // Linux gives the unit to those who ask: ARCH_REQ_XCOMP_PERM for tile data.
+    static bool usable() {
+        static const bool granted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+        return granted;
+    }
+    static int steps(int depth) { return bf16_steps(depth); }
+    // [k/32][32 rows][32 steps]: with the roles of rows and steps exchanged, pack_panels does that.
+    static void pack_left(uint32_t* out, View<float> a, int count, int k) {
+        static thread_local Scratch scratch;
+        for (int i = 0; i < count; i += kRows) {
+            const int rows = std::min(kRows, count - i);
+            float* panel = scratch.get<float>(size_t(kRows) * 2 * steps(k));
+            pack_panels<32>(panel, a.from(i, 0).transposed(), k, rows);
+            for (int chunk = 0; chunk < steps(k) / 16; ++chunk, out += kRows * 16) {
+                bf16* to = reinterpret_cast<bf16*>(out);
+                for (int j = 0; j < rows * 32; ++j) to[j] = bf16(panel[chunk * rows * 32 + j]);
+                for (int j = rows * 32; j < kRows * 32; ++j) to[j].bits = 0;
+            }
+        }
+    }
+    static void pack_right(uint32_t* out, View<float> b, int cols, int k) {
+        pack_pairs<kCols>(out, b.transposed(), cols, k);
+    }
+    static void tile(float* c, ptrdiff_t stride, const uint32_t* a, const uint32_t* b, int, int k, bool add) {
+        float* below = c + 16 * stride;
+        if (add)
+            asm volatile("tileloadd (%0,%2), %%tmm0; tileloadd 64(%0,%2), %%tmm1;"
+                         "tileloadd (%1,%2), %%tmm2; tileloadd 64(%1,%2), %%tmm3"
+                         ::"r"(c), "r"(below), "r"(stride * 4) : "memory");
+        else
+            asm volatile("tilezero %%tmm0; tilezero %%tmm1; tilezero %%tmm2; tilezero %%tmm3" ::: "memory");
+        for (int p = 0; p < k; p += 16, a += 512, b += 512)
+            asm volatile("tileloadd (%0,%2), %%tmm4; tileloadd (%1,%3), %%tmm6; tdpbf16ps %%tmm6, %%tmm4, %%tmm0;"
+                         "tileloadd 64(%1,%3), %%tmm7; tdpbf16ps %%tmm7, %%tmm4, %%tmm1;"
+                         "tileloadd 1024(%0,%2), %%tmm5; tdpbf16ps %%tmm6, %%tmm5, %%tmm2;"
+                         "tdpbf16ps %%tmm7, %%tmm5, %%tmm3"
+                         ::"r"(a), "r"(b), "r"(ptrdiff_t(64)), "r"(ptrdiff_t(128)) : "memory");
+        asm volatile("tilestored %%tmm0, (%0,%2); tilestored %%tmm1, 64(%0,%2);"
+                     "tilestored %%tmm2, (%1,%2); tilestored %%tmm3, 64(%1,%2)"
+                     ::"r"(c), "r"(below), "r"(stride * 4) : "memory");
+    }
+    // While one of these lives, its thread's tile registers are set up: 8 of 16 rows of 64 bytes.
+    MatrixTiles() {
+        alignas(64) uint8_t setup[64] = {1};
+        for (int i = 0; i < 8; ++i) setup[16 + 2 * i] = 64, setup[48 + i] = 16;
+        asm volatile("ldtilecfg %0" ::"m"(setup));
+    }
+    ~MatrixTiles() { asm volatile("tilerelease"); }
+};
+#else
+struct MatrixTiles : DotTiles {
+    static bool usable() { return false; }
+};
+#endif
 
 // out[n] = column sums of x [rows, n], or adds them. The rows are added in order, whoever does it.
 template <class real>
@@ -1113,48 +1374,109 @@ struct KeepSums {
     void operator()(int, int, int, real*) const {}
 };
 
-// c[m, n] = finish(a b), or finish(c + a b) if accumulate. The sum over k of one element is made by
-// one thread, in order: no result depends on the number of threads.
+// c[1, n] of one row a, as in generation. Every number of b is used once, so nothing is packed, and
+// memory sets the speed. In the row-major case a thread goes down its own columns.
 template <class real, class Finish>
-void multiply(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
-              MatmulOptions /*options*/, bool accumulate, Finish finish) {
-    constexpr int R = kTileRows, N = kTileCols<real>;
+void multiply_row(real* c, View<real> a, View<real> b, int n, int k, bool accumulate, Finish finish) {
+    constexpr int kMost = 1024;
+    static thread_local Scratch scratch;
+    real* x = scratch.get<real>(k);
+    for (int p = 0; p < k; ++p) x[p] = a(0, p);
+    const int threads = omp_get_max_threads();
+    const int pieces = (n + kMost * threads - 1) / (kMost * threads) * threads;
+    const int width = std::min(kMost, ((n + pieces - 1) / pieces + 15) / 16 * 16);
+#pragma omp parallel for schedule(static)
+    for (int j0 = 0; j0 < n; j0 += width) {
+        const int count = std::min(width, n - j0);
+        real sums[kMost] = {};
+        if (b.col == 1)
+            for (int p = 0; p < k; ++p) {
+                const real* row = b.data + p * b.row + j0;
+                for (int j = 0; j < count; ++j) sums[j] += x[p] * row[j];
+            }
+        else
+            for (int j = 0; j < count; ++j) {
+                const real* column = b.data + (j0 + j) * b.col;
+                real sum = 0;
+#pragma omp simd reduction(+ : sum)
+                for (int p = 0; p < k; ++p) sum += x[p] * column[p * b.row];
+                sums[j] = sum;
+            }
+        for (int j = 0; j < count; ++j) c[j0 + j] = accumulate ? c[j0 + j] + sums[j] : sums[j];
+        finish(0, j0, count, c + j0);
+    }
+}
+
+// c[m, n] = finish(a b), or finish(c + a b) if accumulate, by one kind of Tiles. The sum over k of one
+// element is made by one thread, in order: no result depends on the number of threads.
+template <class Tiles, class real, class Finish>
+void multiply_blocks(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
+                     bool accumulate, Finish finish) {
+    using Packed = typename Tiles::Packed;
+    constexpr int R = Tiles::kRows, N = Tiles::kCols, kGroup = 8;  // panels packed in one go
     static thread_local Scratch scratch_a, scratch_b;
     const int panels_a = (m + R - 1) / R, blocks = (n + kBlockCols - 1) / kBlockCols;
     const int block_cols = ((n + blocks - 1) / blocks + N - 1) / N * N;  // blocks of equal size
-    real* packed_a = scratch_a.get<real>(size_t(panels_a) * R * kDepth);
-    real* packed_b = scratch_b.get<real>(size_t(block_cols) * kDepth);
+    const int deepest = Tiles::steps(std::min(k, Tiles::kDepth));
+    // Where b comes in several blocks, all of a is packed with the first and kept.
+    const size_t part_a = size_t(panels_a) * R * deepest, parts = blocks > 1 ? (k + Tiles::kDepth - 1) / Tiles::kDepth : 1;
+    Packed* packed_a = scratch_a.get<Packed>(part_a * parts);
+    Packed* packed_b = scratch_b.get<Packed>(size_t(block_cols) * deepest);
 #pragma omp parallel
-    for (int n0 = 0; n0 < n; n0 += block_cols)
-        for (int k0 = 0; k0 < k; k0 += kDepth) {
-            const int nc = std::min(block_cols, n - n0), kc = std::min(kDepth, k - k0);
-            const int panels_b = (nc + N - 1) / N, strips = (panels_b + STRIP - 1) / STRIP;
-            const bool first = k0 == 0 && !accumulate, last = k0 + kc == k;
+    {
+        [[maybe_unused]] const Tiles setup;
+        for (int n0 = 0; n0 < n; n0 += block_cols)
+            for (int k0 = 0; k0 < k; k0 += Tiles::kDepth) {
+                const int nc = std::min(block_cols, n - n0), kc = std::min(Tiles::kDepth, k - k0);
+                const int panels_b = (nc + N - 1) / N, strips = (panels_b + kStrip - 1) / kStrip;
+                const int steps = Tiles::steps(kc);
+                const bool add = k0 > 0 || accumulate, last = k0 + kc == k;
+                Packed* left = packed_a + (parts > 1 ? k0 / Tiles::kDepth * part_a : 0);
 #pragma omp for schedule(static) nowait
-            for (int p = 0; p < panels_a; ++p)
-                pack_panel<R>(packed_a + size_t(p) * R * kc, a.from(p * R, k0), std::min(R, m - p * R), kc);
+                for (int i = n0 > 0 && blocks > 1 ? m : 0; i < m; i += kGroup * R)
+                    Tiles::pack_left(left + size_t(i) * steps, a.from(i, k0), std::min(kGroup * R, m - i), kc);
 #pragma omp for schedule(static)
-            for (int p = 0; p < panels_b; ++p)
-                pack_panel<N>(packed_b + size_t(p) * N * kc, b.from(k0, n0 + p * N).transposed(),
-                              std::min(N, nc - p * N), kc);
+                for (int j = 0; j < nc; j += kGroup * N)
+                    Tiles::pack_right(packed_b + size_t(j) * steps, b.from(k0, n0 + j), std::min(kGroup * N, nc - j), kc);
 #pragma omp for schedule(dynamic)
-            for (int job = 0; job < panels_a * strips; ++job) {
-                const int i0 = job / strips * R, rows = std::min(R, m - i0), strip = job % strips;
-                const auto kernel = kernel_for<real>(rows);
-                for (int panel = strip * STRIP; panel < std::min(panels_b, strip * STRIP + STRIP); ++panel) {
-                    const int j0 = n0 + panel * N, cols = std::min(N, n - j0);
-                    alignas(64) real tile[R * N];
-                    kernel(tile, N, packed_a + size_t(i0) * kc, packed_b + size_t(panel) * N * kc, kc, false);
-                    for (int i = 0; i < rows; ++i) {
-                        real *to = c + (i0 + i) * ldc + j0, *sum = tile + i * N;
-                        if (!first)
-                            for (int j = 0; j < cols; ++j) sum[j] += to[j];
-                        if (last) finish(i0 + i, j0, cols, sum);
-                        for (int j = 0; j < cols; ++j) to[j] = sum[j];
+                for (int job = 0; job < panels_a * strips; ++job) {
+                    const int i0 = job / strips * R, rows = std::min(R, m - i0), strip = job % strips;
+                    for (int panel = strip * kStrip; panel < std::min(panels_b, (strip + 1) * kStrip); ++panel) {
+                        const int j0 = n0 + panel * N, cols = std::min(N, n - j0);
+                        real* to = c + i0 * ldc + j0;
+                        const Packed *pa = left + size_t(i0) * steps, *pb = packed_b + size_t(panel) * N * steps;
+                        if (cols == N && (rows == R || Tiles::kAnyRows)) {
+                            for (int i = 0; i < rows; ++i)
+                                __builtin_prefetch(to + i * ldc, 1), __builtin_prefetch(to + i * ldc + N / 2, 1);
+                            Tiles::tile(to, ldc, pa, pb, rows, steps, add);
+                            for (int i = 0; last && i < rows; ++i) finish(i0 + i, j0, N, to + i * ldc);
+                            continue;
+                        }
+                        alignas(64) real edge[R * N];
+                        Tiles::tile(edge, N, pa, pb, rows, steps, false);
+                        for (int i = 0; i < rows; ++i) {
+                            real *out = to + i * ldc, *sum = edge + i * N;
+                            for (int j = 0; j < cols; ++j) out[j] = add ? out[j] + sum[j] : sum[j];
+                            if (last) finish(i0 + i, j0, cols, out);
+                        }
                     }
                 }
             }
+    }
+}
+
+template <class real, class Finish>
+void multiply(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
+              MatmulOptions options, bool accumulate, Finish finish) {
+    if (m == 1) return multiply_row(c, a, b, n, k, accumulate, finish);
+    if constexpr (std::is_same_v<real, float>)
+        if (options.bf16) {
+            TINYGPT_CHECK(cpu_has_bf16_dot(), "bf16 products need a CPU with avx512_bf16 and a build for it "
+                                              "(-march=native): use --precision fp32");
+            if (MatrixTiles::usable()) return multiply_blocks<MatrixTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
+            return multiply_blocks<DotTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
         }
+    multiply_blocks<PlainTiles<real>>(c, ldc, a, b, m, n, k, accumulate, finish);
 }
 
 // c = finish(a b); c = a b; c += a b.
@@ -1222,9 +1544,9 @@ void attend(real* out, real* lse, const real* qkv, int first, int last, int C, i
     real* sums = queries + size_t(HS) * N;                      // [value_panels * R][N]: out^T
     real* p = sums + size_t(value_panels) * R * N;              // [kKeys][N]
     const View<real> q = rows_of(qkv, stride), k = rows_of(qkv + C, stride), v = rows_of(qkv + 2 * C, stride);
-    for (int t = 0; t < last; t += R) pack_panel<R>(keys + size_t(t) * HS, k.from(t, 0), std::min(R, last - t), HS);
+    for (int t = 0; t < last; t += R) pack_panels<R>(keys + size_t(t) * HS, k.from(t, 0), std::min(R, last - t), HS);
     for (int i = 0; i < HS; i += R)
-        pack_panel<R>(values + size_t(i) * last, v.from(0, i).transposed(), std::min(R, HS - i), last);
+        pack_panels<R>(values + size_t(i) * last, v.from(0, i).transposed(), std::min(R, HS - i), last);
     const real scale = 1 / std::sqrt(real(HS));
     for (int t = first; t < last; t += N) {
         const int count = std::min(N, last - t), end = t + count;
@@ -1232,7 +1554,7 @@ void attend(real* out, real* lse, const real* qkv, int first, int last, int C, i
         std::fill(max, max + N, -std::numeric_limits<real>::infinity());
         std::fill(total, total + N, real(0));
         std::fill(sums, sums + size_t(value_panels) * R * N, real(0));
-        pack_panel<N>(queries, q.from(t, 0), count, HS);
+        pack_panels<N>(queries, q.from(t, 0), count, HS);
         for (int i = 0; i < HS * N; ++i) queries[i] *= scale;
         for (int k0 = 0; k0 < end; k0 += kKeys) {
             const int kc = std::min(kKeys, end - k0);
@@ -1265,7 +1587,8 @@ void attend(real* out, real* lse, const real* qkv, int first, int last, int C, i
                 kernel_for<real>(std::min(R, HS - i))(sums + i * N, N, values + size_t(i) * last + size_t(k0) * R, p, kc, true);
         }
         for (int j = 0; j < count; ++j) {
-            for (int i = 0; i < HS; ++i) out[(t - first + j) * ptrdiff_t(C) + i] = sums[i * N + j] / total[j];
+            const real share = 1 / total[j];
+            for (int i = 0; i < HS; ++i) out[(t - first + j) * ptrdiff_t(C) + i] = sums[i * N + j] * share;
             if (lse) lse[t - first + j] = max[j] + std::log(total[j]);
         }
     }
@@ -1343,12 +1666,12 @@ void attend_backward(real* dqkv, const real* dout, const real* out, const real* 
     const View<real> q = rows_of(qkv, stride), k = rows_of(qkv + C, stride), v = rows_of(qkv + 2 * C, stride);
     const View<real> d = rows_of(dout, C);
     for (int t = 0; t < T; t += R) {
-        pack_panel<R>(q_rows + size_t(t) * HS, q.from(t, 0), std::min(R, T - t), HS);
-        pack_panel<R>(dout_rows + size_t(t) * HS, d.from(t, 0), std::min(R, T - t), HS);
+        pack_panels<R>(q_rows + size_t(t) * HS, q.from(t, 0), std::min(R, T - t), HS);
+        pack_panels<R>(dout_rows + size_t(t) * HS, d.from(t, 0), std::min(R, T - t), HS);
     }
     for (int i = 0; i < HS; i += R) {
-        pack_panel<R>(q_cols + size_t(i) * T, q.from(0, i).transposed(), std::min(R, HS - i), T);
-        pack_panel<R>(dout_cols + size_t(i) * T, d.from(0, i).transposed(), std::min(R, HS - i), T);
+        pack_panels<R>(q_cols + size_t(i) * T, q.from(0, i).transposed(), std::min(R, HS - i), T);
+        pack_panels<R>(dout_cols + size_t(i) * T, d.from(0, i).transposed(), std::min(R, HS - i), T);
     }
     for (int t = 0; t < T; ++t) {
         real sum = 0;
@@ -1360,10 +1683,10 @@ void attend_backward(real* dqkv, const real* dout, const real* out, const real* 
     const real scale = 1 / std::sqrt(real(HS));
     for (int k0 = 0; k0 < T; k0 += N) {
         const int kn = std::min(N, T - k0);
-        pack_panel<N>(k_right, k.from(k0, 0), kn, HS);
-        pack_panel<N>(v_right, v.from(k0, 0), kn, HS);
+        pack_panels<N>(k_right, k.from(k0, 0), kn, HS);
+        pack_panels<N>(v_right, v.from(k0, 0), kn, HS);
         for (int i = 0; i < HS; i += N)
-            pack_panel<N>(k_wide + i * N, k.from(k0, i).transposed(), std::min(N, HS - i), kn);
+            pack_panels<N>(k_wide + i * N, k.from(k0, i).transposed(), std::min(N, HS - i), kn);
         std::fill(dk, p, real(0));
         for (int t0 = k0 / R * R; t0 < T; t0 += kQueries) {
             const int tn = std::min(kQueries, T - t0);
@@ -1394,7 +1717,7 @@ void attend_backward(real* dqkv, const real* dout, const real* out, const real* 
             }
             for (int i = 0; i < tn; i += R) {
                 const int rows = std::min(R, tn - i);
-                pack_panel<R>(ds_left, rows_of(ds + i * N, N), rows, kn);
+                pack_panels<R>(ds_left, rows_of(ds + i * N, N), rows, kn);
                 for (int w = 0; w < wide; ++w)
                     kernel_for<real>(rows)(dq + (size_t(w) * row_panels * R + t0 + i) * N, N, ds_left, k_wide + w * N * N, kn, true);
             }
@@ -1425,7 +1748,8 @@ void attention_backward(real* dqkv, const real* dout, const real* out, const rea
 }
 
 // --- §4.4 The linear layer: every output is a weighted sum of all inputs, plus a bias
-//   out = x w + bias        x [rows, C], w [C, OC] ([in, out], as Hugging Face stores GPT-2), bias [OC]
+//   out = x w + bias        x [rows, C], w [C, OC] ([in, out], as Hugging Face stores GPT-2), bias
+//   [OC]
 // The finished sums of a tile pass through one of these while they are still in the cache.
 
 template <class real>
@@ -1476,8 +1800,8 @@ struct TimesGeluDerivative {
 
 // out [rows, OC] = x w + b.
 template <class real>
-void Cpu<real>::linear_forward(real* out, const real* x, const real* w, const real* b, int rows, int C,
-                               int OC) {
+void Cpu<real>::linear_forward(real* out, const real* x, const real* w, const real* b, int rows,
+                               int C, int OC) {
     matmul(out, OC, rows_of(x, C), rows_of(w, OC), rows, OC, C, matmul_options, AddBias<real>{b});
 }
 
@@ -1497,8 +1821,8 @@ void Cpu<real>::linear_backward(real* dx, real* dw, real* db, const real* dout, 
 
 // gelu [rows, OC] = GELU(pre), pre = x w + b. Both are kept.
 template <class real>
-void Cpu<real>::linear_gelu_forward(real* gelu, real* pre, const real* x, const real* w, const real* b,
-                                    int rows, int C, int OC) {
+void Cpu<real>::linear_gelu_forward(real* gelu, real* pre, const real* x, const real* w,
+                                    const real* b, int rows, int C, int OC) {
     matmul(gelu, OC, rows_of(x, C), rows_of(w, OC), rows, OC, C, matmul_options,
            AddBiasGelu<real>{b, pre, OC});
 }
@@ -1509,8 +1833,8 @@ void Cpu<real>::linear_gelu_forward(real* gelu, real* pre, const real* x, const 
 // dout [rows, OC], w [C, OC]. sets dpre; sets dw, dpre_bias [C], or adds to them if accumulate.
 template <class real>
 void Cpu<real>::linear_gelu_backward(real* dpre, real* dw, real* dpre_bias, const real* dout,
-                                     const real* gelu, const real* pre, const real* w, int rows, int C,
-                                     int OC, bool accumulate) {
+                                     const real* gelu, const real* pre, const real* w, int rows,
+                                     int C, int OC, bool accumulate) {
     matmul(dpre, C, rows_of(dout, OC), transpose_of(w, OC), rows, C, OC, matmul_options,
            TimesGeluDerivative<real>{pre, C});
     auto product = accumulate ? matmul_add<real> : matmul_set<real>;
@@ -1521,8 +1845,9 @@ void Cpu<real>::linear_gelu_backward(real* dpre, real* dw, real* dpre_bias, cons
 // out [rows, OC] = residual + drop(x w + b). Its backward is linear_backward of drop(dout); the
 // residual's gradient is dout itself (see layernorm_backward, which makes both).
 template <class real>
-void Cpu<real>::linear_residual_forward(real* out, const real* residual, const real* x, const real* w,
-                                        const real* b, int rows, int C, int OC, Dropout drop) {
+void Cpu<real>::linear_residual_forward(real* out, const real* residual, const real* x,
+                                        const real* w, const real* b, int rows, int C, int OC,
+                                        Dropout drop) {
     matmul(out, OC, rows_of(x, C), rows_of(w, OC), rows, OC, C, matmul_options,
            AddBiasResidual<real>{b, residual, OC, drop});
 }
@@ -1530,8 +1855,8 @@ void Cpu<real>::linear_residual_forward(real* out, const real* residual, const r
 // --- §4.5 Attention on this device: the functions of §4.3
 
 template <class real>
-void Cpu<real>::attention_forward(real* out, real* lse, const real* qkv, int B, int T, int NH, int HS,
-                                  Dropout drop) {
+void Cpu<real>::attention_forward(real* out, real* lse, const real* qkv, int B, int T, int NH,
+                                  int HS, Dropout drop) {
     tinygpt::attention_forward(out, lse, qkv, B, T, NH, HS, drop);
 }
 template <class real>
@@ -1547,6 +1872,8 @@ void Cpu<real>::attention_cached(real* out, const real* qkv, int past, int n, in
 // --- §4.6 The head: logits, softmax and cross-entropy in one
 //   logits = x w^T,  w [V, C]      p = softmax(logits)      loss = -log p[target]
 // Every token gets a score, and the loss is how surprised the softmax is by the one that came.
+//   walk> cat    -0.8429       0.4305        0.0351   <- the target
+//   walk> sum of exp 12.2585; loss = log(sum) - logit of the target = 2.5062 - -0.8429 = 3.3491
 // logits [rows, V] is by far the largest thing in the model (0.8 GB for 4 x 1024 rows of GPT-2), so
 // it is made a block of rows at a time, and used for everything it is needed for while it is there.
 
@@ -1559,10 +1886,13 @@ size_t Cpu<real>::head_workspace(int rows, int V) {
 // Loss of each row: log(sum exp(logits)) - logits[target], with the maximum taken out so that exp
 // cannot overflow. With scale > 0 the row of logits becomes its own gradient:
 //   dloss/dlogits_v = d/dlogits_v (log sum_u exp(logits_u) - logits_target) = p_v - [v = target]
-// softmax minus one-hot, times scale. A row whose target is kIgnore has loss 0 and gradient 0.
+// softmax minus one-hot, times scale (1/8 in the walk, and -0.1206 = (0.0351 - 1) / 8):
+//   walk> dlogits of the first row, (p - [target]) / 8:  0.0094 -0.1206  0.0051  0.0179  0.0290
+// A row whose target is kIgnore has loss 0 and gradient 0.
 // sets losses [rows]; logits [rows, V] in place.
 template <class real>
-void softmax_cross_entropy(real* losses, real* logits, const int32_t* targets, int rows, int V, real scale) {
+void softmax_cross_entropy(real* losses, real* logits, const int32_t* targets, int rows, int V,
+                           real scale) {
 #pragma omp parallel for schedule(static)
     for (int row = 0; row < rows; ++row) {
         real* l = logits + size_t(row) * V;
@@ -1608,7 +1938,8 @@ void Cpu<real>::head_forward_backward(real* losses, real* dx, real* dw, real* lo
         const real* x_block = x + size_t(first) * C;
         head_logits(logits, x_block, w, n, C, V);
         softmax_cross_entropy(losses + first, logits, targets + first, n, V, scale);
-        matmul(dx + size_t(first) * C, C, rows_of(logits, V), rows_of(w, C), n, C, V, matmul_options);
+        matmul(dx + size_t(first) * C, C, rows_of(logits, V), rows_of(w, C), n, C, V,
+               matmul_options);
         auto product = accumulate || first > 0 ? matmul_add<real> : matmul_set<real>;
         product(dw, C, transpose_of(logits, V), rows_of(x_block, C), V, C, n, matmul_options);
     }
@@ -1623,9 +1954,10 @@ void Cpu<real>::head_logits(real* logits, const real* x, const real* w, int rows
 // =================================================================================================
 // §5 Forward: GPT-2 on one screen
 // =================================================================================================
-// We hold every layer; now they are put together. What backward will need is kept: the input of each
-// matmul (its weight gradient is input^T dout), the input and statistics of each layernorm, the
-// attention's qkv, output and log-sum-exp, the GELU's input. Everything else is recomputed or shared.
+// We hold every layer; now they are put together. What backward will need is kept: the input of
+// each matmul (its weight gradient is input^T dout), the input and statistics of each layernorm,
+// the attention's qkv, output and log-sum-exp, the GELU's input. Everything else is recomputed or
+// shared.
 
 template <class Device>
 struct Activations {
@@ -1645,7 +1977,8 @@ struct Activations {
     Activation* logits;           // workspace of the head: never all rows at once on a CPU
     Real* losses;                 // [rows]
     Real* next_logits;            // [V], of one row, for generation
-    // Gradients of activations. One set serves all layers: each is used up before the next needs it.
+    // Gradients of activations. One set serves all layers: each is used up before the next needs
+    // it.
     Activation *dx, *dbranch, *dwide, *dnarrow;  // [rows, C], [rows, C], [rows, 4C], [rows, C]
 };
 
@@ -1653,8 +1986,8 @@ struct Activations {
 // whose rows are the key/value cache.
 enum class Use { training, evaluation, generation };
 
-// Hands out aligned pieces of one block; with no block it only counts, which is how the memory a run
-// will need is known before any is taken.
+// Hands out aligned pieces of one block; with no block it only counts, which is how the memory a
+// run will need is known before any is taken.
 struct Arena {
     char* base = nullptr;
     size_t used = 0;
@@ -1687,7 +2020,8 @@ void place(Activations<Device>& a, Arena& arena, const Config& config, int B, in
             l.ln_2_mean = per_row(), l.ln_2_rstd = per_row();
             l.lse = arena.take<Real>(rows * size_t(config.n_head));
         } else {
-            l = a.layers[0];  // nothing is kept: all layers share one set; x_out is read before it is set
+            // nothing is kept: all layers share one set; x_out is read before it is set
+            l = a.layers[0];
             if (use == Use::generation) l.qkv = wide(3 * C);
         }
     }
@@ -1701,7 +2035,8 @@ void place(Activations<Device>& a, Arena& arena, const Config& config, int B, in
     a.dbranch = config.dropout > 0 ? wide(C) : a.dx;
 }
 
-// A model on a device: the parameters, what training adds to them, and the activations of one batch.
+// A model on a device: the parameters, what training adds to them, and the activations of one
+// batch.
 template <class Device>
 struct Gpt2 {
     using Real = typename Device::Real;
@@ -1710,9 +2045,9 @@ struct Gpt2 {
     Config config;
     Layout layout;
     Device device;
-    Weight* weights = nullptr;  // flat, layout.size
-    Real* masters = nullptr;    // flat; the same array where Device has no separate masters
-    Gradient* grads = nullptr;  // flat
+    Weight* weights = nullptr;        // flat, layout.size
+    Real* masters = nullptr;          // flat; the same array where Device has no separate masters
+    Gradient* grads = nullptr;        // flat
     Real *m = nullptr, *v = nullptr;  // AdamW's moments, flat
     StepState* state = nullptr;
     Parameters<Weight> w;    // the flat weights by name
@@ -1733,8 +2068,10 @@ struct Gpt2 {
     }
     Gpt2(const Gpt2&) = delete;
     ~Gpt2() {
-        for (Real* array : {m, v, Device::kSeparateMasters ? masters : nullptr}) device.release(array);
-        device.release(weights), device.release(grads), device.release(block), device.release(state);
+        for (Real* array : {m, v, Device::kSeparateMasters ? masters : nullptr})
+            device.release(array);
+        device.release(weights), device.release(grads), device.release(block),
+            device.release(state);
     }
 
     // Makes room for batches of up to B x T. For training also for gradients and moments, set to 0.
@@ -1823,21 +2160,25 @@ void forward(Gpt2<Device>& model, const Pass& pass) {
         auto& l = a.layers[size_t(i)];
         const auto& p = w.h[size_t(i)];
         auto* qkv = l.qkv + size_t(pass.past) * 3 * C;  // new rows go behind the cached ones
-        device.layernorm_forward(l.ln_1, l.ln_1_mean, l.ln_1_rstd, x, p.ln_1_weight, p.ln_1_bias, rows, C);
+        device.layernorm_forward(l.ln_1, l.ln_1_mean, l.ln_1_rstd, x, p.ln_1_weight, p.ln_1_bias,
+                                 rows, C);
         device.linear_forward(qkv, l.ln_1, p.c_attn_weight, p.c_attn_bias, rows, C, 3 * C);
         if (pass.cached)
             device.attention_cached(l.att, l.qkv, pass.past, T, NH, HS);
         else
             device.attention_forward(l.att, l.lse, qkv, B, T, NH, HS, drop(3 * i + 1));
-        device.linear_residual_forward(l.x_mid, x, l.att, p.attn_proj_weight, p.attn_proj_bias, rows, C, C,
-                                       drop(3 * i + 2));
-        device.layernorm_forward(l.ln_2, l.ln_2_mean, l.ln_2_rstd, l.x_mid, p.ln_2_weight, p.ln_2_bias, rows, C);
-        device.linear_gelu_forward(l.gelu, l.fc, l.ln_2, p.c_fc_weight, p.c_fc_bias, rows, C, 4 * C);
-        device.linear_residual_forward(l.x_out, l.x_mid, l.gelu, p.mlp_proj_weight, p.mlp_proj_bias, rows,
-                                       4 * C, C, drop(3 * i + 3));
+        device.linear_residual_forward(l.x_mid, x, l.att, p.attn_proj_weight, p.attn_proj_bias,
+                                       rows, C, C, drop(3 * i + 2));
+        device.layernorm_forward(l.ln_2, l.ln_2_mean, l.ln_2_rstd, l.x_mid, p.ln_2_weight,
+                                 p.ln_2_bias, rows, C);
+        device.linear_gelu_forward(l.gelu, l.fc, l.ln_2, p.c_fc_weight, p.c_fc_bias, rows, C,
+                                   4 * C);
+        device.linear_residual_forward(l.x_out, l.x_mid, l.gelu, p.mlp_proj_weight, p.mlp_proj_bias,
+                                       rows, 4 * C, C, drop(3 * i + 3));
         x = l.x_out;
     }
-    device.layernorm_forward(a.ln_f, a.ln_f_mean, a.ln_f_rstd, x, w.ln_f_weight, w.ln_f_bias, rows, C);
+    device.layernorm_forward(a.ln_f, a.ln_f_mean, a.ln_f_rstd, x, w.ln_f_weight, w.ln_f_bias, rows,
+                             C);
 }
 
 // =================================================================================================
@@ -1848,15 +2189,16 @@ void forward(Gpt2<Device>& model, const Pass& pass) {
 // image, last first. dx is the gradient of the residual stream; since x_out = x_mid + branch, it
 // goes to the branch as it is and past it as it is, and layernorm's backward joins the two again.
 
-// sets (first micro-batch) or adds to every parameter gradient; sets a.losses. `scale` is 1 / (number
-// of scored targets of the whole step): the loss of a step is the mean over all its micro-batches.
+// sets (first micro-batch) or adds to every parameter gradient; sets a.losses. `scale` is 1 /
+// (number of scored targets of the whole step): the loss of a step is the mean over all its
+// micro-batches.
 template <class Device>
 void backward(Gpt2<Device>& model, const Pass& pass, double scale, bool first_micro_batch) {
     const Config& config = model.config;
     Device& device = model.device;
     auto& a = model.a;
-    auto &w = model.w;
-    auto &g = model.g;
+    auto& w = model.w;
+    auto& g = model.g;
     const bool add = !first_micro_batch;
     const int B = pass.B, T = pass.T, rows = B * T, C = config.n_embd, V = config.vocab_size;
     const int NH = config.n_head, HS = config.head_size(), L = config.n_layer;
@@ -1865,13 +2207,13 @@ void backward(Gpt2<Device>& model, const Pass& pass, double scale, bool first_mi
     auto input_of = [&](int i) { return i > 0 ? a.layers[size_t(i - 1)].x_out : a.embedded; };
     auto* dbranch = pass.dropout ? a.dbranch : a.dx;
 
-    device.head_forward_backward(a.losses, a.dnarrow, g.lm_head, a.logits, a.ln_f, w.lm_head, a.targets,
-                                 rows, C, V, typename Device::Real(scale), add);
+    device.head_forward_backward(a.losses, a.dnarrow, g.lm_head, a.logits, a.ln_f, w.lm_head,
+                                 a.targets, rows, C, V, typename Device::Real(scale), add);
     // The projection's bias gradient of the layer below rides on each layernorm's backward.
     auto bias_below = [&](int i) { return i > 0 ? g.h[size_t(i - 1)].mlp_proj_bias : nullptr; };
-    device.layernorm_backward(a.dx, g.ln_f_weight, g.ln_f_bias, dbranch, bias_below(L), a.dnarrow, nullptr,
-                              input_of(L), a.ln_f_mean, a.ln_f_rstd, w.ln_f_weight, rows, C,
-                              drop(3 * L), add);
+    device.layernorm_backward(a.dx, g.ln_f_weight, g.ln_f_bias, dbranch, bias_below(L), a.dnarrow,
+                              nullptr, input_of(L), a.ln_f_mean, a.ln_f_rstd, w.ln_f_weight, rows,
+                              C, drop(3 * L), add);
     for (int i = L - 1; i >= 0; --i) {
         auto& l = a.layers[size_t(i)];
         const auto& p = w.h[size_t(i)];
@@ -1879,20 +2221,21 @@ void backward(Gpt2<Device>& model, const Pass& pass, double scale, bool first_mi
         // MLP: projection and GELU, then c_fc, then ln_2, which joins dx.
         device.linear_gelu_backward(a.dwide, d.mlp_proj_weight, d.c_fc_bias, dbranch, l.gelu, l.fc,
                                     p.mlp_proj_weight, rows, 4 * C, C, add);
-        device.linear_backward(a.dnarrow, d.c_fc_weight, nullptr, a.dwide, l.ln_2, p.c_fc_weight, rows, C,
-                               4 * C, add);
-        device.layernorm_backward(a.dx, d.ln_2_weight, d.ln_2_bias, dbranch, d.attn_proj_bias, a.dnarrow,
-                                  a.dx, l.x_mid, l.ln_2_mean, l.ln_2_rstd, p.ln_2_weight, rows, C,
-                                  drop(3 * i + 2), add);
+        device.linear_backward(a.dnarrow, d.c_fc_weight, nullptr, a.dwide, l.ln_2, p.c_fc_weight,
+                               rows, C, 4 * C, add);
+        device.layernorm_backward(a.dx, d.ln_2_weight, d.ln_2_bias, dbranch, d.attn_proj_bias,
+                                  a.dnarrow, a.dx, l.x_mid, l.ln_2_mean, l.ln_2_rstd, p.ln_2_weight,
+                                  rows, C, drop(3 * i + 2), add);
         // Attention: projection, attention itself (dwide serves as dqkv), c_attn, then ln_1.
-        device.linear_backward(a.dnarrow, d.attn_proj_weight, nullptr, dbranch, l.att, p.attn_proj_weight,
-                               rows, C, C, add);
-        device.attention_backward(a.dwide, a.dnarrow, l.att, l.lse, l.qkv, B, T, NH, HS, drop(3 * i + 1));
-        device.linear_backward(a.dnarrow, d.c_attn_weight, d.c_attn_bias, a.dwide, l.ln_1, p.c_attn_weight,
-                               rows, C, 3 * C, add);
-        device.layernorm_backward(a.dx, d.ln_1_weight, d.ln_1_bias, dbranch, bias_below(i), a.dnarrow, a.dx,
-                                  input_of(i), l.ln_1_mean, l.ln_1_rstd, p.ln_1_weight, rows, C,
-                                  i > 0 ? drop(3 * i) : Dropout{}, add);
+        device.linear_backward(a.dnarrow, d.attn_proj_weight, nullptr, dbranch, l.att,
+                               p.attn_proj_weight, rows, C, C, add);
+        device.attention_backward(a.dwide, a.dnarrow, l.att, l.lse, l.qkv, B, T, NH, HS,
+                                  drop(3 * i + 1));
+        device.linear_backward(a.dnarrow, d.c_attn_weight, d.c_attn_bias, a.dwide, l.ln_1,
+                               p.c_attn_weight, rows, C, 3 * C, add);
+        device.layernorm_backward(a.dx, d.ln_1_weight, d.ln_1_bias, dbranch, bias_below(i),
+                                  a.dnarrow, a.dx, input_of(i), l.ln_1_mean, l.ln_1_rstd,
+                                  p.ln_1_weight, rows, C, i > 0 ? drop(3 * i) : Dropout{}, add);
     }
     // The embeddings are only ever added to: wpe, and wte where the head has not set it already.
     if (first_micro_batch) device.zero(g.wpe, size_t(config.n_positions) * C);
@@ -1914,9 +2257,9 @@ struct LearningRate {
 };
 
 // The rate of step s = 0 .. N-1. Warm-up: peak (s+1)/warmup. Then, with r from 0 towards 1 and
-// lo = peak min_fraction: cosine lo + (peak - lo)(1 + cos(pi r))/2 (Loshchilov, Hutter 2017); linear;
-// constant; wsd (warm-up, stable, decay; Hu et al. 2024): constant for 80 % of all steps, then
-// lo + (peak - lo)(1 - sqrt(r')), r' over what is left.
+// lo = peak min_fraction: cosine lo + (peak - lo)(1 + cos(pi r))/2 (Loshchilov, Hutter 2017);
+// linear; constant; wsd (warm-up, stable, decay; Hu et al. 2024): constant for 80 % of all steps,
+// then lo + (peak - lo)(1 - sqrt(r')), r' over what is left.
 inline double learning_rate(const LearningRate& rate, int64_t s) {
     const double peak = rate.peak, lo = peak * rate.min_fraction;
     const double N = double(rate.steps), warmup = double(rate.warmup);
@@ -1943,9 +2286,10 @@ TINYGPT_HD inline double z_score(const double* window, int64_t count, double val
     return deviation > 0 ? (value - mean) / deviation : 0;
 }
 
-// Decides about the step in `state` from its loss and norm: sets broken, skip and clip_scale, counts,
-// and remembers good values. A NaN or an infinity always skips: it must never reach the weights.
-// Clipping: a norm above the limit scales the gradient by limit / norm (Pascanu et al. 2013).
+// Decides about the step in `state` from its loss and norm: sets broken, skip and clip_scale,
+// counts, and remembers good values. A NaN or an infinity always skips: it must never reach the
+// weights. Clipping: a norm above the limit scales the gradient by limit / norm (Pascanu et al.
+// 2013).
 TINYGPT_HD inline void judge(StepState& state, const Guards& guards) {
     const int64_t window = StepState::kWindow;
     const double limit = 1.7976931348623157e308;  // comparisons with a NaN are false
@@ -1957,7 +2301,8 @@ TINYGPT_HD inline void judge(StepState& state, const Guards& guards) {
     state.skip = state.broken || outlier;
     state.outliers += outlier, state.skipped += state.skip, state.updates += !state.skip;
     state.clip_scale = guards.grad_clip > 0 && state.grad_norm > guards.grad_clip
-                           ? guards.grad_clip / state.grad_norm : 1.0;
+                           ? guards.grad_clip / state.grad_norm
+                           : 1.0;
     if (state.broken) return;
     state.losses[state.seen % window] = state.loss;
     state.norms[state.seen % window] = state.grad_norm;
@@ -1968,9 +2313,11 @@ TINYGPT_HD inline void judge(StepState& state, const Guards& guards) {
 //   m <- beta1 m + (1-beta1) g        v <- beta2 v + (1-beta2) g^2
 //   w <- w - lr (m/(1-beta1^t) / (sqrt(v/(1-beta2^t)) + eps) + weight_decay w)
 // m_scale = 1/(1-beta1^t), v_scale = 1/(1-beta2^t). decay is 0 for vectors.
+//   walk> g  = -0.507637 * 0.196058 = -0.099526
+//   walk> w  = 0.141984 - 0.1 (-0.099526 / (sqrt(0.009905) + 1e-8) + 0.1 * 0.141984) = 0.240565
 template <class real>
-TINYGPT_HD inline void adamw_element(real& w, real& m, real& v, real g, real lr, real m_scale, real v_scale,
-                                     real beta1, real beta2, real eps, real decay) {
+TINYGPT_HD inline void adamw_element(real& w, real& m, real& v, real g, real lr, real m_scale,
+                                     real v_scale, real beta1, real beta2, real eps, real decay) {
     m = beta1 * m + (1 - beta1) * g;
     v = beta2 * v + (1 - beta2) * g * g;
     w -= lr * (m * m_scale / (std::sqrt(v * v_scale) + eps) + decay * w);
@@ -2024,8 +2371,8 @@ void Cpu<real>::adamw(real*, real* masters, real* m, real* v, const real* grads,
     auto update = [&](size_t begin, size_t end, real decay) {
 #pragma omp parallel for simd schedule(static)
         for (size_t i = begin; i < end; ++i)
-            adamw_element(masters[i], m[i], v[i], grads[i] * clip, lr, m_scale, v_scale, beta1, beta2, eps,
-                          decay);
+            adamw_element(masters[i], m[i], v[i], grads[i] * clip, lr, m_scale, v_scale, beta1,
+                          beta2, eps, decay);
     };
     update(0, decayed, real(hyper.weight_decay)), update(decayed, count, real(0));
 }
@@ -2051,10 +2398,12 @@ void set_batch(Gpt2<Device>& model, const Batch& batch) {
     model.device.upload(model.a.order, batch.order.data(), rows);
 }
 
-// Step s (from 0): gradients of all micro-batches, then one update. Afterwards model.state holds the
-// loss and the norm of the batch, both from before the update. micro_batches: the step's batches.
+// Step s (from 0): gradients of all micro-batches, then one update. Afterwards model.state holds
+// the loss and the norm of the batch, both from before the update. micro_batches: the step's
+// batches.
 template <class Device>
-void train_step(Gpt2<Device>& model, const std::vector<Batch>& micro_batches, const StepOptions& o, int64_t s) {
+void train_step(Gpt2<Device>& model, const std::vector<Batch>& micro_batches, const StepOptions& o,
+                int64_t s) {
     Device& device = model.device;
     int64_t scored = 0;
     for (const Batch& batch : micro_batches) scored += batch.scored;
@@ -2112,8 +2461,8 @@ inline std::vector<Window> evaluation_windows(const Shards& shards, int T, int d
 }
 
 // Fills a batch with windows [first, first + B). Rows past the last window are not scored.
-inline void fill_windows(Batch& batch, const Shards& shards, const std::vector<Window>& windows, size_t first,
-                         int vocab_size) {
+inline void fill_windows(Batch& batch, const Shards& shards, const std::vector<Window>& windows,
+                         size_t first, int vocab_size) {
     std::vector<uint16_t> text(size_t(batch.T) + 1);
     for (size_t b = 0; b < size_t(batch.B) && first + b < windows.size(); ++b) {
         const Window& window = windows[first + b];
@@ -2133,11 +2482,13 @@ inline void fill_windows(Batch& batch, const Shards& shards, const std::vector<W
 }
 
 struct Evaluation {
-    double total = 0;                // sum of -log p, in nats
-    int64_t tokens = 0, bytes = 0;   // scored; what they decode to
+    double total = 0;               // sum of -log p, in nats
+    int64_t tokens = 0, bytes = 0;  // scored; what they decode to
     double loss() const { return total / double(std::max<int64_t>(1, tokens)); }
     double perplexity() const { return std::exp(loss()); }
-    double bits_per_byte() const { return total / std::log(2.0) / double(std::max<int64_t>(1, bytes)); }
+    double bits_per_byte() const {
+        return total / std::log(2.0) / double(std::max<int64_t>(1, bytes));
+    }
 };
 
 // The losses of one batch, row by row [B*T], without dropout. Needs model.reserve(>= B, >= T).
@@ -2148,8 +2499,8 @@ std::vector<typename Device::Real> batch_losses(Gpt2<Device>& model, const Batch
     pass.B = batch.B, pass.T = batch.T;
     set_batch(model, batch);
     forward(model, pass);
-    model.device.head_forward(model.a.losses, model.a.logits, model.a.ln_f, model.w.lm_head, model.a.targets,
-                              rows, model.config.n_embd, model.config.vocab_size);
+    model.device.head_forward(model.a.losses, model.a.logits, model.a.ln_f, model.w.lm_head,
+                              model.a.targets, rows, model.config.n_embd, model.config.vocab_size);
     std::vector<typename Device::Real> losses(static_cast<size_t>(rows));
     model.device.download(losses.data(), model.a.losses, losses.size());
     return losses;
@@ -2182,7 +2533,7 @@ struct SampleOptions {
     int top_k = 0;             // 0: all tokens
     double top_p = 1;          // 1: all tokens
     uint64_t seed = 0;
-    int end_of_text = -1;      // stops there; -1: never
+    int end_of_text = -1;  // stops there; -1: never
 };
 
 struct Candidate {
@@ -2190,11 +2541,11 @@ struct Candidate {
     double probability;
 };
 
-// The softmax of logits / temperature, likeliest first (equal ones by id), cut to the top_k likeliest
-// and then to the fewest whose probabilities reach top_p (nucleus sampling, Holtzman et al. 2020);
-// what is left is scaled to sum 1.
-inline std::vector<Candidate> candidates(const std::vector<float>& logits, double temperature, int top_k,
-                                         double top_p) {
+// The softmax of logits / temperature, likeliest first (equal ones by id), cut to the top_k
+// likeliest and then to the fewest whose probabilities reach top_p (nucleus sampling, Holtzman et
+// al. 2020); what is left is scaled to sum 1.
+inline std::vector<Candidate> candidates(const std::vector<float>& logits, double temperature,
+                                         int top_k, double top_p) {
     const double highest = double(*std::max_element(logits.begin(), logits.end()));
     const double scale = temperature > 0 ? 1 / temperature : 1;
     std::vector<Candidate> list(logits.size());
@@ -2210,7 +2561,8 @@ inline std::vector<Candidate> candidates(const std::vector<float>& logits, doubl
     double total = 0, reached = 0;
     for (const Candidate& c : list) total += c.probability;
     size_t count = 0;
-    while (count < list.size() && (count == 0 || reached < top_p * total)) reached += list[count++].probability;
+    while (count < list.size() && (count == 0 || reached < top_p * total))
+        reached += list[count++].probability;
     list.resize(count);
     for (Candidate& c : list) c.probability /= reached;
     return list;
@@ -2223,8 +2575,8 @@ inline int pick(const std::vector<Candidate>& list, double u) {
     return list.back().token;
 }
 
-// Reads tokens into the key/value cache behind `past` earlier ones; returns the logits of what comes
-// after the last [V]. The cache is nothing but the rows of qkv that forward keeps anyway.
+// Reads tokens into the key/value cache behind `past` earlier ones; returns the logits of what
+// comes after the last [V]. The cache is nothing but the rows of qkv that forward keeps anyway.
 // Needs past + tokens.size() <= the rows that are reserved, and <= n_positions.
 template <class Device>
 std::vector<float> next_logits(Gpt2<Device>& model, const std::vector<int32_t>& tokens, int past) {
@@ -2234,7 +2586,8 @@ std::vector<float> next_logits(Gpt2<Device>& model, const std::vector<int32_t>& 
     pass.B = 1, pass.T = n, pass.past = past, pass.cached = true;
     model.device.upload(model.a.inputs, tokens.data(), tokens.size());
     forward(model, pass);
-    model.device.head_logits(model.a.next_logits, model.a.ln_f + size_t(n - 1) * C, model.w.lm_head, 1, C, V);
+    model.device.head_logits(model.a.next_logits, model.a.ln_f + size_t(n - 1) * C, model.w.lm_head,
+                             1, C, V);
     std::vector<Real> real_logits(static_cast<size_t>(V));
     model.device.download(real_logits.data(), model.a.next_logits, real_logits.size());
     return std::vector<float>(real_logits.begin(), real_logits.end());
@@ -2244,14 +2597,11 @@ std::vector<float> next_logits(Gpt2<Device>& model, const std::vector<int32_t>& 
 // returns false, at end of text, or after max_new_tokens. When the context is full it slides: the
 // later half of it is read again as a new beginning. Returns how often that happened.
 template <class Device, class OnToken>
-int generate(Gpt2<Device>& model, std::vector<int32_t> tokens, const SampleOptions& o, OnToken&& on_token) {
+int generate(Gpt2<Device>& model, std::vector<int32_t> tokens, const SampleOptions& o,
+             OnToken&& on_token) {
     const int context = std::min(model.config.n_positions, model.T);
     const uint64_t key = random_key(o.seed, 0, 6);
     int cached = 0, slides = 0;
-    if (int(tokens.size()) > context) {
-        tokens.erase(tokens.begin(), tokens.end() - std::max(1, context / 2));
-        ++slides;
-    }
     for (int i = 0; i < o.max_new_tokens; ++i) {
         if (int(tokens.size()) > context) {
             tokens.erase(tokens.begin(), tokens.end() - std::max(1, context / 2));
@@ -2269,7 +2619,7 @@ int generate(Gpt2<Device>& model, std::vector<int32_t> tokens, const SampleOptio
 }
 
 // =================================================================================================
-// What follows is plumbing: files, tokenizer, checkpoints, options, log and loop. The model is done.
+// What follows is plumbing: files, tokenizer, checkpoints, options, log, loop. The model is done.
 // =================================================================================================
 // =================================================================================================
 // §10 Files: read and written whole, checked, and JSON
@@ -3327,8 +3677,7 @@ class Tokenizer {
         return text;
     }
 
-    // A folder with vocab.json and merges.txt, or encoder.json and vocab.bpe; save writes the
-    // former.
+    // A folder with vocab.json and merges.txt (save writes those), or encoder.json and vocab.bpe.
     static Tokenizer load(const std::string& folder);
     void save(const std::string& folder) const;
     std::string name_of(int id) const;  // the token in GPT-2's visible characters
@@ -3359,7 +3708,7 @@ class Encoder {
             std::string_view piece = next_piece(text, at);
             // Make room for a token a byte, and for all of a Known's, which are copied unseen.
             if (out.size() < used + piece.size() + kMaxTokens)
-                out.resize(2 * used + piece.size() + 4096);
+                out.resize(used + std::min(text.size() - at, used + piece.size()) + kMaxTokens);
             uint16_t* to = out.data() + used;
             bool fits = piece.size() <= kMaxBytes;
             used += fits ? recall(piece, text.size() - at, to) : merge(piece, to);
@@ -3371,16 +3720,15 @@ class Encoder {
    private:
     static constexpr size_t kMaxKnown = 1 << 16;
     static constexpr size_t kMaxBytes = 15, kMaxTokens = 7;
-    // A piece of up to 15 bytes, with its length in the 16th, and its tokens, if they are at most
-    // 7. 32 bytes: two share a line of cache. A new piece takes the place of the one that was
-    // there.
+    // A piece of up to 15 bytes, with its length in the 16th, and its tokens, at most seven. Two
+    // fill a line of cache. A new piece takes the place of the one that was there.
     struct Known {
         uint64_t key[2] = {0, 0};  // zero: nothing here, as no piece is empty
         uint16_t count = 0, tokens[kMaxTokens] = {};
     };
 
     // Writes the tokens of a short piece to `to`, which has room for 7 at least; returns how many.
-    // Bytes can be read from the piece's first on, beyond its end too: that is `readable`.
+    // The text goes on beyond the piece: `readable` bytes from the piece's beginning.
     size_t recall(std::string_view piece, size_t readable, uint16_t* to) {
         uint64_t key[2] = {0, 0};
         if (readable >= sizeof key) {
@@ -3466,10 +3814,11 @@ class Encoder {
         }
         waiting_[token].push_back(i);
     }
-    // Merges all pairs that become `token`, from left to right: aaa becomes (aa)a.
+    // Merges all pairs that become `token`. Careful: aaa must become (aa)a, so pairs of two equal
+    // tokens must wait from left to right. They do: all of them are met in one walk to the right,
+    // the first over the bytes or the one that made their token. The order of others is free.
     void serve(uint32_t token) {
         std::vector<uint32_t> places = std::move(waiting_[token]);
-        if (!std::is_sorted(places.begin(), places.end())) std::sort(places.begin(), places.end());
         for (uint32_t i : places) {
             // Pass over a pair that is no more: one of its two has merged with another neighbour.
             Symbol& left = symbols_[i];
@@ -3547,6 +3896,9 @@ inline void Tokenizer::save(const std::string& folder) const {
     write_file(folder + "/merges.txt", merges_text());
 }
 
+// The most bytes that a vocabulary's file may have: GPT-2's have a million.
+constexpr size_t kMaxVocabBytes = 16'000'000;
+
 // The merges of a merges file. `ids` begins empty and ends with the id of every token but the last.
 inline std::vector<Tokenizer::Merge> read_merges(const std::string& path,
                                                  std::unordered_map<std::string, uint16_t>& ids) {
@@ -3556,7 +3908,7 @@ inline std::vector<Tokenizer::Merge> read_merges(const std::string& path,
         ids[name] = kBytes.id_of_byte[b];
     }
     std::vector<Tokenizer::Merge> merges;
-    std::string text = read_file(path);
+    std::string text = read_file(path, kMaxVocabBytes);
     int line_number = 0;
     for (size_t at = 0; at < text.size();) {
         size_t end = std::min(text.find('\n', at), text.size()), blank = text.find(' ', at);
@@ -3596,7 +3948,8 @@ inline Tokenizer Tokenizer::load(const std::string& folder) {
     Tokenizer tokenizer(read_merges(folder + (ours ? "/merges.txt" : "/vocab.bpe"), ids));
     ids.emplace(kEndOfText, uint16_t(tokenizer.end_of_text()));
     // The vocabulary must say what the merges say.
-    const Json vocab = Json::parse(read_file(vocab_path), vocab_path);
+    const Json vocab = Json::parse(read_file(vocab_path, kMaxVocabBytes), vocab_path,
+                                   {.depth = 2, .values = 70'000});
     TINYGPT_CHECK(vocab.is_object() && vocab.members.size() == ids.size(),
                   "%s: expected an object of %zu tokens (256 bytes, %zu merges, %s), found %zu",
                   vocab_path.c_str(), ids.size(), tokenizer.merges().size(), kEndOfText.data(),
@@ -3632,7 +3985,7 @@ inline size_t dtype_bytes(std::string_view dtype) {
     static constexpr std::string_view of_size[] = {
         "|BOOL|U8|I8|F8_E4M3|F8_E5M2|F8_E8M0|", "|I16|U16|F16|BF16|", "|I32|U32|F32|",
         "|I64|U64|F64|C64|"};
-    std::string wanted = "|" + std::string(dtype) + "|";
+    const std::string wanted = format("|%.*s|", int(dtype.size()), dtype.data());
     if (dtype.find('|') != std::string_view::npos) return 0;
     for (size_t log = 0; log < 4; log++)
         if (of_size[log].find(wanted) != std::string_view::npos) return size_t(1) << log;
@@ -4096,7 +4449,7 @@ inline HfConfig read_hf_config(const std::string& path) {
     model.n_head = size("n_head", 1'000'000);
     model.n_embd = size("n_embd", 1'000'000);
     model.n_positions = size("n_positions", 100'000'000);
-    model.vocab_size = size("vocab_size", 100'000'000);
+    model.vocab_size = size("vocab_size", 65536);  // tokens have 16 bits in the shards
     if (model.n_embd % model.n_head != 0)
         fail(format("%s: \"n_head\" %d does not divide \"n_embd\" %d", path.c_str(), model.n_head,
                     model.n_embd));
@@ -4119,9 +4472,10 @@ inline HfConfig read_hf_config(const std::string& path) {
     if (end && end->is_array() && !end->items.empty()) end = &end->items[0];
     HfConfig config{model, -1};
     if (end && !end->is_null()) {
-        bool good = end->integral && end->integer >= 0 && end->integer < model.vocab_size;
-        if (!good) fail(path + ": \"eos_token_id\" must be null or below vocab_size");
-        config.end_of_text = end->integer;
+        if (!end->integral) fail(path + ": \"eos_token_id\" must be null or an integer");
+        // Small models often keep GPT-2's 50256, which they have not: then no token ends a text.
+        bool exists = end->integer >= 0 && end->integer < model.vocab_size;
+        config.end_of_text = exists ? end->integer : -1;
     }
     return config;
 }
@@ -4149,9 +4503,10 @@ inline std::string hf_config_text(const Config& model, int64_t end_of_text,
 // ---- Checkpoints: a Hugging Face folder, and beside it what resuming needs -------------------
 //
 //   checkpoint-<step>/  model.safetensors  config.json  generation_config.json
-//                       vocab.json  merges.txt  tokenizer_config.json      (where there is a tokenizer)
+//                       vocab.json  merges.txt  tokenizer_config.json  (if there is a tokenizer)
 //                       optimizer.safetensors    AdamW's moments, "m." and "v." + the tensor's name
-//                       trainer_state.json       everything else, and a checksum of every other file
+//                       trainer_state.json       everything else, the checksum of every other file,
+//                                                and in its last line its own
 //
 // It is written under a temporary name, synced, and renamed: it is there whole or not at all. The
 // state is written last, so a folder with a state that verifies is complete.
@@ -4159,43 +4514,55 @@ inline std::string hf_config_text(const Config& model, int64_t end_of_text,
 // What a run is, apart from weights and moments.
 struct TrainerState {
     int64_t planned_steps = 0;  // N; 0: not known yet
-    int64_t step = 0;        // updates tried: the next step is this one, counted from 0
-    int64_t samples = 0;     // rows of text read: the data's position
-    double seconds = 0;      // of training so far, evaluation and saving not counted
+    int64_t step = 0;           // updates tried: the next step is this one, counted from 0
+    int64_t samples = 0;        // rows of text read: the data's position, and so its order
+    double seconds = 0;         // of training so far, evaluation and saving not counted
     double best_loss = std::numeric_limits<double>::infinity();
     int64_t best_step = -1, stale_evals = 0;  // evaluations since the best one
     double epoch_loss = 0;                    // sum over the steps of this epoch so far
     int64_t epoch_steps = 0;
     double val_loss = NAN, train_loss = NAN;  // the last measured
     bool finished = false;
-    StepState guards;                                           // counts and windows of §7
+    StepState guards;                                          // counts and windows of §7
+    std::string program;                                       // train_gpt or train_gpt_cu
     std::vector<std::pair<std::string, std::string>> options;  // those that change the numbers
-    std::vector<std::string> data;                              // the shards, to be recognised by
+    std::vector<std::string> data;                             // the shards, to be recognised by
 };
 
-inline Json json_number_or_null(double value) { return std::isfinite(value) ? Json(value) : Json(); }
+// The whole numbers of a state and their least values, once for writing and reading.
+template <class State, class Visit>
+void for_each_count(State& s, Visit&& visit) {
+    visit("planned_steps", s.planned_steps, 0), visit("step", s.step, 0);
+    visit("samples", s.samples, 0), visit("best_step", s.best_step, -1);
+    visit("stale_evals", s.stale_evals, 0), visit("epoch_steps", s.epoch_steps, 0);
+    visit("updates", s.guards.updates, 0), visit("skipped", s.guards.skipped, 0);
+    visit("outliers", s.guards.outliers, 0), visit("seen", s.guards.seen, 0);
+}
+// Likewise the others. JSON has no NaN and no infinity: those are left as a fresh state has them.
+template <class State, class Visit>
+void for_each_real(State& s, Visit&& visit) {
+    visit("seconds", s.seconds), visit("best_loss", s.best_loss);
+    visit("epoch_loss", s.epoch_loss), visit("val_loss", s.val_loss);
+    visit("train_loss", s.train_loss);
+}
 inline double number_or(const Json& json, const char* key, double otherwise) {
     const Json* value = json.find(key);
     return value && value->kind == Json::Kind::number ? value->number : otherwise;
 }
 
 inline Json state_to_json(const TrainerState& s) {
-    Json json = Json::object(), window = Json::object(), options = Json::object();
-    json.set("planned_steps", s.planned_steps);
-    json.set("step", s.step).set("samples", s.samples).set("seconds", s.seconds);
-    json.set("best_loss", json_number_or_null(s.best_loss)).set("best_step", s.best_step);
-    json.set("stale_evals", s.stale_evals).set("epoch_loss", s.epoch_loss);
-    json.set("epoch_steps", s.epoch_steps).set("val_loss", json_number_or_null(s.val_loss));
-    json.set("train_loss", json_number_or_null(s.train_loss)).set("finished", s.finished);
-    json.set("updates", s.guards.updates).set("skipped", s.guards.skipped);
-    json.set("outliers", s.guards.outliers).set("seen", s.guards.seen);
+    Json json = Json::object(), options = Json::object(), data = Json::array();
+    for_each_count(s, [&](const char* name, int64_t value, int64_t) { json.set(name, value); });
+    for_each_real(s, [&](const char* name, double value) {
+        json.set(name, std::isfinite(value) ? Json(value) : Json());
+    });
+    json.set("finished", s.finished).set("program", s.program);
     for (auto [name, values] : {std::pair{"losses", s.guards.losses}, {"norms", s.guards.norms}}) {
         Json list = Json::array();
         for (int i = 0; i < StepState::kWindow; ++i) list.items.push_back(values[i]);
         json.set(name, list);
     }
     for (auto& [name, value] : s.options) options.members.emplace_back(name, value);
-    Json data = Json::array();
     for (const std::string& shard : s.data) data.items.push_back(shard);
     return json.set("options", options).set("data", data);
 }
@@ -4203,33 +4570,48 @@ inline Json state_to_json(const TrainerState& s) {
 // Reads the same back; `where` is the file's name, for messages.
 inline TrainerState state_from_json(const Json& json, const std::string& where) {
     TrainerState s;
-    auto whole = [&](const char* key, int64_t lowest) { return json.get_int(key, where, lowest); };
-    s.planned_steps = whole("planned_steps", 0);
-    s.step = whole("step", 0), s.samples = whole("samples", 0);
-    s.best_step = whole("best_step", -1), s.stale_evals = whole("stale_evals", 0);
-    s.epoch_steps = whole("epoch_steps", 0);
-    s.seconds = json.get_number("seconds", where), s.epoch_loss = json.get_number("epoch_loss", where);
-    s.best_loss = number_or(json, "best_loss", s.best_loss);
-    s.val_loss = number_or(json, "val_loss", NAN), s.train_loss = number_or(json, "train_loss", NAN);
-    s.finished = json.get_bool("finished", where);
-    s.guards.updates = whole("updates", 0), s.guards.skipped = whole("skipped", 0);
-    s.guards.outliers = whole("outliers", 0), s.guards.seen = whole("seen", 0);
+    for_each_count(s, [&](const char* name, int64_t& value, int64_t lowest) {
+        value = json.get_int(name, where, lowest);
+    });
+    for_each_real(s,
+                  [&](const char* name, double& value) { value = number_or(json, name, value); });
+    s.finished = json.get_bool("finished", where), s.program = json.get_string("program", where);
     for (auto [name, values] : {std::pair{"losses", s.guards.losses}, {"norms", s.guards.norms}}) {
         const Json& list = json.get(name, Json::Kind::array, where);
-        TINYGPT_CHECK(list.items.size() == size_t(StepState::kWindow), "%s: \"%s\" must have %d numbers",
-                      where.c_str(), name, StepState::kWindow);
+        TINYGPT_CHECK(list.items.size() == size_t(StepState::kWindow),
+                      "%s: \"%s\" must have %d numbers", where.c_str(), name, StepState::kWindow);
         for (int i = 0; i < StepState::kWindow; ++i) values[i] = list.items[size_t(i)].number;
     }
     for (auto& [name, value] : json.get("options", Json::Kind::object, where).members)
         s.options.emplace_back(name, value.text);
-    for (const Json& shard : json.get("data", Json::Kind::array, where).items) s.data.push_back(shard.text);
+    for (const Json& shard : json.get("data", Json::Kind::array, where).items)
+        s.data.push_back(shard.text);
     return s;
+}
+
+// The state's last line: the checksum of every byte before it.
+inline std::string state_seal(std::string_view body) {
+    Checksum sum;
+    sum.add(body.data(), body.size());
+    return ",\n  \"own_checksum\": \"" + sum.hex() + "\"\n}\n";
+}
+inline void write_sealed(const std::string& path, const Json& json) {
+    std::string body = json.write(2);
+    body.resize(body.size() - 2);  // the closing "\n}" is part of the seal
+    write_file(path, body + state_seal(body));
+}
+inline Json read_sealed(const std::string& path) {
+    const std::string text = read_file(path, size_t(1) << 28);
+    const size_t end = text.size() - std::min(text.size(), state_seal("").size());
+    TINYGPT_CHECK(text.substr(end) == state_seal(text.substr(0, end)),
+                  "%s is damaged: its checksum does not match", path.c_str());
+    return Json::parse(text, path);
 }
 
 // The flat array `from` on the device, as the tensors of the list, their names prefixed.
 template <class Device, class Real>
-std::vector<TensorToWrite> tensors_to_write(Gpt2<Device>& model, const Real* from, const std::string& prefix,
-                                            const std::string& dtype) {
+std::vector<TensorToWrite> tensors_to_write(Gpt2<Device>& model, const Real* from,
+                                            const std::string& prefix, const std::string& dtype) {
     std::vector<TensorToWrite> list;
     for (const TensorInfo& info : model.layout.tensors) {
         const Real* tensor = from + info.offset;
@@ -4244,8 +4626,8 @@ std::vector<TensorToWrite> tensors_to_write(Gpt2<Device>& model, const Real* fro
 }
 
 // config.json, generation_config.json and the tokenizer's files: what tells others how to use it.
-inline void write_model_description(const std::string& folder, const Config& config, const Tokenizer* tokenizer,
-                                    const std::string& dtype) {
+inline void write_model_description(const std::string& folder, const Config& config,
+                                    const Tokenizer* tokenizer, const std::string& dtype) {
     const int64_t end = tokenizer ? tokenizer->end_of_text() : -1;
     write_file(folder + "/config.json", hf_config_text(config, end, dtype));
     Json generation = Json::object();
@@ -4256,7 +4638,8 @@ inline void write_model_description(const std::string& folder, const Config& con
     tokenizer->save(folder);
     Json about = Json::object();
     about.set("model_max_length", config.n_positions).set("tokenizer_class", "GPT2Tokenizer");
-    for (const char* role : {"bos_token", "eos_token", "unk_token"}) about.set(role, "<|endoftext|>");
+    for (const char* role : {"bos_token", "eos_token", "unk_token"})
+        about.set(role, "<|endoftext|>");
     write_file(folder + "/tokenizer_config.json", about.write(2) + "\n");
 }
 
@@ -4264,81 +4647,124 @@ inline void write_model_description(const std::string& folder, const Config& con
 // step (Linux), and the old one is removed.
 inline void replace_folder(const std::string& temporary, const std::string& folder) {
     if (!folder_exists(folder)) return rename_path(temporary, folder);
-    if (!file_call("rename", folder)) fail_file("rename " + temporary + " to", folder, errno);
-    if (::renameat2(AT_FDCWD, temporary.c_str(), AT_FDCWD, folder.c_str(), RENAME_EXCHANGE) == 0) {
+    const bool exchanged =
+        file_call("exchange", folder) &&
+        ::renameat2(AT_FDCWD, temporary.c_str(), AT_FDCWD, folder.c_str(), RENAME_EXCHANGE) == 0;
+    if (exchanged) {
         sync_folder(parent_folder(folder));
         return remove_folder(temporary);
     }
-    // A file system that cannot: between the two renames only the .old name exists.
+    if (errno != EINVAL && errno != ENOSYS && errno != ENOTSUP)
+        fail_file("rename " + temporary + " to", folder, errno);
+    // A file system that cannot: between the two renames only the .old name exists. Should we be
+    // killed there, recover_folders gives it its name back.
     const std::string old = folder + ".old";
     if (folder_exists(old)) remove_folder(old);
-    rename_path(folder, old), rename_path(temporary, folder);
+    rename_path(folder, old);
+    try {
+        rename_path(temporary, folder);
+    } catch (const FileError&) {
+        if (!folder_exists(folder)) sys_rename(old, folder);
+        throw;
+    }
     remove_folder(old);
 }
 
-// Writes the checkpoint `folder`. Without moments it can be opened and sampled but not resumed.
+// All files of a checkpoint, the state last. Their names are then on the disk, in `folder`.
+template <class Device>
+void write_checkpoint_files(Gpt2<Device>& model, const std::string& folder,
+                            const Tokenizer* tokenizer, const TrainerState& state,
+                            bool with_moments) {
+    Json sums = Json::object();
+    auto write = [&](const std::string& name, const std::vector<TensorToWrite>& tensors) {
+        sums.set(name, write_safetensors(folder + "/" + name, tensors));
+    };
+    write("model.safetensors", tensors_to_write(model, model.masters, "", "F32"));
+    if (with_moments) {
+        auto moments = tensors_to_write(model, model.m, "m.", "F32");
+        const auto second = tensors_to_write(model, model.v, "v.", "F32");
+        moments.insert(moments.end(), second.begin(), second.end());
+        write("optimizer.safetensors", moments);
+    }
+    write_model_description(folder, model.config, tokenizer, "float32");
+    for (const std::string& name : list_folder(folder))
+        if (!sums.find(name)) sums.set(name, file_digest<Checksum>(folder + "/" + name));
+    write_sealed(folder + "/trainer_state.json", state_to_json(state).set("checksums", sums));
+}
+
+// Writes the checkpoint `folder`, whole or not at all; the folder it is in must exist. Without
+// moments it can be opened and sampled but not resumed.
 template <class Device>
 void save_checkpoint(Gpt2<Device>& model, const std::string& folder, const Tokenizer* tokenizer,
                      const TrainerState& state, bool with_moments) {
     const std::string temporary = folder + ".tmp";
     if (folder_exists(temporary)) remove_folder(temporary);
-    make_folders(temporary);
+    if (sys_mkdir(temporary) != 0) fail_file("create folder", temporary, errno);
     try {
-        Json sums = Json::object();
-        sums.set("model.safetensors",
-                 write_safetensors(temporary + "/model.safetensors",
-                                   tensors_to_write(model, model.masters, "", "F32")));
-        if (with_moments) {
-            auto moments = tensors_to_write(model, model.m, "m.", "F32");
-            auto second = tensors_to_write(model, model.v, "v.", "F32");
-            moments.insert(moments.end(), second.begin(), second.end());
-            sums.set("optimizer.safetensors", write_safetensors(temporary + "/optimizer.safetensors", moments));
-        }
-        write_model_description(temporary, model.config, tokenizer, "float32");
-        for (const std::string& name : list_folder(temporary))
-            if (!sums.find(name)) sums.set(name, file_digest<Checksum>(temporary + "/" + name));
-        Json json = state_to_json(state);
-        // The state guards itself too: the sum of its own text without this line.
-        json.set("checksums", sums);
-        Checksum own;
-        const std::string text = json.write();
-        own.add(text.data(), text.size());
-        json.set("own_checksum", own.hex());
-        write_file(temporary + "/trainer_state.json", json.write(2) + "\n");
-        replace_folder(temporary, folder);
+        write_checkpoint_files(model, temporary, tokenizer, state, with_moments);
     } catch (...) {
-        // Best effort: the error that matters is the first one.
+        // Gives the room back. Best effort: the error that matters is the first one.
         try {
-            if (folder_exists(temporary)) remove_folder(temporary);
-        } catch (const Error&) {
-        }
+            remove_folder(temporary);
+        } catch (const Error&) {}
         throw;
+    }
+    replace_folder(temporary, folder);
+}
+
+// Every file that the state names has the checksum that was written down; the moments may be
+// missing where they are not needed.
+inline void check_sums(const std::string& folder, const Json& state, bool need_moments) {
+    for (auto& [name, sum] : state.get("checksums", Json::Kind::object, folder).members) {
+        const std::string path = folder + "/" + name;
+        TINYGPT_CHECK(name.find('/') == std::string::npos, "%s: its state names a file outside, %s",
+                      folder.c_str(), in_quotes(name).c_str());
+        if (!need_moments && name == "optimizer.safetensors") continue;
+        TINYGPT_CHECK(file_exists(path), "%s is missing", path.c_str());
+        TINYGPT_CHECK(file_digest<Checksum>(path) == sum.text,
+                      "%s is damaged, or was changed: its checksum does not match", path.c_str());
     }
 }
 
-// Reads and verifies a checkpoint's state: every file must have the checksum that was written down.
+// Verifies a checkpoint that is to be resumed, every byte of it, and reads its state.
 inline TrainerState verify_checkpoint(const std::string& folder) {
     const std::string path = folder + "/trainer_state.json";
-    Json json = Json::parse(read_file(path, 10'000'000), path);
-    const std::string own = json.get_string("own_checksum", path);
-    std::erase_if(json.members, [](auto& member) { return member.first == "own_checksum"; });
-    Checksum sum;
-    const std::string text = json.write();
-    sum.add(text.data(), text.size());
-    TINYGPT_CHECK(sum.hex() == own, "%s is damaged: its checksum does not match", path.c_str());
-    for (auto& [name, expected] : json.get("checksums", Json::Kind::object, path).members) {
-        TINYGPT_CHECK(name.find('/') == std::string::npos, "%s: names a file outside its folder", path.c_str());
-        const std::string found = file_digest<Checksum>(folder + "/" + name);
-        TINYGPT_CHECK(found == expected.text, "%s/%s is damaged: its checksum does not match",
-                      folder.c_str(), name.c_str());
-    }
+    TINYGPT_CHECK(
+        file_exists(path),
+        "%s is no checkpoint to resume: it has no trainer_state.json (--init-from starts a "
+        "new run from any Hugging Face folder)",
+        folder.c_str());
+    const Json json = read_sealed(path);
+    check_sums(folder, json, true);
+    TINYGPT_CHECK(json.get("checksums", Json::Kind::object, path).find("optimizer.safetensors"),
+                  "%s has no moments of AdamW: it can be used with --init-from, but not resumed",
+                  folder.c_str());
     return state_from_json(json, path);
+}
+
+// Verifies a model that is to be used. A folder that others made has no checksums to verify.
+// Careful: Hugging Face's own trainer also writes a trainer_state.json, with a "log_history".
+inline void verify_model(const std::string& folder) {
+    const std::string path = folder + "/trainer_state.json";
+    if (!file_exists(path)) return;
+    if (read_file(path).find("\"log_history\"") != std::string::npos) return;
+    check_sums(folder, read_sealed(path), false);
 }
 
 // The model that a Hugging Face folder describes; dropout is the run's choice.
 inline Config config_of_folder(const std::string& folder) {
     if (!folder_exists(folder)) fail(folder + ": there is no such folder");
-    return read_hf_config(folder + "/config.json").model;
+    verify_model(folder);
+    const Config config = read_hf_config(folder + "/config.json").model;
+    // Careful: the options' bounds. Token ids have 16 bits; products of sizes must stay below 2^63.
+    TINYGPT_CHECK(
+        config.vocab_size <= 65536 && config.n_embd <= 65536 && config.n_positions <= 1 << 20,
+        "%s/config.json: expected vocab_size and n_embd up to 65536 and n_positions up to "
+        "1048576, found %d, %d and %d",
+        folder.c_str(), config.vocab_size, config.n_embd, config.n_positions);
+    // Why here: before memory is taken for tensors that a damaged folder only claims to have.
+    match_tensors(SafetensorsFile(find_weights(folder)), layout_of(config).tensors);
+    return config;
 }
 
 // Sets a flat array on the device from a file with exactly the tensors of the list.
@@ -4382,25 +4808,32 @@ void load_moments(Gpt2<Device>& model, const std::string& folder) {
     }
 }
 
+// ---- The checkpoints of a run ----------------------------------------------------------------
+
+inline std::string checkpoint_folder(const std::string& output, int64_t step) {
+    return output + "/checkpoint-" + std::to_string(step);
+}
+// The step of a checkpoint's name, "checkpoint-500"; -1 for any other name.
+inline int64_t step_of_name(const std::string& name) {
+    const std::string prefix = "checkpoint-";
+    int64_t step = -1;
+    if (!name.starts_with(prefix)) return -1;
+    std::from_chars(name.data() + prefix.size(), name.data() + name.size(), step);
+    return step >= 0 && name == prefix + std::to_string(step) ? step : -1;
+}
+
 // The steps of the checkpoints in a run's folder, newest first. Unfinished ones do not count.
 inline std::vector<int64_t> checkpoint_steps(const std::string& output) {
     std::vector<int64_t> steps;
     if (!folder_exists(output)) return steps;
-    for (const std::string& name : list_folder(output)) {
-        int64_t step = 0;
-        const char *begin = name.data() + 11, *end = name.data() + name.size();
-        if (name.rfind("checkpoint-", 0) != 0 || begin == end) continue;
-        auto [stop, error] = std::from_chars(begin, end, step);
-        if (error == std::errc() && stop == end) steps.push_back(step);
-    }
+    for (const std::string& name : list_folder(output))
+        if (step_of_name(name) >= 0 && folder_exists(output + "/" + name))
+            steps.push_back(step_of_name(name));
     std::sort(steps.rbegin(), steps.rend());
     return steps;
 }
-inline std::string checkpoint_folder(const std::string& output, int64_t step) {
-    return output + "/checkpoint-" + std::to_string(step);
-}
 
-// Removes all but the newest `keep` checkpoints, and what an interrupted save left behind.
+// Removes all but the newest `keep` checkpoints.
 inline void remove_old_checkpoints(const std::string& output, int keep) {
     const std::vector<int64_t> steps = checkpoint_steps(output);
     for (size_t i = size_t(keep); i < steps.size(); ++i) {
@@ -4411,11 +4844,37 @@ inline void remove_old_checkpoints(const std::string& output, int keep) {
         remove_folder(gone);
     }
 }
-inline void remove_leftovers(const std::string& output) {
+
+// Tidies a run's folder after a kill: what a save left half done goes, and a checkpoint that was
+// about to be replaced gets its name back. Touches nothing but names that this program gives.
+inline void recover_folders(const std::string& output) {
     for (const std::string& name : list_folder(output)) {
         const std::string path = output + "/" + name;
-        if (name.size() > 4 && name.ends_with(".tmp") && folder_exists(path)) remove_folder(path);
+        if (name.starts_with("log.csv.tmp-") && file_exists(path)) remove_file(path);
+        if (name.size() < 5 || !folder_exists(path)) continue;
+        const std::string stem = name.substr(0, name.size() - 4);
+        if (stem != "best" && step_of_name(stem) < 0) continue;
+        if (name.ends_with(".old") && !folder_exists(output + "/" + stem))
+            rename_path(path, output + "/" + stem);
+        else if (name.ends_with(".old") || name.ends_with(".tmp"))
+            remove_folder(path);
     }
+}
+
+// A run that goes on from `step` makes the later steps again. What another run left of those
+// (checkpoints that are damaged, or from before the user went back) is set aside, or it would count
+// as the newest. A run that starts (step -1) sets aside all, best/ too. Returns the names.
+inline std::vector<std::string> set_aside_later(const std::string& output, int64_t step) {
+    std::vector<std::string> names;
+    for (int64_t later : checkpoint_steps(output))
+        if (later > step) names.push_back("checkpoint-" + std::to_string(later));
+    if (step < 0 && folder_exists(output + "/best")) names.push_back("best");
+    for (const std::string& name : names) {
+        const std::string aside = output + "/" + name + ".set-aside";
+        if (folder_exists(aside)) remove_folder(aside);
+        rename_path(output + "/" + name, aside);
+    }
+    return names;
 }
 
 // =================================================================================================
@@ -4447,23 +4906,23 @@ struct Options {
     int threads = 0;        // 0: all cores
     std::string precision;  // not set: the device's default
 
-    int batch_size = 16, grad_accum_steps = 1;
+    int batch_size = 8, grad_accum_steps = 1;
     int seq_len = 0;  // not set: 128, or the positions where those are fewer
     bool shuffle = true, overfit_batch = false;
 
     // What is set here ends the run, whichever comes first. The default of max_steps counts only
     // where neither of the other two is set; otherwise parse_options makes it 0, no limit.
-    int64_t max_steps = 1500;
+    int64_t max_steps = 2500;
     double epochs = 0, max_minutes = 0;  // not set: no limit
 
-    double learning_rate = 2e-3, min_lr_fraction = 0.1;
+    double learning_rate = 3e-3, min_lr_fraction = 0.1;
     Schedule schedule = Schedule::cosine;
-    int64_t warmup_steps = 100;
+    int64_t warmup_steps = 50;
     double weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8;
     double grad_clip = 1;  // 0: none
 
     // 0: never
-    int64_t log_interval = 10, eval_interval = 250, eval_batches = 10, sample_interval = 500;
+    int64_t log_interval = 50, eval_interval = 250, eval_batches = 10, sample_interval = 500;
     int64_t tensor_stats_interval = 0, patience = 0, save_interval = 500;
     std::string prompt;
     int keep = 2;
@@ -5051,67 +5510,104 @@ struct LogRow {
     std::optional<double> tokens_per_s, mfu, seconds;
 };
 constexpr const char* kLogHeader =
-    "step,epoch,tokens,train_loss,eval_train_loss,val_loss,perplexity,floor,lr,grad_norm,tokens_per_s,"
+    "step,epoch,tokens,train_loss,eval_train_loss,val_loss,perplexity,floor,lr,grad_norm,tokens_"
+    "per_s,"
     "mfu,seconds\n";
 
 inline std::string log_line(const LogRow& row) {
-    std::string line = format("%lld,%.6g,%lld", (long long)row.step, row.epoch, (long long)row.tokens);
+    std::string line =
+        format("%lld,%.6g,%lld", (long long)row.step, row.epoch, (long long)row.tokens);
     auto field = [&](const std::optional<double>& value, const char* pattern) {
         char text[40] = "";
-        if (value) std::snprintf(text, sizeof text, pattern, *value);
-        line += "," + std::string(text);
+        // Why: printf writes some NaNs as "-nan", and two equal runs must have equal logs.
+        if (value) std::snprintf(text, sizeof text, std::isnan(*value) ? "nan" : pattern, *value);
+        line.append(",").append(text);
     };
-    for (auto* value : {&row.train_loss, &row.eval_train_loss, &row.val_loss, &row.perplexity, &row.floor,
-                        &row.lr, &row.grad_norm})
+    for (auto* value : {&row.train_loss, &row.eval_train_loss, &row.val_loss, &row.perplexity,
+                        &row.floor, &row.lr, &row.grad_norm})
         field(*value, "%.9g");
     field(row.tokens_per_s, "%.1f"), field(row.mfu, "%.4f"), field(row.seconds, "%.3f");
     return line + "\n";
 }
 
-// log.csv. Rows are appended; a disk that is full keeps them waiting in memory instead of losing them.
+// The rows of a log up to that of step `last`, without their line ends. A line that a crash cut
+// short is left out, and so is whatever lies behind `last`: those steps are made again.
+inline std::vector<std::string> read_log_rows(const std::string& path, int64_t last) {
+    std::vector<std::string> rows;
+    if (!file_exists(path)) return rows;
+    std::vector<std::string> lines = split_at(read_file(path), '\n');
+    lines.pop_back();  // what follows the last line end: nothing, or half a row
+    int64_t before = -1;
+    for (const std::string& line : lines) {
+        int64_t step = -1;
+        std::from_chars(line.data(), line.data() + line.size(), step);
+        if (std::count(line.begin(), line.end(), ',') != 12 || step <= before || step > last)
+            continue;
+        rows.push_back(line), before = step;
+    }
+    return rows;
+}
+// A field of a row, columns counted from 0; NaN where it is empty.
+inline double log_field(const std::string& row, size_t column) {
+    const std::string text = split_at(row, ',').at(column);
+    return text.empty() ? NAN : std::strtod(text.c_str(), nullptr);
+}
+
+// log.csv. Rows are appended at once, and stay in memory until they are known to be on the disk: a
+// disk that is full, or that fails, does not lose them.
 class Log {
-   public:
-    // Begins a fresh log, or goes on behind the row of step `last`: what lies behind it, a line cut
-    // short by a crash too, is dropped, because those steps are made again. The file is replaced
-    // whole before it is appended to.
-    Log(const std::string& path, std::optional<int64_t> last) : path_(path), fd_(-1) {
-        std::string kept = kLogHeader;
-        if (last && file_exists(path)) {
-            const std::string old = read_file(path);
-            for (size_t at = 0, end; (end = old.find('\n', at)) != std::string::npos; at = end + 1) {
-                int64_t step = -1;
-                std::from_chars(old.data() + at, old.data() + end, step);
-                const bool whole = std::count(old.begin() + ptrdiff_t(at), old.begin() + ptrdiff_t(end), ',') == 12;
-                if (whole && step >= 0 && step <= *last) kept += old.substr(at, end + 1 - at);
-            }
-        }
-        write_file(path, kept);
+public:
+    // Begins with these rows. The file is replaced whole before it is appended to.
+    Log(const std::string& path, const std::vector<std::string>& rows) : path_(path), fd_(-1) {
+        std::string text = kLogHeader;
+        for (const std::string& row : rows) text += row + "\n";
+        write_file(path, text);
         fd_.fd = ::open(path.c_str(), O_WRONLY | O_APPEND | O_CLOEXEC);
         if (fd_.fd < 0) fail_file("write", path, errno);
+        synced_ = int64_t(text.size());
     }
-    // The rows are on their way to the disk when this returns true.
+    // Returns whether the rows so far could be handed to the system; errno says why not.
     bool add(const LogRow& row) {
+        const size_t enough = 1 << 20;  // so that a run without checkpoints does not fill memory
         waiting_ += log_line(row);
-        return flush();
-    }
-    bool flush() {
-        while (!waiting_.empty()) {
-            const ssize_t done = sys_write(fd_.fd, path_, waiting_.data(), waiting_.size());
-            if (done < 0 && errno == EINTR) continue;
-            if (done <= 0) return false;
-            waiting_.erase(0, size_t(done));
-        }
-        return true;
+        return flush() && (waiting_.size() < enough || try_sync());
     }
     // Everything so far is on the disk, or an error says why not.
     void sync() {
-        if (!flush() || sys_fsync(fd_.fd, path_) != 0) fail_file("write", path_, errno);
+        if (!flush() || !try_sync()) fail_file("write", path_, errno);
     }
 
-   private:
+private:
+    bool flush() {
+        while (written_ < waiting_.size()) {
+            const ssize_t done =
+                sys_write(fd_.fd, path_, waiting_.data() + written_, waiting_.size() - written_);
+            if (done < 0 && errno == EINTR) continue;
+            if (done == 0) errno = ENOSPC;
+            if (done <= 0) return false;
+            written_ += size_t(done);
+        }
+        return true;
+    }
+    // Careful: after an fsync that failed, the system may have dropped the rows and call them
+    // written. So they are cut off, and written again the next time.
+    bool try_sync() {
+        if (sys_fsync(fd_.fd, path_) == 0) {
+            synced_ += int64_t(waiting_.size());
+            waiting_.clear(), written_ = 0;
+            return true;
+        }
+        const int code = errno;
+        if (::ftruncate(fd_.fd, synced_) == 0) written_ = 0;
+        errno = code;
+        return false;
+    }
+
     std::string path_;
     FileHandle fd_;
-    std::string waiting_;
+    int64_t synced_ = 0;   // bytes of the file that are on the disk
+    std::string waiting_;  // what comes behind them
+    size_t written_ = 0;   // bytes of that, handed to the system
 };
 
 // ---- What the terminal shows -----------------------------------------------------------------
@@ -5119,7 +5615,8 @@ class Log {
 // 1234567 -> "1,234,567"
 inline std::string with_commas(int64_t n) {
     std::string digits = std::to_string(n < 0 ? -n : n);
-    for (ptrdiff_t at = ptrdiff_t(digits.size()) - 3; at > 0; at -= 3) digits.insert(size_t(at), ",");
+    for (ptrdiff_t at = ptrdiff_t(digits.size()) - 3; at > 0; at -= 3)
+        digits.insert(size_t(at), 1, ',');
     return n < 0 ? "-" + digits : digits;
 }
 inline std::string bytes_text(double bytes) {
@@ -5128,9 +5625,12 @@ inline std::string bytes_text(double bytes) {
 }
 inline std::string duration_text(double seconds) {
     const int64_t s = int64_t(seconds + 0.5);
-    if (s >= 86400) return format("%lldd %lldh", (long long)(s / 86400), (long long)(s % 86400 / 3600));
-    if (s >= 3600) return format("%lldh %02lldm", (long long)(s / 3600), (long long)(s % 3600 / 60));
-    return s >= 60 ? format("%lldm %02llds", (long long)(s / 60), (long long)(s % 60)) : format("%llds", (long long)s);
+    if (s >= 86400)
+        return format("%lldd %lldh", (long long)(s / 86400), (long long)(s % 86400 / 3600));
+    if (s >= 3600)
+        return format("%lldh %02lldm", (long long)(s / 3600), (long long)(s % 3600 / 60));
+    return s >= 60 ? format("%lldm %02llds", (long long)(s / 60), (long long)(s % 60))
+                   : format("%llds", (long long)s);
 }
 
 // Floating-point operations of a training step per token: 2 for every weight that is multiplied in
@@ -5148,21 +5648,25 @@ struct CurvePoint {
 };
 
 // Draws train (.), validation (o) and floor (-) into a box of text; losses on a log scale.
-inline std::string draw_curve(const std::vector<CurvePoint>& train, const std::vector<CurvePoint>& val,
-                              double floor, int width = 76, int height = 16) {
+inline std::string draw_curve(const std::vector<CurvePoint>& train,
+                              const std::vector<CurvePoint>& val, double floor, int width = 76,
+                              int height = 16) {
     double low = std::isfinite(floor) ? floor : INFINITY, high = -INFINITY;
     int64_t last = 1;
     for (auto* curve : {&train, &val})
         for (const CurvePoint& p : *curve) {
             if (!std::isfinite(p.loss)) continue;
-            low = std::min(low, p.loss), high = std::max(high, p.loss), last = std::max(last, p.step);
+            low = std::min(low, p.loss), high = std::max(high, p.loss),
+            last = std::max(last, p.step);
         }
     if (!(high > 0) || !(low > 0)) return "";
     const double bottom = std::log(low * 0.98), top = std::log(std::max(high, low * 1.1));
     std::vector<std::string> rows(size_t(height), std::string(size_t(width), ' '));
     auto put = [&](double x, double loss, char mark) {
         const int column = std::clamp(int(x * (width - 1) + 0.5), 0, width - 1);
-        const int row = std::clamp(int((top - std::log(loss)) / (top - bottom) * (height - 1) + 0.5), 0, height - 1);
+        const int row =
+            std::clamp(int((top - std::log(loss)) / (top - bottom) * (height - 1) + 0.5), 0,
+                       height - 1);
         rows[size_t(row)][size_t(column)] = mark;
     };
     if (std::isfinite(floor))
@@ -5174,26 +5678,30 @@ inline std::string draw_curve(const std::vector<CurvePoint>& train, const std::v
     std::string out;
     for (int r = 0; r < height; ++r) {
         const double loss = std::exp(top - (top - bottom) * r / (height - 1));
-        out += (r % 5 == 0 || r == height - 1 ? format("%8.3f |", loss) : "         |") + rows[size_t(r)] + "\n";
+        out += (r % 5 == 0 || r == height - 1 ? format("%8.3f |", loss) : "         |") +
+               rows[size_t(r)] + "\n";
     }
     out += "         +" + std::string(size_t(width), '-') + "\n";
     out += format("          0%*lld\n", width - 1, (long long)last);
-    out += "          loss over steps: . train" + std::string(val.empty() ? "" : "   o validation") +
+    out += "          loss over steps: . train" +
+           std::string(val.empty() ? "" : "   o validation") +
            (std::isfinite(floor) ? format("   --- floor %.4f", floor) : "") + "\n";
     return out;
 }
 
-// Text in pieces, without cutting a UTF-8 character in two: a piece that ends within one is held back
-// until the rest has come. What never becomes a character is shown as U+FFFD.
+// Text in pieces, without cutting a UTF-8 character in two: a piece that ends within one is held
+// back until the rest has come. What never becomes a character is shown as U+FFFD.
 class Utf8Stream {
-   public:
+public:
     std::string add(std::string_view bytes) {
         held_ += bytes;
         std::string out;
         size_t at = 0;
         while (at < held_.size()) {
             const size_t length = utf8_character(std::string_view(held_).substr(at, 4));
-            if (length == 0 && held_.size() - at < 4 && may_continue(std::string_view(held_).substr(at))) break;
+            if (length == 0 && held_.size() - at < 4 &&
+                may_continue(std::string_view(held_).substr(at)))
+                break;
             out += length ? held_.substr(at, length) : "\xef\xbf\xbd";
             at += std::max<size_t>(1, length);
         }
@@ -5207,13 +5715,17 @@ class Utf8Stream {
         return out;
     }
 
-   private:
+private:
     // A lead byte followed by fewer continuation bytes than it announces.
     static bool may_continue(std::string_view text) {
         const unsigned char lead = uint8_t(text[0]);
-        const size_t length = lead >= 0xf0 && lead < 0xf5 ? 4 : lead >= 0xe0 ? 3 : lead >= 0xc2 ? 2 : 1;
+        const size_t length = lead >= 0xf0 && lead < 0xf5 ? 4
+                              : lead >= 0xe0              ? 3
+                              : lead >= 0xc2              ? 2
+                                                          : 1;
         if (lead >= 0xf5 || text.size() >= length) return false;
-        return std::all_of(text.begin() + 1, text.end(), [](char c) { return (uint8_t(c) & 0xc0) == 0x80; });
+        return std::all_of(text.begin() + 1, text.end(),
+                           [](char c) { return (uint8_t(c) & 0xc0) == 0x80; });
     }
     std::string held_;
 };
@@ -5222,8 +5734,11 @@ class Utf8Stream {
 
 template <class real>
 std::string Cpu<real>::describe() const {
-    return format("CPU, %d threads, vectors of %d bits, %s", omp_get_max_threads(), kVectorBytes * 8,
-                  matmul_options.bf16 ? "bf16 products" : sizeof(real) == 4 ? "fp32" : "fp64");
+    return format("CPU, %d threads, vectors of %d bits, %s", omp_get_max_threads(),
+                  kVectorBytes * 8,
+                  matmul_options.bf16 ? "bf16 products"
+                  : sizeof(real) == 4 ? "fp32"
+                                      : "fp64");
 }
 
 // What the system says could be used without swapping; without /proc, all memory there is.
@@ -5241,7 +5756,8 @@ size_t Cpu<real>::free_memory() const {
 }
 
 inline double now_seconds() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
+        .count();
 }
 
 // Multiplies and adds in registers, nothing else: 12 sums that do not wait for each other.
@@ -5249,7 +5765,8 @@ inline double now_seconds() {
 template <class real>
 double registers_only_flops() {
     constexpr int kSums = 12;
-    Vec<real> sums[kSums], factor = Vec<real>{} + real(1.0000001), addend = Vec<real>{} + real(1e-7);
+    Vec<real> sums[kSums], factor = Vec<real>{} + real(1.0000001),
+                           addend = Vec<real>{} + real(1e-7);
     for (int i = 0; i < kSums; ++i) sums[i] = Vec<real>{} + real(i);
     double best = 0;
     for (int trial = 0; trial < 8; ++trial) {
@@ -5275,11 +5792,34 @@ double Cpu<real>::peak_flops() const {
     return total;
 }
 
+// Memory's speed, measured: all threads read 256 MB, far more than any cache holds. Best of five.
+template <class real>
+double Cpu<real>::peak_bandwidth() const {
+    const size_t count = size_t(1) << 25;
+    std::vector<uint64_t> data(count, 1);
+    double best = 0;
+    for (int trial = 0; trial < 5; ++trial) {
+        uint64_t sum = 0;
+        const double begin = now_seconds();
+#pragma omp parallel for simd reduction(+ : sum) schedule(static)
+        for (size_t i = 0; i < count; ++i) sum += data[i];
+        const double seconds = now_seconds() - begin;
+        if (sum == count) best = std::max(best, double(count * sizeof(uint64_t)) / seconds);
+    }
+    return best;
+}
+
 // =================================================================================================
 // §13 The loop, and the commands
 // =================================================================================================
 
 // ---- The data of a run -----------------------------------------------------------------------
+
+// A token's text. A model may have more tokens than its tokenizer: those are shown as numbers.
+inline std::string text_of_token(const Tokenizer& tokenizer, int token) {
+    if (token >= tokenizer.vocab_size()) return "<" + std::to_string(token) + ">";
+    return std::string(tokenizer.bytes_of(token));
+}
 
 struct Corpus {
     std::string folder;  // empty where shards were named one by one
@@ -5294,10 +5834,18 @@ struct Corpus {
     }
     bool has_val() const { return val && !val->empty(); }
     std::string text_of(int token) const {
-        if (tokenizer) return std::string(tokenizer->bytes_of(token));
+        if (tokenizer) return text_of_token(*tokenizer, token);
         return std::to_string(token) + " ";
     }
 };
+
+// A folder's name in a glob pattern: every character means itself.
+inline std::string glob_escaped(const std::string& path) {
+    std::string pattern;
+    for (char c : path)
+        pattern += std::strchr("*?[\\", c) ? std::string("\\") + c : std::string(1, c);
+    return pattern;
+}
 
 // Opens the data that the options name. Fails when there is none, saying how to make some.
 inline Corpus open_corpus(const Options& o, bool needs_train) {
@@ -5306,18 +5854,24 @@ inline Corpus open_corpus(const Options& o, bool needs_train) {
         if (!o.train_shards.empty()) corpus.train.emplace(o.train_shards);
         if (!o.val_shards.empty()) corpus.val.emplace(o.val_shards);
         for (auto* split : {&corpus.train, &corpus.val})
-            TINYGPT_CHECK(!*split || !(*split)->empty(), "no file matches %s", (*split)->pattern().c_str());
-        TINYGPT_CHECK(!needs_train || corpus.train, "--train-shards is missing: there is nothing to train on");
+            TINYGPT_CHECK(!*split || !(*split)->empty(), "no file matches %s",
+                          (*split)->pattern().c_str());
+        TINYGPT_CHECK(!needs_train || corpus.train,
+                      "--train-shards is missing: there is nothing to train on");
         return corpus;
     }
     corpus.folder = o.data;
-    TINYGPT_CHECK(folder_exists(o.data),
-                  "there is no data folder %s: make the default one with ./prepare_data, or one of your "
-                  "own with ./prepare_data --input book.txt --output %s", o.data.c_str(), o.data.c_str());
-    corpus.train.emplace(o.data + "/train_*.bin"), corpus.val.emplace(o.data + "/val_*.bin");
-    TINYGPT_CHECK(!needs_train || !corpus.train->empty(),
-                  "%s holds no train_*.bin: make shards with ./prepare_data --input FILE --output %s",
-                  o.data.c_str(), o.data.c_str());
+    TINYGPT_CHECK(
+        folder_exists(o.data),
+        "there is no data folder %s: make the default one with ./prepare_data, or one of your "
+        "own with ./prepare_data --input book.txt --output %s",
+        o.data.c_str(), o.data.c_str());
+    corpus.train.emplace(glob_escaped(o.data) + "/train_*.bin");
+    corpus.val.emplace(glob_escaped(o.data) + "/val_*.bin");
+    TINYGPT_CHECK(
+        !needs_train || !corpus.train->empty(),
+        "%s holds no train_*.bin: make shards with ./prepare_data --input FILE --output %s",
+        o.data.c_str(), o.data.c_str());
     if (file_exists(o.data + "/vocab.json") || file_exists(o.data + "/encoder.json"))
         corpus.tokenizer = Tokenizer::load(o.data);
     const std::string about = o.data + "/dataset.json";
@@ -5330,40 +5884,69 @@ inline Corpus open_corpus(const Options& o, bool needs_train) {
 
 // ---- The model of a run ----------------------------------------------------------------------
 
-// The sizes that the options ask for: a checkpoint's, or a preset's with some overridden; the
-// vocabulary is the tokenizer's unless it was given.
-inline Config config_for(const Options& o, const Corpus& corpus) {
+// The sizes that the options ask for: those of a preset, some overridden; the vocabulary is the
+// tokenizer's unless it was given.
+inline Config config_of_options(const Options& o, const Corpus& corpus) {
     Config config;
-    if (!o.init_from.empty()) {
-        config = config_of_folder(o.init_from);
+    for (const Preset& preset : presets())
+        if (o.model == preset.name) config = preset.config;
+    if (o.n_layer) config.n_layer = o.n_layer;
+    if (o.n_head) config.n_head = o.n_head;
+    if (o.n_embd) config.n_embd = o.n_embd;
+    if (o.n_positions) config.n_positions = o.n_positions;
+    if (corpus.tokenizer) config.vocab_size = corpus.tokenizer->vocab_size();
+    if (o.vocab_size) config.vocab_size = o.vocab_size;
+    config.untied_head = o.untied_head;
+    if (config.n_embd % config.n_head)
+        fail_usage(
+            format("--n-head %d does not divide --n-embd %d: each head takes an equal share "
+                   "of the channels",
+                   config.n_head, config.n_embd));
+    return config;
+}
+
+// A checkpoint's sizes are what they are: options that ask for others are refused, not ignored.
+inline void check_same_sizes(const Options& o, const Config& config, const std::string& folder) {
+    if (o.given("model"))
+        fail_usage("--model and --init-from exclude each other: " + folder + " has its own sizes");
+    auto same = [&](const char* name, int asked, int found) {
+        if (o.given(name) && asked != found)
+            fail_usage(format("--%s %d does not fit --init-from: the model in %s has %d", name,
+                              asked, folder.c_str(), found));
+    };
+    same("n-layer", o.n_layer, config.n_layer), same("n-head", o.n_head, config.n_head);
+    same("n-embd", o.n_embd, config.n_embd), same("n-positions", o.n_positions, config.n_positions);
+    same("vocab-size", o.vocab_size, config.vocab_size);
+    same("untied-head", o.untied_head, config.untied_head);
+}
+
+// The model of a run: that of the folder which its weights come from, or what the options say.
+inline Config config_for(const Options& o, const Corpus& corpus, const std::string& weights = "") {
+    Config config;
+    if (o.init_from.empty()) {
+        config = config_of_options(o, corpus);
     } else {
-        for (const Preset& preset : presets())
-            if (o.model == preset.name) config = preset.config;
-        if (o.n_layer) config.n_layer = int(o.n_layer);
-        if (o.n_head) config.n_head = int(o.n_head);
-        if (o.n_embd) config.n_embd = int(o.n_embd);
-        if (o.n_positions) config.n_positions = int(o.n_positions);
-        if (corpus.tokenizer) config.vocab_size = corpus.tokenizer->vocab_size();
-        if (o.vocab_size) config.vocab_size = int(o.vocab_size);
-        config.untied_head = o.untied_head;
+        const std::string folder = weights.empty() ? o.init_from : weights;
+        config = config_of_folder(folder);
+        check_same_sizes(o, config, folder);
     }
     config.dropout = float(o.dropout);
-    if (config.n_embd % config.n_head)
-        fail_usage(format("--n-head %d does not divide --n-embd %d: each head takes an equal share of the channels",
-                          config.n_head, config.n_embd));
     if (corpus.tokenizer && config.vocab_size < corpus.tokenizer->vocab_size())
-        fail_usage(format("the vocabulary of %d is smaller than the tokenizer's %d in %s", config.vocab_size,
-                          corpus.tokenizer->vocab_size(), corpus.folder.c_str()));
+        fail_usage(format("the vocabulary of %d is smaller than the tokenizer's %d in %s",
+                          config.vocab_size, corpus.tokenizer->vocab_size(),
+                          corpus.folder.c_str()));
     return config;
 }
 
 // A data folder of another tokenizer would train nonsense: refuse it.
 inline void check_same_tokenizer(const Corpus& corpus, const std::string& model_folder) {
-    if (!corpus.tokenizer || !file_exists(model_folder + "/vocab.json")) return;
+    const bool has_tokenizer =
+        file_exists(model_folder + "/vocab.json") || file_exists(model_folder + "/encoder.json");
+    if (!corpus.tokenizer || !has_tokenizer) return;
     TINYGPT_CHECK(Tokenizer::load(model_folder) == *corpus.tokenizer,
                   "%s has another tokenizer than the model in %s: tokenize the text again with "
-                  "./prepare_data --tokenizer gpt2 --vocab %s", corpus.folder.c_str(), model_folder.c_str(),
-                  model_folder.c_str());
+                  "./prepare_data --tokenizer gpt2 --vocab %s",
+                  corpus.folder.c_str(), model_folder.c_str(), model_folder.c_str());
 }
 
 // Refuses sizes that the device cannot hold, saying how much they need.
@@ -5375,99 +5958,194 @@ MemoryNeed check_memory(Device& device, const Config& config, int B, int T, Use 
     std::string advice = "choose a smaller --model";
     for (int smaller = B / 2; smaller > 0; smaller /= 2)
         if (memory_need<Device>(config, smaller, T, use).total() <= free) {
-            advice = format("--batch-size %d would fit (with --grad-accum-steps %d for the same step)", smaller,
-                            (B + smaller - 1) / smaller);
+            advice =
+                format("--batch-size %d would fit (with --grad-accum-steps %d for the same step)",
+                       smaller, (B + smaller - 1) / smaller);
             break;
         }
-    fail(format("these sizes need %s of memory, and %s are free: %s", bytes_text(double(need.total())).c_str(),
-                bytes_text(double(free)).c_str(), advice.c_str()));
+    fail(format("these sizes need %s of memory, and %s are free: %s",
+                bytes_text(double(need.total())).c_str(), bytes_text(double(free)).c_str(),
+                advice.c_str()));
 }
 
 // The table at the start: what the model is made of.
 inline void print_model(const Config& config, const Layout& layout, const MemoryNeed& need, int T) {
-    std::printf("model      %d layers, %d heads, %d channels, %d positions, vocabulary %d%s\n", config.n_layer,
-                config.n_head, config.n_embd, config.n_positions, config.vocab_size,
+    std::printf("model      %d layers, %d heads, %d channels, %d positions, vocabulary %d%s\n",
+                config.n_layer, config.n_head, config.n_embd, config.n_positions, config.vocab_size,
                 config.untied_head ? ", untied head" : "");
-    std::printf("           %s parameters, %.1f MFLOP a token to train\n", with_commas(int64_t(layout.count)).c_str(),
-                flops_per_token(config, T) / 1e6);
+    std::printf("           %s parameters, %.1f MFLOP a token to train\n",
+                with_commas(int64_t(layout.count)).c_str(), flops_per_token(config, T) / 1e6);
     std::printf("memory     %s: weights %s, gradients %s, moments %s, activations %s\n",
                 bytes_text(double(need.total())).c_str(), bytes_text(double(need.weights)).c_str(),
-                bytes_text(double(need.gradients)).c_str(), bytes_text(double(need.moments)).c_str(),
+                bytes_text(double(need.gradients)).c_str(),
+                bytes_text(double(need.moments)).c_str(),
                 bytes_text(double(need.activations)).c_str());
+}
+
+// ---- The prompt -------------------------------------------------------------------------------
+
+// Tokens of a prompt; without a tokenizer, the numbers in it. May be none.
+inline std::vector<int32_t> prompt_tokens(const std::string& text,
+                                          const std::optional<Tokenizer>& tokenizer,
+                                          int vocab_size) {
+    std::vector<int32_t> tokens;
+    if (tokenizer) {
+        for (uint16_t token : tokenizer->encode(text)) tokens.push_back(token);
+        return tokens;
+    }
+    for (const std::string& word : split_at(text, ' ')) {
+        if (word.empty()) continue;
+        int id = -1;
+        auto [stop, error] = std::from_chars(word.data(), word.data() + word.size(), id);
+        const bool number = error == std::errc() && stop == word.data() + word.size();
+        if (!number || id < 0 || id >= vocab_size)
+            fail_usage("there is no tokenizer: give the prompt as token numbers below " +
+                       std::to_string(vocab_size) + ", not " + shown(word));
+        tokens.push_back(id);
+    }
+    return tokens;
 }
 
 // ---- Ctrl-C ----------------------------------------------------------------------------------
 
-// How often the run was asked to stop. The first time it finishes the step, saves and exits 130; the
-// second time it exits at once, which harms nothing: files are whole or not there.
-inline volatile sig_atomic_t& stop_requests() {
-    static volatile sig_atomic_t requests = 0;
-    return requests;
+// When the run was asked to stop, in nanoseconds of a clock that does not jump; 0: it was not. The
+// first time it finishes the step, saves and exits 130; the second time it exits at once, which
+// harms nothing: files are whole or not there.
+inline std::atomic<int64_t>& stop_asked() {
+    static std::atomic<int64_t> when{0};
+    static_assert(std::atomic<int64_t>::is_always_lock_free, "a signal handler must not wait");
+    return when;
+}
+inline void on_stop_signal(int) {
+    timespec now{};
+    ::clock_gettime(CLOCK_MONOTONIC, &now);
+    const int64_t nanoseconds = int64_t(now.tv_sec) * 1'000'000'000 + now.tv_nsec + 1;
+    int64_t first = 0;
+    if (stop_asked().compare_exchange_strong(first, nanoseconds)) return;
+    // Why: `timeout` and a closing terminal send two signals at once and mean one.
+    if (nanoseconds - first > 50'000'000) ::_exit(130);
 }
 inline void catch_signals() {
-    struct sigaction action {};
-    action.sa_handler = [](int) {
-        if (stop_requests()) ::_exit(130);
-        stop_requests() = 1;
-    };
-    for (int number : {SIGINT, SIGTERM, SIGHUP}) ::sigaction(number, &action, nullptr);
+    stop_asked() = 0;
+    struct sigaction action = {}, before = {};
+    action.sa_handler = on_stop_signal;
+    for (int number : {SIGINT, SIGTERM}) ::sigaction(number, &action, nullptr);
+    // Under nohup a closed terminal is to be ignored, so we do.
+    ::sigaction(SIGHUP, nullptr, &before);
+    if (before.sa_handler != SIG_IGN) ::sigaction(SIGHUP, &action, nullptr);
     ::signal(SIGPIPE, SIG_IGN);
     ::signal(SIGXFSZ, SIG_IGN);  // a file-size limit is an error to report, not a death
 }
 
 // One run in a folder at a time. The lock is the kernel's: it goes when the process goes.
 inline FileHandle lock_folder(const std::string& folder) {
-    FileHandle file(::open((folder + "/lock").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666));
+    const std::string path = folder + "/lock";
+    FileHandle file(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666));
     if (file.fd < 0) fail_file("write into", folder, errno);
-    TINYGPT_CHECK(::flock(file.fd, LOCK_EX | LOCK_NB) == 0,
-                  "another run is writing into %s: wait for it, or give another --output", folder.c_str());
+    if (::flock(file.fd, LOCK_EX | LOCK_NB) == 0) return file;
+    TINYGPT_CHECK(errno != EWOULDBLOCK,
+                  "another run is writing into %s: wait for it, or give another --output",
+                  folder.c_str());
+    std::fprintf(stderr, "warning: cannot lock %s (%s): take care that no other run uses it\n",
+                 path.c_str(), std::strerror(errno));
     return file;
 }
 
 // ---- One run ---------------------------------------------------------------------------------
 
+// What tells whether a shard's file was written to: number, size, and time of the last change.
+inline std::vector<std::array<int64_t, 4>> shard_stamps(const Corpus& corpus) {
+    std::vector<std::array<int64_t, 4>> stamps;
+    for (const auto* split : {&corpus.train, &corpus.val}) {
+        if (!*split) continue;
+        for (const Shard& shard : (*split)->files()) {
+            struct stat info {};
+            ::stat(shard.path.c_str(), &info);
+            stamps.push_back({int64_t(info.st_ino), int64_t(info.st_size),
+                              int64_t(info.st_mtim.tv_sec), int64_t(info.st_mtim.tv_nsec)});
+        }
+    }
+    return stamps;
+}
+
+// What a checkpoint remembers of the data, to know it again wherever it lies: the tokenizer, and of
+// each shard its length and its checksum. Of more than 64 million tokens, only the ends are read.
+inline std::vector<std::string> describe_data(const Corpus& corpus) {
+    std::vector<std::string> list;
+    if (corpus.tokenizer) {
+        Checksum sum;
+        const std::string merges = corpus.tokenizer->merges_text();
+        sum.add(merges.data(), merges.size());
+        list.push_back(
+            format("tokenizer: %d tokens, %s", corpus.tokenizer->vocab_size(), sum.hex().c_str()));
+    }
+    std::vector<uint16_t> buffer(1 << 16);
+    for (const auto* split : {&corpus.train, &corpus.val}) {
+        if (!*split) continue;
+        for (const Shard& shard : (*split)->files()) {
+            Checksum sum;
+            const int64_t piece = int64_t(buffer.size()), all = shard.tokens;
+            const int64_t stride = all <= 64'000'000 ? piece : std::max(piece, all - piece);
+            for (int64_t at = 0; at < all; at += stride) {
+                const int64_t count = std::min(piece, all - at);
+                shard.read(buffer.data(), at, count);
+                sum.add(buffer.data(), 2 * size_t(count));
+            }
+            list.push_back(format("%s: %lld tokens, %s", split == &corpus.train ? "train" : "val",
+                                  (long long)all, sum.hex().c_str()));
+        }
+    }
+    return list;
+}
+
 template <class Device>
 class Trainer {
-   public:
+public:
     Trainer(const Options& options, Corpus& corpus, Gpt2<Device>& model)
-        : o_(options), corpus_(corpus), model_(model), B_(int(o_.batch_size)), T_(model.T),
+        : o_(options), corpus_(corpus), model_(model), B_(o_.batch_size), T_(model.T),
           order_(*corpus.train, B_, T_, o_.seed, o_.shuffle, o_.overfit_batch),
           token_bytes_(corpus.token_bytes()) {
-        windows_ = corpus.has_val() ? evaluation_windows(*corpus.val, T_, document_start()) : std::vector<Window>{};
+        if (corpus.has_val()) windows_ = evaluation_windows(*corpus.val, T_, document_start());
     }
 
-    // Trains from state.step to the end; returns the exit status.
-    int run(TrainerState state, bool resumed);
+    // Trains from state.step to the end; returns the exit status. `from`: the checkpoint that the
+    // state is of, or empty.
+    int run(TrainerState state, const std::string& from);
 
-    // How many steps the options ask for: steps or epochs, whichever is fewer; or what fits into
-    // --max-minutes, measured on three trial steps.
-    int64_t planned_steps();
+private:
+    enum class End { none, finished, out_of_time, plateau, interrupted };
 
-   private:
+    // the plan
     int document_start() const {
-        return std::isfinite(corpus_.floor) && corpus_.tokenizer ? corpus_.tokenizer->end_of_text() : -1;
+        return std::isfinite(corpus_.floor) && corpus_.tokenizer ? corpus_.tokenizer->end_of_text()
+                                                                 : -1;
     }
     int64_t rows_per_step() const { return int64_t(B_) * o_.grad_accum_steps; }
+    bool due(int64_t interval) const { return interval > 0 && state_.step % interval == 0; }
+    int64_t planned_steps();
     StepOptions step_options() const;
+    End end_reached() const;
+    // the step
+    void begin(TrainerState state, const std::string& from);
     std::vector<Batch> read_step(BatchLoader& loader);
     LogRow row_now() const;
     LogRow one_step(BatchLoader& loader);
+    void check_broken(LogRow& row);
+    // watching
     void evaluate_into(LogRow& row);
     void note_best(const LogRow& row);
-    void finish_epoch(int64_t epoch);
-    std::string write_sample(const std::string& title, int count);
-    bool try_save(const std::string& name, bool with_moments);
-    void save(bool finished);
+    void close_epoch(std::string& title, int64_t epoch);
+    void write_sample(const std::string& title, int count);
+    void tensor_stats(const std::vector<typename Device::Real>& before);
     void show(const LogRow& row, bool keep);
-    void begin(TrainerState state, bool resumed);
-    void write_row(LogRow& row);
-    [[noreturn]] void refuse_broken_step(LogRow& row);
-    enum class End { none, finished, out_of_time, plateau, interrupted };
-    End end_reached() const;
-    bool due(int64_t interval) const { return interval > 0 && state_.step % interval == 0; }
     std::string verdict() const;
     void report(End end);
-    void tensor_stats(const std::vector<typename Device::Real>& before);
+    // files
+    void write_row(LogRow& row);
+    void restore_log(const std::string& from);
+    void check_data_unchanged();
+    bool try_save(const std::string& name, bool with_moments);
+    bool save(bool finished);
 
     const Options& o_;
     Corpus& corpus_;
@@ -5478,6 +6156,7 @@ class Trainer {
     std::vector<Window> windows_;
     std::optional<Log> log_;
     TrainerState state_;
+    std::vector<std::array<int64_t, 4>> stamps_;
     int64_t steps_ = 0;
     double peak_flops_ = 0, step_seconds_ = 0;  // the latter smoothed
     bool warned_ = false;
@@ -5494,12 +6173,16 @@ StepOptions Trainer<Device>::step_options() const {
     return s;
 }
 
+// How many steps the options ask for: steps or epochs, whichever is fewer; or what fits into
+// --max-minutes, measured on three trial steps.
 template <class Device>
 int64_t Trainer<Device>::planned_steps() {
     int64_t steps = o_.max_steps > 0 ? o_.max_steps : std::numeric_limits<int64_t>::max();
     const double blocks = double(order_.blocks_per_epoch());
-    if (o_.epochs > 0)
-        steps = std::min(steps, std::max<int64_t>(1, int64_t(std::ceil(o_.epochs * blocks / double(rows_per_step()) - 1e-9))));
+    if (o_.epochs > 0) {
+        const double wanted = std::ceil(o_.epochs * blocks / double(rows_per_step()) - 1e-9);
+        steps = std::min(steps, int64_t(std::clamp(wanted, 1.0, 1e15)));
+    }
     if (steps < std::numeric_limits<int64_t>::max()) return steps;
     // Only --max-minutes: time three steps without an update.
     Batch batch;
@@ -5540,7 +6223,8 @@ LogRow Trainer<Device>::row_now() const {
 template <class Device>
 LogRow Trainer<Device>::one_step(BatchLoader& loader) {
     const std::vector<Batch> batches = read_step(loader);
-    const bool stats = o_.tensor_stats_interval > 0 && (state_.step + 1) % o_.tensor_stats_interval == 0;
+    const bool stats =
+        o_.tensor_stats_interval > 0 && (state_.step + 1) % o_.tensor_stats_interval == 0;
     std::vector<typename Device::Real> before;
     if (stats) before = model_.get_weights();
     const double begin = now_seconds();
@@ -5554,11 +6238,14 @@ LogRow Trainer<Device>::one_step(BatchLoader& loader) {
     step_seconds_ = step_seconds_ > 0 ? 0.9 * step_seconds_ + 0.1 * seconds : seconds;
     const double tokens_a_second = double(rows_per_step()) * T_ / seconds;
     LogRow row = row_now();
-    row.train_loss = state_.guards.loss, row.grad_norm = state_.guards.grad_norm, row.lr = state_.guards.lr;
+    row.train_loss = state_.guards.loss, row.grad_norm = state_.guards.grad_norm,
+    row.lr = state_.guards.lr;
     row.tokens_per_s = tokens_a_second;
-    if (peak_flops_ > 0) row.mfu = tokens_a_second * flops_per_token(model_.config, T_) / peak_flops_;
+    if (peak_flops_ > 0)
+        row.mfu = tokens_a_second * flops_per_token(model_.config, T_) / peak_flops_;
+    if (state_.guards.skip) row.lr = 0.0;  // so that the log keeps what was skipped
     state_.train_loss = state_.guards.loss;
-    state_.epoch_loss += state_.guards.loss, ++state_.epoch_steps;
+    if (!state_.guards.broken) state_.epoch_loss += state_.guards.loss, ++state_.epoch_steps;
     train_curve_.push_back({state_.step, state_.guards.loss});
     if (stats) tensor_stats(before);
     return row;
@@ -5570,18 +6257,40 @@ void Trainer<Device>::tensor_stats(const std::vector<typename Device::Real>& bef
     const auto after = model_.get_weights();
     std::vector<typename Device::Gradient> grads(model_.layout.size);
     model_.device.download(grads.data(), model_.grads, grads.size());
-    std::printf("\n%-28s %12s %12s %12s %12s\n", format("step %lld", (long long)state_.step).c_str(), "|weight|",
-                "|gradient|", "|update|", "update/weight");
+    std::printf("\n%-28s %12s %12s %12s %12s\n",
+                format("step %lld", (long long)state_.step).c_str(), "|weight|", "|gradient|",
+                "|update|", "update/weight");
     for (const TensorInfo& info : model_.layout.tensors) {
         double weight = 0, gradient = 0, update = 0;
         for (size_t i = info.offset; i < info.offset + info.count; ++i) {
             weight += double(after[i]) * double(after[i]);
             gradient += double(grads[i]) * double(grads[i]);
-            update += (double(after[i]) - double(before[i])) * (double(after[i]) - double(before[i]));
+            update +=
+                (double(after[i]) - double(before[i])) * (double(after[i]) - double(before[i]));
         }
         std::printf("%-28s %12.5g %12.5g %12.5g %12.3g\n", info.name.c_str(), std::sqrt(weight),
-                    std::sqrt(gradient), std::sqrt(update), std::sqrt(update / std::max(weight, 1e-300)));
+                    std::sqrt(gradient), std::sqrt(update),
+                    std::sqrt(update / std::max(weight, 1e-300)));
     }
+}
+
+// The mean loss of the same `count` batches of training text every time, or of all the text where
+// that is less.
+template <class Device>
+double fixed_batches_loss(Gpt2<Device>& model, const Shards& shards, int64_t count,
+                          bool overfit_batch) {
+    const DataOrder fixed(shards, model.B, model.T, 0, !overfit_batch, overfit_batch);
+    count = std::min(count, (fixed.blocks_per_epoch() + model.B - 1) / model.B);
+    double total = 0;
+    int64_t scored = 0;
+    Batch batch;
+    for (int64_t i = 0; i < count; ++i) {
+        batch.resize(model.B, model.T);
+        BatchLoader::fill(batch, shards, fixed, i * model.B, model.config.vocab_size);
+        for (auto loss : batch_losses(model, batch)) total += double(loss);
+        scored += batch.scored;
+    }
+    return total / double(std::max<int64_t>(1, scored));
 }
 
 // Scores the validation set, and --eval-batches fixed batches of training text.
@@ -5594,19 +6303,9 @@ void Trainer<Device>::evaluate_into(LogRow& row) {
         state_.val_loss = e.loss();
         val_curve_.push_back({state_.step, e.loss()});
     }
-    if (o_.eval_batches > 0) {
-        const DataOrder fixed(*corpus_.train, B_, T_, 0, !o_.overfit_batch, o_.overfit_batch);
-        double total = 0;
-        int64_t scored = 0;
-        Batch batch;
-        for (int64_t i = 0; i < o_.eval_batches; ++i) {
-            batch.resize(B_, T_);
-            BatchLoader::fill(batch, *corpus_.train, fixed, i * B_, model_.config.vocab_size);
-            for (auto loss : batch_losses(model_, batch)) total += double(loss);
-            scored += batch.scored;
-        }
-        row.eval_train_loss = total / double(std::max<int64_t>(1, scored));
-    }
+    if (o_.eval_batches > 0)
+        row.eval_train_loss =
+            fixed_batches_loss(model_, *corpus_.train, o_.eval_batches, o_.overfit_batch);
 }
 
 // Is this the best evaluation so far? Counts those without progress, for --patience.
@@ -5619,18 +6318,18 @@ void Trainer<Device>::note_best(const LogRow& row) {
     state_.stale_evals = better ? 0 : state_.stale_evals + 1;
 }
 
-// A few lines of the model's own text, from the prompt or from the start of a document.
+// A few lines of the model's own text, from the prompt or from the start of a document: printed,
+// and added to samples.txt.
 template <class Device>
-std::string Trainer<Device>::write_sample(const std::string& title, int count) {
+void Trainer<Device>::write_sample(const std::string& title, int count) {
     const int end = corpus_.tokenizer ? corpus_.tokenizer->end_of_text() : -1;
-    std::vector<int32_t> tokens;
-    if (end >= 0) tokens.push_back(end);
-    if (corpus_.tokenizer)
-        for (uint16_t token : corpus_.tokenizer->encode(o_.prompt)) tokens.push_back(token);
+    std::vector<int32_t> tokens =
+        prompt_tokens(o_.prompt, corpus_.tokenizer, model_.config.vocab_size);
+    if (end >= 0) tokens.insert(tokens.begin(), end);
     if (tokens.empty()) tokens.push_back(0);
     SampleOptions s;
     s.max_new_tokens = count, s.seed = o_.seed, s.end_of_text = end;
-    std::string text = o_.prompt;
+    std::string text = o_.prompt + (o_.prompt.empty() || end >= 0 ? "" : " ");
     generate(model_, tokens, s, [&](int token) {
         text += corpus_.text_of(token);
         return true;
@@ -5639,42 +6338,71 @@ std::string Trainer<Device>::write_sample(const std::string& title, int count) {
     std::string shown = stream.add(text);
     shown += stream.finish();
     std::printf("\n%s\n%s\n\n", title.c_str(), shown.c_str());
-    FileHandle file(::open((o_.output + "/samples.txt").c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666));
+    const std::string path = o_.output + "/samples.txt";
     const std::string entry = "=== " + title + "\n" + shown + "\n\n";
-    if (file.fd < 0 || sys_write(file.fd, o_.output + "/samples.txt", entry.data(), entry.size()) < 0)
-        std::fprintf(stderr, "warning: cannot write %s/samples.txt: %s\n", o_.output.c_str(), std::strerror(errno));
-    return shown;
+    FileHandle file(::open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666));
+    if (file.fd < 0 || sys_write(file.fd, path, entry.data(), entry.size()) < 0)
+        std::fprintf(stderr, "warning: cannot write %s: %s\n", path.c_str(), std::strerror(errno));
 }
 
+// An epoch has ended: counts anew, and sets what to say about it. Epochs of a few steps come too
+// fast to say anything.
 template <class Device>
-void Trainer<Device>::finish_epoch(int64_t epoch) {
+void Trainer<Device>::close_epoch(std::string& title, int64_t epoch) {
     const double mean = state_.epoch_loss / double(std::max<int64_t>(1, state_.epoch_steps));
+    if (order_.blocks_per_epoch() >= 10 * rows_per_step())
+        title = format("epoch %lld ends at step %lld: mean train loss %.4f", (long long)epoch + 1,
+                       (long long)state_.step, mean);
     state_.epoch_loss = 0, state_.epoch_steps = 0;
-    write_sample(format("epoch %lld ends at step %lld: mean train loss %.4f", (long long)epoch + 1,
-                        (long long)state_.step, mean), 50);
 }
 
-// Saves under the run's folder. A full disk is a warning: the last good checkpoint is untouched, and
-// training can go on. Returns whether it was saved.
+// A shard that was written to while we train has changed what we learn from. Nothing that came
+// after the last save may be kept then.
+template <class Device>
+void Trainer<Device>::check_data_unchanged() {
+    const auto stamps = shard_stamps(corpus_);
+    if (stamps == stamps_) return;
+    TINYGPT_CHECK(
+        describe_data(corpus_) == state_.data,
+        "the training or validation data was changed during the run: nothing was saved at "
+        "step %lld. Restore the data and go on from the last checkpoint with --resume auto",
+        (long long)state_.step);
+    stamps_ = stamps;  // touched, or replaced by a new file: what we have open is still the same
+}
+
+// Saves under the run's folder. A full disk is a warning: the last good checkpoint is untouched,
+// and training can go on. Returns whether it was saved.
 template <class Device>
 bool Trainer<Device>::try_save(const std::string& name, bool with_moments) {
+    check_data_unchanged();
     try {
-        log_->sync();
-        save_checkpoint(model_, o_.output + "/" + name, corpus_.tokenizer ? &*corpus_.tokenizer : nullptr, state_,
-                        with_moments);
+        log_->sync();  // first, so that no checkpoint is ahead of its log
+        save_checkpoint(model_, o_.output + "/" + name,
+                        corpus_.tokenizer ? &*corpus_.tokenizer : nullptr, state_, with_moments);
         return true;
     } catch (const FileError& e) {
-        if (e.code != ENOSPC && e.code != EDQUOT && e.code != EFBIG) throw;
-        std::fprintf(stderr, "\nwarning: %s; nothing was saved at step %lld, training goes on\n", e.what(),
-                     (long long)state_.step);
+        if (e.code != ENOSPC && e.code != EDQUOT && e.code != EFBIG) {
+            fail(format(
+                "%s; %s was not saved at step %lld, and training stops, because the next save "
+                "would fail too. Checkpoints that are in %s are whole: --resume auto",
+                e.what(), name.c_str(), (long long)state_.step, o_.output.c_str()));
+        }
+        std::fprintf(stderr, "\nwarning: %s; %s was not saved at step %lld, training goes on\n",
+                     e.what(), name.c_str(), (long long)state_.step);
         return false;
     }
 }
 
 template <class Device>
-void Trainer<Device>::save(bool finished) {
+bool Trainer<Device>::save(bool finished) {
     state_.finished = finished;
-    if (try_save("checkpoint-" + std::to_string(state_.step), true)) remove_old_checkpoints(o_.output, int(o_.keep));
+    if (!try_save("checkpoint-" + std::to_string(state_.step), true)) return false;
+    try {
+        remove_old_checkpoints(o_.output, o_.keep);
+    } catch (const FileError& e) {
+        std::fprintf(stderr, "\nwarning: %s; an old checkpoint stays\n", e.what());
+    }
+    return true;
 }
 
 // The live line. It stays on the terminal when `keep` is set; otherwise the next one overwrites it.
@@ -5684,32 +6412,60 @@ void Trainer<Device>::show(const LogRow& row, bool keep) {
     if (!live && !keep) return;
     std::string line = format("step %lld/%lld", (long long)row.step, (long long)steps_);
     if (row.train_loss) line += format(" | loss %.4f", *row.train_loss);
-    if (row.val_loss) line += format(" | val %.4f (perplexity %.2f)", *row.val_loss, *row.perplexity);
+    if (row.val_loss)
+        line += format(" | val %.4f (perplexity %.2f)", *row.val_loss, *row.perplexity);
     if (row.eval_train_loss) line += format(" | fixed train %.4f", *row.eval_train_loss);
     if (row.lr) line += format(" | lr %.2e | norm %.3f", *row.lr, *row.grad_norm);
-    if (row.tokens_per_s) line += format(" | %s tok/s", with_commas(int64_t(*row.tokens_per_s)).c_str());
+    if (row.tokens_per_s)
+        line += format(" | %s tok/s", with_commas(int64_t(*row.tokens_per_s)).c_str());
     if (row.mfu) line += format(" | MFU %.0f%%", 100 * *row.mfu);
-    if (row.train_loss) line += " | " + duration_text(double(steps_ - row.step) * step_seconds_) + " left";
+    if (row.train_loss)
+        line += " | " + duration_text(double(steps_ - row.step) * step_seconds_) + " left";
     std::printf("%s%s%s", live ? "\r\033[K" : "", line.c_str(), keep ? "\n" : "");
     std::fflush(stdout);
 }
 
+// Goes on with the log of the run that the checkpoint `from` is of, and with its curves.
+template <class Device>
+void Trainer<Device>::restore_log(const std::string& from) {
+    const int64_t step = state_.step;
+    const std::vector<std::string> rows =
+        from.empty() ? std::vector<std::string>{}
+                     : read_log_rows(parent_folder(from) + "/log.csv", step);
+    if (!from.empty() && int64_t(rows.size()) != step + 1)
+        std::fprintf(stderr, "warning: %s/log.csv has %zu of the %lld rows up to step %lld\n",
+                     parent_folder(from).c_str(), rows.size(), (long long)step + 1,
+                     (long long)step);
+    const size_t train_loss = 3, val_loss = 5;
+    for (const std::string& row : rows) {
+        const int64_t at = std::strtoll(row.c_str(), nullptr, 10);
+        if (const double loss = log_field(row, train_loss); !std::isnan(loss))
+            train_curve_.push_back({at, loss});
+        if (const double loss = log_field(row, val_loss); !std::isnan(loss))
+            val_curve_.push_back({at, loss});
+    }
+    log_.emplace(o_.output + "/log.csv", rows);
+}
+
 // Opens the log, evaluates the model as it is (row 0), and says how long the run will be.
 template <class Device>
-void Trainer<Device>::begin(TrainerState state, bool resumed) {
+void Trainer<Device>::begin(TrainerState state, const std::string& from) {
     state_ = std::move(state);
+    stamps_ = shard_stamps(corpus_);
     steps_ = state_.planned_steps > 0 ? state_.planned_steps : planned_steps();
     state_.planned_steps = steps_;
     peak_flops_ = model_.device.peak_flops();
     model_.device.upload(model_.state, &state_.guards, 1);
-    log_.emplace(o_.output + "/log.csv", resumed ? std::optional<int64_t>(state_.step) : std::nullopt);
-    std::printf("run        %s steps of %s tokens (%.2f epochs) into %s\n\n", with_commas(steps_).c_str(),
-                with_commas(rows_per_step() * T_).c_str(),
-                double(steps_ * rows_per_step()) / double(order_.blocks_per_epoch()), o_.output.c_str());
-    if (resumed) return;
+    for (const std::string& name : set_aside_later(o_.output, from.empty() ? -1 : state_.step))
+        std::printf("set aside  %s, as %s.set-aside\n", name.c_str(), name.c_str());
+    restore_log(from);
+    std::printf("run        %s steps of %s tokens (%.2f epochs) into %s\n\n",
+                with_commas(steps_).c_str(), with_commas(rows_per_step() * T_).c_str(),
+                double(steps_) * double(rows_per_step()) / double(order_.blocks_per_epoch()),
+                o_.output.c_str());
+    if (!from.empty()) return;
     LogRow row = row_now();
     if (o_.eval_interval > 0) evaluate_into(row);
-    row.seconds = 0.0;
     show(row, true);
     write_row(row);
 }
@@ -5719,154 +6475,187 @@ template <class Device>
 void Trainer<Device>::write_row(LogRow& row) {
     row.seconds = state_.seconds;
     if (!log_->add(row) && !std::exchange(warned_, true))
-        std::fprintf(stderr, "\nwarning: cannot write %s/log.csv: %s; rows wait in memory\n", o_.output.c_str(),
-                     std::strerror(errno));
+        std::fprintf(stderr, "\nwarning: cannot write %s/log.csv: %s; rows wait in memory\n",
+                     o_.output.c_str(), std::strerror(errno));
 }
 
 // Whether the run is over after this step, and why.
 template <class Device>
 typename Trainer<Device>::End Trainer<Device>::end_reached() const {
-    if (state_.step == steps_) return End::finished;
-    if (stop_requests()) return End::interrupted;
-    if (o_.max_minutes > 0 && state_.seconds > o_.max_minutes * 60) return End::out_of_time;
+    if (state_.step >= steps_) return End::finished;
     if (o_.patience > 0 && state_.stale_evals >= o_.patience) return End::plateau;
+    if (o_.max_minutes > 0 && state_.seconds > o_.max_minutes * 60) return End::out_of_time;
+    if (stop_asked() != 0) return End::interrupted;
     return End::none;
 }
 
+// A NaN or an infinity was met, or an outlier, and the update was not made. With --on-nan stop the
+// former ends the run: the row is logged, nothing of the step is saved.
 template <class Device>
-int Trainer<Device>::run(TrainerState state, bool resumed) {
-    begin(std::move(state), resumed);
+void Trainer<Device>::check_broken(LogRow& row) {
+    const StepState& g = state_.guards;
+    if (!g.skip) return;
+    if (g.broken && o_.on_nan == "stop") {
+        write_row(row);
+        fail(
+            format("step %lld: the loss is %g and the gradient's norm %g: training has diverged. "
+                   "Nothing of this step was saved. Go on from the last checkpoint with a lower "
+                   "--learning-rate, --resume auto and --override, or pass over such steps with "
+                   "--on-nan skip",
+                   (long long)state_.step, g.loss, g.grad_norm));
+    }
+    const bool power_of_two = (g.skipped & (g.skipped - 1)) == 0;
+    if (g.skipped <= 4 || power_of_two)  // the more there are, the less is said
+        std::fprintf(stderr,
+                     "\nwarning: step %lld was skipped: loss %g, norm %g (%s; %lld so far)\n",
+                     (long long)state_.step, g.loss, g.grad_norm,
+                     g.broken ? "not a number" : "an outlier", (long long)g.skipped);
+}
+
+template <class Device>
+int Trainer<Device>::run(TrainerState state, const std::string& from) {
+    begin(std::move(state), from);
     BatchLoader loader(*corpus_.train, order_, B_, T_, model_.config.vocab_size, state_.samples);
     End end = End::none;
     while (end == End::none && state_.step < steps_) {
         const int64_t epoch = order_.epoch(state_.samples);
         LogRow row = one_step(loader);
-        if (state_.guards.broken && o_.on_nan == "stop") refuse_broken_step(row);
-        const bool evaluated = due(o_.eval_interval) || (o_.eval_interval > 0 && state_.step == steps_);
+        check_broken(row);
+        const bool last = state_.step == steps_;
+        const bool evaluated = o_.eval_interval > 0 && (due(o_.eval_interval) || last);
         if (evaluated) evaluate_into(row), note_best(row);
         write_row(row);
         end = end_reached();
         show(row, evaluated || end != End::none || due(o_.log_interval));
+        // Save first, then write samples: they take time, and may be waited for no longer.
+        std::string title;
+        if (due(o_.sample_interval)) title = format("sample at step %lld", (long long)state_.step);
+        if (order_.epoch(state_.samples) > epoch) close_epoch(title, epoch);
         if (evaluated && state_.best_step == state_.step) try_save("best", false);
-        if (order_.epoch(state_.samples) > epoch) finish_epoch(epoch);
-        if (due(o_.sample_interval) && end == End::none)
-            write_sample(format("sample at step %lld", (long long)state_.step), 50);
-        if (end != End::none || due(o_.save_interval)) save(end != End::none && end != End::interrupted);
+        if (end != End::none || due(o_.save_interval)) {
+            const bool saved = save(end != End::none && end != End::interrupted);
+            TINYGPT_CHECK(
+                saved || end == End::none,
+                "the run has ended at step %lld, but it could not be saved there: make room "
+                "and type --resume auto to make the last steps again",
+                (long long)state_.step);
+        }
+        if (!title.empty() && end != End::interrupted) write_sample(title, 50);
     }
-    if (end == End::interrupted) {
-        std::printf("\ninterrupted: saved at step %lld; go on with --resume auto\n", (long long)state_.step);
-        return 130;
-    }
-    report(end);
-    return 0;
+    if (end != End::interrupted) return report(end), 0;
+    std::printf("\ninterrupted: saved at step %lld; go on with --resume auto\n",
+                (long long)state_.step);
+    return 130;
 }
 
 // What the run says about itself: still improving, flat, or overfitting; from its last evaluations.
 template <class Device>
 std::string Trainer<Device>::verdict() const {
-    if (val_curve_.size() < 4) return "too few evaluations to judge the curve (--eval-interval sets how many)";
-    const CurvePoint &last = val_curve_.back(), &before = val_curve_[val_curve_.size() - 1 - (val_curve_.size() + 3) / 4];
-    const double gain = (before.loss - last.loss) / before.loss;
-    const double above_best = (last.loss - state_.best_loss) / state_.best_loss;
+    const size_t evaluations = val_curve_.size();
+    if (evaluations < 4)
+        return "too few evaluations to judge the curve (--eval-interval sets how many)";
+    const CurvePoint& last = val_curve_.back();
+    const CurvePoint& before = val_curve_[evaluations - 1 - (evaluations + 3) / 4];
+    const double gain = 100 * (before.loss - last.loss) / before.loss;
+    const double above_best = 100 * (last.loss - state_.best_loss) / state_.best_loss;
     std::string text;
-    if (above_best > 0.01)
-        text = format("overfitting: validation loss rose %.1f %% above its best (step %lld, kept in best/); more "
-                      "text, --dropout 0.1 or --patience 3 would help", 100 * above_best, (long long)state_.best_step);
-    else if (gain > 0.01)
-        text = format("still improving: validation loss fell %.1f %% in the last quarter; a longer run would gain",
-                      100 * gain);
+    if (above_best > 1)
+        text = format(
+            "overfitting: validation loss rose %.1f %% above its best (step %lld, kept in "
+            "best/); more text, --dropout 0.1 or --patience 3 would help",
+            above_best, (long long)state_.best_step);
+    else if (gain > 1)
+        text = format(
+            "still improving: validation loss fell %.1f %% in the last quarter; a longer "
+            "run would gain",
+            gain);
     else
-        text = format("flat: validation loss changed by %.1f %% in the last quarter; a larger --model would gain "
-                      "more than a longer run", -100 * gain);
+        text = format(
+            "flat: validation loss changed by %.1f %% in the last quarter; a larger --model "
+            "would gain more than a longer run",
+            -gain);
     if (std::isfinite(corpus_.floor))
-        text += format("\n           it is %.1f %% above the floor, the loss of the process that wrote the text",
-                       100 * (last.loss / corpus_.floor - 1));
+        text += format(
+            "\n           it is %.1f %% above the floor, the loss of the process that "
+            "wrote the text",
+            100 * (last.loss / corpus_.floor - 1));
     return text;
 }
 
 // The end: the curve, the verdict, a sample, and what to type next.
 template <class Device>
 void Trainer<Device>::report(End end) {
-    const char* why = end == End::plateau ? "stopped early: no progress (--patience)"
-                      : end == End::out_of_time ? "time is up (--max-minutes)" : "done";
+    const char* why = end == End::plateau       ? "stopped early: no progress (--patience)"
+                      : end == End::out_of_time ? "time is up (--max-minutes)"
+                                                : "done";
     std::printf("\n%s: %lld steps in %s\n\n%s\n", why, (long long)state_.step,
-                duration_text(state_.seconds).c_str(), draw_curve(train_curve_, val_curve_, corpus_.floor).c_str());
+                duration_text(state_.seconds).c_str(),
+                draw_curve(train_curve_, val_curve_, corpus_.floor).c_str());
     if (std::isfinite(state_.val_loss)) {
         std::printf("val loss   %.4f, best %.4f at step %lld", state_.val_loss, state_.best_loss,
                     (long long)state_.best_step);
         if (std::isfinite(corpus_.floor))
-            std::printf("; the floor is %.4f, so the ratio is %.4f", corpus_.floor, state_.val_loss / corpus_.floor);
+            std::printf("; the floor is %.4f, so the ratio is %.4f", corpus_.floor,
+                        state_.val_loss / corpus_.floor);
         std::printf("\nverdict    %s\n", verdict().c_str());
     }
     if (state_.guards.skipped)
         std::printf("guards     %lld updates were skipped, %lld of them as outliers\n",
                     (long long)state_.guards.skipped, (long long)state_.guards.outliers);
     write_sample("the model writes:", 100);
-    const std::string from = o_.output + (state_.best_step >= 0 ? "/best" : "/checkpoint-" + std::to_string(state_.step));
-    std::printf("next       ./%s sample --init-from %s --prompt \"%s\"\n", Device::kProgram, from.c_str(),
-                corpus_.tokenizer ? "Once" : "");
+    const std::string best = o_.output + "/best";
+    const std::string from = folder_exists(best) ? best : checkpoint_folder(o_.output, state_.step);
+    std::printf("next       ./%s sample --init-from %s --prompt \"%s\"\n", Device::kProgram,
+                from.c_str(), corpus_.tokenizer ? "Once" : "");
     std::printf("           ./%s eval --init-from %s%s\n", Device::kProgram, from.c_str(),
                 corpus_.folder.empty() ? "" : (" --data " + corpus_.folder).c_str());
 }
 
-// A NaN or an infinity: the row is logged, nothing of the step is kept, and the run ends.
-template <class Device>
-void Trainer<Device>::refuse_broken_step(LogRow& row) {
-    write_row(row);
-    fail(format("step %lld: the loss is %g and the gradient's norm %g: training has diverged. Nothing of this step "
-                "was saved. Go on from the last checkpoint with a lower --learning-rate, --resume auto and "
-                "--override, or pass over such steps with --on-nan skip",
-                (long long)state_.step, state_.guards.loss, state_.guards.grad_norm));
-}
-
 // ---- The commands ----------------------------------------------------------------------------
 
-// The run's folder: --output, or out/ and the name of its data.
+// The run's folder: --output, or that of the checkpoint to resume, or out/ and the data's name.
 inline std::string output_folder(const Options& o) {
     if (!o.output.empty()) return o.output;
+    if (!o.resume.empty() && o.resume != "auto") return parent_folder(o.resume);
     std::string name = o.train_shards.empty() ? o.data : "run";
     while (name.size() > 1 && name.back() == '/') name.pop_back();
     const size_t slash = name.rfind('/');
-    return "out/" + (slash == std::string::npos ? name : name.substr(slash + 1));
+    if (slash != std::string::npos) name = name.substr(slash + 1);
+    return "out/" + (name.empty() || name == "." || name == ".." ? "run" : name);
 }
 
 inline int sequence_length(const Options& o, const Config& config) {
     if (o.seq_len == 0) return std::min(128, config.n_positions);
     if (o.seq_len > config.n_positions)
-        fail_usage(format("--seq-len %d is longer than the model's %d positions: shorten it, or raise --n-positions",
-                          int(o.seq_len), config.n_positions));
+        fail_usage(format(
+            "--seq-len %d is longer than the model's %d positions: shorten it, or raise "
+            "--n-positions",
+            int(o.seq_len), config.n_positions));
     return int(o.seq_len);
-}
-
-// What a checkpoint remembers of the data, to know it again: each shard's length and first tokens.
-inline std::vector<std::string> describe_shards(const Corpus& corpus) {
-    std::vector<std::string> list;
-    for (const auto* split : {&corpus.train, &corpus.val}) {
-        if (!*split) continue;
-        for (const Shard& shard : (*split)->files()) {
-            std::vector<uint16_t> first(size_t(std::min<int64_t>(shard.tokens, 4096)));
-            shard.read(first.data(), 0, int64_t(first.size()));
-            Checksum sum;
-            sum.add(first.data(), 2 * first.size());
-            const size_t slash = shard.path.rfind('/');
-            list.push_back(format("%s: %lld tokens, %s", shard.path.substr(slash + 1).c_str(), (long long)shard.tokens,
-                                  sum.hex().c_str()));
-        }
-    }
-    return list;
 }
 
 // Refuses data that is too short, or holds tokens that the model does not have.
 inline void check_data(const Options& o, const Corpus& corpus, const Config& config, int T) {
-    const int64_t need = int64_t(o.batch_size) * T + 1;
-    if (corpus.train->tokens() < need)
-        fail_usage(format("the training data has %s tokens, but one batch of %d x %d needs %s (one more than its "
-                          "size): take a smaller --batch-size or --seq-len, or more text",
-                          with_commas(corpus.train->tokens()).c_str(), int(o.batch_size), T, with_commas(need).c_str()));
-    if (o.overfit_batch && corpus.train->files()[0].tokens < need)
-        fail_usage("--overfit-batch takes its batch from the first shard, which is too short for it");
-    if (corpus.train->tokens() <= 200'000'000) corpus.train->check_tokens(config.vocab_size);
-    if (corpus.has_val() && corpus.val->tokens() <= 200'000'000) corpus.val->check_tokens(config.vocab_size);
+    const int64_t batch = int64_t(o.batch_size) * T;
+    int64_t predictions = 0;
+    for (const Shard& shard : corpus.train->files())
+        predictions += std::max<int64_t>(0, shard.tokens - 1);
+    if (predictions < batch)
+        fail_usage(
+            format("the training data has %s tokens, but one batch of %d x %d needs %s (one "
+                   "more than its size): take a smaller --batch-size or --seq-len, or more text",
+                   with_commas(corpus.train->tokens()).c_str(), o.batch_size, T,
+                   with_commas(batch + 1).c_str()));
+    if (o.overfit_batch && corpus.train->files()[0].tokens < batch + 1)
+        fail_usage(
+            "--overfit-batch takes its batch from the first shard, which is too short for it");
+    if (o.patience > 0 && !corpus.has_val() && o.eval_batches == 0)
+        fail_usage("--patience needs something to evaluate: validation data, or --eval-batches");
+    prompt_tokens(o.prompt, corpus.tokenizer, config.vocab_size);
+    const int64_t quick = 200'000'000;  // tokens; more are checked as they are read
+    if (corpus.train->tokens() <= quick) corpus.train->check_tokens(config.vocab_size);
+    if (corpus.has_val() && corpus.val->tokens() <= quick)
+        corpus.val->check_tokens(config.vocab_size);
 }
 
 // Where a run begins: afresh, or at a checkpoint that verifies.
@@ -5875,13 +6664,28 @@ struct Start {
     TrainerState state;
 };
 
+// A folder that holds a run already is not written over; only a run that resumes it goes on there.
+inline void check_output(const Options& o) {
+    const bool holds_run = !checkpoint_steps(o.output).empty() ||
+                           file_exists(o.output + "/log.csv") || folder_exists(o.output + "/best");
+    if (!holds_run || o.resume == "auto") return;
+    struct stat output {
+    }, resumed{};
+    if (!o.resume.empty() && ::stat(o.output.c_str(), &output) == 0 &&
+        ::stat(parent_folder(o.resume).c_str(), &resumed) == 0 && output.st_dev == resumed.st_dev &&
+        output.st_ino == resumed.st_ino)
+        return;
+    fail(format("%s already holds a run: go on with --resume auto, or give another --output",
+                o.output.c_str()));
+}
+
 // The newest checkpoint that verifies; says which were passed over, and why.
-inline Start find_start(const Options& o, const std::string& output) {
+inline Start find_start(const Options& o) {
     if (o.resume.empty()) return {};
     if (o.resume != "auto") return {o.resume, verify_checkpoint(o.resume)};
     bool any = false;
-    for (int64_t step : checkpoint_steps(output)) {
-        const std::string folder = checkpoint_folder(output, step);
+    for (int64_t step : checkpoint_steps(o.output)) {
+        const std::string folder = checkpoint_folder(o.output, step);
         any = true;
         try {
             return {folder, verify_checkpoint(folder)};
@@ -5889,60 +6693,58 @@ inline Start find_start(const Options& o, const std::string& output) {
             std::fprintf(stderr, "passing over %s: %s\n", folder.c_str(), e.what());
         }
     }
-    TINYGPT_CHECK(!any, "no checkpoint in %s is whole: nothing to resume. Remove the folder to start again",
-                  output.c_str());
+    TINYGPT_CHECK(!any,
+                  "no checkpoint in %s is whole: nothing to resume. Remove the folder to start "
+                  "again",
+                  o.output.c_str());
     return {};
 }
 
-// A resumed run must be the run that was interrupted: names what has changed.
-inline void check_same_run(const Options& o, const Start& start, const Corpus& corpus) {
-    if (o.override_changes) return;
-    for (auto& [name, now] : options_that_change_numbers(o))
-        for (auto& [saved_name, saved] : start.state.options)
-            if (name == saved_name && now != saved)
-                fail_usage(format("%s was made with --%s %s, now it is %s: resume with the same options, or say "
-                                  "--override to go on all the same", start.folder.c_str(), name.c_str(),
-                                  saved.empty() ? "(not set)" : saved.c_str(), now.empty() ? "(not set)" : now.c_str()));
-    TINYGPT_CHECK(describe_shards(corpus) == start.state.data,
-                  "the data has changed since %s was saved: the run would not be the same. Say --override to go "
-                  "on all the same", start.folder.c_str());
+// What was left to the program to choose, as if the user had said so: a checkpoint remembers it.
+template <class Device>
+void settle(Options& o, const Config& config, int T) {
+    o.n_layer = config.n_layer, o.n_head = config.n_head, o.n_embd = config.n_embd;
+    o.n_positions = config.n_positions, o.vocab_size = config.vocab_size;
+    o.untied_head = config.untied_head, o.seq_len = T;
+    if (o.precision.empty() && Device::kHostMemory) o.precision = "fp32";
 }
 
-template <class Device>
-int train_command(Device device, const Options& given) {
-    Options o = given;
-    o.output = output_folder(o);
-    Corpus corpus = open_corpus(o, true);
-    const Config config = config_for(o, corpus);
-    const int T = sequence_length(o, config);
-    if (!o.init_from.empty()) check_same_tokenizer(corpus, o.init_from);
-    check_data(o, corpus, config, T);
-    const MemoryNeed need = check_memory(device, config, int(o.batch_size), T, Use::training);
-    // A folder that holds a run already is not written over.
-    const bool holds_run = !checkpoint_steps(o.output).empty() || file_exists(o.output + "/log.csv");
-    if (holds_run && o.resume.empty())
-        fail(format("%s already holds a run: go on with --resume auto, or give another --output", o.output.c_str()));
-    Start start = find_start(o, o.output);
-    if (!start.folder.empty()) {
-        check_same_run(o, start, corpus);
-        if (start.state.finished && !o.override_changes) {
-            std::printf("%s is finished: %lld steps. Nothing to do\n", o.output.c_str(), (long long)start.state.step);
-            return 0;
-        }
-        if (o.override_changes) start.state.planned_steps = 0;
+// A resumed run must be the run that was interrupted: names what has changed. Why not the paths:
+// data that was moved is the same data, and is known by its checksums; weights that the run once
+// began with have become the checkpoint's.
+inline void check_same_run(const Options& o, const Start& start, const Corpus& corpus,
+                           const std::string& program) {
+    const std::set<std::string> paths = {"data", "train-shards", "val-shards", "init-from"};
+    const std::string advice = "or say --override to go on all the same";
+    auto value = [](const std::string& text) { return text.empty() ? "(not set)" : text; };
+    for (auto& [name, now] : options_that_change_numbers(o))
+        for (auto& [saved_name, saved] : start.state.options)
+            if (name == saved_name && now != saved && !paths.count(name))
+                fail_usage(
+                    format("%s was made with --%s %s, now it is %s: resume with the same "
+                           "options, %s",
+                           start.folder.c_str(), name.c_str(), value(saved).c_str(),
+                           value(now).c_str(), advice.c_str()));
+    if (start.state.program != program)
+        fail_usage(
+            format("%s was made by ./%s, whose sums are rounded differently: resume with that, "
+                   "%s",
+                   start.folder.c_str(), start.state.program.c_str(), advice.c_str()));
+    const std::vector<std::string> now = describe_data(corpus), &saved = start.state.data;
+    for (size_t i = 0; i < std::max(now.size(), saved.size()); ++i) {
+        const std::string a = i < saved.size() ? saved[i] : "none",
+                          b = i < now.size() ? now[i] : "none";
+        if (a != b)
+            fail_usage(
+                format("the data has changed since %s was saved (%s; now %s): resume with the "
+                       "same data, %s",
+                       start.folder.c_str(), a.c_str(), b.c_str(), advice.c_str()));
     }
-    make_folders(o.output);
-    const FileHandle lock = lock_folder(o.output);
-    remove_leftovers(o.output);
+}
 
-    std::printf("tinygpt    %s\n", device.describe().c_str());
-    std::printf("%s", describe(o).c_str());
-    std::printf("data       %s: %s training tokens, %s for validation\n",
-                corpus.folder.empty() ? "shards" : corpus.folder.c_str(), with_commas(corpus.train->tokens()).c_str(),
-                with_commas(corpus.has_val() ? corpus.val->tokens() : 0).c_str());
-    print_model(config, layout_of(config), need, T);
-    Gpt2<Device> model(config, device);
-    model.reserve(int(o.batch_size), T, Use::training);
+// Sets the model's weights, and when it resumes its moments, to where the run begins.
+template <class Device>
+void load_start(Gpt2<Device>& model, const Options& o, const Start& start) {
     if (!start.folder.empty()) {
         load_weights(model, start.folder), load_moments(model, start.folder);
         std::printf("resumed    %s\n", start.folder.c_str());
@@ -5952,15 +6754,59 @@ int train_command(Device device, const Options& given) {
     } else {
         model.initialise(o.seed);
     }
+}
+
+// Trains. Everything that can be refused is refused before anything is printed or written.
+template <class Device>
+int train_command(Device device, const Options& given) {
+    Options o = given;
+    o.output = output_folder(o);
+    Corpus corpus = open_corpus(o, true);
+    check_output(o);
+    std::optional<FileHandle> lock;
+    if (!o.resume.empty() && folder_exists(o.output)) {
+        lock.emplace(lock_folder(o.output));
+        recover_folders(o.output);
+    }
+    Start start = find_start(o);
+    const bool resumed = !start.folder.empty();
+    const Config config = config_for(o, corpus, start.folder);
+    const int T = sequence_length(o, config);
+    settle<Device>(o, config, T);
+    if (!o.init_from.empty() && !resumed) check_same_tokenizer(corpus, o.init_from);
+    check_data(o, corpus, config, T);
+    if (resumed && !o.override_changes) {
+        check_same_run(o, start, corpus, Device::kProgram);
+        if (start.state.finished) {
+            std::printf("%s is finished: %lld steps. Nothing to do\n", o.output.c_str(),
+                        (long long)start.state.step);
+            return 0;
+        }
+    }
+    const MemoryNeed need = check_memory(device, config, o.batch_size, T, Use::training);
+    Gpt2<Device> model(config, device);
+    model.reserve(o.batch_size, T, Use::training);
+    make_folders(o.output);
+    if (!lock) lock.emplace(lock_folder(o.output));
+
+    std::printf("tinygpt    %s\n%s", device.describe().c_str(), describe(o).c_str());
+    std::printf("data       %s: %s training tokens, %s for validation\n",
+                corpus.folder.empty() ? "shards" : corpus.folder.c_str(),
+                with_commas(corpus.train->tokens()).c_str(),
+                with_commas(corpus.has_val() ? corpus.val->tokens() : 0).c_str());
+    print_model(config, model.layout, need, T);
+    load_start(model, o, start);
+    if (o.override_changes) start.state.planned_steps = 0;  // the plan may have changed
     start.state.options = options_that_change_numbers(o);
-    start.state.data = describe_shards(corpus);
+    start.state.data = describe_data(corpus), start.state.program = Device::kProgram;
     catch_signals();
-    return Trainer<Device>(o, corpus, model).run(start.state, !start.folder.empty());
+    return Trainer<Device>(o, corpus, model).run(start.state, start.folder);
 }
 
 // A model opened for use: from a folder, with its tokenizer where it has one.
 inline std::optional<Tokenizer> tokenizer_of(const std::string& folder) {
-    if (file_exists(folder + "/vocab.json") || file_exists(folder + "/encoder.json")) return Tokenizer::load(folder);
+    if (file_exists(folder + "/vocab.json") || file_exists(folder + "/encoder.json"))
+        return Tokenizer::load(folder);
     return std::nullopt;
 }
 inline void need_init_from(const Options& o) {
@@ -5970,7 +6816,7 @@ inline void need_init_from(const Options& o) {
 
 // ---- HellaSwag: which of four endings fits? --------------------------------------------------
 // The file is llm.c's (facts in its dev/data/hellaswag.py): 256 int32 header 20240522, 1, examples,
-// longest; then for each example, as uint16: 65535, its bytes, index, label, 4, the context's length
+// longest; then for each example, as uint16: 65535, its bytes, index, label, 4, the context's size
 // and tokens, and four times an ending's length and tokens. The ending of the lowest mean loss is
 // the model's answer.
 
@@ -5983,11 +6829,14 @@ struct HellaswagExample {
 inline std::vector<HellaswagExample> read_hellaswag(const std::string& path, int vocab_size) {
     const std::string bytes = read_file(path, size_t(1) << 30);
     int32_t header[256] = {};
-    TINYGPT_CHECK(bytes.size() >= sizeof header, "%s: expected a header of 1024 bytes, found %zu bytes", path.c_str(),
+    TINYGPT_CHECK(bytes.size() >= sizeof header,
+                  "%s: expected a header of 1024 bytes, found %zu bytes", path.c_str(),
                   bytes.size());
     std::memcpy(header, bytes.data(), sizeof header);
-    TINYGPT_CHECK(header[0] == 20240522 && header[1] == 1, "%s is no HellaSwag file: expected 20240522 and version 1, "
-                  "found %d and %d", path.c_str(), header[0], header[1]);
+    TINYGPT_CHECK(header[0] == 20240522 && header[1] == 1,
+                  "%s is no HellaSwag file: expected 20240522 and version 1, "
+                  "found %d and %d",
+                  path.c_str(), header[0], header[1]);
     size_t at = sizeof header;
     auto next = [&]() -> int {
         TINYGPT_CHECK(at + 2 <= bytes.size(), "%s ends in the middle of an example", path.c_str());
@@ -6000,7 +6849,8 @@ inline std::vector<HellaswagExample> read_hellaswag(const std::string& path, int
         std::vector<uint16_t> list(static_cast<size_t>(next()));
         for (uint16_t& token : list) {
             const int id = next();
-            TINYGPT_CHECK(id < vocab_size, "%s: token %d is outside the vocabulary of %d", path.c_str(), id, vocab_size);
+            TINYGPT_CHECK(id < vocab_size, "%s: token %d is outside the vocabulary of %d",
+                          path.c_str(), id, vocab_size);
             token = uint16_t(id);
         }
         return list;
@@ -6012,28 +6862,37 @@ inline std::vector<HellaswagExample> read_hellaswag(const std::string& path, int
         next(), next();
         e.label = next();
         const int endings = next();
-        TINYGPT_CHECK(start == 65535 && endings == 4 && e.label < 4, "%s: example %d is damaged", path.c_str(), i);
+        TINYGPT_CHECK(start == 65535 && endings == 4 && e.label < 4, "%s: example %d is damaged",
+                      path.c_str(), i);
         e.context = tokens();
         for (auto& ending : e.endings) {
             ending = tokens();
-            TINYGPT_CHECK(!e.context.empty() && !ending.empty(), "%s: example %d is empty", path.c_str(), i);
+            TINYGPT_CHECK(!e.context.empty() && !ending.empty(), "%s: example %d is empty",
+                          path.c_str(), i);
         }
         examples.push_back(std::move(e));
     }
+    TINYGPT_CHECK(at == bytes.size(), "%s goes on after its %d examples: it is damaged",
+                  path.c_str(), header[2]);
     return examples;
 }
 
 // The mean loss of each ending after its context; a text too long for T loses its beginning.
 template <class Device>
 std::array<double, 4> score_endings(Gpt2<Device>& model, const HellaswagExample& e) {
+    size_t longest = 0;
+    for (const auto& ending : e.endings)
+        longest = std::max(longest, e.context.size() + ending.size() - 1);
+    const size_t T =
+        std::min(size_t(model.T), longest);  // no longer than the texts are: most are short
     Batch batch;
-    batch.resize(4, model.T);
+    batch.resize(4, int(T));
     for (size_t i = 0; i < 4; ++i) {
         std::vector<uint16_t> text = e.context;
         text.insert(text.end(), e.endings[i].begin(), e.endings[i].end());
-        const size_t room = size_t(model.T) + 1, cut = text.size() > room ? text.size() - room : 0;
+        const size_t room = T + 1, cut = text.size() > room ? text.size() - room : 0;
         for (size_t t = cut; t + 1 < text.size(); ++t) {
-            const size_t place = i * size_t(model.T) + t - cut;
+            const size_t place = i * T + t - cut;
             batch.inputs[place] = text[t];
             if (t + 1 >= e.context.size()) batch.targets[place] = text[t + 1];
         }
@@ -6043,8 +6902,8 @@ std::array<double, 4> score_endings(Gpt2<Device>& model, const HellaswagExample&
     std::array<double, 4> mean{};
     for (size_t i = 0; i < 4; ++i) {
         int count = 0;
-        for (size_t t = 0; t < size_t(model.T); ++t)
-            if (batch.targets[i * size_t(model.T) + t] >= 0) mean[i] += double(losses[i * size_t(model.T) + t]), ++count;
+        for (size_t t = 0; t < T; ++t)
+            if (batch.targets[i * T + t] >= 0) mean[i] += double(losses[i * T + t]), ++count;
         mean[i] /= std::max(1, count);
     }
     return mean;
@@ -6075,7 +6934,8 @@ int eval_command(Device device, const Options& o) {
     if (!o.hellaswag.empty()) return hellaswag_command(device, o, config);
     Corpus corpus = open_corpus(o, false);
     check_same_tokenizer(corpus, o.init_from);
-    TINYGPT_CHECK(corpus.has_val(), "there is no validation data: make some with ./prepare_data --val-fraction, or "
+    TINYGPT_CHECK(corpus.has_val(),
+                  "there is no validation data: make some with ./prepare_data --val-fraction, or "
                   "name shards with --val-shards");
     const int T = sequence_length(o, config);
     check_memory(device, config, int(o.batch_size), T, Use::evaluation);
@@ -6083,7 +6943,10 @@ int eval_command(Device device, const Options& o) {
     model.reserve(int(o.batch_size), T, Use::evaluation);
     load_weights(model, o.init_from);
     const bool stories = std::isfinite(corpus.floor) && corpus.tokenizer;
-    const auto windows = evaluation_windows(*corpus.val, T, stories ? corpus.tokenizer->end_of_text() : -1);
+    const auto windows =
+        evaluation_windows(*corpus.val, T, stories ? corpus.tokenizer->end_of_text() : -1);
+    TINYGPT_CHECK(!windows.empty(),
+                  "the validation data is too short: at least two tokens are needed");
     const double begin = now_seconds();
     const Evaluation e = evaluate(model, *corpus.val, windows, corpus.token_bytes());
     const double seconds = now_seconds() - begin;
@@ -6091,8 +6954,13 @@ int eval_command(Device device, const Options& o) {
                 with_commas(e.tokens).c_str(), e.perplexity());
     if (e.bytes > 0) std::printf("bits/byte  %.4f\n", e.bits_per_byte());
     if (std::isfinite(corpus.floor))
-        std::printf("floor      %.6f: the loss is %.2f %% above it\n", corpus.floor, 100 * (e.loss() / corpus.floor - 1));
-    std::printf("speed      %s tokens a second\n", with_commas(int64_t(double(e.tokens) / seconds)).c_str());
+        std::printf("floor      %.6f: the loss is %.2f %% above it\n", corpus.floor,
+                    100 * (e.loss() / corpus.floor - 1));
+    std::printf("speed      %s tokens a second\n",
+                with_commas(int64_t(double(e.tokens) / seconds)).c_str());
+    if (o.given("eval-batches") && o.eval_batches > 0 && corpus.train && !corpus.train->empty())
+        std::printf("train loss %.9g nats a token over fixed batches\n",
+                    fixed_batches_loss(model, *corpus.train, o.eval_batches, false));
     return 0;
 }
 
@@ -6104,39 +6972,21 @@ inline std::string prompt_text(const Options& o) {
     return read_file(o.prompt_file == "-" ? "/dev/stdin" : o.prompt_file, size_t(1) << 26);
 }
 
-// Tokens of a prompt; without a tokenizer, the numbers in it. A document begins with end-of-text.
-inline std::vector<int32_t> prompt_tokens(const std::string& text, const std::optional<Tokenizer>& tokenizer,
-                                          const Config& config) {
-    std::vector<int32_t> tokens;
-    if (tokenizer) {
-        if (text.empty()) tokens.push_back(tokenizer->end_of_text());
-        for (uint16_t token : tokenizer->encode(text)) tokens.push_back(token);
-        return tokens;
-    }
-    for (const std::string& word : split_at(text, ' ')) {
-        if (word.empty()) continue;
-        int id = -1;
-        auto [stop, error] = std::from_chars(word.data(), word.data() + word.size(), id);
-        if (error != std::errc() || stop != word.data() + word.size() || id < 0 || id >= config.vocab_size)
-            fail_usage("this model has no tokenizer: give the prompt as token numbers below " +
-                       std::to_string(config.vocab_size) + ", not " + shown(word));
-        tokens.push_back(id);
-    }
-    if (tokens.empty()) tokens.push_back(0);
-    return tokens;
-}
-
 // The likeliest next tokens, with their probabilities.
 template <class Device>
-void show_top(Gpt2<Device>& model, const std::vector<int32_t>& tokens, const std::optional<Tokenizer>& tokenizer,
-              int count) {
+void show_top(Gpt2<Device>& model, const std::vector<int32_t>& tokens,
+              const std::optional<Tokenizer>& tokenizer, int count) {
     const size_t context = size_t(std::min(model.config.n_positions, model.T));
-    const std::vector<int32_t> tail(tokens.end() - ptrdiff_t(std::min(tokens.size(), context)), tokens.end());
+    const std::vector<int32_t> tail(tokens.end() - ptrdiff_t(std::min(tokens.size(), context)),
+                                    tokens.end());
     for (const Candidate& c : candidates(next_logits(model, tail, 0), 1, 0, 1)) {
         if (count-- <= 0) break;
-        const std::string text = !tokenizer ? "" : c.token == tokenizer->end_of_text() ? "<|endoftext|>"
-                                                                                       : std::string(tokenizer->bytes_of(c.token));
-        std::printf("%8.4f %%  %6d  %s\n", 100 * c.probability, c.token, tokenizer ? in_quotes(text).c_str() : "");
+        const std::string text = !tokenizer ? ""
+                                 : c.token == tokenizer->end_of_text()
+                                     ? "<|endoftext|>"
+                                     : text_of_token(*tokenizer, c.token);
+        std::printf("%8.4f %%  %6d  %s\n", 100 * c.probability, c.token,
+                    tokenizer ? in_quotes(text).c_str() : "");
     }
 }
 
@@ -6149,21 +6999,24 @@ int sample_command(Device device, const Options& o) {
         fail(o.init_from + ": its tokenizer has more tokens than its model");
     check_memory(device, config, 1, config.n_positions, Use::generation);
     const std::string prompt = prompt_text(o);
-    const std::vector<int32_t> tokens = prompt_tokens(prompt, tokenizer, config);
+    std::vector<int32_t> tokens = prompt_tokens(prompt, tokenizer, config.vocab_size);
+    if (tokens.empty()) tokens.push_back(tokenizer ? tokenizer->end_of_text() : 0);
     Gpt2<Device> model(config, device);
     model.reserve(1, config.n_positions, Use::generation);
     load_weights(model, o.init_from);
     if (o.show_top > 0) show_top(model, tokens, tokenizer, o.show_top);
     for (int i = 0; o.show_top == 0 && i < o.num_samples; ++i) {
         if (i > 0) std::printf("\n---\n");
-        std::printf("%s", prompt.c_str());
+        std::fwrite(prompt.data(), 1, prompt.size(), stdout);
         Utf8Stream stream;
-        SampleOptions s{int(o.max_new_tokens), o.temperature, int(o.top_k), o.top_p, o.seed + uint64_t(i),
-                        tokenizer ? tokenizer->end_of_text() : -1};
+        SampleOptions s{int(o.max_new_tokens), o.temperature,
+                        int(o.top_k),          o.top_p,
+                        o.seed + uint64_t(i),  tokenizer ? tokenizer->end_of_text() : -1};
         int64_t count = 0;
         const double begin = now_seconds();
         const int slides = generate(model, tokens, s, [&](int token) {
-            const std::string text = tokenizer ? stream.add(tokenizer->bytes_of(token)) : std::to_string(token) + " ";
+            const std::string text = tokenizer ? stream.add(text_of_token(*tokenizer, token))
+                                               : std::to_string(token) + " ";
             std::fputs(text.c_str(), stdout);
             std::fflush(stdout);
             return ++count, !std::ferror(stdout);
@@ -6171,10 +7024,14 @@ int sample_command(Device device, const Options& o) {
         std::printf("%s\n", stream.finish().c_str());
         std::fflush(stdout);
         const double seconds = now_seconds() - begin;
-        std::fprintf(stderr, "[%lld tokens, %.1f a second]\n", (long long)count, double(count) / seconds);
+        std::fprintf(stderr, "[%lld tokens, %.1f a second]\n", (long long)count,
+                     double(count) / seconds);
         if (slides)
-            std::fprintf(stderr, "[the text outgrew the model's %d positions: %d times its older half was forgotten]\n",
-                         config.n_positions, slides);
+            std::fprintf(
+                stderr,
+                "[the text outgrew the model's %d positions: %d times its older half was "
+                "forgotten]\n",
+                config.n_positions, slides);
     }
     return 0;
 }
@@ -6191,14 +7048,429 @@ int info_command(Device device, const Options& o) {
     std::printf("%-28s %-16s %14s %8s  %s\n", "tensor", "shape", "parameters", "share", "decays");
     for (const TensorInfo& t : layout.tensors)
         std::printf("%-28s %-16s %14s %7.3f%%  %s\n", t.name.c_str(), shape_text(t.shape).c_str(),
-                    with_commas(int64_t(t.count)).c_str(), 100 * double(t.count) / double(layout.count),
-                    t.decays() ? "yes" : "");
-    std::printf("%-28s %-16s %14s %7.3f%%\n\n", "total", "", with_commas(int64_t(layout.count)).c_str(), 100.0);
-    print_model(config, layout, memory_need<Device>(config, int(o.batch_size), T, Use::training), T);
+                    with_commas(int64_t(t.count)).c_str(),
+                    100 * double(t.count) / double(layout.count), t.decays() ? "yes" : "");
+    std::printf("%-28s %-16s %14s %7.3f%%\n\n", "total", "",
+                with_commas(int64_t(layout.count)).c_str(), 100.0);
+    print_model(config, layout, memory_need<Device>(config, int(o.batch_size), T, Use::training),
+                T);
     std::printf("           for --batch-size %d --seq-len %d\n", int(o.batch_size), T);
     const double flops = flops_per_token(config, T), peak = device.peak_flops();
-    std::printf("time       10 billion tokens take %s at this machine's measured %.0f GFLOP/s, %s at half of it\n",
-                duration_text(1e10 * flops / peak).c_str(), peak / 1e9, duration_text(2e10 * flops / peak).c_str());
+    std::printf(
+        "time       10 billion tokens take %s at this machine's measured %.0f GFLOP/s, %s at half "
+        "of it\n",
+        duration_text(1e10 * flops / peak).c_str(), peak / 1e9,
+        duration_text(2e10 * flops / peak).c_str());
+    return 0;
+}
+
+// ---- bench: every layer's speed against what this machine can do -----------------------------
+// The functions are those the model calls, on the buffers it calls them with. Going from layer to
+// layer rotates the operands, so that for GPT-2's sizes nothing is found in a cache by luck.
+
+// What a function must at least do: operations, and bytes to and from memory.
+struct Work {
+    double flops = 0, bytes = 0;
+};
+
+template <class Device>
+class Bench {
+public:
+    Bench(Device device, const Config& config, int B, int T)
+        : config_(config), B_(B), T_(T), model_(config, device) {
+        model_.reserve(B, T, Use::training);
+        model_.initialise(1);
+        batch_.resize(B, T);
+        for (size_t i = 0; i < batch_.inputs.size(); ++i) {
+            batch_.inputs[i] = int32_t(random_bits(7, i) % uint64_t(config.vocab_size));
+            batch_.targets[i] = int32_t(random_bits(8, i) % uint64_t(config.vocab_size));
+        }
+        batch_.scored = int64_t(batch_.inputs.size());
+        batch_.sort_rows();
+    }
+
+    void run() {
+        measure_peaks();
+        const double step = measure_step();
+        std::printf("%-22s %6s %10s %12s %12s %10s\n", "function", "calls", "ms a call", "GFLOP/s",
+                    "GB/s", "of peak");
+        forward_layers(), backward_layers(), update_layers();
+        const double flops = flops_per_token(config_, T_) * B_ * T_;
+        std::printf("\nsum of the above  %.2f ms; a whole step takes %.2f ms\n", total_ * 1e3,
+                    step * 1e3);
+        std::printf("whole step        %s tokens a second, %.1f GFLOP/s, %.1f %% of the peak\n",
+                    with_commas(int64_t(B_ * T_ / step)).c_str(), flops / step / 1e9,
+                    100 * flops / step / peak_flops_);
+    }
+
+private:
+    using Act = typename Device::Activation;
+    static constexpr double kA = sizeof(typename Device::Activation);
+    static constexpr double kW = sizeof(typename Device::Weight);
+    static constexpr double kG = sizeof(typename Device::Gradient);
+    static constexpr double kR = sizeof(typename Device::Real);
+
+    void measure_peaks() {
+        peak_flops_ = model_.device.peak_flops();
+        peak_bytes_ = model_.device.peak_bandwidth();
+        std::printf("machine           %s\n", model_.device.describe().c_str());
+        std::printf("measured peaks    %.1f GFLOP/s, %.1f GB/s\n", peak_flops_ / 1e9,
+                    peak_bytes_ / 1e9);
+        std::printf(
+            "model             %d layers, %d heads, %d channels, vocabulary %d; B=%d T=%d\n\n",
+            config_.n_layer, config_.n_head, config_.n_embd, config_.vocab_size, B_, T_);
+    }
+
+    // Median seconds of f, which makes `calls` calls; runs it for about half a second.
+    template <class F>
+    double median_seconds(F&& f) {
+        std::vector<double> times;
+        f(), model_.device.synchronize();
+        const double end = now_seconds() + 0.5;
+        while (times.size() < 3 || (now_seconds() < end && times.size() < 50)) {
+            const double begin = now_seconds();
+            f(), model_.device.synchronize();
+            times.push_back(now_seconds() - begin);
+        }
+        std::nth_element(times.begin(), times.begin() + ptrdiff_t(times.size() / 2), times.end());
+        return times[times.size() / 2];
+    }
+
+    // Times f(layer) over all layers, or f(0) alone, and prints a row.
+    template <class F>
+    void row(const char* name, int calls, Work work, F&& f) {
+        const double seconds = median_seconds([&] {
+            for (int i = 0; i < calls; ++i) f(i);
+        });
+        total_ += seconds;
+        const double each = seconds / calls;
+        const double of_flops = work.flops / each / peak_flops_,
+                     of_bytes = work.bytes / each / peak_bytes_;
+        // What binds it is the resource that it would need longer for.
+        const bool by_flops = work.flops / peak_flops_ > work.bytes / peak_bytes_;
+        std::printf("%-22s %6d %10.3f %12.1f %12.1f %8.1f %% of %s\n", name, calls, each * 1e3,
+                    work.flops / each / 1e9, work.bytes / each / 1e9,
+                    100 * (by_flops ? of_flops : of_bytes), by_flops ? "FLOP/s" : "GB/s");
+    }
+
+    double measure_step() {
+        StepOptions options;
+        options.rate.peak = 1e-5;
+        const std::vector<Batch> batches = {batch_};
+        int64_t s = 0;
+        return median_seconds([&] { train_step(model_, batches, options, s++); });
+    }
+
+    // A linear layer [rows, in] x [in, out]: the operations and bytes of one product.
+    Work product(double in, double out) const {
+        const double rows = double(B_) * T_;
+        return {2 * rows * in * out, kA * rows * (in + out) + kW * in * out};
+    }
+
+    void forward_layers() {
+        auto& a = model_.a;
+        auto& w = model_.w;
+        Device& d = model_.device;
+        const int rows = B_ * T_, C = config_.n_embd, L = config_.n_layer, NH = config_.n_head;
+        const double n = rows, c = C;
+        auto layer = [&](int i) -> auto& { return a.layers[size_t(i)]; };
+        auto p = [&](int i) -> auto& { return w.h[size_t(i)]; };
+        row("embed", 1, {0, 3 * kA * n * c},
+            [&](int) { d.embed_forward(a.embedded, a.inputs, w.wte, w.wpe, B_, T_, C, 0, {}); });
+        row("layernorm", 2 * L, {0, 2 * kA * n * c}, [&](int i) {
+            auto& l = layer(i / 2);
+            d.layernorm_forward(l.ln_1, l.ln_1_mean, l.ln_1_rstd, l.x_mid, p(i / 2).ln_1_weight,
+                                p(i / 2).ln_1_bias, rows, C);
+        });
+        row("linear c_attn", L, product(c, 3 * c), [&](int i) {
+            d.linear_forward(layer(i).qkv, layer(i).ln_1, p(i).c_attn_weight, p(i).c_attn_bias,
+                             rows, C, 3 * C);
+        });
+        // Scores and sums: 2 products of 2 C operations over (T+1)/2 positions for each row.
+        row("attention", L, {2 * c * (T_ + 1) * n, 4 * kA * n * c}, [&](int i) {
+            d.attention_forward(layer(i).att, layer(i).lse, layer(i).qkv, B_, T_, NH, C / NH, {});
+        });
+        row("linear attn.c_proj", L, product(c, c), [&](int i) {
+            d.linear_residual_forward(layer(i).x_mid, a.embedded, layer(i).att,
+                                      p(i).attn_proj_weight, p(i).attn_proj_bias, rows, C, C, {});
+        });
+        row("linear c_fc, gelu", L, product(c, 4 * c), [&](int i) {
+            d.linear_gelu_forward(layer(i).gelu, layer(i).fc, layer(i).ln_2, p(i).c_fc_weight,
+                                  p(i).c_fc_bias, rows, C, 4 * C);
+        });
+        row("linear mlp.c_proj", L, product(4 * c, c), [&](int i) {
+            d.linear_residual_forward(layer(i).x_out, layer(i).x_mid, layer(i).gelu,
+                                      p(i).mlp_proj_weight, p(i).mlp_proj_bias, rows, 4 * C, C, {});
+        });
+    }
+
+    void backward_layers() {
+        auto& a = model_.a;
+        auto& w = model_.w;
+        auto& g = model_.g;
+        Device& d = model_.device;
+        const int rows = B_ * T_, C = config_.n_embd, L = config_.n_layer, NH = config_.n_head;
+        const int V = config_.vocab_size;
+        const double n = rows, c = C;
+        auto layer = [&](int i) -> auto& { return a.layers[size_t(i)]; };
+        auto p = [&](int i) -> auto& { return w.h[size_t(i)]; };
+        auto dp = [&](int i) -> auto& { return g.h[size_t(i)]; };
+        auto twice = [](Work one) { return Work{2 * one.flops, 2 * one.bytes}; };
+        row("head, both ways", 1, {3 * product(c, V).flops, 3 * product(c, V).bytes}, [&](int) {
+            d.head_forward_backward(a.losses, a.dnarrow, g.lm_head, a.logits, a.ln_f, w.lm_head,
+                                    a.targets, rows, C, V, typename Device::Real(1.0 / rows),
+                                    false);
+        });
+        row("d linear mlp.c_proj", L, twice(product(4 * c, c)), [&](int i) {
+            d.linear_gelu_backward(a.dwide, dp(i).mlp_proj_weight, dp(i).c_fc_bias, a.dx,
+                                   layer(i).gelu, layer(i).fc, p(i).mlp_proj_weight, rows, 4 * C, C,
+                                   false);
+        });
+        row("d linear c_fc", L, twice(product(c, 4 * c)), [&](int i) {
+            d.linear_backward(a.dnarrow, dp(i).c_fc_weight,
+                              static_cast<typename Device::Gradient*>(nullptr), a.dwide,
+                              layer(i).ln_2, p(i).c_fc_weight, rows, C, 4 * C, false);
+        });
+        row("d layernorm", 2 * L, {0, 4 * kA * n * c}, [&](int i) {
+            auto& l = layer(i / 2);
+            d.layernorm_backward(a.dx, dp(i / 2).ln_1_weight, dp(i / 2).ln_1_bias, a.dx,
+                                 dp(i / 2).mlp_proj_bias, a.dnarrow, a.dx, l.x_mid, l.ln_1_mean,
+                                 l.ln_1_rstd, p(i / 2).ln_1_weight, rows, C, {}, false);
+        });
+        row("d linear attn.c_proj", L, twice(product(c, c)), [&](int i) {
+            d.linear_backward(a.dnarrow, dp(i).attn_proj_weight,
+                              static_cast<typename Device::Gradient*>(nullptr), a.dx, layer(i).att,
+                              p(i).attn_proj_weight, rows, C, C, false);
+        });
+        // Five products are made: the scores once more, dv, dp, dq, dk.
+        row("d attention", L, {5 * c * (T_ + 1) * n, 8 * kA * n * c}, [&](int i) {
+            d.attention_backward(a.dwide, a.dnarrow, layer(i).att, layer(i).lse, layer(i).qkv, B_,
+                                 T_, NH, C / NH, {});
+        });
+        row("d linear c_attn", L, twice(product(c, 3 * c)), [&](int i) {
+            d.linear_backward(a.dnarrow, dp(i).c_attn_weight, dp(i).c_attn_bias, a.dwide,
+                              layer(i).ln_1, p(i).c_attn_weight, rows, C, 3 * C, false);
+        });
+        row("d embed", 1, {0, 3 * kA * n * c},
+            [&](int) { d.embed_backward(g.wte, g.wpe, a.dx, a.inputs, a.order, B_, T_, C, {}); });
+    }
+
+    void update_layers() {
+        Device& d = model_.device;
+        const size_t size = model_.layout.size;
+        const double n = double(size);
+        row("gradient norm", 1, {0, kG * n},
+            [&](int) { d.gradient_norm(model_.state, model_.grads, size); });
+        // Reads gradients, masters and both moments; writes masters and moments (and working
+        // weights).
+        const double bytes = kG + 6 * kR + (Device::kSeparateMasters ? kW : 0);
+        row("adamw", 1, {0, bytes * n}, [&](int) {
+            d.adamw(model_.weights, model_.masters, model_.m, model_.v, model_.grads, size,
+                    model_.layout.decayed, model_.state, {});
+        });
+    }
+
+    Config config_;
+    int B_, T_;
+    Gpt2<Device> model_;
+    Batch batch_;
+    double peak_flops_ = 1, peak_bytes_ = 1, total_ = 0;
+};
+
+template <class Device>
+int bench_command(Device device, const Options& o) {
+    const Config config = config_for(o, Corpus());
+    const int T = sequence_length(o, config);
+    check_memory(device, config, int(o.batch_size), T, Use::training);
+    Bench<Device>(device, config, int(o.batch_size), T).run();
+    return 0;
+}
+
+// ---- walk: one tiny batch through one training step, with all its numbers --------------------
+// B = 2 rows of T = 4 tokens, C = 8 channels, 2 heads, 2 layers, a vocabulary of 11 words, in
+// double. The comments of §2-8 quote lines of what this prints ("walk>"), and a test holds them to
+// it.
+
+class Walk {
+public:
+    Walk() : config_{2, 2, 8, 4, 11}, model_(config_) {
+        model_.initialise(1);
+        // Ten times the usual weights: so small a model would show nothing but zeros.
+        for (const TensorInfo& t : model_.layout.tensors)
+            for (size_t i = t.offset; t.decays() && i < t.offset + t.count; ++i)
+                model_.weights[i] *= 10;
+        model_.reserve(2, 4, Use::training);
+        batch_.resize(2, 4);
+        for (size_t i = 0; i < 8; ++i)
+            batch_.inputs[i] = kText[i], batch_.targets[i] = kText[i + 1];
+        batch_.scored = 8;
+        batch_.sort_rows();
+        set_batch(model_, batch_);
+    }
+
+    // The whole walk, as text.
+    std::string text() {
+        show_batch(), show_forward(), show_loss(), show_backward(), show_update(), show_dropout(),
+            show_effect();
+        return out_;
+    }
+
+private:
+    static constexpr const char* kWords[11] = {"the", "cat", "sat", "on", "mat", "and",
+                                               "dog", "ran", "to",  "a",  "."};
+    static constexpr int kText[9] = {0, 1, 2, 3, 0, 4, 5, 0, 6};
+
+    template <class... Args>
+    void print(const char* pattern, Args... args) {
+        if constexpr (sizeof...(args) == 0)
+            out_ += pattern;
+        else
+            out_ += format(pattern, args...);
+    }
+    void title(const char* text) {
+        print("\n%s\n%s\n", text, std::string(std::strlen(text), '-').c_str());
+    }
+
+    // A buffer [rows, columns]: its shape and the beginning of row 0.
+    void show(const char* name, const double* x, int rows, int columns) {
+        print("%-12s [%d, %2d] ", name, rows, columns);
+        for (int i = 0; i < std::min(columns, 6); ++i) print(" %8.4f", x[i]);
+        print(columns > 6 ? " ...\n" : "\n");
+    }
+
+    void show_batch() {
+        title("The batch: two rows of four tokens; the targets are the same text, one later");
+        for (size_t b = 0; b < 2; ++b)
+            for (size_t t = 0; t < 4; ++t) {
+                const int in = batch_.inputs[b * 4 + t], target = batch_.targets[b * 4 + t];
+                print("row %d, t=%d   input %2d %-4s  target %2d %s\n", int(b), int(t), in,
+                      kWords[in], target, kWords[target]);
+            }
+    }
+
+    void show_forward() {
+        title("Forward: shapes, and the first numbers of the first row");
+        forward(model_, pass_);
+        show("embedded", model_.a.embedded, 8, 8);
+        for (int i = 0; i < 2; ++i) {
+            const auto& l = model_.a.layers[size_t(i)];
+            print("layer %d\n", i);
+            show("  ln_1", l.ln_1, 8, 8), show("  qkv", l.qkv, 8, 24), show("  att", l.att, 8, 8);
+            show("  x_mid", l.x_mid, 8, 8), show("  ln_2", l.ln_2, 8, 8), show("  fc", l.fc, 8, 32);
+            show("  gelu", l.gelu, 8, 32), show("  x_out", l.x_out, 8, 8);
+        }
+        show("ln_f", model_.a.ln_f, 8, 8);
+        print("att of t=0 is its own value, qkv[16..23], since it sees nobody else:\n");
+        show("  v of t=0", model_.a.layers[0].qkv + 16, 1, 8);
+    }
+
+    void show_loss() {
+        title("The loss of the first row, by hand");
+        std::vector<double> logits(11);
+        model_.device.head_logits(logits.data(), model_.a.ln_f, model_.w.lm_head, 1, 8, 11);
+        double total = 0;
+        for (int v = 0; v < 11; ++v) total += std::exp(logits[size_t(v)]);
+        print("word      logit   exp(logit)   probability\n");
+        for (size_t v = 0; v < 11; ++v)
+            print("%-5s  %8.4f   %10.4f   %11.4f%s\n", kWords[v], logits[v], std::exp(logits[v]),
+                  std::exp(logits[v]) / total,
+                  int(v) == batch_.targets[0] ? "   <- the target" : "");
+        print("sum of exp %.4f; loss = log(sum) - logit of the target = %.4f - %.4f = %.4f\n",
+              total, std::log(total), logits[1], std::log(total) - logits[1]);
+        const std::vector<double> losses = batch_losses(model_, batch_);
+        print("loss of the batch: the mean of 8 such = %.6f; knowing nothing is log 11 = %.4f\n",
+              std::accumulate(losses.begin(), losses.end(), 0.0) / 8, std::log(11.0));
+    }
+
+    double loss() {
+        const std::vector<double> losses = batch_losses(model_, batch_);
+        return std::accumulate(losses.begin(), losses.end(), 0.0) / 8;
+    }
+
+    void show_backward() {
+        title("Backward: gradients, beside (loss(w + h) - loss(w - h)) / 2h with h = 1e-5");
+        forward(model_, pass_);
+        backward(model_, pass_, 1.0 / 8, true);
+        print("dlogits of the first row, (p - [target]) / 8:");
+        for (int v = 0; v < 6; ++v) print(" %7.4f", model_.a.logits[v]);
+        print(" ...\n%-26s %12s %12s\n", "tensor, element 0", "backward", "difference");
+        for (const TensorInfo& t : model_.layout.tensors) {
+            if (t.name.compare(0, 4, "h.1.") == 0) continue;  // the second layer is like the first
+            double& weight = model_.weights[t.offset];
+            const double kept = weight, h = 1e-5, gradient = model_.grads[t.offset];
+            weight = kept + h;
+            const double above = loss();
+            weight = kept - h;
+            const double below = loss();
+            weight = kept;
+            print("%-26s %12.8f %12.8f\n", t.name.c_str(), gradient, (above - below) / (2 * h));
+        }
+    }
+
+    void show_update() {
+        title("The update: clip, then AdamW, of the first weight of wte");
+        Cpu<double>& device = model_.device;
+        before_ = likeliest();
+        device.begin_step(model_.state, 0.1);
+        model_.state->loss = loss();
+        device.gradient_norm(model_.state, model_.grads, model_.layout.size);
+        device.judge_step(model_.state, {0.5, 0});
+        const double w = model_.weights[0], g = model_.grads[0], clip = model_.state->clip_scale,
+                     lr = 0.1;
+        print("norm of all gradients %.6f; the limit is 0.5, so each is multiplied by %.6f\n",
+              model_.state->grad_norm, clip);
+        const double m = 0.1 * g * clip, v = 0.05 * g * clip * g * clip;
+        print("g  = %.6f * %.6f = %.6f\n", g, clip, g * clip);
+        print("m  = 0.9 * 0 + 0.1 g = %.8f;     m / (1 - 0.9^1)  = %.6f\n", m, m / 0.1);
+        print("v  = 0.95 * 0 + 0.05 g^2 = %.8f; v / (1 - 0.95^1) = %.6f\n", v, v / 0.05);
+        print("w  = %.6f - 0.1 (%.6f / (sqrt(%.6f) + 1e-8) + 0.1 * %.6f) = %.6f\n", w, m / 0.1,
+              v / 0.05, w, w - lr * (m / 0.1 / (std::sqrt(v / 0.05) + 1e-8) + 0.1 * w));
+        device.adamw(model_.weights, model_.masters, model_.m, model_.v, model_.grads,
+                     model_.layout.size, model_.layout.decayed, model_.state,
+                     {0.9, 0.95, 1e-8, 0.1});
+        print("and the program has %.6f\n", model_.weights[0]);
+    }
+
+    void show_dropout() {
+        title(
+            "Dropout 0.5 of the embedding: training zeroes half, doubles half; evaluation does not");
+        std::vector<double> x(64);
+        for (bool training : {true, false}) {
+            const Dropout drop{random_key(1, 2, 3), training ? 0.5f : 0.0f};
+            model_.device.embed_forward(x.data(), model_.a.inputs, model_.w.wte, model_.w.wpe, 2, 4,
+                                        8, 0, drop);
+            show(training ? "training" : "evaluation", x.data(), 8, 8);
+        }
+    }
+
+    // The five likeliest words after "the cat sat on".
+    std::vector<Candidate> likeliest() {
+        const std::vector<float> logits = next_logits(model_, {0, 1, 2, 3}, 0);
+        std::vector<Candidate> list = candidates(logits, 1, 0, 1);
+        list.resize(5);
+        return list;
+    }
+    void show_effect() {
+        title(
+            "What the step changed: the likeliest words after \"the cat sat on\" (the text has: the)");
+        const std::vector<Candidate> after = likeliest();
+        print("before            after one step\n");
+        for (size_t i = 0; i < 5; ++i)
+            print("%-5s %.4f      %-5s %.4f\n", kWords[before_[i].token], before_[i].probability,
+                  kWords[after[i].token], after[i].probability);
+        print("loss of the batch before %.6f, after %.6f\n", model_.state->loss, loss());
+    }
+
+    Config config_;
+    Gpt2<Cpu<double>> model_;
+    Batch batch_;
+    Pass pass_{2, 4};
+    std::vector<Candidate> before_;
+    std::string out_;
+};
+
+inline int walk_command() {
+    std::printf("%s", Walk().text().c_str());
     return 0;
 }
 
@@ -6212,15 +7484,19 @@ int run_command(Device device, const Options& o) {
         case kEval: return eval_command(device, o);
         case kSample: return sample_command(device, o);
         case kInfo: return info_command(device, o);
-        default: fail_usage("this command is not part of this program");
+        case kBench: return bench_command(device, o);
+        case kWalk: return walk_command();
     }
+    return 2;
 }
 
-// Threads that wait should not burn a core for long that others could use: on a busy machine that makes
-// a step ten times slower. The OpenMP run-times read these once, before main, so the program starts
-// itself again with them set.
+// Threads that wait should not burn a core for long that others could use: on a busy machine that
+// makes a step ten times slower. The OpenMP run-times read these once, before main, so the program
+// starts itself again with them set.
 inline void wait_politely(char** argv) {
-    if (std::getenv("OMP_WAIT_POLICY") || std::getenv("GOMP_SPINCOUNT") || std::getenv("KMP_BLOCKTIME")) return;
+    if (std::getenv("OMP_WAIT_POLICY") || std::getenv("GOMP_SPINCOUNT") ||
+        std::getenv("KMP_BLOCKTIME"))
+        return;
     ::setenv("GOMP_SPINCOUNT", "10000", 0);  // libgomp: about 30 microseconds
     ::setenv("KMP_BLOCKTIME", "0", 0);       // libomp: milliseconds
     ::execv("/proc/self/exe", argv);         // where that fails, things go on as they are
@@ -6229,7 +7505,6 @@ inline void wait_politely(char** argv) {
 // Reads the command line, hands the options to `run`, and turns errors into a line and a status.
 template <class Run>
 int program(int argc, char** argv, const char* name, Run&& run) {
-    wait_politely(argv);
     try {
         const Options options = parse_options(std::vector<std::string>(argv + 1, argv + argc));
         if (options.help) {
@@ -6251,13 +7526,15 @@ int program(int argc, char** argv, const char* name, Run&& run) {
 // The CPU device that the options ask for.
 inline Cpu<float> make_cpu(const Options& o) {
     if (o.precision == "tf32")
-        fail_usage("--precision tf32 is for GPUs (./train_gpt_cu); a CPU has fp32 and, where it has bf16 dot "
-                   "products, bf16");
+        fail_usage(
+            "--precision tf32 is for GPUs (./train_gpt_cu); a CPU has fp32 and, where it has bf16 dot "
+            "products, bf16");
     Cpu<float> device;
     device.matmul_options.bf16 = o.precision == "bf16";
     if (device.matmul_options.bf16 && true)
-        fail("--precision bf16 needs a CPU with bf16 dot products (AVX-512 BF16), and a build for it "
-             "(MARCH=native): use --precision fp32");
+        fail(
+            "--precision bf16 needs a CPU with bf16 dot products (AVX-512 BF16), and a build for it "
+            "(MARCH=native): use --precision fp32");
     return device;
 }
 

@@ -3,6 +3,7 @@
 
 int main(int argc, char** argv) {
     using namespace tinygpt;
+    wait_politely(argv);
     return program(argc, argv, "train_gpt", [](const Options& options) {
         return run_command(make_cpu(options), options);
     });

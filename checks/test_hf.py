@@ -1,0 +1,316 @@
+#!/usr/bin/env python3
+"""Holds tinygpt against Hugging Face's transformers, in both directions, and prints the figures.
+
+    make test_hf                      needs Python with torch and transformers (PYTHON=... names it)
+    checks/test_hf.py --goldens DIR   writes the small folders of data/reference/hf-* anew
+
+1. Folders that transformers wrote: several shapes, the head tied or not, names with and without the
+   prefix, float32, bfloat16 and float16. Loss, logits and 50 greedy tokens must be the same here.
+2. Folders that tinygpt wrote: transformers must open model and tokenizer as they are, with the same
+   loss, the same tokens of a text and the same 50 greedy tokens; and what transformers then saves
+   again must come back here bit for bit.
+"""
+import argparse
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+try:
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+except ImportError as error:
+    sys.exit(f"test_hf: {error}. It needs torch and transformers: pip install torch transformers, "
+             "and PYTHON=... if that is not python3")
+
+LOSS_LIMIT, LOGITS_LIMIT, NEW_TOKENS = 1e-5, 1e-4, 50
+TEXT = ("Once upon a time, Mia's dog couldn't find 3 red apples.\n\n  \"Where are they?\" she "
+        "asked. It's naïve — 東京 🙂 \t!!  The end. \n")
+
+# name: layers, heads, channels, positions, vocabulary, tied, form of the names, type
+#   prefix   as save_pretrained of the language model writes them
+#   bare     as save_pretrained of the model without its head writes them
+#   openai   as the published GPT-2: no prefix, and the causal masks are in the file
+#   spare    the tied head is in the file a second time
+CASES = {
+    "tied": (2, 2, 16, 64, 300, True, "prefix", "float32"),
+    "openai": (2, 4, 16, 60, 257, True, "openai", "float32"),
+    "untied-bf16": (1, 5, 20, 70, 333, False, "bare", "bfloat16"),
+    "untied": (3, 3, 48, 96, 515, False, "prefix", "float32"),
+    "bare": (4, 8, 64, 61, 301, True, "bare", "float32"),
+    "spare": (1, 1, 24, 75, 1000, True, "spare", "float32"),
+    "bf16": (2, 2, 128, 128, 2048, True, "prefix", "bfloat16"),
+    "f16": (2, 12, 96, 64, 400, True, "prefix", "float16"),
+}
+GOLDENS = ["tied", "openai", "untied-bf16"]
+
+
+def run(*command, given=None):
+    """The standard output of a program; an error is the test's error."""
+    done = subprocess.run([str(part) for part in command], input=given, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE)
+    if done.returncode:
+        sys.exit(f"test_hf: {' '.join(map(str, command))}\n{done.stderr.decode()}")
+    return done.stdout
+
+
+def random_tokens(seed, count, vocab):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocab, (count,), generator=generator).tolist()
+
+
+def write_shard(path, tokens):
+    with open(path, "wb") as file:
+        file.write(struct.pack("<256i", 20240520, 1, len(tokens), *[0] * 253))
+        file.write(struct.pack(f"<{len(tokens)}H", *tokens))
+
+
+def read_shard(path):
+    with open(path, "rb") as file:
+        data = file.read()
+    return list(struct.unpack(f"<{len(data) // 2 - 512}H", data[1024:]))
+
+
+def make_folder(folder, seed, layers, heads, channels, positions, vocab, tied, form, dtype):
+    """A model of random weights, saved by transformers in one file."""
+    torch.manual_seed(seed)
+    # Who does not name the end of text gets GPT-2's, 50256, whatever the vocabulary.
+    ends = {} if dtype == "float16" else {"bos_token_id": vocab - 1, "eos_token_id": vocab - 1}
+    config = GPT2Config(n_layer=layers, n_head=heads, n_embd=channels, n_positions=positions,
+                        vocab_size=vocab, tie_word_embeddings=tied, initializer_range=0.2, **ends)
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():  # biases and norms that are not 0 and 1, so that none can be forgotten
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+    model = model.to(getattr(torch, dtype))
+    (model.transformer if form == "bare" and tied else model).save_pretrained(folder)
+    path = os.path.join(folder, "model.safetensors")
+    weights = load_file(path)
+    if form in ("bare", "openai"):
+        weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
+    if form == "openai":
+        mask = torch.tril(torch.ones(1, 1, positions, positions))
+        weights |= {f"h.{layer}.attn.bias": mask.clone() for layer in range(layers)}
+    if form == "spare":
+        weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
+    if form != "prefix":
+        save_file(weights, path, metadata={"format": "pt"})
+
+
+def open_folder(folder):
+    """The model as transformers opens it, computing in float32."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def their_loss(model, tokens, T):
+    """Every prediction of the shard once, in windows of T that lie end to end."""
+    total = 0.0
+    for begin in range(0, len(tokens) - 1, T):
+        window = torch.tensor(tokens[begin:begin + T + 1])
+        logits = model(window[None, :-1]).logits[0].double()
+        total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
+    return total / (len(tokens) - 1)
+
+
+@torch.no_grad()
+def their_logits(model, tokens):
+    return model(torch.tensor([tokens])).logits[0]
+
+
+def their_greedy(model, tokens, end):
+    out = model.generate(torch.tensor([tokens]), attention_mask=torch.ones(1, len(tokens)),
+                         max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=end,
+                         pad_token_id=0)[0].tolist()[len(tokens):]
+    return out
+
+
+def our_loss(programs, folder, shard, T):
+    out = run(programs.train_gpt, "eval", "--init-from", folder, "--val-shards", shard,
+              "--batch-size", 2, "--seq-len", T).decode()
+    return float(re.search(r"val loss\s+(\S+)", out)[1])
+
+
+def our_logits(programs, folder, tokens):
+    out = run(programs.logits, folder, given=" ".join(map(str, tokens)).encode())
+    return torch.tensor([[float(x) for x in line.split()] for line in out.decode().splitlines()])
+
+
+def our_greedy(programs, folder, prompt):
+    """What sample writes behind the prompt, as bytes."""
+    out = run(programs.train_gpt, "sample", "--init-from", folder, "--prompt", prompt,
+              "--max-new-tokens", NEW_TOKENS, "--temperature", 0)
+    assert out.startswith(prompt.encode()), out
+    return out[len(prompt.encode()):-1]
+
+
+class Table:
+    """Prints a row of figures for every folder, and remembers whether one was out of bounds."""
+    good = True
+    COLUMNS = ("folder", "loss", "difference", "logits", "greedy", "text", "result")
+    FORMAT = "{:24} {:>11} {:>11} {:>11} {:>8} {:>8}  {}"
+
+    def __init__(self, title):
+        print(f"\n{title}\n" + self.FORMAT.format(*self.COLUMNS), flush=True)
+
+    def row(self, name, loss, difference, logits, greedy, text="-", same=True):
+        good = difference <= LOSS_LIMIT and logits <= LOGITS_LIMIT and same
+        Table.good &= good
+        print(self.FORMAT.format(name, f"{loss:.7f}", f"{difference:.1e}", f"{logits:.1e}", greedy,
+                                 text, "ok" if good else "WRONG"), flush=True)
+
+
+def opened_here(programs, temporary):
+    """Part 1: folders of transformers."""
+    table = Table("written by transformers, opened here")
+    for seed, (name, shape) in enumerate(CASES.items()):
+        folder, shard = f"{temporary}/{name}", f"{temporary}/{name}.bin"
+        make_folder(folder, seed, *shape)
+        positions, vocab = shape[3], shape[4]
+        T, model = min(48, positions), open_folder(folder)
+        tokens = random_tokens(seed, 5 * T + 12, vocab)
+        write_shard(shard, tokens)
+        loss = their_loss(model, tokens, T)
+        difference = abs(our_loss(programs, folder, shard, T) - loss)
+        error = (our_logits(programs, folder, tokens[:T]) - their_logits(model, tokens[:T])).abs()
+        # Without a tokenizer, sample takes and writes token numbers.
+        prompt = tokens[:positions - NEW_TOKENS]
+        theirs = their_greedy(model, prompt, None)
+        ours = our_greedy(programs, folder, " ".join(map(str, prompt)) + " ")
+        ours = [int(token) for token in ours.split()]
+        same = sum(a == b for a, b in zip(ours, theirs))
+        table.row(f"{name} {shape[7]}", loss, difference, error.max().item(),
+                  f"{same}/{len(theirs)}", same=ours == theirs)
+
+
+def make_our_folders(programs, temporary):
+    """Trains three tiny models for a few steps; yields name, data folder and model folder."""
+    with open(f"{temporary}/text.txt", "w", encoding="utf-8") as file:
+        file.write("".join(f"{n}. {TEXT}" for n in range(400)))
+    for tokenizer, more in (("bpe", ["--vocab-size", 400]), ("byte", [])):
+        run(programs.prepare_data, "--input", f"{temporary}/text.txt", "--tokenizer", tokenizer,
+            *more, "--output", f"{temporary}/data-{tokenizer}")
+    for name, tokenizer, more in (("bpe", "bpe", []), ("byte", "byte", ["--n-layer", 3]),
+                                  ("bpe untied", "bpe", ["--untied-head"])):
+        data, out = f"{temporary}/data-{tokenizer}", f"{temporary}/run {name}"
+        run(programs.train_gpt, "--data", data, "--output", out, "--n-layer", 2, "--n-head", 2,
+            "--n-embd", 32, "--n-positions", 128, "--seq-len", 64, "--batch-size", 4, "--max-steps",
+            60, "--learning-rate", 1e-2, *more)
+        yield name, data, out + "/best"
+
+
+def bits_of(folder):
+    weights = load_file(f"{folder}/model.safetensors")
+    return {name: w.numpy().tobytes() for name, w in weights.items()}
+
+
+def opened_there(programs, temporary):
+    """Part 2: folders of tinygpt."""
+    table = Table("written here, opened by transformers")
+    for name, data, folder in make_our_folders(programs, temporary):
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        assert model.dtype == torch.float32, model.dtype
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        end = tokenizer.eos_token_id
+        assert end == model.config.vocab_size - 1 == model.generation_config.eos_token_id, end
+        shard = f"{data}/val_000000.bin"
+        tokens = read_shard(shard)
+        loss = their_loss(model, tokens, 64)
+        difference = abs(our_loss(programs, folder, shard, 64) - loss)
+        error = (our_logits(programs, folder, tokens[:64]) - their_logits(model, tokens[:64])).abs()
+        # The tokens of a text, with the model's own folder as the vocabulary.
+        with open(f"{temporary}/text.txt", encoding="utf-8") as file:
+            text = file.read()
+        run(programs.prepare_data, "--input", f"{temporary}/text.txt", "--tokenizer", "gpt2",
+            "--vocab", folder, "--val-fraction", 0, "--output", f"{temporary}/tokens {name}")
+        ids = read_shard(f"{temporary}/tokens {name}/train_000001.bin")
+        same_text = ids == [end] + tokenizer(text).input_ids and tokenizer.decode(ids[1:]) == text
+        # Greedy: the same text, up to its end.
+        prompt = "12. Once upon"
+        theirs = their_greedy(model, tokenizer(prompt).input_ids, end)
+        ours = our_greedy(programs, folder, prompt)
+        expected = tokenizer.decode(theirs, skip_special_tokens=True,
+                                    clean_up_tokenization_spaces=False)
+        same = ours.decode(errors="replace") == expected
+        # And back: saved again by transformers, not a bit differs.
+        again = f"{temporary}/again"
+        model.save_pretrained(again)
+        tokenizer.save_pretrained(again)
+        back = bits_of(again) == bits_of(folder)
+        table.row(name, loss, difference, error.max().item(),
+                  f"{len(theirs)}" if same else "differs", "same" if same_text else "differs",
+                  same and same_text and back)
+
+
+def train_tokenizer(folder, vocab):
+    """A tokenizer of Hugging Face's own trainer, end of text as the last token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab - 1, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trained.train_from_iterator([TEXT] * 3, trainer)
+    assert trained.get_vocab_size() == vocab - 1, trained.get_vocab_size()
+    trained.model.save(folder)
+    with open(f"{folder}/vocab.json", encoding="utf-8") as file:
+        entries = json.load(file)
+    entries["<|endoftext|>"] = vocab - 1
+    with open(f"{folder}/vocab.json", "w") as file:
+        json.dump(entries, file)
+
+
+def write_goldens(folder_of_all):
+    """data/reference/hf-*: a tiny model each, what transformers computes, the first tokenizer's."""
+    for seed, name in enumerate(GOLDENS):
+        folder, shape = f"{folder_of_all}/hf-{name}", CASES[name]
+        make_folder(folder, seed + 100, *shape)
+        if seed == 0:
+            train_tokenizer(folder, shape[4])
+        model = open_folder(folder)
+        tokens = random_tokens(seed + 100, 17, shape[4])
+        prompt = tokens[:shape[3] - NEW_TOKENS]
+        expected = {"transformers": transformers.__version__, "tokens": tokens,
+                    "loss": their_loss(model, tokens, 16), "prompt": prompt,
+                    "greedy": their_greedy(model, prompt, None)}
+        if seed == 0:
+            expected |= {"text": TEXT, "text_tokens": AutoTokenizer.from_pretrained(
+                folder)(TEXT).input_ids}
+        save_file({"logits": their_logits(model, tokens[:16])}, f"{folder}/expected.safetensors")
+        with open(f"{folder}/expected.json", "w") as file:
+            json.dump(expected, file, indent=1)
+            file.write("\n")
+        for path in (f"{folder}/model.safetensors", f"{folder}/expected.safetensors"):
+            os.chmod(path, 0o644)
+        print(f"{folder}: loss {expected['loss']:.7f}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="tinygpt against transformers")
+    parser.add_argument("--train-gpt", default="./train_gpt")
+    parser.add_argument("--prepare-data", default="./prepare_data")
+    parser.add_argument("--logits", default="build/hf_logits")
+    parser.add_argument("--goldens", metavar="DIR", help="write the reference folders and stop")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    if arguments.goldens:
+        return write_goldens(arguments.goldens)
+    print(f"transformers {transformers.__version__}, torch {torch.__version__}; limits: loss "
+          f"{LOSS_LIMIT:g}, logits {LOGITS_LIMIT:g}, {NEW_TOKENS} greedy tokens the same")
+    with tempfile.TemporaryDirectory(prefix="tinygpt-hf-") as temporary:
+        opened_here(arguments, temporary)
+        opened_there(arguments, temporary)
+    print("\ntest_hf: " + ("all agree" if Table.good else "NOT the same"))
+    return 0 if Table.good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
