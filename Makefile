@@ -63,18 +63,38 @@ $(BUILD)/test_cpu.o: test_gpt.cpp tinygpt.hpp prepare_data.cpp | $(BUILD)
 $(BUILD)/test_cuda.o: test_gpt.cpp tinygpt.hpp $(BUILD)/train_gpt_cu.cpp $(EMULATOR)
 	$(CXX) $(CXXFLAGS) $(if $(SANITIZE),,-O2) $(TESTFLAGS) $(ON_CPU) -I$(BUILD) -DTINYGPT_TEST_CUDA -c $< -o $@
 
-# Data that others made: fetched on request, checked, never part of the repository.
-SHAKESPEARE_URL := https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
-SHAKESPEARE_SHA := 86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed
-GPT2_URL        := https://openaipublic.blob.core.windows.net/gpt-2/encodings/main
-VOCAB_SHA       := 1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5
-ENCODER_SHA     := 196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783
+# Data that others made: fetched on request, checked, never part of the repository. URL=... overrides.
+HUB_URL  := https://huggingface.co/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e
+GPT2_URL := https://openaipublic.blob.core.windows.net/gpt-2/encodings/main
+BOOK_URL := https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
+BOOK     := 86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed
+VOCAB    := 1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5
+ENCODER  := 196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783
+WEIGHTS  := 248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707
+CONFIG   := 0daed7749b4f02b8f76240d5444551d7b08712dab4d0adb8239c56ba823bb7b4
 shakespeare:
-	@checks/fetch.sh "$(or $(URL),$(SHAKESPEARE_URL))" $(SHAKESPEARE_SHA) data/tinyshakespeare.txt
-gpt2-vocab:
-	@checks/fetch.sh "$(or $(URL),$(GPT2_URL))/vocab.bpe" $(VOCAB_SHA) data/gpt2/vocab.bpe
-	@checks/fetch.sh "$(or $(URL),$(GPT2_URL))/encoder.json" $(ENCODER_SHA) data/gpt2/encoder.json
+	@checks/fetch.sh "$(or $(URL),$(BOOK_URL))" $(BOOK) data/tinyshakespeare.txt
+gpt2-vocab: # the two files of the tokenizer
+	@checks/fetch.sh "$(or $(URL),$(GPT2_URL))/vocab.bpe" $(VOCAB) data/gpt2/vocab.bpe
+	@checks/fetch.sh "$(or $(URL),$(GPT2_URL))/encoder.json" $(ENCODER) data/gpt2/encoder.json
+gpt2: # the published weights of GPT-2 small: 551 MB
+	@checks/fetch.sh "$(or $(URL),$(HUB_URL))/config.json" $(CONFIG) data/gpt2/config.json 665
+	@checks/fetch.sh "$(or $(URL),$(HUB_URL))/vocab.json" $(ENCODER) data/gpt2/vocab.json 1042301
+	@checks/fetch.sh "$(or $(URL),$(HUB_URL))/merges.txt" $(VOCAB) data/gpt2/merges.txt 456318
+	@checks/fetch.sh "$(or $(URL),$(HUB_URL))/model.safetensors" $(WEIGHTS) data/gpt2/model.safetensors 548105171
+
+# Pictures and experiments: make experiment NAME=rate, make plot RUNS="out/a out/b"
+experiment: train_gpt
+	@checks/experiment.sh $(NAME)
+plot:
+	@RUNS="$(RUNS)" OUT="$(OUT)" checks/plot.sh $(RUNS)
+compare: train_gpt
+	@checks/compare.sh
+figures:
+	@checks/figures.sh
+
+include checks/checks.mk  # check, nightly, torture, fuzz, test_hf, count: what `make test` is too short for
 
 clean:
 	rm -rf build train_gpt train_gpt_cu train_gpt_cu_on_cpu test_gpt_cu prepare_data
-.PHONY: train_gpt prepare_data test shakespeare gpt2-vocab clean
+.PHONY: train_gpt prepare_data test test_gpt_cu shakespeare gpt2-vocab gpt2 experiment plot compare figures clean

@@ -766,12 +766,20 @@ struct Cpu {
 // --- memory: one aligned block; the host is the device
 
 // Uninitialised memory for count elements, at a multiple of 64 bytes. Fails when there is none.
+// Large blocks ask for large pages: fewer of them to look up when the packing below jumps from row
+// to row.
 template <class real>
 template <class T>
 T* Cpu<real>::allocate(size_t count) {
-    size_t bytes = (std::max<size_t>(count, 1) * sizeof(T) + 63) / 64 * 64;
-    void* pointer = std::aligned_alloc(64, bytes);
+    const size_t large_page = size_t(1) << 21;
+    size_t bytes = std::max<size_t>(count, 1) * sizeof(T);
+    const size_t unit = bytes >= large_page ? large_page : 64;
+    bytes = (bytes + unit - 1) / unit * unit;
+    void* pointer = std::aligned_alloc(unit, bytes);
     TINYGPT_CHECK(pointer, "out of memory: %.2f GB more were needed", double(bytes) / 1e9);
+#ifdef MADV_HUGEPAGE
+    if (unit == large_page) ::madvise(pointer, bytes, MADV_HUGEPAGE);
+#endif
     return static_cast<T*>(pointer);
 }
 template <class real>
@@ -926,14 +934,14 @@ void Cpu<real>::layernorm_backward(real* dx, real* dweight, real* dbias, real* d
 //
 //   matmul(c, ldc, a, b, m, n, k, options, finish)           c[m, n] = finish(a[m, k] b[k, n])
 //     a and b are Views, so a transpose costs nothing; c is row-major, its rows ldc apart.
-//       out  = x w + bias    matmul(out, OC, rows_of(x, C), rows_of(w, OC), rows, OC, C, options, add_bias)
-//       dx   = dout w^T      matmul(dx, C, rows_of(dout, OC), transpose_of(w, OC), rows, C, OC, options)
-//       dw  += x^T dout      matmul_add(dw, OC, transpose_of(x, C), rows_of(dout, OC), C, OC, rows, options)
-//     finish(row, col, count, values) may change `count` finished sums of a row, from column col on,
-//     just before they are stored: that is where bias, GELU and residual go.
+//       out = x w + bias   matmul(out, OC, rows_of(x, C), rows_of(w, OC), rows, OC, C, o, add_bias)
+//       dx  = dout w^T     matmul(dx, C, rows_of(dout, OC), transpose_of(w, OC), rows, C, OC, o)
+//       dw += x^T dout    matmul_add(dw, OC, transpose_of(x, C), rows_of(dout, OC), C, OC, rows, o)
+//     finish(row, col, count, values) may change `count` finished sums of a row, from column col,
+//     where they lie in c, while they are hot: that is where bias, GELU and residual go.
 //   column_sums(out, x, rows, n, accumulate)
-//   exp_fast(x), gelu(x), gelu_derivative(x) of one number; gelu, gelu_backward, exp_and_sum of many
-//   attention_forward, attention_backward, attention_cached; matmul_definition, attention_definition
+//   exp_fast(x), gelu(x), gelu_derivative(x) of one; gelu, gelu_backward, exp_and_sum of many
+//   attention_forward, attention_backward, attention_cached, and two definitions
 
 // A matrix in memory: element (i, j) is data[i * row + j * col]. One of the two steps is 1.
 template <class real>
@@ -979,8 +987,8 @@ constexpr int kVectorBytes = 16, kVectorRegisters = 32;
 constexpr int kVectorBytes = 16, kVectorRegisters = 16;
 #endif
 
-// Vec<real>: kLanes<real> numbers in one register. + - * / < work lane by lane, and a number beside a
-// vector stands for a vector full of it.
+// Vec<real>: kLanes<real> numbers in one register. + - * / < work lane by lane, and a number beside
+// a vector stands for a vector full of it.
 template <class real>
 struct VectorOf {
     typedef real type __attribute__((vector_size(kVectorBytes)));
@@ -1004,9 +1012,9 @@ void store(real* to, V v) {
 
 // --- e^x without a library call: the same lines for one float and for a vector of them
 //   x = n ln2 + r,  |r| <= ln2/2,  n whole:   e^x = 2^n e^r,  and e^r = 1 + r + r^2 q(r)
-// The coefficients of q are a minimax fit (relative error of e^r: 3.2e-9, far below float's 6e-8). ln2
-// is subtracted in two parts so that n * 0.693359375 is exact (Cody and Waite 1980).
-// Adding and subtracting 1.5 * 2^23 rounds to whole numbers and leaves n in the low bits of the sum.
+// The coefficients of q are a minimax fit (relative error of e^r: 3.2e-9, far below float's 6e-8).
+// ln2 is subtracted in two parts so that n * 0.693359375 is exact (Cody and Waite 1980). Adding and
+// subtracting 1.5 * 2^23 rounds to whole numbers and leaves n in the low bits of the sum.
 
 // Within 2 units in the last place for -87.3 < x < 88.3; 0 below, infinity above; NaN stays NaN.
 template <class V>
@@ -1017,8 +1025,9 @@ V exp_float(V x) {
     const V shifted = x * 1.44269504f + 12582912.0f;
     const V n = shifted - 12582912.0f;
     const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    const V q = (((1.38138782e-3f * r + 8.36906396e-3f) * r + 4.16684225e-2f) * r + 1.66665182e-1f) * r +
-                0.49999994f;
+    const V q =
+        (((1.38138782e-3f * r + 8.36906396e-3f) * r + 4.16684225e-2f) * r + 1.66665182e-1f) * r +
+        0.49999994f;
     const Bits power = (std::bit_cast<Bits>(shifted) << 23) + (127 << 23);
     return ((r * r) * q + r + 1.0f) * std::bit_cast<V>(power);
 }
@@ -1065,19 +1074,24 @@ void gelu_backward(real* d, const real* x, int count) {
 // x [count] becomes e^(x - shift); returns the sum, whose order of additions is fixed.
 template <class real>
 real exp_and_sum(real* x, real shift, int count) {
-    real sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int j = 0; j < count; ++j) {
-        x[j] = exp_fast(x[j] - shift);
-        sum += x[j];
+    constexpr int L = kLanes<real>;
+    Vec<real> sums = {};
+    int j = 0;
+    for (; j + L <= count; j += L) {
+        const Vec<real> e = exp_fast(load(x + j) - shift);
+        store(x + j, e);
+        sums += e;
     }
+    real sum = 0;
+    for (int i = 0; i < L; ++i) sum += sums[i];
+    for (; j < count; ++j) sum += x[j] = exp_fast(x[j] - shift);
     return sum;
 }
 
 // --- The fast product
 //
-//             n                    b, kDepth rows at a time, is cut into panels of kTileCols columns,
-//        +---------+               each copied so that it is read from start to end.
+//             n                    b, kDepth rows at a time, is cut into panels of kTileCols
+//        +---------+               columns, each copied so that it is read from start to end.
 //      k | b  |p|  |
 //        +---------+               a, the same: panels of kTileRows rows.
 //   k
@@ -1088,18 +1102,18 @@ real exp_and_sum(real* x, real shift, int count) {
 // |     | |         |
 // +-----+ +---------+
 //
-// One panel of a, in the first cache, meets the panels of b in turn, which come from the second. That
-// is the blocking of Goto and van de Geijn (2008) and of BLIS, with the two operands' parts exchanged:
-// c is then walked along its rows, which is how memory likes it.
-// Ragged edges: panels are filled up with zeros, and there is a micro-kernel for each number of rows.
-constexpr int kTileRows = kVectorRegisters == 32 ? 14 : 6;  // its sums and operands fill the registers
+// One panel of a, in the first cache, meets the panels of b in turn, which come from the second: c
+// is walked along its rows, which is how memory likes it. That is the blocking of Goto and van de
+// Geijn (2008) and of BLIS, with the parts of the two operands exchanged. Ragged edges: panels are
+// filled up with zeros, and there is a micro-kernel for each number of rows.
+constexpr int kTileRows = kVectorRegisters == 32 ? 14 : 6;  // sums and operands fill the registers
 template <class real>
 constexpr int kTileCols = 2 * kLanes<real>;
 constexpr int kDepth = 256;       // steps of k packed at a time: a's panel stays in the first cache
 constexpr int kBlockCols = 1024;  // columns of b packed at a time: they stay in the second
 constexpr int kStrip = 16;        // panels of b that meet one panel of a in one go
 
-// A step of the product: sum += a b, for a number a beside a vector b.
+// One step of the product: sum += a b, a number a beside a vector b.
 template <class real>
 void multiply_add(Vec<real>& sum, real a, Vec<real> b) {
     sum += a * b;
@@ -1107,27 +1121,27 @@ void multiply_add(Vec<real>& sum, real a, Vec<real> b) {
 // In bf16 a packed element is a pair, two neighbouring steps of k, and one instruction does both:
 // sum += a.low b.low + a.high b.high, in fp32.
 #ifdef __AVX512BF16__
-constexpr bool kBf16Dot = true;
+inline bool cpu_has_bf16_dot() { return true; }
 inline void multiply_add(Vec<float>& sum, uint32_t a, Vec<uint32_t> b) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(b), "v"(Vec<uint32_t>{} + a));
 }
 #else
-constexpr bool kBf16Dot = false;
+inline bool cpu_has_bf16_dot() { return false; }
 inline void multiply_add(Vec<float>&, uint32_t, Vec<uint32_t>) {}  // refused before it gets here
 #endif
-inline bool cpu_has_bf16_dot() { return kBf16Dot; }
 
 // Tile [rows, kTileCols] (+)= panel of a [k, kTileRows] * panel of b [k, kTileCols].
-template <int rows, class real, class packed>
-void micro_kernel(real* tile, ptrdiff_t stride, const packed* a, const packed* b, int k, bool add) {
+template <int rows, class real, class Packed>
+void micro_kernel(real* tile, ptrdiff_t stride, const Packed* a, const Packed* b, int k, bool add) {
     constexpr int L = kLanes<real>;
     Vec<real> left[rows], right[rows];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) left[i] = right[i] = Vec<real>{};
     for (int p = 0; p < k; ++p, a += kTileRows, b += 2 * L) {
-        const Vec<packed> b0 = load(b), b1 = load(b + L);
+        const Vec<Packed> b0 = load(b), b1 = load(b + L);
 #pragma GCC unroll 16
-        for (int i = 0; i < rows; ++i) multiply_add(left[i], a[i], b0), multiply_add(right[i], a[i], b1);
+        for (int i = 0; i < rows; ++i)
+            multiply_add(left[i], a[i], b0), multiply_add(right[i], a[i], b1);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
@@ -1137,20 +1151,21 @@ void micro_kernel(real* tile, ptrdiff_t stride, const packed* a, const packed* b
     }
 }
 
-// The micro-kernel for tiles of `rows` rows, 1 to kTileRows.
-template <class real, class packed>
-using MicroKernel = void (*)(real*, ptrdiff_t, const packed*, const packed*, int, bool);
-template <class real, class packed, int... i>
-MicroKernel<real, packed> pick_kernel(int rows, std::integer_sequence<int, i...>) {
-    static constexpr MicroKernel<real, packed> kernels[] = {micro_kernel<i + 1, real, packed>...};
-    return kernels[rows - 1];
+// Runs the micro-kernel for tiles of `rows` rows, 1 to kTileRows.
+template <class real, class Packed, int... i>
+void run_kernel(int rows, real* tile, ptrdiff_t stride, const Packed* a, const Packed* b, int k,
+                bool add, std::integer_sequence<int, i...>) {
+    using Kernel = void (*)(real*, ptrdiff_t, const Packed*, const Packed*, int, bool);
+    static constexpr Kernel kernels[] = {micro_kernel<i + 1, real, Packed>...};
+    kernels[rows - 1](tile, stride, a, b, k, add);
 }
-template <class real, class packed = real>
-MicroKernel<real, packed> kernel_for(int rows) {
-    return pick_kernel<real, packed>(rows, std::make_integer_sequence<int, kTileRows>());
+template <class real, class Packed>
+void multiply_tile(real* tile, ptrdiff_t stride, const Packed* a, const Packed* b, int rows, int k,
+                   bool add) {
+    run_kernel(rows, tile, stride, a, b, k, add, std::make_integer_sequence<int, kTileRows>());
 }
 
-// Memory that its owner keeps and that grows on demand, at a multiple of 64 bytes.
+// Memory that its owner keeps and that grows on demand; large pages where it is large.
 class Scratch {
     std::unique_ptr<void, decltype(&std::free)> block{nullptr, &std::free};
     size_t size = 0;
@@ -1177,7 +1192,8 @@ template <int step, class V, int... lane>
     constexpr int L = sizeof...(lane);
 #ifdef __CUDACC__  // nvcc's front end loses the list of lanes below
     const V x = a, y = b;
-    for (int i = 0; i < L; ++i) a[i] = i & step ? y[i - step] : x[i], b[i] = i & step ? y[i] : x[i + step];
+    for (int i = 0; i < L; ++i)
+        a[i] = i & step ? y[i - step] : x[i], b[i] = i & step ? y[i] : x[i + step];
 #else
     const V low = __builtin_shufflevector(a, b, (lane & step ? L + lane - step : lane)...);
     b = __builtin_shufflevector(a, b, (lane & step ? L + lane : lane + step)...);
@@ -1192,125 +1208,130 @@ template <class real, int step = 1>
     if constexpr (step < L) {
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i)
-            if (!(i & step)) exchange_lanes<step>(v[i], v[i + step], std::make_integer_sequence<int, L>());
+            if (!(i & step))
+                exchange_lanes<step>(v[i], v[i + step], std::make_integer_sequence<int, L>());
         transpose_square<real, 2 * step>(v);
     }
 }
 
-// Copies panels: with w = i / width, out[w][p][i % width] = from(i, p) for p < k and i < count, and 0
-// up to a whole panel. One of from's steps is 1.
+// Packs one panel of a matrix whose rows are whole in memory: out[p][i] = from(i, p) for p < k, and
+// 0 for i >= rows. A panel that is not a whole number of squares wide is written from its end, so
+// that what one store puts too far the next puts right; but for the very last.
 template <int width, class real>
-void pack_panels(real* out, View<real> from, int count, int k) {
+void pack_transposed(real* out, View<real> from, int rows, int k) {
     constexpr int L = kLanes<real>;
-    const size_t panel = size_t(width) * k;
-    if (from.row == 1) {  // along i: rows are copied whole, all panels side by side
-        for (int p = 0; p < k; ++p)
-            for (int i = 0; i < count; i += width) {
-                real* to = out + i / width * panel + size_t(p) * width;
-                const real* row = &from.data[i + p * from.col];
-                if (i + width <= count)
-                    std::memcpy(to, row, width * sizeof(real));
+    const int whole = from.col == 1 ? k / L * L : 0;
+    for (int p = 0; p < whole; p += L)
+        for (int i = (width - 1) / L * L; i >= 0; i -= L) {
+            Vec<real> square[L];
+#pragma GCC unroll 16
+            for (int j = 0; j < L; ++j)
+                square[j] = i + j < rows ? load(&from.data[(i + j) * from.row + p]) : Vec<real>{};
+            transpose_square<real>(square);
+#pragma GCC unroll 16
+            for (int j = 0; j < L; ++j)
+                if (i + L <= width || p + j + 1 < k)
+                    store(out + size_t(p + j) * width + i, square[j]);
                 else
-                    for (int j = 0; j < width; ++j) to[j] = i + j < count ? row[j] : real(0);
-            }
-        return;
-    }
-    // Along p: squares are transposed. A panel that is not a whole number of squares wide is written
-    // from its end, so that what one store puts too far the next puts right; but for the very last.
-    for (int i0 = 0; i0 < count; i0 += width, out += panel) {
-        const int rows = std::min(width, count - i0), whole = from.col == 1 ? k / L * L : 0;
-        for (int p = 0; p < whole; p += L)
-            for (int i = (width - 1) / L * L; i >= 0; i -= L) {
-                Vec<real> square[L];
-#pragma GCC unroll 16
-                for (int j = 0; j < L; ++j)
-                    square[j] = i + j < rows ? load(&from.data[(i0 + i + j) * from.row + p]) : Vec<real>{};
-                transpose_square<real>(square);
-#pragma GCC unroll 16
-                for (int j = 0; j < L; ++j) {
-                    real* to = out + size_t(p + j) * width + i;
-                    if (i + L <= width || p + j + 1 < k)
-                        store(to, square[j]);
-                    else
-                        std::memcpy(to, &square[j], width % L * sizeof(real));
-                }
-            }
-        for (size_t p = whole; p < size_t(k); ++p)
-            for (int i = 0; i < width; ++i) out[p * width + i] = i < rows ? from(i0 + i, p) : real(0);
-    }
+                    std::memcpy(out + size_t(p + j) * width + i, &square[j],
+                                width % L * sizeof(real));
+        }
+    for (size_t p = whole; p < size_t(k); ++p)
+        for (int i = 0; i < width; ++i) out[p * width + i] = i < rows ? from(i, p) : real(0);
 }
 
-// The three ways to compute a tile. Each has: what its panels hold (Packed), rows of a tile, steps of k
-// in a packed row (for `depth` steps, padded with zeros), the packing of both panels, and tile().
+// Packs panels: with w = i / width, out[w][p][i % width] = from(i, p) for p < k and i < count, and
+// 0 up to a whole panel. One of from's steps is 1.
+template <int width, class real>
+void pack_panels(real* out, View<real> from, int count, int k) {
+    const size_t panel = size_t(width) * k;
+    if (from.row != 1) {
+        for (int i = 0; i < count; i += width, out += panel)
+            pack_transposed<width>(out, from.from(i, 0), std::min(width, count - i), k);
+        return;
+    }
+    for (int p = 0; p < k; ++p)  // whole rows are copied, to all panels side by side
+        for (int i = 0; i < count; i += width) {
+            real* to = out + i / width * panel + size_t(p) * width;
+            const real* row = &from.data[i + p * from.col];
+            if (i + width <= count)
+                std::memcpy(to, row, width * sizeof(real));
+            else
+                for (int j = 0; j < width; ++j) to[j] = i + j < count ? row[j] : real(0);
+        }
+}
 
-// Numbers as they are, with multiply-adds.
+// --- Three ways to compute a tile. Each says what its panels hold, how many rows and columns a
+// tile has, how many packed steps `depth` steps of k become, how panels are packed, and computes a
+// tile.
+
+// Numbers as they are.
 template <class real>
 struct PlainTiles {
     using Packed = real;
-    static constexpr int kRows = kTileRows, kCols = kTileCols<real>, kDepth = tinygpt::kDepth;
-    static constexpr bool kAnyRows = true;
+    static constexpr int kRows = kTileRows, kCols = kTileCols<real>, kMost = kDepth;
+    static constexpr bool kAnyRows = true;  // tile() writes `rows` rows, else all kRows
     static int steps(int depth) { return depth; }
-    static void pack_left(real* out, View<real> a, int rows, int k) { pack_panels<kRows>(out, a, rows, k); }
-    static void pack_right(real* out, View<real> b, int cols, int k) {
-        pack_panels<kCols>(out, b.transposed(), cols, k);
+    static void pack_a(Packed* out, View<real> a, int m, int k) {
+        pack_panels<kRows>(out, a, m, k);
     }
-    static void tile(real* c, ptrdiff_t stride, const real* a, const real* b, int rows, int k, bool add) {
-        kernel_for<real>(rows)(c, stride, a, b, k, add);
+    static void pack_b(Packed* out, View<real> b, int n, int k) {
+        pack_panels<kCols>(out, b.transposed(), n, k);
     }
-    PlainTiles() {}
-    ~PlainTiles() {}
+    static void tile(real* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int rows, int k,
+                     bool add) {
+        multiply_tile(c, ldc, a, b, rows, k, add);
+    }
 };
 
-// Pairs of bf16, with the vector dot product.
-inline int bf16_steps(int k) { return (k + 31) / 32 * 16; }
-template <int width>
-void pack_pairs(uint32_t* out, View<float> from, int count, int k) {
-    static thread_local Scratch scratch;
-    const int steps = bf16_steps(k);
-    for (int i = 0; i < count; i += width) {
-        float* panel = scratch.get<float>(size_t(width) * 2 * steps);
-        pack_panels<width>(panel, from.from(i, 0), std::min(width, count - i), k);
-        std::fill(panel + size_t(width) * k, panel + size_t(width) * 2 * steps, 0.0f);
-        for (int p = 0; p < steps; ++p, panel += 2 * width, out += width)
-            for (int j = 0; j < width; ++j)
-                out[j] = bf16(panel[j]).bits | uint32_t(bf16(panel[width + j]).bits) << 16;
-    }
-}
-struct DotTiles {
+// bf16 in pairs, with the vector unit's dot product. k is filled up with zeros to a multiple of 32.
+struct PairTiles {
     using Packed = uint32_t;
-    static constexpr int kRows = kTileRows, kCols = kTileCols<float>, kDepth = 2 * tinygpt::kDepth;
+    static constexpr int kRows = kTileRows, kCols = kTileCols<float>, kMost = 2 * kDepth;
     static constexpr bool kAnyRows = true;
-    static int steps(int depth) { return bf16_steps(depth); }
-    static void pack_left(uint32_t* out, View<float> a, int rows, int k) { pack_pairs<kRows>(out, a, rows, k); }
-    static void pack_right(uint32_t* out, View<float> b, int cols, int k) {
-        pack_pairs<kCols>(out, b.transposed(), cols, k);
+    static int steps(int depth) { return (depth + 31) / 32 * 16; }
+    template <int width>
+    static void pack(Packed* out, View<float> from, int count, int k) {
+        static thread_local Scratch scratch;
+        const int pairs = steps(k);
+        float* panel = scratch.get<float>(size_t(width) * 2 * pairs);
+        for (int i = 0; i < count; i += width) {
+            pack_panels<width>(panel, from.from(i, 0), std::min(width, count - i), k);
+            std::fill(panel + size_t(width) * k, panel + size_t(width) * 2 * pairs, 0.0f);
+            for (int p = 0; p < pairs; ++p, out += width)
+                for (int j = 0; j < width; ++j)
+                    out[j] = bf16(panel[2 * p * width + j]).bits |
+                             uint32_t(bf16(panel[(2 * p + 1) * width + j]).bits) << 16;
+        }
     }
-    static void tile(float* c, ptrdiff_t stride, const uint32_t* a, const uint32_t* b, int rows, int k, bool add) {
-        kernel_for<float, uint32_t>(rows)(c, stride, a, b, k, add);
+    static void pack_a(Packed* out, View<float> a, int m, int k) { pack<kRows>(out, a, m, k); }
+    static void pack_b(Packed* out, View<float> b, int n, int k) {
+        pack<kCols>(out, b.transposed(), n, k);
     }
-    DotTiles() {}
-    ~DotTiles() {}
+    static void tile(float* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int rows, int k,
+                     bool add) {
+        multiply_tile(c, ldc, a, b, rows, k, add);
+    }
 };
 
-// bf16 in the CPU's matrix unit (AMX: Intel's manual, volume 1, chapter 18). A tile register holds 16
-// rows of 64 bytes; one instruction multiplies 16 x 32 by 32 x 16 numbers. Four of them hold the sums.
+// bf16 in the matrix unit, where the CPU has one (AMX; Intel 64 manual, volume 1, chapter 18): a
+// tile register holds 16 rows of 64 bytes, and one instruction multiplies 16 x 32 by 32 x 16
+// numbers.
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__)
-struct MatrixTiles {
-    using Packed = uint32_t;
-    static constexpr int kRows = 32, kCols = 32, kDepth = 2 * tinygpt::kDepth;
+struct MatrixTiles : PairTiles {
+    static constexpr int kRows = 32, kCols = 32;
     static constexpr bool kAnyRows = false;
-    // Linux gives the unit to those who ask: ARCH_REQ_XCOMP_PERM for tile data.
+    // Linux lends the unit to a process that asks: ARCH_REQ_XCOMP_PERM, for tile data.
     static bool usable() {
-        static const bool granted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-        return granted;
+        static const bool lent = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+        return lent;
     }
-    static int steps(int depth) { return bf16_steps(depth); }
-    // [k/32][32 rows][32 steps]: with the roles of rows and steps exchanged, pack_panels does that.
-    static void pack_left(uint32_t* out, View<float> a, int count, int k) {
+    // A panel is [k / 32][kRows][32]: pack_panels makes that, with rows and steps exchanged.
+    static void pack_a(Packed* out, View<float> a, int m, int k) {
         static thread_local Scratch scratch;
-        for (int i = 0; i < count; i += kRows) {
-            const int rows = std::min(kRows, count - i);
-            float* panel = scratch.get<float>(size_t(kRows) * 2 * steps(k));
+        float* panel = scratch.get<float>(size_t(kRows) * 2 * steps(k));
+        for (int i = 0; i < m; i += kRows) {
+            const int rows = std::min(kRows, m - i);
             pack_panels<32>(panel, a.from(i, 0).transposed(), k, rows);
             for (int chunk = 0; chunk < steps(k) / 16; ++chunk, out += kRows * 16) {
                 bf16* to = reinterpret_cast<bf16*>(out);
@@ -1319,28 +1340,35 @@ struct MatrixTiles {
             }
         }
     }
-    static void pack_right(uint32_t* out, View<float> b, int cols, int k) {
-        pack_pairs<kCols>(out, b.transposed(), cols, k);
+    static void pack_b(Packed* out, View<float> b, int n, int k) {
+        pack<kCols>(out, b.transposed(), n, k);
     }
-    static void tile(float* c, ptrdiff_t stride, const uint32_t* a, const uint32_t* b, int, int k, bool add) {
-        float* below = c + 16 * stride;
-        if (add)
-            asm volatile("tileloadd (%0,%2), %%tmm0; tileloadd 64(%0,%2), %%tmm1;"
-                         "tileloadd (%1,%2), %%tmm2; tileloadd 64(%1,%2), %%tmm3"
-                         ::"r"(c), "r"(below), "r"(stride * 4) : "memory");
-        else
-            asm volatile("tilezero %%tmm0; tilezero %%tmm1; tilezero %%tmm2; tilezero %%tmm3" ::: "memory");
-        for (int p = 0; p < k; p += 16, a += 512, b += 512)
-            asm volatile("tileloadd (%0,%2), %%tmm4; tileloadd (%1,%3), %%tmm6; tdpbf16ps %%tmm6, %%tmm4, %%tmm0;"
-                         "tileloadd 64(%1,%3), %%tmm7; tdpbf16ps %%tmm7, %%tmm4, %%tmm1;"
-                         "tileloadd 1024(%0,%2), %%tmm5; tdpbf16ps %%tmm6, %%tmm5, %%tmm2;"
-                         "tdpbf16ps %%tmm7, %%tmm5, %%tmm3"
-                         ::"r"(a), "r"(b), "r"(ptrdiff_t(64)), "r"(ptrdiff_t(128)) : "memory");
-        asm volatile("tilestored %%tmm0, (%0,%2); tilestored %%tmm1, 64(%0,%2);"
-                     "tilestored %%tmm2, (%1,%2); tilestored %%tmm3, 64(%1,%2)"
-                     ::"r"(c), "r"(below), "r"(stride * 4) : "memory");
+    // Registers 0 to 3 are the four quarters of c; 4, 5 two of a, below each other; 6, 7 two of b.
+    static void tile(float* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int, int k,
+                     bool add) {
+        float* low = c + 16 * ldc;
+        const ptrdiff_t c_row = 4 * ldc, a_row = 64, b_row = 128;  // bytes
+        asm volatile(
+            "tileloadd (%0,%2), %%tmm0; tileloadd 64(%0,%2), %%tmm1;"
+            "tileloadd (%1,%2), %%tmm2; tileloadd 64(%1,%2), %%tmm3" ::"r"(c),
+            "r"(low), "r"(c_row)
+            : "memory");
+        if (!add) asm volatile("tilezero %tmm0; tilezero %tmm1; tilezero %tmm2; tilezero %tmm3");
+        for (int p = 0; p < k; p += 16, a += 16 * 32, b += 16 * 32)
+            asm volatile(
+                "tileloadd (%0,%2), %%tmm4; tileloadd 1024(%0,%2), %%tmm5;"
+                "tileloadd (%1,%3), %%tmm6; tileloadd 64(%1,%3), %%tmm7;"
+                "tdpbf16ps %%tmm6, %%tmm4, %%tmm0; tdpbf16ps %%tmm7, %%tmm4, %%tmm1;"
+                "tdpbf16ps %%tmm6, %%tmm5, %%tmm2; tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::"r"(a),
+                "r"(b), "r"(a_row), "r"(b_row)
+                : "memory");
+        asm volatile(
+            "tilestored %%tmm0, (%0,%2); tilestored %%tmm1, 64(%0,%2);"
+            "tilestored %%tmm2, (%1,%2); tilestored %%tmm3, 64(%1,%2)" ::"r"(c),
+            "r"(low), "r"(c_row)
+            : "memory");
     }
-    // While one of these lives, its thread's tile registers are set up: 8 of 16 rows of 64 bytes.
+    // While one of these lives, its thread's registers are set up: 8 of 16 rows of 64 bytes.
     MatrixTiles() {
         alignas(64) uint8_t setup[64] = {1};
         for (int i = 0; i < 8; ++i) setup[16 + 2 * i] = 64, setup[48 + i] = 16;
@@ -1349,35 +1377,97 @@ struct MatrixTiles {
     ~MatrixTiles() { asm volatile("tilerelease"); }
 };
 #else
-struct MatrixTiles : DotTiles {
+struct MatrixTiles : PairTiles {
     static bool usable() { return false; }
 };
 #endif
 
-// out[n] = column sums of x [rows, n], or adds them. The rows are added in order, whoever does it.
-template <class real>
-void column_sums(real* out, const real* x, int rows, int n, bool accumulate) {
-    constexpr int width = 64;
-#pragma omp parallel for schedule(static)
-    for (int j0 = 0; j0 < n; j0 += width) {
-        const int count = std::min(width, n - j0);
-        real sums[width] = {};
-        for (int row = 0; row < rows; ++row)
-            for (int j = 0; j < count; ++j) sums[j] += x[size_t(row) * n + j0 + j];
-        for (int j = 0; j < count; ++j) out[j0 + j] = accumulate ? out[j0 + j] + sums[j] : sums[j];
+// c[rows, cols] = finish of one tile, at row i0 and column j0 of the whole, from its two panels.
+template <class Tiles, class real, class Packed, class Finish>
+void finish_tile(real* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int i0, int j0, int rows,
+                 int cols, int steps, bool add, bool last, Finish finish) {
+    constexpr int R = Tiles::kRows, N = Tiles::kCols;
+    if (cols == N && (rows == R || Tiles::kAnyRows)) {
+        for (int i = 0; i < rows; ++i)
+            __builtin_prefetch(c + i * ldc, 1), __builtin_prefetch(c + i * ldc + N / 2, 1);
+        Tiles::tile(c, ldc, a, b, rows, steps, add);
+        for (int i = 0; last && i < rows; ++i) finish(i0 + i, j0, N, c + i * ldc);
+        return;
+    }
+    alignas(64) real edge[R * N] = {};
+    Tiles::tile(edge, N, a, b, rows, steps, false);
+    for (int i = 0; i < rows; ++i) {
+        real *out = c + i * ldc, *sum = edge + i * N;
+        for (int j = 0; j < cols; ++j) out[j] = add ? out[j] + sum[j] : sum[j];
+        if (last) finish(i0 + i, j0, cols, out);
     }
 }
 
-// What to do with finished sums: nothing.
-struct KeepSums {
-    template <class real>
-    void operator()(int, int, int, real*) const {}
-};
+// c[m, n] = finish(a b), or finish(c + a b) if accumulate. The sum over k of one element is made by
+// one thread, in order: no result depends on the number of threads.
+template <class Tiles, class real, class Finish>
+void multiply_blocks(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
+                     bool accumulate, Finish finish) {
+    using Packed = typename Tiles::Packed;
+    constexpr int R = Tiles::kRows, N = Tiles::kCols, kMost = Tiles::kMost;
+    static thread_local Scratch scratch_a, scratch_b;
+    const int rows = (m + R - 1) / R * R, blocks = (n + kBlockCols - 1) / kBlockCols;
+    const int block = ((n + blocks - 1) / blocks + N - 1) / N * N;  // blocks of equal size
+    // Where b comes in several blocks, all of a is packed with the first and kept.
+    const bool keep = blocks > 1;
+    Packed* all_a =
+        scratch_a.get<Packed>(size_t(rows) * Tiles::steps(keep ? k + kMost : std::min(k, kMost)));
+    Packed* packed_b = scratch_b.get<Packed>(size_t(block) * Tiles::steps(std::min(k, kMost)));
+#pragma omp parallel
+    {
+        [[maybe_unused]] Tiles setup{};
+        for (int n0 = 0; n0 < n; n0 += block)
+            for (int k0 = 0; k0 < k; k0 += kMost) {
+                const int depth = std::min(kMost, k - k0), steps = Tiles::steps(depth);
+                const int cols = std::min(block, n - n0), panels = (cols + N - 1) / N;
+                const int strips = (panels + kStrip - 1) / kStrip;
+                Packed* packed_a = all_a + (keep ? size_t(rows) * Tiles::steps(k0) : 0);
+#pragma omp for schedule(static) nowait
+                for (int i = keep && n0 > 0 ? m : 0; i < m; i += 8 * R)
+                    Tiles::pack_a(packed_a + size_t(i) * steps, a.from(i, k0),
+                                  std::min(8 * R, m - i), depth);
+#pragma omp for schedule(static)
+                for (int j = 0; j < cols; j += 8 * N)
+                    Tiles::pack_b(packed_b + size_t(j) * steps, b.from(k0, n0 + j),
+                                  std::min(8 * N, cols - j), depth);
+#pragma omp for schedule(dynamic)
+                for (int job = 0; job < rows / R * strips; ++job) {
+                    const int i = job / strips * R, first = job % strips * kStrip * N;
+                    for (int j = first; j < std::min(cols, first + kStrip * N); j += N)
+                        finish_tile<Tiles>(c + i * ldc + n0 + j, ldc, packed_a + size_t(i) * steps,
+                                           packed_b + size_t(j) * steps, i, n0 + j,
+                                           std::min(R, m - i), std::min(N, cols - j), steps,
+                                           k0 > 0 || accumulate, k0 + depth == k, finish);
+                }
+            }
+    }
+}
+
+// a.b of k numbers: four vectors of partial sums, then their lanes, then what is left over.
+template <class real>
+real dot(const real* a, const real* b, int k) {
+    constexpr int L = kLanes<real>;
+    Vec<real> sums[4] = {};
+    int p = 0;
+    for (; p + 4 * L <= k; p += 4 * L)
+        for (int i = 0; i < 4; ++i) sums[i] += load(a + p + i * L) * load(b + p + i * L);
+    const Vec<real> lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    real sum = 0;
+    for (int i = 0; i < L; ++i) sum += lanes[i];
+    for (; p < k; ++p) sum += a[p] * b[p];
+    return sum;
+}
 
 // c[1, n] of one row a, as in generation. Every number of b is used once, so nothing is packed, and
-// memory sets the speed. In the row-major case a thread goes down its own columns.
+// memory sets the speed. Where b is row-major a thread goes down its own columns.
 template <class real, class Finish>
-void multiply_row(real* c, View<real> a, View<real> b, int n, int k, bool accumulate, Finish finish) {
+void multiply_row(real* c, View<real> a, View<real> b, int n, int k, bool accumulate,
+                  Finish finish) {
     constexpr int kMost = 1024;
     static thread_local Scratch scratch;
     real* x = scratch.get<real>(k);
@@ -1389,92 +1479,44 @@ void multiply_row(real* c, View<real> a, View<real> b, int n, int k, bool accumu
     for (int j0 = 0; j0 < n; j0 += width) {
         const int count = std::min(width, n - j0);
         real sums[kMost] = {};
-        if (b.col == 1)
-            for (int p = 0; p < k; ++p) {
-                const real* row = b.data + p * b.row + j0;
-                for (int j = 0; j < count; ++j) sums[j] += x[p] * row[j];
+        for (int p = 0; b.col == 1 && p < k; p += 4) {
+            const real* rows[4];
+            real scale[4];
+            for (int i = 0; i < 4; ++i) {
+                rows[i] = &b.data[std::min(p + i, k - 1) * b.row + j0];
+                scale[i] = p + i < k ? x[p + i] : real(0);
             }
-        else
-            for (int j = 0; j < count; ++j) {
-                const real* column = b.data + (j0 + j) * b.col;
-                real sum = 0;
-#pragma omp simd reduction(+ : sum)
-                for (int p = 0; p < k; ++p) sum += x[p] * column[p * b.row];
-                sums[j] = sum;
-            }
+            for (int j = 0; j < count; ++j)
+                sums[j] += (scale[0] * rows[0][j] + scale[1] * rows[1][j]) +
+                           (scale[2] * rows[2][j] + scale[3] * rows[3][j]);
+        }
+        for (int j = 0; b.col != 1 && j < count; ++j)
+            sums[j] = dot(x, &b.data[(j0 + j) * b.col], k);
         for (int j = 0; j < count; ++j) c[j0 + j] = accumulate ? c[j0 + j] + sums[j] : sums[j];
         finish(0, j0, count, c + j0);
     }
 }
 
-// c[m, n] = finish(a b), or finish(c + a b) if accumulate, by one kind of Tiles. The sum over k of one
-// element is made by one thread, in order: no result depends on the number of threads.
-template <class Tiles, class real, class Finish>
-void multiply_blocks(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
-                     bool accumulate, Finish finish) {
-    using Packed = typename Tiles::Packed;
-    constexpr int R = Tiles::kRows, N = Tiles::kCols, kGroup = 8;  // panels packed in one go
-    static thread_local Scratch scratch_a, scratch_b;
-    const int panels_a = (m + R - 1) / R, blocks = (n + kBlockCols - 1) / kBlockCols;
-    const int block_cols = ((n + blocks - 1) / blocks + N - 1) / N * N;  // blocks of equal size
-    const int deepest = Tiles::steps(std::min(k, Tiles::kDepth));
-    // Where b comes in several blocks, all of a is packed with the first and kept.
-    const size_t part_a = size_t(panels_a) * R * deepest, parts = blocks > 1 ? (k + Tiles::kDepth - 1) / Tiles::kDepth : 1;
-    Packed* packed_a = scratch_a.get<Packed>(part_a * parts);
-    Packed* packed_b = scratch_b.get<Packed>(size_t(block_cols) * deepest);
-#pragma omp parallel
-    {
-        [[maybe_unused]] const Tiles setup;
-        for (int n0 = 0; n0 < n; n0 += block_cols)
-            for (int k0 = 0; k0 < k; k0 += Tiles::kDepth) {
-                const int nc = std::min(block_cols, n - n0), kc = std::min(Tiles::kDepth, k - k0);
-                const int panels_b = (nc + N - 1) / N, strips = (panels_b + kStrip - 1) / kStrip;
-                const int steps = Tiles::steps(kc);
-                const bool add = k0 > 0 || accumulate, last = k0 + kc == k;
-                Packed* left = packed_a + (parts > 1 ? k0 / Tiles::kDepth * part_a : 0);
-#pragma omp for schedule(static) nowait
-                for (int i = n0 > 0 && blocks > 1 ? m : 0; i < m; i += kGroup * R)
-                    Tiles::pack_left(left + size_t(i) * steps, a.from(i, k0), std::min(kGroup * R, m - i), kc);
-#pragma omp for schedule(static)
-                for (int j = 0; j < nc; j += kGroup * N)
-                    Tiles::pack_right(packed_b + size_t(j) * steps, b.from(k0, n0 + j), std::min(kGroup * N, nc - j), kc);
-#pragma omp for schedule(dynamic)
-                for (int job = 0; job < panels_a * strips; ++job) {
-                    const int i0 = job / strips * R, rows = std::min(R, m - i0), strip = job % strips;
-                    for (int panel = strip * kStrip; panel < std::min(panels_b, (strip + 1) * kStrip); ++panel) {
-                        const int j0 = n0 + panel * N, cols = std::min(N, n - j0);
-                        real* to = c + i0 * ldc + j0;
-                        const Packed *pa = left + size_t(i0) * steps, *pb = packed_b + size_t(panel) * N * steps;
-                        if (cols == N && (rows == R || Tiles::kAnyRows)) {
-                            for (int i = 0; i < rows; ++i)
-                                __builtin_prefetch(to + i * ldc, 1), __builtin_prefetch(to + i * ldc + N / 2, 1);
-                            Tiles::tile(to, ldc, pa, pb, rows, steps, add);
-                            for (int i = 0; last && i < rows; ++i) finish(i0 + i, j0, N, to + i * ldc);
-                            continue;
-                        }
-                        alignas(64) real edge[R * N];
-                        Tiles::tile(edge, N, pa, pb, rows, steps, false);
-                        for (int i = 0; i < rows; ++i) {
-                            real *out = to + i * ldc, *sum = edge + i * N;
-                            for (int j = 0; j < cols; ++j) out[j] = add ? out[j] + sum[j] : sum[j];
-                            if (last) finish(i0 + i, j0, cols, out);
-                        }
-                    }
-                }
-            }
-    }
-}
+// What to do with finished sums: nothing.
+struct KeepSums {
+    template <class real>
+    void operator()(int, int, int, real*) const {}
+};
 
+// c = finish(a b), or finish(c + a b) if accumulate, the way the shape and the options ask for.
 template <class real, class Finish>
 void multiply(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
               MatmulOptions options, bool accumulate, Finish finish) {
     if (m == 1) return multiply_row(c, a, b, n, k, accumulate, finish);
     if constexpr (std::is_same_v<real, float>)
         if (options.bf16) {
-            TINYGPT_CHECK(cpu_has_bf16_dot(), "bf16 products need a CPU with avx512_bf16 and a build for it "
-                                              "(-march=native): use --precision fp32");
-            if (MatrixTiles::usable()) return multiply_blocks<MatrixTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
-            return multiply_blocks<DotTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
+            TINYGPT_CHECK(
+                cpu_has_bf16_dot(),
+                "bf16 products need a CPU with avx512_bf16 and a build for it (-march=native), "
+                "which this is not: use --precision fp32");
+            if (MatrixTiles::usable())
+                return multiply_blocks<MatrixTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
+            return multiply_blocks<PairTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
         }
     multiply_blocks<PlainTiles<real>>(c, ldc, a, b, m, n, k, accumulate, finish);
 }
@@ -1496,22 +1538,40 @@ void matmul_add(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n
     multiply(c, ldc, a, b, m, n, k, options, true, KeepSums{});
 }
 
-// --- §4.4 Causal self-attention (Vaswani et al. 2017): every position looks back at all before it
-// qkv [B*T, 3C]: a row holds the queries of all NH heads, then the keys, then the values; a head is HS
-// neighbouring channels, C = NH*HS. For each head, for query t and keys t2 <= t:
-//   s[t,t2] = q[t].k[t2] / sqrt(HS)   p[t,t2] = e^s[t,t2] / sum of e^s[t,.]   out[t] = sum of p[t,t2] v[t2]
-// lse[t] = log of that sum of e^s: all that the backward pass needs to make p again.
-// Dropout, where it is on, multiplies p by a mask (index: ((b NH + h) T + t) T + t2) after the sum.
-
-// The definition, of one head: q, k, v with rows `stride` apart, out [T, HS] with rows out_stride apart.
+// out[n] = column sums of x [rows, n], or adds them. The rows are added in order, whoever does it.
 template <class real>
-void attention_definition(real* out, ptrdiff_t out_stride, const real* q, const real* k, const real* v,
-                          ptrdiff_t stride, int T, int HS, Dropout drop, uint64_t place) {
+void column_sums(real* out, const real* x, int rows, int n, bool accumulate) {
+    constexpr int width = 256;
+#pragma omp parallel for schedule(static)
+    for (int j0 = 0; j0 < n; j0 += width) {
+        const int count = std::min(width, n - j0);
+        real sums[width] = {};
+        for (int row = 0; row < rows; ++row)
+            for (int j = 0; j < count; ++j) sums[j] += x[size_t(row) * n + j0 + j];
+        for (int j = 0; j < count; ++j) out[j0 + j] = accumulate ? out[j0 + j] + sums[j] : sums[j];
+    }
+}
+
+// --- §4.4 Causal self-attention (Vaswani et al. 2017): every position looks back at all before it
+// qkv [B*T, 3C]: a row holds the queries of all NH heads, then the keys, then the values; a head is
+// HS neighbouring channels, C = NH*HS. For each head, for query t and keys t2 <= t:
+//   s[t,t2] = q[t].k[t2] / sqrt(HS)    p[t,t2] = e^s[t,t2] / sum of e^s[t,.]
+//   out[t] = sum over t2 of p[t,t2] v[t2]
+// lse[t] = log of that sum of e^s: all that the backward pass needs to make p again. Dropout, where
+// it is on, multiplies p by a mask, of index ((b NH + h) T + t) T + t2, after the sum.
+
+// The definition, of one head: q, k, v with rows `stride` apart, out [T, HS] with rows out_stride
+// apart. place: b NH + h.
+template <class real>
+void attention_definition(real* out, ptrdiff_t out_stride, const real* q, const real* k,
+                          const real* v, ptrdiff_t stride, int T, int HS, Dropout drop,
+                          uint64_t place) {
     for (int t = 0; t < T; ++t) {
         std::vector<double> p(t + 1), sum(HS);
         double total = 0;
         for (int t2 = 0; t2 <= t; ++t2) {
-            for (int i = 0; i < HS; ++i) p[t2] += double(q[t * stride + i]) * double(k[t2 * stride + i]);
+            for (int i = 0; i < HS; ++i)
+                p[t2] += double(q[t * stride + i]) * double(k[t2 * stride + i]);
             total += p[t2] = std::exp(p[t2] / std::sqrt(double(HS)));
         }
         for (int t2 = 0; t2 <= t; ++t2) {
@@ -1522,88 +1582,122 @@ void attention_definition(real* out, ptrdiff_t out_stride, const real* q, const 
     }
 }
 
-// Forward. The scores are made transposed, keys down and queries across: then a running softmax is a
-// vector of maxima and sums, one lane for each query, and p^T [keys, queries] is already the packed
-// right operand of out^T = v^T p^T. For each block of keys (Milakov and Gimelshein 2018, Dao 2022):
-//   new max = max(old max, s)   p = e^(s - new max)   both sums so far shrink by e^(old max - new max)
+// Forward. The scores are made transposed, keys down and queries across: then a running softmax is
+// a vector of maxima and one of sums, a lane for each query, and p^T [keys, queries] is already the
+// packed right operand of out^T = v^T p^T. For each block of keys (Milakov and Gimelshein 2018):
+//   new max = max(old max, s)    p = e^(s - new max)    old sums shrink by e^(old max - new max)
 // Keys behind the last query of a tile are never touched: that is the causal half.
 
-// One head: queries first..last-1 over keys 0..last-1. qkv: the head's query of row 0, rows 3C apart.
-// Sets out [last - first, HS], rows C apart, and lse [last - first] unless it is null.
+// out [m, kTileCols] (+)= left [m, k] * right [k, kTileCols], packed; left's panels are `panel`
+// apart.
 template <class real>
-void attend(real* out, real* lse, const real* qkv, int first, int last, int C, int HS, Dropout drop,
-            uint64_t place, int T) {
-    constexpr int R = kTileRows, N = kTileCols<real>, L = kLanes<real>, kKeys = 8 * R;
-    const ptrdiff_t stride = 3 * ptrdiff_t(C);
-    const int key_panels = (last + R - 1) / R, value_panels = (HS + R - 1) / R;
-    static thread_local Scratch scratch;
-    real* keys = scratch.get<real>(size_t(key_panels + N) * R * HS + size_t(value_panels) * R * (last + N) +
-                                   size_t(kKeys) * N);
-    real* values = keys + size_t(key_panels) * R * HS;          // [value_panels][last][R]
-    real* queries = values + size_t(value_panels) * R * last;   // [HS][N]
-    real* sums = queries + size_t(HS) * N;                      // [value_panels * R][N]: out^T
-    real* p = sums + size_t(value_panels) * R * N;              // [kKeys][N]
-    const View<real> q = rows_of(qkv, stride), k = rows_of(qkv + C, stride), v = rows_of(qkv + 2 * C, stride);
-    for (int t = 0; t < last; t += R) pack_panels<R>(keys + size_t(t) * HS, k.from(t, 0), std::min(R, last - t), HS);
-    for (int i = 0; i < HS; i += R)
-        pack_panels<R>(values + size_t(i) * last, v.from(0, i).transposed(), std::min(R, HS - i), last);
-    const real scale = 1 / std::sqrt(real(HS));
-    for (int t = first; t < last; t += N) {
-        const int count = std::min(N, last - t), end = t + count;
-        alignas(64) real max[N], total[N];
-        std::fill(max, max + N, -std::numeric_limits<real>::infinity());
-        std::fill(total, total + N, real(0));
-        std::fill(sums, sums + size_t(value_panels) * R * N, real(0));
-        pack_panels<N>(queries, q.from(t, 0), count, HS);
-        for (int i = 0; i < HS * N; ++i) queries[i] *= scale;
-        for (int k0 = 0; k0 < end; k0 += kKeys) {
-            const int kc = std::min(kKeys, end - k0);
-            for (int i = 0; i < kc; i += R)
-                kernel_for<real>(std::min(R, kc - i))(p + i * N, N, keys + size_t(k0 + i) * HS, queries, HS, false);
-            for (int i = std::max(0, t - k0); i < kc; ++i)  // a key behind the query is not seen
-                for (int j = 0; j < std::min(N, k0 + i - t); ++j) p[i * N + j] = -std::numeric_limits<real>::infinity();
-            for (int lane = 0; lane < N; lane += L) {
-                const Vec<real> old_max = load(max + lane);
-                Vec<real> top = old_max;
-                for (int i = 0; i < kc; ++i) {
-                    const Vec<real> s = load(p + i * N + lane);
-                    top = s > top ? s : top;
-                }
-                const Vec<real> shrink = exp_fast(old_max - top);
-                Vec<real> sum = load(total + lane) * shrink;
-                for (int i = 0; i < kc; ++i) {
-                    const Vec<real> e = exp_fast(load(p + i * N + lane) - top);
-                    store(p + i * N + lane, e);
-                    sum += e;
-                }
-                store(max + lane, top), store(total + lane, sum);
-                for (int i = 0; i < HS; ++i) store(sums + i * N + lane, load(sums + i * N + lane) * shrink);
-            }
-            if (drop.on())
-                for (int i = 0; i < kc; ++i)
-                    for (int j = 0; j < count; ++j)
-                        p[i * N + j] *= drop.scale((place * T + t + j) * T + k0 + i);
-            for (int i = 0; i < HS; i += R)
-                kernel_for<real>(std::min(R, HS - i))(sums + i * N, N, values + size_t(i) * last + size_t(k0) * R, p, kc, true);
+void multiply_packed(real* out, const real* left, size_t panel, const real* right, int m, int k,
+                     bool add) {
+    constexpr int R = kTileRows, N = kTileCols<real>;
+    for (int i = 0; i < m; i += R)
+        multiply_tile(out + i * N, N, left + i / R * panel, right, std::min(R, m - i), k, add);
+}
+
+// out[j][i] = tile[i][j]: a transposed tile of kTileCols columns back into rows.
+template <class real>
+void unpack_tile(real* out, ptrdiff_t stride, const real* tile, int count, int HS) {
+    for (int j = 0; j < count; ++j)
+        for (int i = 0; i < HS; ++i) out[j * stride + i] = tile[i * kTileCols<real> + j];
+}
+
+// One step of the running softmax, for a block of scores s [keys, kTileCols], which become p.
+// Updates each query's maximum and sum of p, and shrinks sums [HS, kTileCols].
+template <class real>
+void softmax_block(real* s, real* max, real* total, real* sums, int keys, int HS) {
+    constexpr int N = kTileCols<real>, L = kLanes<real>;
+    for (int lane = 0; lane < N; lane += L) {
+        const Vec<real> old_max = load(max + lane);
+        Vec<real> top = old_max;
+        for (int i = 0; i < keys; ++i) {
+            const Vec<real> x = load(s + i * N + lane);
+            top = x > top ? x : top;
         }
-        for (int j = 0; j < count; ++j) {
-            const real share = 1 / total[j];
-            for (int i = 0; i < HS; ++i) out[(t - first + j) * ptrdiff_t(C) + i] = sums[i * N + j] * share;
-            if (lse) lse[t - first + j] = max[j] + std::log(total[j]);
+        const Vec<real> shrink = exp_fast(old_max - top);
+        Vec<real> sum = load(total + lane) * shrink;
+        for (int i = 0; i < keys; ++i) {
+            const Vec<real> p = exp_fast(load(s + i * N + lane) - top);
+            store(s + i * N + lane, p);
+            sum += p;
         }
+        store(max + lane, top), store(total + lane, sum);
+        for (int i = 0; i < HS; ++i) store(sums + i * N + lane, load(sums + i * N + lane) * shrink);
     }
 }
 
-// out [B*T, C], lse [B, NH, T], qkv [B*T, 3C]. Sets out and lse.
+// One head: queries first..last-1 over keys 0..last-1. qkv: the head's query of row 0, rows 3C
+// apart. Sets out [last - first, HS], rows C apart, and lse [last - first] unless it is null.
 template <class real>
-void attention_forward(real* out, real* lse, const real* qkv, int B, int T, int NH, int HS, Dropout drop) {
+void attend(real* out, real* lse, const real* qkv, int first, int last, int C, int HS, Dropout drop,
+            uint64_t place, int T) {
+    constexpr int R = kTileRows, N = kTileCols<real>, kKeys = 8 * R;
+    constexpr real kNever = -std::numeric_limits<real>::infinity();
+    static thread_local Scratch room[5];
+    const View<real> q = rows_of(qkv, 3 * ptrdiff_t(C)), k = q.from(0, C), v = q.from(0, 2 * C);
+    real* keys = room[0].get<real>(size_t(last + R) * HS);    // panels of keys, [HS][R] each
+    real* values = room[1].get<real>(size_t(HS + R) * last);  // panels of channels, [last][R] each
+    real* queries = room[2].get<real>(size_t(HS) * N);        // [HS][N]
+    real* sums = room[3].get<real>(size_t(HS) * N);           // [HS][N]: out^T
+    real* p = room[4].get<real>(size_t(kKeys) * N);           // [keys][N]: scores, then p
+    pack_panels<R>(keys, k, last, HS);
+    pack_panels<R>(values, v.transposed(), HS, last);
+    for (int t = first; t < last; t += N) {
+        const int count = std::min(N, last - t), end = t + count;
+        alignas(64) real max[N], total[N] = {};
+        std::fill(max, max + N, kNever);
+        std::fill(sums, sums + HS * N, real(0));
+        pack_panels<N>(queries, q.from(t, 0), count, HS);
+        for (int i = 0; i < HS * N; ++i) queries[i] *= 1 / std::sqrt(real(HS));
+        for (int k0 = 0; k0 < end; k0 += kKeys) {
+            const int n = std::min(kKeys, end - k0);
+            multiply_packed(p, keys + size_t(k0) * HS, size_t(R) * HS, queries, n, HS, false);
+            for (int i = std::max(0, t - k0); i < n; ++i)  // a key behind the query is not seen
+                std::fill(p + i * N, p + i * N + std::min(N, k0 + i - t), kNever);
+            softmax_block(p, max, total, sums, n, HS);
+            for (int i = 0; drop.on() && i < n; ++i)
+                for (int j = 0; j < count; ++j)
+                    p[i * N + j] *= drop.scale((place * T + t + j) * T + k0 + i);
+            multiply_packed(sums, values + size_t(k0) * R, size_t(R) * last, p, HS, n, true);
+        }
+        for (int i = 0; i < HS * N; ++i) sums[i] /= total[i % N];
+        unpack_tile(out + (t - first) * ptrdiff_t(C), C, sums, count, HS);
+        for (int j = 0; lse && j < count; ++j) lse[t - first + j] = max[j] + std::log(total[j]);
+    }
+}
+
+// Sets out [B*T, C] and lse [B, NH, T] from qkv [B*T, 3C].
+template <class real>
+void attention_forward(real* out, real* lse, const real* qkv, int B, int T, int NH, int HS,
+                       Dropout drop) {
     const int C = NH * HS;
 #pragma omp parallel for schedule(dynamic)
     for (int head = 0; head < B * NH; ++head) {
-        const size_t row = size_t(head / NH) * T;
-        const int channel = head % NH * HS;
-        attend(out + row * C + channel, lse + size_t(head) * T, qkv + row * 3 * C + channel, 0, T, C, HS, drop, uint64_t(head), T);
+        const size_t row = size_t(head / NH) * T, at = row * C + head % NH * HS;
+        attend(out + at, lse + size_t(head) * T, qkv + at + 2 * row * C, 0, T, C, HS, drop,
+               uint64_t(head), T);
     }
+}
+
+// One query, the last of n rows, in one head. Nothing is used twice, so nothing is packed.
+template <class real>
+void attend_one(real* out, const real* qkv, int n, int C, int HS) {
+    static thread_local Scratch scratch;
+    real* p = scratch.get<real>(n);
+    const ptrdiff_t stride = 3 * ptrdiff_t(C);
+    const real *q = qkv + (n - 1) * stride, *k = qkv + C, *v = qkv + 2 * C;
+    real top = -std::numeric_limits<real>::infinity();
+    for (int t = 0; t < n; ++t, k += stride) {
+        p[t] = dot(q, k, HS) / std::sqrt(real(HS));
+        top = std::max(top, p[t]);
+    }
+    const real total = exp_and_sum(p, top, n);
+    std::fill(out, out + HS, real(0));
+    for (int t = 0; t < n; ++t, v += stride)
+        for (int i = 0; i < HS; ++i) out[i] += p[t] / total * v[i];
 }
 
 // Generation: out [n, C] for positions past..past+n-1 of one sequence, whose qkv rows 0..past+n-1
@@ -1612,29 +1706,12 @@ template <class real>
 void attention_cached(real* out, const real* qkv, int past, int n, int NH, int HS) {
     const int C = NH * HS;
 #pragma omp parallel for schedule(dynamic)
-    for (int head = 0; head < NH; ++head) {
-        if (n > 1) {
-            attend(out + head * HS, static_cast<real*>(nullptr), qkv + head * HS, past, past + n, C, HS, Dropout{}, 0, past + n);
-            continue;
-        }
-        // One query: nothing is used twice, so nothing is packed.
-        static thread_local Scratch scratch;
-        real *p = scratch.get<real>(past + 1), *o = out + head * HS, total = 0;
-        const real *q = qkv + size_t(past) * 3 * C + head * HS, *k = qkv + C + head * HS, *v = k + C;
-        real top = -std::numeric_limits<real>::infinity();
-        for (int t = 0; t <= past; ++t) {
-            real s = 0;
-#pragma omp simd reduction(+ : s)
-            for (int i = 0; i < HS; ++i) s += q[i] * k[size_t(t) * 3 * C + i];
-            p[t] = s / std::sqrt(real(HS));
-            top = std::max(top, p[t]);
-        }
-        for (int t = 0; t <= past; ++t) p[t] = exp_fast(p[t] - top);
-        for (int t = 0; t <= past; ++t) total += p[t];
-        std::fill(o, o + HS, real(0));
-        for (int t = 0; t <= past; ++t)
-            for (int i = 0; i < HS; ++i) o[i] += p[t] / total * v[size_t(t) * 3 * C + i];
-    }
+    for (int at = 0; at < C; at += HS)
+        if (n == 1)
+            attend_one(out + at, qkv + at, past + 1, C, HS);
+        else
+            attend(out + at, static_cast<real*>(nullptr), qkv + at, past, past + n, C, HS,
+                   Dropout{}, 0, past + n);
 }
 
 // Backward. With dp = dout v^T (times the mask), the softmax passes on ds = p (dp - D), where
@@ -1642,108 +1719,92 @@ void attention_cached(real* out, const real* qkv, int past, int n, int NH, int H
 //   dv = p^T dout    dk = ds^T q / sqrt(HS)    dq = ds k / sqrt(HS)
 // For each block of keys the scores of all later queries are made again, p = e^(s - lse), this time
 // queries down and keys across: p and ds are then the right operands of dv^T and dk^T as they are.
+
+// Scores p and products ds = dout v^T, [queries, kTileCols], of queries t.. and keys k0.. become p
+// (times the mask) and ds / sqrt(HS). lse, D: of query t.
 template <class real>
-void attend_backward(real* dqkv, const real* dout, const real* out, const real* lse, const real* qkv,
-                     int T, int C, int HS, Dropout drop, uint64_t place) {
-    constexpr int R = kTileRows, N = kTileCols<real>, kQueries = 8 * R;
-    const ptrdiff_t stride = 3 * ptrdiff_t(C);
-    const int row_panels = (T + R - 1) / R, panels = (HS + R - 1) / R, wide = (HS + N - 1) / N;
-    const size_t by_rows = size_t(row_panels) * R * HS, by_cols = size_t(panels) * R * T;
-    static thread_local Scratch scratch;
-    real* q_rows = scratch.get<real>(2 * by_rows + 2 * by_cols + size_t(row_panels) * R * (wide * N + 1) +
-                                     size_t(N) * (2 * HS + wide * N + 2 * panels * R + 2 * kQueries + R) + 64);
-    real *q_cols = q_rows + by_rows, *dout_rows = q_cols + by_cols, *dout_cols = dout_rows + by_rows;
-    real* dq = dout_cols + by_cols;                        // [wide][T][N]
-    real* k_right = dq + size_t(row_panels) * R * wide * N;  // [HS][N]
-    real* v_right = k_right + HS * N;                      // [HS][N]
-    real* k_wide = v_right + HS * N;                       // [wide][N][N]
-    real* dk = k_wide + wide * N * N;                      // [HS][N]
-    real* dv = dk + panels * R * N;                        // [HS][N]
-    real* p = dv + panels * R * N;                         // [kQueries][N]
-    real* ds = p + kQueries * N;                           // [kQueries][N]
-    real* ds_left = ds + kQueries * N;                     // [N][R]
-    real* D = ds_left + N * R;                             // [T]
-    const View<real> q = rows_of(qkv, stride), k = rows_of(qkv + C, stride), v = rows_of(qkv + 2 * C, stride);
-    const View<real> d = rows_of(dout, C);
-    for (int t = 0; t < T; t += R) {
-        pack_panels<R>(q_rows + size_t(t) * HS, q.from(t, 0), std::min(R, T - t), HS);
-        pack_panels<R>(dout_rows + size_t(t) * HS, d.from(t, 0), std::min(R, T - t), HS);
-    }
-    for (int i = 0; i < HS; i += R) {
-        pack_panels<R>(q_cols + size_t(i) * T, q.from(0, i).transposed(), std::min(R, HS - i), T);
-        pack_panels<R>(dout_cols + size_t(i) * T, d.from(0, i).transposed(), std::min(R, HS - i), T);
-    }
-    for (int t = 0; t < T; ++t) {
-        real sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int i = 0; i < HS; ++i) sum += dout[ptrdiff_t(t) * C + i] * out[ptrdiff_t(t) * C + i];
-        D[t] = sum;
-    }
-    std::fill(dq, k_right, real(0));
+void softmax_block_backward(real* p, real* ds, const real* lse, const real* D, int t, int k0,
+                            int queries, int T, int HS, Dropout drop, uint64_t place) {
+    constexpr int N = kTileCols<real>;
     const real scale = 1 / std::sqrt(real(HS));
-    for (int k0 = 0; k0 < T; k0 += N) {
-        const int kn = std::min(N, T - k0);
-        pack_panels<N>(k_right, k.from(k0, 0), kn, HS);
-        pack_panels<N>(v_right, v.from(k0, 0), kn, HS);
-        for (int i = 0; i < HS; i += N)
-            pack_panels<N>(k_wide + i * N, k.from(k0, i).transposed(), std::min(N, HS - i), kn);
-        std::fill(dk, p, real(0));
-        for (int t0 = k0 / R * R; t0 < T; t0 += kQueries) {
-            const int tn = std::min(kQueries, T - t0);
-            for (int i = 0; i < tn; i += R) {
-                const auto kernel = kernel_for<real>(std::min(R, tn - i));
-                kernel(p + i * N, N, q_rows + size_t(t0 + i) * HS, k_right, HS, false);
-                kernel(ds + i * N, N, dout_rows + size_t(t0 + i) * HS, v_right, HS, false);
-            }
-            for (int i = 0; i < tn; ++i) {
-                real *p_row = p + i * N, *ds_row = ds + i * N;
-                const int t = t0 + i;
-                for (int j = 0; j < N; ++j) p_row[j] = exp_fast(p_row[j] * scale - lse[t]);
-                for (int j = std::max(0, t + 1 - k0); j < N; ++j) p_row[j] = 0;
-                if (!drop.on()) {
-                    for (int j = 0; j < N; ++j) ds_row[j] = p_row[j] * (ds_row[j] - D[t]) * scale;
-                    continue;
-                }
-                for (int j = 0; j < kn; ++j) {
-                    const real mask = drop.scale((place * T + t) * T + k0 + j);
-                    ds_row[j] = p_row[j] * (ds_row[j] * mask - D[t]) * scale;
-                    p_row[j] *= mask;
-                }
-            }
-            for (int i = 0; i < HS; i += R) {
-                const auto kernel = kernel_for<real>(std::min(R, HS - i));
-                kernel(dv + i * N, N, dout_cols + size_t(i) * T + size_t(t0) * R, p, tn, true);
-                kernel(dk + i * N, N, q_cols + size_t(i) * T + size_t(t0) * R, ds, tn, true);
-            }
-            for (int i = 0; i < tn; i += R) {
-                const int rows = std::min(R, tn - i);
-                pack_panels<R>(ds_left, rows_of(ds + i * N, N), rows, kn);
-                for (int w = 0; w < wide; ++w)
-                    kernel_for<real>(rows)(dq + (size_t(w) * row_panels * R + t0 + i) * N, N, ds_left, k_wide + w * N * N, kn, true);
-            }
+    for (int i = 0; i < queries; ++i, ++t, p += N, ds += N) {
+        for (int j = 0; j < N; ++j) p[j] = exp_fast(p[j] * scale - lse[i]);
+        for (int j = std::max(0, t + 1 - k0); j < N; ++j) p[j] = 0;  // keys behind the query
+        if (!drop.on()) {
+            for (int j = 0; j < N; ++j) ds[j] = p[j] * (ds[j] - D[i]) * scale;
+            continue;
         }
-        for (int j = 0; j < kn; ++j)
-            for (int i = 0; i < HS; ++i) {
-                real* to = dqkv + (k0 + j) * stride + i;
-                to[C] = dk[i * N + j], to[2 * C] = dv[i * N + j];
-            }
+        for (int j = 0; j < N; ++j) {
+            const real mask = drop.scale((place * T + t) * T + k0 + j);
+            ds[j] = p[j] * (ds[j] * mask - D[i]) * scale;
+            p[j] *= mask;
+        }
     }
-    for (int t = 0; t < T; ++t)
-        for (int i = 0; i < HS; ++i)
-            dqkv[t * stride + i] = dq[(size_t(i / N) * row_panels * R + t) * N + i % N];
 }
 
-// dqkv [B*T, 3C] is set; dout, out [B*T, C], lse [B, NH, T], qkv [B*T, 3C] are read.
+// One head; rows of dqkv and qkv are 3C apart, those of dout and out C. Sets dqkv.
+template <class real>
+void attend_backward(real* dqkv, const real* dout, const real* out, const real* lse,
+                     const real* qkv, int T, int C, int HS, Dropout drop, uint64_t place) {
+    constexpr int R = kTileRows, N = kTileCols<real>, kQueries = 8 * R;
+    static thread_local Scratch room[13];
+    const ptrdiff_t stride = 3 * ptrdiff_t(C);
+    const View<real> q = rows_of(qkv, stride), k = q.from(0, C), v = q.from(0, 2 * C),
+                     d = rows_of(dout, C);
+    const size_t by_rows = size_t(T + R) * HS, by_cols = size_t(HS + R) * T,
+                 tile = size_t(HS + N) * N;
+    real *q_rows = room[0].get<real>(by_rows), *dout_rows = room[1].get<real>(by_rows);
+    real *q_cols = room[2].get<real>(by_cols), *dout_cols = room[3].get<real>(by_cols);
+    real *k_right = room[4].get<real>(tile), *v_right = room[5].get<real>(tile);  // [HS][N]
+    real *dk = room[6].get<real>(tile), *dv = room[7].get<real>(tile);            // [HS][N]
+    real* k_wide = room[8].get<real>(tile);  // [HS / N][keys][N]
+    real *p = room[9].get<real>(kQueries * N),
+         *ds = room[10].get<real>(kQueries * N);               // [queries][N]
+    real* ds_left = room[11].get<real>(size_t(kQueries) * N);  // panels of queries, [keys][R] each
+    const int wide = (HS + N - 1) / N;
+    real *dq = room[12].get<real>((size_t(wide) * N + 1) * T), *D = dq + size_t(wide) * T * N;
+    std::fill(dq, D, real(0));  // [HS / N][T][N]
+    for (int t = 0; t < T; ++t) D[t] = dot(dout + ptrdiff_t(t) * C, out + ptrdiff_t(t) * C, HS);
+    pack_panels<R>(q_rows, q, T, HS), pack_panels<R>(dout_rows, d, T, HS);
+    pack_panels<R>(q_cols, q.transposed(), HS, T), pack_panels<R>(dout_cols, d.transposed(), HS, T);
+    for (int k0 = 0; k0 < T; k0 += N) {
+        const int keys = std::min(N, T - k0);
+        pack_panels<N>(k_right, k.from(k0, 0), keys, HS),
+            pack_panels<N>(v_right, v.from(k0, 0), keys, HS);
+        pack_panels<N>(k_wide, k.from(k0, 0).transposed(), HS, keys);
+        std::fill(dk, dk + tile, real(0)), std::fill(dv, dv + tile, real(0));
+        for (int t = k0 / R * R; t < T; t += kQueries) {
+            const int n = std::min(kQueries, T - t);
+            multiply_packed(p, q_rows + size_t(t) * HS, size_t(R) * HS, k_right, n, HS, false);
+            multiply_packed(ds, dout_rows + size_t(t) * HS, size_t(R) * HS, v_right, n, HS, false);
+            softmax_block_backward(p, ds, lse + t, D + t, t, k0, n, T, HS, drop, place);
+            multiply_packed(dv, dout_cols + size_t(t) * R, size_t(R) * T, p, HS, n, true);
+            multiply_packed(dk, q_cols + size_t(t) * R, size_t(R) * T, ds, HS, n, true);
+            pack_panels<R>(ds_left, rows_of(ds, N), n, keys);
+            for (int w = 0; w < wide; ++w)
+                multiply_packed(dq + (size_t(w) * T + t) * N, ds_left, size_t(R) * keys,
+                                k_wide + size_t(w) * keys * N, n, keys, true);
+        }
+        unpack_tile(dqkv + k0 * stride + C, stride, dk, keys, HS);
+        unpack_tile(dqkv + k0 * stride + 2 * C, stride, dv, keys, HS);
+    }
+    for (int i = 0; i < HS; i += N)
+        for (int t = 0; t < T; ++t)
+            std::copy_n(dq + size_t(i) * T + size_t(t) * N, std::min(N, HS - i),
+                        dqkv + t * stride + i);
+}
+
+// Sets dqkv [B*T, 3C] from dout, out [B*T, C], lse [B, NH, T] and qkv [B*T, 3C].
 template <class real>
 void attention_backward(real* dqkv, const real* dout, const real* out, const real* lse,
                         const real* qkv, int B, int T, int NH, int HS, Dropout drop) {
     const int C = NH * HS;
 #pragma omp parallel for schedule(dynamic)
     for (int head = 0; head < B * NH; ++head) {
-        const size_t row = size_t(head / NH) * T;
-        const int channel = head % NH * HS;
-        attend_backward(dqkv + row * 3 * C + channel, dout + row * C + channel, out + row * C + channel,
-                        lse + size_t(head) * T, qkv + row * 3 * C + channel, T, C, HS, drop, uint64_t(head));
+        const size_t row = size_t(head / NH) * T, at = row * C + head % NH * HS,
+                     at3 = at + 2 * row * C;
+        attend_backward(dqkv + at3, dout + at, out + at, lse + size_t(head) * T, qkv + at3, T, C,
+                        HS, drop, uint64_t(head));
     }
 }
 
@@ -1872,7 +1933,7 @@ void Cpu<real>::attention_cached(real* out, const real* qkv, int past, int n, in
 // --- §4.6 The head: logits, softmax and cross-entropy in one
 //   logits = x w^T,  w [V, C]      p = softmax(logits)      loss = -log p[target]
 // Every token gets a score, and the loss is how surprised the softmax is by the one that came.
-//   walk> cat    -0.8429       0.4305        0.0351   <- the target
+//   walk> cat     -0.8429       0.4305        0.0351   <- the target
 //   walk> sum of exp 12.2585; loss = log(sum) - logit of the target = 2.5062 - -0.8429 = 3.3491
 // logits [rows, V] is by far the largest thing in the model (0.8 GB for 4 x 1024 rows of GPT-2), so
 // it is made a block of rows at a time, and used for everything it is needed for while it is there.
@@ -1881,6 +1942,18 @@ constexpr int kHeadRows = 1024;  // of one block
 template <class real>
 size_t Cpu<real>::head_workspace(int rows, int V) {
     return size_t(std::min(rows, kHeadRows)) * size_t(V);
+}
+
+// The largest of n >= 1 numbers, as the largest of sixteen lanes: so the loop vectorises.
+template <class real>
+real maximum(const real* x, int n) {
+    constexpr int L = 16;
+    real lanes[L];
+    for (int j = 0; j < L; ++j) lanes[j] = x[std::min(j, n - 1)];
+    for (int i = 0; i + L <= n; i += L)
+        for (int j = 0; j < L; ++j) lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
+    for (int i = n / L * L; i < n; ++i) lanes[0] = std::max(lanes[0], x[i]);
+    return *std::max_element(lanes, lanes + L);
 }
 
 // Loss of each row: log(sum exp(logits)) - logits[target], with the maximum taken out so that exp
@@ -1902,9 +1975,7 @@ void softmax_cross_entropy(real* losses, real* logits, const int32_t* targets, i
             if (scale > 0) std::fill(l, l + V, real(0));
             continue;
         }
-        real highest = l[0];
-#pragma omp simd reduction(max : highest)
-        for (int v = 0; v < V; ++v) highest = l[v] > highest ? l[v] : highest;
+        const real highest = maximum(l, V);
         const real at_target = l[target];
         const real sum = exp_and_sum(l, highest, V);  // l[v] = exp(l[v] - highest)
         losses[row] = std::log(sum) + highest - at_target;
@@ -3361,8 +3432,9 @@ inline void Json::write_to(std::string& out, int indent, int depth) const {
     if (kind == Kind::string) append_json_string(out, text);
     if (kind == Kind::number) {
         TINYGPT_CHECK(std::isfinite(number), "JSON has no NaN and no infinity: cannot write one");
-        auto end = integral ? std::to_chars(digits, digits + sizeof digits, integer).ptr
-                            : std::to_chars(digits, digits + sizeof digits, number).ptr;
+        const bool whole = integral && !(integer == 0 && std::signbit(number));  // "-0" keeps its sign
+        auto end = whole ? std::to_chars(digits, digits + sizeof digits, integer).ptr
+                         : std::to_chars(digits, digits + sizeof digits, number).ptr;
         out.append(digits, end);
     }
     if (kind == Kind::array) {
@@ -4796,7 +4868,8 @@ void load_weights(Gpt2<Device>& model, const std::string& folder) {
 template <class Device>
 void load_moments(Gpt2<Device>& model, const std::string& folder) {
     const SafetensorsFile file(folder + "/optimizer.safetensors");
-    for (auto [prefix, to] : {std::pair{"m.", model.m}, {"v.", model.v}}) {
+    using Part = std::pair<const char*, typename Device::Real*>;
+    for (const auto& [prefix, to] : {Part{"m.", model.m}, Part{"v.", model.v}}) {
         std::vector<const StoredTensor*> stored;
         for (const TensorInfo& info : model.layout.tensors) {
             const StoredTensor* tensor = file.find(prefix + name_in_checkpoint(info.name));
@@ -5519,9 +5592,9 @@ inline std::string log_line(const LogRow& row) {
         format("%lld,%.6g,%lld", (long long)row.step, row.epoch, (long long)row.tokens);
     auto field = [&](const std::optional<double>& value, const char* pattern) {
         char text[40] = "";
+        if (value) std::snprintf(text, sizeof text, pattern, *value);
         // Why: printf writes some NaNs as "-nan", and two equal runs must have equal logs.
-        if (value) std::snprintf(text, sizeof text, std::isnan(*value) ? "nan" : pattern, *value);
-        line.append(",").append(text);
+        line.append(",").append(value && std::isnan(*value) ? "nan" : text);
     };
     for (auto* value : {&row.train_loss, &row.eval_train_loss, &row.val_loss, &row.perplexity,
                         &row.floor, &row.lr, &row.grad_norm})
@@ -5795,17 +5868,28 @@ double Cpu<real>::peak_flops() const {
 // Memory's speed, measured: all threads read 256 MB, far more than any cache holds. Best of five.
 template <class real>
 double Cpu<real>::peak_bandwidth() const {
-    const size_t count = size_t(1) << 25;
-    std::vector<uint64_t> data(count, 1);
+    using V = Vec<float>;
+    const size_t count = size_t(1) << 26, lanes = sizeof(V) / sizeof(float);
+    float* data = Cpu<float>().allocate<float>(count);
+#pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < count; ++i) data[i] = 1;
     double best = 0;
     for (int trial = 0; trial < 5; ++trial) {
-        uint64_t sum = 0;
+        float total = 0;
         const double begin = now_seconds();
-#pragma omp parallel for simd reduction(+ : sum) schedule(static)
-        for (size_t i = 0; i < count; ++i) sum += data[i];
-        const double seconds = now_seconds() - begin;
-        if (sum == count) best = std::max(best, double(count * sizeof(uint64_t)) / seconds);
+#pragma omp parallel reduction(+ : total)
+        {
+            const size_t share = count / size_t(omp_get_num_threads()) / (4 * lanes) * (4 * lanes);
+            const V* v = reinterpret_cast<const V*>(data + share * size_t(omp_get_thread_num()));
+            V sums[4] = {};
+            for (size_t i = 0; i < share / lanes; i += 4)
+                for (size_t j = 0; j < 4; ++j) sums[j] += v[i + j];
+            total += (sums[0] + sums[1] + sums[2] + sums[3])[0];
+        }
+        if (total > 0)
+            best = std::max(best, double(count * sizeof(float)) / (now_seconds() - begin));
     }
+    std::free(data);
     return best;
 }
 
@@ -7142,6 +7226,8 @@ private:
         const double seconds = median_seconds([&] {
             for (int i = 0; i < calls; ++i) f(i);
         });
+        // A processor slows down when it gets hot: the peak is that of this moment.
+        peak_flops_ = model_.device.peak_flops();
         total_ += seconds;
         const double each = seconds / calls;
         const double of_flops = work.flops / each / peak_flops_,
@@ -7520,6 +7606,9 @@ int program(int argc, char** argv, const char* name, Run&& run) {
     } catch (const std::bad_alloc&) {
         std::fprintf(stderr, "error: out of memory: choose a smaller --batch-size or --model\n");
         return 1;
+    } catch (const std::exception& e) {  // such as a thread that could not be started
+        std::fprintf(stderr, "error: %s (memory or threads are short)\n", e.what());
+        return 1;
     }
 }
 
@@ -7531,7 +7620,7 @@ inline Cpu<float> make_cpu(const Options& o) {
             "products, bf16");
     Cpu<float> device;
     device.matmul_options.bf16 = o.precision == "bf16";
-    if (device.matmul_options.bf16 && true)
+    if (device.matmul_options.bf16 && !cpu_has_bf16_dot())
         fail(
             "--precision bf16 needs a CPU with bf16 dot products (AVX-512 BF16), and a build for it "
             "(MARCH=native): use --precision fp32");

@@ -1,10 +1,11 @@
 // train_gpt.cu: the layers of tinygpt.hpp as CUDA kernels, and the GPU driver.
 //
-// Model, training loop, options and files are tinygpt.hpp's, unchanged: this file is one more device
-// for them, `Cuda<Activation>`, with the same functions as `Cpu<real>`. Read a layer there first: the
-// mathematics and the derivations stand there. Here each kernel says how it is laid out on the GPU,
-// how many bytes it moves and how many operations it does; a kernel is as fast as the larger of the
-// two times lets it be (an H100 moves about 3.0 TB/s and multiplies about 800 TFLOP/s in bf16).
+// Model, training loop, options and files are tinygpt.hpp's, unchanged: this file is one more
+// device for them, `Cuda<Activation>`, with the same functions as `Cpu<real>`. Read a layer there
+// first: the mathematics and the derivations stand there. Here each kernel says how it is laid out
+// on the GPU, how many bytes it moves and how many operations it does; a kernel is as fast as the
+// larger of the two times lets it be (an H100 moves about 3.0 TB/s and multiplies about 800 TFLOP/s
+// in bf16).
 //
 //   1 errors            a return code that is not success ends with its name and place
 //   2 words of PTX      all inline assembly: tensor cores, and copies that do not wait
@@ -14,9 +15,9 @@
 //   6 struct Cuda       the device: which kernel, on how many blocks
 //   7 the driver
 //
-// Precision. bf16: activations and the weights that the layers read are bf16; master weights, moments,
-// parameter gradients, statistics, losses and every sum are fp32 or wider. tf32, fp32: all are fp32,
-// and matmuls round their inputs to tf32, or do not.
+// Precision. bf16: activations and the weights that the layers read are bf16; master weights,
+// moments, parameter gradients, statistics, losses and every sum are fp32 or wider. tf32, fp32: all
+// are fp32, and matmuls round their inputs to tf32, or do not.
 //
 // Two runs are equal bit for bit: every sum has a fixed order, and there is no atomic addition.
 #include <cublasLt.h>
@@ -45,35 +46,42 @@ inline void check_code(cublasStatus_t code, const char* call, int line) {
 // 2 Words of PTX
 // =================================================================================================
 // A warp of 32 lanes multiplies small matrices together, d += a b, with the elements of a, b and d
-// spread over its lanes (PTX ISA, "Matrix Fragments for mma.m16n8k16"). With g = lane / 4, t = lane % 4:
+// spread over its lanes (PTX ISA, "Matrix Fragments for mma.m16n8k16"). With g = lane / 4, t = lane
+// % 4:
 //   a, 16 x 16: a[0] holds row g,     columns 2t, 2t+1     a[2] row g,     columns 2t+8, 2t+9
 //               a[1]       row g + 8, columns 2t, 2t+1     a[3] row g + 8, columns 2t+8, 2t+9
 //   b, 16 x 8:  b[0] holds rows 2t, 2t+1 of column g       b[1] rows 2t+8, 2t+9 of column g
 //   d, 16 x 8:  d[0], d[1]: row g, columns 2t, 2t+1        d[2], d[3]: row g + 8, the same columns
-// load_matrix reads 8 x 8 pieces from shared memory in just that layout: lane i gives the address of
-// row i % 8 of piece i / 8, and gets elements 2t, 2t+1 of row g of every piece; transposed, of column g.
+// load_matrix reads 8 x 8 pieces from shared memory in just that layout: lane i gives the address
+// of row i % 8 of piece i / 8, and gets elements 2t, 2t+1 of row g of every piece; transposed, of
+// column g.
 
 // PTX wrappers begin
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-#define TINYGPT_PTX(...) __trap()  // bf16, tf32 and asynchronous copies came with compute capability 8.0
+#define TINYGPT_PTX(...) \
+    __trap()  // bf16, tf32 and asynchronous copies came with compute capability 8.0
 #else
 #define TINYGPT_PTX(...) asm volatile(__VA_ARGS__)
 #endif
 
 // d [16, 8] += a [16, 16] b [16, 8], in bf16 with fp32 sums.
-__device__ inline void mma_bf16_16x8x16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-    TINYGPT_PTX("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+__device__ inline void mma_bf16_16x8x16(float (&d)[4], const unsigned (&a)[4],
+                                        const unsigned (&b)[2]) {
+    TINYGPT_PTX(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 // d [16, 8] += a [16, 8] b [8, 8], in tf32 with fp32 sums. Here a lane holds single elements:
 // a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4); b: (t, g), (t + 4, g); d as above.
-__device__ inline void mma_tf32_16x8x8(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-    TINYGPT_PTX("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-                "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+__device__ inline void mma_tf32_16x8x8(float (&d)[4], const unsigned (&a)[4],
+                                       const unsigned (&b)[2]) {
+    TINYGPT_PTX(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 // The nearest tf32: a float with 10 bits behind the binary point.
 __device__ inline unsigned to_tf32(float x) {
@@ -95,8 +103,9 @@ __device__ inline void load_matrix_x4_transposed(unsigned (&r)[4], const void* r
 }
 // Starts to copy 16 bytes from global to shared memory; zeros instead where not valid.
 __device__ inline void copy_async_16(void* shared, const void* global, bool valid) {
-    TINYGPT_PTX("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                :: "r"(unsigned(__cvta_generic_to_shared(shared))), "l"(global), "r"(valid ? 16 : 0)
+    TINYGPT_PTX("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                    unsigned(__cvta_generic_to_shared(shared))),
+                "l"(global), "r"(valid ? 16 : 0)
                 : "memory");
 }
 // Copies started so far and not yet committed become one group.
@@ -127,8 +136,8 @@ __device__ inline unsigned pack_bf16(float lo, float hi) {
 constexpr int kWarp = 32;
 constexpr float kLog2E = 1.4426950408889634f;
 
-// A GPU is fed best 16 bytes at a time. A pack is 16 bytes of A: 4 floats or 8 bf16, worked on as floats.
-// Every row length that is read this way is a multiple of 8 (Cuda checks n_embd).
+// A GPU is fed best 16 bytes at a time. A pack is 16 bytes of A: 4 floats or 8 bf16, worked on as
+// floats. Every row length that is read this way is a multiple of 8 (Cuda checks n_embd).
 template <class A>
 constexpr int kPack = 16 / int(sizeof(A));
 
@@ -163,7 +172,8 @@ __device__ inline T warp_sum(T x) {
 }
 __device__ inline float warp_max(float x) {
 #pragma unroll
-    for (int step = kWarp / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
+    for (int step = kWarp / 2; step > 0; step /= 2)
+        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
     return x;
 }
 // The sum over the block, in every thread. Called by all threads of a block of whole warps.
@@ -198,8 +208,8 @@ constexpr int kThreads = 256;
 // out[row] = drop(wte[tokens[row]] + wpe[past + row % T]). One thread makes one pack.
 // Moves: reads 2, writes 1 row of C for each row.
 template <class A>
-__global__ void embed_forward_kernel(A* out, const int32_t* tokens, const A* wte, const A* wpe, int rows,
-                                     int T, int C, int past, Dropout drop) {
+__global__ void embed_forward_kernel(A* out, const int32_t* tokens, const A* wte, const A* wpe,
+                                     int rows, int T, int C, int past, Dropout drop) {
     constexpr int N = kPack<A>;
     const size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
     if (at >= size_t(rows) * C) return;
@@ -214,10 +224,10 @@ __global__ void embed_forward_kernel(A* out, const int32_t* tokens, const A* wte
     store_pack(out + at, token);
 }
 
-// dwte[token] += the rows of drop(dout) at which the token stands. `order` has the rows sorted by token,
-// so all rows of a token lie side by side in it. Block i: if order[i] is the first row of its token, it sums
-// the token's rows, 32 packs of columns at a time: 8 warps take every eighth row, then add up in order.
-// Moves: reads dout once, reads and writes the rows of dwte that occur.
+// dwte[token] += the rows of drop(dout) at which the token stands. `order` has the rows sorted by
+// token, so all rows of a token lie side by side in it. Block i: if order[i] is the first row of
+// its token, it sums the token's rows, 32 packs of columns at a time: 8 warps take every eighth
+// row, then add up in order. Moves: reads dout once, reads and writes the rows of dwte that occur.
 template <class A>
 __global__ void embed_backward_tokens_kernel(float* dwte, const A* dout, const int32_t* tokens,
                                              const int32_t* order, int rows, int C, Dropout drop) {
@@ -251,7 +261,8 @@ __global__ void embed_backward_tokens_kernel(float* dwte, const A* dout, const i
 // dwpe[t] += sum over b of drop(dout)[b, t]. One thread sums one pack, b in order.
 // Moves: reads dout once, reads and writes T rows of dwpe.
 template <class A>
-__global__ void embed_backward_places_kernel(float* dwpe, const A* dout, int B, int T, int C, Dropout drop) {
+__global__ void embed_backward_places_kernel(float* dwpe, const A* dout, int B, int T, int C,
+                                             Dropout drop) {
     constexpr int N = kPack<A>;
     const size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
     if (at >= size_t(T) * C) return;
@@ -274,8 +285,8 @@ __global__ void embed_backward_places_kernel(float* dwpe, const A* dout, int B, 
 // One warp makes one row. The row is read three times (mean, variance, result), but only the first
 // comes from far: 3 KB stay in the first-level cache. Moves: reads 1, writes 1 row of C.
 template <class A>
-__global__ void layernorm_forward_kernel(A* out, float* mean, float* rstd, const A* x, const A* weight,
-                                         const A* bias, int rows, int C) {
+__global__ void layernorm_forward_kernel(A* out, float* mean, float* rstd, const A* x,
+                                         const A* weight, const A* bias, int rows, int C) {
     constexpr int N = kPack<A>;
     const int row = (blockIdx.x * blockDim.x + threadIdx.x) / kWarp, lane = threadIdx.x % kWarp;
     if (row >= rows) return;
@@ -305,8 +316,8 @@ __global__ void layernorm_forward_kernel(A* out, float* mean, float* rstd, const
 
 constexpr int kNormWarps = 4;  // of a block of layernorm's backward
 
-// Where layernorm's backward keeps the sum of column c: a lane's neighbours are other lanes' columns, so
-// that a warp meets every bank of shared memory once.
+// Where layernorm's backward keeps the sum of column c: a lane's neighbours are other lanes'
+// columns, so that a warp meets every bank of shared memory once.
 template <class A>
 __host__ __device__ inline int sum_place(int c) {
     constexpr int N = kPack<A>;
@@ -314,19 +325,19 @@ __host__ __device__ inline int sum_place(int c) {
 }
 template <class A>
 __host__ __device__ inline int sum_places(int C) {
-    return (C + kWarp * kPack<A> - 1) / (kWarp * kPack<A>) * (kWarp * kPack<A>);
+    return (C + kWarp * kPack<A> - 1) / (kWarp * kPack<A>)*(kWarp * kPack<A>);
 }
 
-// dx = dresidual + r (g - mean(g) - n mean(g n)), g = dout weight; dbranch = drop(dx).
-// One warp takes rows warp, warp + warps, ...: two passes over a row, the second from the cache. Each warp
-// keeps column sums for dweight, dbias and the branch's bias in shared memory. The block adds its warps'
-// sums in order and leaves them in partial[block], [3][C]; sum_partials_kernel finishes.
+// dx = dresidual + r (g - mean(g) - n mean(g n)), g = dout weight; dbranch = drop(dx). One warp
+// takes rows warp, warp + warps, ...: two passes over a row, the second from the cache. Each warp
+// keeps column sums for dweight, dbias and the branch's bias in shared memory. The block adds its
+// warps' sums in order and leaves them in partial[block], [3][C]; sum_partials_kernel finishes.
 // Moves: reads dout, dresidual, x, writes dx (and dbranch): 4 or 5 rows of C.
 template <class A>
-__global__ void __launch_bounds__(128) layernorm_backward_kernel(A* dx, A* dbranch, float* partial, const A* dout,
-                                                                 const A* dresidual, const A* x, const float* mean,
-                                                                 const float* rstd, const A* weight, int rows, int C,
-                                                                 Dropout drop) {
+__global__ void __launch_bounds__(128)
+    layernorm_backward_kernel(A* dx, A* dbranch, float* partial, const A* dout, const A* dresidual,
+                              const A* x, const float* mean, const float* rstd, const A* weight,
+                              int rows, int C, Dropout drop) {
     constexpr int N = kPack<A>;
     extern __shared__ float norm_sums[];  // [kNormWarps][3][places]
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, places = sum_places<A>(C);
@@ -376,14 +387,15 @@ __global__ void __launch_bounds__(128) layernorm_backward_kernel(A* dx, A* dbran
     }
 }
 
-// to[c] = (accumulate ? to[c] : 0) + sum over parts of partial[part][c], in a fixed order: blockDim.y
-// threads share a column, each takes every blockDim.y-th part, then they add up in order. Row y of the grid does the
-// y-th of `width` / C tables that lie side by side in a part; a null pointer skips one.
+// to[c] = (accumulate ? to[c] : 0) + sum over parts of partial[part][c], in a fixed order:
+// blockDim.y threads share a column, each takes every blockDim.y-th part, then they add up in
+// order. Row y of the grid does the y-th of `width` / C tables that lie side by side in a part; a
+// null pointer skips one.
 struct ThreePointers {
     float* to[3];
 };
-__global__ void sum_partials_kernel(ThreePointers out, const float* partial, int parts, int width, int C,
-                                    bool accumulate) {
+__global__ void sum_partials_kernel(ThreePointers out, const float* partial, int parts, int width,
+                                    int C, bool accumulate) {
     __shared__ float sums[kWarp][kWarp + 1];
     const int c = blockIdx.x * kWarp + threadIdx.x;
     float *to = out.to[blockIdx.y], sum = 0;
@@ -481,11 +493,11 @@ __global__ void residual_dropout_kernel(A* out, const A* residual, size_t count,
 }
 
 // --- 4.4 Attention, the plain path: any head size up to 256, any type, fp32 arithmetic
-// s = q.k / sqrt(HS), p = e^(s - lse), out = sum of p v; no [T, T] matrix is ever stored. A block takes
-// 32 rows of one head ("held": queries forward; queries, or keys, backward), 8 for each of its 4 warps,
-// and streams past them tiles of 32 rows ("streamed": keys; keys, or queries). A lane owns one row of a
-// tile for the dot products, and every 32nd channel for the sums over rows: so all sums stay in
-// registers, and in a fixed order.
+// s = q.k / sqrt(HS), p = e^(s - lse), out = sum of p v; no [T, T] matrix is ever stored. A block
+// takes 32 rows of one head ("held": queries forward; queries, or keys, backward), 8 for each of
+// its 4 warps, and streams past them tiles of 32 rows ("streamed": keys; keys, or queries). A lane
+// owns one row of a tile for the dot products, and every 32nd channel for the sums over rows: so
+// all sums stay in registers, and in a fixed order.
 // Operations: 2 HS for each of forward's 2 products and backward's 7, for each pair of T^2 / 2.
 // Moves: q, k, v once for each 32 rows of T, mostly from the second-level cache.
 
@@ -494,33 +506,40 @@ constexpr int kMaxHeadSize = 256;
 
 __host__ __device__ inline int padded_head(int HS) { return (HS + 3) / 4 * 4; }
 
-// to[i][0..HS) = from row first + i, as floats; zeros up to the padded size, and for rows from `end` on.
+// to[i][0..HS) = from row first + i, as floats; zeros up to the padded size, and for rows from
+// `end` on.
 template <class A>
-__device__ inline void copy_rows(float* to, int pitch, const A* from, size_t stride, int first, int end, int HS) {
+__device__ inline void copy_rows(float* to, int pitch, const A* from, size_t stride, int first,
+                                 int end, int HS) {
     const int padded = padded_head(HS);
     for (int i = threadIdx.x; i < 32 * padded; i += kPlainWarps * kWarp) {
         const int row = i / padded, d = i % padded;
-        to[row * pitch + d] = first + row < end && d < HS ? float(from[size_t(first + row) * stride + d]) : 0;
+        to[row * pitch + d] =
+            first + row < end && d < HS ? float(from[size_t(first + row) * stride + d]) : 0;
     }
 }
 
 // s[r] = the dot product of the warp's held row r with the lane's streamed row.
-__device__ inline void plain_dots(float (&s)[kPlainRows], const float* held, const float* streamed, int HS) {
+__device__ inline void plain_dots(float (&s)[kPlainRows], const float* held, const float* streamed,
+                                  int HS) {
     const int padded = padded_head(HS), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     for (int d = 0; d < padded; d += 4) {
         const float* other = streamed + lane * (padded + 1) + d;
         const float x0 = other[0], x1 = other[1], x2 = other[2], x3 = other[3];
 #pragma unroll
         for (int r = 0; r < kPlainRows; ++r) {
-            const float4 y = *reinterpret_cast<const float4*>(held + (warp * kPlainRows + r) * padded + d);
+            const float4 y =
+                *reinterpret_cast<const float4*>(held + (warp * kPlainRows + r) * padded + d);
             s[r] += x0 * y.x + x1 * y.y + x2 * y.z + x3 * y.w;
         }
     }
 }
 
-// sum[r][e] += sum over the 32 streamed rows j of p[r][j] row_j[lane + 32 e]. p: the warp's, [rows][32].
+// sum[r][e] += sum over the 32 streamed rows j of p[r][j] row_j[lane + 32 e]. p: the warp's,
+// [rows][32].
 template <int E>
-__device__ inline void plain_add(float (&sum)[kPlainRows][E], const float* p, const float* streamed, int HS) {
+__device__ inline void plain_add(float (&sum)[kPlainRows][E], const float* p, const float* streamed,
+                                 int HS) {
     const int padded = padded_head(HS), lane = threadIdx.x % kWarp;
     for (int j = 0; j < 32; ++j) {
         float x[E];
@@ -536,14 +555,17 @@ __device__ inline void plain_add(float (&sum)[kPlainRows][E], const float* p, co
     }
 }
 
-// Queries past .. past + n - 1 of sequences of past + n rows: training has past = 0 and n = T; generation
-// asks for the last rows. out [B * n, C]; lse [B * NH, n], or null. E: channels of a lane.
+// Queries past .. past + n - 1 of sequences of past + n rows: training has past = 0 and n = T;
+// generation asks for the last rows. out [B * n, C]; lse [B * NH, n], or null. E: channels of a
+// lane.
 template <class A, int E>
-__global__ void __launch_bounds__(128) attention_plain_forward_kernel(A* out, float* lse, const A* qkv, int past,
-                                                                      int n, int NH, int HS, Dropout drop) {
+__global__ void __launch_bounds__(128)
+    attention_plain_forward_kernel(A* out, float* lse, const A* qkv, int past, int n, int NH,
+                                   int HS, Dropout drop) {
     extern __shared__ float plain_tiles[];
     const int padded = padded_head(HS), pitch = padded + 1, length = past + n, C = NH * HS;
-    float *q_rows = plain_tiles, *k_tile = q_rows + kPlainHeld * padded, *v_tile = k_tile + 32 * pitch;
+    float *q_rows = plain_tiles, *k_tile = q_rows + kPlainHeld * padded,
+          *v_tile = k_tile + 32 * pitch;
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     float* p = v_tile + 32 * pitch + warp * kPlainRows * 32;  // [kPlainRows][32]
     const int bh = blockIdx.y, b = bh / NH, h = bh % NH;
@@ -587,15 +609,17 @@ __global__ void __launch_bounds__(128) attention_plain_forward_kernel(A* out, fl
 #pragma unroll
         for (int e = 0; e < E; ++e)
             if (lane + kWarp * e < HS)
-                out[(size_t(b) * n + query - past) * C + h * HS + lane + kWarp * e] = A(o[r][e] / total[r]);
+                out[(size_t(b) * n + query - past) * C + h * HS + lane + kWarp * e] =
+                    A(o[r][e] / total[r]);
         if (lse && lane == 0) lse[size_t(bh) * n + query] = highest[r] + logf(total[r]);
     }
 }
 
-// delta[b, h, t] = out . dout over the head's channels: what the softmax's backward subtracts (below).
-// One warp for each row and head. Moves: reads out and dout.
+// delta[b, h, t] = out . dout over the head's channels: what the softmax's backward subtracts
+// (below). One warp for each row and head. Moves: reads out and dout.
 template <class A>
-__global__ void attention_delta_kernel(float* delta, const A* out, const A* dout, int rows, int T, int NH, int HS) {
+__global__ void attention_delta_kernel(float* delta, const A* out, const A* dout, int rows, int T,
+                                       int NH, int HS) {
     const int lane = threadIdx.x % kWarp;
     const size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
     if (i >= size_t(rows) * NH) return;
@@ -611,12 +635,12 @@ __global__ void attention_delta_kernel(float* delta, const A* out, const A* dout
 //   dq[t] = sum over t2 of ds k[t2] / sqrt(HS)      dk[t2] = sum over t of ds q[t] / sqrt(HS)
 //   dv[t2] = sum over t of p w dout[t]
 // kForKeys: held rows are keys (k and v), streamed are queries (q and dout): makes dk and dv.
-// Otherwise held are queries, streamed are keys: makes dq. Either way the first of the two held tables
-// meets the first streamed one for s, the second the second for dp.
+// Otherwise held are queries, streamed are keys: makes dq. Either way the first of the two held
+// tables meets the first streamed one for s, the second the second for dp.
 template <class A, int E, bool kForKeys>
-__global__ void __launch_bounds__(128) attention_plain_backward_kernel(A* dqkv, const A* dout, const float* lse,
-                                                                       const float* delta, const A* qkv, int T,
-                                                                       int NH, int HS, Dropout drop) {
+__global__ void __launch_bounds__(128)
+    attention_plain_backward_kernel(A* dqkv, const A* dout, const float* lse, const float* delta,
+                                    const A* qkv, int T, int NH, int HS, Dropout drop) {
     extern __shared__ float plain_tiles[];
     const int padded = padded_head(HS), pitch = padded + 1, C = NH * HS;
     float *held_0 = plain_tiles, *held_1 = held_0 + kPlainHeld * padded;
@@ -636,7 +660,8 @@ __global__ void __launch_bounds__(128) attention_plain_backward_kernel(A* dqkv, 
     for (int begin = kForKeys ? first : 0; begin < end; begin += 32) {
         __syncthreads();
         copy_rows(streamed_0, pitch, kForKeys ? q : q + C, stride, begin, T, HS);
-        copy_rows(streamed_1, pitch, kForKeys ? d_out : q + 2 * C, kForKeys ? C : stride, begin, T, HS);
+        copy_rows(streamed_1, pitch, kForKeys ? d_out : q + 2 * C, kForKeys ? C : stride, begin, T,
+                  HS);
         __syncthreads();
         float s[kPlainRows] = {}, dp[kPlainRows] = {};
         plain_dots(s, held_0, streamed_0, HS);
@@ -672,90 +697,142 @@ __global__ void __launch_bounds__(128) attention_plain_backward_kernel(A* dqkv, 
 }
 
 // --- 4.5 Attention on tensor cores: bf16, head sizes 32, 64 and 128 (Dao 2023, "FlashAttention-2")
-// The same sums as 4.4. Tiles of q, k, v and dout lie in shared memory as bf16; a warp holds 16 (or 32)
-// rows, and its scores never leave registers: the layout in which an mma leaves its results is the
-// layout in which the next one wants its left operand (section 2), two neighbouring tiles side by side.
-// While one tile is worked on, the next is copied.
+// The same sums as 4.4. Tiles of q, k, v and dout lie in shared memory as bf16; a warp holds 16 (or
+// 32) rows, and its scores never leave registers: the layout in which an mma leaves its results is
+// the layout in which the next one wants its left operand (section 2), two neighbouring tiles side
+// by side. While one tile is worked on, the next is copied.
 
-// A row of a tile is HS bf16, cut into chunks of 16 bytes. Why: 8 rows of one chunk, which load_matrix
-// reads at once, would all fall on the same banks; so chunk c of row r is stored at c xor r (mod 8).
+// A row of a tile is HS bf16, cut into chunks of 16 bytes. Why: 8 rows of one chunk, which
+// load_matrix reads at once, would all fall on the same banks; so chunk c of row r is stored at c
+// xor r (mod 8).
 template <int HS>
 __device__ inline bf16* chunk_at(bf16* tile, int row, int chunk) {
     const int stored = HS >= 64 ? chunk ^ (row & 7) : chunk ^ ((row >> 1) & 3);
     return tile + row * HS + stored * 8;
 }
 
-// Starts copying rows first .. first + kRows - 1 of a table with T rows; rows past the end become 0.
+// Starts copying rows first .. first + kRows - 1 of a table with T rows; rows past the end become
+// 0.
 template <int HS, int kRows>
 __device__ inline void copy_tile(bf16* tile, const bf16* from, size_t stride, int first, int T) {
     constexpr int kChunks = HS / 8;
     for (int i = threadIdx.x; i < kRows * kChunks; i += blockDim.x) {
         const int row = i / kChunks, chunk = i % kChunks;
         const bool valid = first + row < T;
-        copy_async_16(chunk_at<HS>(tile, row, chunk), from + size_t(valid ? first + row : 0) * stride + chunk * 8,
-                      valid);
+        copy_async_16(chunk_at<HS>(tile, row, chunk),
+                      from + size_t(valid ? first + row : 0) * stride + chunk * 8, valid);
     }
 }
 
-// Left operand [16, 16]: rows row.., columns 16 k.. of a tile.
+// Left operands [16, HS]: rows row.. of a tile.
 template <int HS>
-__device__ inline void left_operand(unsigned (&a)[4], bf16* tile, int row, int k) {
+__device__ inline void left_operands(unsigned (&a)[HS / 16][4], bf16* tile, int row) {
     const int lane = threadIdx.x % kWarp;
-    load_matrix_x4(a, chunk_at<HS>(tile, row + lane % 16, 2 * k + lane / 16));
-}
-// Right operands of two mma, for d = a tile^T: columns col.. of d are rows of the tile, the sum runs
-// over the tile's columns 16 k...
-template <int HS>
-__device__ inline void rows_operand(unsigned (&b)[4], bf16* tile, int col, int k) {
-    const int lane = threadIdx.x % kWarp;
-    load_matrix_x4(b, chunk_at<HS>(tile, col + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
-}
-// The same for d = a tile: columns 16 n.. of d are columns of the tile, the sum runs over rows k...
-template <int HS>
-__device__ inline void columns_operand(unsigned (&b)[4], bf16* tile, int k, int n) {
-    const int lane = threadIdx.x % kWarp;
-    load_matrix_x4_transposed(b, chunk_at<HS>(tile, k + lane % 16, 2 * n + lane / 16));
+#pragma unroll
+    for (int k = 0; k < HS / 16; ++k)
+        load_matrix_x4(a[k], chunk_at<HS>(tile, row + lane % 16, 2 * k + lane / 16));
 }
 // Left operand [16, 16] from two neighbouring results [16, 8].
-__device__ inline void result_operand(unsigned (&a)[4], const float (&left)[4], const float (&right)[4]) {
+__device__ inline void result_operand(unsigned (&a)[4], const float (&left)[4],
+                                      const float (&right)[4]) {
     a[0] = pack_bf16(left[0], left[1]), a[1] = pack_bf16(left[2], left[3]);
     a[2] = pack_bf16(right[0], right[1]), a[3] = pack_bf16(right[2], right[3]);
 }
 // Two mma side by side: d [16, 16] += a b.
-__device__ inline void mma_pair(float (&left)[4], float (&right)[4], const unsigned (&a)[4], const unsigned (&b)[4]) {
+__device__ inline void mma_pair(float (&left)[4], float (&right)[4], const unsigned (&a)[4],
+                                const unsigned (&b)[4]) {
     const unsigned b_left[2] = {b[0], b[1]}, b_right[2] = {b[2], b[3]};
     mma_bf16_16x8x16(left, a, b_left);
     mma_bf16_16x8x16(right, a, b_right);
 }
-// Row and column of element e of result n in the fragment that starts at (0, 0).
+// Row and column of element e of result n in the fragments that start at (0, 0).
 __device__ inline int result_row(int e) { return threadIdx.x % kWarp / 4 + (e >> 1) * 8; }
 __device__ inline int result_column(int n, int e) { return n * 8 + threadIdx.x % 4 * 2 + (e & 1); }
 
-// Rows mine.. (16 of them) of a table with T rows become factor * d, d a warp's results [16, HS].
+// d [kM * 16, kN] += a tile^T: every column of d is a row of the tile [kN, HS].
+template <int HS, int kM, int kN>
+__device__ inline void add_rows_product(float (&d)[kM][kN / 8][4],
+                                        const unsigned (&a)[kM][HS / 16][4], bf16* tile) {
+    const int lane = threadIdx.x % kWarp, row = lane / 16 * 8 + lane % 8, side = lane / 8 % 2;
+#pragma unroll
+    for (int k = 0; k < HS / 16; ++k)
+#pragma unroll
+        for (int n = 0; n < kN / 16; ++n) {
+            unsigned b[4];
+            load_matrix_x4(b, chunk_at<HS>(tile, n * 16 + row, 2 * k + side));
+#pragma unroll
+            for (int i = 0; i < kM; ++i) mma_pair(d[i][2 * n], d[i][2 * n + 1], a[i][k], b);
+        }
+}
+// d [kM * 16, HS] += s tile, s [kM * 16, kN] rounded to bf16: every column of d is a column of the
+// tile.
+template <int HS, int kM, int kN>
+__device__ inline void add_columns_product(float (&d)[kM][HS / 8][4],
+                                           const float (&s)[kM][kN / 8][4], bf16* tile) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int k = 0; k < kN / 16; ++k) {
+        unsigned a[kM][4];
+#pragma unroll
+        for (int i = 0; i < kM; ++i) result_operand(a[i], s[i][2 * k], s[i][2 * k + 1]);
+#pragma unroll
+        for (int n = 0; n < HS / 16; ++n) {
+            unsigned b[4];
+            load_matrix_x4_transposed(b, chunk_at<HS>(tile, k * 16 + lane % 16, 2 * n + lane / 16));
+#pragma unroll
+            for (int i = 0; i < kM; ++i) mma_pair(d[i][2 * n], d[i][2 * n + 1], a[i], b);
+        }
+    }
+}
+
+// Rows mine.. (16 of them) of a table with T rows become factor[row half] * d, a warp's results
+// [16, HS].
 template <int HS>
-__device__ inline void store_rows(bf16* to, size_t stride, int mine, int T, const float (&d)[HS / 8][4], float factor) {
+__device__ inline void store_rows(bf16* to, size_t stride, int mine, int T,
+                                  const float (&d)[HS / 8][4], float upper_factor,
+                                  float lower_factor) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = mine + result_row(2 * half);
-        if (row >= T) continue;
+        const float factor = half == 0 ? upper_factor : lower_factor;
         bf16* out = to + row * stride + result_column(0, 0);
+        if (row >= T) continue;
 #pragma unroll
         for (int n = 0; n < HS / 8; ++n)
-            *reinterpret_cast<unsigned*>(out + n * 8) = pack_bf16(factor * d[n][2 * half], factor * d[n][2 * half + 1]);
+            *reinterpret_cast<unsigned*>(out + n * 8) =
+                pack_bf16(factor * d[n][2 * half], factor * d[n][2 * half + 1]);
     }
 }
+
+// Which head a block works on, and where its rows of packed queries, keys and values lie.
+struct Head {
+    int b, h, C;
+    size_t bh_T, stride;  // (b NH + h) T; from one packed row to the next
+    const bf16 *q, *k, *v;
+    __device__ Head(const bf16* qkv, int T, int NH, int HS)
+        : b(blockIdx.y / NH), h(blockIdx.y % NH), C(NH * HS), bh_T(size_t(blockIdx.y) * T),
+          stride(3 * size_t(C)) {
+        q = qkv + size_t(b) * T * stride + h * HS, k = q + C, v = k + C;
+    }
+    // The head's channels of row t of a table [B * T, C].
+    template <class Pointer>
+    __device__ Pointer row(Pointer table, int T, int HS, int t) const {
+        return table + (size_t(b) * T + t) * C + h * HS;
+    }
+};
 
 // The running softmax of a warp's 16 rows as a new tile of scores arrives: highest score and sum of
 // each row follow, o shrinks to the new maximum, s becomes p = 2^(scale2 (s - highest)).
 // A row's scores lie in 4 neighbouring lanes.
 template <int kScores, int kOut>
-__device__ inline void softmax_step(float (&s)[kScores][4], float (&o)[kOut][4], float (&highest)[2],
-                                    float (&total)[2], float scale2) {
+__device__ inline void softmax_step(float (&s)[kScores][4], float (&o)[kOut][4],
+                                    float (&highest)[2], float (&total)[2], float scale2) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         float top = highest[half];
 #pragma unroll
-        for (int n = 0; n < kScores; ++n) top = fmaxf(top, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+        for (int n = 0; n < kScores; ++n)
+            top = fmaxf(top, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
         const float shrink = exp2_approx((highest[half] - top) * scale2), offset = top * scale2;
@@ -763,16 +840,27 @@ __device__ inline void softmax_step(float (&s)[kScores][4], float (&o)[kOut][4],
 #pragma unroll
         for (int n = 0; n < kScores; ++n)
 #pragma unroll
-            for (int e = 2 * half; e < 2 * half + 2; ++e) sum += s[n][e] = exp2_approx(s[n][e] * scale2 - offset);
+            for (int e = 2 * half; e < 2 * half + 2; ++e)
+                sum += s[n][e] = exp2_approx(s[n][e] * scale2 - offset);
         highest[half] = top, total[half] = total[half] * shrink + sum;
 #pragma unroll
         for (int n = 0; n < kOut; ++n) o[n][2 * half] *= shrink, o[n][2 * half + 1] *= shrink;
     }
 }
 
-// Puts the mask of dropout on a warp's p [16 queries, keys]. bh_T: (b NH + h) T.
+// Takes the keys that come after a query out of a warp's scores [16 queries, keys].
 template <int kScores>
-__device__ inline void drop_scores(float (&s)[kScores][4], Dropout drop, uint64_t bh_T, int query, int key, int T) {
+__device__ inline void mask_scores(float (&s)[kScores][4], int query, int key) {
+#pragma unroll
+    for (int n = 0; n < kScores; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+            if (key + result_column(n, e) > query + result_row(e)) s[n][e] = -INFINITY;
+}
+// Puts the mask of dropout on a warp's p [16 queries, keys].
+template <int kScores>
+__device__ inline void drop_scores(float (&s)[kScores][4], Dropout drop, uint64_t bh_T, int query,
+                                   int key, int T) {
 #pragma unroll
     for (int n = 0; n < kScores; ++n)
 #pragma unroll
@@ -783,117 +871,82 @@ __device__ inline void drop_scores(float (&s)[kScores][4], Dropout drop, uint64_
 // One block: 4 warps, kM times 16 queries each, of one head; keys in tiles of 64.
 // Operations: 4 HS for each pair of T^2 / 2. Moves: reads 3, writes 1 row of C for each row.
 template <int HS, int kM>
-__global__ void __launch_bounds__(128) attention_forward_kernel(bf16* out, float* lse, const bf16* qkv, int T, int NH,
-                                                                Dropout drop) {
+__global__ void __launch_bounds__(128)
+    attention_forward_kernel(bf16* out, float* lse, const bf16* qkv, int T, int NH, Dropout drop) {
     constexpr int kQueries = 64 * kM, kKeys = 64;
     extern __shared__ bf16 attention_tiles[];
-    bf16 *q_tile = attention_tiles, *k_tiles = q_tile + kQueries * HS, *v_tiles = k_tiles + 2 * kKeys * HS;
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, C = NH * HS;
-    const int bh = blockIdx.y, b = bh / NH, h = bh % NH;
-    const size_t stride = 3 * size_t(C);
-    const bf16* q = qkv + size_t(b) * T * stride + h * HS;
-    const int first = (gridDim.x - 1 - blockIdx.x) * kQueries;  // Why: blocks with most work start first
-    const int mine = first + warp * 16 * kM;                    // this warp's first query
+    bf16 *q_tile = attention_tiles, *k_tiles = q_tile + kQueries * HS,
+         *v_tiles = k_tiles + 2 * kKeys * HS;
+    const Head head(qkv, T, NH, HS);
+    const int first =
+        (gridDim.x - 1 - blockIdx.x) * kQueries;  // Why: blocks with most work start first
+    const int mine = first + threadIdx.x / kWarp * 16 * kM;  // this warp's first query
     const int tiles = (min(first + kQueries, T) + kKeys - 1) / kKeys;
-    copy_tile<HS, kQueries>(q_tile, q, stride, first, T);
-    copy_tile<HS, kKeys>(k_tiles, q + C, stride, 0, T);
-    copy_tile<HS, kKeys>(v_tiles, q + 2 * C, stride, 0, T);
-    copy_async_commit();
+    auto copy_keys = [&](int tile) {
+        copy_tile<HS, kKeys>(k_tiles + tile % 2 * kKeys * HS, head.k, head.stride, tile * kKeys, T);
+        copy_tile<HS, kKeys>(v_tiles + tile % 2 * kKeys * HS, head.v, head.stride, tile * kKeys, T);
+        copy_async_commit();
+    };
+    copy_tile<HS, kQueries>(q_tile, head.q, head.stride, first, T);
+    copy_keys(0);
     const float scale = 1 / sqrtf(float(HS)), scale2 = scale * kLog2E;
     float o[kM][HS / 8][4] = {}, highest[kM][2], total[kM][2] = {};
+    unsigned queries[kM][HS / 16][4];
     for (int i = 0; i < kM; ++i) highest[i][0] = highest[i][1] = -INFINITY;
-    unsigned q_operand[kM][HS / 16][4];
     for (int tile = 0; tile < tiles; ++tile) {
         copy_async_wait<0>();
         __syncthreads();  // this tile is there for all, and all are done with the one before
-        bf16 *k_tile = k_tiles + tile % 2 * kKeys * HS, *v_tile = v_tiles + tile % 2 * kKeys * HS;
-        const int begin = tile * kKeys, next = begin + kKeys;
-        if (tile + 1 < tiles) {
-            copy_tile<HS, kKeys>(k_tiles + (tile + 1) % 2 * kKeys * HS, q + C, stride, next, T);
-            copy_tile<HS, kKeys>(v_tiles + (tile + 1) % 2 * kKeys * HS, q + 2 * C, stride, next, T);
-            copy_async_commit();
-        }
+        if (tile + 1 < tiles) copy_keys(tile + 1);
         if (tile == 0)
-#pragma unroll
             for (int i = 0; i < kM; ++i)
-#pragma unroll
-                for (int k = 0; k < HS / 16; ++k) left_operand<HS>(q_operand[i][k], q_tile, (warp * kM + i) * 16, k);
-        if (begin >= mine + 16 * kM) continue;  // all keys come after all of this warp's queries
-
-        // Scores s = q k^T
+                left_operands<HS>(queries[i], q_tile, mine - first + 16 * i);
+        const int key = tile * kKeys;
+        if (key >= mine + 16 * kM) continue;  // all keys come after all of this warp's queries
         float s[kM][kKeys / 8][4] = {};
-#pragma unroll
-        for (int k = 0; k < HS / 16; ++k)
-#pragma unroll
-            for (int n = 0; n < kKeys / 16; ++n) {
-                unsigned keys[4];
-                rows_operand<HS>(keys, k_tile, n * 16, k);
-#pragma unroll
-                for (int i = 0; i < kM; ++i) mma_pair(s[i][2 * n], s[i][2 * n + 1], q_operand[i][k], keys);
-            }
+        add_rows_product<HS, kM, kKeys>(s, queries, k_tiles + tile % 2 * kKeys * HS);
 #pragma unroll
         for (int i = 0; i < kM; ++i) {
             const int query = mine + 16 * i;
-            if (next - 1 > query)  // the tile reaches past the diagonal
-#pragma unroll
-                for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-                    for (int e = 0; e < 4; ++e)
-                        if (begin + result_column(n, e) > query + result_row(e)) s[i][n][e] = -INFINITY;
+            if (key + kKeys - 1 > query) mask_scores(s[i], query, key);
             softmax_step(s[i], o[i], highest[i], total[i], scale2);
-            if (drop.on()) drop_scores(s[i], drop, uint64_t(bh) * T, query, begin, T);
+            if (drop.on()) drop_scores(s[i], drop, head.bh_T, query, key, T);
         }
-
-        // o += p v
-#pragma unroll
-        for (int k = 0; k < kKeys / 16; ++k) {
-            unsigned p[kM][4];
-#pragma unroll
-            for (int i = 0; i < kM; ++i) result_operand(p[i], s[i][2 * k], s[i][2 * k + 1]);
-#pragma unroll
-            for (int n = 0; n < HS / 16; ++n) {
-                unsigned values[4];
-                columns_operand<HS>(values, v_tile, k * 16, n);
-#pragma unroll
-                for (int i = 0; i < kM; ++i) mma_pair(o[i][2 * n], o[i][2 * n + 1], p[i], values);
-            }
-        }
+        add_columns_product<HS, kM, kKeys>(o, s, v_tiles + tile % 2 * kKeys * HS);
     }
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float sum = total[i][half];
-            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            total[i][half] += __shfl_xor_sync(0xffffffffu, total[i][half], 1);
+            total[i][half] += __shfl_xor_sync(0xffffffffu, total[i][half], 2);
             const int query = mine + 16 * i + result_row(2 * half);
-            if (query >= T) continue;
-            if (lane % 4 == 0) lse[size_t(bh) * T + query] = highest[i][half] * scale + logf(sum);
-            bf16* to = out + (size_t(b) * T + query) * C + h * HS + result_column(0, 0);
-#pragma unroll
-            for (int n = 0; n < HS / 8; ++n)
-                *reinterpret_cast<unsigned*>(to + n * 8) = pack_bf16(o[i][n][2 * half] / sum, o[i][n][2 * half + 1] / sum);
+            if (threadIdx.x % 4 == 0 && query < T)
+                lse[head.bh_T + query] = highest[i][half] * scale + logf(total[i][half]);
         }
+        store_rows<HS>(head.row(out, T, HS, 0), head.C, mine + 16 * i, T, o[i], 1 / total[i][0],
+                       1 / total[i][1]);
     }
 }
 
-// What both backward kernels do with a warp's tile of s and dp [16, 8 kScores] (queries down and keys
-// across, or the other way round): s becomes p w, dp becomes ds without its factor 1 / sqrt(HS).
+// What both backward kernels do with a warp's tile of s and dp [16, 8 kScores] (queries down and
+// keys across, or the other way round): s becomes p w, dp becomes ds without its factor 1 /
+// sqrt(HS).
 //   p = 2^(scale2 s - lse2), 0 where the key comes after the query    ds = p (w dp - delta)
 // lse2, delta: of the query of an element; its place in the mask is bh_T T + query T + key.
-__device__ inline void backward_element(float& s, float& dp, float lse2, float delta, float scale2, int query,
-                                        int key, Dropout drop, uint64_t bh_T, int T) {
+__device__ inline void backward_element(float& s, float& dp, float lse2, float delta, float scale2,
+                                        int query, int key, Dropout drop, uint64_t bh_T, int T) {
     const float p = key <= query ? exp2_approx(s * scale2 - lse2) : 0;
     const float w = drop.on() ? drop.scale((bh_T + query) * T + key) : 1;
     dp = p * (w * dp - delta);
     s = p * w;
 }
 
-// delta = out . dout of a warp's 16 rows, for results' rows g and g + 8 in subtract[0] and [1]; the row
-// `mine` + i goes to delta[i], rows from T on excepted. Two lanes share a row; its dout lies in a tile.
+// delta = out . dout of a warp's 16 rows, for results' rows g and g + 8 in subtract[0] and [1]; the
+// row `mine` + i goes to delta[i], rows from T on excepted. Two lanes share a row; its dout lies in
+// a tile.
 template <int HS>
-__device__ inline void warp_delta(float (&subtract)[2], float* delta, const bf16* out, size_t stride, bf16* d_tile,
-                                  int tile_row, int mine, int T) {
+__device__ inline void warp_delta(float (&subtract)[2], float* delta, const bf16* out,
+                                  size_t stride, bf16* d_tile, int tile_row, int mine, int T) {
     const int lane = threadIdx.x % kWarp, row = lane / 2;
     float sum = 0;
     if (mine + row < T)
@@ -909,171 +962,139 @@ __device__ inline void warp_delta(float (&subtract)[2], float* delta, const bf16
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     if (lane % 2 == 0 && mine + row < T) delta[row] = sum;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) subtract[half] = __shfl_sync(0xffffffffu, sum, 2 * result_row(2 * half));
+    for (int half = 0; half < 2; ++half)
+        subtract[half] = __shfl_sync(0xffffffffu, sum, 2 * result_row(2 * half));
 }
 
-// dq, and delta for the kernel below. One block: 64 queries of one head, 16 for each of 4 warps; keys in
-// tiles of 64. Operations: 6 HS for each pair of T^2 / 2. Moves: reads 5, writes 1 row of C.
+// dq, and delta for the kernel below. One block: 64 queries of one head, 16 for each of 4 warps;
+// keys in tiles of 64. Operations: 6 HS for each pair of T^2 / 2. Moves: reads 5, writes 1 row of
+// C.
 template <int HS>
-__global__ void __launch_bounds__(128) attention_backward_queries_kernel(bf16* dqkv, float* delta, const bf16* dout,
-                                                                         const bf16* out, const float* lse,
-                                                                         const bf16* qkv, int T, int NH,
-                                                                         Dropout drop) {
+__global__ void __launch_bounds__(128)
+    attention_backward_queries_kernel(bf16* dqkv, float* delta, const bf16* dout, const bf16* out,
+                                      const float* lse, const bf16* qkv, int T, int NH,
+                                      Dropout drop) {
     constexpr int kQueries = 64, kKeys = 64;
     extern __shared__ bf16 attention_tiles[];
     bf16 *q_tile = attention_tiles, *d_tile = q_tile + kQueries * HS;
     bf16 *k_tiles = d_tile + kQueries * HS, *v_tiles = k_tiles + 2 * kKeys * HS;
-    const int warp = threadIdx.x / kWarp, C = NH * HS, bh = blockIdx.y, b = bh / NH, h = bh % NH;
-    const size_t stride = 3 * size_t(C);
-    const bf16* q = qkv + size_t(b) * T * stride + h * HS;
-    const int first = (gridDim.x - 1 - blockIdx.x) * kQueries, mine = first + warp * 16;
+    const Head head(qkv, T, NH, HS);
+    const int first = (gridDim.x - 1 - blockIdx.x) * kQueries,
+              mine = first + threadIdx.x / kWarp * 16;
     const int tiles = (min(first + kQueries, T) + kKeys - 1) / kKeys;
-    copy_tile<HS, kQueries>(q_tile, q, stride, first, T);
-    copy_tile<HS, kQueries>(d_tile, dout + size_t(b) * T * C + h * HS, C, first, T);
-    copy_tile<HS, kKeys>(k_tiles, q + C, stride, 0, T);
-    copy_tile<HS, kKeys>(v_tiles, q + 2 * C, stride, 0, T);
-    copy_async_commit();
+    auto copy_keys = [&](int tile) {
+        copy_tile<HS, kKeys>(k_tiles + tile % 2 * kKeys * HS, head.k, head.stride, tile * kKeys, T);
+        copy_tile<HS, kKeys>(v_tiles + tile % 2 * kKeys * HS, head.v, head.stride, tile * kKeys, T);
+        copy_async_commit();
+    };
+    copy_tile<HS, kQueries>(q_tile, head.q, head.stride, first, T);
+    copy_tile<HS, kQueries>(d_tile, head.row(dout, T, HS, 0), head.C, first, T);
+    copy_keys(0);
     const float scale = 1 / sqrtf(float(HS)), scale2 = scale * kLog2E;
-    float dq[HS / 8][4] = {}, lse2[2], subtract[2];
+    float dq[1][HS / 8][4] = {}, lse2[2], subtract[2];
+    unsigned queries[1][HS / 16][4], douts[1][HS / 16][4];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int query = mine + result_row(2 * half);
-        lse2[half] = query < T ? lse[size_t(bh) * T + query] * kLog2E : INFINITY;  // p = 0
+        lse2[half] = query < T ? lse[head.bh_T + query] * kLog2E : INFINITY;  // p = 0
     }
     for (int tile = 0; tile < tiles; ++tile) {
         copy_async_wait<0>();
         __syncthreads();
+        if (tile + 1 < tiles) copy_keys(tile + 1);
         bf16 *k_tile = k_tiles + tile % 2 * kKeys * HS, *v_tile = v_tiles + tile % 2 * kKeys * HS;
-        const int begin = tile * kKeys;
-        if (tile + 1 < tiles) {
-            copy_tile<HS, kKeys>(k_tiles + (tile + 1) % 2 * kKeys * HS, q + C, stride, begin + kKeys, T);
-            copy_tile<HS, kKeys>(v_tiles + (tile + 1) % 2 * kKeys * HS, q + 2 * C, stride, begin + kKeys, T);
-            copy_async_commit();
-        }
         if (tile == 0)
-            warp_delta<HS>(subtract, delta + size_t(bh) * T + mine, out + (size_t(b) * T + mine) * C + h * HS, C,
-                           d_tile, warp * 16, mine, T);
-        float s[kKeys / 8][4] = {}, dp[kKeys / 8][4] = {};
-#pragma unroll
-        for (int k = 0; k < HS / 16; ++k) {
-            unsigned queries[4], douts[4], right[4];
-            left_operand<HS>(queries, q_tile, warp * 16, k), left_operand<HS>(douts, d_tile, warp * 16, k);
-#pragma unroll
-            for (int n = 0; n < kKeys / 16; ++n) {
-                rows_operand<HS>(right, k_tile, n * 16, k);
-                mma_pair(s[2 * n], s[2 * n + 1], queries, right);
-                rows_operand<HS>(right, v_tile, n * 16, k);
-                mma_pair(dp[2 * n], dp[2 * n + 1], douts, right);
-            }
-        }
+            warp_delta<HS>(subtract, delta + head.bh_T + mine, head.row(out, T, HS, mine), head.C,
+                           d_tile, mine - first, mine, T);
+        float s[1][kKeys / 8][4] = {}, dp[1][kKeys / 8][4] = {};
+        left_operands<HS>(queries[0], q_tile, mine - first);
+        add_rows_product<HS, 1, kKeys>(s, queries, k_tile);
+        left_operands<HS>(douts[0], d_tile, mine - first);
+        add_rows_product<HS, 1, kKeys>(dp, douts, v_tile);
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
             for (int e = 0; e < 4; ++e)
-                backward_element(s[n][e], dp[n][e], lse2[e / 2], subtract[e / 2], scale2, mine + result_row(e),
-                                 begin + result_column(n, e), drop, uint64_t(bh) * T, T);
-#pragma unroll
-        for (int k = 0; k < kKeys / 16; ++k) {
-            unsigned ds[4], keys[4];
-            result_operand(ds, dp[2 * k], dp[2 * k + 1]);
-#pragma unroll
-            for (int n = 0; n < HS / 16; ++n) {
-                columns_operand<HS>(keys, k_tile, k * 16, n);
-                mma_pair(dq[2 * n], dq[2 * n + 1], ds, keys);
-            }
-        }
+                backward_element(s[0][n][e], dp[0][n][e], lse2[e / 2], subtract[e / 2], scale2,
+                                 mine + result_row(e), tile * kKeys + result_column(n, e), drop,
+                                 head.bh_T, T);
+        add_columns_product<HS, 1, kKeys>(dq, dp, k_tile);
     }
-    store_rows<HS>(dqkv + size_t(b) * T * stride + h * HS, stride, mine, T, dq, scale);
+    store_rows<HS>(dqkv + (head.q - qkv), head.stride, mine, T, dq[0], scale, scale);
 }
 
-// dk and dv. One block: 64 keys of one head, 16 for each of 4 warps; queries in tiles of kQueries. The
-// scores are made transposed, s^T = k q^T, so that p^T and ds^T are left operands as they are.
+// dk and dv. One block: 64 keys of one head, 16 for each of 4 warps; queries in tiles of kQueries.
+// The scores are made transposed, s^T = k q^T, so that p^T and ds^T are left operands as they are.
 // Operations: 8 HS for each pair of T^2 / 2. Moves: reads 4, writes 2 rows of C.
 template <int HS, int kQueries>
-__global__ void __launch_bounds__(128) attention_backward_keys_kernel(bf16* dqkv, const bf16* dout,
-                                                                      const float* lse, const float* delta,
-                                                                      const bf16* qkv, int T, int NH,
-                                                                      Dropout drop) {
+__global__ void __launch_bounds__(128)
+    attention_backward_keys_kernel(bf16* dqkv, const bf16* dout, const float* lse,
+                                   const float* delta, const bf16* qkv, int T, int NH,
+                                   Dropout drop) {
     constexpr int kKeys = 64;
     extern __shared__ bf16 attention_tiles[];
     __shared__ float2 statistics[2][kQueries];  // of each query of a tile: lse in base 2, delta
     bf16 *k_tile = attention_tiles, *v_tile = k_tile + kKeys * HS;
     bf16 *q_tiles = v_tile + kKeys * HS, *d_tiles = q_tiles + 2 * kQueries * HS;
-    const int warp = threadIdx.x / kWarp, C = NH * HS, bh = blockIdx.y, b = bh / NH, h = bh % NH;
-    const size_t stride = 3 * size_t(C);
-    const bf16 *q = qkv + size_t(b) * T * stride + h * HS, *d = dout + size_t(b) * T * C + h * HS;
-    const int first = blockIdx.x * kKeys, mine = first + warp * 16;
+    const Head head(qkv, T, NH, HS);
+    const int first = blockIdx.x * kKeys, mine = first + threadIdx.x / kWarp * 16;
     const int tiles = (T + kQueries - 1) / kQueries, first_tile = first / kQueries;
     auto copy_queries = [&](int tile) {
         const int begin = tile * kQueries, query = begin + threadIdx.x;
-        copy_tile<HS, kQueries>(q_tiles + tile % 2 * kQueries * HS, q, stride, begin, T);
-        copy_tile<HS, kQueries>(d_tiles + tile % 2 * kQueries * HS, d, C, begin, T);
+        copy_tile<HS, kQueries>(q_tiles + tile % 2 * kQueries * HS, head.q, head.stride, begin, T);
+        copy_tile<HS, kQueries>(d_tiles + tile % 2 * kQueries * HS, head.row(dout, T, HS, 0),
+                                head.C, begin, T);
         copy_async_commit();
         if (threadIdx.x >= kQueries) return;
-        const size_t at = size_t(bh) * T + (query < T ? query : 0);
+        const size_t at = head.bh_T + (query < T ? query : 0);
         statistics[tile % 2][threadIdx.x] = query < T ? make_float2(lse[at] * kLog2E, delta[at])
                                                       : make_float2(INFINITY, 0);  // p = 0
     };
-    copy_tile<HS, kKeys>(k_tile, q + C, stride, first, T);
-    copy_tile<HS, kKeys>(v_tile, q + 2 * C, stride, first, T);
+    copy_tile<HS, kKeys>(k_tile, head.k, head.stride, first, T);
+    copy_tile<HS, kKeys>(v_tile, head.v, head.stride, first, T);
     copy_queries(first_tile);
     const float scale = 1 / sqrtf(float(HS)), scale2 = scale * kLog2E;
-    float dk[HS / 8][4] = {}, dv[HS / 8][4] = {};
+    float dk[1][HS / 8][4] = {}, dv[1][HS / 8][4] = {};
+    unsigned keys[1][HS / 16][4], values[1][HS / 16][4];
     for (int tile = first_tile; tile < tiles; ++tile) {
         copy_async_wait<0>();
         __syncthreads();
-        bf16 *q_tile = q_tiles + tile % 2 * kQueries * HS, *d_tile = d_tiles + tile % 2 * kQueries * HS;
-        const int begin = tile * kQueries;
         if (tile + 1 < tiles) copy_queries(tile + 1);
+        bf16 *q_tile = q_tiles + tile % 2 * kQueries * HS,
+             *d_tile = d_tiles + tile % 2 * kQueries * HS;
+        const int begin = tile * kQueries;
         if (begin + kQueries <= mine) continue;  // all queries come before all of this warp's keys
-        float s[kQueries / 8][4] = {}, dp[kQueries / 8][4] = {};
-#pragma unroll
-        for (int k = 0; k < HS / 16; ++k) {
-            unsigned keys[4], values[4], right[4];
-            left_operand<HS>(keys, k_tile, warp * 16, k), left_operand<HS>(values, v_tile, warp * 16, k);
-#pragma unroll
-            for (int n = 0; n < kQueries / 16; ++n) {
-                rows_operand<HS>(right, q_tile, n * 16, k);
-                mma_pair(s[2 * n], s[2 * n + 1], keys, right);
-                rows_operand<HS>(right, d_tile, n * 16, k);
-                mma_pair(dp[2 * n], dp[2 * n + 1], values, right);
-            }
-        }
+        float s[1][kQueries / 8][4] = {}, dp[1][kQueries / 8][4] = {};
+        left_operands<HS>(keys[0], k_tile, mine - first);
+        add_rows_product<HS, 1, kQueries>(s, keys, q_tile);
+        left_operands<HS>(values[0], v_tile, mine - first);
+        add_rows_product<HS, 1, kQueries>(dp, values, d_tile);
 #pragma unroll
         for (int n = 0; n < kQueries / 8; ++n)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const float2 of_query = statistics[tile % 2][result_column(n, e)];
-                backward_element(s[n][e], dp[n][e], of_query.x, of_query.y, scale2, begin + result_column(n, e),
-                                 mine + result_row(e), drop, uint64_t(bh) * T, T);
+                backward_element(s[0][n][e], dp[0][n][e], of_query.x, of_query.y, scale2,
+                                 begin + result_column(n, e), mine + result_row(e), drop, head.bh_T,
+                                 T);
             }
-#pragma unroll
-        for (int k = 0; k < kQueries / 16; ++k) {
-            unsigned p[4], ds[4], right[4];
-            result_operand(p, s[2 * k], s[2 * k + 1]), result_operand(ds, dp[2 * k], dp[2 * k + 1]);
-#pragma unroll
-            for (int n = 0; n < HS / 16; ++n) {
-                columns_operand<HS>(right, d_tile, k * 16, n);
-                mma_pair(dv[2 * n], dv[2 * n + 1], p, right);
-                columns_operand<HS>(right, q_tile, k * 16, n);
-                mma_pair(dk[2 * n], dk[2 * n + 1], ds, right);
-            }
-        }
+        add_columns_product<HS, 1, kQueries>(dv, s, d_tile);
+        add_columns_product<HS, 1, kQueries>(dk, dp, q_tile);
     }
-    bf16* to = dqkv + size_t(b) * T * stride + h * HS;
-    store_rows<HS>(to + C, stride, mine, T, dk, scale);
-    store_rows<HS>(to + 2 * C, stride, mine, T, dv, 1);
+    store_rows<HS>(dqkv + (head.k - qkv), head.stride, mine, T, dk[0], scale, scale);
+    store_rows<HS>(dqkv + (head.v - qkv), head.stride, mine, T, dv[0], 1, 1);
 }
 
 // --- 4.6 The head: softmax, cross-entropy and the gradient, in place on the logits
 
-// One block makes one row of logits [V], rows `pitch` apart: first its maximum and sum of e^(l - max) in
-// one reading, then, if kGradient, the logits become scale (softmax - onehot). The second reading finds
-// most of the row in the second-level cache. Moves: reads 1, writes 1 row of V.
+// One block makes one row of logits [V], rows `pitch` apart: first its maximum and sum of e^(l -
+// max) in one reading, then, if kGradient, the logits become scale (softmax - onehot). The second
+// reading finds most of the row in the second-level cache. Moves: reads 1, writes 1 row of V.
 template <class A, bool kGradient>
-__global__ void softmax_cross_entropy_kernel(float* losses, A* logits, const int32_t* targets, int V, int pitch,
-                                             float scale) {
-    constexpr int N = kPack<A>, kBatch = 4;  // packs that a thread asks for before it uses the first
+__global__ void softmax_cross_entropy_kernel(float* losses, A* logits, const int32_t* targets,
+                                             int V, int pitch, float scale) {
+    constexpr int N = kPack<A>,
+                  kBatch = 4;  // packs that a thread asks for before it uses the first
     const int row = blockIdx.x, target = targets[row], whole = V / N * N, step = blockDim.x * N;
     A* l = logits + size_t(row) * pitch;
     const bool scored = target >= 0;
@@ -1102,7 +1123,8 @@ __global__ void softmax_cross_entropy_kernel(float* losses, A* logits, const int
         load_batch(v);
         take(x[0], kBatch * N);
     }
-    for (int v = whole + threadIdx.x; v < V; v += blockDim.x) {  // what is left when N does not divide V
+    for (int v = whole + threadIdx.x; v < V;
+         v += blockDim.x) {  // what is left when N does not divide V
         x[0][0] = float(l[v]);
         take(x[0], 1);
     }
@@ -1118,7 +1140,8 @@ __global__ void softmax_cross_entropy_kernel(float* losses, A* logits, const int
             const int begin = v + j * step;
 #pragma unroll
             for (int i = 0; i < N; ++i)
-                x[j][i] = factor * exp2_approx(x[j][i] * kLog2E - offset) - (begin + i == target ? one : 0);
+                x[j][i] = factor * exp2_approx(x[j][i] * kLog2E - offset) -
+                          (begin + i == target ? one : 0);
             if (begin < whole) store_pack(l + begin, x[j]);
         }
     }
@@ -1138,7 +1161,8 @@ __global__ void add_loss_kernel(StepState* state, const float* losses, int rows,
     if (threadIdx.x == 0) state->loss += scale * sum;
 }
 
-// sums[block] = a share of the sum of squares of grads [count], count a multiple of 4. Moves: 4 bytes each.
+// sums[block] = a share of the sum of squares of grads [count], count a multiple of 4. Moves: 4
+// bytes each.
 __global__ void sum_of_squares_kernel(double* sums, const float* grads, size_t count) {
     double sum = 0;
     const size_t step = size_t(gridDim.x) * blockDim.x * 4;
@@ -1166,28 +1190,33 @@ __device__ inline void store_weights(bf16* to, const float (&w)[4]) {
     *reinterpret_cast<uint2*>(to) = make_uint2(pack_bf16(w[0], w[1]), pack_bf16(w[2], w[3]));
 }
 
-// One step of AdamW on all parameters, count and decayed multiples of 4, unless state.skip.
-// Moves: reads gradient, master, m, v; writes master, m, v and, in bf16, the weight: 28 or 30 bytes each.
+// One step of AdamW on all parameters, count and decayed multiples of 4, unless state.skip. Moves:
+// reads gradient, master, m, v; writes master, m, v and, in bf16, the weight: 28 or 30 bytes each.
 template <class Weight>
-__global__ void adamw_kernel(Weight* weights, float* masters, float* m, float* v, const float* grads, size_t count,
-                             size_t decayed, const StepState* state, AdamW hyper) {
+__global__ void adamw_kernel(Weight* weights, float* masters, float* m, float* v,
+                             const float* grads, size_t count, size_t decayed,
+                             const StepState* state, AdamW hyper) {
     if (state->skip) return;
     __shared__ float scales[2];  // 1 / (1 - beta^t)
     if (threadIdx.x == 0) {
         const double t = double(state->updates);
-        scales[0] = float(1 / (1 - pow(hyper.beta1, t))), scales[1] = float(1 / (1 - pow(hyper.beta2, t)));
+        scales[0] = float(1 / (1 - pow(hyper.beta1, t))),
+        scales[1] = float(1 / (1 - pow(hyper.beta2, t)));
     }
     __syncthreads();
-    const float m_scale = scales[0], v_scale = scales[1], lr = float(state->lr), clip = float(state->clip_scale);
+    const float m_scale = scales[0], v_scale = scales[1], lr = float(state->lr),
+                clip = float(state->clip_scale);
     const float beta1 = float(hyper.beta1), beta2 = float(hyper.beta2), eps = float(hyper.eps);
     const size_t step = size_t(gridDim.x) * blockDim.x * 4;
     for (size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 4; i < count; i += step) {
         float w4[4], m4[4], v4[4], g4[4];
-        load_pack(w4, masters + i), load_pack(m4, m + i), load_pack(v4, v + i), load_pack(g4, grads + i);
+        load_pack(w4, masters + i), load_pack(m4, m + i), load_pack(v4, v + i),
+            load_pack(g4, grads + i);
         const float decay = i < decayed ? float(hyper.weight_decay) : 0;
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-            adamw_element(w4[j], m4[j], v4[j], g4[j] * clip, lr, m_scale, v_scale, beta1, beta2, eps, decay);
+            adamw_element(w4[j], m4[j], v4[j], g4[j] * clip, lr, m_scale, v_scale, beta1, beta2,
+                          eps, decay);
         store_pack(masters + i, w4), store_pack(m + i, m4), store_pack(v + i, v4);
         store_weights(weights + i, w4);
     }
@@ -1205,12 +1234,14 @@ __global__ void round_weights_kernel(bf16* weights, const float* masters, size_t
 // =================================================================================================
 // 5 Matmuls
 // =================================================================================================
-// cuBLASLt counts matrices column by column: what is a row-major [r, c] here is its [c, r] there. So
-// out = x w, [rows, OC] = [rows, C] [C, OC], is for it out^T = w^T x^T: its A is w, its B is x, and a
-// transpose asked of it undoes one of ours. A product's shape is all it needs to choose a kernel; the
-// choice, a plan, is kept. It is the library's first suggestion, so it is the same in every run.
+// cuBLASLt counts matrices column by column: what is a row-major [r, c] here is its [c, r] there.
+// So out = x w, [rows, OC] = [rows, C] [C, OC], is for it out^T = w^T x^T: its A is w, its B is x,
+// and a transpose asked of it undoes one of ours. A product's shape is all it needs to choose a
+// kernel; the choice, a plan, is kept. It is the library's first suggestion, so it is the same in
+// every run.
 
-// D [m, n] = epilogue(op(A) [m, k] op(B) [k, n] (+ C)), column by column; lda is from one column to the next.
+// D [m, n] = epilogue(op(A) [m, k] op(B) [k, n] (+ C)), column by column; lda is from one column to
+// the next.
 struct Product {
     int64_t m, n, k, lda, ldb, ldd;
     bool transpose_a, transpose_b, add;  // add: C is added
@@ -1235,7 +1266,7 @@ void set_attribute(cublasLtMatmulDesc_t operation, cublasLtMatmulDescAttributes_
 
 // What the device keeps between calls: the library's handle, plans, and memory to work in.
 class CudaContext {
-   public:
+public:
     cudaStream_t stream = nullptr;
     bool tf32() const { return compute_ == CUBLAS_COMPUTE_32F_FAST_TF32; }
 
@@ -1267,21 +1298,22 @@ class CudaContext {
         return static_cast<T*>(scratch_);
     }
 
-    // Does the product; false if the library has no kernel for it. bias: read by an epilogue with bias,
-    // written by one with a bias gradient. aux [m, n]: the GELU's input. c: may be d.
-    bool multiply(const Product& product, void* d, const void* a, const void* b, const void* c = nullptr,
-                  const void* bias = nullptr, const void* aux = nullptr) {
+    // Does the product; false if the library has no kernel for it. bias: read by an epilogue with
+    // bias, written by one with a bias gradient. aux [m, n]: the GELU's input. c: may be d.
+    bool multiply(const Product& product, void* d, const void* a, const void* b,
+                  const void* c = nullptr, const void* bias = nullptr, const void* aux = nullptr) {
         Plan& plan = plan_for(product, bias, aux);
         if (!plan.possible) return false;
         if (bias) set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
         if (aux) set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux);
         const float one = 1, beta = product.add ? 1 : 0;
-        CUDA_CHECK(cublasLtMatmul(library_, plan.operation, &one, a, plan.a, b, plan.b, &beta, product.add ? c : d,
-                                  plan.d, d, plan.d, &plan.algorithm, workspace_, kMatmulWorkspace, stream));
+        CUDA_CHECK(cublasLtMatmul(library_, plan.operation, &one, a, plan.a, b, plan.b, &beta,
+                                  product.add ? c : d, plan.d, d, plan.d, &plan.algorithm,
+                                  workspace_, kMatmulWorkspace, stream));
         return true;
     }
 
-   private:
+private:
     cublasLtHandle_t library_ = nullptr;
     cublasComputeType_t compute_;
     void *workspace_ = nullptr, *scratch_ = nullptr;
@@ -1293,8 +1325,10 @@ class CudaContext {
         Plan& plan = found->second;
         if (!fresh) return plan;
         CUDA_CHECK(cublasLtMatmulDescCreate(&plan.operation, compute_, CUDA_R_32F));
-        set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, p.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N);
-        set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSB, p.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N);
+        set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA,
+                      p.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N);
+        set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSB,
+                      p.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N);
         set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE, p.epilogue);
         if (bias) set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
         if (aux) set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux);
@@ -1311,12 +1345,15 @@ class CudaContext {
     void choose_algorithm(Plan& plan) {
         cublasLtMatmulPreference_t preference;
         CUDA_CHECK(cublasLtMatmulPreferenceCreate(&preference));
-        CUDA_CHECK(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                                                        &kMatmulWorkspace, sizeof kMatmulWorkspace));
+        CUDA_CHECK(cublasLtMatmulPreferenceSetAttribute(preference,
+                                                        CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                                        &kMatmulWorkspace,
+                                                        sizeof kMatmulWorkspace));
         cublasLtMatmulHeuristicResult_t result = {};
         int found = 0;
-        const cublasStatus_t code = cublasLtMatmulAlgoGetHeuristic(library_, plan.operation, plan.a, plan.b, plan.d,
-                                                                   plan.d, preference, 1, &result, &found);
+        const cublasStatus_t code =
+            cublasLtMatmulAlgoGetHeuristic(library_, plan.operation, plan.a, plan.b, plan.d, plan.d,
+                                           preference, 1, &result, &found);
         cublasLtMatmulPreferenceDestroy(preference);
         plan.possible = code == CUBLAS_STATUS_SUCCESS && found > 0;
         plan.algorithm = result.algo;
@@ -1328,31 +1365,44 @@ class CudaContext {
 // 6 The device
 // =================================================================================================
 
-inline int whole_warps(int threads) { return std::min(1024, (threads + kWarp - 1) / kWarp * kWarp); }
-inline unsigned blocks_for(size_t count, size_t per_block) { return unsigned((count + per_block - 1) / per_block); }
+inline int whole_warps(int threads) {
+    return std::min(1024, (threads + kWarp - 1) / kWarp * kWarp);
+}
+inline unsigned blocks_for(size_t count, size_t per_block) {
+    return unsigned((count + per_block - 1) / per_block);
+}
 
 // Lets a kernel use more than 48 KB of shared memory in a block, its own arrays included.
 template <class Kernel>
 void allow_shared(Kernel* kernel, size_t bytes) {
     if (bytes > 40 * 1024)
-        CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+        CUDA_CHECK(
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
 }
 
-// Operations a second by the data sheet, dense: what one multiprocessor does in a clock, times the clock
-// the data sheets count with (NVIDIA's architecture white papers). An unknown GPU counts as the nearest.
+// Operations a second by the data sheet, dense: what one multiprocessor does in a clock, times the
+// clock the data sheets count with (NVIDIA's architecture white papers). An unknown GPU counts as
+// the nearest.
 inline double data_sheet_flops(const cudaDeviceProp& gpu, bool bf16, bool tf32) {
-    struct Entry { int capability, bf16, tf32, fp32; double hertz; };
-    const Entry table[] = {{75, 0, 0, 128, 1.59e9},    {80, 2048, 1024, 128, 1.41e9}, {86, 512, 256, 256, 1.70e9},
-                           {89, 512, 256, 256, 2.52e9}, {90, 4096, 2048, 256, 1.83e9}, {100, 8192, 4096, 256, 1.85e9},
+    struct Entry {
+        int capability, bf16, tf32, fp32;
+        double hertz;
+    };
+    const Entry table[] = {{75, 0, 0, 128, 1.59e9},       {80, 2048, 1024, 128, 1.41e9},
+                           {86, 512, 256, 256, 1.70e9},   {89, 512, 256, 256, 2.52e9},
+                           {90, 4096, 2048, 256, 1.83e9}, {100, 8192, 4096, 256, 1.85e9},
                            {120, 1024, 512, 256, 2.41e9}};
     const Entry* found = table;
     for (const Entry& entry : table)
         if (entry.capability <= gpu.major * 10 + gpu.minor) found = &entry;
-    return double(bf16 ? found->bf16 : tf32 ? found->tf32 : found->fp32) * gpu.multiProcessorCount * found->hertz;
+    return double(bf16   ? found->bf16
+                  : tf32 ? found->tf32
+                         : found->fp32) *
+           gpu.multiProcessorCount * found->hertz;
 }
 
-// As many blocks as the GPU can hold at once, for kernels whose blocks take equal shares of all work:
-// one more would run alone. At most `enough`.
+// As many blocks as the GPU can hold at once, for kernels whose blocks take equal shares of all
+// work: one more would run alone. At most `enough`.
 template <class Kernel>
 int resident_blocks(Kernel* kernel, int threads, size_t shared, size_t enough) {
     int device = 0, processors = 0, each = 0;
@@ -1367,33 +1417,67 @@ template <class A>
 struct Cuda {
     using Real = float;
     using Weight = A;
-    using Gradient = float;  // Why: sums over a batch, and over micro-batches, want more than 8 bits
+    using Gradient =
+        float;  // Why: sums over a batch, and over micro-batches, want more than 8 bits
     using Activation = A;
     static constexpr bool kSeparateMasters = !std::is_same_v<A, float>;
     static constexpr bool kHostMemory = false;
     static constexpr const char* kProgram = "train_gpt_cu";
-    static constexpr size_t kHeadBytes = size_t(8) << 30;  // of logits at a time; GPT-2 at B = 64 takes 6.6 GB
+    static constexpr size_t kHeadBytes =
+        size_t(8) << 30;  // of logits at a time; GPT-2 at B = 64 takes 6.6 GB
 
     std::shared_ptr<CudaContext> context;  // copies of a device are the same device
-    bool fuse = true;                      // ask cuBLASLt to do the GELU and bias gradients with the matmul
+    bool fuse = true;  // ask cuBLASLt to do the GELU and bias gradients with the matmul
     size_t head_bytes = kHeadBytes;
 
     Cuda(bool tf32 = false)
-        : context(std::make_shared<CudaContext>(tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F)) {}
+        : context(std::make_shared<CudaContext>(tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32
+                                                     : CUBLAS_COMPUTE_32F)) {}
 
     // --- the machine
 
     std::string describe() const {
         const cudaDeviceProp gpu = properties();
         return format("%s, %d multiprocessors, %.1f GB, %s", gpu.name, gpu.multiProcessorCount,
-                      double(gpu.totalGlobalMem) / 1e9, kSeparateMasters ? "bf16" : context->tf32() ? "tf32" : "fp32");
+                      double(gpu.totalGlobalMem) / 1e9,
+                      kSeparateMasters  ? "bf16"
+                      : context->tf32() ? "tf32"
+                                        : "fp32");
     }
     size_t free_memory() const {
         size_t free = 0, total = 0;
         CUDA_CHECK(cudaMemGetInfo(&free, &total));
         return free;
     }
-    double peak_flops() const { return data_sheet_flops(properties(), kSeparateMasters, context->tf32()); }
+    double peak_flops() const {
+        return data_sheet_flops(properties(), kSeparateMasters, context->tf32());
+    }
+    // Measured: the best of a few copies inside the GPU's memory, counting bytes read and written.
+    double peak_bandwidth() const {
+        const size_t bytes = std::min(size_t(1) << 30, free_memory() / 8);
+        void *from = nullptr, *to = nullptr;
+        cudaEvent_t begin, end;
+        CUDA_CHECK(cudaMalloc(&from, bytes));
+        CUDA_CHECK(cudaMalloc(&to, bytes));
+        CUDA_CHECK(cudaMemsetAsync(from, 1, bytes, stream()));
+        CUDA_CHECK(cudaEventCreate(&begin));
+        CUDA_CHECK(cudaEventCreate(&end));
+        float best = INFINITY;
+        for (int trial = 0; trial < 5; ++trial) {
+            float milliseconds = 0;
+            CUDA_CHECK(cudaEventRecord(begin, stream()));
+            CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream()));
+            CUDA_CHECK(cudaEventRecord(end, stream()));
+            CUDA_CHECK(cudaEventSynchronize(end));
+            CUDA_CHECK(cudaEventElapsedTime(&milliseconds, begin, end));
+            best = std::min(best, milliseconds);
+        }
+        CUDA_CHECK(cudaEventDestroy(begin));
+        CUDA_CHECK(cudaEventDestroy(end));
+        CUDA_CHECK(cudaFree(from));
+        CUDA_CHECK(cudaFree(to));
+        return 2 * double(bytes) / (double(best) / 1e3);
+    }
     void synchronize() { CUDA_CHECK(cudaStreamSynchronize(stream())); }
     // Memory's speed, measured: 256 MB are copied, read and written. Best of five; bytes a second.
     double peak_bandwidth() {
@@ -1417,7 +1501,8 @@ struct Cuda {
     T* allocate(size_t count) {
         void* pointer = nullptr;
         const cudaError_t code = cudaMalloc(&pointer, std::max<size_t>(count, 1) * sizeof(T));
-        TINYGPT_CHECK(code != cudaErrorMemoryAllocation, "out of GPU memory: %.2f GB more were needed",
+        TINYGPT_CHECK(code != cudaErrorMemoryAllocation,
+                      "out of GPU memory: %.2f GB more were needed",
                       double(count * sizeof(T)) / 1e9);
         CUDA_CHECK(code);
         return static_cast<T*>(pointer);
@@ -1432,56 +1517,66 @@ struct Cuda {
     }
     template <class T>
     void upload(T* to, const T* from_host, size_t count) {
-        CUDA_CHECK(cudaMemcpyAsync(to, from_host, count * sizeof(T), cudaMemcpyHostToDevice, stream()));
+        CUDA_CHECK(
+            cudaMemcpyAsync(to, from_host, count * sizeof(T), cudaMemcpyHostToDevice, stream()));
         CUDA_CHECK(cudaStreamSynchronize(stream()));
     }
     template <class T>
     void download(T* to_host, const T* from, size_t count) {
-        CUDA_CHECK(cudaMemcpyAsync(to_host, from, count * sizeof(T), cudaMemcpyDeviceToHost, stream()));
+        CUDA_CHECK(
+            cudaMemcpyAsync(to_host, from, count * sizeof(T), cudaMemcpyDeviceToHost, stream()));
         CUDA_CHECK(cudaStreamSynchronize(stream()));
     }
     void weights_from_masters(Weight* weights, const Real* masters, size_t count) {
         if constexpr (kSeparateMasters) {
-            round_weights_kernel<<<blocks_for(count, 4 * kThreads), kThreads, 0, stream()>>>(weights, masters, count);
+            round_weights_kernel<<<blocks_for(count, 4 * kThreads), kThreads, 0,
+                                   stream()>>>(weights, masters, count);
             CUDA_CHECK(cudaGetLastError());
         }
     }
 
     // --- token and position embeddings
 
-    void embed_forward(A* out, const int32_t* tokens, const A* wte, const A* wpe, int B, int T, int C, int past,
-                       Dropout drop) {
+    void embed_forward(A* out, const int32_t* tokens, const A* wte, const A* wpe, int B, int T,
+                       int C, int past, Dropout drop) {
         check_channels(C);
-        embed_forward_kernel<A><<<packs(size_t(B) * T * C), kThreads, 0, stream()>>>(out, tokens, wte, wpe, B * T, T, C,
-                                                                                     past, drop);
+        embed_forward_kernel<A>
+            <<<packs(size_t(B) * T * C), kThreads, 0, stream()>>>(out, tokens, wte, wpe, B * T, T,
+                                                                  C, past, drop);
         CUDA_CHECK(cudaGetLastError());
     }
-    void embed_backward(float* dwte, float* dwpe, const A* dout, const int32_t* tokens, const int32_t* order, int B,
-                        int T, int C, Dropout drop) {
-        embed_backward_tokens_kernel<A><<<B * T, kThreads, 0, stream()>>>(dwte, dout, tokens, order, B * T, C, drop);
+    void embed_backward(float* dwte, float* dwpe, const A* dout, const int32_t* tokens,
+                        const int32_t* order, int B, int T, int C, Dropout drop) {
+        embed_backward_tokens_kernel<A>
+            <<<B * T, kThreads, 0, stream()>>>(dwte, dout, tokens, order, B * T, C, drop);
         CUDA_CHECK(cudaGetLastError());
-        embed_backward_places_kernel<A><<<packs(size_t(T) * C), kThreads, 0, stream()>>>(dwpe, dout, B, T, C, drop);
+        embed_backward_places_kernel<A>
+            <<<packs(size_t(T) * C), kThreads, 0, stream()>>>(dwpe, dout, B, T, C, drop);
         CUDA_CHECK(cudaGetLastError());
     }
 
     // --- layernorm
 
-    void layernorm_forward(A* out, float* mean, float* rstd, const A* x, const A* weight, const A* bias, int rows,
-                           int C) {
-        layernorm_forward_kernel<A><<<blocks_for(rows, kThreads / kWarp), kThreads, 0, stream()>>>(
-            out, mean, rstd, x, weight, bias, rows, C);
+    void layernorm_forward(A* out, float* mean, float* rstd, const A* x, const A* weight,
+                           const A* bias, int rows, int C) {
+        layernorm_forward_kernel<A>
+            <<<blocks_for(rows, kThreads / kWarp), kThreads, 0, stream()>>>(out, mean, rstd, x,
+                                                                            weight, bias, rows, C);
         CUDA_CHECK(cudaGetLastError());
     }
-    void layernorm_backward(A* dx, float* dweight, float* dbias, A* dbranch, float* dbranch_bias, const A* dout,
-                            const A* dresidual, const A* x, const float* mean, const float* rstd, const A* weight,
-                            int rows, int C, Dropout drop, bool accumulate) {
+    void layernorm_backward(A* dx, float* dweight, float* dbias, A* dbranch, float* dbranch_bias,
+                            const A* dout, const A* dresidual, const A* x, const float* mean,
+                            const float* rstd, const A* weight, int rows, int C, Dropout drop,
+                            bool accumulate) {
         const size_t shared = size_t(kNormWarps) * 3 * sum_places<A>(C) * sizeof(float);
         allow_shared(layernorm_backward_kernel<A>, shared);
         const int blocks = resident_blocks(layernorm_backward_kernel<A>, kNormWarps * kWarp, shared,
                                            blocks_for(rows, kNormWarps));
         float* partial = context->scratch<float>(size_t(blocks) * 3 * C);
-        layernorm_backward_kernel<A><<<blocks, kNormWarps * kWarp, shared, stream()>>>(
-            dx, dbranch, partial, dout, dresidual, x, mean, rstd, weight, rows, C, drop);
+        layernorm_backward_kernel<A>
+            <<<blocks, kNormWarps * kWarp, shared, stream()>>>(dx, dbranch, partial, dout,
+                                                               dresidual, x, mean, rstd, weight,
+                                                               rows, C, drop);
         CUDA_CHECK(cudaGetLastError());
         sum_partials({{dweight, dbias, dbranch_bias}}, 3, partial, blocks, C, accumulate);
     }
@@ -1489,15 +1584,17 @@ struct Cuda {
     // --- linear layers
 
     void linear_forward(A* out, const A* x, const A* w, const A* b, int rows, int C, int OC) {
-        must(context->multiply(forward_product(rows, C, OC, CUBLASLT_EPILOGUE_BIAS), out, w, x, nullptr, b));
+        must(context->multiply(forward_product(rows, C, OC, CUBLASLT_EPILOGUE_BIAS), out, w, x,
+                               nullptr, b));
     }
-    void linear_backward(A* dx, float* dw, float* db, const A* dout, const A* x, const A* w, int rows, int C, int OC,
-                         bool accumulate) {
+    void linear_backward(A* dx, float* dw, float* db, const A* dout, const A* x, const A* w,
+                         int rows, int C, int OC, bool accumulate) {
         must(context->multiply(input_product(rows, C, OC, CUBLASLT_EPILOGUE_DEFAULT), dx, w, dout));
         weight_gradient(dw, dout, x, rows, C, OC, accumulate);
         if (db) column_sums(db, const_cast<A*>(dout), nullptr, rows, OC, accumulate);
     }
-    void linear_gelu_forward(A* gelu, A* pre, const A* x, const A* w, const A* b, int rows, int C, int OC) {
+    void linear_gelu_forward(A* gelu, A* pre, const A* x, const A* w, const A* b, int rows, int C,
+                             int OC) {
         const Product fused = forward_product(rows, C, OC, CUBLASLT_EPILOGUE_GELU_AUX_BIAS);
         if (fuse && context->multiply(fused, gelu, w, x, nullptr, b, pre)) return;
         linear_forward(pre, x, w, b, rows, C, OC);
@@ -1505,34 +1602,38 @@ struct Cuda {
         gelu_kernel<A><<<packs(count), kThreads, 0, stream()>>>(gelu, pre, count);
         CUDA_CHECK(cudaGetLastError());
     }
-    void linear_gelu_backward(A* dpre, float* dw, float* dpre_bias, const A* dout, const A* gelu, const A* pre,
-                              const A* w, int rows, int C, int OC, bool accumulate) {
+    void linear_gelu_backward(A* dpre, float* dw, float* dpre_bias, const A* dout, const A* gelu,
+                              const A* pre, const A* w, int rows, int C, int OC, bool accumulate) {
         const Product fused = input_product(rows, C, OC, CUBLASLT_EPILOGUE_DGELU_BGRAD);
         A* bias_gradient = context->scratch<A>(C);
         if (fuse && context->multiply(fused, dpre, w, dout, nullptr, bias_gradient, pre)) {
-            take_bias_gradient_kernel<A><<<blocks_for(C, kThreads), kThreads, 0, stream()>>>(dpre_bias, bias_gradient,
-                                                                                             C, accumulate);
+            take_bias_gradient_kernel<A>
+                <<<blocks_for(C, kThreads), kThreads, 0, stream()>>>(dpre_bias, bias_gradient, C,
+                                                                     accumulate);
             CUDA_CHECK(cudaGetLastError());
         } else {
-            must(context->multiply(input_product(rows, C, OC, CUBLASLT_EPILOGUE_DEFAULT), dpre, w, dout));
+            must(context->multiply(input_product(rows, C, OC, CUBLASLT_EPILOGUE_DEFAULT), dpre, w,
+                                   dout));
             column_sums(dpre_bias, dpre, pre, rows, C, accumulate);
         }
         weight_gradient(dw, dout, gelu, rows, C, OC, accumulate);
     }
-    void linear_residual_forward(A* out, const A* residual, const A* x, const A* w, const A* b, int rows, int C,
-                                 int OC, Dropout drop) {
+    void linear_residual_forward(A* out, const A* residual, const A* x, const A* w, const A* b,
+                                 int rows, int C, int OC, Dropout drop) {
         Product product = forward_product(rows, C, OC, CUBLASLT_EPILOGUE_BIAS);
         product.add = !drop.on();
         must(context->multiply(product, out, w, x, residual, b));
         if (!drop.on()) return;
         const size_t count = size_t(rows) * OC;
-        residual_dropout_kernel<A><<<packs(count), kThreads, 0, stream()>>>(out, residual, count, drop);
+        residual_dropout_kernel<A>
+            <<<packs(count), kThreads, 0, stream()>>>(out, residual, count, drop);
         CUDA_CHECK(cudaGetLastError());
     }
 
     // --- attention
 
-    void attention_forward(A* out, float* lse, const A* qkv, int B, int T, int NH, int HS, Dropout drop) {
+    void attention_forward(A* out, float* lse, const A* qkv, int B, int T, int NH, int HS,
+                           Dropout drop) {
         if constexpr (kSeparateMasters) {
             if (HS == 32) return tensor_forward<32, 2>(out, lse, qkv, B, T, NH, drop);
             if (HS == 64) return tensor_forward<64, 2>(out, lse, qkv, B, T, NH, drop);
@@ -1540,16 +1641,22 @@ struct Cuda {
         }
         plain_forward(out, lse, qkv, B, 0, T, NH, HS, drop);
     }
-    void attention_backward(A* dqkv, const A* dout, const A* out, const float* lse, const A* qkv, int B, int T, int NH,
-                            int HS, Dropout drop) {
+    void attention_backward(A* dqkv, const A* dout, const A* out, const float* lse, const A* qkv,
+                            int B, int T, int NH, int HS, Dropout drop) {
         float* delta = context->scratch<float>(size_t(B) * NH * T);
         if constexpr (kSeparateMasters) {
-            if (HS == 32) return tensor_backward<32, 64>(dqkv, delta, dout, out, lse, qkv, B, T, NH, drop);
-            if (HS == 64) return tensor_backward<64, 64>(dqkv, delta, dout, out, lse, qkv, B, T, NH, drop);
-            if (HS == 128) return tensor_backward<128, 32>(dqkv, delta, dout, out, lse, qkv, B, T, NH, drop);
+            if (HS == 32)
+                return tensor_backward<32, 64>(dqkv, delta, dout, out, lse, qkv, B, T, NH, drop);
+            if (HS == 64)
+                return tensor_backward<64, 64>(dqkv, delta, dout, out, lse, qkv, B, T, NH, drop);
+            if (HS == 128)
+                return tensor_backward<128, 32>(dqkv, delta, dout, out, lse, qkv, B, T, NH, drop);
         }
-        attention_delta_kernel<A><<<blocks_for(size_t(B) * T * NH, kThreads / kWarp), kThreads, 0, stream()>>>(
-            delta, out, dout, B * T, T, NH, HS);
+        attention_delta_kernel<A>
+            <<<blocks_for(size_t(B) * T * NH, kThreads / kWarp), kThreads, 0, stream()>>>(delta,
+                                                                                          out, dout,
+                                                                                          B * T, T,
+                                                                                          NH, HS);
         CUDA_CHECK(cudaGetLastError());
         if (HS <= 32) return plain_backward<1>(dqkv, dout, lse, delta, qkv, B, T, NH, HS, drop);
         if (HS <= 64) return plain_backward<2>(dqkv, dout, lse, delta, qkv, B, T, NH, HS, drop);
@@ -1562,15 +1669,20 @@ struct Cuda {
 
     // --- head
 
-    static int head_pitch(int V) { return (V + 7) / 8 * 8; }  // rows of logits start at multiples of 16 bytes
-    static int head_rows(int rows, int V, size_t bytes) {     // of one block of logits
-        const size_t all = size_t(rows) * head_pitch(V) * sizeof(A), blocks = (all + bytes - 1) / bytes;
+    static int head_pitch(int V) {
+        return (V + 7) / 8 * 8;
+    }  // rows of logits start at multiples of 16 bytes
+    static int head_rows(int rows, int V, size_t bytes) {  // of one block of logits
+        const size_t all = size_t(rows) * head_pitch(V) * sizeof(A),
+                     blocks = (all + bytes - 1) / bytes;
         return int((size_t(rows) + blocks - 1) / blocks);
     }
-    static size_t head_workspace(int rows, int V) { return size_t(head_rows(rows, V, kHeadBytes)) * head_pitch(V); }
+    static size_t head_workspace(int rows, int V) {
+        return size_t(head_rows(rows, V, kHeadBytes)) * head_pitch(V);
+    }
 
-    void head_forward(float* losses, A* logits, const A* x, const A* w, const int32_t* targets, int rows, int C,
-                      int V) {
+    void head_forward(float* losses, A* logits, const A* x, const A* w, const int32_t* targets,
+                      int rows, int C, int V) {
         const int step = head_rows(rows, V, head_bytes);
         for (int first = 0; first < rows; first += step) {
             const int n = std::min(step, rows - first);
@@ -1579,7 +1691,8 @@ struct Cuda {
         }
     }
     void head_forward_backward(float* losses, A* dx, float* dw, A* logits, const A* x, const A* w,
-                               const int32_t* targets, int rows, int C, int V, float scale, bool accumulate) {
+                               const int32_t* targets, int rows, int C, int V, float scale,
+                               bool accumulate) {
         const int step = head_rows(rows, V, head_bytes), pitch = head_pitch(V);
         for (int first = 0; first < rows; first += step) {
             const int n = std::min(step, rows - first);
@@ -1587,7 +1700,8 @@ struct Cuda {
             must(context->multiply(logits_product(n, C, V), logits, w, x_rows));
             softmax_cross_entropy<true>(losses + first, logits, targets + first, n, V, scale);
             // dx = dlogits w, dw (+)= dlogits^T x
-            must(context->multiply({C, n, V, C, pitch, C, false, false, false, CUBLASLT_EPILOGUE_DEFAULT, kType, kType},
+            must(context->multiply({C, n, V, C, pitch, C, false, false, false,
+                                    CUBLASLT_EPILOGUE_DEFAULT, kType, kType},
                                    dx + size_t(first) * C, w, logits));
             must(context->multiply({C, V, n, C, pitch, C, false, true, accumulate || first > 0,
                                     CUBLASLT_EPILOGUE_DEFAULT, kType, CUDA_R_32F},
@@ -1595,7 +1709,8 @@ struct Cuda {
         }
     }
     void head_logits(float* logits, const A* x, const A* w, int rows, int C, int V) {
-        must(context->multiply({V, rows, C, C, C, V, true, false, false, CUBLASLT_EPILOGUE_DEFAULT, kType, CUDA_R_32F},
+        must(context->multiply({V, rows, C, C, C, V, true, false, false, CUBLASLT_EPILOGUE_DEFAULT,
+                                kType, CUDA_R_32F},
                                logits, w, x));
     }
 
@@ -1610,7 +1725,8 @@ struct Cuda {
         CUDA_CHECK(cudaGetLastError());
     }
     void gradient_norm(StepState* state, const float* grads, size_t count) {
-        const int pieces = resident_blocks(sum_of_squares_kernel, kThreads, 0, blocks_for(count, 4 * kThreads));
+        const int pieces =
+            resident_blocks(sum_of_squares_kernel, kThreads, 0, blocks_for(count, 4 * kThreads));
         double* sums = context->scratch<double>(pieces);
         sum_of_squares_kernel<<<pieces, kThreads, 0, stream()>>>(sums, grads, count);
         CUDA_CHECK(cudaGetLastError());
@@ -1621,15 +1737,16 @@ struct Cuda {
         judge_step_kernel<<<1, 1, 0, stream()>>>(state, guards);
         CUDA_CHECK(cudaGetLastError());
     }
-    void adamw(Weight* weights, float* masters, float* m, float* v, const float* grads, size_t count, size_t decayed,
-               const StepState* state, AdamW hyper) {
-        const int blocks = resident_blocks(adamw_kernel<Weight>, kThreads, 0, blocks_for(count, 4 * kThreads));
-        adamw_kernel<Weight><<<blocks, kThreads, 0, stream()>>>(weights, masters, m, v, grads, count, decayed, state,
-                                                                hyper);
+    void adamw(Weight* weights, float* masters, float* m, float* v, const float* grads,
+               size_t count, size_t decayed, const StepState* state, AdamW hyper) {
+        const int blocks =
+            resident_blocks(adamw_kernel<Weight>, kThreads, 0, blocks_for(count, 4 * kThreads));
+        adamw_kernel<Weight><<<blocks, kThreads, 0, stream()>>>(weights, masters, m, v, grads,
+                                                                count, decayed, state, hyper);
         CUDA_CHECK(cudaGetLastError());
     }
 
-   private:
+private:
     static constexpr cudaDataType_t kType = kSeparateMasters ? CUDA_R_16BF : CUDA_R_32F;
 
     cudaStream_t stream() const { return context->stream; }
@@ -1639,9 +1756,12 @@ struct Cuda {
         return gpu;
     }
     static unsigned packs(size_t count) { return blocks_for(count, size_t(kThreads) * kPack<A>); }
-    static void must(bool possible) { TINYGPT_CHECK(possible, "cuBLASLt has no kernel for a matrix product"); }
+    static void must(bool possible) {
+        TINYGPT_CHECK(possible, "cuBLASLt has no kernel for a matrix product");
+    }
     static void check_channels(int C) {
-        TINYGPT_CHECK(C % 8 == 0, "on a GPU n_embd must be a multiple of 8; it is %d: use --n-embd %d", C,
+        TINYGPT_CHECK(C % 8 == 0,
+                      "on a GPU n_embd must be a multiple of 8; it is %d: use --n-embd %d", C,
                       (C + 7) / 8 * 8);
     }
 
@@ -1655,36 +1775,43 @@ struct Cuda {
     }
     // logits [rows, V] = x [rows, C] w^T, w [V, C]
     static Product logits_product(int rows, int C, int V) {
-        return {V, rows, C, C, C, head_pitch(V), true, false, false, CUBLASLT_EPILOGUE_DEFAULT, kType, kType};
+        return {V,     rows, C, C, C, head_pitch(V), true, false, false, CUBLASLT_EPILOGUE_DEFAULT,
+                kType, kType};
     }
     // dw [C, OC] (+)= x^T dout
-    void weight_gradient(float* dw, const A* dout, const A* x, int rows, int C, int OC, bool accumulate) {
-        must(context->multiply({OC, C, rows, OC, C, OC, false, true, accumulate, CUBLASLT_EPILOGUE_DEFAULT, kType,
-                                CUDA_R_32F},
+    void weight_gradient(float* dw, const A* dout, const A* x, int rows, int C, int OC,
+                         bool accumulate) {
+        must(context->multiply({OC, C, rows, OC, C, OC, false, true, accumulate,
+                                CUBLASLT_EPILOGUE_DEFAULT, kType, CUDA_R_32F},
                                dw, dout, x, dw));
     }
     // sums [C] (+)= column sums of d [rows, C]; with pre, d becomes d gelu'(pre) first.
     void column_sums(float* sums, A* d, const A* pre, int rows, int C, bool accumulate) {
-        const dim3 grid(blocks_for(C, kWarp * kPack<A>), std::min<unsigned>(256, blocks_for(rows, kThreads / kWarp)));
+        const dim3 grid(blocks_for(C, kWarp * kPack<A>),
+                        std::min<unsigned>(256, blocks_for(rows, kThreads / kWarp)));
         float* partial = context->scratch<float>(size_t(grid.y) * C);
         column_sums_kernel<A><<<grid, kThreads, 0, stream()>>>(partial, d, pre, rows, C);
         CUDA_CHECK(cudaGetLastError());
         sum_partials({{sums, nullptr, nullptr}}, 1, partial, int(grid.y), C, accumulate);
     }
-    void sum_partials(ThreePointers to, unsigned tables, const float* partial, int parts, int C, bool accumulate) {
+    void sum_partials(ThreePointers to, unsigned tables, const float* partial, int parts, int C,
+                      bool accumulate) {
         const dim3 grid(blocks_for(C, kWarp), tables), block(kWarp, std::min(kWarp, parts));
-        sum_partials_kernel<<<grid, block, 0, stream()>>>(to, partial, parts, int(tables) * C, C, accumulate);
+        sum_partials_kernel<<<grid, block, 0, stream()>>>(to, partial, parts, int(tables) * C, C,
+                                                          accumulate);
         CUDA_CHECK(cudaGetLastError());
     }
     template <bool kGradient>
-    void softmax_cross_entropy(float* losses, A* logits, const int32_t* targets, int rows, int V, float scale) {
+    void softmax_cross_entropy(float* losses, A* logits, const int32_t* targets, int rows, int V,
+                               float scale) {
         const int threads = V >= 8192 ? 1024 : 256;
-        softmax_cross_entropy_kernel<A, kGradient><<<rows, threads, 0, stream()>>>(losses, logits, targets, V,
-                                                                                   head_pitch(V), scale);
+        softmax_cross_entropy_kernel<A, kGradient>
+            <<<rows, threads, 0, stream()>>>(losses, logits, targets, V, head_pitch(V), scale);
         CUDA_CHECK(cudaGetLastError());
     }
 
-    void plain_forward(A* out, float* lse, const A* qkv, int B, int past, int n, int NH, int HS, Dropout drop) {
+    void plain_forward(A* out, float* lse, const A* qkv, int B, int past, int n, int NH, int HS,
+                       Dropout drop) {
         if (HS <= 32) return plain_forward_by<1>(out, lse, qkv, B, past, n, NH, HS, drop);
         if (HS <= 64) return plain_forward_by<2>(out, lse, qkv, B, past, n, NH, HS, drop);
         if (HS <= 128) return plain_forward_by<4>(out, lse, qkv, B, past, n, NH, HS, drop);
@@ -1696,28 +1823,32 @@ struct Cuda {
                                 size_t(held_tables) * kPlainHeld * 32);
     }
     template <int E>
-    void plain_forward_by(A* out, float* lse, const A* qkv, int B, int past, int n, int NH, int HS, Dropout drop) {
-        TINYGPT_CHECK(HS <= kMaxHeadSize, "on a GPU a head has at most %d channels; n_embd / n_head is %d",
+    void plain_forward_by(A* out, float* lse, const A* qkv, int B, int past, int n, int NH, int HS,
+                          Dropout drop) {
+        TINYGPT_CHECK(HS <= kMaxHeadSize,
+                      "on a GPU a head has at most %d channels; n_embd / n_head is %d",
                       kMaxHeadSize, HS);
         const dim3 grid(blocks_for(n, kPlainHeld), unsigned(B * NH));
         const size_t shared = plain_shared(HS, 1);
         allow_shared(attention_plain_forward_kernel<A, E>, shared);
-        attention_plain_forward_kernel<A, E><<<grid, kPlainWarps * kWarp, shared, stream()>>>(out, lse, qkv, past, n,
-                                                                                             NH, HS, drop);
+        attention_plain_forward_kernel<A, E>
+            <<<grid, kPlainWarps * kWarp, shared, stream()>>>(out, lse, qkv, past, n, NH, HS, drop);
         CUDA_CHECK(cudaGetLastError());
     }
     template <int E>
-    void plain_backward(A* dqkv, const A* dout, const float* lse, const float* delta, const A* qkv, int B, int T,
-                        int NH, int HS, Dropout drop) {
+    void plain_backward(A* dqkv, const A* dout, const float* lse, const float* delta, const A* qkv,
+                        int B, int T, int NH, int HS, Dropout drop) {
         const dim3 grid(blocks_for(T, kPlainHeld), unsigned(B * NH));
         const size_t shared = plain_shared(HS, 2);
         allow_shared(attention_plain_backward_kernel<A, E, false>, shared);
-        attention_plain_backward_kernel<A, E, false><<<grid, kPlainWarps * kWarp, shared, stream()>>>(
-            dqkv, dout, lse, delta, qkv, T, NH, HS, drop);
+        attention_plain_backward_kernel<A, E, false>
+            <<<grid, kPlainWarps * kWarp, shared, stream()>>>(dqkv, dout, lse, delta, qkv, T, NH,
+                                                              HS, drop);
         CUDA_CHECK(cudaGetLastError());
         allow_shared(attention_plain_backward_kernel<A, E, true>, shared);
-        attention_plain_backward_kernel<A, E, true><<<grid, kPlainWarps * kWarp, shared, stream()>>>(
-            dqkv, dout, lse, delta, qkv, T, NH, HS, drop);
+        attention_plain_backward_kernel<A, E, true>
+            <<<grid, kPlainWarps * kWarp, shared, stream()>>>(dqkv, dout, lse, delta, qkv, T, NH,
+                                                              HS, drop);
         CUDA_CHECK(cudaGetLastError());
     }
     template <int HS, int kM>
@@ -1725,21 +1856,23 @@ struct Cuda {
         const dim3 grid(blocks_for(T, 64 * kM), unsigned(B * NH));
         const size_t shared = (64 * kM + 4 * 64) * HS * sizeof(A);
         allow_shared(attention_forward_kernel<HS, kM>, shared);
-        attention_forward_kernel<HS, kM><<<grid, 128, shared, stream()>>>(out, lse, qkv, T, NH, drop);
+        attention_forward_kernel<HS, kM>
+            <<<grid, 128, shared, stream()>>>(out, lse, qkv, T, NH, drop);
         CUDA_CHECK(cudaGetLastError());
     }
     template <int HS, int kQueries>
-    void tensor_backward(A* dqkv, float* delta, const A* dout, const A* out, const float* lse, const A* qkv, int B,
-                         int T, int NH, Dropout drop) {
+    void tensor_backward(A* dqkv, float* delta, const A* dout, const A* out, const float* lse,
+                         const A* qkv, int B, int T, int NH, Dropout drop) {
         const dim3 grid(blocks_for(T, 64), unsigned(B * NH));
-        const size_t shared_q = 6 * 64 * HS * sizeof(A), shared_k = (2 * 64 + 4 * kQueries) * HS * sizeof(A);
+        const size_t shared_q = 6 * 64 * HS * sizeof(A),
+                     shared_k = (2 * 64 + 4 * kQueries) * HS * sizeof(A);
         allow_shared(attention_backward_queries_kernel<HS>, shared_q);
-        attention_backward_queries_kernel<HS><<<grid, 128, shared_q, stream()>>>(dqkv, delta, dout, out, lse, qkv, T,
-                                                                                 NH, drop);
+        attention_backward_queries_kernel<HS>
+            <<<grid, 128, shared_q, stream()>>>(dqkv, delta, dout, out, lse, qkv, T, NH, drop);
         CUDA_CHECK(cudaGetLastError());
         allow_shared(attention_backward_keys_kernel<HS, kQueries>, shared_k);
-        attention_backward_keys_kernel<HS, kQueries><<<grid, 128, shared_k, stream()>>>(dqkv, dout, lse, delta, qkv, T,
-                                                                                        NH, drop);
+        attention_backward_keys_kernel<HS, kQueries>
+            <<<grid, 128, shared_k, stream()>>>(dqkv, dout, lse, delta, qkv, T, NH, drop);
         CUDA_CHECK(cudaGetLastError());
     }
 };
@@ -1757,15 +1890,19 @@ int main(int argc, char** argv) {
         int count = 0;
         const cudaError_t code = cudaGetDeviceCount(&count);
         if (code != cudaSuccess || count == 0)
-            fail(format("no GPU to train on (%s): ./train_gpt does the same on the CPU", cudaGetErrorString(code)));
+            fail(format("no GPU to train on (%s): ./train_gpt does the same on the CPU",
+                        cudaGetErrorString(code)));
         cudaDeviceProp gpu;
         CUDA_CHECK(cudaGetDeviceProperties(&gpu, 0));
         // bf16 and tf32 came with compute capability 8.0.
         const bool new_enough = gpu.major >= 8;
-        const std::string precision = !options.precision.empty() ? options.precision : new_enough ? "bf16" : "fp32";
+        const std::string precision = !options.precision.empty() ? options.precision
+                                      : new_enough               ? "bf16"
+                                                                 : "fp32";
         if (precision != "fp32" && !new_enough)
-            fail(format("--precision %s needs a GPU of compute capability 8.0 or later, and %s has %d.%d: use "
-                        "--precision fp32", precision.c_str(), gpu.name, gpu.major, gpu.minor));
+            fail(format("--precision %s needs a GPU of compute capability 8.0 or later, and %s has "
+                        "%d.%d: use --precision fp32",
+                        precision.c_str(), gpu.name, gpu.major, gpu.minor));
         if (precision == "bf16") return run_command(Cuda<bf16>(), options);
         return run_command(Cuda<float>(precision == "tf32"), options);
     });

@@ -1,11 +1,11 @@
 #!/bin/sh
-# checks/experiment.sh NAME: the runs of one experiment, one after another, then a figure of them all
-# and three lines on what to see.
+# checks/experiment.sh NAME: the runs of one experiment, one after another, then a figure of them
+# all and three lines on what to see.
 #
 #   make experiment NAME=rate          data/experiments/rate-*.conf, in the order of rate.txt
 #   make experiment                    the list of experiments
-# Runs lie in out/experiments/NAME/VARIANT, what they printed beside them in VARIANT.txt; the figure is
-# out/experiments/NAME.png and .svg. ARGS="--max-steps 20" goes to every run.
+# Runs lie in out/experiments/NAME/VARIANT, what they printed beside them in VARIANT.txt; the figure
+# is out/experiments/NAME.png and .svg. ARGS="--max-steps 20" goes to every run.
 set -u
 name=${1:-}
 args=${ARGS:-}
@@ -34,7 +34,11 @@ case $name in
 *[!a-z-]*) unknown=1 ;;
 *) [ -f "$recipes/$name.txt" ] && unknown='' || unknown=1 ;;
 esac
-[ -z "$unknown" ] || { echo "error: there is no experiment \"$name\"; there are" >&2; list >&2; exit 2; }
+[ -z "$unknown" ] || {
+    echo "error: there is no experiment \"$name\"; there are" >&2
+    list >&2
+    exit 2
+}
 for program in train_gpt prepare_data; do
     [ -x "./$program" ] || give_up "there is no ./$program: type make $program"
 done
@@ -59,8 +63,8 @@ small-data)
     head -c 30000 tinygpt.hpp > $out/small-data.text
     data small-data --vocab-size 512 --val-fraction 0.2 ;;
 device)
-    head -c 4000 tinygpt.hpp > $out/device.text
-    data device --tokenizer byte --val-fraction 0.05 ;;
+    head -c 20000 tinygpt.hpp > $out/device.text
+    data device --tokenizer byte --val-fraction 0.01 ;;
 *)
     [ -f data/stories/dataset.json ] || ./prepare_data || exit 1 ;;
 esac
@@ -73,12 +77,13 @@ conf_of() { echo "$recipes/$name-$1.conf"; }
 label_of() { sed -n '1s/^# //p' "$(conf_of "$1")"; }
 if [ "$name" = device ]; then
     if nvidia-smi -L 2> /dev/null | grep -q GPU; then
-        make -s train_gpt_cu || give_up "train_gpt_cu did not build: it needs the CUDA Toolkit (nvcc)"
+        make -s train_gpt_cu ||
+            give_up "train_gpt_cu did not build: it needs the CUDA Toolkit (nvcc)"
         cuda=./train_gpt_cu size=gpu where="on the GPU"
     else
         make -s train_gpt_cu_on_cpu || give_up "train_gpt_cu_on_cpu did not build"
         cuda=./train_gpt_cu_on_cpu size=tiny where="on the CPU"
-        note="There is no GPU here: its kernels ran on the CPU (make train_gpt_cu_on_cpu), tiny sizes."
+        note="There is no GPU here: its kernels ran on the CPU (train_gpt_cu_on_cpu), tiny sizes."
     fi
     program_of() { [ "$1" = cpu ] && echo ./train_gpt || echo "$cuda --precision ${1#cuda-}"; }
     conf_of() { echo "$recipes/device-$size.conf"; }
@@ -110,7 +115,7 @@ for variant in $variants; do
         why=$(grep '^error: ' "$run.txt" | tail -1)
         if [ "$name" = precision ] && [ "$variant" = bf16 ] && [ ! -s "$run/log.csv" ]; then
             echo "not on this machine"
-            note="This CPU has no bf16 dot products (avx512_bf16), or the build is not for it: fp32 alone."
+            note="No bf16 here: the CPU has no bf16 dot products, or the build is not for it."
             continue
         fi
         [ -s "$run/log.csv" ] && [ "$(wc -l < "$run/log.csv")" -gt 2 ] ||
@@ -119,10 +124,11 @@ for variant in $variants; do
         printf '%-38s ' ""
     fi
     awk -F, -v wall=$(($(date +%s) - began)) '
-        NR > 1 { n = $1 } $5 != "" && NR > 1 { train = $5 } $4 != "" && NR > 1 { loss = $4 }
+        NR > 1 { n = $1 } NR > 1 && $4 != "" { loss[++k] = $4 }
         $6 != "" && NR > 1 { val = $6; if (best == "" || $6 + 0 < best) best = $6 + 0 }
         NR > 1 && $11 != "" { speed += $11; m++ }
-        END { printf "%6d %8.4f %8s %8s %9.0f %8d\n", n, (train == "" ? loss : train),
+        END { for (i = (k > 20 ? k - 19 : 1); i <= k; i++) { train += loss[i]; of++ }
+              printf "%6d %8.4f %8s %8s %9.0f %8d\n", n, (of ? train / of : 0),
                      (val == "" ? "-" : sprintf("%.4f", val)),
                      (best == "" ? "-" : sprintf("%.4f", best)), (m ? speed / m : 0), wall }' \
         "$run/log.csv"
@@ -148,11 +154,22 @@ differences() {
                   print "" }' "$first" "$run/log.csv"
     done
 }
+# samples RUN: what it wrote at every tenth step, on its way.
+samples() {
+    awk -v letters="$(about "$name" letters)" '
+        /^=== / && match($0, /step [0-9]+/) { step = substr($0, RSTART + 5, RLENGTH - 5); next }
+        step % 10 == 0 && step + 0 > shown + 0 { printf "step %4d  %s\n", step, substr($0, 1, letters)
+                                         shown = step + 0 }' "$1/samples.txt" |
+        LC_ALL=C sed "s/[^ -~]/./g"
+}
 echo
+case " $(about "$name" panels) " in
+*" samples "*) samples "${done_runs# }" && echo ;;
+esac
 # shellcheck disable=SC2086  # words on purpose
 [ "$(about "$name" differences)" = yes ] && differences $done_runs && echo
 RUNS=$done_runs LABELS=$labels TITLE=$(about "$name" title) PANELS=$(about "$name" panels) \
-    LETTERS=$(about "$name" letters) \
+    LETTERS=$(about "$name" letters) COINCIDE=$(about "$name" differences) \
     OUT=$out/$name checks/plot.sh
 drawn=$?
 [ -z "$note" ] || echo "$note"

@@ -46,47 +46,47 @@ take_bias_gradient_kernel | linear | sign | float(from[i]) | -float(from[i])
 take_bias_gradient_kernel | linear | term | accumulate ? to[i] : 0 | 0.0f
 residual_dropout_kernel | linear | sign | branch[i] * drop.scale(at + i) | -branch[i] * drop.scale(at + i)
 residual_dropout_kernel | linear | term | branch[i] * drop.scale(at + i) | branch[i]
-plain_dots | attention<float> | sign | x0 * y.x + x1 * y.y + x2 * y.z + x3 * y.w | x0 * y.x + x1 * y.y - x2 * y.z + x3 * y.w
-plain_dots | attention<float> | term | x0 * y.x + x1 * y.y + x2 * y.z + x3 * y.w | x0 * y.x + x1 * y.y + x2 * y.z
-plain_add | attention<float> | sign | p[r * 32 + j] * x[e] | -p[r * 32 + j] * x[e]
-plain_add | attention<float> | term | d < HS | d < HS - 1
-attention_plain_forward_kernel | attention<float> | sign | score - highest[r] | highest[r] - score
-attention_plain_forward_kernel | attention<float> | term | total[r] * shrink | total[r]
-attention_plain_forward_kernel | attention<float> | term | o[r][i] *= shrink | o[r][i] *= 1
-attention_plain_forward_kernel | attention<float> | term | s[r] * scale | s[r]
-attention_plain_forward_kernel | attention<float> | term | key <= query | key < query + 2
-attention_plain_forward_kernel | attention<float> | term | e * drop.scale(place) | e
-attention_plain_forward_kernel | attention<float> | term | highest[r] + logf(total[r]) | logf(total[r])
-attention_delta_kernel | attention<float> | sign | float(out[i * HS + d]) * float(dout[i * HS + d]) | -float(out[i * HS + d]) * float(dout[i * HS + d])
-attention_delta_kernel | attention<float> | term | float(out[i * HS + d]) * float(dout[i * HS + d]) | float(out[i * HS + d])
-attention_plain_backward_kernel | attention<float> | sign | expf(s[r] * scale - lse[at]) | expf(s[r] * scale + lse[at])
-attention_plain_backward_kernel | attention<float> | sign | probability * (w * dp[r] - delta[at]) * scale | probability * (w * dp[r] + delta[at]) * scale
-attention_plain_backward_kernel | attention<float> | term | probability * (w * dp[r] - delta[at]) * scale | probability * (dp[r] - delta[at]) * scale
-attention_plain_backward_kernel | attention<float> | term | probability * (w * dp[r] - delta[at]) * scale | probability * (w * dp[r] - delta[at])
-attention_plain_backward_kernel | attention<float> | term | probability * w | probability
-attention_plain_backward_kernel | attention<float> | term | key <= query && query < T | key < query && query < T
-softmax_step | attention<tinygpt::bf16> | sign | (highest[half] - top) * scale2 | (top - highest[half]) * scale2
-softmax_step | attention<tinygpt::bf16> | term | total[half] * shrink | total[half]
-softmax_step | attention<tinygpt::bf16> | term | o[n][2 * half + 1] *= shrink | o[n][2 * half + 1] *= 1
-drop_scores | attention<tinygpt::bf16> | term | query + result_row(e) | query + 0 * e
-attention_forward_kernel | attention<tinygpt::bf16> | sign | highest[i][half] * scale + logf(sum) | highest[i][half] * scale - logf(sum)
-attention_forward_kernel | attention<tinygpt::bf16> | term | highest[i][half] * scale + logf(sum) | logf(sum)
-attention_forward_kernel | attention<tinygpt::bf16> | term | begin + result_column(n, e) > query + result_row(e) | begin + result_column(n, e) >= query + result_row(e) + (query + begin > 0)
-attention_forward_kernel | attention<tinygpt::bf16> | term | if (begin >= mine + 16 * kM) | if (begin > 0 && begin >= mine)
-attention_forward_kernel | attention<tinygpt::bf16> | term | if (next - 1 > query) | if (next - 1 > query + 16)
-backward_element | attention<tinygpt::bf16> | sign | s * scale2 - lse2 | s * scale2 + lse2
-backward_element | attention<tinygpt::bf16> | sign | w * dp - delta | w * dp + delta
-backward_element | attention<tinygpt::bf16> | term | w * dp - delta | dp - delta
-backward_element | attention<tinygpt::bf16> | term | p * w | p
-backward_element | attention<tinygpt::bf16> | term | key <= query | key <= query + 1
-warp_delta | attention<tinygpt::bf16> | sign | x[j] * y[j] | -x[j] * y[j]
-warp_delta | attention<tinygpt::bf16> | term | x[j] * y[j] | (j == 3 ? 0 : x[j] * y[j])
-store_rows | attention<tinygpt::bf16> | term | factor * d[n][2 * half] | d[n][2 * half]
-attention_backward_queries_kernel | attention<tinygpt::bf16> | sign | lse[size_t(bh) * T + query] * kLog2E | -lse[size_t(bh) * T + query] * kLog2E
-attention_backward_queries_kernel | attention<tinygpt::bf16> | term | mma_pair(dp[2 * n], dp[2 * n + 1], douts, right) | mma_pair(s[2 * n], s[2 * n + 1], douts, right)
-attention_backward_keys_kernel | attention<tinygpt::bf16> | sign | lse[at] * kLog2E | -lse[at] * kLog2E
-attention_backward_keys_kernel | attention<tinygpt::bf16> | term | mma_pair(dv[2 * n], dv[2 * n + 1], p, right) | (void)0
-attention_backward_keys_kernel | attention<tinygpt::bf16> | term | if (begin + kQueries <= mine) | if (begin <= mine)
+plain_dots | attention<*float | sign | x0 * y.x + x1 * y.y + x2 * y.z + x3 * y.w | x0 * y.x + x1 * y.y - x2 * y.z + x3 * y.w
+plain_dots | attention<*float | term | x0 * y.x + x1 * y.y + x2 * y.z + x3 * y.w | x0 * y.x + x1 * y.y + x2 * y.z
+plain_add | attention<*float | sign | p[r * 32 + j] * x[e] | -p[r * 32 + j] * x[e]
+plain_add | attention<*float | term | d < HS | d < HS - 1
+attention_plain_forward_kernel | attention<*float | sign | score - highest[r] | highest[r] - score
+attention_plain_forward_kernel | attention<*float | term | total[r] * shrink | total[r]
+attention_plain_forward_kernel | attention<*float | term | o[r][i] *= shrink | o[r][i] *= 1
+attention_plain_forward_kernel | attention<*float | term | s[r] * scale | s[r]
+attention_plain_forward_kernel | attention<*float | term | key <= query | key < query + 2
+attention_plain_forward_kernel | attention<*float | term | e * drop.scale(place) | e
+attention_plain_forward_kernel | attention<*float | term | highest[r] + logf(total[r]) | logf(total[r])
+attention_delta_kernel | attention<*float | sign | float(out[i * HS + d]) * float(dout[i * HS + d]) | -float(out[i * HS + d]) * float(dout[i * HS + d])
+attention_delta_kernel | attention<*float | term | float(out[i * HS + d]) * float(dout[i * HS + d]) | float(out[i * HS + d])
+attention_plain_backward_kernel | attention<*float | sign | expf(s[r] * scale - lse[at]) | expf(s[r] * scale + lse[at])
+attention_plain_backward_kernel | attention<*float | sign | probability * (w * dp[r] - delta[at]) * scale | probability * (w * dp[r] + delta[at]) * scale
+attention_plain_backward_kernel | attention<*float | term | probability * (w * dp[r] - delta[at]) * scale | probability * (dp[r] - delta[at]) * scale
+attention_plain_backward_kernel | attention<*float | term | probability * (w * dp[r] - delta[at]) * scale | probability * (w * dp[r] - delta[at])
+attention_plain_backward_kernel | attention<*float | term | probability * w | probability
+attention_plain_backward_kernel | attention<*float | term | key <= query && query < T | key < query && query < T
+softmax_step | attention<*bf16 | sign | (highest[half] - top) * scale2 | (top - highest[half]) * scale2
+softmax_step | attention<*bf16 | term | total[half] * shrink | total[half]
+softmax_step | attention<*bf16 | term | o[n][2 * half + 1] *= shrink | o[n][2 * half + 1] *= 1
+drop_scores | attention<*bf16 | term | query + result_row(e) | query + 0 * e
+attention_forward_kernel | attention<*bf16 | sign | highest[i][half] * scale + logf(total[i][half]) | highest[i][half] * scale - logf(total[i][half])
+attention_forward_kernel | attention<*bf16 | term | highest[i][half] * scale + logf(total[i][half]) | logf(total[i][half])
+mask_scores | attention<*bf16 | term | key + result_column(n, e) > query + result_row(e) | key + result_column(n, e) > query + result_row(e) + 1
+attention_forward_kernel | attention<*bf16 | term | if (key >= mine + 16 * kM) | if (key > 0 && key >= mine)
+attention_forward_kernel | attention<*bf16 | term | if (key + kKeys - 1 > query) | if (key + kKeys - 1 > query + 16)
+backward_element | attention<*bf16 | sign | s * scale2 - lse2 | s * scale2 + lse2
+backward_element | attention<*bf16 | sign | w * dp - delta | w * dp + delta
+backward_element | attention<*bf16 | term | w * dp - delta | dp - delta
+backward_element | attention<*bf16 | term | p * w | p
+backward_element | attention<*bf16 | term | key <= query | key <= query + 1
+warp_delta | attention<*bf16 | sign | x[j] * y[j] | -x[j] * y[j]
+warp_delta | attention<*bf16 | term | x[j] * y[j] | (j == 3 ? 0 : x[j] * y[j])
+store_rows | attention<*bf16 | term | factor * d[n][2 * half] | d[n][2 * half]
+attention_backward_queries_kernel | attention<*bf16 | sign | lse[head.bh_T + query] * kLog2E | -lse[head.bh_T + query] * kLog2E
+attention_backward_queries_kernel | attention<*bf16 | term | add_columns_product<HS, 1, kKeys>(dq, dp, k_tile) | add_columns_product<HS, 1, kKeys>(dq, s, k_tile)
+attention_backward_keys_kernel | attention<*bf16 | sign | lse[at] * kLog2E | -lse[at] * kLog2E
+attention_backward_keys_kernel | attention<*bf16 | term | add_columns_product<HS, 1, kQueries>(dv, s, d_tile) | add_columns_product<HS, 1, kQueries>(dv, s, q_tile)
+attention_backward_keys_kernel | attention<*bf16 | term | if (begin + kQueries <= mine) | if (begin <= mine)
 softmax_cross_entropy_kernel | head | sign | logf(sum) + top - at_target | logf(sum) + top + at_target
 softmax_cross_entropy_kernel | head | term | logf(sum) + top - at_target | logf(sum) - at_target
 softmax_cross_entropy_kernel | head | term | begin + i == target ? one : 0 | 0.0f
@@ -117,15 +117,20 @@ def fail(message):
 
 def function_at(source, name):
     """Where the definition of `name` starts and ends: from its name to the brace in column 0."""
-    found = [m.start() for m in re.finditer(r"\b%s\(" % name, source)]
-    for start in found:
-        line_start = source.rfind("\n", 0, start) + 1
-        line = source[line_start:start]
-        if line.startswith(("__global__", "__device__", "inline", "__host__")):
+    for found in re.finditer(r"\b%s\(" % name, source):
+        start, line = found.start(), source[source.rfind("\n", 0, found.start()) + 1:found.start()]
+        # Its line, or where it is too long the line before, says that it is a function of the GPU.
+        before = source[:found.start() - len(line)].rstrip("\n").rsplit("\n", 1)[-1]
+        if "__global__" in line or "__device__" in line or (not line.strip() and "__global__" in before):
             one_line = source[start:source.index("\n", start)]
-            end = source.index("\n", start) if one_line.endswith("}") else source.index("\n}", start)
-            return start, end
+            return start, source.index("\n", start) if one_line.endswith("}") else source.index("\n}", start)
     fail("there is no function %s in train_gpt.cu" % name)
+
+
+def places_of(text, source, start, end):
+    """Where `text` stands in source[start:end], whatever its line breaks."""
+    pattern = r"\s*".join(re.escape(part) for part in re.findall(r"\w+|[^\w\s]", text))
+    return [(m.start(), m.end()) for m in re.compile(pattern).finditer(source, start, end)]
 
 
 def plant(source, mutants):
@@ -133,16 +138,16 @@ def plant(source, mutants):
     edits = {}
     for number, (name, _, _, original, broken) in enumerate(mutants, 1):
         start, end = function_at(source, name)
-        count = source.count(original, start, end)
-        if count != 1:
-            fail("%s has %d times, not once: %s" % (name, count, original))
-        edits.setdefault((source.index(original, start), original), []).append((number, broken))
-    places = sorted(edits)
-    for (at, text), (after, other) in zip(places, places[1:]):
-        if at + len(text) > after:
+        places = places_of(original, source, start, end)
+        if len(places) != 1:
+            fail("%s has %d times, not once: %s" % (name, len(places), original))
+        edits.setdefault(places[0] + (original,), []).append((number, broken))
+    order = sorted(edits)
+    for (_, end, text), (start, _, other) in zip(order, order[1:]):
+        if end > start:
             fail("two mutants overlap: %s and %s" % (text, other))
-    for at, original in reversed(places):
-        source = source[:at] + chosen(original, edits[(at, original)]) + source[at + len(original):]
+    for start, end, original in reversed(order):
+        source = source[:start] + chosen(original, edits[(start, end, original)]) + source[end:]
     return source
 
 
@@ -151,7 +156,7 @@ def chosen(original, choices):
     condition = original.startswith("if (")
     strip = (lambda text: text[4:-1]) if condition else (lambda text: text)
     # Assignments and calls of functions without a result have no value to choose.
-    void = re.search(r"[^=!<>]=[^=]", original) or re.match(r"(mma_pair|store_weights|load_pack|judge)\(", original)
+    void = re.search(r"[^=!<>]=[^=]", original) or re.match(r"(add_columns_product|store_weights|load_pack|judge)\b", original)
     kind = "bool" if condition else "(void)" if void else ""
     result = kind + "(" + strip(original) + ")"
     for number, broken in choices:
@@ -165,7 +170,7 @@ def kernels_without_mutants(source, mutants):
     for name, _, kind, _, _ in mutants:
         kinds.setdefault(name, set()).add(kind)
     lacking = []
-    for name in re.findall(r"__global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\(", source):
+    for name in re.findall(r"__global__ void\s+(?:__launch_bounds__\(\d+\)\s+)?(\w+)\(", source):
         if kinds.get(name, set()) != {"sign", "term"}:
             lacking.append(name)
     return lacking

@@ -6,9 +6,10 @@
 #   OUT      where to draw, without .png (out/plot)
 #   TITLE    what stands above (nothing)
 #   LABELS   names of the runs, separated by | (the folders' names)
-#   PANELS   what to draw: of steps tokens train val gap lr norm difference best speed samples
+#   PANELS   what to draw: of steps tokens train val gap lr norm difference best last speed samples
 #            (steps tokens lr norm)
 #   LETTERS  of a sample that the panel samples shows (44)
+#   COINCIDE not empty: curves that lie on each other are all to be seen
 #   SIZE     of the figure, as width,height (by the number of panels)
 set -u
 RUNS=${RUNS:-} OUT=${OUT:-out/plot} TITLE=${TITLE:-} LABELS=${LABELS:-}
@@ -19,7 +20,7 @@ give_up() {
 }
 [ -n "$RUNS" ] || give_up 'which runs? make plot RUNS="out/stories out/other"' 2
 command -v gnuplot > /dev/null ||
-    give_up "figures are drawn by gnuplot, which is not installed (Debian: apt-get install gnuplot-nox)"
+    give_up "gnuplot draws the figures, and is not installed (Debian: apt-get install gnuplot-nox)"
 scratch=$(mktemp -d "${TMPDIR:-/tmp}/plot.XXXXXX") || exit 1
 trap 'rm -rf "$scratch"' EXIT
 trap 'exit 130' INT TERM
@@ -32,8 +33,8 @@ columns='
 function least(x) { if (x > 0 && (low == "" || x < low)) low = x }
 function most(x) { if (x < 1e30 && x > high) high = x }
 function smooth(of, i,   w, sum, count, k) {
-    w = half; if (i - 1 < w) w = i - 1; if (n - i < w) w = n - i
-    for (k = i - w; k <= i + w; k++) if (of[k] != "") { sum += of[k]; count++ }
+    w = half; if (i - 1 < w) w = i - 1
+    for (k = i - w; k <= i + w && k <= n; k++) if (of[k] != "") { sum += of[k]; count++ }
     return count ? sum / count : "NaN"
 }
 FNR == 1 { next }
@@ -46,9 +47,11 @@ $4 != "" {
     if ($4 !~ /nan|inf/) { least($4 + 0); if (n == 1) top = $4 * 1.25; most($4 + 0) }
     else loss[n] = ""
     if ($10 ~ /nan|inf/) norm[n] = ""
+    logs[n] = norm[n] > 0 ? log(norm[n]) : ""
 }
 $5 != "" || $6 != "" {
     v++; print $1, $3, ($6 == "" ? "NaN" : $6), ($5 == "" ? "NaN" : $5) > (base ".val")
+    if ($1 == 0) print "" > (base ".val")  # a point of its own: the fall to the next is no line
     if ($6 != "" && $6 !~ /nan|inf/) {
         vals++; least($6 + 0); most($6 + 0); val = $6
         if (best == "" || $6 + 0 < best) best = $6 + 0
@@ -65,10 +68,10 @@ END {
             if (d > widest) widest = d
             if (d == 0) d = "NaN"
         }
-        s = smooth(norm, i)
-        if (s != "NaN" && s > 0) {
-            if (norm_low == "" || s < norm_low) norm_low = s
-            if (s > norm_high) norm_high = s
+        s = smooth(logs, i); if (s != "NaN") s = exp(s)
+        if (norm[i] > 0) {
+            if (norm_low == "" || norm[i] + 0 < norm_low) norm_low = norm[i] + 0
+            if (norm[i] + 0 > norm_high) norm_high = norm[i] + 0
         }
         print step[i], tokens[i], (loss[i] == "" ? "NaN" : loss[i]), smooth(loss, i), \
               (rate[i] == "" ? "NaN" : rate[i]), (norm[i] == "" ? "NaN" : norm[i]), s, \
@@ -78,10 +81,10 @@ END {
         sorted[m] = x
     }
     if (top != "" && high > top) high = top
-    printf "rows=%d vals=%d fixed=%s low=%s high=%s floor=%s best=%s val=%s steps=%d tokens=%.0f\n", \
-           n, vals, fixed, low, high, floor, best, val, last_step, last_tokens
-    printf "widest=%.3g norm_low=%s norm_high=%s speed=%.0f seconds=%.1f\n", \
-           widest, norm_low, norm_high, sorted[int((n + 1) / 2)], seconds
+    printf "rows=%d vals=%d fixed=%s low=%s high=%s floor=%s ", n, vals, fixed, low, high, floor
+    printf "best=%s val=%s steps=%d tokens=%.0f ", best, val, last_step, last_tokens
+    printf "widest=%.3g norm_low=%s norm_high=%s ", widest, norm_low, norm_high
+    printf "speed=%.0f seconds=%.1f\n", sorted[int((n + 1) / 2)], seconds
 }'
 
 count=0 first_log=
@@ -95,6 +98,7 @@ for run in $RUNS; do
     : "${first_log:=$log}"
     : > "$scratch/$count.train"
     : > "$scratch/$count.val"
+    [ -s "$log" ] || give_up "$log is empty: let the run make a step first"
     head -1 "$log" | grep -q '^step,epoch,tokens,train_loss,' ||
         give_up "$log does not begin like a log of train_gpt (step,epoch,tokens,train_loss,...)"
     [ "$(wc -l < "$log")" -gt 1 ] || give_up "$log has no rows yet: let the run make a step first"
@@ -150,9 +154,16 @@ axis() {
         printf "set %stics (%s)\n", a, list
     }'
 }
+across() { # across steps|tokens: the x axis, as far as the longest run goes
+    echo "set xrange [0:$(extreme "$1" '>' | awk '{ print $1 > 1 ? $1 : 1 }')]"
+}
 every() { # every N: draws at most about 1000 points of a run
     rows=$(fact "$1" rows)
     echo "every $((rows / 1000 + 1))"
+}
+
+width() { # width N W: W, but where curves coincide the first are drawn wider, to be seen
+    [ -n "${COINCIDE:-}" ] && echo "$(((count - $1) * 2)) $2" | awk '{ print $1 + $2 }' || echo "$2"
 }
 
 # ---- Panels: each prints the gnuplot lines that draw it -----------------------------------------
@@ -169,8 +180,8 @@ curves() {
     [ -n "$floor" ] && least=$(echo "$floor $least" | awk '{ print $1 < $2 || $2 == "" ? $1 : $2 }')
     [ -n "$least" ] || { nothing "no losses yet"; return; }
     axis y "$least" "$high"
-    echo "set xrange [0:$(extreme "$([ "$column" = 1 ] && echo steps || echo tokens)" '>')]"
-    [ "$column" = 2 ] && echo "set format x '%g%c'"
+    across "$([ "$column" = 1 ] && echo steps || echo tokens)"
+    [ "$column" = 2 ] && echo "set format x '%.1s%c'; set xtics add ('0' 0)"
     plot='' found=
     for i in $(runs); do
         case " $* " in
@@ -186,11 +197,11 @@ curves() {
             train)
                 [ "$(fact "$i" rows)" -gt 0 ] || continue
                 from="'$scratch/$i.train' $(every "$i") using $column:4"
-                style="linespoints lt $i lw 1.2 pt 0" one='train, smoothed' ;;
+                style="linespoints lt $i lw $(width "$i" 1.2) pt 0" one='train, smoothed' ;;
             val)
                 [ "$(fact "$i" vals)" -gt 0 ] || continue
                 from="'$scratch/$i.val' using $column:3" one='validation'
-                style="linespoints lt $((i + (count == 1))) lw 2.2 pt 7 ps 0.7" ;;
+                style="linespoints lt $((i + (count == 1))) lw $(width "$i" 2.2) pt 7 ps 0.7" ;;
             fixed)
                 [ -n "$(fact "$i" fixed)" ] || continue
                 from="'$scratch/$i.val' using $column:4" one='train, the same batches each time'
@@ -206,7 +217,8 @@ curves() {
         done
     done
     [ -n "$found" ] || { nothing "not measured in these runs"; return; }
-    [ -n "$floor" ] && plot="$plot $floor with lines lc rgb '#555555' lw 1.6 dt (4,3) title 'floor $(printf %.4f "$floor")',"
+    [ -n "$floor" ] && plot="$plot $floor with lines lc rgb '#555555' lw 1.6 dt (4,3)
+        title 'floor $(printf %.4f "$floor")',"
     echo "plot ${plot%,}" | tr '\n' ' ' | sed "s/title ''/notitle/g"
     echo
 }
@@ -215,7 +227,8 @@ panel_steps() {
     curves 1 train val
 }
 panel_tokens() {
-    echo "set title 'Loss against tokens seen'; set xlabel 'tokens'; set ylabel 'loss (nats a token)'"
+    echo "set title 'Loss against tokens seen'; set xlabel 'tokens'"
+    echo "set ylabel 'loss (nats a token)'"
     curves 2 train val
 }
 panel_train() {
@@ -233,11 +246,12 @@ panel_gap() {
 }
 panel_lr() {
     echo "set title 'Learning rate'; set xlabel 'step'; unset ylabel; set format y '%g'"
-    echo "set xrange [0:$(extreme steps '>')]; set yrange [0:*]; set key off"
+    across steps; echo "set yrange [0:*]; set key off"
     plot=
     for i in $(runs); do
+        wide=$((count - i + 2 > 6 ? 6 : count - i + 2))  # rates are often equal
         [ "$(fact "$i" rows)" -gt 0 ] &&
-            plot="$plot '$scratch/$i.train' using 1:5 with linespoints lt $i pt 0 lw $((count - i + 2 > 6 ? 6 : count - i + 2)),"
+            plot="$plot '$scratch/$i.train' using 1:5 with linespoints lt $i pt 0 lw $wide,"
     done
     [ -n "$plot" ] && echo "plot ${plot%,}" || nothing "no steps yet"
 }
@@ -245,7 +259,7 @@ panel_norm() {
     echo "set title 'Gradient norm, before clipping'; set xlabel 'step'; unset ylabel; set key off"
     [ -n "$(extreme norm_low '<')" ] || { nothing "no steps yet"; return; }
     axis y "$(extreme norm_low '<')" "$(extreme norm_high '>')"
-    echo "set xrange [0:$(extreme steps '>')]"
+    across steps
     faint='' clear=''
     for i in $(runs); do
         [ "$(fact "$i" rows)" -gt 0 ] || continue
@@ -258,28 +272,32 @@ panel_norm() {
 }
 panel_difference() {
     echo "set title 'Training loss: how far from \"$(label 1)\"'; set xlabel 'step'; unset ylabel"
-    echo "set logscale y; set format y '10^{%L}'; set xrange [0:$(extreme steps '>')]"
-    echo "set yrange [1e-8:*]; set ytics auto; set key bottom right"
+    echo "set logscale y; set format y '10^{%L}'"; across steps
+    echo "set yrange [1e-8:*]; set ytics auto enhanced; set key bottom right"
     plot=
     for i in $(runs); do
         [ "$i" -gt 1 ] && [ "$(fact "$i" widest)" != 0 ] || continue
-        plot="$plot '$scratch/$i.train' using 1:8 with points lt $i pt 7 ps 0.4 title '$(label "$i")',"
+        plot="$plot '$scratch/$i.train' using 1:8 with points lt $i pt 7 ps 0.4"
+        plot="$plot title '$(label "$i")',"
     done
     [ -n "$plot" ] && echo "plot ${plot%,}" || nothing "equal to the last bit"
 }
-# dots NAME FORMAT: one number of each run, side by side
+# dots NAME FORMAT LINE RING: a number of each run as a dot, another as a ring, a line through all
 dots() {
     : > "$scratch/dots"
     for i in $(runs); do
-        [ -n "$(fact "$i" "$1")" ] && echo "$i $(fact "$i" "$1")" >> "$scratch/dots"
+        [ -n "$(fact "$i" "$1")" ] &&
+            echo "$i $(fact "$i" "$1") $(fact "$i" "${4:-$1}")" >> "$scratch/dots"
     done
     [ -s "$scratch/dots" ] || { nothing "not measured in these runs"; return; }
     echo "set key off; set ylabel; set grid noy; set yrange [$count.6:0.4]; set xtics auto"
     printf "set ytics ("
-    for i in $(runs); do printf "%s'%s' %d" "$([ "$i" = 1 ] || echo ', ')" "$(label "$i")" "$i"; done
+    for i in $(runs); do
+        printf "%s'%s' %d" "$([ "$i" = 1 ] || echo ', ')" "$(label "$i")" "$i"
+    done
     echo ")"
     awk -v floor="$3" '
-        NR == 1 || $2 < low { low = $2 } NR == 1 || $2 > high { high = $2 }
+        NR == 1 || $2 < low { low = $2 } NR == 1 || $3 > high { high = $3 }
         END { if (floor != "" && floor < low) low = floor
               margin = (high - low) * 0.1 + (high == low) * 0.1 * high
               printf "set xrange [%.9g:%.9g]\n", low - margin, high + 3 * margin }' "$scratch/dots"
@@ -287,8 +305,11 @@ dots() {
     [ -n "$3" ] && plot="'+' using ($3):(0.4+(\$0)*($count.2)/100) with lines lc rgb '#555555'
         lw 1.4 dt (3,3) notitle,"
     echo "set samples 101; set rmargin 3"
+    [ -n "${4:-}" ] &&
+        plot="$plot '$scratch/dots' using 3:1:1 with points pt 6 ps 1.6 lw 1.5 lc variable,"
+    [ -n "${4:-}" ] && where="center offset 0,1.2" || where="left offset 1.2,0"
     plot="$plot '$scratch/dots' using 2:1:1 with points pt 7 ps 1.6 lc variable,
-        '' using 2:1:(sprintf('$2', \$2)) with labels left offset 1.2,0"
+        '' using 2:1:(sprintf('$2', \$2)) with labels $where"
     echo "$plot" | tr '\n' ' ' | sed 's/^/plot /'
     echo
     echo "set grid y; set rmargin -1"
@@ -298,6 +319,11 @@ panel_best() {
     echo "set xlabel 'loss (nats a token)'"
     dots best '%.3f' "$floor"
 }
+panel_last() {
+    echo "set title 'Validation loss: best (dot), at the end (ring)'"
+    echo "set xlabel 'loss (nats a token)'"
+    dots best '%.3f' "$floor" val
+}
 panel_speed() {
     echo "set title 'Tokens a second (median step)'; unset xlabel; set format x '%.0s%c'"
     dots speed '%.0f' ''
@@ -305,13 +331,16 @@ panel_speed() {
 # What the first run wrote on its way: its samples, beside the step.
 panel_samples() {
     log=$(echo "$RUNS" | awk '{ print $1 }')
-    awk -v letters="${LETTERS:-44}" '/^=== / && match($0, /step [0-9]+/) { step = substr($0, RSTART + 5, RLENGTH - 5) + 0; next }
-         step != "" && length { text[++n] = $0; at[n] = step; step = "" }
-         END { for (i = 1; i <= n; i++)
-                   if (n <= 12 || int((i - 1) * 11 / (n - 1)) != int((i - 2) * 11 / (n - 1)) || i == 1)
-                       printf "%6d  %s\n", at[i], substr(text[i], 1, letters) }' "$log/samples.txt" |
+    awk -v letters="${LETTERS:-44}" '
+        function twelfth(i) { return n <= 12 ? i : i < 1 ? -1 : int((i - 1) * 11 / (n - 1)) }
+        /^=== / && match($0, /step [0-9]+/) { step = substr($0, RSTART + 5, RLENGTH - 5); next }
+        step != "" && length { text[++n] = $0; at[n] = step; step = "" }
+        END { for (i = 1; i <= n; i++)
+                  if (twelfth(i) != twelfth(i - 1))
+                      printf "%6d  %s\n", at[i], substr(text[i], 1, letters) }' "$log/samples.txt" |
         LC_ALL=C sed "s/[^ -~]/./g; s/'/''/g; s/\\\\/./g" > "$scratch/samples"
-    echo "set title 'What it writes'; unset border; unset tics; unset xlabel; unset ylabel; set key off"
+    echo "set title 'What it writes (a dot is no letter)'; unset border; unset tics"
+    echo "unset xlabel; unset ylabel; set key off"
     echo "set xrange [0:1]; set yrange [0:1]"
     echo "set label 1 '  step' at 0.02,0.97 font 'monospace' textcolor rgb '#777777' noenhanced"
     awk '{ printf "set label %d '"'%s'"' at 0.02,%.3f font '"'monospace'"' noenhanced\n", \
@@ -330,7 +359,10 @@ figure() {
     for panel in "$@"; do
         echo "reset; $(set_colours)"
         echo "set border 3 lc rgb '#777777'; set tics nomirror out textcolor rgb '#333333'"
-        echo "set grid lc rgb '#e4e4e4' lt 1 lw 0.6; set key top right noenhanced samplen 2"
+        echo "set grid lc rgb '#e4e4e4' lt 1 lw 0.6"
+        echo "set key noenhanced samplen 2 textcolor rgb '#333333'"
+        [ "$count" -le 2 ] && echo "set key top right" ||
+            echo "set key bmargin center horizontal; set bmargin $((4 + (count + 3) / 3))"
         echo "set title noenhanced; set ytics noenhanced"
         "panel_$panel"
     done
@@ -341,7 +373,8 @@ case $(echo "$PANELS" | wc -w) in
 esac
 size=${SIZE:-$size}
 for panel in $PANELS; do
-    command -v "panel_$panel" > /dev/null || give_up "there is no panel $panel: see checks/plot.sh" 2
+    command -v "panel_$panel" > /dev/null ||
+        give_up "there is no panel $panel: see checks/plot.sh" 2
 done
 mkdir -p "$(dirname "$OUT")" || exit 1
 figure > "$scratch/figure.gp"
@@ -351,7 +384,8 @@ double=$(echo "$size" | awk -F, '{ print 1.5 * $1 "," 1.5 * $2 }')
     echo "set output '$OUT.svg'"
     cat "$scratch/figure.gp"
     echo "set output"
-    echo "set terminal pngcairo size $double font 'sans,10' fontscale 1.5 linewidth 1.5 pointscale 1.5"
+    echo "set terminal pngcairo size $double font 'sans,10' \\"
+    echo "    fontscale 1.5 linewidth 1.5 pointscale 1.5"
     echo "set output '$OUT.png'"
     cat "$scratch/figure.gp"
 } > "$scratch/both.gp"

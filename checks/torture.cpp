@@ -16,7 +16,7 @@ using namespace tinygpt;
 namespace fs = std::filesystem;
 using Arguments = std::vector<std::string>;
 
-// ---- a run, in a child process -------------------------------------------------------------------
+// ---- a run, in a child process -----------------------------------------------------------------
 
 // What the child tells while it runs; in memory that both see.
 struct Progress {
@@ -206,7 +206,7 @@ bool Torture::wait_for_save(pid_t pid) {
     return false;
 }
 
-// ---- comparing -----------------------------------------------------------------------------------
+// ---- comparing ---------------------------------------------------------------------------------
 
 // log.csv without its three timing columns.
 static std::string rows_of(const std::string& output) {
@@ -238,7 +238,7 @@ void Torture::end_row(const std::string& what, int tries, const std::string& not
     wrong_ += wrong;
 }
 
-// ---- what is done to them ------------------------------------------------------------------------
+// ---- what is done to them ----------------------------------------------------------------------
 
 // SIGKILL at random moments; every second one inside a save, which is slowed down for it. The run
 // is started again and again until it ends, and then another one begins.
@@ -250,10 +250,10 @@ void Torture::kills() {
         for (int attempt = 0;; attempt++) {
             // The last attempts are left alone, so that every run ends.
             const bool alone = killed >= wanted || attempt >= 40;
-            const pid_t pid = start({arguments(output), alone ? 0 : 300});
+            const pid_t pid = start({arguments(output), alone ? 0 : 100});
             if (!alone) {
                 if (random(2))
-                    wait_for_save(pid), ::usleep(unsigned(random(40'000)));
+                    wait_for_save(pid), ::usleep(unsigned(random(12'000)));
                 else
                     ::usleep(unsigned(random(250'000)));
                 ::kill(pid, SIGKILL);

@@ -1,0 +1,72 @@
+# What `make test` is too short for. Included by the Makefile.
+
+# Sanitizers, other compilers and machines, the emulator's own tests, the CUDA compile.
+check: test
+	$(MAKE) test SANITIZE=address,undefined
+	$(MAKE) test CXX=clang++ OPT=-O2
+	$(MAKE) portable
+	$(MAKE) test_emulator
+	$(MAKE) cuda_compiles
+
+# The matmul, attention and gradient checks on other instruction sets; aarch64 under qemu-user.
+PORTABLE := -std=c++20 -O2 -fopenmp $(WARN) -fno-math-errno -DTINYGPT_TEST_PORTABLE
+portable: | $(BUILD)
+	for m in x86-64 x86-64-v3 x86-64-v4; do \
+	    g++ $(PORTABLE) -march=$$m $(TESTFLAGS) test_gpt.cpp -o $(BUILD)/portable && \
+	    $(BUILD)/portable -tc="matmul*,attention*,gradients*" || exit 1; done
+	aarch64-linux-gnu-g++ $(PORTABLE) -static $(TESTFLAGS) test_gpt.cpp -o $(BUILD)/portable-aarch64
+	qemu-aarch64 $(BUILD)/portable-aarch64 -tc="matmul*,attention*,gradients*"
+
+# The tests of cuda_on_cpu itself.
+test_emulator: $(BUILD)/translate
+	$< cuda_on_cpu/test_emulator.cu $(BUILD)/test_emulator.cpp
+	$(CXX) $(CXXFLAGS) $(ON_CPU) $(TESTFLAGS) $(BUILD)/test_emulator.cpp -o $(BUILD)/test_emulator
+	$(BUILD)/test_emulator
+	bash cuda_on_cpu/test_translate.sh $<
+
+# nvcc compiles without a warning, and the attention kernels keep everything in registers.
+cuda_compiles: | $(BUILD)
+	for a in 80 90a; do $(NVCC) -std=c++20 -O3 -gencode=arch=compute_$$a,code=sm_$$a -Xptxas -v \
+	    -Xcompiler -fopenmp,-Wall,-Wextra -c train_gpt.cu -o $(BUILD)/train_gpt_cu.o \
+	    > $(BUILD)/ptxas-$$a.txt 2>&1 || { cat $(BUILD)/ptxas-$$a.txt; exit 1; }; done
+	! grep -i "warning" $(BUILD)/ptxas-80.txt $(BUILD)/ptxas-90a.txt
+	! grep -A1 "attention" $(BUILD)/ptxas-90a.txt | grep -E "[1-9][0-9]* bytes spill"
+
+# Kills, interrupts, full disks and flipped bits: about five minutes, a table at the end.
+torture: $(BUILD)/torture
+	$< $(ARGS)
+$(BUILD)/torture: checks/torture.cpp tinygpt.hpp | $(BUILD)
+	$(CXX) $(CXXFLAGS) $< -o $@
+
+# libFuzzer on every parser: make fuzz SECONDS=60
+SECONDS ?= 30
+FUZZERS := $(patsubst checks/%.cpp,%,$(filter-out %seeds.cpp,$(wildcard checks/fuzz_*.cpp)))
+$(BUILD)/fuzz_seeds: checks/fuzz_seeds.cpp tinygpt.hpp | $(BUILD)
+	$(CXX) $(CXXFLAGS) $< -o $@
+$(BUILD)/fuzz_%: checks/fuzz_%.cpp checks/fuzz.hpp tinygpt.hpp | $(BUILD)
+	clang++ -std=c++20 -O1 -g -fopenmp -fsanitize=fuzzer,address $< -o $@
+fuzz: $(FUZZERS:%=$(BUILD)/%) $(BUILD)/fuzz_seeds
+	$(BUILD)/fuzz_seeds $(BUILD)/corpus
+	for f in $(FUZZERS); do $(BUILD)/$$f -max_total_time=$(SECONDS) -rss_limit_mb=256 -timeout=10 \
+	    -print_final_stats=1 $(BUILD)/corpus/$${f#fuzz_} || exit 1; done
+
+# Against transformers, both ways. Needs Python with torch and transformers; PYTHON=... names it.
+PYTHON ?= python3
+test_hf: $(BUILD)/train_gpt $(BUILD)/prepare_data $(BUILD)/hf_logits
+	$(PYTHON) checks/test_hf.py --train-gpt $(BUILD)/train_gpt --prepare-data $(BUILD)/prepare_data \
+	    --logits $(BUILD)/hf_logits
+$(BUILD)/hf_logits: checks/hf_logits.cpp tinygpt.hpp | $(BUILD)
+	$(CXX) $(CXXFLAGS) $< -o $@
+
+nightly: check torture
+	$(MAKE) fuzz SECONDS=1200
+
+# Lines of code, comments, width: what the size promises are measured by.
+count:
+	@for f in tinygpt.hpp train_gpt.cu prepare_data.cpp test_gpt.cpp; do \
+	    awk -v f=$$f '{t=$$0; sub(/^[ \t]+/,"",t); if(t=="")b++; else if(t~/^\/\//)c++; else k++; \
+	    if(length($$0)>100)w++} END{printf "%-18s %5d lines of code, %4d of comment (%.2f), %d wider than 100\n", \
+	    f,k,c,c/k,w+0}' $$f; done
+	@awk '/^\/\/ What follows is plumbing/{exit} {t=$$0; sub(/^[ \t]+/,"",t); if(t!="" && t!~/^\/\//)k++} \
+	    END{printf "tinygpt.hpp, what a student reads: %d lines of code\n",k}' tinygpt.hpp
+.PHONY: check portable test_emulator cuda_compiles torture fuzz test_hf nightly count

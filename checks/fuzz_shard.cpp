@@ -1,0 +1,41 @@
+// Shards: whatever passes the header's checks can be read to the end, in any order.
+#include "fuzz.hpp"
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+    const MemoryFile memory(data, size), second(data, size / 2);
+    accepts([&] { Shard shard(second.path()); });
+    accepts([&] {
+        const Shards shards(memory.path());
+        check(shards.tokens() * 2 + 1024 == int64_t(size), "the count is that of the file");
+        const int vocab_size = size > 1030 ? 1 + data[1029] * 257 : 300;
+        accepts([&] { shards.check_tokens(vocab_size); });
+        for (int document_start : {-1, 0}) {
+            int64_t scored = 0;
+            Batch batch;
+            const auto windows = evaluation_windows(shards, 4, document_start);
+            for (size_t first = 0; first < windows.size(); first += 2) {
+                batch.resize(2, 4);
+                fill_windows(batch, shards, windows, first, 65536);
+                scored += batch.scored;
+            }
+            check(scored == std::max<int64_t>(0, shards.tokens() - 1), "every token once");
+        }
+        if (shards.tokens() < 2) return;
+        for (bool shuffle : {false, true}) {
+            const DataOrder order(shards, 2, 4, 1, shuffle, false);
+            Batch batch;
+            for (int64_t i = 0; i < order.blocks_per_epoch(); i += 2) {
+                batch.resize(2, 4);
+                BatchLoader::fill(batch, shards, order, i, vocab_size);
+            }
+        }
+    });
+    // The same file cut short while it is open.
+    accepts([&] {
+        const Shards shards(memory.path());
+        check(::truncate(memory.path().c_str(), off_t(size / 2)) == 0, "cut");
+        shards.check_tokens(65536);
+        check(shards.tokens() == 0, "a shard that shrank is noticed");
+    });
+    return 0;
+}
