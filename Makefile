@@ -35,13 +35,14 @@ NVCC       ?= $(or $(shell command -v nvcc),/usr/local/cuda/bin/nvcc)
 GPU_HERE   := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
 CUDA_ARCHS ?= $(or $(if $(filter 90,$(GPU_HERE)),90a,$(GPU_HERE)),80 90a)
 GENCODE    := $(foreach a,$(CUDA_ARCHS),-gencode=arch=compute_$(a),code=sm_$(a))
-NVFLAGS    := -std=c++20 -O3 $(GENCODE) -Xcompiler -fopenmp,-march=$(MARCH),-Wall,-Wextra
+NVFLAGS    := -std=c++20 -O3 $(GENCODE) -diag-suppress 1675 -Xcompiler -fopenmp,-march=$(MARCH),-Wall,-Wextra,-Wno-restrict
 train_gpt_cu: train_gpt.cu tinygpt.hpp data/stories/dataset.json
 	@echo "building for compute capability $(CUDA_ARCHS)"
 	$(NVCC) $(NVFLAGS) $< -o $@ -lcublasLt
-test_gpt_cu: test_gpt.cpp train_gpt.cu tinygpt.hpp
+test_gpt_cu: build/test_gpt_cu
+	./$<
+build/test_gpt_cu: test_gpt.cpp train_gpt.cu tinygpt.hpp | $(BUILD)
 	$(NVCC) $(NVFLAGS) $(TESTFLAGS) -DTINYGPT_TEST_CUDA -x cu $< -o $@ -lcublasLt
-	./test_gpt_cu
 
 # The same kernels on the CPU, with no Toolkit: see cuda_on_cpu/README.md.
 EMULATOR   := $(wildcard cuda_on_cpu/*.h cuda_on_cpu/*.hpp)
@@ -83,7 +84,7 @@ gpt2: # the published weights of GPT-2 small: 551 MB
 	@checks/fetch.sh "$(or $(URL),$(HUB_URL))/merges.txt" $(VOCAB) data/gpt2/merges.txt 456318
 	@checks/fetch.sh "$(or $(URL),$(HUB_URL))/model.safetensors" $(WEIGHTS) data/gpt2/model.safetensors 548105171
 
-# Pictures and experiments: make experiment NAME=rate, make plot RUNS="out/a out/b"
+# make experiment NAME=rate      make plot RUNS="out/a out/b"
 experiment: train_gpt
 	@checks/experiment.sh $(NAME)
 plot:
@@ -92,7 +93,6 @@ compare: train_gpt
 	@checks/compare.sh
 figures:
 	@checks/figures.sh
-
 include checks/checks.mk  # check, nightly, torture, fuzz, test_hf, count: what `make test` is too short for
 
 clean:

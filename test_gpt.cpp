@@ -5560,8 +5560,9 @@ TEST_CASE("run: bad input ends with a clear line or two, and nothing is written"
     files_test::put_file(bad, shard);
     files_test::put_file(place.folder + "/file", "x");
     auto shards = [&](const std::string& name) {
-        return Arguments{"--train-shards", place.folder + "/" + name, "--vocab-size", "257",
-                         "--batch-size", "4"};
+        return Arguments{"--train-shards", place.folder + "/" + name,
+                         "--vocab-size",   "257",
+                         "--batch-size",   "4"};
     };
     const std::string data = place.data();
     struct Case {
@@ -5641,6 +5642,47 @@ TEST_CASE("run: folders with any name can be read") {
     CHECK(place.train("o[u]t \xff", {"--data", odd}).status == 0);
     check_same_end(place.out("straight"), place.out("o[u]t \xff"));
     CHECK(place.train("o[u]t \xff", {"--data", odd, "--resume", "auto"}).status == 0);
+}
+
+TEST_CASE("run: regressions, each of which once went wrong") {
+    using namespace run_test;
+    CHECK(Json::parse("-0.0", "x").write() == "-0");
+    CHECK(Json::parse("-0", "x").write() == "-0");
+    // A thread that cannot be started is a message, not an abort.
+    {
+        Silence silence;
+        char name[] = "train_gpt", *argv[] = {name};
+        const int status = program(1, argv, "train_gpt", [](const Options&) -> int {
+            throw std::system_error(EAGAIN, std::generic_category());
+        });
+        CHECK(status == 1);
+        CHECK(silence.take().second.starts_with("error: "));
+    }
+    // Under nohup a closed terminal is ignored.
+    const pid_t child = ::fork();
+    if (child == 0) {
+        ::signal(SIGHUP, SIG_IGN);
+        catch_signals();
+        ::raise(SIGHUP);
+        ::_exit(stop_asked() == 0 ? 7 : 8);
+    }
+    int status = 0;
+    REQUIRE(::waitpid(child, &status, 0) == child);
+    CHECK(WEXITSTATUS(status) == 7);
+    // Many shards of one token each: enough tokens, and nothing to predict.
+    Place place;
+    make_folders(place.folder + "/ones");
+    for (int i = 0; i < 20; i++) put_shard(place.folder + format("/ones/train_%06d.bin", i), {5});
+    const Outcome ones = run({"--data", place.folder + "/ones", "--seq-len", "4", "--batch-size",
+                              "1", "--output", place.out("ones")});
+    CHECK(ones.status == 2);
+    CHECK(ones.says("one batch of 1 x 4 needs 5"));
+    // A checkpoint's sizes cannot be overridden, and are not silently taken instead.
+    REQUIRE(place.train("out", {"--max-steps", "2", "--patience", "0"}).status == 0);
+    const Outcome sizes = run({"--data", place.data(), "--init-from", place.out() + "/best",
+                               "--n-layer", "2", "--output", place.out("sizes")});
+    CHECK(sizes.status == 2);
+    CHECK(sizes.says("--n-layer 2 does not fit --init-from"));
 }
 
 // =================================================================================================
@@ -7068,7 +7110,7 @@ TEST_CASE_TEMPLATE("cuda: ten training steps follow Cpu<double>, and two runs ar
     double way = 0, apart = 0;
     for (size_t i = 0; i < masters.size(); ++i)
         way += std::pow(exact[i] - weights[i], 2), apart += std::pow(double(masters[i]) - exact[i], 2);
-    CHECK(std::sqrt(apart) <= (std::is_same_v<A, bf16> ? 0.2 : 1e-3) * std::sqrt(way));
+    CHECK(std::sqrt(apart) <= std::max(1e-3, 100 * kUnit<Device>) * std::sqrt(way));
 }
 
 TEST_CASE_TEMPLATE("cuda: generation from the cache gives the logits of the whole sequence", Device, Cuda<float>, CudaTf32, Cuda<bf16>) {

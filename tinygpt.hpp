@@ -4869,7 +4869,8 @@ template <class Device>
 void load_moments(Gpt2<Device>& model, const std::string& folder) {
     const SafetensorsFile file(folder + "/optimizer.safetensors");
     using Part = std::pair<const char*, typename Device::Real*>;
-    for (const auto& [prefix, to] : {Part{"m.", model.m}, Part{"v.", model.v}}) {
+    const Part parts[] = {{"m.", model.m}, {"v.", model.v}};
+    for (const auto& [prefix, to] : parts) {
         std::vector<const StoredTensor*> stored;
         for (const TensorInfo& info : model.layout.tensors) {
             const StoredTensor* tensor = file.find(prefix + name_in_checkpoint(info.name));
@@ -7585,7 +7586,11 @@ inline void wait_politely(char** argv) {
         return;
     ::setenv("GOMP_SPINCOUNT", "10000", 0);  // libgomp: about 30 microseconds
     ::setenv("KMP_BLOCKTIME", "0", 0);       // libomp: milliseconds
-    ::execv("/proc/self/exe", argv);         // where that fails, things go on as they are
+    char self[4096];
+    const ssize_t length = ::readlink("/proc/self/exe", self, sizeof self - 1);
+    if (length <= 0) return;  // things go on as they are
+    self[length] = 0;
+    ::execv(self, argv);
 }
 
 // Reads the command line, hands the options to `run`, and turns errors into a line and a status.

@@ -1886,7 +1886,7 @@ private:
 #ifndef TRAIN_GPT_CU_NO_MAIN
 int main(int argc, char** argv) {
     using namespace tinygpt;
-    return program(argc, argv, "train_gpt_cu", [](const Options& options) {
+    return program(argc, argv, "train_gpt_cu", [](Options options) {
         int count = 0;
         const cudaError_t code = cudaGetDeviceCount(&count);
         if (code != cudaSuccess || count == 0)
@@ -1903,6 +1903,7 @@ int main(int argc, char** argv) {
             fail(format("--precision %s needs a GPU of compute capability 8.0 or later, and %s has "
                         "%d.%d: use --precision fp32",
                         precision.c_str(), gpu.name, gpu.major, gpu.minor));
+        options.precision = precision;  // a checkpoint remembers it
         if (precision == "bf16") return run_command(Cuda<bf16>(), options);
         return run_command(Cuda<float>(precision == "tf32"), options);
     });

@@ -1,5 +1,6 @@
 // What the fuzz targets share. A target reads bytes that mean no good; the only thing it may do,
 // beside reading them, is to throw an Error with a message: one line, not long.
+#pragma once
 #include "../tinygpt.hpp"
 
 using namespace tinygpt;
