@@ -155,7 +155,7 @@ axis() {
     }'
 }
 across() { # across steps|tokens: the x axis, as far as the longest run goes
-    echo "set xrange [0:$(extreme "$1" '>' | awk '{ print $1 > 1 ? $1 : 1 }')]"
+    echo "set xrange [0:$(extreme "$1" '>' | awk '{ print ($1 > 1 ? $1 : 1) }')]"
 }
 every() { # every N: draws at most about 1000 points of a run
     rows=$(fact "$1" rows)
@@ -282,7 +282,8 @@ panel_difference() {
     done
     [ -n "$plot" ] && echo "plot ${plot%,}" || nothing "equal to the last bit"
 }
-# dots NAME FORMAT LINE RING: a number of each run as a dot, another as a ring, a line through all
+# dots NAME FORMAT LINE RING ZERO: a number of each run as a dot, another as a ring, a line through
+# all; with ZERO the axis begins there
 dots() {
     : > "$scratch/dots"
     for i in $(runs); do
@@ -296,11 +297,13 @@ dots() {
         printf "%s'%s' %d" "$([ "$i" = 1 ] || echo ', ')" "$(label "$i")" "$i"
     done
     echo ")"
-    awk -v floor="$3" '
+    awk -v floor="$3" -v zero="${5:-}" '
         NR == 1 || $2 < low { low = $2 } NR == 1 || $3 > high { high = $3 }
-        END { if (floor != "" && floor < low) low = floor
+        END { if (zero) low = 0
+              if (floor != "" && floor < low) low = floor
               margin = (high - low) * 0.1 + (high == low) * 0.1 * high
-              printf "set xrange [%.9g:%.9g]\n", low - margin, high + 3 * margin }' "$scratch/dots"
+              low = zero ? 0 : low - margin
+              printf "set xrange [%.9g:%.9g]\n", low, high + 3 * margin }' "$scratch/dots"
     plot=
     [ -n "$3" ] && plot="'+' using ($3):(0.4+(\$0)*($count.2)/100) with lines lc rgb '#555555'
         lw 1.4 dt (3,3) notitle,"
@@ -325,8 +328,8 @@ panel_last() {
     dots best '%.3f' "$floor" val
 }
 panel_speed() {
-    echo "set title 'Tokens a second (median step)'; unset xlabel; set format x '%.0s%c'"
-    dots speed '%.0f' ''
+    echo "set title 'Tokens a second (median step)'; unset xlabel"
+    dots speed '%.0f' '' '' 1
 }
 # What the first run wrote on its way: its samples, beside the step.
 panel_samples() {
