@@ -85,11 +85,11 @@ gpt2: # the published weights of GPT-2 small: 551 MB
 	@checks/fetch.sh "$(or $(URL),$(HUB_URL))/model.safetensors" $(WEIGHTS) data/gpt2/model.safetensors 548105171
 
 # make experiment NAME=rate      make plot RUNS="out/a out/b"
-experiment: train_gpt
+experiment: train_gpt prepare_data
 	@checks/experiment.sh $(NAME)
 plot:
 	@RUNS="$(RUNS)" OUT="$(OUT)" checks/plot.sh $(RUNS)
-compare: train_gpt
+compare: train_gpt prepare_data
 	@checks/compare.sh
 figures:
 	@checks/figures.sh
