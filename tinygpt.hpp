@@ -19,7 +19,7 @@
 //   §5  forward           GPT-2 on one screen
 //   §6  backward          the same lines upside down
 //   §7  the update        schedule, clip, guards, AdamW
-//   §8  one step          all of it in fifteen lines
+//   §8  one step          all of it, on one screen
 //   §9  evaluate, generate
 //   ----  plumbing from here on: the model is done
 //   §10 files, JSON, and the tokenizer     §11 safetensors, checkpoints     §12 options, log
