@@ -59,17 +59,13 @@ inline std::vector<PrepareOption> prepare_option_table(PrepareOptions& o) {
         return [=, &to](const std::string& value) { to = parse_option(name, value, low, high); };
     };
     return {
-        {"input", "FILE...",
-         "text, .jsonl files (field \"text\") and folders; may be repeated",
+        {"input", "FILE...", "text, .jsonl files (field \"text\") and folders; may be repeated",
          [&o](const std::string& value) { o.input.push_back(value); }},
-        {"output", "DIR",
-         "the folder to write (default corpus: data/stories)",
-         text(o.output)},
+        {"output", "DIR", "the folder to write (default corpus: data/stories)", text(o.output)},
         {"tokenizer", "KIND",
          "bpe (learn a vocabulary), byte, or gpt2 (as in --vocab; default: bpe)",
          text(o.tokenizer)},
-        {"vocab", "DIR",
-         "the folder of a vocabulary, for --tokenizer gpt2 (default: data/gpt2)",
+        {"vocab", "DIR", "the folder of a vocabulary, for --tokenizer gpt2 (default: data/gpt2)",
          text(o.vocab)},
         {"vocab-size", "N", "tokens in a bpe vocabulary, 257 to 65536 (default: 4096)",
          integer("vocab-size", o.vocab_size, 257, 65536)},
@@ -344,7 +340,7 @@ inline std::vector<std::pair<std::string_view, int64_t>> count_pieces(
 // touches those places and their neighbours only: it costs what it changes, not a pass over the
 // text.
 class BpeTrainer {
-   public:
+public:
     explicit BpeTrainer(const std::vector<std::pair<std::string_view, int64_t>>& pieces) {
         for (auto [piece, count] : pieces) {
             TINYGPT_CHECK(places_.size() + piece.size() < kNone,
@@ -382,7 +378,7 @@ class BpeTrainer {
         return merges;
     }
 
-   private:
+private:
     static constexpr uint32_t kNone = UINT32_MAX;
     struct Place {
         uint32_t token, previous, next;
@@ -526,10 +522,10 @@ inline void check_output_folder(const std::string& folder) {
     std::string parent = folder;
     while (!folder_exists(parent) && !file_exists(parent) && parent_folder(parent) != parent)
         parent = parent_folder(parent);
-    TINYGPT_CHECK(
-        folder_exists(parent) && ::access(parent.c_str(), W_OK | X_OK) == 0,
-        "cannot write to %s: %s is no folder that may be written; choose another --output",
-        folder.c_str(), parent.c_str());
+    TINYGPT_CHECK(folder_exists(parent) && ::access(parent.c_str(), W_OK | X_OK) == 0,
+                  "cannot write to %s: %s is no folder that may be written; choose another "
+                  "--output",
+                  folder.c_str(), parent.c_str());
     if (!folder_exists(folder) || file_exists(folder + "/dataset.json") ||
         folder_exists(folder + "/" + kIncoming))
         return;
@@ -844,9 +840,12 @@ inline std::vector<std::string> split(std::string_view text, char separator) {
     std::vector<std::string> pieces(1);
     for (char c : text) {
         bool blank = c == ' ' || c == '\n';
-        if (c == separator) pieces.emplace_back();
-        else if (!blank) pieces.back() += c;
-        else if (!pieces.back().empty() && pieces.back().back() != ' ') pieces.back() += ' ';
+        if (c == separator)
+            pieces.emplace_back();
+        else if (!blank)
+            pieces.back() += c;
+        else if (!pieces.back().empty() && pieces.back().back() != ' ')
+            pieces.back() += ' ';
     }
     for (std::string& piece : pieces) {
         if (!piece.empty() && piece.back() == ' ') piece.pop_back();
@@ -927,7 +926,8 @@ inline void add_sentences(Grammar& grammar, std::string_view text) {
         }
         size_t end = 0;
         while (end < text.size() && !(std::string_view(".!?").find(text[end]) < 3 &&
-                                      (end + 1 == text.size() || text[end + 1] == ' '))) end++;
+                                      (end + 1 == text.size() || text[end + 1] == ' ')))
+            end++;
         grammar.sentences.push_back(parse_items(grammar, text.substr(0, end + 1)));
         text.remove_prefix(std::min(end + 2, text.size()));
     }
@@ -1104,8 +1104,8 @@ struct Reader {
     bool may_hold(const Memory& memory, int slot, int word) const {
         if (memory[slot] >= 0) return memory[slot] == word;
         for (size_t other = 0; other < grammar.slots.size(); other++) {
-            bool differ = grammar.slots[slot].unlike == int(other) ||
-                          grammar.slots[other].unlike == slot;
+            bool differ =
+                grammar.slots[slot].unlike == int(other) || grammar.slots[other].unlike == slot;
             if (differ && memory[other] == word) return false;
         }
         return true;
@@ -1114,8 +1114,10 @@ struct Reader {
     // Reads `text` as what is to do, where the choices so far cost `cost`.
     void read(const Todo& todo, std::string_view text, const Memory& memory, double cost) {
         if (todo.next == todo.items.size()) {
-            if (todo.around) read(*todo.around, text, memory, cost);
-            else if (text.empty()) neg_log_probs.push_back(cost);
+            if (todo.around)
+                read(*todo.around, text, memory, cost);
+            else if (text.empty())
+                neg_log_probs.push_back(cost);
             return;
         }
         const Item& item = todo.items[todo.next];
@@ -1273,11 +1275,11 @@ inline LlmcModel read_llmc(const std::string& path) {
         std::array{header[2], header[3], header[4], header[5], header[6], header[7]};
     bool sane = P > 0 && P <= 1 << 20 && V > 0 && V <= padded && padded <= 1 << 20 && L > 0 &&
                 L <= 1000 && NH > 0 && C > 0 && C <= 65536 && C % NH == 0;
-    TINYGPT_CHECK(
-        sane,
-        "%s: impossible sizes: positions %d, vocabulary %d (padded to %d), layers %d, heads %d, "
-        "channels %d",
-        path.c_str(), P, V, padded, L, NH, C);
+    TINYGPT_CHECK(sane,
+                  "%s: impossible sizes: positions %d, vocabulary %d (padded to %d), layers %d, "
+                  "heads %d, "
+                  "channels %d",
+                  path.c_str(), P, V, padded, L, NH, C);
     model.config = {L, NH, C, P, V};
     model.dtype = header[1] == 3 ? "F32" : "BF16";
     model.padded_vocab = padded;

@@ -1,6 +1,6 @@
 // The checks of tinygpt: `make test`. Each area's cases stand together; their names begin with it.
-// One file, compiled twice: as it is for the CPU, and with TINYGPT_TEST_CUDA for the CUDA device, by
-// nvcc for a GPU (then a program of its own) or by the host compiler for cuda_on_cpu.
+// One file, compiled twice: as it is for the CPU, and with TINYGPT_TEST_CUDA for the CUDA device,
+// by nvcc for a GPU (then a program of its own) or by the host compiler for cuda_on_cpu.
 #if !defined(TINYGPT_TEST_CUDA) || defined(__CUDACC__)
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #endif
@@ -15,11 +15,9 @@
 #define PREPARE_DATA_NO_MAIN
 #include "prepare_data.cpp"
 
-
 // =================================================================================================
 // The model: gradients, reference values, training, data, generation
 // =================================================================================================
-
 
 // What was skipped, and why, is repeated at the very end, where nobody can overlook it. A test says
 // so with MESSAGE("skipped: what: why").
@@ -358,12 +356,12 @@ std::vector<Found> check_head(Device device, int rows, int C, int V) {
     return all;
 }
 
-#define CHECK_GRADIENT(...)                                                            \
-    do {                                                                               \
-        const std::vector<Found> found_ = __VA_ARGS__;                                 \
-        worst = std::max(worst, worst_of(found_));                                     \
-        INFO(#__VA_ARGS__ << table_of(found_));                                        \
-        CHECK(worst_of(found_) < kTolerance);                                          \
+#define CHECK_GRADIENT(...)                            \
+    do {                                               \
+        const std::vector<Found> found_ = __VA_ARGS__; \
+        worst = std::max(worst, worst_of(found_));     \
+        INFO(#__VA_ARGS__ << table_of(found_));        \
+        CHECK(worst_of(found_) < kTolerance);          \
     } while (0)
 
 TEST_CASE("gradients: every layer's backward agrees with central differences") {
@@ -691,7 +689,7 @@ std::vector<double> gradient_of(const ModelCase& c, Device device = {}) {
 struct Slopes {
     struct Of {
         std::string name;
-        std::vector<size_t> at;     // places in the flat array
+        std::vector<size_t> at;  // places in the flat array
         std::vector<double> value;
     };
     std::vector<Of> tensors;
@@ -796,8 +794,8 @@ inline std::string reference_folder(const std::string& name) {
           std::string("../shared/reference")})
         if (std::filesystem::exists(base + "/" + name + "/expected.safetensors"))
             return base + "/" + name;
-    MESSAGE("skipped: comparison with PyTorch's " << name
-            << ": neither $TINYGPT_REFERENCE nor data/reference has it");
+    MESSAGE("skipped: comparison with PyTorch's "
+            << name << ": neither $TINYGPT_REFERENCE nor data/reference has it");
     return "";
 }
 
@@ -810,8 +808,7 @@ struct Reference {
     bool compact;  // stored in float32, without the final weights
 
     explicit Reference(const std::string& folder)
-        : folder(folder),
-          weights(folder + "/model.safetensors"),
+        : folder(folder), weights(folder + "/model.safetensors"),
           expected(folder + "/expected.safetensors"),
           config(read_hf_config(folder + "/config.json").model) {
         const std::string path = folder + "/expected.json";
@@ -1276,7 +1273,7 @@ TEST_CASE("schedule: warm-up, then each shape, at their corners") {
               doctest::Approx(0.5));                                 // exactly N
         CHECK(learning_rate({schedule, 0.5, 0.1, 0, 1}, 0) == 0.5);  // one step
         CHECK(learning_rate({schedule, 0.5, 0.1, 1, 1}, 0) == 0.5);
-        CHECK(std::isfinite(learning_rate({schedule, 0.5, 0.1, 0, 0}, 0)));                 // none
+        CHECK(std::isfinite(learning_rate({schedule, 0.5, 0.1, 0, 0}, 0)));  // none
     }
     CHECK(learning_rate({Schedule::cosine, 1, 0.1, 4, 20}, 12) ==
           doctest::Approx(0.1 + 0.9 * 0.5).epsilon(1e-14));
@@ -1355,10 +1352,10 @@ TEST_CASE("guards: NaN and infinity are never let through, outliers only if aske
         for (int i = 0; i < StepState::kWindow; ++i)
             step(3 + 0.1 * random_normal(3, uint64_t(i)), 1 + 0.1 * random_normal(4, uint64_t(i)));
         const int64_t before = state.updates;
-        CHECK(step(3.2, 1.2) == 0);                // two deviations
-        CHECK(step(2, 0.2) == 0);                  // far below is no harm
-        CHECK(step(3, 2) == (z > 0));              // a norm ten deviations above
-        CHECK(step(5, 1) == (z > 0));              // a loss twenty above
+        CHECK(step(3.2, 1.2) == 0);    // two deviations
+        CHECK(step(2, 0.2) == 0);      // far below is no harm
+        CHECK(step(3, 2) == (z > 0));  // a norm ten deviations above
+        CHECK(step(5, 1) == (z > 0));  // a loss twenty above
         CHECK(state.outliers == (z > 0 ? 2 : 0));
         CHECK(state.updates == before + 4 - state.outliers);
         CHECK(state.broken == 0);
@@ -1519,8 +1516,10 @@ TEST_CASE("data: shuffled is a bijection, and another one for every key") {
 }
 
 TEST_CASE("data: one epoch makes every prediction exactly once, whatever T, shuffle and shards") {
-    const std::vector<std::vector<int>> cases = {
-        {40}, {2}, {1, 30}, {17, 0, 2, 64, 1}, {0, 0, 33, 7}, {101, 100, 99}, {5, 3, 1}};
+    const std::vector<std::vector<int>> cases = {{40},          {2},
+                                                 {1, 30},       {17, 0, 2, 64, 1},
+                                                 {0, 0, 33, 7}, {101, 100, 99},
+                                                 {5, 3, 1}};
     for (const auto& lengths : cases) {
         TemporaryFolder folder;
         const auto shards = counting_shards(folder, lengths);
@@ -1670,8 +1669,9 @@ TEST_CASE("data: a shard that shrinks while it is open is an error, not a signal
     BatchLoader loader(shards, DataOrder(shards, 1, 50, 1, false, false), 1, 50, 8, 0);
     CHECK(loader.next().scored == 50);
     CHECK(has(error_of([&] {
-        for (int i = 0; i < 5; ++i) loader.next();
-    }), "shorter"));
+                  for (int i = 0; i < 5; ++i) loader.next();
+              }),
+              "shorter"));
     CHECK(error_of([&] { loader.next(); }) != "");
 }
 
@@ -1837,7 +1837,7 @@ TEST_CASE("generation: temperature, top-k and top-p choose the candidates") {
     CHECK(tokens_of(candidates(logits, 1, 0, 0.40)) == Ids{1, 3});
     CHECK(tokens_of(candidates(logits, 1, 0, 0.80)) == Ids{1, 3, 2});
     CHECK(tokens_of(candidates(logits, 1, 0, 0.99)) == Ids{1, 3, 2, 0});
-    CHECK(tokens_of(candidates(logits, 1, 0, 0.0)) == Ids{1});          // one is always left
+    CHECK(tokens_of(candidates(logits, 1, 0, 0.0)) == Ids{1});  // one is always left
     CHECK(tokens_of(candidates(logits, 1, 2, 0.5)) == Ids{1});  // of the two left, each has a half
     for (double temperature : {0.0, 0.3, 1.0, 50.0})
         for (int k : {0, 1, 4})
@@ -1951,7 +1951,8 @@ struct Operand {
                           : tinygpt::rows_of(data.data(), cols)) {}
 };
 
-// The largest difference between the fast product and the definition, over the size of its error bound.
+// The largest difference between the fast product and the definition, over the size of its error
+// bound.
 template <class real>
 double matmul_error(int m, int n, int k, bool a_transposed, bool b_transposed, bool accumulate) {
     const Operand<real> a(m, k, a_transposed, 1), b(k, n, b_transposed, 2);
@@ -2153,7 +2154,8 @@ TEST_CASE("attention: backward agrees with finite differences of the definition"
             const std::vector<double> o = defined_attention(qkv, B, T, NH, HS, drop);
             return std::inner_product(o.begin(), o.end(), dout.begin(), 0.0);
         };
-        // Every element where there are few; else a stride of them that meets all rows and channels.
+        // Every element where there are few; else a stride of them that meets all rows and
+        // channels.
         const size_t step = std::max<size_t>(1, qkv.size() / 150);
         for (size_t i = 0; i < qkv.size(); i += step) {
             const double h = 1e-5, x = qkv[i];
@@ -2549,9 +2551,9 @@ TEST_CASE("tokenizer: encoding agrees with BPE by its definition") {
 }
 
 TEST_CASE("tokenizer: a megabyte of one character takes no more than moments") {
-    Tokenizer tokenizer = trained_on(
-        {sample_text(), std::string(999, 'a') + std::string(999, ' ') + std::string(999, '=')},
-        380);
+    Tokenizer tokenizer = trained_on({sample_text(), std::string(999, 'a') + std::string(999, ' ') +
+                                                         std::string(999, '=')},
+                                     380);
     auto start = std::chrono::steady_clock::now();
     for (char c : {'a', ' ', '=', '\n', '\xff'}) {
         std::string text(1'000'000, c);
@@ -2798,9 +2800,9 @@ TEST_CASE("prepare_data: bad input ends in one line, and nothing is written") {
                    "there is no tokenizer in"));
     CHECK(contains(prepare_data({"--input", temporary / "text", "--output", temporary / "text"}),
                    "it is a file"));
-    CHECK(contains(
-        prepare_data({"--input", temporary / "text", "--output", temporary / "text/deeper"}),
-        "cannot write to"));
+    CHECK(contains(prepare_data(
+                       {"--input", temporary / "text", "--output", temporary / "text/deeper"}),
+                   "cannot write to"));
     // Shards without a dataset.json are somebody else's.
     write_file(temporary / "nothing/train_000001.bin", "x");
     CHECK(contains(prepare_data({"--input", temporary / "text", "--output", temporary / "nothing"}),
@@ -2941,7 +2943,9 @@ inline std::vector<int> tokens(const std::string& story, std::map<std::string, i
 // shorter one. As in Kneser and Ney (1995), the shorter orders count contexts, not occurrences.
 struct Ngram {
     static constexpr int order = 5;
-    struct Context { double total = 0, kinds = 0; };
+    struct Context {
+        double total = 0, kinds = 0;
+    };
     double discount, vocabulary;
     std::array<std::unordered_map<uint64_t, double>, order> counts;
     std::array<std::unordered_map<uint64_t, Context>, order> contexts;
@@ -3069,17 +3073,18 @@ TEST_CASE("stories: a sentence must agree with itself, a story with all of itsel
         return std::isfinite(tinygpt::story_neg_log_prob(text));
     };
     CHECK(tells(story));
-    CHECK_FALSE(tells(replaced(story, "She lived", "He lived")));            // pronoun
-    CHECK_FALSE(tells(replaced(story, "they were", "they was")));            // verb
-    CHECK_FALSE(tells(replaced(story, "gave them", "gave it")));             // singular, plural
-    CHECK_FALSE(tells(replaced(story, "a brave", "an brave")));              // article
-    CHECK_FALSE(tells(replaced(story, "Mia gave", "Anna gave")));            // name
-    CHECK_FALSE(tells(replaced(story, "the rabbits by", "the kittens by"))); // friend
-    CHECK_FALSE(tells(replaced(story, "only two", "only three")));           // number
+    CHECK_FALSE(tells(replaced(story, "She lived", "He lived")));             // pronoun
+    CHECK_FALSE(tells(replaced(story, "they were", "they was")));             // verb
+    CHECK_FALSE(tells(replaced(story, "gave them", "gave it")));              // singular, plural
+    CHECK_FALSE(tells(replaced(story, "a brave", "an brave")));               // article
+    CHECK_FALSE(tells(replaced(story, "Mia gave", "Anna gave")));             // name
+    CHECK_FALSE(tells(replaced(story, "the rabbits by", "the kittens by")));  // friend
+    CHECK_FALSE(tells(replaced(story, "only two", "only three")));            // number
     CHECK_FALSE(tells(replaced(story, " The end.", "")));
     CHECK_FALSE(tells(story + " The end."));
-    CHECK(tells(replaced(replaced(replaced(story, "called Mia", "called Anna"), "Mia gave",
-                                  "Anna gave"), "Mia had", "Anna had")));
+    CHECK(tells(
+        replaced(replaced(replaced(story, "called Mia", "called Anna"), "Mia gave", "Anna gave"),
+                 "Mia had", "Anna had")));
 
     auto occurs = [](const char* sentence) { return tinygpt::is_story_sentence(sentence); };
     CHECK(occurs("Mia looked behind the tree, but they found it near the well."));
@@ -3342,9 +3347,9 @@ TEST_CASE("files: a save syncs the data before the rename and the folder after i
     };
     make_folders(scratch / "new");
     write_file(scratch / "new/f", "bytes");
-    const std::vector<std::string> order = {
-        "mkdir new",       "fsync ",       "open temporary", "write temporary",
-        "fsync temporary", "rename new/f", "fsync new"};
+    const std::vector<std::string> order = {"mkdir new",       "fsync ",          "open temporary",
+                                            "write temporary", "fsync temporary", "rename new/f",
+                                            "fsync new"};
     CHECK(log == order);
 }
 
@@ -3394,9 +3399,11 @@ TEST_CASE("files: whichever call of a save fails, the old file or the new one is
                 for (const std::string& name : list_folder(scratch.folder))
                     CHECK(!files_test::contains(name, ".tmp-"));
             }
-            if (harmless) CHECK(failed_calls == std::set<std::string>{"write"});
-            else CHECK(failed_calls == std::set<std::string>{"open", "write", "fsync", "rename",
-                                                             "fsync folder"});
+            if (harmless)
+                CHECK(failed_calls == std::set<std::string>{"write"});
+            else
+                CHECK(failed_calls ==
+                      std::set<std::string>{"open", "write", "fsync", "rename", "fsync folder"});
         }
     }
     file_fault() = [](const char* call, const std::string&) {
@@ -3615,18 +3622,18 @@ TEST_CASE("safetensors: a file is what the format says, byte for byte") {
     const std::vector<float> b = {1.0f, -2.0f}, a = {0.5f, 3.0f, 1.0e-3f};
     const std::vector<double> d = {0.1};
     const std::vector<int64_t> n = {-1};
-    const std::vector<TensorToWrite> tensors = {
-        tensor_to_write("h", {3, 1}, a.data(), "BF16"), tensor_to_write("b", {2}, b.data(), "F32"),
-        tensor_to_write("a", {3}, a.data(), "F32"), tensor_to_write("n", {1}, n.data(), "I64"),
-        tensor_to_write("d", {}, d.data(), "F64")};
+    const std::vector<TensorToWrite> tensors = {tensor_to_write("h", {3, 1}, a.data(), "BF16"),
+                                                tensor_to_write("b", {2}, b.data(), "F32"),
+                                                tensor_to_write("a", {3}, a.data(), "F32"),
+                                                tensor_to_write("n", {1}, n.data(), "I64"),
+                                                tensor_to_write("d", {}, d.data(), "F64")};
     std::string sum = write_safetensors(scratch / "f", tensors);
-    std::string header =
-        R"({"__metadata__":{"format":"pt"},)"
-        R"("d":{"dtype":"F64","shape":[],"data_offsets":[0,8]},)"
-        R"("n":{"dtype":"I64","shape":[1],"data_offsets":[8,16]},)"
-        R"("a":{"dtype":"F32","shape":[3],"data_offsets":[16,28]},)"
-        R"("b":{"dtype":"F32","shape":[2],"data_offsets":[28,36]},)"
-        R"("h":{"dtype":"BF16","shape":[3,1],"data_offsets":[36,42]}})";
+    std::string header = R"({"__metadata__":{"format":"pt"},)"
+                         R"("d":{"dtype":"F64","shape":[],"data_offsets":[0,8]},)"
+                         R"("n":{"dtype":"I64","shape":[1],"data_offsets":[8,16]},)"
+                         R"("a":{"dtype":"F32","shape":[3],"data_offsets":[16,28]},)"
+                         R"("b":{"dtype":"F32","shape":[2],"data_offsets":[28,36]},)"
+                         R"("h":{"dtype":"BF16","shape":[3,1],"data_offsets":[36,42]}})";
     header.append((8 - header.size() % 8) % 8, ' ');
     // 1e-3 is 0x3a83126f: to the nearest bf16, 0x3a83.
     std::string data = files_test::raw(d) + files_test::raw(n) + files_test::raw(a) +
@@ -3674,8 +3681,9 @@ TEST_CASE("safetensors: every type of weight is read exactly, on any number of t
             file.read(file.tensors[0], narrow.data());
             bool equal = true, equal_narrow = true;
             for (size_t i = 0; i < count; i++) {
-                double x = dtype[0] == 'B' ? float(bf16(float(values[i])))
-                           : dtype[1] == '3' ? float(values[i]) : values[i];
+                double x = dtype[0] == 'B'   ? float(bf16(float(values[i])))
+                           : dtype[1] == '3' ? float(values[i])
+                                             : values[i];
                 equal = equal && back[i] == x;
                 equal_narrow = equal_narrow && narrow[i] == float(x);
             }
@@ -3861,8 +3869,8 @@ TEST_CASE("safetensors: each rule of the format broken once is refused, by name 
         {"a hole before", pair(entry("a", "F32", "[1,2]", "[8,16]"), b), "hole"},
         {"a hole between", pair(entry("a", "F32", "[3]", "[0,12]"), b), "hole"},
         {"overlap by one", pair(a, entry("b", "U8", "[9]", "[15,24]")), "overlap"},
-        {"overlap, the same bytes", pair(entry("a", "F32", "[6]", "[0,24]"),
-                                         entry("b", "F32", "[6]", "[0,24]")), "overlap"},
+        {"overlap, the same bytes",
+         pair(entry("a", "F32", "[6]", "[0,24]"), entry("b", "F32", "[6]", "[0,24]")), "overlap"},
         {"an empty tensor inside another", pair(a, entry("b", "F32", "[0]", "[8,8]")), "overlap"},
         {"30000 tensors in the same bytes", safetensors_bytes(many + "}", data), "values"},
         {"3000 tensors in the same bytes",
@@ -4038,27 +4046,50 @@ TEST_CASE("checkpoints: a missing, extra or misshapen tensor is named with what 
          "tensor \"h.1.mlp.c_fc.bias\" is missing: expected shape [32]"},
         {untied, [&](W& w) { w.remove("lm_head.weight"); },
          "tensor \"lm_head.weight\" is missing: expected shape [11, 8]"},
-        {files_test::tiny_config, [&](W& w) { w.add("lm_head.weight", {8, 11}); },
+        {files_test::tiny_config,
+         [&](W& w) {
+             w.add("lm_head.weight", {8, 11});
+         },
          "tensor \"lm_head.weight\": expected shape [11, 8], found [8, 11]"},
         {files_test::tiny_config, [&](W& w) { w.add("lm_head.bias", {11}); },
          "tensor \"lm_head.bias\": unexpected"},
         {files_test::tiny_config, [&](W& w) { w.add(p + "h.2.ln_1.weight", {8}); },
          "tensor \"transformer.h.2.ln_1.weight\": unexpected"},
-        {files_test::tiny_config, [&](W& w) { w.add("score.weight", {2, 8}); },
+        {files_test::tiny_config,
+         [&](W& w) {
+             w.add("score.weight", {2, 8});
+         },
          "tensor \"score.weight\": unexpected"},
         {files_test::tiny_config, [&](W& w) { w.add(p + "h.0.attn.biases", {1}); },
          "tensor \"transformer.h.0.attn.biases\": unexpected"},
         {files_test::tiny_config, [&](W& w) { w.add(p + "h..attn.bias", {1}); }, "unexpected"},
-        {files_test::tiny_config, [&](W& w) { w.add("model.wte.weight", {11, 8}); }, "unexpected"},
+        {files_test::tiny_config,
+         [&](W& w) {
+             w.add("model.wte.weight", {11, 8});
+         },
+         "unexpected"},
         {files_test::tiny_config, [&](W& w) { w.add("bad\nname", {1}); }, "tensor \"bad\\nname\""},
         {files_test::tiny_config, [&](W& w) { w.add(std::string(5000, 'n'), {1}); },
          "nnn\"...: unexpected"},
-        {files_test::tiny_config, [&](W& w) { w.add("wte.weight", {11, 8}); }, "there twice"},
-        {files_test::tiny_config, [&](W& w) { w.at(p + "wte.weight").shape = {8, 11}; },
+        {files_test::tiny_config,
+         [&](W& w) {
+             w.add("wte.weight", {11, 8});
+         },
+         "there twice"},
+        {files_test::tiny_config,
+         [&](W& w) {
+             w.at(p + "wte.weight").shape = {8, 11};
+         },
          "tensor \"transformer.wte.weight\": expected shape [11, 8], found [8, 11]"},
-        {files_test::tiny_config, [&](W& w) { w.at(p + "h.0.attn.c_attn.weight").shape = {24, 8}; },
+        {files_test::tiny_config,
+         [&](W& w) {
+             w.at(p + "h.0.attn.c_attn.weight").shape = {24, 8};
+         },
          "expected shape [8, 24], found [24, 8]"},
-        {files_test::tiny_config, [&](W& w) { w.at(p + "ln_f.weight").shape = {1, 8}; },
+        {files_test::tiny_config,
+         [&](W& w) {
+             w.at(p + "ln_f.weight").shape = {1, 8};
+         },
          "expected shape [8], found [1, 8]"},
         {files_test::tiny_config, [&](W& w) { w.at(p + "ln_f.bias").shape = {}; },
          "expected shape [8], found []"},
@@ -4342,9 +4373,9 @@ TEST_CASE("options: no two options share a member") {
         assign(o, {&entry, value, ""});
         const Options defaults;
         for (const Option& other : option_table())
-            CHECK_MESSAGE(
-                (value_text(o, other) != value_text(defaults, other)) == (&other == &entry),
-                entry.name << " and " << other.name);
+            CHECK_MESSAGE((value_text(o, other) != value_text(defaults, other)) ==
+                              (&other == &entry),
+                          entry.name << " and " << other.name);
     }
 }
 
@@ -4754,7 +4785,6 @@ TEST_CASE("options: whatever is typed, nothing but an Error of status 2") {
 
 #include <sys/resource.h>
 #include <sys/wait.h>
-
 
 namespace run_test {
 
@@ -5919,9 +5949,11 @@ TEST_CASE("hf: fine-tuning goes on from the very loss that was saved, to its las
         TemporaryFolder scratch;
         write_shard(scratch / "train.bin", counting_text(1, 2000, 40));
         write_shard(scratch / "val.bin", counting_text(2, 333, 40));
-        std::vector<std::string> data = {"--train-shards", scratch / "train.bin", "--val-shards",
-                                         scratch / "val.bin", "--seq-len", "16",
-                                         "--batch-size", "4", "--eval-batches", "0"};
+        std::vector<std::string> data = {"--train-shards", scratch / "train.bin",
+                                         "--val-shards",   scratch / "val.bin",
+                                         "--seq-len",      "16",
+                                         "--batch-size",   "4",
+                                         "--eval-batches", "0"};
         auto run = [&](const std::string& output, std::vector<std::string> more) {
             more.insert(more.end(), data.begin(), data.end());
             more.insert(more.end(), {"--output", scratch / output});
@@ -5929,9 +5961,10 @@ TEST_CASE("hf: fine-tuning goes on from the very loss that was saved, to its las
             REQUIRE(ran.error == "");
             return column_of_log(scratch / (output + "/log.csv"), "val_loss");
         };
-        std::vector<std::string> first = {"--n-layer", "2", "--n-head", "2", "--n-embd", "16",
-                                          "--n-positions", "32", "--vocab-size", "40",
-                                          "--max-steps", "30", "--eval-interval", "10"};
+        std::vector<std::string> first = {"--n-layer",       "2",  "--n-head",      "2",
+                                          "--n-embd",        "16", "--n-positions", "32",
+                                          "--vocab-size",    "40", "--max-steps",   "30",
+                                          "--eval-interval", "10"};
         if (untied) first.push_back("--untied-head");
         const std::vector<std::string> losses = run("first", first);
         const std::string state = read_file(scratch / "first/best/trainer_state.json");
@@ -5945,8 +5978,8 @@ TEST_CASE("hf: fine-tuning goes on from the very loss that was saved, to its las
         CHECK(again.at(3) != again.at(0));  // and it did train
 
         // eval says the same.
-        std::vector<std::string> eval = {"eval", "--init-from", folder, "--val-shards",
-                                         scratch / "val.bin", "--seq-len", "16"};
+        std::vector<std::string> eval =
+            {"eval", "--init-from", folder, "--val-shards", scratch / "val.bin", "--seq-len", "16"};
         const std::string out = train_gpt(eval).out;
         REQUIRE(contains(out, "val loss   "));
         CHECK(std::stod(out.substr(out.find("val loss") + 8)) ==
@@ -5954,7 +5987,8 @@ TEST_CASE("hf: fine-tuning goes on from the very loss that was saved, to its las
         // A longer text than the model has positions for is refused.
         data[5] = "33";
         CHECK(contains(train_gpt({"eval", "--init-from", folder, "--val-shards",
-                                  scratch / "val.bin", "--seq-len", "33"}).error,
+                                  scratch / "val.bin", "--seq-len", "33"})
+                           .error,
                        "--seq-len 33 is longer than the model's 32 positions"));
     }
 }
@@ -6228,10 +6262,12 @@ TEST_CASE("hf: data of another tokenizer is refused, saying which is which") {
     for (const char* name : {"data/train_000001.bin", "data/val_000000.bin"})
         write_shard(scratch / name, counting_text(1, 200, 258));
     for (const char* command : {"eval", "train"}) {
-        std::vector<std::string> arguments = {"--init-from", scratch / "m", "--data",
-                                              scratch / "data", "--seq-len", "8"};
-        if (std::string(command) == "eval") arguments.insert(arguments.begin(), command);
-        else arguments.insert(arguments.end(), {"--output", scratch / "out"});
+        std::vector<std::string> arguments = {"--init-from",    scratch / "m", "--data",
+                                              scratch / "data", "--seq-len",   "8"};
+        if (std::string(command) == "eval")
+            arguments.insert(arguments.begin(), command);
+        else
+            arguments.insert(arguments.end(), {"--output", scratch / "out"});
         const std::string error = train_gpt(arguments).error;
         CAPTURE(error);
         CHECK(contains(error, scratch / "data"));
@@ -6413,8 +6449,8 @@ TEST_CASE("hf: a model of llm.c has, converted, the very same weights") {
         write("wte.weight", false);
         for (int i = 0; i < 5 * 8; ++i) put(zero);  // the padding of 11 to 16
         write("wpe.weight", false);
-        for (const char* part : {"ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc",
-                                 "mlp.c_proj"})
+        for (const char* part :
+             {"ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"})
             for (const char* kind : {"weight", "bias"})
                 for (int l = 0; l < 2; ++l)
                     write(format("h.%d.%s.%s", l, part, kind), *part != 'l' && *kind == 'w');
@@ -6465,8 +6501,10 @@ TEST_CASE("hf: sample takes its prompt from the command line, a file, a pipe") {
         ::close(ends[0]);
         CHECK(sample({"--prompt-file", "-"}) == text);
     }
-    CHECK(contains(train_gpt({"sample", "--init-from", scratch / "m", "--prompt-file",
-                              scratch / "none"}).error, scratch / "none"));
+    CHECK(contains(train_gpt(
+                       {"sample", "--init-from", scratch / "m", "--prompt-file", scratch / "none"})
+                       .error,
+                   scratch / "none"));
     // Several samples: the same greedy one each time, another one from each seed otherwise.
     const std::string two = sample({"--prompt", prompt, "--num-samples", "2"});
     CHECK(two == text + "\n---\n" + text);
@@ -6565,7 +6603,8 @@ TEST_CASE("walk: every line that the header quotes is printed") {
     }
     CHECK(quoted >= 8);
     // The two columns of the gradient table agree, and so do the update by hand and the program's.
-    const size_t by_hand = walk.find(" = 0.240565\n"), program = walk.find("and the program has 0.240565\n");
+    const size_t by_hand = walk.find(" = 0.240565\n"),
+                 program = walk.find("and the program has 0.240565\n");
     CHECK(by_hand != std::string::npos);
     CHECK(program != std::string::npos);
 }
@@ -6582,14 +6621,16 @@ TEST_CASE("walk: every line that the header quotes is printed") {
 // =================================================================================================
 // CUDA: every kernel against Cpu<double>, on a GPU or on the CPU in its place
 // =================================================================================================
-// Both devices get the same inputs: random numbers, rounded to the activation type. What comes back is
-// held against double arithmetic. The tolerance is counted, not tuned: u is the rounding unit of the
-// activation type (2^-9 for bf16, 2^-24 for fp32; 2^-11 where a matmul rounds to tf32), n the length of the longest sum behind an element,
-// and `stages` how many times a value is rounded on its way. Random roundings of a sum of n terms in
-// fp32 add up to sqrt(n) 2^-24 of the result's size, so with
+// Both devices get the same inputs: random numbers, rounded to the activation type. What comes back
+// is held against double arithmetic. The tolerance is counted, not tuned: u is the rounding unit of
+// the activation type (2^-9 for bf16, 2^-24 for fp32; 2^-11 where a matmul rounds to tf32), n the
+// length of the longest sum behind an element, and `stages` how many times a value is rounded on
+// its way. Random roundings of a sum of n terms in fp32 add up to sqrt(n) 2^-24 of the result's
+// size, so with
 //   unit = stages (u + sqrt(n) 2^-24)
 // the relative error of the whole array, as a vector, must stay below unit, and the error of every
-// element below 4 unit times the largest element. A term left out, or a sign turned, errs by about 1.
+// element below 4 unit times the largest element. A term left out, or a sign turned, errs by about
+// 1.
 
 namespace cuda_tests {
 
@@ -6620,7 +6661,8 @@ double rounded(double x) {
 template <class A>
 Values random_values(size_t count, uint64_t seed, double scale = 1, double mean = 0) {
     Values values(count);
-    for (size_t i = 0; i < count; ++i) values[i] = rounded<A>(mean + scale * random_normal(seed, i));
+    for (size_t i = 0; i < count; ++i)
+        values[i] = rounded<A>(mean + scale * random_normal(seed, i));
     return values;
 }
 
@@ -6658,20 +6700,22 @@ struct Array {
 };
 
 // Holds `got` against `want` as said above. gain: how much larger than the result its terms are.
-inline void compare(const char* what, const Values& got, const Values& want, double u, double stages, double n,
-                    double gain = 1) {
+inline void compare(const char* what, const Values& got, const Values& want, double u,
+                    double stages, double n, double gain = 1) {
     REQUIRE(got.size() == want.size());
     const double unit = gain * stages * (u + std::sqrt(n) * 0x1p-24);
     double errors = 0, squares = 0, largest = 0, worst = 0;
     size_t where = 0;
     for (size_t i = 0; i < got.size(); ++i) {
         const double error = std::abs(got[i] - want[i]);
-        errors += error * error, squares += want[i] * want[i], largest = std::max(largest, std::abs(want[i]));
+        errors += error * error, squares += want[i] * want[i],
+            largest = std::max(largest, std::abs(want[i]));
         if (!(error <= worst)) worst = std::isnan(error) ? INFINITY : error, where = i;
     }
-    INFO(what << ": element " << where << " of " << got.size() << " is " << (got.empty() ? 0 : got[where]) << ", not "
-              << (got.empty() ? 0 : want[where]) << "; the largest is " << largest << "; unit " << unit
-              << "; error of the whole " << std::sqrt(errors / std::max(squares, 1e-300)));
+    INFO(what << ": element " << where << " of " << got.size() << " is "
+              << (got.empty() ? 0 : got[where]) << ", not " << (got.empty() ? 0 : want[where])
+              << "; the largest is " << largest << "; unit " << unit << "; error of the whole "
+              << std::sqrt(errors / std::max(squares, 1e-300)));
     CHECK(worst <= 4 * unit * largest);
     CHECK(std::sqrt(errors) <= unit * std::sqrt(squares));
 }
@@ -6694,13 +6738,15 @@ struct Shape {
 
 inline std::vector<int32_t> random_tokens(int count, int V, uint64_t seed) {
     std::vector<int32_t> tokens(static_cast<size_t>(count));
-    for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = int32_t(random_bits(seed, i) % uint64_t(V));
+    for (size_t i = 0; i < tokens.size(); ++i)
+        tokens[i] = int32_t(random_bits(seed, i) % uint64_t(V));
     return tokens;
 }
 inline std::vector<int32_t> sorted_order(const std::vector<int32_t>& tokens) {
     std::vector<int32_t> order(tokens.size());
     std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return tokens[size_t(a)] < tokens[size_t(b)]; });
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int a, int b) { return tokens[size_t(a)] < tokens[size_t(b)]; });
     return order;
 }
 const Dropout kDrop{77, 0.3f};
@@ -6724,25 +6770,33 @@ TEST_CASE_TEMPLATE("cuda: embedding", A, float, bf16) {
     Cuda<A> cuda;
     Cpu<double> cpu;
     for (Dropout drop : {Dropout{}, kDrop})
-        for (auto [B, T, C, V, past] : Sizes<5>{{1, 1, 8, 3, 0}, {3, 7, 24, 5, 2}, {2, 5, 264, 2, 0}, {40, 1, 8, 1, 1}}) {
-            const std::string at = place_of({{"B", double(B)}, {"T", double(T)}, {"C", double(C)}, {"drop.p", double(drop.p)}});
+        for (auto [B, T, C, V, past] :
+             Sizes<5>{{1, 1, 8, 3, 0}, {3, 7, 24, 5, 2}, {2, 5, 264, 2, 0}, {40, 1, 8, 1, 1}}) {
+            const std::string at = place_of(
+                {{"B", double(B)}, {"T", double(T)}, {"C", double(C)}, {"drop.p", double(drop.p)}});
             CAPTURE(at);
             const int rows = B * T, P = past + T;
-            const auto wte = random_values<A>(size_t(V) * C, 1), wpe = random_values<A>(size_t(P) * C, 2);
+            const auto wte = random_values<A>(size_t(V) * C, 1),
+                       wpe = random_values<A>(size_t(P) * C, 2);
             const auto tokens = random_tokens(rows, V, 3), order = sorted_order(tokens);
             Array<A> d_wte(wte), d_wpe(wpe), out(size_t(rows) * C);
             Array<int32_t> d_tokens(tokens), d_order(order);
-            cuda.embed_forward(out.data, d_tokens.data, d_wte.data, d_wpe.data, B, T, C, past, drop);
+            cuda.embed_forward(out.data, d_tokens.data, d_wte.data, d_wpe.data, B, T, C, past,
+                               drop);
             Values want(size_t(rows) * C);
-            cpu.embed_forward(want.data(), tokens.data(), wte.data(), wpe.data(), B, T, C, past, drop);
+            cpu.embed_forward(want.data(), tokens.data(), wte.data(), wpe.data(), B, T, C, past,
+                              drop);
             compare("out", out.values(), want, kUnit<A>, 2, 2);
 
             const auto dout = random_values<A>(size_t(rows) * C, 4);
-            Values dwte = random_values<float>(size_t(V) * C, 5), dwpe = random_values<float>(size_t(T) * C, 6);
+            Values dwte = random_values<float>(size_t(V) * C, 5),
+                   dwpe = random_values<float>(size_t(T) * C, 6);
             Array<A> d_dout(dout);
             Array<float> d_dwte(dwte), d_dwpe(dwpe);
-            cuda.embed_backward(d_dwte.data, d_dwpe.data, d_dout.data, d_tokens.data, d_order.data, B, T, C, drop);
-            cpu.embed_backward(dwte.data(), dwpe.data(), dout.data(), tokens.data(), order.data(), B, T, C, drop);
+            cuda.embed_backward(d_dwte.data, d_dwpe.data, d_dout.data, d_tokens.data, d_order.data,
+                                B, T, C, drop);
+            cpu.embed_backward(dwte.data(), dwpe.data(), dout.data(), tokens.data(), order.data(),
+                               B, T, C, drop);
             compare("dwte", d_dwte.values(), dwte, 0x1p-24, 2, rows);
             compare("dwpe", d_dwpe.values(), dwpe, 0x1p-24, 2, B);
         }
@@ -6752,44 +6806,60 @@ TEST_CASE_TEMPLATE("cuda: layernorm", A, float, bf16) {
     Cuda<A> cuda;
     Cpu<double> cpu;
     // The last: a variance of the size of the epsilon that is added to it.
-    for (auto [rows, C, mean, thousandths] :
-         Sizes<4>{{1, 8, 0, 2000}, {3, 24, 0, 2000}, {37, 64, 0, 2000}, {5, 264, 30, 2000}, {9, 520, 0, 500}, {4, 40, 0, 3}})
+    for (auto [rows, C, mean, thousandths] : Sizes<4>{{1, 8, 0, 2000},
+                                                      {3, 24, 0, 2000},
+                                                      {37, 64, 0, 2000},
+                                                      {5, 264, 30, 2000},
+                                                      {9, 520, 0, 500},
+                                                      {4, 40, 0, 3}})
         for (Dropout drop : {Dropout{}, kDrop})
             for (bool accumulate : {false, true})
                 for (bool residual : {false, true}) {
-                    const std::string at = place_of({{"rows", double(rows)}, {"C", double(C)}, {"drop.p", double(drop.p)}, {"accumulate", double(accumulate)}, {"residual", double(residual)}});
+                    const std::string at = place_of({{"rows", double(rows)},
+                                                     {"C", double(C)},
+                                                     {"drop.p", double(drop.p)},
+                                                     {"accumulate", double(accumulate)},
+                                                     {"residual", double(residual)}});
                     CAPTURE(at);
                     const size_t n = size_t(rows) * C, c = size_t(C), r = size_t(rows);
-                    const auto x = random_values<A>(n, 1, thousandths / 1000.0, mean), w = random_values<A>(c, 2), b = random_values<A>(c, 3);
+                    const auto x = random_values<A>(n, 1, thousandths / 1000.0, mean),
+                               w = random_values<A>(c, 2), b = random_values<A>(c, 3);
                     const double gain = 1 + mean / 2.0;  // x - m is small against x
                     Array<A> d_x(x), d_w(w), d_b(b), out(n);
                     Array<float> d_mean(r), d_rstd(r);
-                    cuda.layernorm_forward(out.data, d_mean.data, d_rstd.data, d_x.data, d_w.data, d_b.data, rows, C);
+                    cuda.layernorm_forward(out.data, d_mean.data, d_rstd.data, d_x.data, d_w.data,
+                                           d_b.data, rows, C);
                     Values want(n), m(r), rstd(r);
-                    cpu.layernorm_forward(want.data(), m.data(), rstd.data(), x.data(), w.data(), b.data(), rows, C);
+                    cpu.layernorm_forward(want.data(), m.data(), rstd.data(), x.data(), w.data(),
+                                          b.data(), rows, C);
                     compare("out", out.values(), want, kUnit<A>, 2, C, gain);
                     compare("mean", d_mean.values(), m, 0x1p-24, 4, C, mean ? 1 : 8);
                     compare("rstd", d_rstd.values(), rstd, 0x1p-24, 4, C, gain);
 
                     const auto dout = random_values<A>(n, 4), dres = random_values<A>(n, 5);
-                    Values dw = random_values<float>(c, 6), db = random_values<float>(c, 7), dbias = random_values<float>(c, 8);
+                    Values dw = random_values<float>(c, 6), db = random_values<float>(c, 7),
+                           dbias = random_values<float>(c, 8);
                     Array<A> d_dout(dout), d_dres(dres), dx(n), dbranch(n);
                     Array<float> d_dw(dw), d_db(db), d_dbias(dbias);
-                    A* d_dx = residual && accumulate ? d_dres.data : dx.data;  // dx may be dresidual itself
-                    cuda.layernorm_backward(d_dx, d_dw.data, d_db.data, drop.on() ? dbranch.data : d_dx,
+                    // dx may be dresidual itself
+                    A* d_dx = residual && accumulate ? d_dres.data : dx.data;
+                    cuda.layernorm_backward(d_dx, d_dw.data, d_db.data,
+                                            drop.on() ? dbranch.data : d_dx,
                                             rows == 9 ? nullptr : d_dbias.data, d_dout.data,
-                                            residual ? d_dres.data : nullptr, d_x.data, d_mean.data, d_rstd.data,
-                                            d_w.data, rows, C, drop, accumulate);
+                                            residual ? d_dres.data : nullptr, d_x.data, d_mean.data,
+                                            d_rstd.data, d_w.data, rows, C, drop, accumulate);
                     Values want_dx(n), want_branch(n);
                     cpu.layernorm_backward(want_dx.data(), dw.data(), db.data(), want_branch.data(),
                                            rows == 9 ? nullptr : dbias.data(), dout.data(),
-                                           residual ? dres.data() : nullptr, x.data(), m.data(), rstd.data(), w.data(),
-                                           rows, C, drop, accumulate);
-                    compare("dx", d_dx == dx.data ? dx.values() : d_dres.values(), want_dx, kUnit<A>, 2, C, gain);
+                                           residual ? dres.data() : nullptr, x.data(), m.data(),
+                                           rstd.data(), w.data(), rows, C, drop, accumulate);
+                    compare("dx", d_dx == dx.data ? dx.values() : d_dres.values(), want_dx,
+                            kUnit<A>, 2, C, gain);
                     compare("dweight", d_dw.values(), dw, 0x1p-24, 8, rows + C, gain);
                     compare("dbias", d_db.values(), db, 0x1p-24, 4, rows);
                     compare("dbranch_bias", d_dbias.values(), dbias, 0x1p-24, 8, rows + C, gain);
-                    if (drop.on()) compare("dbranch", dbranch.values(), want_branch, kUnit<A>, 2, C, gain);
+                    if (drop.on())
+                        compare("dbranch", dbranch.values(), want_branch, kUnit<A>, 2, C, gain);
                 }
 }
 
@@ -6800,38 +6870,53 @@ TEST_CASE_TEMPLATE("cuda: linear layers", Device, Cuda<float>, CudaTf32, Cuda<bf
     for (bool fuse : {true, false})
         for (auto [rows, C, OC] : Sizes<3>{{1, 8, 8}, {5, 24, 40}, {33, 16, 72}, {70, 264, 24}})
             for (bool accumulate : {false, true}) {
-                const std::string at = place_of({{"fuse", double(fuse)}, {"rows", double(rows)}, {"C", double(C)}, {"OC", double(OC)}, {"accumulate", double(accumulate)}});
+                const std::string at = place_of({{"fuse", double(fuse)},
+                                                 {"rows", double(rows)},
+                                                 {"C", double(C)},
+                                                 {"OC", double(OC)},
+                                                 {"accumulate", double(accumulate)}});
                 CAPTURE(at);
                 Device cuda;
                 cuda.fuse = fuse;
                 const size_t in = size_t(rows) * C, wide = size_t(rows) * OC, ws = size_t(C) * OC;
-                const auto x = random_values<A>(in, 1), w = random_values<A>(ws, 2), b = random_values<A>(size_t(OC), 3);
-                const auto dout = random_values<A>(wide, 4), residual = random_values<A>(wide, 5), pre = random_values<A>(in, 6, 2);
+                const auto x = random_values<A>(in, 1), w = random_values<A>(ws, 2),
+                           b = random_values<A>(size_t(OC), 3);
+                const auto dout = random_values<A>(wide, 4), residual = random_values<A>(wide, 5),
+                           pre = random_values<A>(in, 6, 2);
                 Array<A> d_x(x), d_w(w), d_b(b), d_dout(dout), d_residual(residual), d_pre(pre);
                 Array<A> out(wide), gelu(wide), kept(wide), sum(wide), dx(in);
                 Values want(wide), want_gelu(wide), want_kept(wide), want_sum(wide), want_dx(in);
                 cuda.linear_forward(out.data, d_x.data, d_w.data, d_b.data, rows, C, OC);
                 cpu.linear_forward(want.data(), x.data(), w.data(), b.data(), rows, C, OC);
                 compare("out", out.values(), want, kUnit<Device>, 2, C);
-                cuda.linear_gelu_forward(gelu.data, kept.data, d_x.data, d_w.data, d_b.data, rows, C, OC);
-                cpu.linear_gelu_forward(want_gelu.data(), want_kept.data(), x.data(), w.data(), b.data(), rows, C, OC);
+                cuda.linear_gelu_forward(gelu.data, kept.data, d_x.data, d_w.data, d_b.data, rows,
+                                         C, OC);
+                cpu.linear_gelu_forward(want_gelu.data(), want_kept.data(), x.data(), w.data(),
+                                        b.data(), rows, C, OC);
                 compare("pre", kept.values(), want_kept, kUnit<Device>, 2, C);
                 compare("gelu", gelu.values(), want_gelu, kUnit<Device>, 3, C);
                 for (Dropout drop : {Dropout{}, kDrop}) {
-                    cuda.linear_residual_forward(sum.data, d_residual.data, d_x.data, d_w.data, d_b.data, rows, C, OC, drop);
-                    cpu.linear_residual_forward(want_sum.data(), residual.data(), x.data(), w.data(), b.data(), rows, C, OC, drop);
+                    cuda.linear_residual_forward(sum.data, d_residual.data, d_x.data, d_w.data,
+                                                 d_b.data, rows, C, OC, drop);
+                    cpu.linear_residual_forward(want_sum.data(), residual.data(), x.data(),
+                                                w.data(), b.data(), rows, C, OC, drop);
                     compare("residual", sum.values(), want_sum, kUnit<Device>, 3, C);
                 }
-                Values dw = random_values<float>(ws, 7), db = random_values<float>(size_t(OC), 8), dpre_bias = random_values<float>(size_t(C), 9);
+                Values dw = random_values<float>(ws, 7), db = random_values<float>(size_t(OC), 8),
+                       dpre_bias = random_values<float>(size_t(C), 9);
                 Values dw2 = dw;
                 Array<float> d_dw(dw), d_dw2(dw), d_db(db), d_dpre_bias(dpre_bias);
-                cuda.linear_backward(dx.data, d_dw.data, d_db.data, d_dout.data, d_x.data, d_w.data, rows, C, OC, accumulate);
-                cpu.linear_backward(want_dx.data(), dw.data(), db.data(), dout.data(), x.data(), w.data(), rows, C, OC, accumulate);
+                cuda.linear_backward(dx.data, d_dw.data, d_db.data, d_dout.data, d_x.data, d_w.data,
+                                     rows, C, OC, accumulate);
+                cpu.linear_backward(want_dx.data(), dw.data(), db.data(), dout.data(), x.data(),
+                                    w.data(), rows, C, OC, accumulate);
                 compare("dx", dx.values(), want_dx, kUnit<Device>, 2, OC);
                 compare("dw", d_dw.values(), dw, product, 2, rows);
                 compare("db", d_db.values(), db, 0x1p-24, 2, rows);
-                cuda.linear_gelu_backward(dx.data, d_dw2.data, d_dpre_bias.data, d_dout.data, d_x.data, d_pre.data, d_w.data, rows, C, OC, accumulate);
-                cpu.linear_gelu_backward(want_dx.data(), dw2.data(), dpre_bias.data(), dout.data(), x.data(), pre.data(), w.data(), rows, C, OC, accumulate);
+                cuda.linear_gelu_backward(dx.data, d_dw2.data, d_dpre_bias.data, d_dout.data,
+                                          d_x.data, d_pre.data, d_w.data, rows, C, OC, accumulate);
+                cpu.linear_gelu_backward(want_dx.data(), dw2.data(), dpre_bias.data(), dout.data(),
+                                         x.data(), pre.data(), w.data(), rows, C, OC, accumulate);
                 compare("dpre", dx.values(), want_dx, kUnit<Device>, 4, OC);
                 compare("dw of gelu", d_dw2.values(), dw2, product, 2, rows);
                 compare("dpre_bias", d_dpre_bias.values(), dpre_bias, kUnit<Device>, 4, rows);
@@ -6841,7 +6926,12 @@ TEST_CASE_TEMPLATE("cuda: linear layers", Device, Cuda<float>, CudaTf32, Cuda<bf
 // One layer of attention, forward, backward, and the last rows from a cache.
 template <class A>
 void check_attention(Shape s, Dropout drop, double scale) {
-    const std::string at = place_of({{"s.B", double(s.B)}, {"s.T", double(s.T)}, {"s.NH", double(s.NH)}, {"s.HS", double(s.HS)}, {"drop.p", double(drop.p)}, {"scale", double(scale)}});
+    const std::string at = place_of({{"s.B", double(s.B)},
+                                     {"s.T", double(s.T)},
+                                     {"s.NH", double(s.NH)},
+                                     {"s.HS", double(s.HS)},
+                                     {"drop.p", double(drop.p)},
+                                     {"scale", double(scale)}});
     CAPTURE(at);
     Cuda<A> cuda;
     Cpu<double> cpu;
@@ -6852,29 +6942,39 @@ void check_attention(Shape s, Dropout drop, double scale) {
     Values want(n), want_lse(stats), want_dqkv(3 * n);
     cuda.attention_forward(out.data, lse.data, d_qkv.data, s.B, s.T, s.NH, s.HS, drop);
     cpu.attention_forward(want.data(), want_lse.data(), qkv.data(), s.B, s.T, s.NH, s.HS, drop);
-    // A score is a sum of HS terms of size scale^2, in fp32; an error of it is a relative error of p.
+    // A score is a sum of HS terms of size scale^2, in fp32; an error of it is a relative error of
+    // p.
     const double u = kUnit<A> + 0x1p-22 * scale * scale * std::sqrt(double(s.HS));
     compare("out", out.values(), want, u, 3, s.T);
     compare("lse", lse.values(), want_lse, 0x1p-24, 8, s.HS + s.T, 1 + scale * scale);
-    cuda.attention_backward(dqkv.data, d_dout.data, out.data, lse.data, d_qkv.data, s.B, s.T, s.NH, s.HS, drop);
-    cpu.attention_backward(want_dqkv.data(), dout.data(), want.data(), want_lse.data(), qkv.data(), s.B, s.T, s.NH, s.HS, drop);
+    cuda.attention_backward(dqkv.data, d_dout.data, out.data, lse.data, d_qkv.data, s.B, s.T, s.NH,
+                            s.HS, drop);
+    cpu.attention_backward(want_dqkv.data(), dout.data(), want.data(), want_lse.data(), qkv.data(),
+                           s.B, s.T, s.NH, s.HS, drop);
     const Values got = dqkv.values();
     for (int part = 0; part < 3; ++part) {
         Values a, b;
         for (size_t i = 0; i < got.size(); ++i)
-            if (int(i % size_t(3 * s.C())) / s.C() == part) a.push_back(got[i]), b.push_back(want_dqkv[i]);
-        if (s.T == 1 && part < 2) {  // one key: the softmax is constant, the gradient is 0 up to rounding
+            if (int(i % size_t(3 * s.C())) / s.C() == part)
+                a.push_back(got[i]), b.push_back(want_dqkv[i]);
+        // one key: the softmax is constant, the gradient is 0 up to rounding
+        if (s.T == 1 && part < 2) {
             for (double x : a) CHECK(std::abs(x) <= 4 * kUnit<A> * scale * std::sqrt(s.HS) * 4);
             continue;
         }
-        // ds = p (dp - delta): both are sums of HS products, and may nearly cancel where p is near 1.
-        compare(part == 0 ? "dq" : part == 1 ? "dk" : "dv", a, b, u, part < 2 ? 5 : 3, s.T + s.HS, part < 2 ? 1 + scale : 1);
+        // ds = p (dp - delta): both are sums of HS products, and may nearly cancel where p is near
+        // 1.
+        compare(part == 0   ? "dq"
+                : part == 1 ? "dk"
+                            : "dv",
+                a, b, u, part < 2 ? 5 : 3, s.T + s.HS, part < 2 ? 1 + scale : 1);
     }
     if (drop.on() || s.B > 1) return;
     for (int cut : {0, s.T / 2, s.T - 1}) {
         Array<A> rows(size_t(s.T - cut) * s.C());
         cuda.attention_cached(rows.data, d_qkv.data, cut, s.T - cut, s.NH, s.HS);
-        compare("cached", rows.values(), Values(want.begin() + ptrdiff_t(cut) * s.C(), want.end()), u, 3, s.T);
+        compare("cached", rows.values(), Values(want.begin() + ptrdiff_t(cut) * s.C(), want.end()),
+                u, 3, s.T);
     }
 }
 
@@ -6883,7 +6983,8 @@ TEST_CASE_TEMPLATE("cuda: attention", A, float, bf16) {
         check_attention<A>({1, 1, 1, HS, 0}, {}, 1);
         check_attention<A>({1, 65, 1, HS, 0}, {}, 1);
         check_attention<A>({2, 33, 2, HS, 0}, kDrop, 1);
-        check_attention<A>({1, 130, 1, HS, 0}, {}, 6);  // scores of about 36 sqrt(HS): p is near 0 or 1
+        // scores of about 36 sqrt(HS): p is near 0 or 1
+        check_attention<A>({1, 130, 1, HS, 0}, {}, 6);
     }
     check_attention<A>({1, 200, 3, 64, 0}, {}, 1);
     check_attention<A>({3, 16, 2, 8, 0}, {}, 1);
@@ -6897,9 +6998,14 @@ TEST_CASE_TEMPLATE("cuda: head", Device, Cuda<float>, CudaTf32, Cuda<bf16>) {
     const double product = kProductUnit<Device>;
     Cpu<double> cpu;
     for (size_t bytes : {size_t(1) << 30, size_t(1500)})
-        for (auto [rows, C, V, scale] : Sizes<4>{{1, 8, 1, 1}, {5, 16, 61, 1}, {9, 24, 1003, 6}, {3, 8, 8200, 1}})
+        for (auto [rows, C, V, scale] :
+             Sizes<4>{{1, 8, 1, 1}, {5, 16, 61, 1}, {9, 24, 1003, 6}, {3, 8, 8200, 1}})
             for (bool accumulate : {false, true}) {
-                const std::string at = place_of({{"rows", double(rows)}, {"C", double(C)}, {"V", double(V)}, {"bytes", double(bytes)}, {"accumulate", double(accumulate)}});
+                const std::string at = place_of({{"rows", double(rows)},
+                                                 {"C", double(C)},
+                                                 {"V", double(V)},
+                                                 {"bytes", double(bytes)},
+                                                 {"accumulate", double(accumulate)}});
                 CAPTURE(at);
                 Device cuda;
                 cuda.head_bytes = bytes;
@@ -6910,20 +7016,27 @@ TEST_CASE_TEMPLATE("cuda: head", Device, Cuda<float>, CudaTf32, Cuda<bf16>) {
                 Array<A> d_x(x), d_w(w), dx(n), logits(Device::head_workspace(rows, V));
                 Array<int32_t> d_targets(targets);
                 Array<float> losses(targets.size()), scores(targets.size() * size_t(V));
-                Values want(rows), want_scores(size_t(rows) * V), space(Cpu<double>::head_workspace(rows, V)), want_dx(n);
+                Values want(rows), want_scores(size_t(rows) * V),
+                    space(Cpu<double>::head_workspace(rows, V)), want_dx(n);
                 Values dw = random_values<float>(ws, 4);
                 Array<float> d_dw(dw);
-                // Logits are sums of C terms, rounded to A: of size s, they err by u s, and so do the losses.
+                // Logits are sums of C terms, rounded to A: of size s, they err by u s, and so do
+                // the losses.
                 const double size = scale * scale * std::sqrt(double(C)), gain = 1 + size;
                 cuda.head_logits(scores.data, d_x.data, d_w.data, rows, C, V);
                 cpu.head_logits(want_scores.data(), x.data(), w.data(), rows, C, V);
                 compare("logits", scores.values(), want_scores, product, 2, C);
-                cuda.head_forward(losses.data, logits.data, d_x.data, d_w.data, d_targets.data, rows, C, V);
-                cpu.head_forward(want.data(), space.data(), x.data(), w.data(), targets.data(), rows, C, V);
+                cuda.head_forward(losses.data, logits.data, d_x.data, d_w.data, d_targets.data,
+                                  rows, C, V);
+                cpu.head_forward(want.data(), space.data(), x.data(), w.data(), targets.data(),
+                                 rows, C, V);
                 compare("losses", losses.values(), want, kUnit<Device>, 2, C, V == 1 ? 1 : gain);
                 losses.set(Values(size_t(rows), NAN));
-                cuda.head_forward_backward(losses.data, dx.data, d_dw.data, logits.data, d_x.data, d_w.data, d_targets.data, rows, C, V, 0.25f, accumulate);
-                cpu.head_forward_backward(want.data(), want_dx.data(), dw.data(), space.data(), x.data(), w.data(), targets.data(), rows, C, V, 0.25, accumulate);
+                cuda.head_forward_backward(losses.data, dx.data, d_dw.data, logits.data, d_x.data,
+                                           d_w.data, d_targets.data, rows, C, V, 0.25f, accumulate);
+                cpu.head_forward_backward(want.data(), want_dx.data(), dw.data(), space.data(),
+                                          x.data(), w.data(), targets.data(), rows, C, V, 0.25,
+                                          accumulate);
                 compare("losses", losses.values(), want, kUnit<Device>, 2, C, V == 1 ? 1 : gain);
                 compare("dx", dx.values(), want_dx, kUnit<Device>, 3, V, gain);
                 compare("dw", d_dw.values(), dw, kUnit<Device>, 3, rows, gain);
@@ -6936,7 +7049,8 @@ TEST_CASE_TEMPLATE("cuda: update", A, float, bf16) {
     for (size_t count : {size_t(64), size_t(4 * 1024 + 64), size_t(1 << 16)}) {
         const size_t decayed = count / 128 * 64;
         CAPTURE(count);
-        Values masters = random_values<float>(count, 1), m = random_values<float>(count, 2, 0.1), v = random_values<float>(count, 3, 0.1);
+        Values masters = random_values<float>(count, 1), m = random_values<float>(count, 2, 0.1),
+               v = random_values<float>(count, 3, 0.1);
         for (double& x : v) x *= x, x = rounded<float>(x);
         const auto grads = random_values<float>(count, 4), losses = random_values<float>(999, 5);
         Array<float> d_masters(masters), d_m(m), d_v(v), d_grads(grads), d_losses(losses);
@@ -6944,19 +7058,24 @@ TEST_CASE_TEMPLATE("cuda: update", A, float, bf16) {
         Array<StepState> d_state(1);
         StepState state, got;
         CUDA_CHECK(cudaMemcpy(d_state.data, &state, sizeof state, cudaMemcpyHostToDevice));
-        A* weights = Cuda<A>::kSeparateMasters ? d_weights.data : reinterpret_cast<A*>(d_masters.data);
+        A* weights =
+            Cuda<A>::kSeparateMasters ? d_weights.data : reinterpret_cast<A*>(d_masters.data);
         const AdamW hyper{0.9, 0.95, 1e-8, 0.1};
         for (int step = 0; step < 3; ++step) {
             const Guards guards{step == 0 ? 1.0 : 0.0, 0};
-            cuda.begin_step(d_state.data, 0.01 * (step + 1)), cpu.begin_step(&state, 0.01 * (step + 1));
+            cuda.begin_step(d_state.data, 0.01 * (step + 1)),
+                cpu.begin_step(&state, 0.01 * (step + 1));
             for (int part = 0; part < 2; ++part) {
                 cuda.add_loss(d_state.data, d_losses.data, step == 2 ? 1 : 999, 0.5);
                 cpu.add_loss(&state, losses.data(), step == 2 ? 1 : 999, 0.5);
             }
-            cuda.gradient_norm(d_state.data, d_grads.data, count), cpu.gradient_norm(&state, grads.data(), count);
+            cuda.gradient_norm(d_state.data, d_grads.data, count),
+                cpu.gradient_norm(&state, grads.data(), count);
             cuda.judge_step(d_state.data, guards), cpu.judge_step(&state, guards);
-            cuda.adamw(weights, d_masters.data, d_m.data, d_v.data, d_grads.data, count, decayed, d_state.data, hyper);
-            cpu.adamw(nullptr, masters.data(), m.data(), v.data(), grads.data(), count, decayed, &state, hyper);
+            cuda.adamw(weights, d_masters.data, d_m.data, d_v.data, d_grads.data, count, decayed,
+                       d_state.data, hyper);
+            cpu.adamw(nullptr, masters.data(), m.data(), v.data(), grads.data(), count, decayed,
+                      &state, hyper);
         }
         got = d_state.bits()[0];
         CHECK(got.lr == state.lr);
@@ -6982,7 +7101,8 @@ TEST_CASE_TEMPLATE("cuda: update", A, float, bf16) {
         const Values before = d_masters.values();
         cuda.gradient_norm(d_state.data, d_grads.data, count);
         cuda.judge_step(d_state.data, {});
-        cuda.adamw(weights, d_masters.data, d_m.data, d_v.data, d_grads.data, count, decayed, d_state.data, hyper);
+        cuda.adamw(weights, d_masters.data, d_m.data, d_v.data, d_grads.data, count, decayed,
+                   d_state.data, hyper);
         CHECK(d_masters.values() == before);
         CHECK(d_state.bits()[0].skip == 1);
     }
@@ -7003,7 +7123,8 @@ inline Batch random_batch(int B, int T, int V, uint64_t seed) {
     return batch;
 }
 
-// Weights that a bf16 holds exactly, biases and layernorms away from 0 and 1, so that all have a say.
+// Weights that a bf16 holds exactly, biases and layernorms away from 0 and 1, so that all have a
+// say.
 template <class A>
 Values random_weights(const Config& config) {
     const Layout layout = layout_of(config);
@@ -7036,22 +7157,27 @@ StepState state_of(Gpt2<Device>& model) {
     return state;
 }
 
-TEST_CASE_TEMPLATE("cuda: loss and every gradient of a whole model, again bit for bit", Device, Cuda<float>, CudaTf32, Cuda<bf16>) {
+TEST_CASE_TEMPLATE("cuda: loss and every gradient of a whole model, again bit for bit", Device,
+                   Cuda<float>, CudaTf32, Cuda<bf16>) {
     using A = typename Device::Activation;
     for (auto [NH, HS, untied, dropout] : Sizes<4>{{2, 64, 0, 0}, {3, 8, 1, 0}, {1, 32, 0, 1}}) {
         Config config{2, NH, NH * HS, 20, 61, untied == 1, dropout ? 0.2f : 0.0f};
-        const std::string at = place_of({{"NH", NH}, {"HS", HS}, {"untied", untied}, {"dropout", dropout}});
+        const std::string at =
+            place_of({{"NH", NH}, {"HS", HS}, {"untied", untied}, {"dropout", dropout}});
         CAPTURE(at);
         Gpt2<Device> cuda(config);
         Gpt2<Cpu<double>> cpu(config);
         const Values weights = random_weights<A>(config);
         cuda.reserve(2, 19, Use::training), cpu.reserve(2, 19, Use::training);
         set_weights(cuda, weights), set_weights(cpu, weights);
-        auto both_passes = [&](auto& model) {  // two micro-batches; the second is smaller, and is added
+        // two micro-batches; the second is smaller, and is added
+        auto both_passes = [&](auto& model) {
             model.device.begin_step(model.state, 0);
             for (int micro = 0; micro < 2; ++micro) {
-                const Batch batch = random_batch(2, micro ? 5 : 19, config.vocab_size, uint64_t(micro));
-                const Pass pass{batch.B, batch.T, config.dropout > 0, random_key(3, uint64_t(micro), 0)};
+                const Batch batch =
+                    random_batch(2, micro ? 5 : 19, config.vocab_size, uint64_t(micro));
+                const Pass pass{batch.B, batch.T, config.dropout > 0,
+                                random_key(3, uint64_t(micro), 0)};
                 set_batch(model, batch);
                 forward(model, pass);
                 backward(model, pass, 1.0 / 46, micro == 0);
@@ -7065,7 +7191,8 @@ TEST_CASE_TEMPLATE("cuda: loss and every gradient of a whole model, again bit fo
         const Values got = gradients_of(cuda), want = gradients_of(cpu);
         for (const TensorInfo& info : cuda.layout.tensors) {
             auto piece = [&](const Values& all) {
-                return Values(all.begin() + ptrdiff_t(info.offset), all.begin() + ptrdiff_t(info.offset + info.count));
+                return Values(all.begin() + ptrdiff_t(info.offset),
+                              all.begin() + ptrdiff_t(info.offset + info.count));
             };
             compare(info.name.c_str(), piece(got), piece(want), kUnit<Device>, 20, 64);
         }
@@ -7077,7 +7204,9 @@ TEST_CASE_TEMPLATE("cuda: loss and every gradient of a whole model, again bit fo
     }
 }
 
-TEST_CASE_TEMPLATE("cuda: ten training steps follow Cpu<double>, and two runs are equal bit for bit", Device, Cuda<float>, CudaTf32, Cuda<bf16>) {
+TEST_CASE_TEMPLATE(
+    "cuda: ten training steps follow Cpu<double>, and two runs are equal bit for bit", Device,
+    Cuda<float>, CudaTf32, Cuda<bf16>) {
     using A = typename Device::Activation;
     const Config config{2, 1, 64, 16, 29};
     const Values weights = random_weights<A>(config);
@@ -7089,7 +7218,8 @@ TEST_CASE_TEMPLATE("cuda: ten training steps follow Cpu<double>, and two runs ar
         set_weights(model, weights);
         Values losses;
         for (int step = 0; step < 10; ++step) {
-            const std::vector<Batch> batches = {random_batch(2, 9, 29, uint64_t(step % 2)), random_batch(1, 9, 29, 7)};
+            const std::vector<Batch> batches = {random_batch(2, 9, 29, uint64_t(step % 2)),
+                                                random_batch(1, 9, 29, 7)};
             train_step(model, batches, options, step);
             losses.push_back(state_of(model).loss);
         }
@@ -7102,18 +7232,21 @@ TEST_CASE_TEMPLATE("cuda: ten training steps follow Cpu<double>, and two runs ar
     CHECK(want[8] < want[0]);
     CHECK(run(again) == got);
     CHECK(again.get_weights() == cuda.get_weights());
-    // A bf16 weight is rounded from its master; the masters themselves went the way of double arithmetic.
-    // AdamW's first steps are lr in each element whatever the gradient's size: where a gradient is near 0
-    // its rounding may turn a whole step around, so the distance is held against the way.
+    // A bf16 weight is rounded from its master; the masters themselves went the way of double
+    // arithmetic. AdamW's first steps are lr in each element whatever the gradient's size: where a
+    // gradient is near 0 its rounding may turn a whole step around, so the distance is held against
+    // the way.
     const auto masters = cuda.get_weights();
     const auto exact = cpu.get_weights();
     double way = 0, apart = 0;
     for (size_t i = 0; i < masters.size(); ++i)
-        way += std::pow(exact[i] - weights[i], 2), apart += std::pow(double(masters[i]) - exact[i], 2);
+        way += std::pow(exact[i] - weights[i], 2),
+            apart += std::pow(double(masters[i]) - exact[i], 2);
     CHECK(std::sqrt(apart) <= std::max(1e-3, 100 * kUnit<Device>) * std::sqrt(way));
 }
 
-TEST_CASE_TEMPLATE("cuda: generation from the cache gives the logits of the whole sequence", Device, Cuda<float>, CudaTf32, Cuda<bf16>) {
+TEST_CASE_TEMPLATE("cuda: generation from the cache gives the logits of the whole sequence", Device,
+                   Cuda<float>, CudaTf32, Cuda<bf16>) {
     using A = typename Device::Activation;
     const Config config{2, 2, 64, 24, 61};
     const Values weights = random_weights<A>(config);
@@ -7125,7 +7258,8 @@ TEST_CASE_TEMPLATE("cuda: generation from the cache gives the logits of the whol
     for (auto [past, n] : Sizes<2>{{0, 5}, {5, 1}, {6, 18}, {0, 24}}) {
         const std::vector<int32_t> fresh(tokens.begin() + past, tokens.begin() + past + n);
         const auto got = next_logits(cuda, fresh, past), want = next_logits(cpu, fresh, past);
-        compare("logits", Values(got.begin(), got.end()), Values(want.begin(), want.end()), kUnit<Device>, 20, 64);
+        compare("logits", Values(got.begin(), got.end()), Values(want.begin(), want.end()),
+                kUnit<Device>, 20, 64);
     }
 }
 
@@ -7139,9 +7273,11 @@ struct Reference {
 
     explicit Reference(const std::string& name) {
         const char* named = std::getenv("TINYGPT_REFERENCE");
-        for (const std::string& base : {std::string(named ? named : "data/reference"),
-                                        std::string("data/reference"), std::string("../shared/reference")})
-            if (folder.empty() && file_exists(base + "/" + name + "/expected.safetensors")) folder = base + "/" + name;
+        for (const std::string& base :
+             {std::string(named ? named : "data/reference"), std::string("data/reference"),
+              std::string("../shared/reference")})
+            if (folder.empty() && file_exists(base + "/" + name + "/expected.safetensors"))
+                folder = base + "/" + name;
         if (folder.empty()) return;
         weights = std::make_unique<SafetensorsFile>(folder + "/model.safetensors");
         expected = std::make_unique<SafetensorsFile>(folder + "/expected.safetensors");
@@ -7149,14 +7285,15 @@ struct Reference {
         const std::string path = folder + "/expected.json";
         const Json run = Json::parse(read_file(path), path).get("run", Json::Kind::object, path);
         auto number = [&](const char* key) { return run.get_number(key, path); };
-        options.rate = {Schedule::cosine, number("lr"), number("min_lr_fraction"), int64_t(number("warmup")),
-                        int64_t(number("steps"))};
+        options.rate = {Schedule::cosine, number("lr"), number("min_lr_fraction"),
+                        int64_t(number("warmup")), int64_t(number("steps"))};
         options.adamw = {number("beta1"), number("beta2"), number("eps"), number("decay")};
         options.guards = {number("clip"), 0};
         const int B = int(number("batch")), T = int(number("seq"));
         const Shards shards(folder + "/batch.bin");
         batch.resize(B, T);
-        BatchLoader::fill(batch, shards, DataOrder(shards, B, T, 0, true, true), 0, config.vocab_size);
+        BatchLoader::fill(batch, shards, DataOrder(shards, B, T, 0, true, true), 0,
+                          config.vocab_size);
     }
     Values read(const std::string& name) const {
         const StoredTensor* tensor = expected->find(name);
@@ -7167,12 +7304,14 @@ struct Reference {
     }
 };
 
-TEST_CASE_TEMPLATE("cuda: PyTorch's losses, norms and gradients", Device, Cuda<float>, CudaTf32, Cuda<bf16>) {
+TEST_CASE_TEMPLATE("cuda: PyTorch's losses, norms and gradients", Device, Cuda<float>, CudaTf32,
+                   Cuda<bf16>) {
     using A = typename Device::Activation;
     for (const char* name : {"gpt2-tied", "gpt2-untied", "gpt2-head64"}) {
         const Reference reference(name);
         if (reference.folder.empty()) {
-            MESSAGE("skipped: " << std::string(name) << ": neither $TINYGPT_REFERENCE nor data/reference has it");
+            MESSAGE("skipped: " << std::string(name)
+                                << ": neither $TINYGPT_REFERENCE nor data/reference has it");
             continue;
         }
         CAPTURE(name);
@@ -7197,8 +7336,8 @@ TEST_CASE_TEMPLATE("cuda: PyTorch's losses, norms and gradients", Device, Cuda<f
             const Values found = gradients_of(model);
             for (const TensorInfo& t : model.layout.tensors) {
                 const auto begin = found.begin() + ptrdiff_t(t.offset);
-                compare(t.name.c_str(), Values(begin, begin + ptrdiff_t(t.count)), reference.read("grad." + t.name),
-                        kUnit<Device>, 20, 64);
+                compare(t.name.c_str(), Values(begin, begin + ptrdiff_t(t.count)),
+                        reference.read("grad." + t.name), kUnit<Device>, 20, 64);
             }
         }
     }

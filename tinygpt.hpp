@@ -1,10 +1,10 @@
 // tinygpt.hpp - v0.1.0 - train a GPT-2, on a CPU or a GPU, in one header
 //
-// The whole model, an explicit forward and an explicit backward for every layer, and the training loop.
-// Two drivers choose the device: train_gpt.cpp (CPU, OpenMP) and train_gpt.cu (CUDA). Both run the code
-// of this file, so what you read here is what trains. It is GPT-2 exactly, in fp32 or bf16, from scratch
-// or from a Hugging Face checkpoint. It is not a framework: no autograd, no graph, no other model, one
-// machine, one GPU.
+// The whole model, an explicit forward and an explicit backward for every layer, and the training
+// loop. Two drivers choose the device: train_gpt.cpp (CPU, OpenMP) and train_gpt.cu (CUDA). Both
+// run the code of this file, so what you read here is what trains. It is GPT-2 exactly, in fp32 or
+// bf16, from scratch or from a Hugging Face checkpoint. It is not a framework: no autograd, no
+// graph, no other model, one machine, one GPU.
 //
 //   make train_gpt && ./train_gpt         learns the default corpus in about a minute
 //   ./train_gpt walk                      one tiny batch through one step, with every number
@@ -15,8 +15,8 @@
 //   §1  ground rules      errors with a message; random numbers that can be asked for in any order
 //   §2  one batch         shards, and the same text shifted by one
 //   §3  the model         sizes, and the one list of parameters
-//   §4  the layers        embed, layernorm, matmul, attention, linear and GELU, dropout, head and loss
-//   §5  forward           GPT-2 on one screen
+//   §4  the layers        embed, layernorm, matmul, attention, linear and GELU, dropout, head and
+//   loss §5  forward           GPT-2 on one screen
 //   §6  backward          the same lines upside down
 //   §7  the update        schedule, clip, guards, AdamW
 //   §8  one step          all of it, on one screen
@@ -25,13 +25,14 @@
 //   §10 files, JSON, and the tokenizer     §11 safetensors, checkpoints     §12 options, log
 //   §13 the loop and the commands
 //
-// Notation. x is what a layer reads, out what it makes, w and b weight and bias; dx is the gradient of
-// the loss with respect to x. (B, T, C): B rows of T tokens of C channels, the last index running
-// fastest. A function's comment says what it sets and what it adds to; outputs come first. "Why:" gives
-// a reason, "Careful:" marks a trap, "walk>" quotes a line that ./train_gpt walk prints.
+// Notation. x is what a layer reads, out what it makes, w and b weight and bias; dx is the gradient
+// of the loss with respect to x. (B, T, C): B rows of T tokens of C channels, the last index
+// running fastest. A function's comment says what it sets and what it adds to; outputs come first.
+// "Why:" gives a reason, "Careful:" marks a trap, "walk>" quotes a line that ./train_gpt walk
+// prints.
 //
-// To use it in a program of your own: C++20, -fopenmp, one #include. Everything is in namespace tinygpt
-// and may be included from several files. Licence: MIT, see LICENSE.
+// To use it in a program of your own: C++20, -fopenmp, one #include. Everything is in namespace
+// tinygpt and may be included from several files. Licence: MIT, see LICENSE.
 //
 #ifndef TINYGPT_HPP_INCLUDED
 #define TINYGPT_HPP_INCLUDED
@@ -47,7 +48,7 @@
 #include <sys/mman.h>  // madvise: large pages
 #include <sys/stat.h>
 #include <sys/syscall.h>  // arch_prctl: asking for the matrix unit
-#include <unistd.h>    // pread, fsync
+#include <unistd.h>       // pread, fsync
 
 #include <algorithm>
 #include <array>
@@ -219,18 +220,20 @@ public:
         if (::fstat(fd_, &info) != 0 || got != kShardHeaderBytes || header[0] != kShardMagic ||
             header[1] != 1) {
             ::close(fd_);
-            fail(format(
-                "%s is no token shard: expected a 1024-byte header with %d and version 1, found "
-                "%d and %d (%zd bytes read). Make shards with ./prepare_data",
-                path.c_str(), kShardMagic, header[0], header[1], got));
+            fail(
+                format("%s is no token shard: expected a 1024-byte header with %d and version 1, "
+                       "found "
+                       "%d and %d (%zd bytes read). Make shards with ./prepare_data",
+                       path.c_str(), kShardMagic, header[0], header[1], got));
         }
         tokens = header[2];
         if (tokens < 0 || info.st_size != kShardHeaderBytes + 2 * tokens) {
             ::close(fd_);
-            fail(format(
-                "%s is damaged: its header promises %lld tokens, so %lld bytes, but it has %lld",
-                path.c_str(), (long long)tokens, (long long)(kShardHeaderBytes + 2 * tokens),
-                (long long)info.st_size));
+            fail(
+                format("%s is damaged: its header promises %lld tokens, so %lld bytes, but it has "
+                       "%lld",
+                       path.c_str(), (long long)tokens, (long long)(kShardHeaderBytes + 2 * tokens),
+                       (long long)info.st_size));
         }
     }
     Shard(Shard&& other) noexcept
@@ -291,11 +294,11 @@ public:
     static void check_range(const Shard& shard, const uint16_t* tokens, int64_t at, int64_t count,
                             int vocab_size) {
         for (int64_t i = 0; i < count; ++i)
-            TINYGPT_CHECK(
-                tokens[i] < vocab_size,
-                "token %lld of %s is %d, but the vocabulary has only %d entries: this data "
-                "was made with another tokenizer; give its folder, or --vocab-size",
-                (long long)(at + i), shard.path.c_str(), tokens[i], vocab_size);
+            TINYGPT_CHECK(tokens[i] < vocab_size,
+                          "token %lld of %s is %d, but the vocabulary has only %d entries: this "
+                          "data "
+                          "was made with another tokenizer; give its folder, or --vocab-size",
+                          (long long)(at + i), shard.path.c_str(), tokens[i], vocab_size);
     }
 
 private:
@@ -599,7 +602,8 @@ void point_into(Parameters<T>& p, T* base, const Config& config, const Layout& l
 }
 
 // Fresh weights: N(0, 0.02), the two projections that write into the residual stream scaled down by
-// 1/sqrt(2L) so that 2L additions keep its variance (Radford et al. 2019, §2.3), biases 0, norms 1.
+// 1/sqrt(2L) so that 2L additions keep its variance (Radford et al. 2019, §2.3), biases 0, norms
+// 1.
 // sets weights[layout.size]; padding is 0. Element i of a tensor depends on (seed, tensor, i)
 // alone.
 template <class real>
@@ -1510,10 +1514,10 @@ void multiply(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, 
     if (m == 1) return multiply_row(c, a, b, n, k, accumulate, finish);
     if constexpr (std::is_same_v<real, float>)
         if (options.bf16) {
-            TINYGPT_CHECK(
-                cpu_has_bf16_dot(),
-                "bf16 products need a CPU with avx512_bf16 and a build for it (-march=native), "
-                "which this is not: use --precision fp32");
+            TINYGPT_CHECK(cpu_has_bf16_dot(),
+                          "bf16 products need a CPU with avx512_bf16 and a build for it "
+                          "(-march=native), "
+                          "which this is not: use --precision fp32");
             if (MatrixTiles::usable())
                 return multiply_blocks<MatrixTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
             return multiply_blocks<PairTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
@@ -3055,8 +3059,8 @@ private:
             auto [a, b, c, d, e, f, g, h] = s;
             uint32_t t1 = h + (rotate(e, 6) ^ rotate(e, 11) ^ rotate(e, 25)) +
                           ((e & f) ^ (~e & g)) + k[t] + w[t];
-            uint32_t t2 = (rotate(a, 2) ^ rotate(a, 13) ^ rotate(a, 22)) +
-                          ((a & b) ^ (a & c) ^ (b & c));
+            uint32_t t2 =
+                (rotate(a, 2) ^ rotate(a, 13) ^ rotate(a, 22)) + ((a & b) ^ (a & c) ^ (b & c));
             uint32_t next[8] = {t1 + t2, a, b, c, d + t1, e, f, g};
             std::copy(next, next + 8, s);
         }
@@ -3108,8 +3112,10 @@ inline void append_utf8(std::string& out, uint32_t code) {
     auto put = [&](uint32_t byte) { out.push_back(char(uint8_t(byte))); };
     if (code < 0x80) return put(code);
     if (code < 0x800) return put(0xc0 | code >> 6), put(0x80 | (code & 0x3f));
-    if (code < 0x10000) put(0xe0 | code >> 12);
-    else put(0xf0 | code >> 18), put(0x80 | (code >> 12 & 0x3f));
+    if (code < 0x10000)
+        put(0xe0 | code >> 12);
+    else
+        put(0xf0 | code >> 18), put(0x80 | (code >> 12 & 0x3f));
     put(0x80 | (code >> 6 & 0x3f)), put(0x80 | (code & 0x3f));
 }
 
@@ -3119,11 +3125,16 @@ inline void append_json_string(std::string& out, std::string_view text) {
     for (size_t i = 0; i < text.size();) {
         unsigned char c = uint8_t(text[i]);
         size_t bytes = utf8_character(text.substr(i, 4));
-        if (c == '"' || c == '\\') out.append({'\\', char(c)});
-        else if (c == '\n') out.append("\\n");
-        else if (c < 0x20) out.append(format("\\u%04x", c));
-        else if (bytes == 0) out.append("\xef\xbf\xbd");
-        else out.append(text.substr(i, bytes));
+        if (c == '"' || c == '\\')
+            out.append({'\\', char(c)});
+        else if (c == '\n')
+            out.append("\\n");
+        else if (c < 0x20)
+            out.append(format("\\u%04x", c));
+        else if (bytes == 0)
+            out.append("\xef\xbf\xbd");
+        else
+            out.append(text.substr(i, bytes));
         i += std::max<size_t>(bytes, 1);
     }
     out.push_back('"');
@@ -3137,7 +3148,7 @@ inline std::string in_quotes(std::string_view text) {
 
 // What a text may ask of the parser.
 struct JsonLimits {
-    int depth = 64;             // arrays and objects inside one another
+    int depth = 64;              // arrays and objects inside one another
     size_t values = 10'000'000;  // of any kind, keys not counted
 };
 
@@ -3148,7 +3159,7 @@ struct Json {
     bool boolean = false;
     bool integral = false;  // a number written without fraction or exponent that fits `integer`
     int64_t integer = 0;
-    double number = 0;      // of every number, the integral ones too
+    double number = 0;  // of every number, the integral ones too
     std::string text;
     std::vector<Json> items;
     std::vector<std::pair<std::string, Json>> members;
@@ -3432,7 +3443,8 @@ inline void Json::write_to(std::string& out, int indent, int depth) const {
     if (kind == Kind::string) append_json_string(out, text);
     if (kind == Kind::number) {
         TINYGPT_CHECK(std::isfinite(number), "JSON has no NaN and no infinity: cannot write one");
-        const bool whole = integral && !(integer == 0 && std::signbit(number));  // "-0" keeps its sign
+        // "-0" keeps its sign
+        const bool whole = integral && !(integer == 0 && std::signbit(number));
         auto end = whole ? std::to_chars(digits, digits + sizeof digits, integer).ptr
                          : std::to_chars(digits, digits + sizeof digits, number).ptr;
         out.append(digits, end);
@@ -3514,13 +3526,13 @@ constexpr std::string_view kClassRuns =
 
 // The class of every code point. Expanded at its first use, then only read.
 class CharTable {
-   public:
+public:
     static CharClass of(uint32_t code) {
         static const CharTable table;
         return code < table.class_.size() ? table.class_[code] : kOther;
     }
 
-   private:
+private:
     CharTable() {
         size_t value = 0, shift = 0;
         for (char c : kClassRuns) {
@@ -3673,7 +3685,7 @@ constexpr std::string_view kEndOfText = "<|endoftext|>";  // as it is written in
 
 // Which token two neighbours merge into: a hash table with linear probing.
 class MergeTable {
-   public:
+public:
     static constexpr uint32_t kNone = UINT32_MAX;
     // The token that left and right become, or kNone. The smaller the token, the earlier its merge.
     uint32_t find(uint32_t left, uint32_t right) const {
@@ -3690,7 +3702,7 @@ class MergeTable {
         entries_[at] = {key, token};
     }
 
-   private:
+private:
     struct Entry {
         uint32_t key = 0, token = kNone;
     };
@@ -3704,7 +3716,7 @@ class MergeTable {
 // A vocabulary. Tokens 0..255 are the bytes, token 256 + i is what merge i makes of two earlier
 // tokens, and the last token is the end of a text.
 class Tokenizer {
-   public:
+public:
     using Merge = std::pair<uint16_t, uint16_t>;
 
     // The vocabulary of these merges. Fails if one names a token that does not exist before it.
@@ -3756,7 +3768,7 @@ class Tokenizer {
     std::string vocab_json() const;
     std::string merges_text() const;
 
-   private:
+private:
     std::vector<Merge> merges_;
     std::vector<std::string> bytes_;
     MergeTable table_;
@@ -3767,7 +3779,7 @@ class Tokenizer {
 // Turns text into tokens and remembers short pieces. One for each thread.
 // Why: text repeats its words, so nearly every piece is found in the memory, and merging is rare.
 class Encoder {
-   public:
+public:
     // The memory is sized for texts of about text_bytes.
     explicit Encoder(const Tokenizer& tokenizer, size_t text_bytes = SIZE_MAX)
         : table_(tokenizer.merge_table()),
@@ -3789,7 +3801,7 @@ class Encoder {
         out.resize(used);
     }
 
-   private:
+private:
     static constexpr size_t kMaxKnown = 1 << 16;
     static constexpr size_t kMaxBytes = 15, kMaxTokens = 7;
     // A piece of up to 15 bytes, with its length in the 16th, and its tokens, at most seven. Two
@@ -4010,11 +4022,11 @@ inline std::vector<Tokenizer::Merge> read_merges(const std::string& path,
 inline Tokenizer Tokenizer::load(const std::string& folder) {
     bool ours = file_exists(folder + "/vocab.json") && file_exists(folder + "/merges.txt");
     bool openai = file_exists(folder + "/encoder.json") && file_exists(folder + "/vocab.bpe");
-    TINYGPT_CHECK(
-        ours || openai,
-        "there is no tokenizer in %s: expected vocab.json and merges.txt, or encoder.json and "
-        "vocab.bpe (make gpt2-vocab fetches GPT-2's into data/gpt2)",
-        folder.c_str());
+    TINYGPT_CHECK(ours || openai,
+                  "there is no tokenizer in %s: expected vocab.json and merges.txt, or "
+                  "encoder.json and "
+                  "vocab.bpe (make gpt2-vocab fetches GPT-2's into data/gpt2)",
+                  folder.c_str());
     std::string vocab_path = folder + (ours ? "/vocab.json" : "/encoder.json");
     std::unordered_map<std::string, uint16_t> ids;
     Tokenizer tokenizer(read_merges(folder + (ours ? "/merges.txt" : "/vocab.bpe"), ids));
@@ -4054,9 +4066,9 @@ inline Tokenizer Tokenizer::load(const std::string& folder) {
 
 // Bytes of an element; 0 for a type that is not of the format (or not of whole bytes).
 inline size_t dtype_bytes(std::string_view dtype) {
-    static constexpr std::string_view of_size[] = {
-        "|BOOL|U8|I8|F8_E4M3|F8_E5M2|F8_E8M0|", "|I16|U16|F16|BF16|", "|I32|U32|F32|",
-        "|I64|U64|F64|C64|"};
+    static constexpr std::string_view of_size[] = {"|BOOL|U8|I8|F8_E4M3|F8_E5M2|F8_E8M0|",
+                                                   "|I16|U16|F16|BF16|", "|I32|U32|F32|",
+                                                   "|I64|U64|F64|C64|"};
     const std::string wanted = format("|%.*s|", int(dtype.size()), dtype.data());
     if (dtype.find('|') != std::string_view::npos) return 0;
     for (size_t log = 0; log < 4; log++)
@@ -4156,8 +4168,10 @@ public:
         int error = 0;
         int64_t bad = count;
         // Why threads: half of the time goes into first touching the memory of `out`.
-#pragma omp parallel for schedule(dynamic) reduction(min : bad) reduction(max : error) \
-    if (count > 4 * step)
+#pragma omp parallel for schedule(dynamic) reduction(min    \
+                                                     : bad) \
+    reduction(max                                           \
+              : error) if (count > 4 * step)
         for (int64_t first = 0; first < count; first += step) {
             size_t some = size_t(std::min(step, count - first));
             int code = read_piece(tensor, out + first, size_t(first), some);
@@ -4245,7 +4259,8 @@ private:
         for (int i = 7; i >= 0; i--) N = N << 8 | length[i];
         auto number = [](uint64_t n) { return std::to_string(n); };
         if (N > 100'000'000)
-            refuse("header of " + number(N) + " bytes: the format allows 100000000; is this a "
+            refuse("header of " + number(N) +
+                   " bytes: the format allows 100000000; is this a "
                    "safetensors file?");
         if (N > file_bytes - 8)
             refuse("header of " + number(N) + " bytes in a file of " + number(file_bytes) +
@@ -4267,8 +4282,10 @@ private:
         // Why 40000 values: 300 layers need fewer, and a hostile header is refused in little time.
         Json json = Json::parse(header, path + ": header", {.depth = 8, .values = 40'000});
         for (auto& [name, value] : json.members) {
-            if (name == "__metadata__") parse_metadata(value);
-            else tensors.push_back(parse_tensor(name, value));
+            if (name == "__metadata__")
+                parse_metadata(value);
+            else
+                tensors.push_back(parse_tensor(name, value));
         }
         // Every byte of the data belongs to exactly one tensor.
         std::stable_sort(tensors.begin(), tensors.end(), [](auto& a, auto& b) {
@@ -4801,11 +4818,11 @@ inline void check_sums(const std::string& folder, const Json& state, bool need_m
 // Verifies a checkpoint that is to be resumed, every byte of it, and reads its state.
 inline TrainerState verify_checkpoint(const std::string& folder) {
     const std::string path = folder + "/trainer_state.json";
-    TINYGPT_CHECK(
-        file_exists(path),
-        "%s is no checkpoint to resume: it has no trainer_state.json (--init-from starts a "
-        "new run from any Hugging Face folder)",
-        folder.c_str());
+    TINYGPT_CHECK(file_exists(path),
+                  "%s is no checkpoint to resume: it has no trainer_state.json (--init-from starts "
+                  "a "
+                  "new run from any Hugging Face folder)",
+                  folder.c_str());
     const Json json = read_sealed(path);
     check_sums(folder, json, true);
     TINYGPT_CHECK(json.get("checksums", Json::Kind::object, path).find("optimizer.safetensors"),
@@ -5200,8 +5217,10 @@ inline const std::vector<CommandName>& command_table() {
 inline std::vector<std::string> split_at(std::string_view text, char separator) {
     std::vector<std::string> parts(1);
     for (char c : text)
-        if (c == separator) parts.emplace_back();
-        else parts.back().push_back(c);
+        if (c == separator)
+            parts.emplace_back();
+        else
+            parts.back().push_back(c);
     return parts;
 }
 
@@ -5262,10 +5281,12 @@ inline std::string value_text(const Options& options, const Option& option) {
     const auto text_of = [&](auto member) -> std::string {
         const auto& value = options.*member;
         using T = std::decay_t<decltype(value)>;
-        if constexpr (std::is_same_v<T, std::string>) return value;
+        if constexpr (std::is_same_v<T, std::string>)
+            return value;
         else if constexpr (std::is_same_v<T, Schedule>)
             return split_at(option.range.words, '|')[size_t(value)];
-        else if constexpr (std::is_same_v<T, bool>) return value ? "1" : "0";
+        else if constexpr (std::is_same_v<T, bool>)
+            return value ? "1" : "0";
         else {
             char text[32];
             return std::string(text, std::to_chars(text, text + sizeof text, value).ptr);
@@ -5279,9 +5300,12 @@ inline bool is_set(const Options& options, const Option& option) {
     const auto value_is_set = [&](auto member) {
         const auto& value = options.*member;
         using T = std::decay_t<decltype(value)>;
-        if constexpr (std::is_same_v<T, std::string>) return !value.empty();
-        else if constexpr (std::is_same_v<T, Schedule> || std::is_same_v<T, bool>) return true;
-        else return option.range.contains(double(value));
+        if constexpr (std::is_same_v<T, std::string>)
+            return !value.empty();
+        else if constexpr (std::is_same_v<T, Schedule> || std::is_same_v<T, bool>)
+            return true;
+        else
+            return option.range.contains(double(value));
     };
     return std::visit(value_is_set, option.member);
 }
@@ -5399,10 +5423,14 @@ inline std::vector<Assignment> split_arguments(const std::vector<std::string>& a
         const Option& option = find_option(arg.substr(2, equals - 2), command, "");
         const bool stands_alone = i + 1 == args.size() || args[i + 1].starts_with("--") ||
                                   (option.is_switch() && args[i + 1] == "-h");
-        if (equals != arg.npos) all.push_back({&option, arg.substr(equals + 1), ""});
-        else if (!stands_alone) all.push_back({&option, args[++i], ""});
-        else if (option.is_switch()) all.push_back({&option, "1", ""});
-        else fail_no_value(option, "");
+        if (equals != arg.npos)
+            all.push_back({&option, arg.substr(equals + 1), ""});
+        else if (!stands_alone)
+            all.push_back({&option, args[++i], ""});
+        else if (option.is_switch())
+            all.push_back({&option, "1", ""});
+        else
+            fail_no_value(option, "");
     }
     return all;
 }
@@ -5514,9 +5542,12 @@ inline std::string option_help(const Option& option) {
     const bool number = !option.is_switch() && option.range.words.empty();
     const bool whole = number && !std::holds_alternative<double Options::*>(option.member);
     std::string name = std::string("  --") + option.name;
-    if (number) name += whole ? " N" : " X";
-    else if (option.range.choice) name += " WORD";
-    else name += (option.is_switch() ? "" : " ") + option.range.words;
+    if (number)
+        name += whole ? " N" : " X";
+    else if (option.range.choice)
+        name += " WORD";
+    else
+        name += (option.is_switch() ? "" : " ") + option.range.words;
     std::vector<std::string> words = split_at(option.help, ' ');
     if (number || option.range.choice) words.back() += ";", words.push_back(range_text(option));
     if (is_set(defaults, option)) words.push_back("(default " + value_text(defaults, option) + ")");
@@ -5946,17 +5977,17 @@ inline Corpus open_corpus(const Options& o, bool needs_train) {
         return corpus;
     }
     corpus.folder = o.data;
-    TINYGPT_CHECK(
-        folder_exists(o.data),
-        "there is no data folder %s: make the default one with ./prepare_data, or one of your "
-        "own with ./prepare_data --input book.txt --output %s",
-        o.data.c_str(), o.data.c_str());
+    TINYGPT_CHECK(folder_exists(o.data),
+                  "there is no data folder %s: make the default one with ./prepare_data, or one of "
+                  "your "
+                  "own with ./prepare_data --input book.txt --output %s",
+                  o.data.c_str(), o.data.c_str());
     corpus.train.emplace(glob_escaped(o.data) + "/train_*.bin");
     corpus.val.emplace(glob_escaped(o.data) + "/val_*.bin");
-    TINYGPT_CHECK(
-        !needs_train || !corpus.train->empty(),
-        "%s holds no train_*.bin: make shards with ./prepare_data --input FILE --output %s",
-        o.data.c_str(), o.data.c_str());
+    TINYGPT_CHECK(!needs_train || !corpus.train->empty(),
+                  "%s holds no train_*.bin: make shards with ./prepare_data --input FILE --output "
+                  "%s",
+                  o.data.c_str(), o.data.c_str());
     if (file_exists(o.data + "/vocab.json") || file_exists(o.data + "/encoder.json"))
         corpus.tokenizer = Tokenizer::load(o.data);
     const std::string about = o.data + "/dataset.json";
@@ -6467,10 +6498,11 @@ bool Trainer<Device>::try_save(const std::string& name, bool with_moments) {
         return true;
     } catch (const FileError& e) {
         if (e.code != ENOSPC && e.code != EDQUOT && e.code != EFBIG) {
-            fail(format(
-                "%s; %s was not saved at step %lld, and training stops, because the next save "
-                "would fail too. Checkpoints that are in %s are whole: --resume auto",
-                e.what(), name.c_str(), (long long)state_.step, o_.output.c_str()));
+            fail(
+                format("%s; %s was not saved at step %lld, and training stops, because the next "
+                       "save "
+                       "would fail too. Checkpoints that are in %s are whole: --resume auto",
+                       e.what(), name.c_str(), (long long)state_.step, o_.output.c_str()));
         }
         std::fprintf(stderr, "\nwarning: %s; %s was not saved at step %lld, training goes on\n",
                      e.what(), name.c_str(), (long long)state_.step);
@@ -6619,11 +6651,11 @@ int Trainer<Device>::run(TrainerState state, const std::string& from) {
         if (evaluated && state_.best_step == state_.step) try_save("best", false);
         if (end != End::none || due(o_.save_interval)) {
             const bool saved = save(end != End::none && end != End::interrupted);
-            TINYGPT_CHECK(
-                saved || end == End::none,
-                "the run has ended at step %lld, but it could not be saved there: make room "
-                "and type --resume auto to make the last steps again",
-                (long long)state_.step);
+            TINYGPT_CHECK(saved || end == End::none,
+                          "the run has ended at step %lld, but it could not be saved there: make "
+                          "room "
+                          "and type --resume auto to make the last steps again",
+                          (long long)state_.step);
         }
         if (!title.empty() && end != End::interrupted) write_sample(title, 50);
     }
@@ -6712,10 +6744,10 @@ inline std::string output_folder(const Options& o) {
 inline int sequence_length(const Options& o, const Config& config) {
     if (o.seq_len == 0) return std::min(128, config.n_positions);
     if (o.seq_len > config.n_positions)
-        fail_usage(format(
-            "--seq-len %d is longer than the model's %d positions: shorten it, or raise "
-            "--n-positions",
-            int(o.seq_len), config.n_positions));
+        fail_usage(
+            format("--seq-len %d is longer than the model's %d positions: shorten it, or raise "
+                   "--n-positions",
+                   int(o.seq_len), config.n_positions));
     return int(o.seq_len);
 }
 
@@ -7112,11 +7144,10 @@ int sample_command(Device device, const Options& o) {
         std::fprintf(stderr, "[%lld tokens, %.1f a second]\n", (long long)count,
                      double(count) / seconds);
         if (slides)
-            std::fprintf(
-                stderr,
-                "[the text outgrew the model's %d positions: %d times its older half was "
-                "forgotten]\n",
-                config.n_positions, slides);
+            std::fprintf(stderr,
+                         "[the text outgrew the model's %d positions: %d times its older half was "
+                         "forgotten]\n",
+                         config.n_positions, slides);
     }
     return 0;
 }
@@ -7520,7 +7551,8 @@ private:
 
     void show_dropout() {
         title(
-            "Dropout 0.5 of the embedding: training zeroes half, doubles half; evaluation does not");
+            "Dropout 0.5 of the embedding: training zeroes half, doubles half; evaluation does "
+            "not");
         std::vector<double> x(64);
         for (bool training : {true, false}) {
             const Dropout drop{random_key(1, 2, 3), training ? 0.5f : 0.0f};
@@ -7539,7 +7571,8 @@ private:
     }
     void show_effect() {
         title(
-            "What the step changed: the likeliest words after \"the cat sat on\" (the text has: the)");
+            "What the step changed: the likeliest words after \"the cat sat on\" (the text has: "
+            "the)");
         const std::vector<Candidate> after = likeliest();
         print("before            after one step\n");
         for (size_t i = 0; i < 5; ++i)
@@ -7621,13 +7654,15 @@ int program(int argc, char** argv, const char* name, Run&& run) {
 inline Cpu<float> make_cpu(const Options& o) {
     if (o.precision == "tf32")
         fail_usage(
-            "--precision tf32 is for GPUs (./train_gpt_cu); a CPU has fp32 and, where it has bf16 dot "
+            "--precision tf32 is for GPUs (./train_gpt_cu); a CPU has fp32 and, where it has bf16 "
+            "dot "
             "products, bf16");
     Cpu<float> device;
     device.matmul_options.bf16 = o.precision == "bf16";
     if (device.matmul_options.bf16 && !cpu_has_bf16_dot())
         fail(
-            "--precision bf16 needs a CPU with bf16 dot products (AVX-512 BF16), and a build for it "
+            "--precision bf16 needs a CPU with bf16 dot products (AVX-512 BF16), and a build for "
+            "it "
             "(MARCH=native): use --precision fp32");
     return device;
 }

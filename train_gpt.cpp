@@ -1,10 +1,10 @@
-// train_gpt: trains a GPT-2 on the CPU. Everything it does is in tinygpt.hpp; this chooses the device.
+// train_gpt: trains a GPT-2 on the CPU. Everything it does is in tinygpt.hpp; this chooses the
+// device.
 #include "tinygpt.hpp"
 
 int main(int argc, char** argv) {
     using namespace tinygpt;
     wait_politely(argv);
-    return program(argc, argv, "train_gpt", [](const Options& options) {
-        return run_command(make_cpu(options), options);
-    });
+    return program(argc, argv, "train_gpt",
+                   [](const Options& options) { return run_command(make_cpu(options), options); });
 }

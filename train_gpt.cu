@@ -1900,9 +1900,10 @@ int main(int argc, char** argv) {
                                       : new_enough               ? "bf16"
                                                                  : "fp32";
         if (precision != "fp32" && !new_enough)
-            fail(format("--precision %s needs a GPU of compute capability 8.0 or later, and %s has "
-                        "%d.%d: use --precision fp32",
-                        precision.c_str(), gpu.name, gpu.major, gpu.minor));
+            fail(
+                format("--precision %s needs a GPU of compute capability 8.0 or later, and %s has "
+                       "%d.%d: use --precision fp32",
+                       precision.c_str(), gpu.name, gpu.major, gpu.minor));
         options.precision = precision;  // a checkpoint remembers it
         if (precision == "bf16") return run_command(Cuda<bf16>(), options);
         return run_command(Cuda<float>(precision == "tf32"), options);

@@ -25,11 +25,13 @@
 
 int main(int, char** argv) {
     using Target = int (*)(const uint8_t*, size_t);
-    const std::pair<const char*, Target> targets[] = {
-        {"checkpoint", fuzz_checkpoint}, {"config", fuzz_config},
-        {"json", fuzz_json},             {"options", fuzz_options},
-        {"safetensors", fuzz_safetensors}, {"shard", fuzz_shard},
-        {"tokenizer", fuzz_tokenizer}};
+    const std::pair<const char*, Target> targets[] = {{"checkpoint", fuzz_checkpoint},
+                                                      {"config", fuzz_config},
+                                                      {"json", fuzz_json},
+                                                      {"options", fuzz_options},
+                                                      {"safetensors", fuzz_safetensors},
+                                                      {"shard", fuzz_shard},
+                                                      {"tokenizer", fuzz_tokenizer}};
     for (auto& [name, target] : targets) {
         const std::string folder = std::string(argv[1]) + "/" + name;
         const std::vector<std::string> files = list_folder(folder);

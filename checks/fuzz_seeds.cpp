@@ -49,15 +49,11 @@ static void safetensors_seeds() {
     };
     for (const char* type : {"F16", "I64", "BOOL", "F8_E4M3", "F32"})
         for (const char* shape : {"[]", "[2]", "[2, 3]", "[0]"})
-            seed(
-                "safetensors",
-                file(
-                    format(
-                        "{\"__metadata__\":{\"k\":\"v\"},\"h.0.attn.bias\":"
-                        "{\"dtype\":\"%s\",\"shape\":%s,"
-                        "\"data_offsets\":[0,8]}}",
-                        type, shape),
-                    std::string(8, 'a')));
+            seed("safetensors", file(format("{\"__metadata__\":{\"k\":\"v\"},\"h.0.attn.bias\":"
+                                            "{\"dtype\":\"%s\",\"shape\":%s,"
+                                            "\"data_offsets\":[0,8]}}",
+                                            type, shape),
+                                     std::string(8, 'a')));
     seed("safetensors",
          file("{\"lm_head.weight\":{\"dtype\":\"F16\",\"shape\":[3,2],\"data_offsets\":[0,12]},"
               "\"wte.weight\":{\"dtype\":\"F16\",\"shape\":[3,2],\"data_offsets\":[12,24]}}",

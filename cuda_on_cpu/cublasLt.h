@@ -184,9 +184,7 @@ inline const char* cublasGetStatusName(cublasStatus_t status) {
 inline const char* cublasGetStatusString(cublasStatus_t status) {
     return cublasLtGetStatusName(status);
 }
-inline size_t cublasLtGetVersion() {
-    return 120000;
-}
+inline size_t cublasLtGetVersion() { return 120000; }
 
 // =================================================================================================
 // Handles, layouts, descriptors, preferences
@@ -325,26 +323,18 @@ struct Matmul {
     uint64_t k() const { return desc.trans_a == CUBLAS_OP_N ? A.cols : A.rows; }
 };
 
-inline size_t type_bytes(int32_t type) {
-    return type == CUDA_R_32F ? 4 : 2;
-}
-inline bool known_type(int32_t type) {
-    return type == CUDA_R_32F || type == CUDA_R_16BF;
-}
+inline size_t type_bytes(int32_t type) { return type == CUDA_R_32F ? 4 : 2; }
+inline bool known_type(int32_t type) { return type == CUDA_R_32F || type == CUDA_R_16BF; }
 
 inline bool has_bias(uint32_t e) {
     return e == CUBLASLT_EPILOGUE_BIAS || e == CUBLASLT_EPILOGUE_GELU_BIAS ||
            e == CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
 }
-inline bool has_gelu(uint32_t e) {
-    return (e & CUBLASLT_EPILOGUE_GELU) != 0;
-}
+inline bool has_gelu(uint32_t e) { return (e & CUBLASLT_EPILOGUE_GELU) != 0; }
 inline bool is_dgelu(uint32_t e) {
     return e == CUBLASLT_EPILOGUE_DGELU || e == CUBLASLT_EPILOGUE_DGELU_BGRAD;
 }
-inline bool has_aux(uint32_t e) {
-    return (e & 128) != 0;
-}
+inline bool has_aux(uint32_t e) { return (e & 128) != 0; }
 inline bool has_bias_gradient(uint32_t e) {
     return e == CUBLASLT_EPILOGUE_DGELU_BGRAD || e == CUBLASLT_EPILOGUE_BGRADA ||
            e == CUBLASLT_EPILOGUE_BGRADB;
@@ -494,10 +484,10 @@ inline cublasStatus_t check_memory(const Matmul& p) {
                             (batches * size_t(d.bias_batch_stride) + bias_length) * out))
             return s;
     if (has_aux(d.epilogue))
-        if (auto s = inside(
-                "the auxiliary matrix", d.aux,
-                (batches * size_t(d.aux_batch_stride) + (p.n() - 1) * size_t(d.aux_ld) + p.m()) *
-                    out))
+        if (auto s = inside("the auxiliary matrix", d.aux,
+                            (batches * size_t(d.aux_batch_stride) + (p.n() - 1) * size_t(d.aux_ld) +
+                             p.m()) *
+                                out))
             return s;
     return CUBLAS_STATUS_SUCCESS;
 }
@@ -541,8 +531,9 @@ inline std::vector<float> unpack(const Matmul& p, const void* x,
     for (long i = 0; i < long(lines); i++)
         for (uint64_t j = 0; j < length; j++) {
             bool swap = transposed != by_column;
-            float v = load_number(
-                x, place(l, swap ? j : uint64_t(i), swap ? uint64_t(i) : j, batch), l.type);
+            float v =
+                load_number(x, place(l, swap ? j : uint64_t(i), swap ? uint64_t(i) : j, batch),
+                            l.type);
             out[uint64_t(i) * length + j] = tf32 ? round_to_tf32(v) : v;
         }
     return out;
@@ -656,9 +647,9 @@ inline void note_outputs(const Matmul& p) {
     if (has_aux(p.desc.epilogue) && !is_dgelu(p.desc.epilogue))
         for_each_line(aux_layout(p), p.desc.aux, watch_host_write);
     if (has_bias_gradient(p.desc.epilogue))
-        watch_host_write(
-            p.desc.bias,
-            (p.desc.epilogue == CUBLASLT_EPILOGUE_BGRADB ? p.n() : p.m()) * type_bytes(p.D.type));
+        watch_host_write(p.desc.bias,
+                         (p.desc.epilogue == CUBLASLT_EPILOGUE_BGRADB ? p.n() : p.m()) *
+                             type_bytes(p.D.type));
 }
 
 inline void run_matmul(const Matmul& p) {

@@ -77,15 +77,9 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, CUDA_ON_CPU_HERE) {
                                 {"__syncwarp()", file, line});
     cuda_on_cpu::watch_syncwarp();
 }
-inline void __threadfence() {
-    __sync_synchronize();
-}
-inline void __threadfence_block() {
-    __sync_synchronize();
-}
-inline void __threadfence_system() {
-    __sync_synchronize();
-}
+inline void __threadfence() { __sync_synchronize(); }
+inline void __threadfence_block() { __sync_synchronize(); }
+inline void __threadfence_system() { __sync_synchronize(); }
 
 namespace cuda_on_cpu {
 
@@ -120,9 +114,7 @@ T shuffle(unsigned mask, T value, int from, Site site) {
     return mine.result;
 }
 
-inline int lane_of(const char* what) {
-    return int(running_thread(what).rank % 32);
-}
+inline int lane_of(const char* what) { return int(running_thread(what).rank % 32); }
 
 inline void check_width(int width, const Site& site) {
     if (width < 1 || width > 32 || (width & (width - 1)))
@@ -195,11 +187,11 @@ inline int __all_sync(unsigned mask, int predicate, CUDA_ON_CPU_HERE) {
 }
 // Which lanes happen to run together is not something a correct kernel may depend on.
 inline unsigned __activemask(CUDA_ON_CPU_HERE) {
-    cuda_on_cpu::report(
-        cuda_on_cpu::Mistake::warp,
-        cuda_on_cpu::text("__activemask() (%s:%d): say which lanes take part, with a mask "
-                          "computed from the indices",
-                          file, line));
+    cuda_on_cpu::
+        report(cuda_on_cpu::Mistake::warp,
+               cuda_on_cpu::text("__activemask() (%s:%d): say which lanes take part, with a mask "
+                                 "computed from the indices",
+                                 file, line));
 }
 
 // =================================================================================================
@@ -230,8 +222,7 @@ CUDA_ON_CPU_UNWATCHED T change_atomically(T* p, F f) {
     watch_atomic(p, sizeof(T));
     T old = __atomic_load_n(p, __ATOMIC_RELAXED);
     while (!__atomic_compare_exchange_n(p, &old, T(f(old)), false, __ATOMIC_RELAXED,
-                                        __ATOMIC_RELAXED)) {
-    }
+                                        __ATOMIC_RELAXED)) {}
     return old;
 }
 [[noreturn]] inline void refuse_float_atomic(const char* what, const char* file, int line) {
@@ -403,12 +394,8 @@ inline double min(double a, double b) { return std::fmin(a, b); }
 inline double max(double a, double b) { return std::fmax(a, b); }
 // clang-format on
 
-inline long long clock64() {
-    return std::chrono::steady_clock::now().time_since_epoch().count();
-}
-inline clock_t clock_of_device() {
-    return clock_t(clock64());
-}
+inline long long clock64() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
+inline clock_t clock_of_device() { return clock_t(clock64()); }
 inline void __nanosleep(unsigned) {}
 [[noreturn]] inline void __trap(CUDA_ON_CPU_HERE) {
     cuda_on_cpu::report(cuda_on_cpu::Mistake::other,
@@ -497,9 +484,7 @@ inline LastError& last_error() {
     return e;
 }
 // What the last failing call of the runtime found wrong, in words.
-inline std::string last_message() {
-    return last_error().message;
-}
+inline std::string last_message() { return last_error().message; }
 inline cudaError_t fail_with(cudaError_t code, const std::string& message) {
     last_error() = {code, message};
     mistake_found(message.c_str());
@@ -515,9 +500,7 @@ inline const char* cudaGetErrorString(cudaError_t code) {
     auto* e = cuda_on_cpu::find_error_name(code);
     return e ? e->meaning : "unrecognized error code";
 }
-inline cudaError_t cudaPeekAtLastError() {
-    return cuda_on_cpu::last_error().code;
-}
+inline cudaError_t cudaPeekAtLastError() { return cuda_on_cpu::last_error().code; }
 inline cudaError_t cudaGetLastError() {
     return std::exchange(cuda_on_cpu::last_error().code, cudaSuccess);
 }
@@ -568,9 +551,7 @@ inline cudaError_t cudaGetDevice(int* device) {
     return cudaSuccess;
 }
 inline cudaError_t cudaDeviceSynchronize();
-inline cudaError_t cudaDeviceReset() {
-    return cudaSuccess;
-}
+inline cudaError_t cudaDeviceReset() { return cudaSuccess; }
 inline cudaError_t cudaDriverGetVersion(int* version) {
     *version = CUDART_VERSION;
     return cudaSuccess;
@@ -585,9 +566,7 @@ enum cudaFlags {
     cudaDeviceScheduleYield = 2,
     cudaDeviceScheduleBlockingSync = 4
 };
-inline cudaError_t cudaSetDeviceFlags(unsigned) {
-    return cudaSuccess;
-}
+inline cudaError_t cudaSetDeviceFlags(unsigned) { return cudaSuccess; }
 
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
     if (cudaError_t e = cudaSetDevice(device)) return e;
@@ -634,9 +613,9 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
             break;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(p.sharedMemPerBlockOptin); break;
         default:
-            return cuda_on_cpu::fail_with(
-                cudaErrorInvalidValue,
-                cuda_on_cpu::text("device attribute %d is not known here", attribute));
+            return cuda_on_cpu::fail_with(cudaErrorInvalidValue,
+                                          cuda_on_cpu::text("device attribute %d is not known here",
+                                                            attribute));
     }
     return cudaSuccess;
 }
@@ -737,12 +716,8 @@ template <typename T>
 cudaError_t cudaHostAlloc(T** p, size_t bytes, unsigned) {
     return cuda_on_cpu::allocate(reinterpret_cast<void**>(p), bytes, true);
 }
-inline cudaError_t cudaFree(void* p) {
-    return cuda_on_cpu::release(p, false);
-}
-inline cudaError_t cudaFreeHost(void* p) {
-    return cuda_on_cpu::release(p, true);
-}
+inline cudaError_t cudaFree(void* p) { return cuda_on_cpu::release(p, false); }
+inline cudaError_t cudaFreeHost(void* p) { return cuda_on_cpu::release(p, true); }
 inline cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total) {
     std::lock_guard lock(cuda_on_cpu::buffers().mutex);
     *total = cuda_on_cpu::settings().memory_bytes;
@@ -795,9 +770,7 @@ enum cudaStreamCaptureStatus {
 
 namespace cuda_on_cpu {
 
-inline bool captures(cudaStream_t s) {
-    return s && s->capturing;
-}
+inline bool captures(cudaStream_t s) { return s && s->capturing; }
 
 inline cudaError_t check_copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
     std::string message;
@@ -850,16 +823,16 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes,
 }
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
     if (cuda_on_cpu::any_stream_captures())
-        return cuda_on_cpu::fail_with(
-            cudaErrorStreamCaptureImplicit,
-            "cudaMemcpy while a stream is being captured: use cudaMemcpyAsync on that stream");
+        return cuda_on_cpu::fail_with(cudaErrorStreamCaptureImplicit,
+                                      "cudaMemcpy while a stream is being captured: use "
+                                      "cudaMemcpyAsync on that stream");
     return cudaMemcpyAsync(to, from, bytes, kind);
 }
 inline cudaError_t cudaMemset(void* to, int value, size_t bytes) {
     if (cuda_on_cpu::any_stream_captures())
-        return cuda_on_cpu::fail_with(
-            cudaErrorStreamCaptureImplicit,
-            "cudaMemset while a stream is being captured: use cudaMemsetAsync on that stream");
+        return cuda_on_cpu::fail_with(cudaErrorStreamCaptureImplicit,
+                                      "cudaMemset while a stream is being captured: use "
+                                      "cudaMemsetAsync on that stream");
     return cudaMemsetAsync(to, value, bytes);
 }
 template <typename Symbol>
@@ -894,9 +867,7 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
                ? cuda_on_cpu::refuse_while_capturing("cudaStreamSynchronize")
                : cudaSuccess;
 }
-inline cudaError_t cudaStreamQuery(cudaStream_t stream) {
-    return cudaStreamSynchronize(stream);
-}
+inline cudaError_t cudaStreamQuery(cudaStream_t stream) { return cudaStreamSynchronize(stream); }
 
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
     *event = new cuda_on_cpu_event;
@@ -919,9 +890,7 @@ inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     return event->captured_in ? cuda_on_cpu::refuse_while_capturing("cudaEventSynchronize")
                               : cudaSuccess;
 }
-inline cudaError_t cudaEventQuery(cudaEvent_t event) {
-    return cudaEventSynchronize(event);
-}
+inline cudaError_t cudaEventQuery(cudaEvent_t event) { return cudaEventSynchronize(event); }
 inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_t stop) {
     if (!start->recorded || !stop->recorded || start->captured_in || stop->captured_in)
         return cuda_on_cpu::fail_with(cudaErrorInvalidResourceHandle,
@@ -940,10 +909,10 @@ inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, u
 
 inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
     if (!stream || stream->capturing)
-        return cuda_on_cpu::fail_with(
-            cudaErrorStreamCaptureUnsupported,
-            stream ? "this stream is being captured already"
-                   : "the default stream cannot be captured: use cudaStreamCreate");
+        return cuda_on_cpu::
+            fail_with(cudaErrorStreamCaptureUnsupported,
+                      stream ? "this stream is being captured already"
+                             : "the default stream cannot be captured: use cudaStreamCreate");
     stream->capturing = std::make_shared<cuda_on_cpu::Graph>();
     stream->capturing->streams = {stream};
     stream->captures_first = true;
@@ -953,9 +922,9 @@ inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCapture
 inline cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
     *graph = nullptr;
     if (!stream || !stream->capturing || !stream->captures_first)
-        return cuda_on_cpu::fail_with(
-            cudaErrorStreamCaptureUnmatched,
-            "cudaStreamEndCapture: the capture did not begin on this stream");
+        return cuda_on_cpu::
+            fail_with(cudaErrorStreamCaptureUnmatched,
+                      "cudaStreamEndCapture: the capture did not begin on this stream");
     auto captured = stream->capturing;
     for (cudaStream_t member : captured->streams) member->capturing = nullptr;
     captured->streams.clear();
@@ -978,9 +947,7 @@ inline cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* exec, cudaGrap
                                                  unsigned long long = 0) {
     return cudaGraphInstantiate(exec, graph);
 }
-inline cudaError_t cudaGraphUpload(cudaGraphExec_t, cudaStream_t) {
-    return cudaSuccess;
-}
+inline cudaError_t cudaGraphUpload(cudaGraphExec_t, cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
     for (auto& operation : exec->graph.operations) cuda_on_cpu::submit(stream, operation);
     return cudaSuccess;
@@ -1007,10 +974,10 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute at
                                         int value) {
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
     if (value < 0 || size_t(value) > cuda_on_cpu::shared_limit_opted)
-        return cuda_on_cpu::fail_with(
-            cudaErrorInvalidValue,
-            cuda_on_cpu::text("a block can have at most %zu bytes of shared memory, not %d",
-                              cuda_on_cpu::shared_limit_opted, value));
+        return cuda_on_cpu::fail_with(cudaErrorInvalidValue,
+                                      cuda_on_cpu::text("a block can have at most %zu bytes of "
+                                                        "shared memory, not %d",
+                                                        cuda_on_cpu::shared_limit_opted, value));
     std::lock_guard lock(cuda_on_cpu::kernel_list().mutex);
     cuda_on_cpu::kernel_list().dynamic_limit[kernel] = size_t(value);
     return cudaSuccess;

@@ -624,12 +624,12 @@ inline const Thread* missing_lane(Worker& w, const Thread& t, unsigned& lane) {
                  : text("lane %u never comes: ", lane) + describe(*missing);
     if (missing && missing->state == State::at_warp_operation)
         why += text(" with mask 0x%08x", missing->mask);
-    report(
-        Mistake::warp,
-        text("%s waits for the lanes of mask 0x%08x, but %s. Let every lane of the mask reach it, "
-             "or take the lane out of the mask",
-             text(t.site).c_str(), t.mask, why.c_str()),
-        &t);
+    report(Mistake::warp,
+           text("%s waits for the lanes of mask 0x%08x, but %s. Let every lane of the mask reach "
+                "it, "
+                "or take the lane out of the mask",
+                text(t.site).c_str(), t.mask, why.c_str()),
+           &t);
 }
 
 [[noreturn]] inline void report_stall(Worker& w) {
@@ -639,15 +639,14 @@ inline const Thread* missing_lane(Worker& w, const Thread& t, unsigned& lane) {
         if (t.state == State::at_barrier && !at_barrier) at_barrier = &t;
         if (t.state == State::finished && !finished) finished = &t;
     }
-    report(
-        Mistake::barrier,
-        text(
-            "%s is reached by %u of %zu threads and %u have finished, the first of them thread %s. "
-            "Every thread of the block must reach every barrier: move it out of the branch, "
-            "and return only after the last one",
-            text(at_barrier->site).c_str(), w.arrived, w.threads.size(), w.finished,
-            finished ? text(finished->index).c_str() : "none"),
-        at_barrier);
+    report(Mistake::barrier,
+           text("%s is reached by %u of %zu threads and %u have finished, the first of them thread "
+                "%s. "
+                "Every thread of the block must reach every barrier: move it out of the branch, "
+                "and return only after the last one",
+                text(at_barrier->site).c_str(), w.arrived, w.threads.size(), w.finished,
+                finished ? text(finished->index).c_str() : "none"),
+           at_barrier);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -1153,13 +1152,13 @@ inline void check_launch(const Launch& l) {
     const dim3 &g = l.grid, &b = l.block;
     size_t threads = size_t(b.x) * b.y * b.z;
     if (threads == 0 || threads > 1024 || b.z > 64)
-        refuse_launch(
-            l, text("a block has 1 to 1024 threads and at most 64 in z, this one has %u x %u x %u",
-                    b.x, b.y, b.z));
+        refuse_launch(l, text("a block has 1 to 1024 threads and at most 64 in z, this one has %u "
+                              "x %u x %u",
+                              b.x, b.y, b.z));
     if (g.x == 0 || g.y == 0 || g.z == 0 || g.x > 2147483647u || g.y > 65535 || g.z > 65535)
-        refuse_launch(
-            l, text("a grid has 1 to 2147483647 x 65535 x 65535 blocks, this one has %u x %u x %u",
-                    g.x, g.y, g.z));
+        refuse_launch(l, text("a grid has 1 to 2147483647 x 65535 x 65535 blocks, this one has %u "
+                              "x %u x %u",
+                              g.x, g.y, g.z));
     if (l.shared_bytes > l.shared_limit)
         refuse_launch(l, text("%zu bytes of dynamic shared memory; %zu is the limit%s",
                               l.shared_bytes, l.shared_limit,
@@ -1172,10 +1171,9 @@ inline void check_launch(const Launch& l) {
 // Called where a kernel with __launch_bounds__(most) starts.
 inline void check_launch_bounds(size_t most) {
     if (worker->threads.size() > most)
-        report(
-            Mistake::launch,
-            text("launched with %zu threads per block, but __launch_bounds__ promises at most %zu",
-                 worker->threads.size(), most));
+        report(Mistake::launch, text("launched with %zu threads per block, but __launch_bounds__ "
+                                     "promises at most %zu",
+                                     worker->threads.size(), most));
 }
 
 // A pointer handed to a kernel must be null or point into live device (or page-locked host) memory.

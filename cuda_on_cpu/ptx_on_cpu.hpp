@@ -25,9 +25,7 @@ using cuda_on_cpu::Thread;
 
 inline constexpr unsigned all_lanes = 0xffffffffu;
 
-inline float bits_to_float(unsigned bits) {
-    return __uint_as_float(bits);
-}
+inline float bits_to_float(unsigned bits) { return __uint_as_float(bits); }
 // The bf16 in the lower (half 0) or upper (half 1) part of a register.
 inline float bf16_half(unsigned bits, int half) {
     return bits_to_float(half ? bits & 0xffff0000u : bits << 16);
@@ -70,9 +68,7 @@ inline void multiply_bf16(void* const* lanes, unsigned) {
 }
 
 // The tensor core looks at the upper 19 bits of a tf32 operand.
-inline float tf32_operand(unsigned bits) {
-    return bits_to_float(bits & 0xffffe000u);
-}
+inline float tf32_operand(unsigned bits) { return bits_to_float(bits & 0xffffe000u); }
 
 inline void multiply_tf32(void* const* lanes, unsigned) {
     float A[16][8], B[8][8];

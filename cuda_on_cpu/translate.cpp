@@ -30,13 +30,9 @@ struct Kernel {
     int line;
 };
 
-bool is_word(char c) {
-    return std::isalnum(static_cast<unsigned char>(c)) || c == '_';
-}
+bool is_word(char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_'; }
 
-long count_lines(const std::string& s) {
-    return std::count(s.begin(), s.end(), '\n');
-}
+long count_lines(const std::string& s) { return std::count(s.begin(), s.end(), '\n'); }
 
 // The end of the raw string literal whose R stands at `at`.
 size_t end_of_raw_string(const std::string& s, size_t at) {
@@ -207,10 +203,10 @@ void translate_launches(Source& s) {
         if (close == std::string::npos || close > stop_at) s.stop(open, "<<< without >>>");
         auto parts = split_at_commas(s, open + 3, close);
         if (parts.size() < 2 || parts.size() > 4)
-            s.stop(
-                open,
-                "cannot read the launch: expected <<<grid, block>>>, <<<grid, block, shared>>> or "
-                "<<<grid, block, shared, stream>>>");
+            s.stop(open,
+                   "cannot read the launch: expected <<<grid, block>>>, <<<grid, block, shared>>> "
+                   "or "
+                   "<<<grid, block, shared, stream>>>");
         if (s.code[s.skip_space(close + 3)] != '(')
             s.stop(close, "the kernel's arguments must follow >>>");
         size_t start = start_of_kernel_name(s, open);

@@ -113,12 +113,12 @@ inline std::string describe_place(const void* p) {
     const char* advice =
         same_block ? "with no barrier between the two: __syncthreads() is missing"
                    : "and blocks have no order: give each its own place, or use a second kernel";
-    leave_block(
-        Mistake::race,
-        text("%s %s, which %s %s, %s", verb, describe_place(p).c_str(), who.c_str(), other_verb,
-             advice) +
-            describe_instruction(caller, reinterpret_cast<void*>(w.program + other.instruction)),
-        t.index);
+    leave_block(Mistake::race,
+                text("%s %s, which %s %s, %s", verb, describe_place(p).c_str(), who.c_str(),
+                     other_verb, advice) +
+                    describe_instruction(caller,
+                                         reinterpret_cast<void*>(w.program + other.instruction)),
+                t.index);
 }
 
 // A value that is not there: never written, or not part of any array.
@@ -345,13 +345,14 @@ CUDA_ON_CPU_UNWATCHED inline void on_access(const void* p, size_t bytes, const v
         __attribute__((used, weak)) void __tsan_##kind##name##bytes(void* p) { \
         cuda_on_cpu::on_access<write>(p, bytes, __builtin_return_address(0));  \
     }
-#define CUDA_ON_CPU_HOOKS(kind)                                                               \
-    CUDA_ON_CPU_HOOK(kind, read, 1, false)                                                    \
-    CUDA_ON_CPU_HOOK(kind, read, 2, false) CUDA_ON_CPU_HOOK(kind, read, 4, false)             \
-        CUDA_ON_CPU_HOOK(kind, read, 8, false) CUDA_ON_CPU_HOOK(kind, read, 16, false)        \
-            CUDA_ON_CPU_HOOK(kind, write, 1, true) CUDA_ON_CPU_HOOK(kind, write, 2, true)     \
-                CUDA_ON_CPU_HOOK(kind, write, 4, true) CUDA_ON_CPU_HOOK(kind, write, 8, true) \
-                    CUDA_ON_CPU_HOOK(kind, write, 16, true)
+#define CUDA_ON_CPU_HOOKS(kind)                                                           \
+    CUDA_ON_CPU_HOOK(kind, read, 1, false)                                                \
+    CUDA_ON_CPU_HOOK(kind, read, 2, false)                                                \
+    CUDA_ON_CPU_HOOK(kind, read, 4, false)                                                \
+    CUDA_ON_CPU_HOOK(kind, read, 8, false) CUDA_ON_CPU_HOOK(kind, read, 16, false)        \
+        CUDA_ON_CPU_HOOK(kind, write, 1, true) CUDA_ON_CPU_HOOK(kind, write, 2, true)     \
+            CUDA_ON_CPU_HOOK(kind, write, 4, true) CUDA_ON_CPU_HOOK(kind, write, 8, true) \
+                CUDA_ON_CPU_HOOK(kind, write, 16, true)
 CUDA_ON_CPU_HOOKS()
 CUDA_ON_CPU_HOOKS(unaligned_)
 CUDA_ON_CPU_HOOKS(volatile_)
@@ -381,9 +382,7 @@ CUDA_ON_CPU_PLAIN void __tsan_func_entry(void*) {}
 CUDA_ON_CPU_PLAIN void __tsan_func_exit() {}
 CUDA_ON_CPU_PLAIN void __tsan_vptr_read(void*) {}
 CUDA_ON_CPU_PLAIN void __tsan_vptr_update(void*, void*) {}
-CUDA_ON_CPU_PLAIN void __tsan_atomic_thread_fence(int) {
-    __atomic_thread_fence(__ATOMIC_SEQ_CST);
-}
+CUDA_ON_CPU_PLAIN void __tsan_atomic_thread_fence(int) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 CUDA_ON_CPU_PLAIN void __tsan_atomic_signal_fence(int) {}
 
 // The host's own atomics, in the strongest order.
@@ -401,12 +400,14 @@ CUDA_ON_CPU_PLAIN void __tsan_atomic_signal_fence(int) {}
     CUDA_ON_CPU_PLAIN type __tsan_atomic##bits##_exchange(volatile type* p, type v, int) {        \
         return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);                                       \
     }                                                                                             \
-    CUDA_ON_CPU_PLAIN bool __tsan_atomic##bits##_compare_exchange_strong(                         \
-        volatile type* p, type* old, type v, int, int) {                                          \
+    CUDA_ON_CPU_PLAIN bool __tsan_atomic##bits##_compare_exchange_strong(volatile type* p,        \
+                                                                         type* old, type v, int,  \
+                                                                         int) {                   \
         return __atomic_compare_exchange_n(p, old, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
     }                                                                                             \
-    CUDA_ON_CPU_PLAIN bool __tsan_atomic##bits##_compare_exchange_weak(                           \
-        volatile type* p, type* old, type v, int, int) {                                          \
+    CUDA_ON_CPU_PLAIN bool __tsan_atomic##bits##_compare_exchange_weak(volatile type* p,          \
+                                                                       type* old, type v, int,    \
+                                                                       int) {                     \
         return __atomic_compare_exchange_n(p, old, v, true, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);  \
     }                                                                                             \
     CUDA_ON_CPU_PLAIN type __tsan_atomic##bits##_compare_exchange_val(volatile type* p, type old, \
@@ -415,9 +416,10 @@ CUDA_ON_CPU_PLAIN void __tsan_atomic_signal_fence(int) {}
         return old;                                                                               \
     }                                                                                             \
     CUDA_ON_CPU_FETCH(bits, type, fetch_add)                                                      \
-    CUDA_ON_CPU_FETCH(bits, type, fetch_sub) CUDA_ON_CPU_FETCH(bits, type, fetch_and)             \
-        CUDA_ON_CPU_FETCH(bits, type, fetch_or) CUDA_ON_CPU_FETCH(bits, type, fetch_xor)          \
-            CUDA_ON_CPU_FETCH(bits, type, fetch_nand)
+    CUDA_ON_CPU_FETCH(bits, type, fetch_sub)                                                      \
+    CUDA_ON_CPU_FETCH(bits, type, fetch_and)                                                      \
+    CUDA_ON_CPU_FETCH(bits, type, fetch_or) CUDA_ON_CPU_FETCH(bits, type, fetch_xor)              \
+        CUDA_ON_CPU_FETCH(bits, type, fetch_nand)
 CUDA_ON_CPU_ATOMICS(8, char)
 CUDA_ON_CPU_ATOMICS(16, short)
 CUDA_ON_CPU_ATOMICS(32, int)
