@@ -1113,9 +1113,8 @@ real exp_and_sum(real* x, real shift, int count) {
 constexpr int kTileRows = kVectorRegisters == 32 ? 14 : 6;  // sums and operands fill the registers
 template <class real>
 constexpr int kTileCols = 2 * kLanes<real>;
-constexpr int kDepth = 256;       // steps of k packed at a time: a's panel stays in the first cache
-constexpr int kBlockCols = 1024;  // columns of b packed at a time: they stay in the second
-constexpr int kStrip = 16;        // panels of b that meet one panel of a in one go
+constexpr int kDepth = 384;       // steps of k packed at a time: a's panel stays in the first cache
+constexpr int kBlockCols = 512;  // columns of b packed at a time: they stay in the second
 
 // One step of the product: sum += a b, a number a beside a vector b.
 template <class real>
@@ -1323,7 +1322,7 @@ struct PairTiles {
 // numbers.
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__)
 struct MatrixTiles : PairTiles {
-    static constexpr int kRows = 32, kCols = 32;
+    static constexpr int kRows = 32, kCols = 32, kMost = 512;
     static constexpr bool kAnyRows = false;
     // Linux lends the unit to a process that asks: ARCH_REQ_XCOMP_PERM, for tile data.
     static bool usable() {
@@ -1407,48 +1406,54 @@ void finish_tile(real* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int i
     }
 }
 
-// c[m, n] = finish(a b), or finish(c + a b) if accumulate. The sum over k of one element is made by
-// one thread, in order: no result depends on the number of threads.
+// c[m, n] = finish(a b), or finish(c + a b) if accumulate. All of a is packed first, by all threads
+// together; then c is cut into units, blocks of columns by stretches of rows, and a thread packs the
+// columns of b that its unit needs for itself, where they stay in its second cache. So threads wait
+// for each other once. The sum over k of one element is made by one thread, in order: no result
+// depends on the number of threads.
 template <class Tiles, class real, class Finish>
 void multiply_blocks(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
                      bool accumulate, Finish finish) {
     using Packed = typename Tiles::Packed;
     constexpr int R = Tiles::kRows, N = Tiles::kCols, kMost = Tiles::kMost;
-    static thread_local Scratch scratch_a, scratch_b;
-    const int rows = (m + R - 1) / R * R, blocks = (n + kBlockCols - 1) / kBlockCols;
-    const int block = ((n + blocks - 1) / blocks + N - 1) / N * N;  // blocks of equal size
-    // Where b comes in several blocks, all of a is packed with the first and kept.
-    const bool keep = blocks > 1;
-    Packed* all_a =
-        scratch_a.get<Packed>(size_t(rows) * Tiles::steps(keep ? k + kMost : std::min(k, kMost)));
-    Packed* packed_b = scratch_b.get<Packed>(size_t(block) * Tiles::steps(std::min(k, kMost)));
+    static thread_local Scratch scratch_a;
+    const int rows = (m + R - 1) / R * R, threads = omp_get_max_threads();
+    const int wanted = ((n + kBlockCols - 1) / kBlockCols + threads - 1) / threads * threads;
+    const int width = std::max(4, ((n + wanted - 1) / wanted + N - 1) / N) * N;  // equal blocks
+    const int blocks = (n + width - 1) / width;
+    const int stretches = blocks < threads ? std::min(2 * threads / blocks, rows / R) : 1;
+    const int stretch = (rows / R + stretches - 1) / stretches * R;
+    Packed* packed_a = scratch_a.get<Packed>(size_t(rows) * Tiles::steps(k + kMost));
 #pragma omp parallel
     {
         [[maybe_unused]] Tiles setup{};
-        for (int n0 = 0; n0 < n; n0 += block)
+        static thread_local Scratch scratch_b;  // Careful: here, so that every thread makes its own
+        Packed* packed_b = scratch_b.get<Packed>(size_t(width) * Tiles::steps(std::min(k, kMost)));
+        for (int k0 = 0; k0 < k; k0 += kMost) {
+            const int depth = std::min(kMost, k - k0);
+            Packed* to = packed_a + size_t(rows) * Tiles::steps(k0);
+#pragma omp for schedule(static) nowait
+            for (int i = 0; i < m; i += 4 * R)
+                Tiles::pack_a(to + size_t(i) * Tiles::steps(depth), a.from(i, k0),
+                              std::min(4 * R, m - i), depth);
+        }
+#pragma omp barrier
+#pragma omp for schedule(dynamic)
+        for (int unit = 0; unit < blocks * stretches; ++unit) {
+            const int j0 = unit / stretches * width, cols = std::min(width, n - j0);
+            const int i0 = unit % stretches * stretch, end = std::min(m, i0 + stretch);
             for (int k0 = 0; k0 < k; k0 += kMost) {
                 const int depth = std::min(kMost, k - k0), steps = Tiles::steps(depth);
-                const int cols = std::min(block, n - n0), panels = (cols + N - 1) / N;
-                const int strips = (panels + kStrip - 1) / kStrip;
-                Packed* packed_a = all_a + (keep ? size_t(rows) * Tiles::steps(k0) : 0);
-#pragma omp for schedule(static) nowait
-                for (int i = keep && n0 > 0 ? m : 0; i < m; i += 8 * R)
-                    Tiles::pack_a(packed_a + size_t(i) * steps, a.from(i, k0),
-                                  std::min(8 * R, m - i), depth);
-#pragma omp for schedule(static)
-                for (int j = 0; j < cols; j += 8 * N)
-                    Tiles::pack_b(packed_b + size_t(j) * steps, b.from(k0, n0 + j),
-                                  std::min(8 * N, cols - j), depth);
-#pragma omp for schedule(dynamic)
-                for (int job = 0; job < rows / R * strips; ++job) {
-                    const int i = job / strips * R, first = job % strips * kStrip * N;
-                    for (int j = first; j < std::min(cols, first + kStrip * N); j += N)
-                        finish_tile<Tiles>(c + i * ldc + n0 + j, ldc, packed_a + size_t(i) * steps,
-                                           packed_b + size_t(j) * steps, i, n0 + j,
+                const Packed* left = packed_a + size_t(rows) * Tiles::steps(k0);
+                Tiles::pack_b(packed_b, b.from(k0, j0), cols, depth);
+                for (int i = i0; i < end; i += R)
+                    for (int j = 0; j < cols; j += N)
+                        finish_tile<Tiles>(c + i * ldc + j0 + j, ldc, left + size_t(i) * steps,
+                                           packed_b + size_t(j) * steps, i, j0 + j,
                                            std::min(R, m - i), std::min(N, cols - j), steps,
                                            k0 > 0 || accumulate, k0 + depth == k, finish);
-                }
             }
+        }
     }
 }
 
