@@ -817,8 +817,7 @@ struct Reference {
         const int B = int(run.get_int("batch", path)), T = int(run.get_int("seq", path));
         const Shards shards(folder + "/batch.bin");
         batch.resize(B, T);
-        BatchLoader::fill(batch, shards, DataOrder(shards, B, T, 0, true, true), 0,
-                          config.vocab_size);
+        fill_batch(batch, shards, DataOrder(shards, B, T, 0, true, true), 0, config.vocab_size);
     }
     double number(const char* key) const { return run.get_number(key, folder); }
     std::vector<double> read(const std::string& name) const {
@@ -1540,7 +1539,7 @@ TEST_CASE("data: one epoch makes every prediction exactly once, whatever T, shuf
                             batch.resize(1, T);
                             const int64_t sample = epoch * order.blocks_per_epoch() + i;
                             REQUIRE(order.epoch(sample) == epoch);
-                            BatchLoader::fill(batch, *shards, order, sample, 65536);
+                            fill_batch(batch, *shards, order, sample, 65536);
                             for (size_t t = 0; t < size_t(T); ++t) {
                                 if (batch.targets[t] == kIgnore) continue;
                                 REQUIRE(batch.targets[t] == batch.inputs[t] + 1);  // shifted by one
@@ -1598,7 +1597,7 @@ TEST_CASE(
         for (int64_t first : {0, B, 7 * B}) {
             Batch batch;
             batch.resize(B, T);
-            BatchLoader::fill(batch, *shards, order, first, B * T + 1);
+            fill_batch(batch, *shards, order, first, B * T + 1);
             for (int i = 0; i < B * T; ++i) {
                 REQUIRE(batch.inputs[size_t(i)] == i);
                 REQUIRE(batch.targets[size_t(i)] == i + 1);
@@ -1608,7 +1607,7 @@ TEST_CASE(
     }
     Batch batch;
     batch.resize(B, T);
-    BatchLoader::fill(batch, *shards, DataOrder(*shards, B, T, 9, false, false), 0, 1000);
+    fill_batch(batch, *shards, DataOrder(*shards, B, T, 9, false, false), 0, 1000);
     for (int i = 0; i < B * T; ++i)
         REQUIRE((batch.inputs[size_t(i)] == i && batch.targets[size_t(i)] == i + 1));
 }
@@ -1692,8 +1691,8 @@ TEST_CASE("data: a token outside the vocabulary is an error that says where") {
     Batch batch;
     batch.resize(1, 217);
     const DataOrder order(shards, 1, 217, 1, false, false);
-    CHECK(error_of([&] { BatchLoader::fill(batch, shards, order, 0, 300); }) == "");
-    CHECK(has(error_of([&] { BatchLoader::fill(batch, shards, order, 1, 300); }), "token 217"));
+    CHECK(error_of([&] { fill_batch(batch, shards, order, 0, 300); }) == "");
+    CHECK(has(error_of([&] { fill_batch(batch, shards, order, 1, 300); }), "token 217"));
 }
 
 TEST_CASE(
@@ -1708,7 +1707,7 @@ TEST_CASE(
             const Batch found = loader.next();
             Batch expected;
             expected.resize(B, T);
-            BatchLoader::fill(expected, *shards, order, first + i * B, 65536);
+            fill_batch(expected, *shards, order, first + i * B, 65536);
             REQUIRE(found.inputs == expected.inputs);
             REQUIRE(found.targets == expected.targets);
             REQUIRE(found.order == expected.order);
@@ -1965,8 +1964,7 @@ double matmul_error(int m, int n, int k, bool a_transposed, bool b_transposed, b
             real& e = expected[size_t(i) * ldc + j];
             e = product[size_t(i) * ldc + j] + (accumulate ? e : real(0));
         }
-    (accumulate ? tinygpt::matmul_add<real> : tinygpt::matmul_set<real>)(c.data(), ldc, a.view,
-                                                                         b.view, m, n, k, {});
+    tinygpt::matmul(c.data(), ldc, a.view, b.view, m, n, k, {}, accumulate);
     return largest_difference(c, expected) / (std::numeric_limits<real>::epsilon() * (k + 2));
 }
 
@@ -1974,10 +1972,12 @@ double matmul_error(int m, int n, int k, bool a_transposed, bool b_transposed, b
 
 TEST_CASE_TEMPLATE("matmul: agrees with the definition, ragged or not, in every order", real, float,
                    double) {
-    const std::array<int, 3> sizes[] = {{1, 1, 1},    {1, 17, 5},     {1, 301, 257}, {2, 3, 1},
-                                        {7, 31, 2},   {14, 32, 16},   {15, 33, 17},  {13, 127, 61},
-                                        {6, 16, 8},   {29, 65, 383},  {28, 64, 384}, {43, 97, 385},
-                                        {225, 70, 9}, {230, 33, 800}, {5, 4200, 3}};
+    const std::array<int, 3> sizes[] = {{1, 1, 1},     {1, 17, 5},     {1, 301, 257},
+                                        {2, 3, 1},     {7, 31, 2},     {14, 32, 16},
+                                        {15, 33, 17},  {13, 127, 61},  {6, 16, 8},
+                                        {29, 65, 383}, {28, 64, 384},  {43, 97, 385},
+                                        {225, 70, 9},  {230, 33, 800}, {5, 4200, 3},
+                                        {60, 1100, 30}};
     for (const auto& size : sizes)
         for (int order = 0; order < 8; ++order) {
             INFO("m, n, k ", size[0], ", ", size[1], ", ", size[2], ", order ", order);
@@ -1992,7 +1992,7 @@ TEST_CASE("matmul: finish sees every sum once, and what it leaves is stored") {
     std::vector<float> c(size_t(m) * n), plain(c.size()), seen(c.size());
     std::vector<int> visits(c.size());
     tinygpt::matmul(plain.data(), n, a.view, b.view, m, n, k);
-    tinygpt::matmul(c.data(), n, a.view, b.view, m, n, k, {},
+    tinygpt::matmul(c.data(), n, a.view, b.view, m, n, k, {}, false,
                     [&](int row, int col, int count, float* values) {
                         for (int j = 0; j < count; ++j) {
                             seen[size_t(row) * n + col + j] = values[j];
@@ -7292,8 +7292,7 @@ struct Reference {
         const int B = int(number("batch")), T = int(number("seq"));
         const Shards shards(folder + "/batch.bin");
         batch.resize(B, T);
-        BatchLoader::fill(batch, shards, DataOrder(shards, B, T, 0, true, true), 0,
-                          config.vocab_size);
+        fill_batch(batch, shards, DataOrder(shards, B, T, 0, true, true), 0, config.vocab_size);
     }
     Values read(const std::string& name) const {
         const StoredTensor* tensor = expected->find(name);
@@ -7306,7 +7305,6 @@ struct Reference {
 
 TEST_CASE_TEMPLATE("cuda: PyTorch's losses, norms and gradients", Device, Cuda<float>, CudaTf32,
                    Cuda<bf16>) {
-    using A = typename Device::Activation;
     for (const char* name : {"gpt2-tied", "gpt2-untied", "gpt2-head64"}) {
         const Reference reference(name);
         if (reference.folder.empty()) {

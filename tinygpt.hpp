@@ -59,17 +59,16 @@
 #include <charconv>
 #include <chrono>
 #include <cmath>
-#include <condition_variable>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <future>
 #include <limits>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <new>
 #include <numeric>
 #include <optional>
@@ -77,7 +76,6 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
-#include <thread>
 #include <type_traits>
 #include <unordered_map>
 #include <utility>
@@ -283,7 +281,7 @@ public:
 
     // Reads every token once; fails at the first that the vocabulary does not have.
     void check_tokens(int vocab_size) const {
-        std::vector<uint16_t> buffer(1 << 20);
+        std::vector<uint16_t> buffer(1 << 14);
         for (const Shard& shard : shards_)
             for (int64_t at = 0; at < shard.tokens; at += int64_t(buffer.size())) {
                 int64_t count = std::min(int64_t(buffer.size()), shard.tokens - at);
@@ -379,99 +377,67 @@ private:
     std::vector<int64_t> lengths_, first_block_;
 };
 
-// Reads the batches of a run in order, one ahead of the step, on a thread of its own.
+// Fills one batch with samples first .. first + B - 1. Fails on a token outside the vocabulary.
+inline void fill_batch(Batch& batch, const Shards& shards, const DataOrder& order, int64_t first,
+                       int vocab_size) {
+    std::vector<uint16_t> text(size_t(batch.T) + 1);
+    for (int b = 0; b < batch.B; ++b) {
+        const DataOrder::Place place = order.place(first + b);
+        const Shard& shard = shards.files()[size_t(place.shard)];
+        int32_t* inputs = batch.inputs.data() + size_t(b) * batch.T;
+        int32_t* targets = batch.targets.data() + size_t(b) * batch.T;
+        // `count` predictions from `begin` on; each needs its own token and the one after it.
+        auto copy = [&](int64_t begin, int64_t count) {
+            if (count == 0) return;
+            shard.read(text.data(), begin, count + 1);
+            Shards::check_range(shard, text.data(), begin, count + 1, vocab_size);
+            inputs = std::copy_n(text.begin(), count, inputs);
+            targets = std::copy_n(text.begin() + 1, count, targets);  // shifted by one
+        };
+        // The block, in two pieces where it runs over the end of the ring.
+        const int64_t head = std::min(place.length, order.ring(place.shard) - place.begin);
+        copy(place.begin, head), copy(0, place.length - head);
+        batch.scored += place.length;
+    }
+    batch.sort_rows();
+}
+
+// Reads the batches of a run in order, one ahead of the step: while the model computes, a thread
+// reads what comes next, so reading never shows in the time of a step.
 class BatchLoader {
 public:
     BatchLoader(const Shards& shards, DataOrder order, int B, int T, int vocab_size,
                 int64_t first_sample)
         : shards_(shards), order_(std::move(order)), B_(B), T_(T), vocab_size_(vocab_size),
           sample_(first_sample) {
-        reader_ = std::thread([this] { read_ahead(); });
-    }
-    ~BatchLoader() {
-        {
-            std::lock_guard lock(mutex_);
-            stop_ = true;
-        }
-        changed_.notify_all();
-        reader_.join();
+        read_ahead();
     }
     BatchLoader(const BatchLoader&) = delete;
 
     // The next B samples. A reading error met by the thread is thrown here.
     Batch next() {
-        std::unique_lock lock(mutex_);
-        changed_.wait(lock, [this] { return ready_; });
-        if (error_) std::rethrow_exception(error_);
-        Batch batch = std::move(ahead_);
-        ready_ = false;
+        Batch batch = ahead_.get();
         sample_ += B_;
-        lock.unlock();
-        changed_.notify_all();
+        read_ahead();
         return batch;
-    }
-    const DataOrder& order() const { return order_; }
-
-    // Fills one batch with samples first .. first + B - 1. Fails on a token outside the vocabulary.
-    static void fill(Batch& batch, const Shards& shards, const DataOrder& order, int64_t first,
-                     int vocab_size) {
-        std::vector<uint16_t> text(size_t(batch.T) + 1);
-        for (int b = 0; b < batch.B; ++b) {
-            DataOrder::Place place = order.place(first + b);
-            const Shard& shard = shards.files()[size_t(place.shard)];
-            // Read the block, in two pieces where it runs over the end of the ring.
-            int64_t ring = order.ring(place.shard),
-                    head = std::min(place.length, ring - place.begin);
-            int32_t* inputs = batch.inputs.data() + size_t(b) * batch.T;
-            int32_t* targets = batch.targets.data() + size_t(b) * batch.T;
-            for (auto [from, begin, count] :
-                 {std::array<int64_t, 3>{0, place.begin, head},
-                  std::array<int64_t, 3>{head, 0, place.length - head}}) {
-                if (count == 0) continue;
-                shard.read(text.data(), begin, count + 1);
-                Shards::check_range(shard, text.data(), begin, count + 1, vocab_size);
-                for (int64_t t = 0; t < count; ++t) inputs[from + t] = text[size_t(t)];
-                // shifted by one
-                for (int64_t t = 0; t < count; ++t) targets[from + t] = text[size_t(t) + 1];
-            }
-            batch.scored += place.length;
-        }
-        batch.sort_rows();
     }
 
 private:
     void read_ahead() {
-        while (true) {
-            std::unique_lock lock(mutex_);
-            changed_.wait(lock, [this] { return stop_ || !ready_; });
-            if (stop_) return;
-            int64_t first = sample_;
-            lock.unlock();
+        ahead_ = std::async(std::launch::async, [this] {
             Batch batch;
-            std::exception_ptr error;
-            try {
-                batch.resize(B_, T_);
-                fill(batch, shards_, order_, first, vocab_size_);
-            } catch (...) {
-                error = std::current_exception();
-            }
-            lock.lock();
-            ahead_ = std::move(batch), error_ = error, ready_ = true;
-            lock.unlock();
-            changed_.notify_all();
-        }
+            batch.resize(B_, T_);
+            fill_batch(batch, shards_, order_, sample_, vocab_size_);
+            return batch;
+        });
     }
 
     const Shards& shards_;
     DataOrder order_;
     int B_, T_, vocab_size_;
     int64_t sample_;
-    std::mutex mutex_;
-    std::condition_variable changed_;
-    std::thread reader_;
-    Batch ahead_;
-    bool ready_ = false, stop_ = false;
-    std::exception_ptr error_;
+    // Why shared: an error stays. Careful: last, so that it is waited for before the rest goes.
+    std::shared_future<Batch> ahead_;
 };
 
 // =================================================================================================
@@ -934,20 +900,10 @@ void Cpu<real>::layernorm_backward(real* dx, real* dweight, real* dbias, real* d
     add_up(dweight, 0), add_up(dbias, 1), add_up(dbranch_bias, 2);
 }
 
-// --- §4.3 Matrix products, attention and e^x at the hardware's speed
-//
-//   matmul(c, ldc, a, b, m, n, k, options, finish)           c[m, n] = finish(a[m, k] b[k, n])
-//     a and b are Views, so a transpose costs nothing; c is row-major, its rows ldc apart.
-//       out = x w + bias   matmul(out, OC, rows_of(x, C), rows_of(w, OC), rows, OC, C, o, add_bias)
-//       dx  = dout w^T     matmul(dx, C, rows_of(dout, OC), transpose_of(w, OC), rows, C, OC, o)
-//       dw += x^T dout    matmul_add(dw, OC, transpose_of(x, C), rows_of(dout, OC), C, OC, rows, o)
-//     finish(row, col, count, values) may change `count` finished sums of a row, from column col,
-//     where they lie in c, while they are hot: that is where bias, GELU and residual go.
-//   column_sums(out, x, rows, n, accumulate)
-//   exp_fast(x), gelu(x), gelu_derivative(x) of one; gelu, gelu_backward, exp_and_sum of many
-//   attention_forward, attention_backward, attention_cached, and two definitions
+// --- §4.3 Products of matrices: where nearly all the arithmetic is
 
-// A matrix in memory: element (i, j) is data[i * row + j * col]. One of the two steps is 1.
+// A matrix in memory: element (i, j) is data[i * row + j * col]. One of the two steps is 1. So a
+// transpose costs nothing: it is the same numbers, walked the other way.
 template <class real>
 struct View {
     const real* data;
@@ -966,7 +922,8 @@ View<real> transpose_of(const real* data, ptrdiff_t stride) {
     return {data, 1, stride};
 }
 
-// The definition: c[m, n] = a[m, k] b[k, n]. Everything fast below must agree with it.
+// The definition: c[m, n] = a[m, k] b[k, n]. That is all a product is: m n dot products of length
+// k, so 2 m n k operations. c is row-major, its rows ldc apart.
 template <class real>
 void matmul_definition(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k) {
     for (int i = 0; i < m; ++i)
@@ -977,574 +934,39 @@ void matmul_definition(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m
         }
 }
 
-// --- The compiler's vectors: arithmetic on a whole register at a time, on any CPU
-#ifdef __CUDACC__
-#pragma nv_diag_suppress 1675  // it need not know "GCC unroll"
-#endif
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kVectorRegisters = 32;
-#elif defined(__AVX__)
-constexpr int kVectorBytes = 32, kVectorRegisters = 16;
-#elif defined(__aarch64__)
-constexpr int kVectorBytes = 16, kVectorRegisters = 32;
-#else
-constexpr int kVectorBytes = 16, kVectorRegisters = 16;
-#endif
-
-// Vec<real>: kLanes<real> numbers in one register. + - * / < work lane by lane, and a number beside
-// a vector stands for a vector full of it.
-template <class real>
-struct VectorOf {
-    typedef real type __attribute__((vector_size(kVectorBytes)));
-};
-template <class real>
-using Vec = typename VectorOf<real>::type;
-template <class real>
-constexpr int kLanes = kVectorBytes / int(sizeof(real));
-
-// From and to memory, one instruction each; the address need not be aligned.
-template <class real>
-Vec<real> load(const real* from) {
-    Vec<real> v;
-    std::memcpy(&v, from, sizeof v);
-    return v;
-}
-template <class V, class real>
-void store(real* to, V v) {
-    std::memcpy(to, &v, sizeof v);
-}
-
-// --- e^x without a library call: the same lines for one float and for a vector of them
-//   x = n ln2 + r,  |r| <= ln2/2,  n whole:   e^x = 2^n e^r,  and e^r = 1 + r + r^2 q(r)
-// The coefficients of q are a minimax fit (relative error of e^r: 3.2e-9, far below float's 6e-8).
-// ln2 is subtracted in two parts so that n * 0.693359375 is exact (Cody and Waite 1980). Adding and
-// subtracting 1.5 * 2^23 rounds to whole numbers and leaves n in the low bits of the sum.
-
-// Within 2 units in the last place for -87.3 < x < 88.3; 0 below, infinity above; NaN stays NaN.
-template <class V>
-V exp_float(V x) {
-    using Bits = std::conditional_t<std::is_same_v<V, float>, int32_t, decltype(x < x)>;
-    x = x < -88.0f ? -88.0f : x;
-    x = x > 89.0f ? 89.0f : x;
-    const V shifted = x * 1.44269504f + 12582912.0f;
-    const V n = shifted - 12582912.0f;
-    const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    const V q =
-        (((1.38138782e-3f * r + 8.36906396e-3f) * r + 4.16684225e-2f) * r + 1.66665182e-1f) * r +
-        0.49999994f;
-    const Bits power = (std::bit_cast<Bits>(shifted) << 23) + (127 << 23);
-    return ((r * r) * q + r + 1.0f) * std::bit_cast<V>(power);
-}
-inline float exp_fast(float x) { return exp_float(x); }
-inline Vec<float> exp_fast(Vec<float> x) { return exp_float(x); }
-// In double, for checking gradients: the library's, to the last bit.
-inline double exp_fast(double x) { return std::exp(x); }
-inline Vec<double> exp_fast(Vec<double> x) {
-    for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
-    return x;
-}
-
-// GELU with tanh (Hendrycks and Gimpel 2016), as GPT-2 has it:
-//   gelu(x) = x/2 (1 + tanh u),   u = sqrt(2/pi) (x + 0.044715 x^3)
-// and (1 + tanh u)/2 = 1/(1 + e^(-2u)) = s, the logistic function: gelu(x) = x s, one exponential.
-// Its derivative: ds/du = 2 s (1 - s), so gelu'(x) = s + x 2 s (1 - s) du/dx.
-// Careful: at -10 the true value is -1e-37; stopping there keeps -infinity * 0 away.
-template <class real>
-real gelu(real x) {
-    x = x < -10 ? real(-10) : x;
-    const real inner = real(-1.5957691216057308) * x * (1 + real(0.044715) * x * x);
-    return x / (1 + exp_fast(inner));
-}
-template <class real>
-real gelu_derivative(real x) {
-    x = x < -10 ? real(-10) : x;
-    x = x > 10 ? real(10) : x;
-    const real slope = real(1.5957691216057308) * (1 + 3 * real(0.044715) * x * x);
-    const real inner = real(-1.5957691216057308) * x * (1 + real(0.044715) * x * x);
-    const real s = 1 / (1 + exp_fast(inner));
-    return s + x * s * (1 - s) * slope;
-}
-
-// out [count] = gelu(x).
-template <class real>
-void gelu(real* out, const real* x, int count) {
-    for (int j = 0; j < count; ++j) out[j] = gelu(x[j]);
-}
-// Backward, in place: d [count] becomes d gelu'(x).
-template <class real>
-void gelu_backward(real* d, const real* x, int count) {
-    for (int j = 0; j < count; ++j) d[j] *= gelu_derivative(x[j]);
-}
-// x [count] becomes e^(x - shift); returns the sum, whose order of additions is fixed.
-template <class real>
-real exp_and_sum(real* x, real shift, int count) {
-    constexpr int L = kLanes<real>;
-    Vec<real> sums = {};
-    int j = 0;
-    for (; j + L <= count; j += L) {
-        const Vec<real> e = exp_fast(load(x + j) - shift);
-        store(x + j, e);
-        sums += e;
-    }
-    real sum = 0;
-    for (int i = 0; i < L; ++i) sum += sums[i];
-    for (; j < count; ++j) sum += x[j] = exp_fast(x[j] - shift);
-    return sum;
-}
-
-// --- The fast product
-//
-//             n                    b, kDepth rows at a time, is cut into panels of kTileCols
-//        +---------+               columns, each copied so that it is read from start to end.
-//      k | b  |p|  |
-//        +---------+               a, the same: panels of kTileRows rows.
-//   k
-// +-----+ +---------+              A tile of c is one panel of a times one panel of b. Its sums
-// |     | |    | |  |              stay in registers for kDepth steps; every step reads one
-// |  a  | |    | |  |              column of a's panel and one row of b's panel, and does
-// |=====| |----[]---| <- tile      kTileRows * kTileCols multiply-adds with them.
-// |     | |         |
-// +-----+ +---------+
-//
-// One panel of a, in the first cache, meets the panels of b in turn, which come from the second: c
-// is walked along its rows, which is how memory likes it. That is the blocking of Goto and van de
-// Geijn (2008) and of BLIS, with the parts of the two operands exchanged. Ragged edges: panels are
-// filled up with zeros, and there is a micro-kernel for each number of rows.
-constexpr int kTileRows = kVectorRegisters == 32 ? 14 : 6;  // sums and operands fill the registers
-template <class real>
-constexpr int kTileCols = 2 * kLanes<real>;
-constexpr int kDepth = 384;       // steps of k packed at a time: a's panel stays in the first cache
-constexpr int kBlockCols = 512;  // columns of b packed at a time: they stay in the second
-
-// One step of the product: sum += a b, a number a beside a vector b.
-template <class real>
-void multiply_add(Vec<real>& sum, real a, Vec<real> b) {
-    sum += a * b;
-}
-// In bf16 a packed element is a pair, two neighbouring steps of k, and one instruction does both:
-// sum += a.low b.low + a.high b.high, in fp32.
-#ifdef __AVX512BF16__
-inline bool cpu_has_bf16_dot() { return true; }
-inline void multiply_add(Vec<float>& sum, uint32_t a, Vec<uint32_t> b) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(b), "v"(Vec<uint32_t>{} + a));
-}
-#else
-inline bool cpu_has_bf16_dot() { return false; }
-inline void multiply_add(Vec<float>&, uint32_t, Vec<uint32_t>) {}  // refused before it gets here
-#endif
-
-// Tile [rows, kTileCols] (+)= panel of a [k, kTileRows] * panel of b [k, kTileCols].
-template <int rows, class real, class Packed>
-void micro_kernel(real* tile, ptrdiff_t stride, const Packed* a, const Packed* b, int k, bool add) {
-    constexpr int L = kLanes<real>;
-    Vec<real> left[rows], right[rows];
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; ++i) left[i] = right[i] = Vec<real>{};
-    for (int p = 0; p < k; ++p, a += kTileRows, b += 2 * L) {
-        const Vec<Packed> b0 = load(b), b1 = load(b + L);
-#pragma GCC unroll 16
-        for (int i = 0; i < rows; ++i)
-            multiply_add(left[i], a[i], b0), multiply_add(right[i], a[i], b1);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; ++i) {
-        real* out = tile + i * stride;
-        store(out, add ? load(out) + left[i] : left[i]);
-        store(out + L, add ? load(out + L) + right[i] : right[i]);
-    }
-}
-
-// Runs the micro-kernel for tiles of `rows` rows, 1 to kTileRows.
-template <class real, class Packed, int... i>
-void run_kernel(int rows, real* tile, ptrdiff_t stride, const Packed* a, const Packed* b, int k,
-                bool add, std::integer_sequence<int, i...>) {
-    using Kernel = void (*)(real*, ptrdiff_t, const Packed*, const Packed*, int, bool);
-    static constexpr Kernel kernels[] = {micro_kernel<i + 1, real, Packed>...};
-    kernels[rows - 1](tile, stride, a, b, k, add);
-}
-template <class real, class Packed>
-void multiply_tile(real* tile, ptrdiff_t stride, const Packed* a, const Packed* b, int rows, int k,
-                   bool add) {
-    run_kernel(rows, tile, stride, a, b, k, add, std::make_integer_sequence<int, kTileRows>());
-}
-
-// Memory that its owner keeps and that grows on demand; large pages where it is large.
-class Scratch {
-    std::unique_ptr<void, decltype(&std::free)> block{nullptr, &std::free};
-    size_t size = 0;
-
-public:
-    template <class T>
-    T* get(size_t count) {
-        const size_t page = count * sizeof(T) < (1 << 20) ? 64 : 1 << 21;
-        const size_t bytes = (count * sizeof(T) + page - 1) / page * page;
-        if (bytes > size) {
-            block.reset(std::aligned_alloc(page, bytes));
-            TINYGPT_CHECK(block, "out of memory: %.2f GB more were needed", double(bytes) / 1e9);
-            if (page > 64) madvise(block.get(), bytes, MADV_HUGEPAGE);
-            size = bytes;
-        }
-        return static_cast<T*>(block.get());
-    }
-};
-
-// One step of a transpose: exchanges the lanes of a that have bit `step` set with those of b that
-// do not.
-template <int step, class V, int... lane>
-[[gnu::always_inline]] inline void exchange_lanes(V& a, V& b, std::integer_sequence<int, lane...>) {
-    constexpr int L = sizeof...(lane);
-#ifdef __CUDACC__  // nvcc's front end loses the list of lanes below
-    const V x = a, y = b;
-    for (int i = 0; i < L; ++i)
-        a[i] = i & step ? y[i - step] : x[i], b[i] = i & step ? y[i] : x[i + step];
-#else
-    const V low = __builtin_shufflevector(a, b, (lane & step ? L + lane - step : lane)...);
-    b = __builtin_shufflevector(a, b, (lane & step ? L + lane : lane + step)...);
-    a = low;
-#endif
-}
-
-// v[i][j] = v[j][i], in registers, for kLanes vectors of kLanes numbers.
-template <class real, int step = 1>
-[[gnu::always_inline]] inline void transpose_square(Vec<real>* v) {
-    constexpr int L = kLanes<real>;
-    if constexpr (step < L) {
-#pragma GCC unroll 16
-        for (int i = 0; i < L; ++i)
-            if (!(i & step))
-                exchange_lanes<step>(v[i], v[i + step], std::make_integer_sequence<int, L>());
-        transpose_square<real, 2 * step>(v);
-    }
-}
-
-// Packs one panel of a matrix whose rows are whole in memory: out[p][i] = from(i, p) for p < k, and
-// 0 for i >= rows. A panel that is not a whole number of squares wide is written from its end, so
-// that what one store puts too far the next puts right; but for the very last.
-template <int width, class real>
-void pack_transposed(real* out, View<real> from, int rows, int k) {
-    constexpr int L = kLanes<real>;
-    const int whole = from.col == 1 ? k / L * L : 0;
-    for (int p = 0; p < whole; p += L)
-        for (int i = (width - 1) / L * L; i >= 0; i -= L) {
-            Vec<real> square[L];
-#pragma GCC unroll 16
-            for (int j = 0; j < L; ++j)
-                square[j] = i + j < rows ? load(&from.data[(i + j) * from.row + p]) : Vec<real>{};
-            transpose_square<real>(square);
-#pragma GCC unroll 16
-            for (int j = 0; j < L; ++j)
-                if (i + L <= width || p + j + 1 < k)
-                    store(out + size_t(p + j) * width + i, square[j]);
-                else
-                    std::memcpy(out + size_t(p + j) * width + i, &square[j],
-                                width % L * sizeof(real));
-        }
-    for (size_t p = whole; p < size_t(k); ++p)
-        for (int i = 0; i < width; ++i) out[p * width + i] = i < rows ? from(i, p) : real(0);
-}
-
-// Packs panels: with w = i / width, out[w][p][i % width] = from(i, p) for p < k and i < count, and
-// 0 up to a whole panel. One of from's steps is 1.
-template <int width, class real>
-void pack_panels(real* out, View<real> from, int count, int k) {
-    const size_t panel = size_t(width) * k;
-    if (from.row != 1) {
-        for (int i = 0; i < count; i += width, out += panel)
-            pack_transposed<width>(out, from.from(i, 0), std::min(width, count - i), k);
-        return;
-    }
-    for (int p = 0; p < k; ++p)  // whole rows are copied, to all panels side by side
-        for (int i = 0; i < count; i += width) {
-            real* to = out + i / width * panel + size_t(p) * width;
-            const real* row = &from.data[i + p * from.col];
-            if (i + width <= count)
-                std::memcpy(to, row, width * sizeof(real));
-            else
-                for (int j = 0; j < width; ++j) to[j] = i + j < count ? row[j] : real(0);
-        }
-}
-
-// --- Three ways to compute a tile. Each says what its panels hold, how many rows and columns a
-// tile has, how many packed steps `depth` steps of k become, how panels are packed, and computes a
-// tile.
-
-// Numbers as they are.
-template <class real>
-struct PlainTiles {
-    using Packed = real;
-    static constexpr int kRows = kTileRows, kCols = kTileCols<real>, kMost = kDepth;
-    static constexpr bool kAnyRows = true;  // tile() writes `rows` rows, else all kRows
-    static int steps(int depth) { return depth; }
-    static void pack_a(Packed* out, View<real> a, int m, int k) {
-        pack_panels<kRows>(out, a, m, k);
-    }
-    static void pack_b(Packed* out, View<real> b, int n, int k) {
-        pack_panels<kCols>(out, b.transposed(), n, k);
-    }
-    static void tile(real* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int rows, int k,
-                     bool add) {
-        multiply_tile(c, ldc, a, b, rows, k, add);
-    }
-};
-
-// bf16 in pairs, with the vector unit's dot product. k is filled up with zeros to a multiple of 32.
-struct PairTiles {
-    using Packed = uint32_t;
-    static constexpr int kRows = kTileRows, kCols = kTileCols<float>, kMost = 2 * kDepth;
-    static constexpr bool kAnyRows = true;
-    static int steps(int depth) { return (depth + 31) / 32 * 16; }
-    template <int width>
-    static void pack(Packed* out, View<float> from, int count, int k) {
-        static thread_local Scratch scratch;
-        const int pairs = steps(k);
-        float* panel = scratch.get<float>(size_t(width) * 2 * pairs);
-        for (int i = 0; i < count; i += width) {
-            pack_panels<width>(panel, from.from(i, 0), std::min(width, count - i), k);
-            std::fill(panel + size_t(width) * k, panel + size_t(width) * 2 * pairs, 0.0f);
-            for (int p = 0; p < pairs; ++p, out += width)
-                for (int j = 0; j < width; ++j)
-                    out[j] = bf16(panel[2 * p * width + j]).bits |
-                             uint32_t(bf16(panel[(2 * p + 1) * width + j]).bits) << 16;
-        }
-    }
-    static void pack_a(Packed* out, View<float> a, int m, int k) { pack<kRows>(out, a, m, k); }
-    static void pack_b(Packed* out, View<float> b, int n, int k) {
-        pack<kCols>(out, b.transposed(), n, k);
-    }
-    static void tile(float* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int rows, int k,
-                     bool add) {
-        multiply_tile(c, ldc, a, b, rows, k, add);
-    }
-};
-
-// bf16 in the matrix unit, where the CPU has one (AMX; Intel 64 manual, volume 1, chapter 18): a
-// tile register holds 16 rows of 64 bytes, and one instruction multiplies 16 x 32 by 32 x 16
-// numbers.
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
-struct MatrixTiles : PairTiles {
-    static constexpr int kRows = 32, kCols = 32, kMost = 512;
-    static constexpr bool kAnyRows = false;
-    // Linux lends the unit to a process that asks: ARCH_REQ_XCOMP_PERM, for tile data.
-    static bool usable() {
-        static const bool lent = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-        return lent;
-    }
-    // A panel is [k / 32][kRows][32]: pack_panels makes that, with rows and steps exchanged.
-    static void pack_a(Packed* out, View<float> a, int m, int k) {
-        static thread_local Scratch scratch;
-        float* panel = scratch.get<float>(size_t(kRows) * 2 * steps(k));
-        for (int i = 0; i < m; i += kRows) {
-            const int rows = std::min(kRows, m - i);
-            pack_panels<32>(panel, a.from(i, 0).transposed(), k, rows);
-            for (int chunk = 0; chunk < steps(k) / 16; ++chunk, out += kRows * 16) {
-                bf16* to = reinterpret_cast<bf16*>(out);
-                for (int j = 0; j < rows * 32; ++j) to[j] = bf16(panel[chunk * rows * 32 + j]);
-                for (int j = rows * 32; j < kRows * 32; ++j) to[j].bits = 0;
-            }
-        }
-    }
-    static void pack_b(Packed* out, View<float> b, int n, int k) {
-        pack<kCols>(out, b.transposed(), n, k);
-    }
-    // Registers 0 to 3 are the four quarters of c; 4, 5 two of a, below each other; 6, 7 two of b.
-    static void tile(float* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int, int k,
-                     bool add) {
-        float* low = c + 16 * ldc;
-        const ptrdiff_t c_row = 4 * ldc, a_row = 64, b_row = 128;  // bytes
-        asm volatile(
-            "tileloadd (%0,%2), %%tmm0; tileloadd 64(%0,%2), %%tmm1;"
-            "tileloadd (%1,%2), %%tmm2; tileloadd 64(%1,%2), %%tmm3" ::"r"(c),
-            "r"(low), "r"(c_row)
-            : "memory");
-        if (!add) asm volatile("tilezero %tmm0; tilezero %tmm1; tilezero %tmm2; tilezero %tmm3");
-        for (int p = 0; p < k; p += 16, a += 16 * 32, b += 16 * 32)
-            asm volatile(
-                "tileloadd (%0,%2), %%tmm4; tileloadd 1024(%0,%2), %%tmm5;"
-                "tileloadd (%1,%3), %%tmm6; tileloadd 64(%1,%3), %%tmm7;"
-                "tdpbf16ps %%tmm6, %%tmm4, %%tmm0; tdpbf16ps %%tmm7, %%tmm4, %%tmm1;"
-                "tdpbf16ps %%tmm6, %%tmm5, %%tmm2; tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::"r"(a),
-                "r"(b), "r"(a_row), "r"(b_row)
-                : "memory");
-        asm volatile(
-            "tilestored %%tmm0, (%0,%2); tilestored %%tmm1, 64(%0,%2);"
-            "tilestored %%tmm2, (%1,%2); tilestored %%tmm3, 64(%1,%2)" ::"r"(c),
-            "r"(low), "r"(c_row)
-            : "memory");
-    }
-    // While one of these lives, its thread's registers are set up: 8 of 16 rows of 64 bytes.
-    MatrixTiles() {
-        alignas(64) uint8_t setup[64] = {1};
-        for (int i = 0; i < 8; ++i) setup[16 + 2 * i] = 64, setup[48 + i] = 16;
-        asm volatile("ldtilecfg %0" ::"m"(setup));
-    }
-    ~MatrixTiles() { asm volatile("tilerelease"); }
-};
-#else
-struct MatrixTiles : PairTiles {
-    static bool usable() { return false; }
-};
-#endif
-
-// c[rows, cols] = finish of one tile, at row i0 and column j0 of the whole, from its two panels.
-template <class Tiles, class real, class Packed, class Finish>
-void finish_tile(real* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int i0, int j0, int rows,
-                 int cols, int steps, bool add, bool last, Finish finish) {
-    constexpr int R = Tiles::kRows, N = Tiles::kCols;
-    if (cols == N && (rows == R || Tiles::kAnyRows)) {
-        for (int i = 0; i < rows; ++i)
-            __builtin_prefetch(c + i * ldc, 1), __builtin_prefetch(c + i * ldc + N / 2, 1);
-        Tiles::tile(c, ldc, a, b, rows, steps, add);
-        for (int i = 0; last && i < rows; ++i) finish(i0 + i, j0, N, c + i * ldc);
-        return;
-    }
-    alignas(64) real edge[R * N] = {};
-    Tiles::tile(edge, N, a, b, rows, steps, false);
-    for (int i = 0; i < rows; ++i) {
-        real *out = c + i * ldc, *sum = edge + i * N;
-        for (int j = 0; j < cols; ++j) out[j] = add ? out[j] + sum[j] : sum[j];
-        if (last) finish(i0 + i, j0, cols, out);
-    }
-}
-
-// c[m, n] = finish(a b), or finish(c + a b) if accumulate. All of a is packed first, by all threads
-// together; then c is cut into units, blocks of columns by stretches of rows, and a thread packs the
-// columns of b that its unit needs for itself, where they stay in its second cache. So threads wait
-// for each other once. The sum over k of one element is made by one thread, in order: no result
-// depends on the number of threads.
-template <class Tiles, class real, class Finish>
-void multiply_blocks(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
-                     bool accumulate, Finish finish) {
-    using Packed = typename Tiles::Packed;
-    constexpr int R = Tiles::kRows, N = Tiles::kCols, kMost = Tiles::kMost;
-    static thread_local Scratch scratch_a;
-    const int rows = (m + R - 1) / R * R, threads = omp_get_max_threads();
-    const int wanted = ((n + kBlockCols - 1) / kBlockCols + threads - 1) / threads * threads;
-    const int width = std::max(4, ((n + wanted - 1) / wanted + N - 1) / N) * N;  // equal blocks
-    const int blocks = (n + width - 1) / width;
-    const int stretches = blocks < threads ? std::min(2 * threads / blocks, rows / R) : 1;
-    const int stretch = (rows / R + stretches - 1) / stretches * R;
-    Packed* packed_a = scratch_a.get<Packed>(size_t(rows) * Tiles::steps(k + kMost));
-#pragma omp parallel
-    {
-        [[maybe_unused]] Tiles setup{};
-        static thread_local Scratch scratch_b;  // Careful: here, so that every thread makes its own
-        Packed* packed_b = scratch_b.get<Packed>(size_t(width) * Tiles::steps(std::min(k, kMost)));
-        for (int k0 = 0; k0 < k; k0 += kMost) {
-            const int depth = std::min(kMost, k - k0);
-            Packed* to = packed_a + size_t(rows) * Tiles::steps(k0);
-#pragma omp for schedule(static) nowait
-            for (int i = 0; i < m; i += 4 * R)
-                Tiles::pack_a(to + size_t(i) * Tiles::steps(depth), a.from(i, k0),
-                              std::min(4 * R, m - i), depth);
-        }
-#pragma omp barrier
-#pragma omp for schedule(dynamic)
-        for (int unit = 0; unit < blocks * stretches; ++unit) {
-            const int j0 = unit / stretches * width, cols = std::min(width, n - j0);
-            const int i0 = unit % stretches * stretch, end = std::min(m, i0 + stretch);
-            for (int k0 = 0; k0 < k; k0 += kMost) {
-                const int depth = std::min(kMost, k - k0), steps = Tiles::steps(depth);
-                const Packed* left = packed_a + size_t(rows) * Tiles::steps(k0);
-                Tiles::pack_b(packed_b, b.from(k0, j0), cols, depth);
-                for (int i = i0; i < end; i += R)
-                    for (int j = 0; j < cols; j += N)
-                        finish_tile<Tiles>(c + i * ldc + j0 + j, ldc, left + size_t(i) * steps,
-                                           packed_b + size_t(j) * steps, i, j0 + j,
-                                           std::min(R, m - i), std::min(N, cols - j), steps,
-                                           k0 > 0 || accumulate, k0 + depth == k, finish);
-            }
-        }
-    }
-}
-
-// a.b of k numbers: four vectors of partial sums, then their lanes, then what is left over.
-template <class real>
-real dot(const real* a, const real* b, int k) {
-    constexpr int L = kLanes<real>;
-    Vec<real> sums[4] = {};
-    int p = 0;
-    for (; p + 4 * L <= k; p += 4 * L)
-        for (int i = 0; i < 4; ++i) sums[i] += load(a + p + i * L) * load(b + p + i * L);
-    const Vec<real> lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    real sum = 0;
-    for (int i = 0; i < L; ++i) sum += lanes[i];
-    for (; p < k; ++p) sum += a[p] * b[p];
-    return sum;
-}
-
-// c[1, n] of one row a, as in generation. Every number of b is used once, so nothing is packed, and
-// memory sets the speed. Where b is row-major a thread goes down its own columns.
-template <class real, class Finish>
-void multiply_row(real* c, View<real> a, View<real> b, int n, int k, bool accumulate,
-                  Finish finish) {
-    constexpr int kMost = 1024;
-    static thread_local Scratch scratch;
-    real* x = scratch.get<real>(k);
-    for (int p = 0; p < k; ++p) x[p] = a(0, p);
-    const int threads = omp_get_max_threads();
-    const int pieces = (n + kMost * threads - 1) / (kMost * threads) * threads;
-    const int width = std::min(kMost, ((n + pieces - 1) / pieces + 15) / 16 * 16);
-#pragma omp parallel for schedule(static)
-    for (int j0 = 0; j0 < n; j0 += width) {
-        const int count = std::min(width, n - j0);
-        real sums[kMost] = {};
-        for (int p = 0; b.col == 1 && p < k; p += 4) {
-            const real* rows[4];
-            real scale[4];
-            for (int i = 0; i < 4; ++i) {
-                rows[i] = &b.data[std::min(p + i, k - 1) * b.row + j0];
-                scale[i] = p + i < k ? x[p + i] : real(0);
-            }
-            for (int j = 0; j < count; ++j)
-                sums[j] += (scale[0] * rows[0][j] + scale[1] * rows[1][j]) +
-                           (scale[2] * rows[2][j] + scale[3] * rows[3][j]);
-        }
-        for (int j = 0; b.col != 1 && j < count; ++j)
-            sums[j] = dot(x, &b.data[(j0 + j) * b.col], k);
-        for (int j = 0; j < count; ++j) c[j0 + j] = accumulate ? c[j0 + j] + sums[j] : sums[j];
-        finish(0, j0, count, c + j0);
-    }
-}
-
 // What to do with finished sums: nothing.
 struct KeepSums {
     template <class real>
     void operator()(int, int, int, real*) const {}
 };
 
-// c = finish(a b), or finish(c + a b) if accumulate, the way the shape and the options ask for.
-template <class real, class Finish>
-void multiply(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
-              MatmulOptions options, bool accumulate, Finish finish) {
-    if (m == 1) return multiply_row(c, a, b, n, k, accumulate, finish);
-    if constexpr (std::is_same_v<real, float>)
-        if (options.bf16) {
-            TINYGPT_CHECK(cpu_has_bf16_dot(),
-                          "bf16 products need a CPU with avx512_bf16 and a build for it "
-                          "(-march=native), "
-                          "which this is not: use --precision fp32");
-            if (MatrixTiles::usable())
-                return multiply_blocks<MatrixTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
-            return multiply_blocks<PairTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
-        }
-    multiply_blocks<PlainTiles<real>>(c, ldc, a, b, m, n, k, accumulate, finish);
-}
-
-// c = finish(a b); c = a b; c += a b.
+// The one that is used makes the same sums some fifty times faster. It is §10, it is held to the
+// definition by a test, and nothing before §10 needs to know how it works:
+//   c = finish(a b)      or, if accumulate,      c = finish(c + a b)
+// finish(row, col, count, values) may change `count` finished sums of a row, from column col, where
+// they lie in c, while they are still in the cache: that is where bias, GELU and residual go.
 template <class real, class Finish = KeepSums>
 void matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
-            MatmulOptions options = {}, Finish finish = {}) {
-    multiply(c, ldc, a, b, m, n, k, options, false, finish);
-}
+            MatmulOptions options = {}, bool accumulate = false, Finish finish = {});
+
+// --- §4.4 The linear layer: every output is a weighted sum of all inputs, plus a bias
+//   out = x w + bias        x [rows, C], bias [OC]
+// w is [C, OC], that is [in, out], as Hugging Face stores GPT-2.
+
 template <class real>
-void matmul_set(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
-                MatmulOptions options = {}) {
-    multiply(c, ldc, a, b, m, n, k, options, false, KeepSums{});
-}
+struct AddBias {
+    const real* bias;
+    void operator()(int, int col, int count, real* values) const {
+        for (int j = 0; j < count; ++j) values[j] += bias[col + j];
+    }
+};
+
+// out [rows, OC] = x w + b.
 template <class real>
-void matmul_add(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
-                MatmulOptions options = {}) {
-    multiply(c, ldc, a, b, m, n, k, options, true, KeepSums{});
+void Cpu<real>::linear_forward(real* out, const real* x, const real* w, const real* b, int rows,
+                               int C, int OC) {
+    matmul(out, OC, rows_of(x, C), rows_of(w, OC), rows, OC, C, matmul_options, false,
+           AddBias<real>{b});
 }
 
 // out[n] = column sums of x [rows, n], or adds them. The rows are added in order, whoever does it.
@@ -1561,13 +983,33 @@ void column_sums(real* out, const real* x, int rows, int n, bool accumulate) {
     }
 }
 
-// --- §4.4 Causal self-attention (Vaswani et al. 2017): every position looks back at all before it
+// out_ro = sum over c of x_rc w_co + b_o is linear in each of its three parts, so each gradient is
+// dout times what stood beside that part, summed over all the places where it was used:
+//   dx_rc = sum_o dout_ro w_co      dx = dout w^T      every output the input fed
+//   dw_co = sum_r x_rc dout_ro      dw = x^T dout      every row the weight served
+//   db_o  = sum_r dout_ro           column sums        every row the bias was added to
+// This is why x must be kept from forward to backward, and why backward takes twice as long.
+// sets dx [rows, C]; sets dw [C, OC] and db [OC], or adds to them if accumulate. db may be null.
+template <class real>
+void Cpu<real>::linear_backward(real* dx, real* dw, real* db, const real* dout, const real* x,
+                                const real* w, int rows, int C, int OC, bool accumulate) {
+    matmul(dx, C, rows_of(dout, OC), transpose_of(w, OC), rows, C, OC, matmul_options);
+    matmul(dw, OC, transpose_of(x, C), rows_of(dout, OC), C, OC, rows, matmul_options, accumulate);
+    if (db) column_sums(db, dout, rows, OC, accumulate);
+}
+
+// --- §4.5 Causal self-attention (Vaswani et al. 2017): every position looks back at all before it
 // qkv [B*T, 3C]: a row holds the queries of all NH heads, then the keys, then the values; a head is
 // HS neighbouring channels, C = NH*HS. For each head, for query t and keys t2 <= t:
 //   s[t,t2] = q[t].k[t2] / sqrt(HS)    p[t,t2] = e^s[t,t2] / sum of e^s[t,.]
 //   out[t] = sum over t2 of p[t,t2] v[t2]
-// lse[t] = log of that sum of e^s: all that the backward pass needs to make p again. Dropout, where
-// it is on, multiplies p by a mask, of index ((b NH + h) T + t) T + t2, after the sum.
+// 1/sqrt(HS) keeps the variance of s near 1 at any head size: q.k is a sum of HS products.
+// The mask (t2 <= t) makes it causal: no position sees what it is to predict. It costs nothing: the
+// scores behind it are not made at all, which halves the work, but for tiles on the diagonal.
+// lse[t] = log of that sum of e^s: all that the backward pass needs to make p again, so that no
+// T x T matrix is ever kept. Dropout, where it is on, multiplies p by a mask, of index
+// ((b NH + h) T + t) T + t2, after the sum.
+//   walk> att of t=0 is its own value, qkv[16..23], since it sees nobody else:
 
 // The definition, of one head: q, k, v with rows `stride` apart, out [T, HS] with rows out_stride
 // apart. place: b NH + h.
@@ -1591,338 +1033,29 @@ void attention_definition(real* out, ptrdiff_t out_stride, const real* q, const 
     }
 }
 
-// Forward. The scores are made transposed, keys down and queries across: then a running softmax is
-// a vector of maxima and one of sums, a lane for each query, and p^T [keys, queries] is already the
-// packed right operand of out^T = v^T p^T. For each block of keys (Milakov and Gimelshein 2018):
-//   new max = max(old max, s)    p = e^(s - new max)    old sums shrink by e^(old max - new max)
-// Keys behind the last query of a tile are never touched: that is the causal half.
-
-// out [m, kTileCols] (+)= left [m, k] * right [k, kTileCols], packed; left's panels are `panel`
-// apart.
-template <class real>
-void multiply_packed(real* out, const real* left, size_t panel, const real* right, int m, int k,
-                     bool add) {
-    constexpr int R = kTileRows, N = kTileCols<real>;
-    for (int i = 0; i < m; i += R)
-        multiply_tile(out + i * N, N, left + i / R * panel, right, std::min(R, m - i), k, add);
-}
-
-// out[j][i] = tile[i][j]: a transposed tile of kTileCols columns back into rows.
-template <class real>
-void unpack_tile(real* out, ptrdiff_t stride, const real* tile, int count, int HS) {
-    for (int j = 0; j < count; ++j)
-        for (int i = 0; i < HS; ++i) out[j * stride + i] = tile[i * kTileCols<real> + j];
-}
-
-// One step of the running softmax, for a block of scores s [keys, kTileCols], which become p.
-// Updates each query's maximum and sum of p, and shrinks sums [HS, kTileCols].
-template <class real>
-void softmax_block(real* s, real* max, real* total, real* sums, int keys, int HS) {
-    constexpr int N = kTileCols<real>, L = kLanes<real>;
-    for (int lane = 0; lane < N; lane += L) {
-        const Vec<real> old_max = load(max + lane);
-        Vec<real> top = old_max;
-        for (int i = 0; i < keys; ++i) {
-            const Vec<real> x = load(s + i * N + lane);
-            top = x > top ? x : top;
-        }
-        const Vec<real> shrink = exp_fast(old_max - top);
-        Vec<real> sum = load(total + lane) * shrink;
-        for (int i = 0; i < keys; ++i) {
-            const Vec<real> p = exp_fast(load(s + i * N + lane) - top);
-            store(s + i * N + lane, p);
-            sum += p;
-        }
-        store(max + lane, top), store(total + lane, sum);
-        for (int i = 0; i < HS; ++i) store(sums + i * N + lane, load(sums + i * N + lane) * shrink);
-    }
-}
-
-// One head: queries first..last-1 over keys 0..last-1. qkv: the head's query of row 0, rows 3C
-// apart. Sets out [last - first, HS], rows C apart, and lse [last - first] unless it is null.
-template <class real>
-void attend(real* out, real* lse, const real* qkv, int first, int last, int C, int HS, Dropout drop,
-            uint64_t place, int T) {
-    constexpr int R = kTileRows, N = kTileCols<real>, kKeys = 8 * R;
-    constexpr real kNever = -std::numeric_limits<real>::infinity();
-    static thread_local Scratch room[5];
-    const View<real> q = rows_of(qkv, 3 * ptrdiff_t(C)), k = q.from(0, C), v = q.from(0, 2 * C);
-    real* keys = room[0].get<real>(size_t(last + R) * HS);    // panels of keys, [HS][R] each
-    real* values = room[1].get<real>(size_t(HS + R) * last);  // panels of channels, [last][R] each
-    real* queries = room[2].get<real>(size_t(HS) * N);        // [HS][N]
-    real* sums = room[3].get<real>(size_t(HS) * N);           // [HS][N]: out^T
-    real* p = room[4].get<real>(size_t(kKeys) * N);           // [keys][N]: scores, then p
-    pack_panels<R>(keys, k, last, HS);
-    pack_panels<R>(values, v.transposed(), HS, last);
-    for (int t = first; t < last; t += N) {
-        const int count = std::min(N, last - t), end = t + count;
-        alignas(64) real max[N], total[N] = {};
-        std::fill(max, max + N, kNever);
-        std::fill(sums, sums + HS * N, real(0));
-        pack_panels<N>(queries, q.from(t, 0), count, HS);
-        for (int i = 0; i < HS * N; ++i) queries[i] *= 1 / std::sqrt(real(HS));
-        for (int k0 = 0; k0 < end; k0 += kKeys) {
-            const int n = std::min(kKeys, end - k0);
-            multiply_packed(p, keys + size_t(k0) * HS, size_t(R) * HS, queries, n, HS, false);
-            for (int i = std::max(0, t - k0); i < n; ++i)  // a key behind the query is not seen
-                std::fill(p + i * N, p + i * N + std::min(N, k0 + i - t), kNever);
-            softmax_block(p, max, total, sums, n, HS);
-            for (int i = 0; drop.on() && i < n; ++i)
-                for (int j = 0; j < count; ++j)
-                    p[i * N + j] *= drop.scale((place * T + t + j) * T + k0 + i);
-            multiply_packed(sums, values + size_t(k0) * R, size_t(R) * last, p, HS, n, true);
-        }
-        for (int i = 0; i < HS * N; ++i) sums[i] /= total[i % N];
-        unpack_tile(out + (t - first) * ptrdiff_t(C), C, sums, count, HS);
-        for (int j = 0; lse && j < count; ++j) lse[t - first + j] = max[j] + std::log(total[j]);
-    }
-}
-
-// Sets out [B*T, C] and lse [B, NH, T] from qkv [B*T, 3C].
+// The fast ones, in §10, tested against it. Forward sets out [B*T, C] and lse [B, NH, T].
 template <class real>
 void attention_forward(real* out, real* lse, const real* qkv, int B, int T, int NH, int HS,
-                       Dropout drop) {
-    const int C = NH * HS;
-#pragma omp parallel for schedule(dynamic)
-    for (int head = 0; head < B * NH; ++head) {
-        const size_t row = size_t(head / NH) * T, at = row * C + head % NH * HS;
-        attend(out + at, lse + size_t(head) * T, qkv + at + 2 * row * C, 0, T, C, HS, drop,
-               uint64_t(head), T);
-    }
-}
+                       Dropout drop);
 
-// One query, the last of n rows, in one head. Nothing is used twice, so nothing is packed.
+// Backward goes the three lines of forward upside down. dout is the gradient of out.
+//   out[t] = sum p[t,t2] v[t2]:  dv[t2] = sum over t of p[t,t2] dout[t],   dp[t,t2] = dout[t].v[t2]
+//   p = softmax(s), of one row:  dp_j/ds_i = p_j ([i=j] - p_i),  so
+//                                ds_i = sum_j dp_j p_j ([i=j] - p_i) = p_i (dp_i - D)
+//                                D = sum_j p_j dp_j = dout . sum_j p_j v_j = dout . out
+//   s = q k^T / sqrt(HS):        dq[t] = sum over t2 of ds[t,t2] k[t2] / sqrt(HS)
+//                                dk[t2] = sum over t of ds[t,t2] q[t] / sqrt(HS)
+// D is one number a row, from dout and out alone; p is made again from q, k and lse. Dropout's mask
+// multiplies p in the first line and dp in the second.
+// Sets dqkv [B*T, 3C] from dout, out [B*T, C], lse [B, NH, T] and qkv [B*T, 3C].
 template <class real>
-void attend_one(real* out, const real* qkv, int n, int C, int HS) {
-    static thread_local Scratch scratch;
-    real* p = scratch.get<real>(n);
-    const ptrdiff_t stride = 3 * ptrdiff_t(C);
-    const real *q = qkv + (n - 1) * stride, *k = qkv + C, *v = qkv + 2 * C;
-    real top = -std::numeric_limits<real>::infinity();
-    for (int t = 0; t < n; ++t, k += stride) {
-        p[t] = dot(q, k, HS) / std::sqrt(real(HS));
-        top = std::max(top, p[t]);
-    }
-    const real total = exp_and_sum(p, top, n);
-    std::fill(out, out + HS, real(0));
-    for (int t = 0; t < n; ++t, v += stride)
-        for (int i = 0; i < HS; ++i) out[i] += p[t] / total * v[i];
-}
+void attention_backward(real* dqkv, const real* dout, const real* out, const real* lse,
+                        const real* qkv, int B, int T, int NH, int HS, Dropout drop);
 
 // Generation: out [n, C] for positions past..past+n-1 of one sequence, whose qkv rows 0..past+n-1
 // are the cache of keys and values.
 template <class real>
-void attention_cached(real* out, const real* qkv, int past, int n, int NH, int HS) {
-    const int C = NH * HS;
-#pragma omp parallel for schedule(dynamic)
-    for (int at = 0; at < C; at += HS)
-        if (n == 1)
-            attend_one(out + at, qkv + at, past + 1, C, HS);
-        else
-            attend(out + at, static_cast<real*>(nullptr), qkv + at, past, past + n, C, HS,
-                   Dropout{}, 0, past + n);
-}
-
-// Backward. With dp = dout v^T (times the mask), the softmax passes on ds = p (dp - D), where
-//   D[t] = sum over t2 of p dp = dout[t].out[t]    (out = p v: the sum over t2 is already there)
-//   dv = p^T dout    dk = ds^T q / sqrt(HS)    dq = ds k / sqrt(HS)
-// For each block of keys the scores of all later queries are made again, p = e^(s - lse), this time
-// queries down and keys across: p and ds are then the right operands of dv^T and dk^T as they are.
-
-// Scores p and products ds = dout v^T, [queries, kTileCols], of queries t.. and keys k0.. become p
-// (times the mask) and ds / sqrt(HS). lse, D: of query t.
-template <class real>
-void softmax_block_backward(real* p, real* ds, const real* lse, const real* D, int t, int k0,
-                            int queries, int T, int HS, Dropout drop, uint64_t place) {
-    constexpr int N = kTileCols<real>;
-    const real scale = 1 / std::sqrt(real(HS));
-    for (int i = 0; i < queries; ++i, ++t, p += N, ds += N) {
-        for (int j = 0; j < N; ++j) p[j] = exp_fast(p[j] * scale - lse[i]);
-        for (int j = std::max(0, t + 1 - k0); j < N; ++j) p[j] = 0;  // keys behind the query
-        if (!drop.on()) {
-            for (int j = 0; j < N; ++j) ds[j] = p[j] * (ds[j] - D[i]) * scale;
-            continue;
-        }
-        for (int j = 0; j < N; ++j) {
-            const real mask = drop.scale((place * T + t) * T + k0 + j);
-            ds[j] = p[j] * (ds[j] * mask - D[i]) * scale;
-            p[j] *= mask;
-        }
-    }
-}
-
-// One head; rows of dqkv and qkv are 3C apart, those of dout and out C. Sets dqkv.
-template <class real>
-void attend_backward(real* dqkv, const real* dout, const real* out, const real* lse,
-                     const real* qkv, int T, int C, int HS, Dropout drop, uint64_t place) {
-    constexpr int R = kTileRows, N = kTileCols<real>, kQueries = 8 * R;
-    static thread_local Scratch room[13];
-    const ptrdiff_t stride = 3 * ptrdiff_t(C);
-    const View<real> q = rows_of(qkv, stride), k = q.from(0, C), v = q.from(0, 2 * C),
-                     d = rows_of(dout, C);
-    const size_t by_rows = size_t(T + R) * HS, by_cols = size_t(HS + R) * T,
-                 tile = size_t(HS + N) * N;
-    real *q_rows = room[0].get<real>(by_rows), *dout_rows = room[1].get<real>(by_rows);
-    real *q_cols = room[2].get<real>(by_cols), *dout_cols = room[3].get<real>(by_cols);
-    real *k_right = room[4].get<real>(tile), *v_right = room[5].get<real>(tile);  // [HS][N]
-    real *dk = room[6].get<real>(tile), *dv = room[7].get<real>(tile);            // [HS][N]
-    real* k_wide = room[8].get<real>(tile);  // [HS / N][keys][N]
-    real *p = room[9].get<real>(kQueries * N),
-         *ds = room[10].get<real>(kQueries * N);               // [queries][N]
-    real* ds_left = room[11].get<real>(size_t(kQueries) * N);  // panels of queries, [keys][R] each
-    const int wide = (HS + N - 1) / N;
-    real *dq = room[12].get<real>((size_t(wide) * N + 1) * T), *D = dq + size_t(wide) * T * N;
-    std::fill(dq, D, real(0));  // [HS / N][T][N]
-    for (int t = 0; t < T; ++t) D[t] = dot(dout + ptrdiff_t(t) * C, out + ptrdiff_t(t) * C, HS);
-    pack_panels<R>(q_rows, q, T, HS), pack_panels<R>(dout_rows, d, T, HS);
-    pack_panels<R>(q_cols, q.transposed(), HS, T), pack_panels<R>(dout_cols, d.transposed(), HS, T);
-    for (int k0 = 0; k0 < T; k0 += N) {
-        const int keys = std::min(N, T - k0);
-        pack_panels<N>(k_right, k.from(k0, 0), keys, HS),
-            pack_panels<N>(v_right, v.from(k0, 0), keys, HS);
-        pack_panels<N>(k_wide, k.from(k0, 0).transposed(), HS, keys);
-        std::fill(dk, dk + tile, real(0)), std::fill(dv, dv + tile, real(0));
-        for (int t = k0 / R * R; t < T; t += kQueries) {
-            const int n = std::min(kQueries, T - t);
-            multiply_packed(p, q_rows + size_t(t) * HS, size_t(R) * HS, k_right, n, HS, false);
-            multiply_packed(ds, dout_rows + size_t(t) * HS, size_t(R) * HS, v_right, n, HS, false);
-            softmax_block_backward(p, ds, lse + t, D + t, t, k0, n, T, HS, drop, place);
-            multiply_packed(dv, dout_cols + size_t(t) * R, size_t(R) * T, p, HS, n, true);
-            multiply_packed(dk, q_cols + size_t(t) * R, size_t(R) * T, ds, HS, n, true);
-            pack_panels<R>(ds_left, rows_of(ds, N), n, keys);
-            for (int w = 0; w < wide; ++w)
-                multiply_packed(dq + (size_t(w) * T + t) * N, ds_left, size_t(R) * keys,
-                                k_wide + size_t(w) * keys * N, n, keys, true);
-        }
-        unpack_tile(dqkv + k0 * stride + C, stride, dk, keys, HS);
-        unpack_tile(dqkv + k0 * stride + 2 * C, stride, dv, keys, HS);
-    }
-    for (int i = 0; i < HS; i += N)
-        for (int t = 0; t < T; ++t)
-            std::copy_n(dq + size_t(i) * T + size_t(t) * N, std::min(N, HS - i),
-                        dqkv + t * stride + i);
-}
-
-// Sets dqkv [B*T, 3C] from dout, out [B*T, C], lse [B, NH, T] and qkv [B*T, 3C].
-template <class real>
-void attention_backward(real* dqkv, const real* dout, const real* out, const real* lse,
-                        const real* qkv, int B, int T, int NH, int HS, Dropout drop) {
-    const int C = NH * HS;
-#pragma omp parallel for schedule(dynamic)
-    for (int head = 0; head < B * NH; ++head) {
-        const size_t row = size_t(head / NH) * T, at = row * C + head % NH * HS,
-                     at3 = at + 2 * row * C;
-        attend_backward(dqkv + at3, dout + at, out + at, lse + size_t(head) * T, qkv + at3, T, C,
-                        HS, drop, uint64_t(head));
-    }
-}
-
-// --- §4.4 The linear layer: every output is a weighted sum of all inputs, plus a bias
-//   out = x w + bias        x [rows, C], w [C, OC] ([in, out], as Hugging Face stores GPT-2), bias
-//   [OC]
-// The finished sums of a tile pass through one of these while they are still in the cache.
-
-template <class real>
-struct AddBias {
-    const real* bias;
-    void operator()(int, int col, int count, real* values) const {
-        for (int j = 0; j < count; ++j) values[j] += bias[col + j];
-    }
-};
-
-// Also keeps the sum before the GELU in pre [rows, OC]: the GELU's backward needs it.
-template <class real>
-struct AddBiasGelu {
-    const real* bias;
-    real* pre;
-    int OC;
-    void operator()(int row, int col, int count, real* values) const {
-        real* kept = pre + size_t(row) * OC + col;
-        for (int j = 0; j < count; ++j) kept[j] = values[j] + bias[col + j];
-        gelu(values, kept, count);
-    }
-};
-
-// out = residual + drop(sum + bias): the branch joins the residual stream.
-template <class real>
-struct AddBiasResidual {
-    const real *bias, *residual;
-    int OC;
-    Dropout drop;
-    void operator()(int row, int col, int count, real* values) const {
-        const size_t at = size_t(row) * OC + col;
-        for (int j = 0; j < count; ++j) values[j] += bias[col + j];
-        if (drop.on())
-            for (int j = 0; j < count; ++j) values[j] *= drop.scale(at + j);
-        for (int j = 0; j < count; ++j) values[j] += residual[at + j];
-    }
-};
-
-// Multiplies a finished gradient of gelu(pre) by gelu'(pre): the chain rule, in place.
-template <class real>
-struct TimesGeluDerivative {
-    const real* pre;
-    int C;
-    void operator()(int row, int col, int count, real* values) const {
-        gelu_backward(values, pre + size_t(row) * C + col, count);
-    }
-};
-
-// out [rows, OC] = x w + b.
-template <class real>
-void Cpu<real>::linear_forward(real* out, const real* x, const real* w, const real* b, int rows,
-                               int C, int OC) {
-    matmul(out, OC, rows_of(x, C), rows_of(w, OC), rows, OC, C, matmul_options, AddBias<real>{b});
-}
-
-// Each output is out_ro = sum_c x_rc w_co + b_o, so each product rule term names its own gradient:
-//   dx_rc = sum_o dout_ro w_co,  dx = dout w^T      (every output the input fed)
-//   dw_co = sum_r x_rc dout_ro,  dw = x^T dout      (every row the weight served)
-//   db_o  = sum_r dout_ro                           (column sums)
-// sets dx [rows, C]; sets dw [C, OC] and db [OC], or adds to them if accumulate. db may be null.
-template <class real>
-void Cpu<real>::linear_backward(real* dx, real* dw, real* db, const real* dout, const real* x,
-                                const real* w, int rows, int C, int OC, bool accumulate) {
-    matmul(dx, C, rows_of(dout, OC), transpose_of(w, OC), rows, C, OC, matmul_options);
-    auto product = accumulate ? matmul_add<real> : matmul_set<real>;
-    product(dw, OC, transpose_of(x, C), rows_of(dout, OC), C, OC, rows, matmul_options);
-    if (db) column_sums(db, dout, rows, OC, accumulate);
-}
-
-// gelu [rows, OC] = GELU(pre), pre = x w + b. Both are kept.
-template <class real>
-void Cpu<real>::linear_gelu_forward(real* gelu, real* pre, const real* x, const real* w,
-                                    const real* b, int rows, int C, int OC) {
-    matmul(gelu, OC, rows_of(x, C), rows_of(w, OC), rows, OC, C, matmul_options,
-           AddBiasGelu<real>{b, pre, OC});
-}
-
-// Backward of a linear layer whose input was gelu = GELU(pre), and of that GELU:
-//   dpre = (dout w^T) gelu'(pre)     dw = gelu^T dout     dpre_bias = column sums of dpre
-// dpre_bias is the bias gradient of the layer that made pre. Shapes: dpre, gelu, pre [rows, C],
-// dout [rows, OC], w [C, OC]. sets dpre; sets dw, dpre_bias [C], or adds to them if accumulate.
-template <class real>
-void Cpu<real>::linear_gelu_backward(real* dpre, real* dw, real* dpre_bias, const real* dout,
-                                     const real* gelu, const real* pre, const real* w, int rows,
-                                     int C, int OC, bool accumulate) {
-    matmul(dpre, C, rows_of(dout, OC), transpose_of(w, OC), rows, C, OC, matmul_options,
-           TimesGeluDerivative<real>{pre, C});
-    auto product = accumulate ? matmul_add<real> : matmul_set<real>;
-    product(dw, OC, transpose_of(gelu, C), rows_of(dout, OC), C, OC, rows, matmul_options);
-    column_sums(dpre_bias, dpre, rows, C, accumulate);
-}
-
-// out [rows, OC] = residual + drop(x w + b). Its backward is linear_backward of drop(dout); the
-// residual's gradient is dout itself (see layernorm_backward, which makes both).
-template <class real>
-void Cpu<real>::linear_residual_forward(real* out, const real* residual, const real* x,
-                                        const real* w, const real* b, int rows, int C, int OC,
-                                        Dropout drop) {
-    matmul(out, OC, rows_of(x, C), rows_of(w, OC), rows, OC, C, matmul_options,
-           AddBiasResidual<real>{b, residual, OC, drop});
-}
-
-// --- §4.5 Attention on this device: the functions of §4.3
+void attention_cached(real* out, const real* qkv, int past, int n, int NH, int HS);
 
 template <class real>
 void Cpu<real>::attention_forward(real* out, real* lse, const real* qkv, int B, int T, int NH,
@@ -1939,7 +1072,109 @@ void Cpu<real>::attention_cached(real* out, const real* qkv, int past, int n, in
     tinygpt::attention_cached(out, qkv, past, n, NH, HS);
 }
 
-// --- §4.6 The head: logits, softmax and cross-entropy in one
+// --- §4.6 The MLP's first layer: linear, then GELU with tanh (Hendrycks and Gimpel 2016)
+//   gelu(x) = x/2 (1 + tanh u),   u = sqrt(2/pi) (x + 0.044715 x^3)
+// and (1 + tanh u)/2 = 1/(1 + e^(-2u)) = s, the logistic function: gelu(x) = x s, one exponential.
+// Its derivative: ds/du = 2 s (1 - s), so gelu'(x) = s + x 2 s (1 - s) du/dx.
+
+// e^x of one number, in §10: float's within 2 units in the last place, double's the library's.
+inline float exp_fast(float x);
+inline double exp_fast(double x);
+
+// Careful: at -10 the true value is -1e-37; stopping there keeps -infinity * 0 away.
+template <class real>
+real gelu(real x) {
+    x = x < -10 ? real(-10) : x;
+    const real inner = real(-1.5957691216057308) * x * (1 + real(0.044715) * x * x);
+    return x / (1 + exp_fast(inner));
+}
+template <class real>
+real gelu_derivative(real x) {
+    x = x < -10 ? real(-10) : x;
+    x = x > 10 ? real(10) : x;
+    const real slope = real(1.5957691216057308) * (1 + 3 * real(0.044715) * x * x);
+    const real inner = real(-1.5957691216057308) * x * (1 + real(0.044715) * x * x);
+    const real s = 1 / (1 + exp_fast(inner));
+    return s + x * s * (1 - s) * slope;
+}
+
+// Also keeps the sum before the GELU in pre [rows, OC]: the GELU's backward needs it.
+template <class real>
+struct AddBiasGelu {
+    const real* bias;
+    real* pre;
+    int OC;
+    void operator()(int row, int col, int count, real* values) const {
+        real* kept = pre + size_t(row) * OC + col;
+        for (int j = 0; j < count; ++j) kept[j] = values[j] + bias[col + j];
+        for (int j = 0; j < count; ++j) values[j] = gelu(kept[j]);
+    }
+};
+
+// gelu [rows, OC] = GELU(pre), pre = x w + b. Both are kept.
+template <class real>
+void Cpu<real>::linear_gelu_forward(real* gelu, real* pre, const real* x, const real* w,
+                                    const real* b, int rows, int C, int OC) {
+    matmul(gelu, OC, rows_of(x, C), rows_of(w, OC), rows, OC, C, matmul_options, false,
+           AddBiasGelu<real>{b, pre, OC});
+}
+
+// Multiplies a finished gradient of gelu(pre) by gelu'(pre): the chain rule, in place.
+template <class real>
+struct TimesGeluDerivative {
+    const real* pre;
+    int C;
+    void operator()(int row, int col, int count, real* values) const {
+        const real* x = pre + size_t(row) * C + col;
+        for (int j = 0; j < count; ++j) values[j] *= gelu_derivative(x[j]);
+    }
+};
+
+// Backward of a linear layer whose input was gelu = GELU(pre), and of that GELU:
+//   dpre = (dout w^T) gelu'(pre)     dw = gelu^T dout     dpre_bias = column sums of dpre
+// dpre_bias is the bias gradient of the layer that made pre. Shapes: dpre, gelu, pre [rows, C],
+// dout [rows, OC], w [C, OC]. sets dpre; sets dw, dpre_bias [C], or adds to them if accumulate.
+template <class real>
+void Cpu<real>::linear_gelu_backward(real* dpre, real* dw, real* dpre_bias, const real* dout,
+                                     const real* gelu, const real* pre, const real* w, int rows,
+                                     int C, int OC, bool accumulate) {
+    matmul(dpre, C, rows_of(dout, OC), transpose_of(w, OC), rows, C, OC, matmul_options, false,
+           TimesGeluDerivative<real>{pre, C});
+    matmul(dw, OC, transpose_of(gelu, C), rows_of(dout, OC), C, OC, rows, matmul_options,
+           accumulate);
+    column_sums(dpre_bias, dpre, rows, C, accumulate);
+}
+
+// --- §4.7 The residual stream: a branch ends in a linear layer whose output is added to x
+//   out = x + drop(branch w + bias)
+// The sum passes its gradient on unchanged to both sides. That is what lets a deep model learn: the
+// gradient of the loss reaches every layer by a path without a single multiplication.
+
+template <class real>
+struct AddBiasResidual {
+    const real *bias, *residual;
+    int OC;
+    Dropout drop;
+    void operator()(int row, int col, int count, real* values) const {
+        const size_t at = size_t(row) * OC + col;
+        for (int j = 0; j < count; ++j) values[j] += bias[col + j];
+        if (drop.on())
+            for (int j = 0; j < count; ++j) values[j] *= drop.scale(at + j);
+        for (int j = 0; j < count; ++j) values[j] += residual[at + j];
+    }
+};
+
+// out [rows, OC] = residual + drop(x w + b). Its backward is linear_backward of drop(dout); the
+// residual's gradient is dout itself (see layernorm_backward, which makes both).
+template <class real>
+void Cpu<real>::linear_residual_forward(real* out, const real* residual, const real* x,
+                                        const real* w, const real* b, int rows, int C, int OC,
+                                        Dropout drop) {
+    matmul(out, OC, rows_of(x, C), rows_of(w, OC), rows, OC, C, matmul_options, false,
+           AddBiasResidual<real>{b, residual, OC, drop});
+}
+
+// --- §4.8 The head: logits, softmax and cross-entropy in one
 //   logits = x w^T,  w [V, C]      p = softmax(logits)      loss = -log p[target]
 // Every token gets a score, and the loss is how surprised the softmax is by the one that came.
 //   walk> cat     -0.8429       0.4305        0.0351   <- the target
@@ -1964,6 +1199,10 @@ real maximum(const real* x, int n) {
     for (int i = n / L * L; i < n; ++i) lanes[0] = std::max(lanes[0], x[i]);
     return *std::max_element(lanes, lanes + L);
 }
+
+// x [count] becomes e^(x - shift); returns the sum. Fast, in §10.
+template <class real>
+real exp_and_sum(real* x, real shift, int count);
 
 // Loss of each row: log(sum exp(logits)) - logits[target], with the maximum taken out so that exp
 // cannot overflow. With scale > 0 the row of logits becomes its own gradient:
@@ -2020,8 +1259,8 @@ void Cpu<real>::head_forward_backward(real* losses, real* dx, real* dw, real* lo
         softmax_cross_entropy(losses + first, logits, targets + first, n, V, scale);
         matmul(dx + size_t(first) * C, C, rows_of(logits, V), rows_of(w, C), n, C, V,
                matmul_options);
-        auto product = accumulate || first > 0 ? matmul_add<real> : matmul_set<real>;
-        product(dw, C, transpose_of(logits, V), rows_of(x_block, C), V, C, n, matmul_options);
+        matmul(dw, C, transpose_of(logits, V), rows_of(x_block, C), V, C, n, matmul_options,
+               accumulate || first > 0);
     }
 }
 
@@ -2699,8 +1938,753 @@ int generate(Gpt2<Device>& model, std::vector<int32_t> tokens, const SampleOptio
 }
 
 // =================================================================================================
-// What follows is plumbing: files, tokenizer, checkpoints, options, log, loop. The model is done.
+// What follows is plumbing. The model is done: §10 makes its products fast on a CPU, the rest reads
+// and writes files, and talks to the user.
 // =================================================================================================
+
+// =================================================================================================
+// §10 The CPU at full speed: products of matrices, attention and e^x
+// =================================================================================================
+// Why products can be fast: n^3 operations on n^2 numbers, so each number can be used many times
+// once it is near. A core does 32 multiply-adds a cycle here, and loads far fewer numbers from its
+// caches, hardly any from memory. So: keep sums in registers, and operands in the caches, in the
+// order in which they will be read.
+
+// --- The compiler's vectors: arithmetic on a whole register at a time, on any CPU
+#ifdef __CUDACC__
+#pragma nv_diag_suppress 1675  // it need not know "GCC unroll"
+#endif
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kVectorRegisters = 32;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32, kVectorRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, kVectorRegisters = 32;
+#else
+constexpr int kVectorBytes = 16, kVectorRegisters = 16;
+#endif
+
+// Vec<real>: kLanes<real> numbers in one register. + - * / < work lane by lane, and a number beside
+// a vector stands for a vector full of it.
+template <class real>
+struct VectorOf {
+    typedef real type __attribute__((vector_size(kVectorBytes)));
+};
+template <class real>
+using Vec = typename VectorOf<real>::type;
+template <class real>
+constexpr int kLanes = kVectorBytes / int(sizeof(real));
+
+// From and to memory, one instruction each; the address need not be aligned.
+template <class real>
+Vec<real> load(const real* from) {
+    Vec<real> v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+template <class V, class real>
+void store(real* to, V v) {
+    std::memcpy(to, &v, sizeof v);
+}
+
+// --- e^x without a library call: the same lines for one float and for a vector of them
+//   x = n ln2 + r,  |r| <= ln2/2,  n whole:   e^x = 2^n e^r,  and e^r = 1 + r + r^2 q(r)
+// The coefficients of q are a minimax fit (relative error of e^r: 3.2e-9, far below float's 6e-8).
+// ln2 is subtracted in two parts so that n * 0.693359375 is exact (Cody and Waite 1980). Adding and
+// subtracting 1.5 * 2^23 rounds to whole numbers and leaves n in the low bits of the sum.
+
+// Within 2 units in the last place for -87.3 < x < 88.3; 0 below, infinity above; NaN stays NaN.
+template <class V>
+V exp_float(V x) {
+    using Bits = std::conditional_t<std::is_same_v<V, float>, int32_t, decltype(x < x)>;
+    x = x < -88.0f ? -88.0f : x;
+    x = x > 89.0f ? 89.0f : x;
+    const V shifted = x * 1.44269504f + 12582912.0f;
+    const V n = shifted - 12582912.0f;
+    const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    const V q =
+        (((1.38138782e-3f * r + 8.36906396e-3f) * r + 4.16684225e-2f) * r + 1.66665182e-1f) * r +
+        0.49999994f;
+    const Bits power = (std::bit_cast<Bits>(shifted) << 23) + (127 << 23);
+    return ((r * r) * q + r + 1.0f) * std::bit_cast<V>(power);
+}
+inline float exp_fast(float x) { return exp_float(x); }
+inline Vec<float> exp_fast(Vec<float> x) { return exp_float(x); }
+// In double, for checking gradients: the library's, to the last bit.
+inline double exp_fast(double x) { return std::exp(x); }
+inline Vec<double> exp_fast(Vec<double> x) {
+    for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+    return x;
+}
+
+// Whole vectors first, then what is left over: the order of additions is fixed.
+template <class real>
+real exp_and_sum(real* x, real shift, int count) {
+    constexpr int L = kLanes<real>;
+    Vec<real> sums = {};
+    int j = 0;
+    for (; j + L <= count; j += L) {
+        const Vec<real> e = exp_fast(load(x + j) - shift);
+        store(x + j, e);
+        sums += e;
+    }
+    real sum = 0;
+    for (int i = 0; i < L; ++i) sum += sums[i];
+    for (; j < count; ++j) sum += x[j] = exp_fast(x[j] - shift);
+    return sum;
+}
+
+// --- The fast product
+//
+//             n                    b, kDepth rows at a time, is cut into panels of kTileCols
+//        +---------+               columns, each copied so that it is read from start to end.
+//      k | b  |p|  |
+//        +---------+               a, the same: panels of kTileRows rows.
+//   k
+// +-----+ +---------+              A tile of c is one panel of a times one panel of b. Its sums
+// |     | |    | |  |              stay in registers for kDepth steps; every step reads one
+// |  a  | |    | |  |              column of a's panel and one row of b's panel, and does
+// |=====| |----[]---| <- tile      kTileRows * kTileCols multiply-adds with them.
+// |     | |         |
+// +-----+ +---------+
+//
+// One panel of a, in the first cache, meets the panels of b in turn, which come from the second: c
+// is walked along its rows, which is how memory likes it. That is the blocking of Goto and van de
+// Geijn (2008) and of BLIS, with the parts of the two operands exchanged. Ragged edges: panels are
+// filled up with zeros, and there is a micro-kernel for each number of rows.
+constexpr int kTileRows = kVectorRegisters == 32 ? 14 : 6;  // sums and operands fill the registers
+template <class real>
+constexpr int kTileCols = 2 * kLanes<real>;
+constexpr int kDepth = 384;      // steps of k packed at a time: a's panel stays in the first cache
+constexpr int kBlockCols = 512;  // columns of b packed at a time: they stay in the second
+
+// One step of the product: sum += a b, a number a beside a vector b.
+template <class real>
+void multiply_add(Vec<real>& sum, real a, Vec<real> b) {
+    sum += a * b;
+}
+// In bf16 a packed element is a pair, two neighbouring steps of k, and one instruction does both:
+// sum += a.low b.low + a.high b.high, in fp32.
+#ifdef __AVX512BF16__
+inline bool cpu_has_bf16_dot() { return true; }
+inline void multiply_add(Vec<float>& sum, uint32_t a, Vec<uint32_t> b) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(b), "v"(Vec<uint32_t>{} + a));
+}
+#else
+inline bool cpu_has_bf16_dot() { return false; }
+inline void multiply_add(Vec<float>&, uint32_t, Vec<uint32_t>) {}  // refused before it gets here
+#endif
+
+// Tile [rows, kTileCols] (+)= panel of a [k, kTileRows] * panel of b [k, kTileCols].
+template <int rows, class real, class Packed>
+void micro_kernel(real* tile, ptrdiff_t stride, const Packed* a, const Packed* b, int k, bool add) {
+    constexpr int L = kLanes<real>;
+    Vec<real> left[rows], right[rows];
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) left[i] = right[i] = Vec<real>{};
+    for (int p = 0; p < k; ++p, a += kTileRows, b += 2 * L) {
+        const Vec<Packed> b0 = load(b), b1 = load(b + L);
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; ++i)
+            multiply_add(left[i], a[i], b0), multiply_add(right[i], a[i], b1);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) {
+        real* out = tile + i * stride;
+        store(out, add ? load(out) + left[i] : left[i]);
+        store(out + L, add ? load(out + L) + right[i] : right[i]);
+    }
+}
+
+// Runs the micro-kernel for tiles of `rows` rows, 1 to kTileRows.
+template <class real, class Packed, int... i>
+void run_kernel(int rows, real* tile, ptrdiff_t stride, const Packed* a, const Packed* b, int k,
+                bool add, std::integer_sequence<int, i...>) {
+    using Kernel = void (*)(real*, ptrdiff_t, const Packed*, const Packed*, int, bool);
+    static constexpr Kernel kernels[] = {micro_kernel<i + 1, real, Packed>...};
+    kernels[rows - 1](tile, stride, a, b, k, add);
+}
+template <class real, class Packed>
+void multiply_tile(real* tile, ptrdiff_t stride, const Packed* a, const Packed* b, int rows, int k,
+                   bool add) {
+    run_kernel(rows, tile, stride, a, b, k, add, std::make_integer_sequence<int, kTileRows>());
+}
+
+// Memory that its owner keeps and that grows on demand; large pages where it is large.
+class Scratch {
+    std::unique_ptr<void, decltype(&std::free)> block{nullptr, &std::free};
+    size_t size = 0;
+
+public:
+    template <class T>
+    T* get(size_t count) {
+        const size_t page = count * sizeof(T) < (1 << 20) ? 64 : 1 << 21;
+        const size_t bytes = (count * sizeof(T) + page - 1) / page * page;
+        if (bytes > size) {
+            block.reset(std::aligned_alloc(page, bytes));
+            TINYGPT_CHECK(block, "out of memory: %.2f GB more were needed", double(bytes) / 1e9);
+            if (page > 64) madvise(block.get(), bytes, MADV_HUGEPAGE);
+            size = bytes;
+        }
+        return static_cast<T*>(block.get());
+    }
+};
+
+// One step of a transpose: exchanges the lanes of a that have bit `step` set with those of b that
+// do not.
+template <int step, class V, int... lane>
+[[gnu::always_inline]] inline void exchange_lanes(V& a, V& b, std::integer_sequence<int, lane...>) {
+    constexpr int L = sizeof...(lane);
+#ifdef __CUDACC__  // nvcc's front end loses the list of lanes below
+    const V x = a, y = b;
+    for (int i = 0; i < L; ++i)
+        a[i] = i & step ? y[i - step] : x[i], b[i] = i & step ? y[i] : x[i + step];
+#else
+    const V low = __builtin_shufflevector(a, b, (lane & step ? L + lane - step : lane)...);
+    b = __builtin_shufflevector(a, b, (lane & step ? L + lane : lane + step)...);
+    a = low;
+#endif
+}
+
+// v[i][j] = v[j][i], in registers, for kLanes vectors of kLanes numbers.
+template <class real, int step = 1>
+[[gnu::always_inline]] inline void transpose_square(Vec<real>* v) {
+    constexpr int L = kLanes<real>;
+    if constexpr (step < L) {
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i)
+            if (!(i & step))
+                exchange_lanes<step>(v[i], v[i + step], std::make_integer_sequence<int, L>());
+        transpose_square<real, 2 * step>(v);
+    }
+}
+
+// Packs one panel of a matrix whose rows are whole in memory: out[p][i] = from(i, p) for p < k, and
+// 0 for i >= rows. A panel that is not a whole number of squares wide is written from its end, so
+// that what one store puts too far the next puts right; but for the very last.
+template <int width, class real>
+void pack_transposed(real* out, View<real> from, int rows, int k) {
+    constexpr int L = kLanes<real>;
+    const int whole = from.col == 1 ? k / L * L : 0;
+    for (int p = 0; p < whole; p += L)
+        for (int i = (width - 1) / L * L; i >= 0; i -= L) {
+            Vec<real> square[L];
+#pragma GCC unroll 16
+            for (int j = 0; j < L; ++j)
+                square[j] = i + j < rows ? load(&from.data[(i + j) * from.row + p]) : Vec<real>{};
+            transpose_square<real>(square);
+#pragma GCC unroll 16
+            for (int j = 0; j < L; ++j)
+                if (i + L <= width || p + j + 1 < k)
+                    store(out + size_t(p + j) * width + i, square[j]);
+                else
+                    std::memcpy(out + size_t(p + j) * width + i, &square[j],
+                                width % L * sizeof(real));
+        }
+    for (size_t p = whole; p < size_t(k); ++p)
+        for (int i = 0; i < width; ++i) out[p * width + i] = i < rows ? from(i, p) : real(0);
+}
+
+// Packs panels: with w = i / width, out[w][p][i % width] = from(i, p) for p < k and i < count, and
+// 0 up to a whole panel. One of from's steps is 1.
+template <int width, class real>
+void pack_panels(real* out, View<real> from, int count, int k) {
+    const size_t panel = size_t(width) * k;
+    if (from.row != 1) {
+        for (int i = 0; i < count; i += width, out += panel)
+            pack_transposed<width>(out, from.from(i, 0), std::min(width, count - i), k);
+        return;
+    }
+    for (int p = 0; p < k; ++p)  // whole rows are copied, to all panels side by side
+        for (int i = 0; i < count; i += width) {
+            real* to = out + i / width * panel + size_t(p) * width;
+            const real* row = &from.data[i + p * from.col];
+            if (i + width <= count)
+                std::memcpy(to, row, width * sizeof(real));
+            else
+                for (int j = 0; j < width; ++j) to[j] = i + j < count ? row[j] : real(0);
+        }
+}
+
+// --- Three ways to compute a tile. Each says what its panels hold, how many rows and columns a
+// tile has, how many packed steps `depth` steps of k become, how panels are packed, and computes a
+// tile.
+
+// Numbers as they are.
+template <class real>
+struct PlainTiles {
+    using Packed = real;
+    static constexpr int kRows = kTileRows, kCols = kTileCols<real>, kMost = kDepth;
+    static constexpr bool kAnyRows = true;  // tile() writes `rows` rows, else all kRows
+    static int steps(int depth) { return depth; }
+    static void pack_a(Packed* out, View<real> a, int m, int k) {
+        pack_panels<kRows>(out, a, m, k);
+    }
+    static void pack_b(Packed* out, View<real> b, int n, int k) {
+        pack_panels<kCols>(out, b.transposed(), n, k);
+    }
+    static void tile(real* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int rows, int k,
+                     bool add) {
+        multiply_tile(c, ldc, a, b, rows, k, add);
+    }
+};
+
+// bf16 in pairs, with the vector unit's dot product. k is filled up with zeros to a multiple of 32.
+struct PairTiles {
+    using Packed = uint32_t;
+    static constexpr int kRows = kTileRows, kCols = kTileCols<float>, kMost = 2 * kDepth;
+    static constexpr bool kAnyRows = true;
+    static int steps(int depth) { return (depth + 31) / 32 * 16; }
+    template <int width>
+    static void pack(Packed* out, View<float> from, int count, int k) {
+        static thread_local Scratch scratch;
+        const int pairs = steps(k);
+        float* panel = scratch.get<float>(size_t(width) * 2 * pairs);
+        for (int i = 0; i < count; i += width) {
+            pack_panels<width>(panel, from.from(i, 0), std::min(width, count - i), k);
+            std::fill(panel + size_t(width) * k, panel + size_t(width) * 2 * pairs, 0.0f);
+            for (int p = 0; p < pairs; ++p, out += width)
+                for (int j = 0; j < width; ++j)
+                    out[j] = bf16(panel[2 * p * width + j]).bits |
+                             uint32_t(bf16(panel[(2 * p + 1) * width + j]).bits) << 16;
+        }
+    }
+    static void pack_a(Packed* out, View<float> a, int m, int k) { pack<kRows>(out, a, m, k); }
+    static void pack_b(Packed* out, View<float> b, int n, int k) {
+        pack<kCols>(out, b.transposed(), n, k);
+    }
+    static void tile(float* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int rows, int k,
+                     bool add) {
+        multiply_tile(c, ldc, a, b, rows, k, add);
+    }
+};
+
+// bf16 in the matrix unit, where the CPU has one (AMX; Intel 64 manual, volume 1, chapter 18): a
+// tile register holds 16 rows of 64 bytes, and one instruction multiplies 16 x 32 by 32 x 16
+// numbers.
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
+struct MatrixTiles : PairTiles {
+    static constexpr int kRows = 32, kCols = 32, kMost = 512;
+    static constexpr bool kAnyRows = false;
+    // Linux lends the unit to a process that asks: ARCH_REQ_XCOMP_PERM, for tile data.
+    static bool usable() {
+        static const bool lent = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+        return lent;
+    }
+    // A panel is [k / 32][kRows][32]: pack_panels makes that, with rows and steps exchanged.
+    static void pack_a(Packed* out, View<float> a, int m, int k) {
+        static thread_local Scratch scratch;
+        float* panel = scratch.get<float>(size_t(kRows) * 2 * steps(k));
+        for (int i = 0; i < m; i += kRows) {
+            const int rows = std::min(kRows, m - i);
+            pack_panels<32>(panel, a.from(i, 0).transposed(), k, rows);
+            for (int chunk = 0; chunk < steps(k) / 16; ++chunk, out += kRows * 16) {
+                bf16* to = reinterpret_cast<bf16*>(out);
+                for (int j = 0; j < rows * 32; ++j) to[j] = bf16(panel[chunk * rows * 32 + j]);
+                for (int j = rows * 32; j < kRows * 32; ++j) to[j].bits = 0;
+            }
+        }
+    }
+    static void pack_b(Packed* out, View<float> b, int n, int k) {
+        pack<kCols>(out, b.transposed(), n, k);
+    }
+    // Registers 0 to 3 are the four quarters of c; 4, 5 two of a, below each other; 6, 7 two of b.
+    static void tile(float* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int, int k,
+                     bool add) {
+        float* low = c + 16 * ldc;
+        const ptrdiff_t c_row = 4 * ldc, a_row = 64, b_row = 128;  // bytes
+        asm volatile(
+            "tileloadd (%0,%2), %%tmm0; tileloadd 64(%0,%2), %%tmm1;"
+            "tileloadd (%1,%2), %%tmm2; tileloadd 64(%1,%2), %%tmm3" ::"r"(c),
+            "r"(low), "r"(c_row)
+            : "memory");
+        if (!add) asm volatile("tilezero %tmm0; tilezero %tmm1; tilezero %tmm2; tilezero %tmm3");
+        for (int p = 0; p < k; p += 16, a += 16 * 32, b += 16 * 32)
+            asm volatile(
+                "tileloadd (%0,%2), %%tmm4; tileloadd 1024(%0,%2), %%tmm5;"
+                "tileloadd (%1,%3), %%tmm6; tileloadd 64(%1,%3), %%tmm7;"
+                "tdpbf16ps %%tmm6, %%tmm4, %%tmm0; tdpbf16ps %%tmm7, %%tmm4, %%tmm1;"
+                "tdpbf16ps %%tmm6, %%tmm5, %%tmm2; tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::"r"(a),
+                "r"(b), "r"(a_row), "r"(b_row)
+                : "memory");
+        asm volatile(
+            "tilestored %%tmm0, (%0,%2); tilestored %%tmm1, 64(%0,%2);"
+            "tilestored %%tmm2, (%1,%2); tilestored %%tmm3, 64(%1,%2)" ::"r"(c),
+            "r"(low), "r"(c_row)
+            : "memory");
+    }
+    // While one of these lives, its thread's registers are set up: 8 of 16 rows of 64 bytes.
+    MatrixTiles() {
+        alignas(64) uint8_t setup[64] = {1};
+        for (int i = 0; i < 8; ++i) setup[16 + 2 * i] = 64, setup[48 + i] = 16;
+        asm volatile("ldtilecfg %0" ::"m"(setup));
+    }
+    ~MatrixTiles() { asm volatile("tilerelease"); }
+};
+#else
+struct MatrixTiles : PairTiles {
+    static bool usable() { return false; }
+};
+#endif
+
+// c[rows, cols] = finish of one tile, at row i0 and column j0 of the whole, from its two panels.
+template <class Tiles, class real, class Packed, class Finish>
+void finish_tile(real* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int i0, int j0, int rows,
+                 int cols, int steps, bool add, bool last, Finish finish) {
+    constexpr int R = Tiles::kRows, N = Tiles::kCols;
+    if (cols == N && (rows == R || Tiles::kAnyRows)) {
+        for (int i = 0; i < rows; ++i)
+            __builtin_prefetch(c + i * ldc, 1), __builtin_prefetch(c + i * ldc + N / 2, 1);
+        Tiles::tile(c, ldc, a, b, rows, steps, add);
+        for (int i = 0; last && i < rows; ++i) finish(i0 + i, j0, N, c + i * ldc);
+        return;
+    }
+    alignas(64) real edge[R * N] = {};
+    Tiles::tile(edge, N, a, b, rows, steps, false);
+    for (int i = 0; i < rows; ++i) {
+        real *out = c + i * ldc, *sum = edge + i * N;
+        for (int j = 0; j < cols; ++j) out[j] = add ? out[j] + sum[j] : sum[j];
+        if (last) finish(i0 + i, j0, cols, out);
+    }
+}
+
+// c[m, n] = finish(a b), or finish(c + a b) if accumulate. All of a is packed first, by all threads
+// together; then c is cut into units, blocks of columns by stretches of rows, and a thread packs
+// the columns of b that its unit needs for itself, where they stay in its second cache. So threads
+// wait for each other once. The sum over k of one element is made by one thread, in order: no
+// result depends on the number of threads.
+template <class Tiles, class real, class Finish>
+void multiply_blocks(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
+                     bool accumulate, Finish finish) {
+    using Packed = typename Tiles::Packed;
+    constexpr int R = Tiles::kRows, N = Tiles::kCols, kMost = Tiles::kMost;
+    static thread_local Scratch scratch_a;
+    const int rows = (m + R - 1) / R * R, threads = omp_get_max_threads();
+    const int wanted = ((n + kBlockCols - 1) / kBlockCols + threads - 1) / threads * threads;
+    const int width = std::max(4, ((n + wanted - 1) / wanted + N - 1) / N) * N;  // equal blocks
+    const int blocks = (n + width - 1) / width;
+    const int stretches = blocks < threads ? std::min(2 * threads / blocks, rows / R) : 1;
+    const int stretch = (rows / R + stretches - 1) / stretches * R;
+    Packed* packed_a = scratch_a.get<Packed>(size_t(rows) * Tiles::steps(k + kMost));
+#pragma omp parallel
+    {
+        [[maybe_unused]] Tiles setup{};
+        static thread_local Scratch scratch_b;  // Careful: here, so that every thread makes its own
+        Packed* packed_b = scratch_b.get<Packed>(size_t(width) * Tiles::steps(std::min(k, kMost)));
+        for (int k0 = 0; k0 < k; k0 += kMost) {
+            const int depth = std::min(kMost, k - k0);
+            Packed* to = packed_a + size_t(rows) * Tiles::steps(k0);
+#pragma omp for schedule(static) nowait
+            for (int i = 0; i < m; i += 4 * R)
+                Tiles::pack_a(to + size_t(i) * Tiles::steps(depth), a.from(i, k0),
+                              std::min(4 * R, m - i), depth);
+        }
+#pragma omp barrier
+#pragma omp for schedule(dynamic)
+        for (int unit = 0; unit < blocks * stretches; ++unit) {
+            const int j0 = unit / stretches * width, cols = std::min(width, n - j0);
+            const int i0 = unit % stretches * stretch, end = std::min(m, i0 + stretch);
+            for (int k0 = 0; k0 < k; k0 += kMost) {
+                const int depth = std::min(kMost, k - k0), steps = Tiles::steps(depth);
+                const Packed* left = packed_a + size_t(rows) * Tiles::steps(k0);
+                Tiles::pack_b(packed_b, b.from(k0, j0), cols, depth);
+                for (int i = i0; i < end; i += R)
+                    for (int j = 0; j < cols; j += N)
+                        finish_tile<Tiles>(c + i * ldc + j0 + j, ldc, left + size_t(i) * steps,
+                                           packed_b + size_t(j) * steps, i, j0 + j,
+                                           std::min(R, m - i), std::min(N, cols - j), steps,
+                                           k0 > 0 || accumulate, k0 + depth == k, finish);
+            }
+        }
+    }
+}
+
+// a.b of k numbers: four vectors of partial sums, then their lanes, then what is left over.
+template <class real>
+real dot(const real* a, const real* b, int k) {
+    constexpr int L = kLanes<real>;
+    Vec<real> sums[4] = {};
+    int p = 0;
+    for (; p + 4 * L <= k; p += 4 * L)
+        for (int i = 0; i < 4; ++i) sums[i] += load(a + p + i * L) * load(b + p + i * L);
+    const Vec<real> lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    real sum = 0;
+    for (int i = 0; i < L; ++i) sum += lanes[i];
+    for (; p < k; ++p) sum += a[p] * b[p];
+    return sum;
+}
+
+// c[1, n] of one row a, as in generation. Every number of b is used once, so nothing is packed, and
+// memory sets the speed. Where b is row-major a thread goes down its own columns.
+template <class real, class Finish>
+void multiply_row(real* c, View<real> a, View<real> b, int n, int k, bool accumulate,
+                  Finish finish) {
+    constexpr int kMost = 1024;
+    static thread_local Scratch scratch;
+    real* x = scratch.get<real>(k);
+    for (int p = 0; p < k; ++p) x[p] = a(0, p);
+    const int threads = omp_get_max_threads();
+    const int pieces = (n + kMost * threads - 1) / (kMost * threads) * threads;
+    const int width = std::min(kMost, ((n + pieces - 1) / pieces + 15) / 16 * 16);
+#pragma omp parallel for schedule(static)
+    for (int j0 = 0; j0 < n; j0 += width) {
+        const int count = std::min(width, n - j0);
+        real sums[kMost] = {};
+        for (int p = 0; b.col == 1 && p < k; p += 4) {
+            const real* rows[4];
+            real scale[4];
+            for (int i = 0; i < 4; ++i) {
+                rows[i] = &b.data[std::min(p + i, k - 1) * b.row + j0];
+                scale[i] = p + i < k ? x[p + i] : real(0);
+            }
+            for (int j = 0; j < count; ++j)
+                sums[j] += (scale[0] * rows[0][j] + scale[1] * rows[1][j]) +
+                           (scale[2] * rows[2][j] + scale[3] * rows[3][j]);
+        }
+        for (int j = 0; b.col != 1 && j < count; ++j)
+            sums[j] = dot(x, &b.data[(j0 + j) * b.col], k);
+        for (int j = 0; j < count; ++j) c[j0 + j] = accumulate ? c[j0 + j] + sums[j] : sums[j];
+        finish(0, j0, count, c + j0);
+    }
+}
+
+// The product, the way the shape and the options ask for.
+template <class real, class Finish>
+void matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
+            MatmulOptions options, bool accumulate, Finish finish) {
+    if (m == 1) return multiply_row(c, a, b, n, k, accumulate, finish);
+    if constexpr (std::is_same_v<real, float>)
+        if (options.bf16) {
+            TINYGPT_CHECK(cpu_has_bf16_dot(),
+                          "bf16 products need a CPU with avx512_bf16 and a build for it "
+                          "(-march=native), "
+                          "which this is not: use --precision fp32");
+            if (MatrixTiles::usable())
+                return multiply_blocks<MatrixTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
+            return multiply_blocks<PairTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
+        }
+    multiply_blocks<PlainTiles<real>>(c, ldc, a, b, m, n, k, accumulate, finish);
+}
+
+// --- Attention, forward. The scores are made transposed, keys down and queries across: then a running softmax is
+// a vector of maxima and one of sums, a lane for each query, and p^T [keys, queries] is already the
+// packed right operand of out^T = v^T p^T. For each block of keys (Milakov and Gimelshein 2018):
+//   new max = max(old max, s)    p = e^(s - new max)    old sums shrink by e^(old max - new max)
+// Keys behind the last query of a tile are never touched: that is the causal half.
+
+// out [m, kTileCols] (+)= left [m, k] * right [k, kTileCols], packed; left's panels are `panel`
+// apart.
+template <class real>
+void multiply_packed(real* out, const real* left, size_t panel, const real* right, int m, int k,
+                     bool add) {
+    constexpr int R = kTileRows, N = kTileCols<real>;
+    for (int i = 0; i < m; i += R)
+        multiply_tile(out + i * N, N, left + i / R * panel, right, std::min(R, m - i), k, add);
+}
+
+// out[j][i] = tile[i][j]: a transposed tile of kTileCols columns back into rows.
+template <class real>
+void unpack_tile(real* out, ptrdiff_t stride, const real* tile, int count, int HS) {
+    for (int j = 0; j < count; ++j)
+        for (int i = 0; i < HS; ++i) out[j * stride + i] = tile[i * kTileCols<real> + j];
+}
+
+// One step of the running softmax, for a block of scores s [keys, kTileCols], which become p.
+// Updates each query's maximum and sum of p, and shrinks sums [HS, kTileCols].
+template <class real>
+void softmax_block(real* s, real* max, real* total, real* sums, int keys, int HS) {
+    constexpr int N = kTileCols<real>, L = kLanes<real>;
+    for (int lane = 0; lane < N; lane += L) {
+        const Vec<real> old_max = load(max + lane);
+        Vec<real> top = old_max;
+        for (int i = 0; i < keys; ++i) {
+            const Vec<real> x = load(s + i * N + lane);
+            top = x > top ? x : top;
+        }
+        const Vec<real> shrink = exp_fast(old_max - top);
+        Vec<real> sum = load(total + lane) * shrink;
+        for (int i = 0; i < keys; ++i) {
+            const Vec<real> p = exp_fast(load(s + i * N + lane) - top);
+            store(s + i * N + lane, p);
+            sum += p;
+        }
+        store(max + lane, top), store(total + lane, sum);
+        for (int i = 0; i < HS; ++i) store(sums + i * N + lane, load(sums + i * N + lane) * shrink);
+    }
+}
+
+// One head: queries first..last-1 over keys 0..last-1. qkv: the head's query of row 0, rows 3C
+// apart. Sets out [last - first, HS], rows C apart, and lse [last - first] unless it is null.
+template <class real>
+void attend(real* out, real* lse, const real* qkv, int first, int last, int C, int HS, Dropout drop,
+            uint64_t place, int T) {
+    constexpr int R = kTileRows, N = kTileCols<real>, kKeys = 8 * R;
+    constexpr real kNever = -std::numeric_limits<real>::infinity();
+    static thread_local Scratch room[5];
+    const View<real> q = rows_of(qkv, 3 * ptrdiff_t(C)), k = q.from(0, C), v = q.from(0, 2 * C);
+    real* keys = room[0].get<real>(size_t(last + R) * HS);    // panels of keys, [HS][R] each
+    real* values = room[1].get<real>(size_t(HS + R) * last);  // panels of channels, [last][R] each
+    real* queries = room[2].get<real>(size_t(HS) * N);        // [HS][N]
+    real* sums = room[3].get<real>(size_t(HS) * N);           // [HS][N]: out^T
+    real* p = room[4].get<real>(size_t(kKeys) * N);           // [keys][N]: scores, then p
+    pack_panels<R>(keys, k, last, HS);
+    pack_panels<R>(values, v.transposed(), HS, last);
+    for (int t = first; t < last; t += N) {
+        const int count = std::min(N, last - t), end = t + count;
+        alignas(64) real max[N], total[N] = {};
+        std::fill(max, max + N, kNever);
+        std::fill(sums, sums + HS * N, real(0));
+        pack_panels<N>(queries, q.from(t, 0), count, HS);
+        for (int i = 0; i < HS * N; ++i) queries[i] *= 1 / std::sqrt(real(HS));
+        for (int k0 = 0; k0 < end; k0 += kKeys) {
+            const int n = std::min(kKeys, end - k0);
+            multiply_packed(p, keys + size_t(k0) * HS, size_t(R) * HS, queries, n, HS, false);
+            for (int i = std::max(0, t - k0); i < n; ++i)  // a key behind the query is not seen
+                std::fill(p + i * N, p + i * N + std::min(N, k0 + i - t), kNever);
+            softmax_block(p, max, total, sums, n, HS);
+            for (int i = 0; drop.on() && i < n; ++i)
+                for (int j = 0; j < count; ++j)
+                    p[i * N + j] *= drop.scale((place * T + t + j) * T + k0 + i);
+            multiply_packed(sums, values + size_t(k0) * R, size_t(R) * last, p, HS, n, true);
+        }
+        for (int i = 0; i < HS * N; ++i) sums[i] /= total[i % N];
+        unpack_tile(out + (t - first) * ptrdiff_t(C), C, sums, count, HS);
+        for (int j = 0; lse && j < count; ++j) lse[t - first + j] = max[j] + std::log(total[j]);
+    }
+}
+
+template <class real>
+void attention_forward(real* out, real* lse, const real* qkv, int B, int T, int NH, int HS,
+                       Dropout drop) {
+    const int C = NH * HS;
+#pragma omp parallel for schedule(dynamic)
+    for (int head = 0; head < B * NH; ++head) {
+        const size_t row = size_t(head / NH) * T, at = row * C + head % NH * HS;
+        attend(out + at, lse + size_t(head) * T, qkv + at + 2 * row * C, 0, T, C, HS, drop,
+               uint64_t(head), T);
+    }
+}
+
+// One query, the last of n rows, in one head. Nothing is used twice, so nothing is packed.
+template <class real>
+void attend_one(real* out, const real* qkv, int n, int C, int HS) {
+    static thread_local Scratch scratch;
+    real* p = scratch.get<real>(n);
+    const ptrdiff_t stride = 3 * ptrdiff_t(C);
+    const real *q = qkv + (n - 1) * stride, *k = qkv + C, *v = qkv + 2 * C;
+    real top = -std::numeric_limits<real>::infinity();
+    for (int t = 0; t < n; ++t, k += stride) {
+        p[t] = dot(q, k, HS) / std::sqrt(real(HS));
+        top = std::max(top, p[t]);
+    }
+    const real total = exp_and_sum(p, top, n);
+    std::fill(out, out + HS, real(0));
+    for (int t = 0; t < n; ++t, v += stride)
+        for (int i = 0; i < HS; ++i) out[i] += p[t] / total * v[i];
+}
+
+template <class real>
+void attention_cached(real* out, const real* qkv, int past, int n, int NH, int HS) {
+    const int C = NH * HS;
+#pragma omp parallel for schedule(dynamic)
+    for (int at = 0; at < C; at += HS)
+        if (n == 1)
+            attend_one(out + at, qkv + at, past + 1, C, HS);
+        else
+            attend(out + at, static_cast<real*>(nullptr), qkv + at, past, past + n, C, HS,
+                   Dropout{}, 0, past + n);
+}
+
+// --- Attention, backward. For each block of keys the scores of all later queries are made again, p = e^(s - lse), this time
+// queries down and keys across: p and ds are then the right operands of dv^T and dk^T as they are.
+
+// Scores p and products ds = dout v^T, [queries, kTileCols], of queries t.. and keys k0.. become p
+// (times the mask) and ds / sqrt(HS). lse, D: of query t.
+template <class real>
+void softmax_block_backward(real* p, real* ds, const real* lse, const real* D, int t, int k0,
+                            int queries, int T, int HS, Dropout drop, uint64_t place) {
+    constexpr int N = kTileCols<real>;
+    const real scale = 1 / std::sqrt(real(HS));
+    for (int i = 0; i < queries; ++i, ++t, p += N, ds += N) {
+        for (int j = 0; j < N; ++j) p[j] = exp_fast(p[j] * scale - lse[i]);
+        for (int j = std::max(0, t + 1 - k0); j < N; ++j) p[j] = 0;  // keys behind the query
+        if (!drop.on()) {
+            for (int j = 0; j < N; ++j) ds[j] = p[j] * (ds[j] - D[i]) * scale;
+            continue;
+        }
+        for (int j = 0; j < N; ++j) {
+            const real mask = drop.scale((place * T + t) * T + k0 + j);
+            ds[j] = p[j] * (ds[j] * mask - D[i]) * scale;
+            p[j] *= mask;
+        }
+    }
+}
+
+// One head; rows of dqkv and qkv are 3C apart, those of dout and out C. Sets dqkv.
+template <class real>
+void attend_backward(real* dqkv, const real* dout, const real* out, const real* lse,
+                     const real* qkv, int T, int C, int HS, Dropout drop, uint64_t place) {
+    constexpr int R = kTileRows, N = kTileCols<real>, kQueries = 8 * R;
+    static thread_local Scratch room[13];
+    const ptrdiff_t stride = 3 * ptrdiff_t(C);
+    const View<real> q = rows_of(qkv, stride), k = q.from(0, C), v = q.from(0, 2 * C),
+                     d = rows_of(dout, C);
+    const size_t by_rows = size_t(T + R) * HS, by_cols = size_t(HS + R) * T,
+                 tile = size_t(HS + N) * N;
+    real *q_rows = room[0].get<real>(by_rows), *dout_rows = room[1].get<real>(by_rows);
+    real *q_cols = room[2].get<real>(by_cols), *dout_cols = room[3].get<real>(by_cols);
+    real *k_right = room[4].get<real>(tile), *v_right = room[5].get<real>(tile);  // [HS][N]
+    real *dk = room[6].get<real>(tile), *dv = room[7].get<real>(tile);            // [HS][N]
+    real* k_wide = room[8].get<real>(tile);  // [HS / N][keys][N]
+    real *p = room[9].get<real>(kQueries * N),
+         *ds = room[10].get<real>(kQueries * N);               // [queries][N]
+    real* ds_left = room[11].get<real>(size_t(kQueries) * N);  // panels of queries, [keys][R] each
+    const int wide = (HS + N - 1) / N;
+    real *dq = room[12].get<real>((size_t(wide) * N + 1) * T), *D = dq + size_t(wide) * T * N;
+    std::fill(dq, D, real(0));  // [HS / N][T][N]
+    for (int t = 0; t < T; ++t) D[t] = dot(dout + ptrdiff_t(t) * C, out + ptrdiff_t(t) * C, HS);
+    pack_panels<R>(q_rows, q, T, HS), pack_panels<R>(dout_rows, d, T, HS);
+    pack_panels<R>(q_cols, q.transposed(), HS, T), pack_panels<R>(dout_cols, d.transposed(), HS, T);
+    for (int k0 = 0; k0 < T; k0 += N) {
+        const int keys = std::min(N, T - k0);
+        pack_panels<N>(k_right, k.from(k0, 0), keys, HS),
+            pack_panels<N>(v_right, v.from(k0, 0), keys, HS);
+        pack_panels<N>(k_wide, k.from(k0, 0).transposed(), HS, keys);
+        std::fill(dk, dk + tile, real(0)), std::fill(dv, dv + tile, real(0));
+        for (int t = k0 / R * R; t < T; t += kQueries) {
+            const int n = std::min(kQueries, T - t);
+            multiply_packed(p, q_rows + size_t(t) * HS, size_t(R) * HS, k_right, n, HS, false);
+            multiply_packed(ds, dout_rows + size_t(t) * HS, size_t(R) * HS, v_right, n, HS, false);
+            softmax_block_backward(p, ds, lse + t, D + t, t, k0, n, T, HS, drop, place);
+            multiply_packed(dv, dout_cols + size_t(t) * R, size_t(R) * T, p, HS, n, true);
+            multiply_packed(dk, q_cols + size_t(t) * R, size_t(R) * T, ds, HS, n, true);
+            pack_panels<R>(ds_left, rows_of(ds, N), n, keys);
+            for (int w = 0; w < wide; ++w)
+                multiply_packed(dq + (size_t(w) * T + t) * N, ds_left, size_t(R) * keys,
+                                k_wide + size_t(w) * keys * N, n, keys, true);
+        }
+        unpack_tile(dqkv + k0 * stride + C, stride, dk, keys, HS);
+        unpack_tile(dqkv + k0 * stride + 2 * C, stride, dv, keys, HS);
+    }
+    for (int i = 0; i < HS; i += N)
+        for (int t = 0; t < T; ++t)
+            std::copy_n(dq + size_t(i) * T + size_t(t) * N, std::min(N, HS - i),
+                        dqkv + t * stride + i);
+}
+
+template <class real>
+void attention_backward(real* dqkv, const real* dout, const real* out, const real* lse,
+                        const real* qkv, int B, int T, int NH, int HS, Dropout drop) {
+    const int C = NH * HS;
+#pragma omp parallel for schedule(dynamic)
+    for (int head = 0; head < B * NH; ++head) {
+        const size_t row = size_t(head / NH) * T, at = row * C + head % NH * HS,
+                     at3 = at + 2 * row * C;
+        attend_backward(dqkv + at3, dout + at, out + at, lse + size_t(head) * T, qkv + at3, T, C,
+                        HS, drop, uint64_t(head));
+    }
+}
+
 // =================================================================================================
 // §10 Files: read and written whole, checked, and JSON
 // =================================================================================================
@@ -6308,7 +6292,7 @@ int64_t Trainer<Device>::planned_steps() {
     // Only --max-minutes: time three steps without an update.
     Batch batch;
     batch.resize(B_, T_);
-    BatchLoader::fill(batch, *corpus_.train, order_, 0, model_.config.vocab_size);
+    fill_batch(batch, *corpus_.train, order_, 0, model_.config.vocab_size);
     double begin = 0;
     for (int i = 0; i < 4; ++i) {
         if (i == 1) begin = now_seconds();
@@ -6407,7 +6391,7 @@ double fixed_batches_loss(Gpt2<Device>& model, const Shards& shards, int64_t cou
     Batch batch;
     for (int64_t i = 0; i < count; ++i) {
         batch.resize(model.B, model.T);
-        BatchLoader::fill(batch, shards, fixed, i * model.B, model.config.vocab_size);
+        fill_batch(batch, shards, fixed, i * model.B, model.config.vocab_size);
         for (auto loss : batch_losses(model, batch)) total += double(loss);
         scored += batch.scored;
     }
