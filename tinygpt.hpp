@@ -99,6 +99,13 @@ namespace tinygpt {
 // =================================================================================================
 // §1 Ground rules: errors with a message, and random numbers that can be asked for in any order
 // =================================================================================================
+// We hold nothing yet but three promises that the rest is built on.
+//   Nothing fails in silence: every check stays on, and says what was expected and what to do.
+//   A run can be repeated, bit for bit: random numbers are a function of where they are used
+//   (below), every sum has one order that does not depend on the number of threads, and the order
+//   of the data is a function of the seed. So 1 thread and 16, or a run that was interrupted and
+//   one that was not, end in the same weights.
+//   Nothing is hidden: what a step computes is in this file, and `walk` prints it.
 
 // Whatever goes wrong is thrown as an Error; main prints its message and exits with its status.
 struct Error : std::runtime_error {
@@ -174,7 +181,14 @@ inline double random_normal(uint64_t key, uint64_t i) {
 // =================================================================================================
 // §2 One batch: B rows of T tokens, and the same text shifted by one
 // =================================================================================================
-// A token is a number below 65,536 that stands for a piece of text (§10). Text comes as shards:
+// A model reads numbers. A token is a number below 65,536 that stands for a piece of text (§12):
+//
+//   text      the   cat   sat   on   the   mat   and
+//   inputs    the   cat   sat   on                       T = 4 of them make one row of the batch
+//   targets         cat   sat   on   the                 the same text, one token later
+//
+// So every row holds T questions, not one: after "the" comes?, after "the cat" comes?, and so on.
+// Text comes as shards:
 //   256 x int32 header: 20240520, version 1, number of tokens, zeros; then the tokens as uint16.
 // The same layout is used by the public FineWeb shards for GPT-2, so those work as they are.
 
@@ -443,7 +457,20 @@ private:
 // =================================================================================================
 // §3 What a model is made of: its sizes, and the one list of its parameters
 // =================================================================================================
-// B rows of T tokens are given. Dimensions, used everywhere below:
+// We hold B rows of T tokens. The model turns each token into a vector of C numbers, x, lets L
+// layers add to it what they find, and at the end compares it with the vectors of all V tokens:
+//
+//   tokens --> wte[token] + wpe[place] --> x              the residual stream, C numbers a position
+//                                          |
+//                +-- x += attention(ln_1(x))              positions look at each other
+//      L times   |
+//                +-- x += mlp(ln_2(x))                    each position thinks for itself
+//                                          |
+//                                     ln_f(x) wte^T --> a score for every token of the vocabulary
+//
+// The last line uses the embedding's own table again (the "tied head"): the vector by which a token
+// is read is the vector by which it is predicted. Nearly all parameters are in the layers' four
+// matrices, 12 C^2 a layer, and in wte, V C: 124,439,808 in all for GPT-2 small. Dimensions:
 //   B batch   T sequence   C channels (n_embd)   NH heads   HS = C / NH head size
 //   L layers  V vocabulary  P positions
 
@@ -527,8 +554,11 @@ struct TensorInfo {
     bool decays() const { return shape.size() >= 2; }  // weight decay is for matrices only
 };
 
-// The flat array: first all tensors that decay, then all that do not, so that "does element i
-// decay" is one comparison (i < decayed). Each tensor starts at a multiple of 64 elements.
+// All parameters lie in one flat array, and so do their gradients and moments: the update is one
+// loop, and so is saving. First all tensors that decay (the matrices and the two embeddings), then
+// all that do not (biases, layernorms): "does element i decay" is one comparison, i < decayed.
+// Why not all: decay pulls weights towards 0; a bias or a scale has no reason to be small.
+// Each tensor starts at a multiple of 64 elements.
 struct Layout {
     std::vector<TensorInfo> tensors;  // in the order of the list
     size_t size = 0, decayed = 0;     // elements with padding; how many of them decay
@@ -597,6 +627,11 @@ void initialise(real* weights, const Config& config, const Layout& layout, uint6
 // =================================================================================================
 // We hold one batch of tokens [B, T] and the parameters. From here on a row is one position of one
 // sequence; rows = B*T of them lie below each other, and x is [rows, C]: the residual stream.
+//
+// Backward is the chain rule, and nothing else. If the loss depends on out, and out on x, then
+//   dx_i = sum over j of dout_j (d out_j / d x_i)
+// Each backward function is that sum written out for one layer, with dout given. What a layer gets
+// from two places, its gradient gets from two: gradients of a value that was used twice are added.
 //
 // A device is a struct with the functions below. Cpu<real> has them as loops, Cuda as kernels;
 // model, training and generation (§5-9) are written once, over any device, and never ask which one
@@ -848,6 +883,8 @@ void Cpu<real>::layernorm_forward(real* out, real* mean, real* rstd, const real*
 //   dm/dx_j = 1/C,  dr/dx_j = -r^2 n_j / C  (the variance's derivative is 2 (x_j - m) / C)
 //   dn_i/dx_j = r [i=j] - r/C - n_i n_j r / C
 // so  dx = r (g - mean(g) - n mean(g n)): three terms, for x itself, for the mean, for the scale.
+// Why the last two: adding a constant to the row, or stretching it, does not change n. So moving x
+// that way cannot change the loss, and the gradient must have no part in these two directions.
 // Layernorm reads the residual stream, which also flows on past it; dx joins both gradients:
 //   dx = dresidual + the above        (dresidual may be null: nothing else read x; may be dx
 //   itself)
@@ -1176,7 +1213,10 @@ void Cpu<real>::linear_residual_forward(real* out, const real* residual, const r
 
 // --- §4.8 The head: logits, softmax and cross-entropy in one
 //   logits = x w^T,  w [V, C]      p = softmax(logits)      loss = -log p[target]
-// Every token gets a score, and the loss is how surprised the softmax is by the one that came.
+// Every token gets a score, and the loss is how surprised the softmax is by the one that came: 0 if
+// it was certain of it, log V if it knows nothing. e^loss, the perplexity, is the number of tokens
+// among which it seems to be guessing.
+//   walk> loss of the batch: the mean of 8 such = 2.433049; knowing nothing is log 11 = 2.3979
 //   walk> cat     -0.8429       0.4305        0.0351   <- the target
 //   walk> sum of exp 12.2585; loss = log(sum) - logit of the target = 2.5062 - -0.8429 = 3.3491
 // logits [rows, V] is by far the largest thing in the model (0.8 GB for 4 x 1024 rows of GPT-2), so
@@ -1273,10 +1313,14 @@ void Cpu<real>::head_logits(real* logits, const real* x, const real* w, int rows
 // =================================================================================================
 // §5 Forward: GPT-2 on one screen
 // =================================================================================================
-// We hold every layer; now they are put together. What backward will need is kept: the input of
-// each matmul (its weight gradient is input^T dout), the input and statistics of each layernorm,
-// the attention's qkv, output and log-sum-exp, the GELU's input. Everything else is recomputed or
-// shared.
+// We hold every layer; now they are put together. Memory is what limits training, so only what
+// backward cannot do without is kept, for each layer:
+//   ln_1, att, ln_2, gelu     the input of each matmul: its weight gradient is input^T dout
+//   x (twice), mean, rstd     the input of each layernorm, and what it was normalised by
+//   qkv, att, lse             attention makes its probabilities again from these
+//   fc                        the GELU's derivative is taken at its input
+// That is 16 C numbers a position and layer. Attention's T x T probabilities and the logits of more
+// than 1024 rows are never kept, and one set of gradients of activations serves all layers.
 
 template <class Device>
 struct Activations {
@@ -1503,10 +1547,15 @@ void forward(Gpt2<Device>& model, const Pass& pass) {
 // =================================================================================================
 // §6 Backward: the same lines upside down
 // =================================================================================================
-// We hold a.ln_f [rows, C] and the targets. The head turns them into the loss and, while a block of
-// logits is at hand, into its own two gradients. From there every line of forward has its mirror
-// image, last first. dx is the gradient of the residual stream; since x_out = x_mid + branch, it
-// goes to the branch as it is and past it as it is, and layernorm's backward joins the two again.
+// We hold a.ln_f [rows, C], the targets, and all that forward kept. The head turns them into the
+// loss and, while a block of logits is at hand, into its own two gradients. From there every line
+// of forward has its mirror image, last first. dx is the gradient of the residual stream; since
+// x_out = x_mid + branch, it goes to the branch as it is and past it as it is, and layernorm's
+// backward joins the two again. Read it beside forward, from the bottom: each call has its partner
+// there, with d's added.
+//   walk> wte.weight                  -0.50763749  -0.50763749
+//   walk> h.0.attn.c_attn.weight       0.00059701   0.00059701
+// (Backward's gradient of one weight, and the slope found by moving that weight a little.)
 
 // sets (first micro-batch) or adds to every parameter gradient; sets a.losses. `scale` is 1 /
 // (number of scored targets of the whole step): the loss of a step is the mean over all its
@@ -1565,8 +1614,13 @@ void backward(Gpt2<Device>& model, const Pass& pass, double scale, bool first_mi
 // =================================================================================================
 // §7 The update: how far, how much, and whether at all
 // =================================================================================================
-// We hold a gradient for every parameter, flat. Three questions: which learning rate (schedule), is
+// We hold a gradient for every parameter, flat. It says which way is uphill from here, for this
+// batch; it does not say how far to trust it. Three questions: which learning rate (schedule), is
 // the gradient too long (clip) or not to be trusted (guards), and which way to go (AdamW).
+
+// Schedules. Warm-up: at the start the moments of AdamW are estimates from a few batches, and the
+// model changes fast; small steps do no harm. Decay: near the end, the noise of single batches is
+// what keeps the loss up, and smaller steps average it away.
 
 enum class Schedule { cosine, linear, constant, wsd };
 struct LearningRate {
@@ -1628,7 +1682,13 @@ TINYGPT_HD inline void judge(StepState& state, const Guards& guards) {
     ++state.seen;
 }
 
-// One element of AdamW (Loshchilov, Hutter 2019), t = number of this update, from 1:
+// AdamW (Loshchilov, Hutter 2019). m remembers which way the gradient went lately, v how large it
+// was (its square). The step m / sqrt(v) has no unit: about 1 for a weight whose gradient always
+// points the same way, about 0 for one whose gradient only jitters, however large either is. So
+// every weight moves by about lr at most. m and v start at 0, so early on they are too small by
+// 1 - beta^t, and are divided by that. The decay is not part of the gradient: it shrinks the weight
+// itself, and only that of matrices (§3).
+// One element, t = number of this update, from 1:
 //   m <- beta1 m + (1-beta1) g        v <- beta2 v + (1-beta2) g^2
 //   w <- w - lr (m/(1-beta1^t) / (sqrt(v/(1-beta2^t)) + eps) + weight_decay w)
 // m_scale = 1/(1-beta1^t), v_scale = 1/(1-beta2^t). decay is 0 for vectors.
@@ -1699,6 +1759,9 @@ void Cpu<real>::adamw(real*, real* masters, real* m, real* v, const real* grads,
 // =================================================================================================
 // §8 One training step
 // =================================================================================================
+// We hold everything. A step is: for each micro-batch forward, backward, then one update.
+// Gradients of the micro-batches add up, and each is scaled by 1 / (targets of the whole step): k
+// micro-batches of B rows make the same update as one of k B rows, in a k-th of the memory.
 
 struct StepOptions {
     int grad_accum_steps = 1;
@@ -1845,6 +1908,9 @@ Evaluation evaluate(Gpt2<Device>& model, const Shards& shards, const std::vector
 }
 
 // --- Generation: predict one token, append it, predict the next
+// The key/value cache: a new token changes nothing about the ones before it, because none of them
+// can look ahead. So their keys and values are kept, and only the new row is computed: one pass
+// over the weights for one token, which is why memory, not arithmetic, sets the speed.
 
 struct SampleOptions {
     int max_new_tokens = 50;
@@ -2466,9 +2532,10 @@ void matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, in
     multiply_blocks<PlainTiles<real>>(c, ldc, a, b, m, n, k, accumulate, finish);
 }
 
-// --- Attention, forward. The scores are made transposed, keys down and queries across: then a running softmax is
-// a vector of maxima and one of sums, a lane for each query, and p^T [keys, queries] is already the
-// packed right operand of out^T = v^T p^T. For each block of keys (Milakov and Gimelshein 2018):
+// --- Attention, forward
+// The scores are made transposed, keys down and queries across: then a running softmax is a vector
+// of maxima and one of sums, a lane for each query, and p^T [keys, queries] is already the packed
+// right operand of out^T = v^T p^T. For each block of keys (Milakov and Gimelshein 2018):
 //   new max = max(old max, s)    p = e^(s - new max)    old sums shrink by e^(old max - new max)
 // Keys behind the last query of a tile are never touched: that is the causal half.
 
@@ -2595,7 +2662,8 @@ void attention_cached(real* out, const real* qkv, int past, int n, int NH, int H
                    Dropout{}, 0, past + n);
 }
 
-// --- Attention, backward. For each block of keys the scores of all later queries are made again, p = e^(s - lse), this time
+// --- Attention, backward
+// For each block of keys the scores of all later queries are made again, p = e^(s - lse), this time
 // queries down and keys across: p and ds are then the right operands of dv^T and dk^T as they are.
 
 // Scores p and products ds = dout v^T, [queries, kTileCols], of queries t.. and keys k0.. become p
