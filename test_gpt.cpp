@@ -4230,7 +4230,7 @@ TEST_CASE("config.json: what this model does not do is refused by name") {
     CHECK(files_test::is_refusal(message, path, "at most 1000000 bytes"));
 }
 
-// §12: the command line, config files, help and echo.
+// §15: the command line, config files, help and echo.
 
 namespace options_test {
 
@@ -4365,10 +4365,9 @@ TEST_CASE("options: no two options share a member") {
     for (const Option& entry : option_table()) {
         Options o;
         const std::string before = value_text(o, entry);
-        std::string value = entry.range.choice ? split_at(entry.range.words, '|').back() : "1";
+        std::string value = entry.range.is_choice() ? entry.range.words().back() : "1";
         if (value == before) value = "0";
-        const bool number = !entry.is_switch() && entry.range.words.empty();
-        if (number && !entry.range.contains(std::stod(value)))
+        if (entry.range.is_number() && !entry.range.contains(std::stod(value)))
             value = entry.range.low > 0 ? "2" : "0.5";
         assign(o, {&entry, value, ""});
         const Options defaults;
@@ -4532,7 +4531,7 @@ TEST_CASE("options: ranges hold at both ends, for every number") {
     int numbers = 0;
     for (const Option& entry : option_table()) {
         const Range& range = entry.range;
-        if (entry.is_switch() || !range.words.empty()) continue;
+        if (!range.is_number()) continue;
         ++numbers;
         const bool whole = !std::holds_alternative<double Options::*>(entry.member);
         auto text = [&](double x) { return format(whole ? "%.0f" : "%.17g", x); };
@@ -4541,8 +4540,8 @@ TEST_CASE("options: ranges hold at both ends, for every number") {
         };
         auto accepted = [&](double x) { return !has(value_after(entry, text(x)), "must be"); };
         CHECK(range.low < range.high);
-        CHECK_MESSAGE(accepted(range.low) == !range.open_low, entry.name);
-        CHECK_MESSAGE(accepted(range.high) == !range.open_high, entry.name);
+        CHECK_MESSAGE(accepted(range.low) == (range.text.front() == '['), entry.name);
+        CHECK_MESSAGE(accepted(range.high) == (range.text.back() == ']'), entry.name);
         CHECK_MESSAGE(!accepted(beyond(range.low, -1)), entry.name);
         CHECK_MESSAGE(!accepted(beyond(range.high, 1)), entry.name);
     }

@@ -5026,64 +5026,70 @@ inline std::vector<std::string> set_aside_later(const std::string& output, int64
 }
 
 // =================================================================================================
-// §12 Options: one table for parsing, defaults, ranges, help, echo, config files and checkpoints
+// §15 Options: what the user may ask for, each said once
 // =================================================================================================
+//
+// The reader now holds all that trains, and the files it reads and writes. What is left is the
+// program around it, and first what its user can say. An option is a member of struct Options,
+// which gives its type and its default, and a row of one table, which gives its name, its range and
+// its meaning. All else is made from that row: reading the command line and config files, --help,
+// the echo at the start of a run, and what a checkpoint remembers of its run. So a new option is a
+// member and a row.
+//
+// What happens to --batch-size 4:
+//
+//   split_arguments   finds the row "batch-size" and pairs it with the text "4": an Assignment
+//   assign            reads 4, sees that it is in [1, 1000000], and sets options.batch_size
+//   check_together    looks at it beside the others: batch and length must fit into an int
+//
+// Whatever is wrong ends in fail_usage, exit status 2, before anything is printed or written.
+
+// ---- What the user asked for --------------------------------------------------------------------
 
 enum Command : unsigned { kTrain = 1, kEval = 2, kSample = 4, kInfo = 8, kBench = 16, kWalk = 32 };
 
-// What the user asked for. A default outside the option's own range (0 where the least is 1) or an
-// empty text means "not set": the comment says what then happens.
+// A member for every option, in the table's order of groups. A default outside the option's own
+// range (0 where the least is 1) or an empty text means "not set": its help says what then happens.
 struct Options {
     Command command = kTrain;
     bool command_given = false;       // the command was written out
-    std::set<std::string> set_names;  // options the user set, on the command line or in a file
-    bool help = false;
-    std::string config;
+    std::set<std::string> set_names;  // the options that the user set, by their names in the table
 
     std::string data = "data/stories", train_shards, val_shards;
 
-    std::string model = "tiny";
-    int n_layer = 0, n_head = 0, n_embd = 0, n_positions = 0, vocab_size = 0;  // the preset's
+    std::string model = "tiny", init_from;
+    int n_layer = 0, n_head = 0, n_embd = 0, n_positions = 0, vocab_size = 0;
     double dropout = 0;
     bool untied_head = false;
-    std::string init_from;
 
-    std::string resume, output;  // output not set: out/ and a name made from the data folder's
-    bool override_changes = false;
-    uint64_t seed = 1337;
-    int threads = 0;        // 0: all cores
-    std::string precision;  // not set: the device's default
+    std::string config, resume, output, precision;
+    bool override_changes = false, help = false;
+    int64_t seed = 1337;
+    int threads = 0;
 
-    int batch_size = 8, grad_accum_steps = 1;
-    int seq_len = 0;  // not set: 128, or the positions where those are fewer
+    int batch_size = 8, seq_len = 0, grad_accum_steps = 1;
     bool shuffle = true, overfit_batch = false;
 
     // What is set here ends the run, whichever comes first. The default of max_steps counts only
     // where neither of the other two is set; otherwise parse_options makes it 0, no limit.
     int64_t max_steps = 2500;
-    double epochs = 0, max_minutes = 0;  // not set: no limit
+    double epochs = 0, max_minutes = 0;
 
     double learning_rate = 3e-3, min_lr_fraction = 0.1;
     Schedule schedule = Schedule::cosine;
     int64_t warmup_steps = 50;
-    double weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8;
-    double grad_clip = 1;  // 0: none
+    double weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, grad_clip = 1;
 
-    // 0: never
     int64_t log_interval = 50, eval_interval = 250, eval_batches = 10, sample_interval = 500;
     int64_t tensor_stats_interval = 0, patience = 0, save_interval = 500;
-    std::string prompt;
     int keep = 2;
 
     std::string on_nan = "stop";
-    double skip_outliers = 0;  // 0: never
+    double skip_outliers = 0;
 
-    std::string prompt_file;
-    int max_new_tokens = 100, num_samples = 1;
-    double temperature = 1;  // 0: always the likeliest
-    int top_k = 0;           // 0: all
-    double top_p = 1;
-    int show_top = 0;
+    std::string prompt, prompt_file;
+    int max_new_tokens = 100, num_samples = 1, top_k = 0, show_top = 0;
+    double temperature = 1, top_p = 1;
 
     std::string hellaswag;
 
@@ -5091,168 +5097,177 @@ struct Options {
     bool given(const std::string& name) const { return set_names.count(name) != 0; }
 };
 
-// Which values an option takes: numbers between two bounds, one of some words, or any text. words:
-// the choices, joined by '|', or how help names the text.
-struct Range {
-    double low = 0, high = 0;
-    bool open_low = false, open_high = false, choice = false;
-    std::string words;
-    bool contains(double x) const {
-        return (open_low ? x > low : x >= low) && (open_high ? x < high : x <= high);
-    }
-    bool any_text() const { return !choice && !words.empty(); }
-    static Range within(double low, double high) { return {low, high, false, false, false, ""}; }
-    static Range above(double low, double high) { return {low, high, true, false, false, ""}; }
-    static Range below(double low, double high) { return {low, high, false, true, false, ""}; }
-    static Range one_of(const std::string& words) { return {0, 0, false, false, true, words}; }
-    static Range text(const std::string& name) { return {0, 0, false, false, false, name}; }
-    static Range on_off() { return {}; }
-};
+// ---- The table ----------------------------------------------------------------------------------
 
-struct Option {
-    const char* name;
-    std::variant<bool Options::*, int Options::*, int64_t Options::*, uint64_t Options::*,
-                 double Options::*, std::string Options::*, Schedule Options::*>
-        member;
-    const char* group;
-    unsigned commands;  // those that take it
-    Range range;
-    bool changes_numbers;  // a resumed run must have the same value: it is saved in checkpoints
-    const char* help;
-    bool is_switch() const { return member.index() == 0; }
-};
+// "a|b" -> "a", "b". There is always at least one part, if an empty one.
+inline std::vector<std::string> split_at(std::string_view text, char separator) {
+    std::vector<std::string> parts;
+    for (size_t end; (end = text.find(separator)) != text.npos; text.remove_prefix(end + 1))
+        parts.emplace_back(text.substr(0, end));
+    parts.emplace_back(text);
+    return parts;
+}
 
-// "a", "b" -> "a, b", one at a time.
+// "a", "b" -> "a, b", one item at a time.
 inline void join(std::string& list, const char* separator, const std::string& item) {
     list += (list.empty() ? "" : separator) + item;
 }
 
-// Careful: an upper bound is there to keep a product of sizes inside 64 bits, and eps and dropout
-// inside what a float can tell from 0 and 1.
-inline const std::vector<Option>& option_table() {
-    using O = Options;
-    const auto within = Range::within, above = Range::above, below = Range::below;
-    const auto one_of = Range::one_of, text = Range::text;
-    const Range on_off = Range::on_off(), count = within(0, 1e12), any = within(0, 1e18);
-    const unsigned model = kTrain | kInfo | kBench, batch = model | kEval;
-    const unsigned machine = batch | kSample, all = machine | kWalk;
-    const bool yes = true, no = false;
+// Which values an option takes, as help shows them. "[1, 1000]" or "(0, 1]" is a number between two
+// bounds, a round bracket leaving its bound out; "0|1" is a switch; "stop|skip" is one of these
+// words; capitals ("DIR") stand for any text.
+struct Range {
+    std::string text;
+    double low = 0, high = 0;  // of a number
+
+    Range(const char* text) : text(text) { std::sscanf(text, "%*c%lf, %lf", &low, &high); }
+    bool is_number() const { return text[0] == '[' || text[0] == '('; }
+    bool is_switch() const { return text == "0|1"; }
+    bool is_choice() const { return std::islower(text[0]); }
+    bool is_text() const { return std::isupper(text[0]); }
+    std::vector<std::string> words() const { return split_at(text, '|'); }
+    bool contains(double x) const {
+        return (text[0] == '(' ? x > low : x >= low) && (text.back() == ')' ? x < high : x <= high);
+    }
+};
+
+// One row of the table. `int Options::*` is "an int in Options, I say which": options.*member is
+// that member of one Options, as getattr(options, name) in Python. A variant holds a value of one
+// of the types listed; std::visit hands it, with its type, to a function.
+struct Option {
+    std::string name;  // as the user types it
+    std::variant<bool Options::*, int Options::*, int64_t Options::*, double Options::*,
+                 std::string Options::*, Schedule Options::*>
+        member;
+    std::string group;  // its heading in help and echo
+    unsigned commands;  // those that take it, and kNumbers where it changes the numbers
+    Range range;
+    std::string help;  // what it means
+};
+
+inline std::string preset_names() {
     std::string names;
     for (const Preset& preset : presets()) join(names, "|", preset.name);
-    // name, member, group, commands, range, whether it changes the numbers, help
-    static const std::vector<Option> table = {
-        {"data", &O::data, "data", kTrain | kEval | kInfo, text("DIR"), yes,
-         "shards and tokenizer, as ./prepare_data writes them"},
-        {"train-shards", &O::train_shards, "data", kTrain | kEval, text("GLOB"), yes,
-         "training shards, instead of --data; text is shown as token numbers"},
-        {"val-shards", &O::val_shards, "data", kTrain | kEval, text("GLOB"), yes,
-         "validation shards, beside --train-shards"},
-
-        {"model", &O::model, "model", model, one_of(names), yes, "sizes of the model"},
-        {"n-layer", &O::n_layer, "model", model, within(1, 1000), yes,
-         "layers, not the model's own"},
-        {"n-head", &O::n_head, "model", model, within(1, 1000), yes, "heads, likewise"},
-        {"n-embd", &O::n_embd, "model", model, within(1, 65536), yes, "channels, likewise"},
-        {"n-positions", &O::n_positions, "model", model, within(1, 1 << 20), yes,
-         "the longest text it can see, in tokens, likewise"},
-        {"vocab-size", &O::vocab_size, "model", model, within(2, 65536), yes,
-         "tokens in the vocabulary, where there is no tokenizer to say"},
-        {"dropout", &O::dropout, "model", model, within(0, 0.999), yes,
-         "share dropped in training"},
-        {"untied-head", &O::untied_head, "model", model, on_off, yes,
-         "the head has weights of its own, not the embedding's"},
-        {"init-from", &O::init_from, "model", machine & ~kBench, text("DIR"), yes,
-         "start from this Hugging Face folder or checkpoint"},
-
-        {"config", &O::config, "run", all, text("FILE"), no,
-         "read lines `name = value` (# begins a comment); the command line comes before them"},
-        {"resume", &O::resume, "run", kTrain, text("DIR|auto"), no,
-         "go on from a checkpoint; auto: from the newest good one in --output, if any"},
-        {"override", &O::override_changes, "run", kTrain, on_off, no,
-         "resume although options that change the numbers have changed"},
-        {"output", &O::output, "run", kTrain, text("DIR"), no,
-         "the run's folder; not set: out/ and a name made from the data folder's"},
-        {"seed", &O::seed, "run", kTrain | kEval | kSample | kBench, any, yes, "of all randomness"},
-        {"threads", &O::threads, "run", all, within(0, 1024), no, "0: all cores"},
-        {"precision", &O::precision, "run", machine, one_of("fp32|bf16|tf32"), yes,
-         "not set: the best for this machine"},
-        {"help", &O::help, "run", all, on_off, no,
-         "this page; after a command, what that command takes"},
-
-        {"batch-size", &O::batch_size, "batch", batch, within(1, 1e6), yes, "texts read at once"},
-        {"seq-len", &O::seq_len, "batch", batch, within(1, 1 << 20), yes,
-         "tokens in each; not set: 128, or --n-positions where that is less"},
-        {"grad-accum-steps", &O::grad_accum_steps, "batch", kTrain, within(1, 1e6), yes,
-         "batches whose gradients make one update"},
-        {"shuffle", &O::shuffle, "batch", kTrain, on_off, yes, "a new order in every epoch"},
-        {"overfit-batch", &O::overfit_batch, "batch", kTrain, on_off, yes,
-         "only ever the first batch"},
-
-        {"max-steps", &O::max_steps, "length", kTrain, within(1, 1e12), yes,
-         "updates; the default counts only where neither of the next two is set"},
-        {"epochs", &O::epochs, "length", kTrain, above(0, 1e9), yes,
-         "times through the training text"},
-        {"max-minutes", &O::max_minutes, "length", kTrain, above(0, 1e9), yes,
-         "of all that are set, what comes first ends the run"},
-
-        {"learning-rate", &O::learning_rate, "optimizer", kTrain, within(0, 100), yes,
-         "at its highest"},
-        {"min-lr-fraction", &O::min_lr_fraction, "optimizer", kTrain, within(0, 1), yes,
-         "of --learning-rate, left at the end"},
-        {"schedule", &O::schedule, "optimizer", kTrain, one_of("cosine|linear|constant|wsd"), yes,
-         "how the rate falls after warm-up"},
-        {"warmup-steps", &O::warmup_steps, "optimizer", kTrain, count, yes,
-         "updates until the full rate"},
-        {"weight-decay", &O::weight_decay, "optimizer", kTrain, within(0, 100), yes, "of matrices"},
-        {"beta1", &O::beta1, "optimizer", kTrain, below(0, 1), yes, "memory of the mean gradient"},
-        {"beta2", &O::beta2, "optimizer", kTrain, below(0, 1), yes, "memory of its square"},
-        {"eps", &O::eps, "optimizer", kTrain, within(1e-30, 1), yes, "AdamW's, outside the root"},
-        {"grad-clip", &O::grad_clip, "optimizer", kTrain, within(0, 1e30), yes,
-         "longest gradient; 0: no limit"},
-
-        {"log-interval", &O::log_interval, "watching", kTrain, count, no,
-         "steps between lines on the terminal; 0, here and below: never"},
-        {"eval-interval", &O::eval_interval, "watching", kTrain, count, yes,
-         "steps between evaluations"},
-        {"eval-batches", &O::eval_batches, "watching", kTrain | kEval, count, yes,
-         "training batches scored in each, beside all of the validation text"},
-        {"sample-interval", &O::sample_interval, "watching", kTrain, count, no,
-         "steps between samples"},
-        {"prompt", &O::prompt, "watching", kTrain | kSample, text("TEXT"), no, "how samples begin"},
-        {"tensor-stats-interval", &O::tensor_stats_interval, "watching", kTrain, count, no,
-         "steps between tables of each tensor's weight, gradient and update"},
-        {"patience", &O::patience, "watching", kTrain, count, yes,
-         "stop after that many evaluations without a new best; 0: do not"},
-        {"save-interval", &O::save_interval, "watching", kTrain, count, no,
-         "steps between checkpoints"},
-        {"keep", &O::keep, "watching", kTrain, within(1, 1e6), no,
-         "newest checkpoints not deleted"},
-
-        {"on-nan", &O::on_nan, "guards", kTrain, one_of("stop|skip"), yes,
-         "what to do where loss or gradient is no number"},
-        {"skip-outliers", &O::skip_outliers, "guards", kTrain, within(0, 1e6), yes,
-         "skip updates whose loss or norm is this many deviations high; 0: none"},
-
-        {"prompt-file", &O::prompt_file, "sample", kSample, text("FILE"), no,
-         "how the text begins; - is standard input"},
-        {"max-new-tokens", &O::max_new_tokens, "sample", kSample, within(1, 1e9), no,
-         "the most to write"},
-        {"num-samples", &O::num_samples, "sample", kSample, within(1, 1e6), no, "texts to write"},
-        {"temperature", &O::temperature, "sample", kSample, within(0, 100), no,
-         "0: always the likeliest token"},
-        {"top-k", &O::top_k, "sample", kSample, within(0, 65536), no,
-         "only the k likeliest; 0: all"},
-        {"top-p", &O::top_p, "sample", kSample, above(0, 1), no,
-         "only the likeliest, up to this sum"},
-        {"show-top", &O::show_top, "sample", kSample, within(0, 65536), no,
-         "print the likeliest next tokens with their probabilities"},
-
-        {"hellaswag", &O::hellaswag, "eval", kEval, text("FILE"), no,
-         "score this file of questions too"},
-    };
-    return table;
+    return names;
 }
 
+// The table: name, member, group, commands, range, help.
+// Careful: an upper bound is there to keep a product of sizes inside 64 bits, and those of eps and
+// dropout keep them inside what a float can tell from 0 and 1.
+struct OptionTable {
+    using O = Options;
+    // kNumbers stands beside the commands of an option that changes the numbers a run computes. A
+    // run that is resumed must have the same value, so checkpoints remember it (kRun: a training
+    // run's). kBuild: commands that make a model of the sizes asked for; kBatch: that run batches.
+    static constexpr unsigned kAll = 63, kNumbers = 64, kRun = kTrain | kNumbers;
+    static constexpr unsigned kBuild = kRun | kInfo | kBench, kBatch = kBuild | kEval;
+    static inline const std::vector<Option> rows = {
+        {"data", &O::data, "data", kRun | kEval | kInfo, "DIR",
+         "shards and tokenizer, as ./prepare_data writes them"},
+        {"train-shards", &O::train_shards, "data", kRun | kEval, "GLOB",
+         "training shards, instead of --data; text is shown as token numbers"},
+        {"val-shards", &O::val_shards, "data", kRun | kEval, "GLOB",
+         "validation shards, beside --train-shards"},
+
+        {"model", &O::model, "model", kBuild, preset_names().c_str(), "sizes of the model"},
+        {"n-layer", &O::n_layer, "model", kBuild, "[1, 1000]", "layers, not the model's own"},
+        {"n-head", &O::n_head, "model", kBuild, "[1, 1000]", "heads, likewise"},
+        {"n-embd", &O::n_embd, "model", kBuild, "[1, 65536]", "channels, likewise"},
+        {"n-positions", &O::n_positions, "model", kBuild, "[1, 1048576]",
+         "the longest text it can see, in tokens, likewise"},
+        {"vocab-size", &O::vocab_size, "model", kBuild, "[2, 65536]",
+         "tokens in the vocabulary, where there is no tokenizer to say"},
+        {"dropout", &O::dropout, "model", kBuild, "[0, 0.999]", "share dropped in training"},
+        {"untied-head", &O::untied_head, "model", kBuild, "0|1",
+         "the head has weights of its own, not the embedding's"},
+        {"init-from", &O::init_from, "model", kRun | kEval | kSample | kInfo, "DIR",
+         "start from this Hugging Face folder or checkpoint"},
+
+        {"config", &O::config, "run", kAll, "FILE",
+         "read lines `name = value` (# begins a comment); the command line comes before them"},
+        {"resume", &O::resume, "run", kTrain, "DIR|auto",
+         "go on from a checkpoint; auto: from the newest good one in --output, if any"},
+        {"override", &O::override_changes, "run", kTrain, "0|1",
+         "resume although options that change the numbers have changed"},
+        {"output", &O::output, "run", kTrain, "DIR",
+         "the run's folder; not set: out/ and a name made from the data folder's"},
+        {"seed", &O::seed, "run", kRun | kEval | kSample | kBench, "[0, 1e+18]",
+         "of all randomness"},
+        {"threads", &O::threads, "run", kAll, "[0, 1024]", "0: all cores"},
+        {"precision", &O::precision, "run", kBatch | kSample, "fp32|bf16|tf32",
+         "not set: the best for this machine"},
+        {"help", &O::help, "run", kAll, "0|1",
+         "this page; after a command, what that command takes"},
+
+        {"batch-size", &O::batch_size, "batch", kBatch, "[1, 1000000]", "texts read at once"},
+        {"seq-len", &O::seq_len, "batch", kBatch, "[1, 1048576]",
+         "tokens in each; not set: 128, or --n-positions where that is less"},
+        {"grad-accum-steps", &O::grad_accum_steps, "batch", kRun, "[1, 1000000]",
+         "batches whose gradients make one update"},
+        {"shuffle", &O::shuffle, "batch", kRun, "0|1", "a new order in every epoch"},
+        {"overfit-batch", &O::overfit_batch, "batch", kRun, "0|1", "only ever the first batch"},
+
+        {"max-steps", &O::max_steps, "length", kRun, "[1, 1e+12]",
+         "updates; the default counts only where neither of the next two is set"},
+        {"epochs", &O::epochs, "length", kRun, "(0, 1000000000]",
+         "times through the training text"},
+        {"max-minutes", &O::max_minutes, "length", kRun, "(0, 1000000000]",
+         "of all that are set, what comes first ends the run"},
+
+        {"learning-rate", &O::learning_rate, "optimizer", kRun, "[0, 100]", "at its highest"},
+        {"min-lr-fraction", &O::min_lr_fraction, "optimizer", kRun, "[0, 1]",
+         "of --learning-rate, left at the end"},
+        {"schedule", &O::schedule, "optimizer", kRun, "cosine|linear|constant|wsd",
+         "how the rate falls after warm-up"},
+        {"warmup-steps", &O::warmup_steps, "optimizer", kRun, "[0, 1e+12]",
+         "updates until the full rate"},
+        {"weight-decay", &O::weight_decay, "optimizer", kRun, "[0, 100]", "of matrices"},
+        {"beta1", &O::beta1, "optimizer", kRun, "[0, 1)", "memory of the mean gradient"},
+        {"beta2", &O::beta2, "optimizer", kRun, "[0, 1)", "memory of its square"},
+        {"eps", &O::eps, "optimizer", kRun, "[1e-30, 1]", "AdamW's, outside the root"},
+        {"grad-clip", &O::grad_clip, "optimizer", kRun, "[0, 1e+30]",
+         "longest gradient; 0: no limit"},
+
+        {"log-interval", &O::log_interval, "watching", kTrain, "[0, 1e+12]",
+         "steps between lines on the terminal; 0, here and below: never"},
+        {"eval-interval", &O::eval_interval, "watching", kRun, "[0, 1e+12]",
+         "steps between evaluations"},
+        {"eval-batches", &O::eval_batches, "watching", kRun | kEval, "[0, 1e+12]",
+         "training batches scored in each, beside all of the validation text"},
+        {"sample-interval", &O::sample_interval, "watching", kTrain, "[0, 1e+12]",
+         "steps between samples"},
+        {"prompt", &O::prompt, "watching", kTrain | kSample, "TEXT", "how samples begin"},
+        {"tensor-stats-interval", &O::tensor_stats_interval, "watching", kTrain, "[0, 1e+12]",
+         "steps between tables of each tensor's weight, gradient and update"},
+        {"patience", &O::patience, "watching", kRun, "[0, 1e+12]",
+         "stop after that many evaluations without a new best; 0: do not"},
+        {"save-interval", &O::save_interval, "watching", kTrain, "[0, 1e+12]",
+         "steps between checkpoints"},
+        {"keep", &O::keep, "watching", kTrain, "[1, 1000000]", "newest checkpoints not deleted"},
+
+        {"on-nan", &O::on_nan, "guards", kRun, "stop|skip",
+         "what to do where loss or gradient is no number"},
+        {"skip-outliers", &O::skip_outliers, "guards", kRun, "[0, 1000000]",
+         "skip updates whose loss or norm is this many deviations high; 0: none"},
+
+        {"prompt-file", &O::prompt_file, "sample", kSample, "FILE",
+         "how the text begins; - is standard input"},
+        {"max-new-tokens", &O::max_new_tokens, "sample", kSample, "[1, 1000000000]",
+         "the most to write"},
+        {"num-samples", &O::num_samples, "sample", kSample, "[1, 1000000]", "texts to write"},
+        {"temperature", &O::temperature, "sample", kSample, "[0, 100]",
+         "0: always the likeliest token"},
+        {"top-k", &O::top_k, "sample", kSample, "[0, 65536]", "only the k likeliest; 0: all"},
+        {"top-p", &O::top_p, "sample", kSample, "(0, 1]", "only the likeliest, up to this sum"},
+        {"show-top", &O::show_top, "sample", kSample, "[0, 65536]",
+         "print the likeliest next tokens with their probabilities"},
+
+        {"hellaswag", &O::hellaswag, "eval", kEval, "FILE", "score this file of questions too"},
+    };
+};
+inline const std::vector<Option>& option_table() { return OptionTable::rows; }
+
+// The commands, in the order of the help.
 struct CommandName {
     Command command;
     const char *name, *help;
@@ -5271,16 +5286,6 @@ inline const std::vector<CommandName>& command_table() {
 
 // ---- Words for messages -------------------------------------------------------------------------
 
-inline std::vector<std::string> split_at(std::string_view text, char separator) {
-    std::vector<std::string> parts(1);
-    for (char c : text)
-        if (c == separator)
-            parts.emplace_back();
-        else
-            parts.back().push_back(c);
-    return parts;
-}
-
 // What the user typed: as it is where it is short and plain, else quoted and cut.
 inline std::string shown(const std::string& text) {
     const bool plain =
@@ -5288,7 +5293,10 @@ inline std::string shown(const std::string& text) {
     return plain && !text.empty() && text.size() <= 60 ? text : in_quotes(text);
 }
 
-// How many letters must be added, dropped or changed to make b of a (Levenshtein 1966).
+// How many letters must be added, dropped or changed to make b of a (Levenshtein 1966). row[j] is
+// that number for the letters of a seen so far and the first j of b. At the next letters of both
+// there are three ways: a's becomes b's (diagonal, and 1 where they differ), b's is added
+// (row[j] + 1), or a's is dropped (row[j + 1] + 1).
 inline size_t edit_distance(std::string_view a, std::string_view b) {
     std::vector<size_t> row(b.size() + 1);
     std::iota(row.begin(), row.end(), size_t(0));
@@ -5302,13 +5310,14 @@ inline size_t edit_distance(std::string_view a, std::string_view b) {
     return row.back();
 }
 
-// How far `typed` is from meaning `name`. Initials ("lr") and parts of it ("steps") are near.
+// How far `typed` is from meaning `name`. Initials ("lr") and parts of it ("steps") are near; of
+// names it is a part of, the shortest is nearest. Careful: what was typed may be very long.
 inline double name_distance(const std::string& typed, const std::string& name) {
     std::string initials;
     for (const std::string& word : split_at(name, '-')) initials += word.substr(0, 1);
     if (typed == initials) return 0;
-    const size_t extra = name.size() - std::min(name.size(), typed.size());
-    if (typed.size() > 2 && name.find(typed) != std::string::npos) return 1 + 0.01 * double(extra);
+    if (typed.size() > 2 && name.find(typed) != name.npos)
+        return 1 + 0.01 * double(name.size() - typed.size());
     return double(edit_distance(typed.substr(0, 64), name));
 }
 
@@ -5320,125 +5329,7 @@ const Entry& nearest(const std::vector<Entry>& table, const std::string& typed) 
     });
 }
 
-// "in (0, 1]", "one of stop, skip", "0 or 1", or how the text is named.
-inline std::string range_text(const Option& option) {
-    const Range& range = option.range;
-    if (option.is_switch()) return "0 or 1";
-    if (range.words.empty())
-        return format("in %c%.12g, %.12g%c", range.open_low ? '(' : '[', range.low, range.high,
-                      range.open_high ? ')' : ']');
-    if (!range.choice) return range.words;
-    std::string words;
-    for (const std::string& word : split_at(range.words, '|')) join(words, ", ", word);
-    return "one of " + words;
-}
-
-// A value as the user would type it; reading it gives the same value again.
-inline std::string value_text(const Options& options, const Option& option) {
-    const auto text_of = [&](auto member) -> std::string {
-        const auto& value = options.*member;
-        using T = std::decay_t<decltype(value)>;
-        if constexpr (std::is_same_v<T, std::string>)
-            return value;
-        else if constexpr (std::is_same_v<T, Schedule>)
-            return split_at(option.range.words, '|')[size_t(value)];
-        else if constexpr (std::is_same_v<T, bool>)
-            return value ? "1" : "0";
-        else {
-            char text[32];
-            return std::string(text, std::to_chars(text, text + sizeof text, value).ptr);
-        }
-    };
-    return std::visit(text_of, option.member);
-}
-
-// False for an empty text and for a number outside its option's range.
-inline bool is_set(const Options& options, const Option& option) {
-    const auto value_is_set = [&](auto member) {
-        const auto& value = options.*member;
-        using T = std::decay_t<decltype(value)>;
-        if constexpr (std::is_same_v<T, std::string>)
-            return !value.empty();
-        else if constexpr (std::is_same_v<T, Schedule> || std::is_same_v<T, bool>)
-            return true;
-        else
-            return option.range.contains(double(value));
-    };
-    return std::visit(value_is_set, option.member);
-}
-
-// ---- Reading one value --------------------------------------------------------------------------
-
-// An option and its value, as typed. where: "" or "file:line: ".
-struct Assignment {
-    const Option* option;
-    std::string value, where;
-};
-
-// "--top-p must be in (0, 1], got 1.5". kind: "a number ", where the value is none.
-[[noreturn]] inline void fail_value(const Assignment& a, const std::string& kind = "") {
-    fail_usage(a.where + "--" + a.option->name + " must be " + kind + range_text(*a.option) +
-               ", got " + shown(a.value));
-}
-
-[[noreturn]] inline void fail_no_value(const Option& option, const std::string& where) {
-    const std::string name = std::string("--") + option.name;
-    const bool text = option.range.any_text();
-    fail_usage(where + name + " needs a value: " + range_text(option) +
-               (text ? "; one that begins with -- is written " + name + "=--..." : ""));
-}
-
-// The number that the whole value is. Strict: digits only in a whole number; no spaces, no "+5", no
-// hexadecimal, no infinity, no NaN, nothing too large or too small for the type.
-template <class T>
-T parse_number(const Assignment& a) {
-    constexpr bool whole = std::is_integral_v<T>;
-    const std::string kind = whole ? "a whole number " : "a number ";
-    const char *begin = a.value.data(), *end = begin + a.value.size();
-    const std::string_view digits = std::string_view(a.value).substr(a.value.starts_with('-'));
-    const char* allowed = whole ? "0123456789" : "0123456789.eE+-";
-    if (digits.empty() || digits.find_first_not_of(allowed) != digits.npos) fail_value(a, kind);
-    T value{};
-    const auto [stop, error] = std::from_chars(begin, end, value);
-    if (whole ? error != std::errc() : error == std::errc::result_out_of_range) fail_value(a);
-    if (error != std::errc() || stop != end) fail_value(a, kind);
-    if (!a.option->range.contains(double(value))) fail_value(a);
-    return value;
-}
-
-// The place of the value among the option's words.
-inline size_t parse_choice(const Assignment& a) {
-    const std::vector<std::string> words = split_at(a.option->range.words, '|');
-    const size_t place = size_t(std::find(words.begin(), words.end(), a.value) - words.begin());
-    if (place == words.size()) fail_value(a);
-    return place;
-}
-
-// Sets one option, or fails. An empty value is fine for a TEXT only.
-inline void assign(Options& options, const Assignment& a) {
-    const Range& range = a.option->range;
-    if (a.value.empty() && range.words != "TEXT") fail_no_value(*a.option, a.where);
-    const auto set = [&](auto member) {
-        auto& value = options.*member;
-        using T = std::decay_t<decltype(value)>;
-        if constexpr (std::is_same_v<T, bool>) {
-            if (a.value != "0" && a.value != "1") fail_value(a);
-            value = a.value == "1";
-        } else if constexpr (std::is_same_v<T, Schedule>) {
-            value = Schedule(parse_choice(a));
-        } else if constexpr (std::is_same_v<T, std::string>) {
-            if (range.choice) parse_choice(a);
-            value = a.value;
-        } else {
-            value = parse_number<T>(a);
-        }
-    };
-    std::visit(set, a.option->member);
-    options.set_names.insert(a.option->name);
-}
-
-// ---- Reading all of them ------------------------------------------------------------------------
-
+// "train, eval": the names of these commands.
 inline std::string command_name(unsigned commands) {
     std::string names;
     for (const CommandName& c : command_table())
@@ -5446,6 +5337,108 @@ inline std::string command_name(unsigned commands) {
     return names;
 }
 
+// "in (0, 1]", "one of stop, skip", "0 or 1", or how the text is named.
+inline std::string range_text(const Range& range) {
+    if (range.is_number()) return "in " + range.text;
+    if (range.is_switch()) return "0 or 1";
+    if (!range.is_choice()) return range.text;
+    std::string words;
+    for (const std::string& word : range.words()) join(words, ", ", word);
+    return "one of " + words;
+}
+
+// ---- One value, to text and from text -----------------------------------------------------------
+
+// Whether T is a number's type. A switch and a Schedule are places in their range's list of words:
+// false, the first place, is "0", and Schedule::linear, the second, is "linear".
+template <class T>
+constexpr bool is_number = std::is_arithmetic_v<T> && !std::is_same_v<T, bool>;
+
+// A value as the user would type it; reading it gives the same value again: to_chars writes as many
+// digits as that takes, and no more. `if constexpr` chooses when the program is compiled, for each
+// type on its own.
+inline std::string value_text(const Options& options, const Option& option) {
+    const auto text_of = [&](auto member) -> std::string {
+        const auto& value = options.*member;
+        using T = std::decay_t<decltype(value)>;
+        char text[32];
+        if constexpr (std::is_same_v<T, std::string>)
+            return value;
+        else if constexpr (is_number<T>)
+            return {text, std::to_chars(text, text + sizeof text, value).ptr};
+        else
+            return option.range.words()[size_t(value)];
+    };
+    return std::visit(text_of, option.member);
+}
+
+// False for an empty text and for a number outside its option's range: both mean "not set".
+inline bool is_set(const Options& options, const Option& option) {
+    const std::string text = value_text(options, option);
+    return option.range.is_number() ? option.range.contains(std::strtod(text.c_str(), nullptr))
+                                    : !text.empty();
+}
+
+// An option and its value, as typed. where: "" or "file:line: ".
+struct Assignment {
+    const Option* option;
+    std::string value, where;
+};
+
+// "run.conf:3: --top-p must be in (0, 1], got 1.5". kind: "a number ", where the value is none.
+[[noreturn]] inline void fail_value(const Assignment& a, const std::string& kind = "") {
+    fail_usage(a.where + "--" + a.option->name + " must be " + kind + range_text(a.option->range) +
+               ", got " + shown(a.value));
+}
+
+// "--data needs a value: DIR; ...". The hint is for a text: "--data --x" is two options.
+[[noreturn]] inline void fail_no_value(const Option& option, const std::string& where) {
+    const std::string name = "--" + option.name;
+    const bool text = option.range.is_text();
+    fail_usage(where + name + " needs a value: " + range_text(option.range) +
+               (text ? "; one that begins with -- is written " + name + "=--..." : ""));
+}
+
+// The number that the whole value is. Strict: no spaces, no "+5", no hexadecimal, no infinity, no
+// NaN, nothing too large or too small for the type; a whole number has digits only. Why from_chars:
+// it takes none of the former, and it says where it stopped, so "1x" is not read as 1.
+template <class T>
+T parse_number(const Assignment& a) {
+    T value{};
+    const char* end = a.value.data() + a.value.size();
+    const auto [stop, error] = std::from_chars(a.value.data(), end, value);
+    const bool too_far = error == std::errc::result_out_of_range;
+    if (stop != end || (error != std::errc() && !too_far) || !std::isfinite(double(value)))
+        fail_value(a, std::is_integral_v<T> ? "a whole number " : "a number ");
+    if (too_far || !a.option->range.contains(double(value))) fail_value(a);
+    return value;
+}
+
+// Sets one option, or fails. An empty value is fine for a TEXT only: an empty prompt is a prompt,
+// an empty file name a mistake.
+inline void assign(Options& options, const Assignment& a) {
+    const Range& range = a.option->range;
+    if (a.value.empty() && range.text != "TEXT") fail_no_value(*a.option, a.where);
+    const std::vector<std::string> words = range.words();
+    const size_t place = size_t(std::find(words.begin(), words.end(), a.value) - words.begin());
+    if ((range.is_switch() || range.is_choice()) && place == words.size()) fail_value(a);
+    const auto set = [&](auto member) {
+        auto& value = options.*member;
+        using T = std::decay_t<decltype(value)>;
+        if constexpr (std::is_same_v<T, std::string>)
+            value = a.value;
+        else if constexpr (is_number<T>)
+            value = parse_number<T>(a);
+        else
+            value = T(place);
+    };
+    std::visit(set, a.option->member);
+    options.set_names.insert(a.option->name);
+}
+
+// ---- Reading all of them ------------------------------------------------------------------------
+
+// The command of that name.
 inline Command find_command(const std::string& typed) {
     for (const CommandName& c : command_table())
         if (typed == c.name) return c.command;
@@ -5453,7 +5446,8 @@ inline Command find_command(const std::string& typed) {
                nearest(command_table(), typed).name + "? The commands are " + command_name(~0u));
 }
 
-// The option of that name, which `command` must take. '-' and '_' are the same.
+// The option of that name, which `command` must take. '-' and '_' are the same. where: as in an
+// Assignment.
 inline const Option& find_option(std::string name, Command command, const std::string& where) {
     std::replace(name.begin(), name.end(), '_', '-');
     for (const Option& option : option_table()) {
@@ -5478,40 +5472,43 @@ inline std::vector<Assignment> split_arguments(const std::vector<std::string>& a
                        " (--help lists all options)");
         const size_t equals = arg.find('=');
         const Option& option = find_option(arg.substr(2, equals - 2), command, "");
+        const bool is_switch = option.range.is_switch();
         const bool stands_alone = i + 1 == args.size() || args[i + 1].starts_with("--") ||
-                                  (option.is_switch() && args[i + 1] == "-h");
+                                  (is_switch && args[i + 1] == "-h");
+        std::string value = "1";  // a switch that stands alone
         if (equals != arg.npos)
-            all.push_back({&option, arg.substr(equals + 1), ""});
+            value = arg.substr(equals + 1);
         else if (!stands_alone)
-            all.push_back({&option, args[++i], ""});
-        else if (option.is_switch())
-            all.push_back({&option, "1", ""});
-        else
+            value = args[++i];
+        else if (!is_switch)
             fail_no_value(option, "");
+        all.push_back({&option, value, ""});
     }
     return all;
 }
 
 // The assignments in the text of a config file, all checked. A line is empty, `name = value`, or a
-// comment; a '#' at its start or after a space begins one. path is for messages only.
+// comment; a '#' at its start or after a space begins one, so "C#" is a value. Names are those of
+// the command line, with or without "--". path is for messages only.
 inline std::vector<Assignment> parse_config(std::string_view text, const std::string& path,
                                             Command command) {
-    std::vector<Assignment> all;
-    Options checked;
-    size_t number = 0;
-    auto trim = [](const std::string& s) {
-        const size_t begin = s.find_first_not_of(" \t\r"), end = s.find_last_not_of(" \t\r");
-        return begin == s.npos ? "" : s.substr(begin, end - begin + 1);
+    const std::string spaces = " \t\r";
+    const auto trim = [&](std::string s) {
+        s.erase(0, s.find_first_not_of(spaces));
+        return s.erase(s.find_last_not_of(spaces) + 1);
     };
+    std::vector<Assignment> all;
+    Options
+        checked;  // takes every value, so that a bad one is refused even where a later one counts
+    int number = 0;
     if (text.starts_with("\xef\xbb\xbf")) text.remove_prefix(3);  // a byte order mark
     for (std::string line : split_at(text, '\n')) {
-        const std::string where = format("%s:%zu: ", path.c_str(), ++number);
-        for (unsigned char c : line)
-            if ((c < ' ' && c != '\t' && c != '\r') || c == 127)
+        const std::string where = format("%s:%d: ", path.c_str(), ++number);
+        for (char c : line)  // a picture or a program, given by mistake
+            if (std::iscntrl(uint8_t(c)) && c != '\t' && c != '\r')
                 fail_usage(where + "this is not text");
-        for (size_t i = 0; i < line.size(); ++i)
-            if (line[i] == '#' && (i == 0 || line[i - 1] == ' ' || line[i - 1] == '\t'))
-                line.resize(i);
+        for (size_t at = 0; (at = line.find('#', at)) != line.npos; ++at)
+            if (at == 0 || line[at - 1] == ' ' || line[at - 1] == '\t') line.resize(at);
         line = trim(line);
         if (line.empty()) continue;
         const size_t equals = line.find('=');
@@ -5527,6 +5524,7 @@ inline std::vector<Assignment> parse_config(std::string_view text, const std::st
     return all;
 }
 
+// The same from a file. One that cannot be read is bad usage: its name was typed.
 inline std::vector<Assignment> read_config(const std::string& path, Command command) {
     std::string text;
     try {
@@ -5542,9 +5540,7 @@ inline void check_together(const Options& o) {
     auto both = [&](const char* a, const char* b) {
         if (o.given(a) && o.given(b)) fail_usage(format("--%s and --%s exclude each other", a, b));
     };
-    both("data", "train-shards");
-    both("data", "val-shards");
-    both("prompt", "prompt-file");
+    both("data", "train-shards"), both("data", "val-shards"), both("prompt", "prompt-file");
     if (o.command == kTrain && o.given("val-shards") && !o.given("train-shards"))
         fail_usage("--val-shards needs --train-shards too: --train-shards GLOB --val-shards GLOB");
     if (o.override_changes && o.resume.empty())
@@ -5557,18 +5553,18 @@ inline void check_together(const Options& o) {
 }
 
 // The options in the arguments (without the program's name), all checked. Bad usage throws Error
-// with status 2. Reads no file but that of --config. Of options given twice the last counts; the
-// command line counts before a file, wherever --config stands.
+// with status 2. Reads no file but that of --config. Of options given twice the last counts, of
+// files too; the command line counts before a file, wherever --config stands. So the arguments are
+// assigned twice: first to check them and to find the file, then over what the file says.
 inline Options parse_options(const std::vector<std::string>& args) {
     Options o;
     o.command_given = !args.empty() && !args[0].starts_with('-');
     if (o.command_given) o.command = find_command(args[0]);
-    const std::vector<Assignment> typed = split_arguments(args, o.command_given ? 1 : 0, o.command);
+    const std::vector<Assignment> typed = split_arguments(args, o.command_given, o.command);
     std::vector<Assignment> from_file;
     for (const Assignment& a : typed) {
         assign(o, a);
-        if (std::string_view(a.option->name) == "config")
-            from_file = read_config(a.value, o.command);
+        if (a.option->name == "config") from_file = read_config(a.value, o.command);
     }
     for (const Assignment& a : from_file) assign(o, a);
     for (const Assignment& a : typed) assign(o, a);
@@ -5579,7 +5575,8 @@ inline Options parse_options(const std::vector<std::string>& args) {
 
 // ---- Showing them -------------------------------------------------------------------------------
 
-// `line` and the words after it, in lines of at most 100 columns, indented after the first.
+// `line` and the words after it, in lines of at most 100 columns. The words begin at column
+// `indent`; a word that is longer than a line has one to itself.
 inline std::string wrap(std::string line, const std::vector<std::string>& words, size_t indent) {
     std::string lines;
     line.resize(std::max(line.size(), indent), ' ');
@@ -5594,31 +5591,30 @@ inline std::string wrap(std::string line, const std::vector<std::string>& words,
 }
 
 // One entry of the help: name, what it means, its range, its default.
+//   --top-p X                   only the likeliest, up to this sum; in (0, 1] (default 1)
 inline std::string option_help(const Option& option) {
     const Options defaults;
-    const bool number = !option.is_switch() && option.range.words.empty();
-    const bool whole = number && !std::holds_alternative<double Options::*>(option.member);
-    std::string name = std::string("  --") + option.name;
-    if (number)
-        name += whole ? " N" : " X";
-    else if (option.range.choice)
-        name += " WORD";
-    else
-        name += (option.is_switch() ? "" : " ") + option.range.words;
+    const Range& range = option.range;
+    // What stands for the value: N a whole number, X any number, DIR and the like a text.
+    const bool whole = !std::holds_alternative<double Options::*>(option.member);
+    const std::string value = range.is_number()   ? whole ? " N" : " X"
+                              : range.is_choice() ? " WORD"
+                              : range.is_switch() ? ""
+                                                  : " " + range.text;
     std::vector<std::string> words = split_at(option.help, ' ');
-    if (number || option.range.choice) words.back() += ";", words.push_back(range_text(option));
+    if (range.is_number() || range.is_choice())
+        words.back() += ";", words.push_back(range_text(range));
     if (is_set(defaults, option)) words.push_back("(default " + value_text(defaults, option) + ")");
-    return wrap(name, words, 30);
+    return wrap("  --" + option.name + value, words, 30);
 }
 
 // What --help prints: all options, or only those of the command that was written out.
 inline std::string help_text(const Options& options, const std::string& program) {
     const unsigned commands = options.command_given ? unsigned(options.command) : ~0u;
-    std::string text =
-        "usage: " + program + " [command] [--name value | --name=value | --switch] ...\n\n";
+    std::string group,
+        text = "usage: " + program + " [command] [--name value | --name=value | --switch] ...\n\n";
     for (const CommandName& c : command_table())
         if (commands & c.command) text += format("  %-8s %s\n", c.name, c.help);
-    std::string group;
     for (const Option& option : option_table()) {
         if (!(option.commands & commands)) continue;
         if (group != option.group) text += "\n" + (group = option.group) + "\n";
@@ -5629,41 +5625,54 @@ inline std::string help_text(const Options& options, const std::string& program)
            "last counts.\n";
 }
 
-// The echo at the start of a run: every option the command takes, in lines of at most 100 columns.
+// The echo at the start of a run: every option the command takes, in lines of at most 100 columns,
+// so that a log on paper says how the run was made.
+//   length    *max-steps=300 epochs=- max-minutes=-
 inline std::string describe(const Options& options) {
     const Options defaults;
-    std::string text = "options (* not the default, - not set)\n";
-    std::map<std::string, std::vector<std::string>> groups;
-    std::vector<std::string> order;
+    std::vector<std::pair<std::string, std::vector<std::string>>> groups;
     for (const Option& option : option_table()) {
-        if (!(option.commands & options.command) || std::string_view(option.name) == "help")
-            continue;
+        if (!(option.commands & options.command) || option.name == "help") continue;
         const std::string value = value_text(options, option);
-        std::string out = is_set(options, option) ? shown(value) : "-";
-        size_t cut = 67;
-        while (cut < out.size() && (out[cut] & 0xc0) == 0x80) --cut;  // not inside a character
-        if (out.size() > 70) out = out.substr(0, cut) + "...";
-        const bool changed = value != value_text(defaults, option);
-        if (groups[option.group].empty()) order.push_back(option.group);
-        groups[option.group].push_back((changed ? "*" : "") + std::string(option.name) + "=" + out);
+        std::string text = is_set(options, option) ? shown(value) : "-";
+        size_t cut = 67;  // of a long text, the beginning; not cut inside a character
+        while (cut < text.size() && (text[cut] & 0xc0) == 0x80) --cut;
+        if (text.size() > 70) text = text.substr(0, cut) + "...";
+        const char* mark = value != value_text(defaults, option) ? "*" : "";
+        if (groups.empty() || groups.back().first != option.group)
+            groups.push_back({option.group, {}});
+        groups.back().second.push_back(mark + option.name + "=" + text);
     }
-    for (const std::string& group : order) text += wrap("  " + group, groups[group], 12);
+    std::string text = "options (* not the default, - not set)\n";
+    for (const auto& [group, words] : groups) text += wrap("  " + group, words, 12);
     return text;
 }
 
-// Name and value of every option that must be the same for a resumed run to be the same run.
+// Name and value of every option that must be the same for a resumed run to be the same run: a
+// checkpoint holds them, and resuming compares.
 inline std::vector<std::pair<std::string, std::string>> options_that_change_numbers(
     const Options& options) {
     std::vector<std::pair<std::string, std::string>> all;
     for (const Option& option : option_table())
-        if (option.changes_numbers && (option.commands & kTrain))
+        if (option.commands & OptionTable::kNumbers)
             all.emplace_back(option.name, value_text(options, option));
     return all;
 }
 
-// ---- The log: one row for every step ---------------------------------------------------------
+// =================================================================================================
+// §16 Log and terminal: what a run leaves behind, what it shows, and what it runs on
+// =================================================================================================
+//
+// The reader now holds the options, checked. Before the loop, what it writes: log.csv, a row for
+// every step, which plots and the drawn curve are made from; numbers and text as a person reads
+// them on a terminal; and what the machine can do at best, to hold a run's speed against.
 
-// A field that was not measured is empty; one that is NaN was measured and is NaN.
+// ---- The log: one row for every step ------------------------------------------------------------
+
+// Row 0 is the evaluation before training. Row s has the loss, rate and norm of update s, all from
+// before it was made, and the evaluation after it. floor: the least loss any model can reach, where
+// it is known; mfu: the share of the machine's peak that the step's arithmetic used. A field that
+// was not measured is empty; one that is NaN was measured and is NaN.
 struct LogRow {
     int64_t step = 0;
     double epoch = 0;
@@ -5672,23 +5681,21 @@ struct LogRow {
     std::optional<double> tokens_per_s, mfu, seconds;
 };
 constexpr const char* kLogHeader =
-    "step,epoch,tokens,train_loss,eval_train_loss,val_loss,perplexity,floor,lr,grad_norm,tokens_"
-    "per_s,"
-    "mfu,seconds\n";
+    "step,epoch,tokens,train_loss,eval_train_loss,val_loss,perplexity,floor,lr,grad_norm,"
+    "tokens_per_s,mfu,seconds\n";
 
+// The row as a line of the file. Nine digits give a float back exactly.
 inline std::string log_line(const LogRow& row) {
     std::string line =
         format("%lld,%.6g,%lld", (long long)row.step, row.epoch, (long long)row.tokens);
-    auto field = [&](const std::optional<double>& value, const char* pattern) {
-        char text[40] = "";
-        if (value) std::snprintf(text, sizeof text, pattern, *value);
+    auto field = [&](const std::optional<double>& value, int digits, const char* pattern) {
         // Why: printf writes some NaNs as "-nan", and two equal runs must have equal logs.
-        line.append(",").append(value && std::isnan(*value) ? "nan" : text);
+        line += !value ? "," : std::isnan(*value) ? ",nan" : format(pattern, digits, *value);
     };
     for (auto* value : {&row.train_loss, &row.eval_train_loss, &row.val_loss, &row.perplexity,
                         &row.floor, &row.lr, &row.grad_norm})
-        field(*value, "%.9g");
-    field(row.tokens_per_s, "%.1f"), field(row.mfu, "%.4f"), field(row.seconds, "%.3f");
+        field(*value, 9, ",%.*g");
+    field(row.tokens_per_s, 1, ",%.*f"), field(row.mfu, 4, ",%.*f"), field(row.seconds, 3, ",%.*f");
     return line + "\n";
 }
 
@@ -5703,9 +5710,8 @@ inline std::vector<std::string> read_log_rows(const std::string& path, int64_t l
     for (const std::string& line : lines) {
         int64_t step = -1;
         std::from_chars(line.data(), line.data() + line.size(), step);
-        if (std::count(line.begin(), line.end(), ',') != 12 || step <= before || step > last)
-            continue;
-        rows.push_back(line), before = step;
+        const bool whole = std::count(line.begin(), line.end(), ',') == 12;
+        if (whole && step > before && step <= last) rows.push_back(line), before = step;
     }
     return rows;
 }
@@ -5715,11 +5721,13 @@ inline double log_field(const std::string& row, size_t column) {
     return text.empty() ? NAN : std::strtod(text.c_str(), nullptr);
 }
 
-// log.csv. Rows are appended at once, and stay in memory until they are known to be on the disk: a
-// disk that is full, or that fails, does not lose them.
+// log.csv. Rows are handed to the system at once, so that a plot can follow the run, and stay in
+// memory until they are known to be on the disk: one that is full, or that fails, does not lose
+// them. A checkpoint syncs the log first, so the log of a resumed run has no gap.
 class Log {
 public:
-    // Begins with these rows. The file is replaced whole before it is appended to.
+    // Begins with these rows. The file is replaced whole before it is appended to: half a row that
+    // a crash left must not be gone on with.
     Log(const std::string& path, const std::vector<std::string>& rows) : path_(path), fd_(-1) {
         std::string text = kLogHeader;
         for (const std::string& row : rows) text += row + "\n";
@@ -5732,15 +5740,18 @@ public:
     bool add(const LogRow& row) {
         const size_t enough = 1 << 20;  // so that a run without checkpoints does not fill memory
         waiting_ += log_line(row);
-        return flush() && (waiting_.size() < enough || try_sync());
+        return write_out(waiting_.size() >= enough);
     }
     // Everything so far is on the disk, or an error says why not.
     void sync() {
-        if (!flush() || !try_sync()) fail_file("write", path_, errno);
+        if (!write_out(true)) fail_file("write", path_, errno);
     }
 
 private:
-    bool flush() {
+    // Hands over what waits; where `sync` is set, waits for the disk. A write may come up short, or
+    // be interrupted by a signal. Careful: after an fsync that failed, the system may have dropped
+    // the rows and call them written. So they are cut off, and written again the next time.
+    bool write_out(bool sync) {
         while (written_ < waiting_.size()) {
             const ssize_t done =
                 sys_write(fd_.fd, path_, waiting_.data() + written_, waiting_.size() - written_);
@@ -5749,20 +5760,14 @@ private:
             if (done <= 0) return false;
             written_ += size_t(done);
         }
-        return true;
-    }
-    // Careful: after an fsync that failed, the system may have dropped the rows and call them
-    // written. So they are cut off, and written again the next time.
-    bool try_sync() {
-        if (sys_fsync(fd_.fd, path_) == 0) {
-            synced_ += int64_t(waiting_.size());
-            waiting_.clear(), written_ = 0;
-            return true;
-        }
-        const int code = errno;
-        if (::ftruncate(fd_.fd, synced_) == 0) written_ = 0;
+        if (!sync) return true;
+        const int code = sys_fsync(fd_.fd, path_) == 0 ? 0 : errno;
+        if (code == 0)
+            synced_ += int64_t(waiting_.size()), waiting_.clear(), written_ = 0;
+        else if (::ftruncate(fd_.fd, synced_) == 0)
+            written_ = 0;
         errno = code;
-        return false;
+        return code == 0;
     }
 
     std::string path_;
@@ -5772,35 +5777,25 @@ private:
     size_t written_ = 0;   // bytes of that, handed to the system
 };
 
-// ---- What the terminal shows -----------------------------------------------------------------
+// ---- What the terminal shows --------------------------------------------------------------------
 
-// 1234567 -> "1,234,567"
+// A count: 1234567 -> "1,234,567"
 inline std::string with_commas(int64_t n) {
-    std::string digits = std::to_string(n < 0 ? -n : n);
-    for (ptrdiff_t at = ptrdiff_t(digits.size()) - 3; at > 0; at -= 3)
-        digits.insert(size_t(at), 1, ',');
-    return n < 0 ? "-" + digits : digits;
+    std::string digits = std::to_string(n);
+    for (size_t at = digits.size(); at > 3;) digits.insert(at -= 3, 1, ',');
+    return digits;
 }
+// Decimal units, as disks and data sheets have them.
 inline std::string bytes_text(double bytes) {
     if (bytes >= 1e9) return format("%.2f GB", bytes / 1e9);
     return bytes >= 1e6 ? format("%.1f MB", bytes / 1e6) : format("%.1f KB", bytes / 1e3);
 }
+// The two largest units: "2d 3h", "3h 07m", "7m 05s", "5s".
 inline std::string duration_text(double seconds) {
-    const int64_t s = int64_t(seconds + 0.5);
-    if (s >= 86400)
-        return format("%lldd %lldh", (long long)(s / 86400), (long long)(s % 86400 / 3600));
-    if (s >= 3600)
-        return format("%lldh %02lldm", (long long)(s / 3600), (long long)(s % 3600 / 60));
-    return s >= 60 ? format("%lldm %02llds", (long long)(s / 60), (long long)(s % 60))
-                   : format("%llds", (long long)s);
-}
-
-// Floating-point operations of a training step per token: 2 for every weight that is multiplied in
-// forward and 4 in backward; attention's scores and sums over the causal half, on average (T+1)/2
-// positions of 2 C each, twice, and twice as much again in backward.
-inline double flops_per_token(const Config& config, int T) {
-    const double C = config.n_embd, L = config.n_layer, V = config.vocab_size;
-    return 6 * (12 * C * C * L + V * C) + 6 * C * (T + 1.0) * L;
+    const long long s = (long long)(seconds + 0.5);
+    if (s >= 86400) return format("%lldd %lldh", s / 86400, s % 86400 / 3600);
+    if (s >= 3600) return format("%lldh %02lldm", s / 3600, s % 3600 / 60);
+    return s >= 60 ? format("%lldm %02llds", s / 60, s % 60) : format("%llds", s);
 }
 
 // One point of a curve.
@@ -5809,34 +5804,36 @@ struct CurvePoint {
     double loss;
 };
 
-// Draws train (.), validation (o) and floor (-) into a box of text; losses on a log scale.
+// Draws train (.), validation (o) and floor (-) into a box of text. Losses are on a log scale, on
+// which the long tail of a run is still seen to fall. Losses that are not finite are left out, and
+// so is a floor that is; where nothing is left, the picture is empty text.
 inline std::string draw_curve(const std::vector<CurvePoint>& train,
                               const std::vector<CurvePoint>& val, double floor, int width = 76,
                               int height = 16) {
-    double low = std::isfinite(floor) ? floor : INFINITY, high = -INFINITY;
+    const bool has_floor = std::isfinite(floor);
+    double low = has_floor ? floor : INFINITY, high = 0;
     int64_t last = 1;
     for (auto* curve : {&train, &val})
-        for (const CurvePoint& p : *curve) {
-            if (!std::isfinite(p.loss)) continue;
-            low = std::min(low, p.loss), high = std::max(high, p.loss),
-            last = std::max(last, p.step);
-        }
-    if (!(high > 0) || !(low > 0)) return "";
+        for (const CurvePoint& p : *curve)
+            if (std::isfinite(p.loss))
+                low = std::min(low, p.loss), high = std::max(high, p.loss),
+                last = std::max(last, p.step);
+    if (low <= 0 || high <= 0) return "";
+    // A little room below, and never a box so flat that noise fills it.
     const double bottom = std::log(low * 0.98), top = std::log(std::max(high, low * 1.1));
+
+    // x runs from 0 to 1 over the steps, y from 0 at the top to 1. Later marks cover earlier ones.
     std::vector<std::string> rows(size_t(height), std::string(size_t(width), ' '));
     auto put = [&](double x, double loss, char mark) {
-        const int column = std::clamp(int(x * (width - 1) + 0.5), 0, width - 1);
-        const int row =
-            std::clamp(int((top - std::log(loss)) / (top - bottom) * (height - 1) + 0.5), 0,
-                       height - 1);
-        rows[size_t(row)][size_t(column)] = mark;
+        if (!std::isfinite(loss)) return;
+        const double y = std::clamp((top - std::log(loss)) / (top - bottom), 0.0, 1.0);
+        rows[size_t(y * (height - 1) + 0.5)][size_t(x * (width - 1) + 0.5)] = mark;
     };
-    if (std::isfinite(floor))
-        for (int c = 0; c < width; ++c) put(double(c) / (width - 1), floor, '-');
-    for (const CurvePoint& p : train)
-        if (std::isfinite(p.loss)) put(double(p.step) / double(last), p.loss, '.');
-    for (const CurvePoint& p : val)
-        if (std::isfinite(p.loss)) put(double(p.step) / double(last), p.loss, 'o');
+    for (int c = 0; c < width; ++c) put(c / (width - 1.0), floor, '-');
+    for (const CurvePoint& p : train) put(double(p.step) / double(last), p.loss, '.');
+    for (const CurvePoint& p : val) put(double(p.step) / double(last), p.loss, 'o');
+
+    // Every fifth line says its loss.
     std::string out;
     for (int r = 0; r < height; ++r) {
         const double loss = std::exp(top - (top - bottom) * r / (height - 1));
@@ -5845,62 +5842,58 @@ inline std::string draw_curve(const std::vector<CurvePoint>& train,
     }
     out += "         +" + std::string(size_t(width), '-') + "\n";
     out += format("          0%*lld\n", width - 1, (long long)last);
-    out += "          loss over steps: . train" +
-           std::string(val.empty() ? "" : "   o validation") +
-           (std::isfinite(floor) ? format("   --- floor %.4f", floor) : "") + "\n";
-    return out;
+    out += "          loss over steps: . train" + std::string(val.empty() ? "" : "   o validation");
+    return out + (has_floor ? format("   --- floor %.4f\n", floor) : "\n");
 }
 
-// Text in pieces, without cutting a UTF-8 character in two: a piece that ends within one is held
-// back until the rest has come. What never becomes a character is shown as U+FFFD.
+// Text as it is sampled, in pieces. A token may end inside a UTF-8 character, of which the terminal
+// must not be shown a half: those bytes are held back until the rest has come. What never becomes a
+// character is shown as U+FFFD, byte by byte.
 class Utf8Stream {
 public:
     std::string add(std::string_view bytes) {
         held_ += bytes;
+        return take(false);
+    }
+    std::string finish() { return take(true); }
+
+private:
+    // All characters that are whole; at the end of the text, what is left as well.
+    std::string take(bool at_end) {
         std::string out;
         size_t at = 0;
         while (at < held_.size()) {
-            const size_t length = utf8_character(std::string_view(held_).substr(at, 4));
-            if (length == 0 && held_.size() - at < 4 &&
-                may_continue(std::string_view(held_).substr(at)))
-                break;
-            out += length ? held_.substr(at, length) : "\xef\xbf\xbd";
+            const std::string rest = held_.substr(at, 4);
+            const size_t length = utf8_character(rest);
+            if (length == 0 && !at_end && may_begin_character(rest)) break;
+            out += length ? rest.substr(0, length) : "\xef\xbf\xbd";
             at += std::max<size_t>(1, length);
         }
         held_.erase(0, at);
         return out;
     }
-    std::string finish() {
-        std::string out;
-        for (size_t i = 0; i < held_.size(); ++i) out += "\xef\xbf\xbd";
-        held_.clear();
-        return out;
-    }
-
-private:
-    // A lead byte followed by fewer continuation bytes than it announces.
-    static bool may_continue(std::string_view text) {
-        const unsigned char lead = uint8_t(text[0]);
-        const size_t length = lead >= 0xf0 && lead < 0xf5 ? 4
-                              : lead >= 0xe0              ? 3
-                              : lead >= 0xc2              ? 2
-                                                          : 1;
-        if (lead >= 0xf5 || text.size() >= length) return false;
-        return std::all_of(text.begin() + 1, text.end(),
-                           [](char c) { return (uint8_t(c) & 0xc0) == 0x80; });
+    // Whether some bytes behind these would make a character: the least that may follow, or the
+    // greatest. (After some first bytes only one half of them may.)
+    static bool may_begin_character(const std::string& text) {
+        return utf8_character(text + "\x80\x80\x80") || utf8_character(text + "\xbf\xbf\xbf");
     }
     std::string held_;
 };
 
-// ---- The machine -----------------------------------------------------------------------------
+// ---- The machine --------------------------------------------------------------------------------
 
+// The CPU's answers to what every device is asked (§4): what it is, how much memory is free, and
+// what it can do at best. The peaks are measured, not looked up: what a data sheet promises is
+// rarely what is left of it in a container, or on a laptop that is warm.
+
+// "CPU, 2 threads, vectors of 512 bits, fp32"
 template <class real>
 std::string Cpu<real>::describe() const {
+    const char* numbers = matmul_options.bf16 ? "bf16 products"
+                          : sizeof(real) == 4 ? "fp32"
+                                              : "fp64";
     return format("CPU, %d threads, vectors of %d bits, %s", omp_get_max_threads(),
-                  kVectorBytes * 8,
-                  matmul_options.bf16 ? "bf16 products"
-                  : sizeof(real) == 4 ? "fp32"
-                                      : "fp64");
+                  kVectorBytes * 8, numbers);
 }
 
 // What the system says could be used without swapping; without /proc, all memory there is.
@@ -5917,35 +5910,45 @@ size_t Cpu<real>::free_memory() const {
     return size_t(::sysconf(_SC_PHYS_PAGES)) * size_t(::sysconf(_SC_PAGESIZE));
 }
 
+// Floating-point operations of a training step per token: 2 for every weight that is multiplied in
+// forward and 4 in backward; attention's scores and sums over the causal half, on average (T+1)/2
+// positions of 2 C each, twice, and twice as much again in backward. Divided by the time it took
+// and by peak_flops, this is the MFU (model FLOPs utilisation) of the log.
+inline double flops_per_token(const Config& config, int T) {
+    const double C = config.n_embd, L = config.n_layer, V = config.vocab_size;
+    return 6 * (12 * C * C * L + V * C) + 6 * C * (T + 1.0) * L;
+}
+
+// From a clock that is never set; only differences mean something.
 inline double now_seconds() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
         .count();
 }
 
-// Multiplies and adds in registers, nothing else: 12 sums that do not wait for each other.
-// Returns operations a second of one thread.
+// Multiplies and adds in registers, nothing else. Returns the operations a second of one thread,
+// the best of eight trials. Why 12 sums: a CPU begins one or two of these a cycle, but each takes
+// four or so; sums that do not wait for each other keep it busy.
 template <class real>
 double registers_only_flops() {
-    constexpr int kSums = 12;
-    Vec<real> sums[kSums], factor = Vec<real>{} + real(1.0000001),
-                           addend = Vec<real>{} + real(1e-7);
+    constexpr int kSums = 12, kRounds = 20000;
+    const Vec<real> factor = Vec<real>{} + real(1.0000001), addend = Vec<real>{} + real(1e-7);
+    Vec<real> sums[kSums];
     for (int i = 0; i < kSums; ++i) sums[i] = Vec<real>{} + real(i);
-    double best = 0;
+    double least = INFINITY;
     for (int trial = 0; trial < 8; ++trial) {
-        const int rounds = 20000;
         const double begin = now_seconds();
-        for (int round = 0; round < rounds; ++round)
+        for (int round = 0; round < kRounds; ++round)
 #pragma GCC unroll 12
             for (int i = 0; i < kSums; ++i) sums[i] = sums[i] * factor + addend;
-        const double seconds = now_seconds() - begin;
-        best = std::max(best, 2.0 * kSums * kLanes<real> * rounds / seconds);
+        least = std::min(least, now_seconds() - begin);
     }
     volatile real sink = 0;  // so that the sums are needed
     for (int i = 0; i < kSums; ++i) sink = sink + sums[i][0];
-    return best;
+    return 2.0 * kSums * kLanes<real> * kRounds / least;
 }
 
-// Measured in a few milliseconds, on all threads at once.
+// Measured in a few milliseconds, on all threads at once: cores that share a power budget, or an
+// arithmetic unit, are slower together.
 template <class real>
 double Cpu<real>::peak_flops() const {
     double total = 0;
@@ -5955,31 +5958,24 @@ double Cpu<real>::peak_flops() const {
 }
 
 // Memory's speed, measured: all threads read 256 MB, far more than any cache holds. Best of five.
+// Why whole numbers: the compiler may add those in any order, and so a register full at a time.
 template <class real>
 double Cpu<real>::peak_bandwidth() const {
-    using V = Vec<float>;
-    const size_t count = size_t(1) << 26, lanes = sizeof(V) / sizeof(float);
-    float* data = Cpu<float>().allocate<float>(count);
+    const size_t count = size_t(1) << 26;
+    uint32_t* data = Cpu<float>().allocate<uint32_t>(count);
+    // Why in parallel: memory lies near the thread that first writes it.
 #pragma omp parallel for schedule(static)
     for (size_t i = 0; i < count; ++i) data[i] = 1;
-    double best = 0;
+    double least = INFINITY;
     for (int trial = 0; trial < 5; ++trial) {
-        float total = 0;
+        uint32_t total = 0;
         const double begin = now_seconds();
-#pragma omp parallel reduction(+ : total)
-        {
-            const size_t share = count / size_t(omp_get_num_threads()) / (4 * lanes) * (4 * lanes);
-            const V* v = reinterpret_cast<const V*>(data + share * size_t(omp_get_thread_num()));
-            V sums[4] = {};
-            for (size_t i = 0; i < share / lanes; i += 4)
-                for (size_t j = 0; j < 4; ++j) sums[j] += v[i + j];
-            total += (sums[0] + sums[1] + sums[2] + sums[3])[0];
-        }
-        if (total > 0)
-            best = std::max(best, double(count * sizeof(float)) / (now_seconds() - begin));
+#pragma omp parallel for schedule(static) reduction(+ : total)
+        for (size_t i = 0; i < count; ++i) total += data[i];
+        if (total == count) least = std::min(least, now_seconds() - begin);
     }
     std::free(data);
-    return best;
+    return double(count * sizeof(uint32_t)) / least;
 }
 
 // =================================================================================================
