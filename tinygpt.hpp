@@ -5046,6 +5046,7 @@ inline std::vector<std::string> set_aside_later(const std::string& output, int64
 
 // ---- What the user asked for --------------------------------------------------------------------
 
+// One bit each, so that a set of commands is a sum of them.
 enum Command : unsigned { kTrain = 1, kEval = 2, kSample = 4, kInfo = 8, kBench = 16, kWalk = 32 };
 
 // A member for every option, in the table's order of groups. A default outside the option's own
@@ -5055,18 +5056,22 @@ struct Options {
     bool command_given = false;       // the command was written out
     std::set<std::string> set_names;  // the options that the user set, by their names in the table
 
+    // What it learns from.
     std::string data = "data/stories", train_shards, val_shards;
 
+    // What learns. Sizes that are 0 are the named model's.
     std::string model = "tiny", init_from;
     int n_layer = 0, n_head = 0, n_embd = 0, n_positions = 0, vocab_size = 0;
     double dropout = 0;
     bool untied_head = false;
 
+    // Where, and on what.
     std::string config, resume, output, precision;
     bool override_changes = false, help = false;
     int64_t seed = 1337;
     int threads = 0;
 
+    // What one update sees.
     int batch_size = 8, seq_len = 0, grad_accum_steps = 1;
     bool shuffle = true, overfit_batch = false;
 
@@ -5075,23 +5080,27 @@ struct Options {
     int64_t max_steps = 2500;
     double epochs = 0, max_minutes = 0;
 
+    // How far it goes (§7).
     double learning_rate = 3e-3, min_lr_fraction = 0.1;
     Schedule schedule = Schedule::cosine;
     int64_t warmup_steps = 50;
     double weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, grad_clip = 1;
 
+    // What is looked at on the way, and how often: in steps, 0 is never.
     int64_t log_interval = 50, eval_interval = 250, eval_batches = 10, sample_interval = 500;
     int64_t tensor_stats_interval = 0, patience = 0, save_interval = 500;
     int keep = 2;
 
+    // When something goes wrong.
     std::string on_nan = "stop";
     double skip_outliers = 0;
 
+    // What is written with the model.
     std::string prompt, prompt_file;
     int max_new_tokens = 100, num_samples = 1, top_k = 0, show_top = 0;
     double temperature = 1, top_p = 1;
 
-    std::string hellaswag;
+    std::string hellaswag;  // what it is examined on
 
     // Whether the user set this option. The name as in the table: "batch-size".
     bool given(const std::string& name) const { return set_names.count(name) != 0; }
@@ -5286,6 +5295,10 @@ inline const std::vector<CommandName>& command_table() {
 
 // ---- Words for messages -------------------------------------------------------------------------
 
+// A message says what was expected, what was found, where, and what to do next; on one line, and
+// not a long one, whatever was typed. "error: unknown option --lr; did you mean --learning-rate?"
+// What such sentences are made of is below.
+
 // What the user typed: as it is where it is short and plain, else quoted and cut.
 inline std::string shown(const std::string& text) {
     const bool plain =
@@ -5348,6 +5361,9 @@ inline std::string range_text(const Range& range) {
 }
 
 // ---- One value, to text and from text -----------------------------------------------------------
+
+// An option's value has a type of its own, and the two functions that meet all types are these:
+// value_text, out of an Options, and assign, into one. Each undoes the other.
 
 // Whether T is a number's type. A switch and a Schedule are places in their range's list of words:
 // false, the first place, is "0", and Schedule::linear, the second, is "linear".
@@ -5438,6 +5454,9 @@ inline void assign(Options& options, const Assignment& a) {
 
 // ---- Reading all of them ------------------------------------------------------------------------
 
+// First a list of assignments, from arguments and files, with every name looked up; then they are
+// carried out in order. The two steps are apart because what counts is not what is read last.
+
 // The command of that name.
 inline Command find_command(const std::string& typed) {
     for (const CommandName& c : command_table())
@@ -5503,14 +5522,16 @@ inline std::vector<Assignment> parse_config(std::string_view text, const std::st
     int number = 0;
     if (text.starts_with("\xef\xbb\xbf")) text.remove_prefix(3);  // a byte order mark
     for (std::string line : split_at(text, '\n')) {
-        const std::string where = format("%s:%d: ", path.c_str(), ++number);
+        const std::string where = format("%s:%d: ", path.c_str(), ++number);  // of messages
         for (char c : line)  // a picture or a program, given by mistake
             if (std::iscntrl(uint8_t(c)) && c != '\t' && c != '\r')
                 fail_usage(where + "this is not text");
+        // Cut off a comment, and the space around what is left.
         for (size_t at = 0; (at = line.find('#', at)) != line.npos; ++at)
             if (at == 0 || line[at - 1] == ' ' || line[at - 1] == '\t') line.resize(at);
         line = trim(line);
         if (line.empty()) continue;
+
         const size_t equals = line.find('=');
         if (equals == line.npos)
             fail_usage(where + "expected `name = value`, found " + shown(line));
@@ -5557,10 +5578,12 @@ inline void check_together(const Options& o) {
 // files too; the command line counts before a file, wherever --config stands. So the arguments are
 // assigned twice: first to check them and to find the file, then over what the file says.
 inline Options parse_options(const std::vector<std::string>& args) {
+    // The command decides which options there are.
     Options o;
     o.command_given = !args.empty() && !args[0].starts_with('-');
     if (o.command_given) o.command = find_command(args[0]);
     const std::vector<Assignment> typed = split_arguments(args, o.command_given, o.command);
+
     std::vector<Assignment> from_file;
     for (const Assignment& a : typed) {
         assign(o, a);
@@ -5568,6 +5591,8 @@ inline Options parse_options(const std::vector<std::string>& args) {
     }
     for (const Assignment& a : from_file) assign(o, a);
     for (const Assignment& a : typed) assign(o, a);
+
+    // Whoever asks for help has not made up their mind: what does not go together is let pass.
     if (!o.help) check_together(o);
     if (!o.given("max-steps") && (o.given("epochs") || o.given("max-minutes"))) o.max_steps = 0;
     return o;
@@ -5899,14 +5924,11 @@ std::string Cpu<real>::describe() const {
 // What the system says could be used without swapping; without /proc, all memory there is.
 template <class real>
 size_t Cpu<real>::free_memory() const {
-    size_t kilobytes = 0;
-    if (std::FILE* file = std::fopen("/proc/meminfo", "r")) {
-        char line[128];
-        while (std::fgets(line, sizeof line, file))
-            if (std::sscanf(line, "MemAvailable: %zu kB", &kilobytes) == 1) break;
-        std::fclose(file);
-    }
-    if (kilobytes > 0) return kilobytes * 1024;
+    const std::string path = "/proc/meminfo", label = "MemAvailable:";  // then a number of kB
+    const std::string info = file_exists(path) ? read_file(path) : "";
+    const size_t at = info.find(label);
+    if (at != info.npos)
+        return size_t(std::strtoull(info.c_str() + at + label.size(), nullptr, 10)) * 1024;
     return size_t(::sysconf(_SC_PHYS_PAGES)) * size_t(::sysconf(_SC_PAGESIZE));
 }
 
@@ -5926,13 +5948,13 @@ inline double now_seconds() {
 }
 
 // Multiplies and adds in registers, nothing else. Returns the operations a second of one thread,
-// the best of eight trials. Why 12 sums: a CPU begins one or two of these a cycle, but each takes
-// four or so; sums that do not wait for each other keep it busy.
+// the best of eight trials. Why 12 sums: a core begins one or two of these operations a cycle and
+// ends each four or so later; sums that do not wait for each other keep it busy.
 template <class real>
 double registers_only_flops() {
     constexpr int kSums = 12, kRounds = 20000;
-    const Vec<real> factor = Vec<real>{} + real(1.0000001), addend = Vec<real>{} + real(1e-7);
-    Vec<real> sums[kSums];
+    Vec<real> sums[kSums], factor = Vec<real>{} + real(1.0000001),
+                           addend = Vec<real>{} + real(1e-7);
     for (int i = 0; i < kSums; ++i) sums[i] = Vec<real>{} + real(i);
     double least = INFINITY;
     for (int trial = 0; trial < 8; ++trial) {
@@ -5947,8 +5969,9 @@ double registers_only_flops() {
     return 2.0 * kSums * kLanes<real> * kRounds / least;
 }
 
-// Measured in a few milliseconds, on all threads at once: cores that share a power budget, or an
-// arithmetic unit, are slower together.
+// All threads at once: cores that share a power budget, or an arithmetic unit, are slower together.
+// Careful: the work is a function of its own because GCC 12 leaves it out where it stands inside
+// the parallel region.
 template <class real>
 double Cpu<real>::peak_flops() const {
     double total = 0;
