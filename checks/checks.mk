@@ -1,13 +1,17 @@
 # What `make test` is too short for. Included by the Makefile.
 
-# Sanitizers, other compilers and machines, the emulator's own tests, the CUDA compile.
+# Sanitizers, other compilers and machines, the emulator's own tests, the CUDA compile, the README.
 check: test
 	$(MAKE) test SANITIZE=address,undefined
 	$(MAKE) test CXX=clang++ OPT=-O2
 	$(MAKE) portable
 	$(MAKE) test_emulator
 	$(MAKE) cuda_compiles
+	$(MAKE) readme
 
+# Every command of README.md, in a fresh clone; what is skipped is listed with the reason.
+readme:
+	checks/readme.sh
 # The matmul, attention and gradient checks on other instruction sets; aarch64 under qemu-user.
 PORTABLE := -std=c++20 -O2 -fopenmp $(WARN) -fno-math-errno -DTINYGPT_TEST_PORTABLE
 portable: | $(BUILD)
@@ -70,4 +74,4 @@ count:
 	    f,k,c,c/k,w+0}' $$f; done
 	@awk '/^\/\/ What follows is plumbing/{exit} {t=$$0; sub(/^[ \t]+/,"",t); if(t!="" && t!~/^\/\//)k++} \
 	    END{printf "tinygpt.hpp, what a student reads: %d lines of code\n",k}' tinygpt.hpp
-.PHONY: check portable test_emulator cuda_compiles torture fuzz test_hf nightly count
+.PHONY: check readme portable test_emulator cuda_compiles torture fuzz test_hf nightly count

@@ -1,0 +1,118 @@
+#!/usr/bin/env bash
+# Runs every command of README.md, in order, in a fresh clone: build/readme. Fails at the first that
+# exits non-zero. The commands are the lines of its ```sh blocks, the lines of its ```console blocks
+# that begin with "$ ", and what stands between backquotes in its text and begins with "./" or "make
+# "; "a && b" is two commands. A command that stood there before is not run twice.
+#
+#   checks/readme.sh --list              only say what would be run
+#   WITH="network time" checks/readme.sh run those too that need a network (and root, for apt-get), or
+#                                        minutes that `make check` spends elsewhere
+#   STEPS=100                            training runs are shortened: --max-steps 100 is appended
+#
+# Each line of the output has the command as it was run. What was skipped is listed with the reason.
+set -eu
+cd "$(dirname "$0")/.."
+unset MAKEFLAGS MAKELEVEL MFLAGS  # a make that runs this does not decide how those below build
+STEPS=${STEPS:-100} WITH=" ${WITH:-} " CLONE=build/readme LOG=$PWD/build/readme.log
+
+# What a command needs that not every machine has.
+needs() {
+    case "$1" in
+        *apt-get*) echo network ;;
+        "make gpt2"* | "make gpt2-vocab"* | "make shakespeare"*) echo network ;;
+        "make test" | "make torture"* | "make check"* | "make nightly"*) echo time ;;
+        "make train_gpt_cu" | "make test_gpt_cu"*) echo nvcc ;;
+        "./train_gpt_cu" | "./train_gpt_cu "*) echo gpu ;;
+    esac
+}
+reason() {
+    case "$1" in
+        network) echo "a network, and root for apt-get (WITH=network)" ;;
+        time) echo "minutes; make check or make nightly has it (WITH=time)" ;;
+        nvcc) echo "the CUDA Toolkit" ;;
+        gpu) echo "an NVIDIA GPU and the CUDA Toolkit" ;;
+    esac
+}
+has() {
+    case "$1" in
+        nvcc) command -v nvcc > /dev/null || [ -x /usr/local/cuda/bin/nvcc ] ;;
+        gpu) has nvcc && nvidia-smi > /dev/null 2>&1 ;;
+        *) [ "${WITH#* "$1" }" != "$WITH" ] ;;
+    esac
+}
+
+# The command as it is run: words that stand for the reader's own are filled in, and a training run is
+# shortened.
+filled_in() {
+    local command
+    command=$(sed 's|--init-from DIR|--init-from out/stories/best|; s|--data DIR|--data data/stories|
+                   s|--prompt TEXT|--prompt Once|' <<< "$1")
+    case "$command" in
+        ./train_gpt | "./train_gpt --"* | "./train_gpt train"* | ./train_gpt_cu | "./train_gpt_cu --"*)
+            [[ "$command" == *--help* ]] || command+=" --max-steps $STEPS" ;;
+    esac
+    echo "$command"
+}
+
+# One command on each line.
+commands() {
+    awk '
+        function spans(   parts, n, i) {  # the text so far: every second part is between backquotes
+            n = split(text, parts, "`")
+            for (i = 2; i <= n; i += 2) if (parts[i] ~ /^(\.\/|make )/) print parts[i]
+            text = ""
+        }
+        /^```/ { if (fence) fence = ""; else { spans(); fence = substr($0, 4) "." } next }
+        !fence { text = text $0 " "; next }
+        fence == "console." { if (!sub(/^\$ /, "")) next }
+        fence == "sh." || fence == "console." {
+            if (sub(/\\$/, "")) { line = line $0; next }
+            print line $0; line = ""
+        }
+        END { spans() }' README.md | sed 's/ *&& */\n/g; s/ \+# .*//' | grep -v '^ *\(#.*\)\?$'
+}
+
+mapfile -t all < <(commands)
+[ "${#all[@]}" -ge 5 ] || { echo "readme.sh: found only ${#all[@]} commands in README.md"; exit 1; }
+
+if [ "${1:-}" != --list ]; then
+    rm -rf "$CLONE"
+    mkdir -p build
+    git clone -q . "$CLONE"
+    if ! git diff --quiet HEAD; then
+        echo "with the changes that are not committed"
+        git diff --binary HEAD | git -C "$CLONE" apply
+    fi
+    # The text of the reader's own that README speaks of.
+    cat ./*.hpp ./*.cpp > "$CLONE/book.txt"
+    : > "$LOG"
+fi
+
+ran=0 skipped=0
+declare -A seen
+for command in "${all[@]}"; do
+    [ -z "${seen[$command]:-}" ] || continue
+    seen[$command]=1
+    need=$(needs "$command") run=$(filled_in "$command")
+    if [ -n "$need" ] && ! has "$need"; then
+        printf 'skipped  %-64s needs %s\n' "$command" "$(reason "$need")"
+        skipped=$((skipped + 1))
+        continue
+    fi
+    if [[ "$run" =~ (^|[[:space:]])[A-Z]+([[:space:]]|$) ]]; then
+        echo "readme.sh: what is ${BASH_REMATCH[0]} in '$run'? Say it in filled_in"
+        exit 1
+    fi
+    printf 'run      %-64s ' "$run"
+    ran=$((ran + 1))
+    [ "${1:-}" != --list ] || { echo; continue; }
+    began=$SECONDS
+    printf '\n$ %s\n' "$run" >> "$LOG"
+    if ! (cd "$CLONE" && timeout 1200 bash -c "$run" < /dev/null >> "$LOG" 2>&1); then
+        echo "FAILED; the end of $LOG:"
+        tail -20 "$LOG"
+        exit 1
+    fi
+    echo "$((SECONDS - began)) s"
+done
+echo "README.md: $ran commands ran, $skipped were skipped"
