@@ -12,6 +12,7 @@ check: test
 # Every command of README.md, in a fresh clone; what is skipped is listed with the reason.
 readme:
 	checks/readme.sh
+
 # The matmul, attention and gradient checks on other instruction sets; aarch64 under qemu-user.
 PORTABLE := -std=c++20 -O2 -fopenmp $(WARN) -fno-math-errno -DTINYGPT_TEST_PORTABLE
 portable: | $(BUILD)
