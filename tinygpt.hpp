@@ -2821,10 +2821,6 @@ struct FileHandle {
     int fd;
     explicit FileHandle(int fd) : fd(fd) {}
     FileHandle(FileHandle&& other) noexcept : fd(std::exchange(other.fd, -1)) {}
-    FileHandle& operator=(FileHandle&& other) noexcept {
-        std::swap(fd, other.fd);
-        return *this;
-    }
     ~FileHandle() {
         if (fd >= 0) ::close(fd);
     }
@@ -3613,7 +3609,7 @@ class Encoder {
     // A piece and its tokens: the piece's bytes, zeros, and its length as the last byte of the key.
     // Two fill a line of cache.
     struct Known {
-        uint64_t key[2] = {0, 0};  // zero: nothing here, as no piece is empty
+        std::array<uint64_t, 2> key = {0, 0};  // zero: nothing here, as no piece is empty
         uint16_t count = 0, tokens[kMaxTokens] = {};
     };
     // A token of a long piece, and the places of its neighbours; kNone where there is none.
@@ -3721,23 +3717,23 @@ private:
     // The tokens of a short piece, from memory if it is known; a new piece takes the place of the
     // one that was there. The text goes on: `readable` bytes from the piece's beginning.
     size_t recall(std::string_view piece, size_t readable, uint16_t* to) {
-        uint64_t key[2] = {0, 0};
+        std::array<uint64_t, 2> key = {0, 0};
         if (readable >= sizeof key) {
             // Why: copying a fixed number of bytes and clearing the surplus is far faster.
-            std::memcpy(key, piece.data(), sizeof key);
+            std::memcpy(key.data(), piece.data(), sizeof key);
             const size_t low = std::min<size_t>(piece.size(), 8), high = piece.size() - low;
             key[0] &= ~uint64_t(0) >> (64 - 8 * low);
             key[1] &= (uint64_t(1) << (8 * high)) - 1;
         } else {
-            std::memcpy(key, piece.data(), piece.size());
+            std::memcpy(key.data(), piece.data(), piece.size());
         }
         key[1] |= uint64_t(piece.size()) << 56;
         const uint64_t mixed = (key[0] ^ (key[1] * 0xbf58476d1ce4e5b9ull)) * 0x9e3779b97f4a7c15ull;
         Known& known = known_[size_t(mixed >> 40) & (known_.size() - 1)];
-        if (known.key[0] != key[0] || known.key[1] != key[1]) {
+        if (known.key != key) {
             const size_t count = merge(piece, to);
             if (count > kMaxTokens) return count;
-            known.key[0] = key[0], known.key[1] = key[1], known.count = uint16_t(count);
+            known.key = key, known.count = uint16_t(count);
             std::copy(to, to + count, known.tokens);
         }
         // Why all seven, whatever the count: a copy of fixed size is one instruction.
