@@ -2756,12 +2756,13 @@ void attention_backward(real* dqkv, const real* dout, const real* out, const rea
 // =================================================================================================
 // §11 Files and JSON
 // =================================================================================================
-// The model is done, and it lives in memory. What it learns from and what it becomes live on disk:
+// The model is done, and all of it is in memory. What it learns from and what it becomes are files:
 // text, tokens, checkpoints, logs. This section reads and writes files, tells whether one has
-// changed, and knows one format: JSON, in which a model, a tokenizer and a run are described.
+// changed, and knows two formats: UTF-8, in which text is stored, and JSON, in which a model, a
+// vocabulary and a run are described.
 //
-// A file has to survive whatever happens to the program: a kill, a full disk, a power cut. So it is
-// written whole under another name, then renamed; and each step is checked.
+// A file must survive whatever happens to the program: a kill, a full disk, a power cut. So it is
+// written in full under another name, and only then renamed; and no call goes unchecked.
 
 // A file operation that failed, with the system's error number: a full disk (ENOSPC, EDQUOT) can be
 // told from a folder that is not there.
@@ -2788,7 +2789,8 @@ inline int ask_file_fault(const char* call, const std::string& path) {
     return file_fault() ? file_fault()(call, path) : 0;
 }
 
-// Makes a system call, unless the hook lets it fail: file_call("fsync", path, ::fsync, fd).
+// Makes a system call, unless the hook makes it fail: file_call("fsync", path, ::fsync, fd). As the
+// call itself would, it returns -1 where it fails, and errno says why.
 template <class Call, class... Arguments>
 int file_call(const char* name, const std::string& path, Call call, Arguments... arguments) {
     const int fault = ask_file_fault(name, path);
@@ -2815,8 +2817,11 @@ inline size_t write_all(int fd, const std::string& path, const void* data, size_
 }
 
 // ---- Files and folders -------------------------------------------------------------------------
+// What the rest of the program asks of a disk. Each of these does all that it says, or fails with a
+// FileError that names the path and the reason.
 
-// An open file, closed at the end of its scope.
+// An open file, closed at the end of its scope. It can be moved, but not copied: it must be closed
+// once only.
 struct FileHandle {
     int fd;
     explicit FileHandle(int fd) : fd(fd) {}
@@ -2941,10 +2946,15 @@ inline void remove_folder(const std::string& path) {
         fail_file("remove folder", path, errno);
 }
 
-// A file that appears whole or not at all: bytes go to a temporary name beside it, commit() syncs
-// them and gives them their name. Without commit() the temporary is removed and the old file, if
-// there was one, stays as it was. After a commit() that failed at its very last step (the folder's
-// sync) the new file is there, whole, but may not survive a power cut.
+// A file that appears whole or not at all:
+//     open      a temporary name beside it, so that its own name still means the old file
+//     write     the bytes, in as many pieces as there are
+//     fsync     now they are on the disk, not only on their way to it
+//     rename    in one step, the name means the new file
+//     fsync     of the folder: now the name is on the disk too
+// commit() makes the last three. Without it the temporary is removed, and the old file, if there
+// was one, stays as it was. After a commit() that failed at its very last step the new file is
+// there, whole, but may not survive a power cut.
 class FileWriter {
     std::string path_, temporary_;
     FileHandle file_{-1};  // of the temporary name; -1 before and after
@@ -3042,16 +3052,26 @@ inline std::string file_checksum(const std::string& path) {
 }
 
 // ---- Characters in UTF-8 -----------------------------------------------------------------------
+// Text is bytes, and UTF-8 says which of them make a character. Its number in Unicode, the code
+// point, is spread over one to four bytes (the x are its bits):
+//
+//     0xxxxxxx                               up to U+007F: ASCII
+//     110xxxxx 10xxxxxx                      up to U+07FF: most of Europe, the Middle East
+//     1110xxxx 10xxxxxx 10xxxxxx             up to U+FFFF: nearly all that is written today
+//     11110xxx 10xxxxxx 10xxxxxx 10xxxxxx    up to U+10FFFF: old scripts, emoji
+//
+// Not all bytes are text: a file may hold anything, and a model may write half a character.
 
-// How many bytes a character has that begins with this one; 0 where no character can.
+// How many bytes a character has that begins with this one; 0 where none does. (c0 and c1 would be
+// ASCII in two bytes; f5 and more, beyond U+10FFFF.)
 inline size_t utf8_length(char first) {
     const uint8_t lead = uint8_t(first);
     if (lead < 0x80) return 1;
     return lead < 0xc2 || lead > 0xf4 ? 0 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : 4;
 }
 
-// The character that a text begins with: its bytes, and its number in Unicode. No bytes where that
-// is not valid UTF-8 (too long a form, half a surrogate pair, above U+10FFFF, cut short).
+// The character that a text begins with: how many bytes it has, and its code point. 0 bytes where
+// that is not valid UTF-8 (too long a form, half a surrogate pair, above U+10FFFF, cut short).
 struct Utf8Character {
     size_t bytes;
     uint32_t code;
@@ -3070,8 +3090,7 @@ inline Utf8Character utf8_character(std::string_view text) {
     return {too_long || surrogate || code > 0x10ffff ? 0 : bytes, code};
 }
 
-// Appends a code point (below 0x110000, no surrogate) in one to four bytes: six bits in each but
-// the first, which also says how many follow.
+// Appends a code point (below 0x110000, no surrogate).
 inline void append_utf8(std::string& out, uint32_t code) {
     const int more = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
     const uint32_t lead[] = {0, 0xc0, 0xe0, 0xf0};
@@ -3080,6 +3099,13 @@ inline void append_utf8(std::string& out, uint32_t code) {
 }
 
 // ---- JSON (RFC 8259) ---------------------------------------------------------------------------
+// JSON writes down values: null, true and false, numbers, strings, lists of values (arrays), and
+// lists of values with names (objects).
+//
+//     {"model_type": "gpt2", "n_layer": 12, "layer_norm_epsilon": 1e-05, "n_inner": null}
+//
+// Below: how a string is written, Json (a value), JsonParser (text to a value), and how a value is
+// written.
 
 // Appends a JSON string, quotes included. A byte that is no UTF-8 becomes U+FFFD, so that the text
 // stays JSON whatever it quotes.
@@ -3109,8 +3135,8 @@ struct JsonLimits {
     size_t values = 10'000'000;  // of any kind, keys not counted
 };
 
-// One JSON value, of one kind; the fields of the other kinds are empty. Numbers and texts turn into
-// values by themselves: json.set("step", 7).set("finished", false).
+// A value. It is of one kind, and the fields of the others are empty. Numbers and texts turn into
+// values by themselves: Json::object().set("step", 7).set("finished", false).
 struct Json {
     enum class Kind { null, boolean, number, string, array, object };
     Kind kind = Kind::null;
@@ -3193,17 +3219,17 @@ private:
     void write_to(std::string& out, int indent, int depth) const;
 };
 
-// Reads JSON by its grammar, with a function for each rule: it reads its thing at text[at], moves
-// `at` behind it, and fails with the place where the text breaks the rule. Hostile texts cost no
-// more than others: time and memory are linear in their length, but for the sort that finds a key
-// that is there twice, and depth is bounded.
+// Text to a value: a recursive descent, with a function for each rule of the grammar. Each of them
+// reads its thing at text[at] and moves `at` behind it, or fails with the place where the text
+// breaks the rule. A hostile text costs no more than others: depth is bounded, and time and memory
+// are linear in its length but for the sort that finds a key that is there twice.
 struct JsonParser {
     std::string_view text;
     const std::string& where;
     JsonLimits limits;
     size_t at = 0, values = 0;
 
-    // A value, and nothing behind it.
+    // document: a value, and nothing behind it
     Json document() {
         Json out = value(0);
         space();
@@ -3211,6 +3237,7 @@ struct JsonParser {
         return out;
     }
 
+    // value: object | array | string | number | true | false | null
     Json value(int depth) {
         space();
         const char c = peek();
@@ -3227,6 +3254,7 @@ struct JsonParser {
         return nullptr;
     }
 
+    // array: [ value , value , ... ], whose [ is read
     Json array(int depth) {
         Json out = Json::array();
         if (next("]")) return out;
@@ -3236,6 +3264,7 @@ struct JsonParser {
         return out;
     }
 
+    // object: { string : value , string : value , ... }, whose { is read
     Json object(int depth) {
         const size_t start = at;
         Json out = Json::object();
@@ -3261,6 +3290,7 @@ struct JsonParser {
             error(start, "the object that starts here has the key " + in_quotes(*twice) + " twice");
     }
 
+    // number: -? (0 | digits) (. digits)? ([eE] [+-]? digits)?
     // Careful: from_chars alone would take "01", "1." and "inf". So the grammar comes first.
     Json number() {
         const size_t start = at;
@@ -3286,12 +3316,13 @@ struct JsonParser {
         while (std::isdigit(uint8_t(peek()))) at++;
     }
 
-    // The rest of a string whose first quote is read.
+    // string: " (character | \ escape) ... ", whose first quote is read
     std::string string() {
         std::string out;
         while (!accept("\"")) append_utf8(out, accept("\\") ? escape() : character());
         return out;
     }
+    // Returns a code point, as escape does.
     uint32_t character() {
         if (uint8_t(peek()) < 0x20) wrong("the rest of a string");
         const Utf8Character c = utf8_character(text.substr(at, 4));
@@ -3299,7 +3330,7 @@ struct JsonParser {
         at += c.bytes;
         return c.code;
     }
-    // What follows a backslash: n and the like, or u with the four digits of a UTF-16 unit.
+    // escape: a letter, as in \n, or u and the four digits of a unit of UTF-16, whose \ is read
     uint32_t escape() {
         static constexpr std::string_view names = "\"\\/bfnrt", meanings = "\"\\/\b\f\n\r\t";
         const size_t start = at - 1, which = names.find(peek());
@@ -3353,6 +3384,7 @@ inline Json Json::parse(std::string_view text, const std::string& where, JsonLim
     return JsonParser{text, where, limits}.document();
 }
 
+// Appends the value; its first line is already indented.
 inline void Json::write_to(std::string& out, int indent, int depth) const {
     auto new_line = [&](int level) {
         if (indent > 0) out.append("\n").append(size_t(indent * level), ' ');
@@ -3391,21 +3423,25 @@ inline void Json::write_to(std::string& out, int indent, int depth) const {
 // §12 The tokenizer: text to tokens and back
 // =================================================================================================
 // A model knows no letters, only tokens: numbers below its vocabulary's size, each of which stands
-// for some bytes of text. GPT-2's tokenizer is a byte-level BPE (byte pair encoding). Text is cut
-// into pieces, which are roughly words with the space before them; each piece starts as its bytes,
-// one token a byte; and then the neighbours whose merge was learnt first become one token, again
-// and again, until no two neighbours have a merge. So any bytes at all can be encoded, and decoding
-// gives them back.
+// for some bytes of text. This section turns text into tokens and back.
+//
+// GPT-2's tokenizer is a byte-level BPE (byte pair encoding; Sennrich, Haddow, Birch 2016; Radford
+// et al. 2019, §2.2). Text is cut into pieces, which are roughly words with the space before them.
+// Each piece starts as its bytes, one token a byte; then the neighbours whose merge was learnt
+// first become one token, again and again, until no two neighbours have a merge. So any bytes at
+// all can be encoded, and decoding gives them back.
 //
 //   text    "Hello, world's"
 //   pieces  "Hello" | "," | " world" | "'s"
 //   tokens   15496     11     995       338        (with GPT-2's own vocabulary)
 //
-// How a vocabulary is learnt from text is in prepare_data.cpp.
+// Where a vocabulary comes from, which is learning merges from text, is in prepare_data.cpp.
 
 // ---- Pieces: where merging stops ---------------------------------------------------------------
 
-// What decides where a piece ends is whether characters are letters, numbers or white space.
+// Merging never crosses from one piece to the next: else "dog.", "dog!" and "dog?" would each be a
+// token, and one would be spent on " of the". A piece ends where one class of characters gives way
+// to another.
 enum CharClass : uint8_t { kOther, kLetter, kNumber, kSpace };
 
 // What Unicode says of a code point. Its table, long and dull, is at the end of this section.
@@ -3417,7 +3453,7 @@ struct Character {
     CharClass kind;
 };
 // A byte that begins no valid UTF-8 character is taken alone, as kOther: broken text loses nothing.
-// Why apart from character_at: English hardly needs it, and without it that one is inlined well.
+// Why apart, and never inlined: character_at is called for every word, this hardly ever in English.
 [[gnu::noinline]] inline Character character_beyond_ascii(std::string_view text) {
     const Utf8Character c = utf8_character(text);
     return c.bytes ? Character{c.bytes, class_of(c.code)} : Character{1, kOther};
@@ -3433,8 +3469,9 @@ inline Character character_at(std::string_view text, size_t at) {
 }
 
 // How many of the eight bytes at `text`, from the first on, are ASCII letters.
-// Why: eight comparisons at once, in one register, are a third of the time that pieces take. Adding
-// 128 - c sets the top bit of a byte below 128 that is c or more.
+// Why: a word at a time instead of a letter at a time makes encoding an eighth faster. All eight
+// comparisons are done at once in one register: adding 128 - c to a byte below 128 sets its top bit
+// just where it is c or more.
 inline size_t leading_letters(const char* text) {
     constexpr uint64_t kEach = 0x0101010101010101, kTop = 0x80 * kEach;
     uint64_t bytes;
@@ -3474,7 +3511,8 @@ inline std::string_view next_piece(std::string_view text, size_t at) {
     const size_t begin = at + (text[at] == ' ' && at + 1 < text.size());
     const CharClass kind = character_at(text, begin).kind;
     if (kind != kSpace) return text.substr(at, run_end(text, begin, kind) - at);
-    // White space. Before a word its last character is left over: a blank joins that word.
+    // White space. Its last character is left over for what comes next: a blank joins a word. Where
+    // the text ends, or it has one character only, nothing is left over.
     size_t last = at;
     const size_t end = run_end(text, at, kSpace, &last);
     const bool left_over = end < text.size() && last > at;
@@ -3482,6 +3520,9 @@ inline std::string_view next_piece(std::string_view text, size_t at) {
 }
 
 // ---- The vocabulary ----------------------------------------------------------------------------
+// A vocabulary is a list of merges, in the order in which they were learnt, and nothing else: the
+// bytes come first, then what each merge makes, then the end of a text. GPT-2's has 256 + 50,000 +
+// 1 = 50,257 tokens.
 
 // GPT-2 writes bytes as characters that can be seen. The 188 bytes that are visible in Latin-1
 // stand for themselves; the other 68, in order, are written as U+0100, U+0101, ... ("Ġ" is the
@@ -3535,8 +3576,8 @@ private:
     }
 };
 
-// A vocabulary. Tokens 0..255 are the bytes, token 256 + i is what merge i makes of two earlier
-// tokens, and the last token is the end of a text.
+// A vocabulary, and what can be done with it. Tokens 0..255 are the bytes (in GPT-2's order), token
+// 256 + i is what merge i makes of two earlier tokens, and the last token is the end of a text.
 class Tokenizer {
 public:
     using Merge = std::pair<uint16_t, uint16_t>;
@@ -3598,7 +3639,7 @@ public:
 
 // ---- Encoding ----------------------------------------------------------------------------------
 
-// Turns text into tokens and remembers short pieces. One for each thread.
+// Turns text into tokens, piece by piece. One for each thread, as it remembers what it has seen.
 // Why: text repeats its words, so nearly every piece is found in the memory, and merging is rare.
 class Encoder {
     static constexpr size_t kMaxBytes = 15, kMaxTokens = 7;  // of a piece to be remembered
@@ -3644,13 +3685,45 @@ public:
     }
 
 private:
-    // The tokens of one piece. Each of these four writes them to `to`, which has room for one a
-    // byte and seven more, and returns how many they are.
+    // The tokens of one piece. Each of these four functions writes them to `to`, which has room for
+    // one a byte and seven more, and returns how many they are.
+
+    // From memory, if the piece is known; else it takes the place of the one that was there. The
+    // text goes on behind the piece: from its beginning there are `readable` bytes.
+    size_t recall(std::string_view piece, size_t readable, uint16_t* to) {
+        std::array<uint64_t, 2> key = {0, 0};
+        if (readable >= sizeof key) {
+            // Why: copying 16 bytes and clearing those behind the piece takes a few instructions;
+            // copying as many as it has is a call.
+            std::memcpy(key.data(), piece.data(), sizeof key);
+            const size_t low = std::min<size_t>(piece.size(), 8), high = piece.size() - low;
+            key[0] &= ~uint64_t(0) >> (64 - 8 * low);
+            key[1] &= (uint64_t(1) << (8 * high)) - 1;
+        } else {
+            std::memcpy(key.data(), piece.data(), piece.size());
+        }
+        key[1] |= uint64_t(piece.size()) << 56;
+        const uint64_t mixed = (key[0] ^ (key[1] * 0xbf58476d1ce4e5b9ull)) * 0x9e3779b97f4a7c15ull;
+        Known& known = known_[size_t(mixed >> 40) & (known_.size() - 1)];
+        if (known.key != key) {
+            const size_t count = merge(piece, to);
+            if (count > kMaxTokens) return count;
+            known.key = key, known.count = uint16_t(count);
+            std::copy(to, to + count, known.tokens);
+        }
+        // Why all seven, whatever the count: a copy of fixed size is one instruction.
+        std::memcpy(to, known.tokens, sizeof known.tokens);
+        return known.count;
+    }
+
     size_t merge(std::string_view piece, uint16_t* to) {
         return piece.size() <= kShort ? merge_short(piece, to) : merge_long(piece, to);
     }
 
-    // Merging as it is defined: look for the earliest merge, make it, look again. n * n steps.
+    // Merging as it is defined: look for the earliest merge, make it, look again; n * n steps. With
+    // GPT-2's vocabulary, where "er" is token 263, " l" is 300, "ow" 322, "ower" 789:
+    //     (blank) l o w e r  ->  (blank) l o w er  ->  " l" o w er  ->  " l" ow er  ->  " l" ower
+    // and " lower" is token 2793.
     size_t merge_short(std::string_view piece, uint16_t* to) const {
         size_t n = piece.size();
         uint32_t merged[kShort];  // what token i and the one after it make
@@ -3671,9 +3744,9 @@ private:
         return n;
     }
 
-    // The same in n log n steps, for a megabyte without a space. The tokens are a linked list, and
-    // every pair that has a merge waits in a heap, which gives out the earliest merge first and, of
-    // the same merge, the leftmost place: aaa becomes (aa)a.
+    // The same in n log n steps: a piece may be a megabyte without a space. The tokens are a linked
+    // list, and every pair that has a merge waits in a heap, which gives out the earliest merge
+    // first and, of the same merge, the leftmost place: aaa becomes (aa)a.
     size_t merge_long(std::string_view piece, uint16_t* to) {
         TINYGPT_CHECK(piece.size() < kNone, "a word of %zu bytes is too long to encode",
                       piece.size());
@@ -3700,45 +3773,20 @@ private:
         if (symbol.token == kNone || symbol.next == kNone) return kNone;
         return table_.find(symbol.token, symbols_[symbol.next].token);
     }
+    // Lets symbol i wait for its merge with its right neighbour, if they have one.
     void offer(uint32_t i) {
         const uint64_t token = merged_with_next(i);
         if (token == kNone) return;
         waiting_.push_back(token << 32 | i);
         std::push_heap(waiting_.begin(), waiting_.end(), std::greater<>());
     }
+    // Symbol i takes in its right neighbour and becomes `token`; both its pairs are new.
     void join_next(uint32_t i, uint32_t token) {
         Symbol &left = symbols_[i], &right = symbols_[left.next];
         left.token = token, left.next = right.next, right.token = kNone;
         if (left.next != kNone) symbols_[left.next].previous = i;
         if (left.previous != kNone) offer(left.previous);
         offer(i);
-    }
-
-    // The tokens of a short piece, from memory if it is known; a new piece takes the place of the
-    // one that was there. The text goes on: `readable` bytes from the piece's beginning.
-    size_t recall(std::string_view piece, size_t readable, uint16_t* to) {
-        std::array<uint64_t, 2> key = {0, 0};
-        if (readable >= sizeof key) {
-            // Why: copying a fixed number of bytes and clearing the surplus is far faster.
-            std::memcpy(key.data(), piece.data(), sizeof key);
-            const size_t low = std::min<size_t>(piece.size(), 8), high = piece.size() - low;
-            key[0] &= ~uint64_t(0) >> (64 - 8 * low);
-            key[1] &= (uint64_t(1) << (8 * high)) - 1;
-        } else {
-            std::memcpy(key.data(), piece.data(), piece.size());
-        }
-        key[1] |= uint64_t(piece.size()) << 56;
-        const uint64_t mixed = (key[0] ^ (key[1] * 0xbf58476d1ce4e5b9ull)) * 0x9e3779b97f4a7c15ull;
-        Known& known = known_[size_t(mixed >> 40) & (known_.size() - 1)];
-        if (known.key != key) {
-            const size_t count = merge(piece, to);
-            if (count > kMaxTokens) return count;
-            known.key = key, known.count = uint16_t(count);
-            std::copy(to, to + count, known.tokens);
-        }
-        // Why all seven, whatever the count: a copy of fixed size is one instruction.
-        std::memcpy(to, known.tokens, sizeof known.tokens);
-        return known.count;
     }
 };
 
@@ -3749,10 +3797,15 @@ inline std::vector<uint16_t> Tokenizer::encode(std::string_view text) const {
 }
 
 // ---- Vocabulary files --------------------------------------------------------------------------
-// merges.txt: a line "#version: 0.2", then a line "left right" for each merge. vocab.json: one
-// object, "token": id. Tokens are written in GPT-2's visible characters. The vocabulary follows
-// from the merges alone; a vocab.json that says otherwise is refused, for its model would see other
-// tokens.
+// Two files, in OpenAI's format and under Hugging Face's names (OpenAI's are vocab.bpe and
+// encoder.json). Tokens are written in GPT-2's visible characters.
+//
+//     merges.txt    #version: 0.2            vocab.json    {"!": 0, "\"": 1, "#": 2, ...
+//                   Ġ t                                    "\u0120t": 256, "\u0120a": 257, ...
+//                   Ġ a                                    "<|endoftext|>": 50256}
+//
+// The vocabulary follows from the merges alone. A vocab.json that says otherwise is refused: its
+// model would see other tokens.
 
 inline std::string Tokenizer::name_of(int id) const {
     if (id == end_of_text()) return std::string(kEndOfText);
@@ -3792,7 +3845,8 @@ inline void Tokenizer::save(const std::string& folder) const {
 // The most bytes that a vocabulary's file may have: GPT-2's have a million.
 constexpr size_t kMaxVocabBytes = 16'000'000;
 
-// The merges of a merges file. `ids` begins empty and ends with the id of every token but the last.
+// The merges of a merges file, whose every line may use the tokens that earlier lines made. `ids`
+// begins empty, and ends with the id of every token but the last by its name.
 inline std::vector<Tokenizer::Merge> read_merges(const std::string& path,
                                                  std::unordered_map<std::string, uint16_t>& ids) {
     for (int b = 0; b < 256; ++b) {
@@ -3836,7 +3890,7 @@ inline Tokenizer Tokenizer::load(const std::string& folder) {
     std::unordered_map<std::string, uint16_t> ids;
     const Tokenizer tokenizer(read_merges(folder + (ours ? "/merges.txt" : "/vocab.bpe"), ids));
     ids.emplace(kEndOfText, uint16_t(tokenizer.end_of_text()));
-    // The vocabulary must say what the merges say.
+    // Its vocabulary must say what the merges say: the same names, with the same ids.
     const std::string path = folder + (ours ? "/vocab.json" : "/encoder.json");
     const Json vocab =
         Json::parse(read_file(path, kMaxVocabBytes), path, {.depth = 2, .values = 70'000});
