@@ -2831,7 +2831,7 @@ struct FileHandle {
     }
 };
 
-// What is there under that name, as stat says it; 0 where nothing is.
+// What is there under that name, a file, a folder or something else, as stat says it; 0 for nothing.
 inline mode_t mode_of(const std::string& path) {
     struct stat info;
     return ::stat(path.c_str(), &info) == 0 ? info.st_mode : 0;
@@ -2868,7 +2868,7 @@ inline FileHandle open_to_read(const std::string& path) {
     if (file.fd < 0) fail_file("read", path, errno);
     return file;
 }
-// Reads what comes next, up to `bytes`. Returns how many it was: 0 at the end only.
+// Reads what comes next, up to `bytes`. Returns how many there were: 0 at the end only.
 inline size_t read_some(const FileHandle& file, const std::string& path, char* to, size_t bytes) {
     for (;;) {
         const ssize_t got = ::read(file.fd, to, bytes);
@@ -2911,7 +2911,7 @@ inline void sync_folder(const std::string& path) {
     if (!synced && errno != EINVAL && errno != ENOTSUP) fail_file("sync folder", path, errno);
 }
 
-// Creates a folder and those above it; those that exist are left alone.
+// Creates a folder and those above it, and makes their names last; those that exist are left alone.
 inline void make_folders(const std::string& path) {
     if (path.empty() || folder_exists(path)) return;
     const std::string parent = parent_folder(path);
@@ -2989,7 +2989,7 @@ public:
     }
 };
 
-// The file has these bytes, all of them, or is as it was.
+// Afterwards the file has these bytes, all of them; or it is as it was, and an error says why.
 inline void write_file(const std::string& path, std::string_view bytes) {
     FileWriter writer(path);
     writer.write(bytes.data(), bytes.size());
@@ -3041,7 +3041,7 @@ public:
     }
 };
 
-// The checksum of a file, read a piece at a time.
+// The checksum of a file, read a piece at a time: it may be larger than memory.
 inline std::string file_checksum(const std::string& path) {
     const FileHandle file = open_to_read(path);
     std::vector<char> piece(size_t(1) << 18);
@@ -3085,6 +3085,7 @@ inline Utf8Character utf8_character(std::string_view text) {
         if ((text[i] & 0xc0) != 0x80) return {0, 0};
         code = code << 6 | (text[i] & 0x3f);
     }
+    // Careful: one character in several forms is a way to smuggle it past a check. One is valid.
     const bool too_long = (bytes == 3 && code < 0x800) || (bytes == 4 && code < 0x10000);
     const bool surrogate = code >= 0xd800 && code < 0xe000;
     return {too_long || surrogate || code > 0x10ffff ? 0 : bytes, code};
@@ -3107,8 +3108,8 @@ inline void append_utf8(std::string& out, uint32_t code) {
 // Below: how a string is written, Json (a value), JsonParser (text to a value), and how a value is
 // written.
 
-// Appends a JSON string, quotes included. A byte that is no UTF-8 becomes U+FFFD, so that the text
-// stays JSON whatever it quotes.
+// Appends a JSON string, quotes included. A byte that is no UTF-8 becomes U+FFFD, the mark for what
+// cannot be shown: the text stays JSON whatever it quotes.
 inline void append_json_string(std::string& out, std::string_view text) {
     out += '"';
     for (size_t i = 0, bytes; i < text.size(); i += std::max<size_t>(bytes, 1)) {
@@ -3193,6 +3194,7 @@ struct Json {
         return nullptr;
     }
     // A member that must be there and of that kind; otherwise an error naming `where` and the key.
+    // The others are the same for one kind each; an integer must also lie within bounds.
     const Json& get(const std::string& key, Kind wanted, const std::string& where) const {
         const Json* value = find(key);
         TINYGPT_CHECK(value, "%s: \"%s\" is missing", where.c_str(), key.c_str());
@@ -3346,13 +3348,10 @@ struct JsonParser {
         return code;
     }
     uint32_t hex4() {
-        const std::string_view digits = text.substr(at, 4);
         uint32_t code = 0;
-        const char* end = digits.data() + digits.size();
-        const size_t read =
-            size_t(std::from_chars(digits.data(), end, code, 16).ptr - digits.data());
-        at += read;
-        if (read < 4) wrong("four hexadecimal digits");
+        const char *begin = text.data() + at, *end = text.data() + std::min(at + 4, text.size());
+        at = size_t(std::from_chars(begin, end, code, 16).ptr - text.data());
+        if (text.data() + at != begin + 4) wrong("four hexadecimal digits");
         return code;
     }
 
@@ -3374,7 +3373,7 @@ struct JsonParser {
                                                        : format("byte 0x%02x", uint8_t(c));
         error(at, format("expected %s, found %s", expected, found.c_str()));
     }
-    // Why lines are counted only here: a good text pays nothing for them.
+    // Every error of the parser. Why lines are counted only here: a good text pays nothing for them.
     [[noreturn]] void error(size_t place, const std::string& message) const {
         const size_t line = 1 + size_t(std::count(text.begin(), text.begin() + place, '\n'));
         fail(where + format(": not valid JSON: line %zu, byte %zu: ", line, place) + message);
@@ -3389,7 +3388,7 @@ inline void Json::write_to(std::string& out, int indent, int depth) const {
     auto new_line = [&](int level) {
         if (indent > 0) out.append("\n").append(size_t(indent * level), ' ');
     };
-    // n things, with commas between them.
+    // n things between brackets, with commas between them.
     auto list = [&](char open, size_t n, char close, const auto& write_one) {
         out += open;
         for (size_t i = 0; i < n; i++) {
@@ -3444,7 +3443,8 @@ inline void Json::write_to(std::string& out, int indent, int depth) const {
 // to another.
 enum CharClass : uint8_t { kOther, kLetter, kNumber, kSpace };
 
-// What Unicode says of a code point. Its table, long and dull, is at the end of this section.
+// What Unicode says of a code point: "é" is a letter, "½" a number, "　" (U+3000) white space. The
+// table, long and dull, is at the end of this section.
 inline CharClass class_of(uint32_t code);
 
 // One character of a text: how many bytes it takes, and its class.
@@ -3458,7 +3458,8 @@ struct Character {
     const Utf8Character c = utf8_character(text);
     return c.bytes ? Character{c.bytes, class_of(c.code)} : Character{1, kOther};
 }
-// The character at text[at], for at < text.size().
+// The character at text[at], for at < text.size(). Bytes below 128 are ASCII: the classes of those
+// are written out here.
 inline Character character_at(std::string_view text, size_t at) {
     const unsigned c = uint8_t(text[at]);
     if (c >= 128) [[unlikely]]
@@ -3482,8 +3483,8 @@ inline size_t leading_letters(const char* text) {
     return size_t(std::countr_zero(others)) / 8;
 }
 
-// Where the run of characters of class `kind` that begins at text[at] ends. If `last` is given, it
-// becomes where the run's last character begins.
+// Where the run of characters of class `kind` that begins at text[at] ends; at itself where there is
+// none. If `last` is given, it becomes where the run's last character begins.
 inline size_t run_end(std::string_view text, size_t at, CharClass kind, size_t* last = nullptr) {
     while (kind == kLetter && at + 8 <= text.size()) {
         const size_t letters = leading_letters(text.data() + at);
@@ -3501,7 +3502,9 @@ inline size_t run_end(std::string_view text, size_t at, CharClass kind, size_t* 
 
 // The piece that begins at text[at], for at < text.size(). This is GPT-2's pattern
 //   's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-// (openai/gpt-2, src/encoder.py) as a scanner: the first alternative that fits is the piece.
+// (openai/gpt-2, src/encoder.py) as a scanner: the first alternative that fits is the piece. \p{L}
+// is a letter, \p{N} a number, \s white space; (?!\S) leaves the last space before a word over.
+//   "It costs $20, isn't it?" is "It" | " costs" | " $" | "20" | "," | " isn" | "'t" | " it" | "?"
 inline std::string_view next_piece(std::string_view text, size_t at) {
     // An ending after an apostrophe, in lower case only.
     if (text[at] == '\'')
@@ -3526,7 +3529,8 @@ inline std::string_view next_piece(std::string_view text, size_t at) {
 
 // GPT-2 writes bytes as characters that can be seen. The 188 bytes that are visible in Latin-1
 // stand for themselves; the other 68, in order, are written as U+0100, U+0101, ... ("Ġ" is the
-// blank). The token ids of the bytes follow the same order: first the 188, then the 68.
+// blank). So a vocabulary's file is text, and no token in it holds a blank or a line end. The ids
+// of the bytes follow the same order: first the 188, then the 68.
 struct ByteAlphabet {
     uint8_t byte_of_id[256] = {};
     uint16_t id_of_byte[256] = {}, code_of_byte[256] = {};
@@ -3546,7 +3550,9 @@ inline constexpr ByteAlphabet kBytes;
 
 constexpr std::string_view kEndOfText = "<|endoftext|>";  // as it is written in a vocabulary file
 
-// Which token two neighbours merge into: a hash table with linear probing, at most half full.
+// Which token two neighbours merge into: a hash table. A pair lies at the place that its bits, well
+// mixed, make it begin the search at, or where that is taken, at the next free place after it
+// (linear probing). At most half of the places are taken, so the search is short.
 // Why not std::unordered_map: a look-up touches one line of cache here, and three or more there.
 class MergeTable {
     struct Entry {
@@ -3588,7 +3594,8 @@ private:
     MergeTable table_;
 
 public:
-    // The vocabulary of these merges. Fails if one names a token that does not exist before it.
+    // The vocabulary of these merges, each of which may use what the merges before it made. Fails
+    // if one names a token that does not exist before it.
     explicit Tokenizer(std::vector<Merge> merge_list)
         : merges_(std::move(merge_list)), table_(merges_.size()) {
         TINYGPT_CHECK(merges_.size() <= 65536 - 257,
@@ -3640,15 +3647,16 @@ public:
 // ---- Encoding ----------------------------------------------------------------------------------
 
 // Turns text into tokens, piece by piece. One for each thread, as it remembers what it has seen.
-// Why: text repeats its words, so nearly every piece is found in the memory, and merging is rare.
+// Why: text repeats its words. Of 100 pieces of English, 96 are found in the memory, and only the
+// others must be merged.
 class Encoder {
     static constexpr size_t kMaxBytes = 15, kMaxTokens = 7;  // of a piece to be remembered
-    static constexpr size_t kMaxKnown = 1 << 16;             // 2 MB: as much as a core's cache
-    static constexpr size_t kShort = 32;                     // up to here merge_short is faster
+    static constexpr size_t kMaxKnown = 1 << 16;             // 2 MB: what a core's cache holds
+    static constexpr size_t kShort = 32;                     // up to here, merge_short is faster
     static constexpr uint32_t kNone = MergeTable::kNone;
 
-    // A piece and its tokens: the piece's bytes, zeros, and its length as the last byte of the key.
-    // Two fill a line of cache.
+    // A piece and its tokens. The key is the piece's bytes, zeros, and in its last byte the length.
+    // Why so small: two fill a line of cache, and a key is compared in two steps.
     struct Known {
         std::array<uint64_t, 2> key = {0, 0};  // zero: nothing here, as no piece is empty
         uint16_t count = 0, tokens[kMaxTokens] = {};
@@ -3674,11 +3682,12 @@ public:
         for (size_t at = 0; at < text.size();) {
             const std::string_view piece = next_piece(text, at);
             // Make room for a token a byte, and for all of a Known's, which are copied unseen.
+            // Why not for the whole text at once: tokens are fewer than bytes, by a factor of four.
             if (out.size() < used + piece.size() + kMaxTokens)
                 out.resize(used + std::min(text.size() - at, used + piece.size()) + kMaxTokens);
             uint16_t* to = out.data() + used;
-            const bool fits = piece.size() <= kMaxBytes;
-            used += fits ? recall(piece, text.size() - at, to) : merge(piece, to);
+            const bool fits = piece.size() <= kMaxBytes && text.size() - at > kMaxBytes;
+            used += fits ? recall(piece, to) : merge(piece, to);
             at += piece.size();
         }
         out.resize(used);
@@ -3689,19 +3698,15 @@ private:
     // one a byte and seven more, and returns how many they are.
 
     // From memory, if the piece is known; else it takes the place of the one that was there. The
-    // text goes on behind the piece: from its beginning there are `readable` bytes.
-    size_t recall(std::string_view piece, size_t readable, uint16_t* to) {
-        std::array<uint64_t, 2> key = {0, 0};
-        if (readable >= sizeof key) {
-            // Why: copying 16 bytes and clearing those behind the piece takes a few instructions;
-            // copying as many as it has is a call.
-            std::memcpy(key.data(), piece.data(), sizeof key);
-            const size_t low = std::min<size_t>(piece.size(), 8), high = piece.size() - low;
-            key[0] &= ~uint64_t(0) >> (64 - 8 * low);
-            key[1] &= (uint64_t(1) << (8 * high)) - 1;
-        } else {
-            std::memcpy(key.data(), piece.data(), piece.size());
-        }
+    // piece has at most 15 bytes. Careful: 16 are read, so the text must go on behind it.
+    size_t recall(std::string_view piece, uint16_t* to) {
+        // Why: copying 16 bytes and clearing those behind the piece takes a few instructions, where
+        // copying as many as it has is a call.
+        std::array<uint64_t, 2> key;
+        std::memcpy(key.data(), piece.data(), sizeof key);
+        const size_t low = std::min<size_t>(piece.size(), 8), high = piece.size() - low;
+        key[0] &= ~uint64_t(0) >> (64 - 8 * low);
+        key[1] &= (uint64_t(1) << (8 * high)) - 1;
         key[1] |= uint64_t(piece.size()) << 56;
         const uint64_t mixed = (key[0] ^ (key[1] * 0xbf58476d1ce4e5b9ull)) * 0x9e3779b97f4a7c15ull;
         Known& known = known_[size_t(mixed >> 40) & (known_.size() - 1)];
@@ -3726,7 +3731,7 @@ private:
     // and " lower" is token 2793.
     size_t merge_short(std::string_view piece, uint16_t* to) const {
         size_t n = piece.size();
-        uint32_t merged[kShort];  // what token i and the one after it make
+        uint32_t merged[kShort];  // what token i and the one after it make: looked up once only
         for (size_t i = 0; i < n; ++i) to[i] = kBytes.id_of_byte[uint8_t(piece[i])];
         for (size_t i = 0; i + 1 < n; ++i) merged[i] = table_.find(to[i], to[i + 1]);
         while (n > 1) {
@@ -3753,7 +3758,7 @@ private:
         symbols_.clear();
         for (uint32_t i = 0; i < piece.size(); ++i)
             symbols_.push_back({kBytes.id_of_byte[uint8_t(piece[i])], i - 1, i + 1});
-        symbols_.back().next = kNone;  // the first one's i - 1 is kNone by itself
+        symbols_.back().next = kNone;  // the first one's 0 - 1 is kNone by itself
         for (uint32_t i = 0; i < piece.size(); ++i) offer(i);
         while (!waiting_.empty()) {
             std::pop_heap(waiting_.begin(), waiting_.end(), std::greater<>());
@@ -3820,7 +3825,8 @@ inline std::string Tokenizer::merges_text() const {
     return text;
 }
 
-// In plain ASCII, with the separators of Python's json: GPT-2's comes out as OpenAI wrote it.
+// In plain ASCII, with the separators of Python's json: GPT-2's comes out, byte for byte, as OpenAI
+// published it.
 inline std::string Tokenizer::vocab_json() const {
     std::string json = "{";
     for (int id = 0; id < vocab_size(); ++id) {
@@ -3880,6 +3886,7 @@ inline std::vector<Tokenizer::Merge> read_merges(const std::string& path,
     return merges;
 }
 
+// Reads both files, under either's names; the error of a folder without them says where to get some.
 inline Tokenizer Tokenizer::load(const std::string& folder) {
     const bool ours = file_exists(folder + "/vocab.json") && file_exists(folder + "/merges.txt");
     const bool openai = file_exists(folder + "/encoder.json") && file_exists(folder + "/vocab.bpe");
@@ -3908,7 +3915,7 @@ inline Tokenizer Tokenizer::load(const std::string& folder) {
     return tokenizer;
 }
 
-// The tokenizer of a folder, where it has one.
+// The tokenizer of a folder, where it has one. One that is damaged is an error all the same.
 inline std::optional<Tokenizer> tokenizer_of(const std::string& folder) {
     if (file_exists(folder + "/vocab.json") || file_exists(folder + "/encoder.json"))
         return Tokenizer::load(folder);
@@ -3920,8 +3927,9 @@ inline std::optional<Tokenizer> tokenizer_of(const std::string& folder) {
 // \p{L}, \p{N} and \s of Unicode 17.0. The code points 0, 1, 2, ... fall into runs of one class;
 // each run is the number (length - 1) * 4 + class in base 32, lowest digit first. A digit is one of
 // the 64 characters from '0' to 'p' without the backslash, one of the upper 32 where more digits
-// follow. (Written by checks/unicode_classes.py.) GPT-2 itself was trained with the Unicode of
-// 2017: only characters that were added later are classed differently.
+// follow. So "P1", which is 0 + 32 * 1 = 32, says that the first 9 are kOther, and "C", 19, that
+// the next 5, from the tabulator on, are kSpace. (Written by checks/unicode_classes.py.) GPT-2
+// itself was trained with the Unicode of 2017: only characters that were added later differ.
 constexpr std::string_view kClassRuns =
     "P1CT23i1V1HU3DU3T13T33P11H6018210:0j20j30Uj1<^1e1AH101P@A054=01D109010^20Y:0YALfD0f441DQ5i8Y"
     "3<=a5Y5a2V1<50Y<01i15H5V1941m110f3a3Q;X11e1V1Q4P15<1@f2<1P1181i2Q3HY1@n20Im1U5T7f681T21HU1<V"
