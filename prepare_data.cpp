@@ -7,7 +7,7 @@
 // It reads documents, cuts off the last part for validation, makes or loads a tokenizer, turns the
 // documents into tokens on all cores, and writes a folder with
 //   train_000001.bin ...  val_000000.bin   the tokens (the format is in §2 of tinygpt.hpp)
-//   vocab.json  merges.txt                 the tokenizer (§10)
+//   vocab.json  merges.txt                 the tokenizer (§12)
 //   dataset.json                           source, counts, and the floor where it is known
 // The order is: options, documents, learning a vocabulary, tokens, the folder, the default corpus.
 
@@ -187,7 +187,7 @@ inline void add_jsonl(Documents& documents, const std::string& path) {
         if (line.find_first_not_of(" \t\r") == line.npos) continue;
         Json object = Json::parse(line, where);
         TINYGPT_CHECK(object.is_object(), "%s: expected an object with a \"text\", found %s",
-                      where.c_str(), json_kind_name(object.kind));
+                      where.c_str(), Json::name_of(object.kind));
         add_document(documents, object.get_string("text", where));
     }
 }
@@ -225,18 +225,20 @@ inline Documents read_documents(const std::vector<std::string>& inputs) {
         }
     if (documents.texts.empty()) {
         std::string names;
-        for (const std::string& input : inputs) names += (names.empty() ? "" : ", ") + input;
+        for (const std::string& input : inputs) join(names, ", ", input);
         fail(format("there is no text in the input (%.200s): nothing to prepare", names.c_str()));
     }
     return documents;
 }
 
-// Where character number `index` of the text begins, in bytes.
-inline size_t byte_of_character(std::string_view text, int64_t index) {
-    size_t at = 0;
-    for (int64_t i = 0; i < index && at < text.size(); ++i)
-        at += size_t(character_at(text, at).bytes);
-    return at;
+// Where the character after the one at text[at] begins; a byte that belongs to none counts as one.
+inline size_t next_character(std::string_view text, size_t at) {
+    return at + (text[at] & 0x80 ? character_at(text, at).bytes : 1);
+}
+inline int64_t count_characters(std::string_view text) {
+    int64_t count = 0;
+    for (size_t at = 0; at < text.size(); at = next_character(text, at)) ++count;
+    return count;
 }
 
 // Divides the documents: the last `val_fraction` is for validation, rounded up. One text is cut by
@@ -253,7 +255,8 @@ inline void split_documents(Documents& documents, double val_fraction) {
                   val_fraction, (long long)count, single ? "characters" : "documents");
     if (single) {
         std::string_view text = texts[0];
-        size_t cut = byte_of_character(text, kept);
+        size_t cut = 0;
+        for (int64_t i = 0; i < kept; ++i) cut = next_character(text, cut);
         documents.train = {text.substr(0, cut)};
         if (cut < text.size()) documents.val = {text.substr(cut)};
     } else {
@@ -272,6 +275,18 @@ struct Part {
     bool begins_document;
 };
 using Job = std::vector<Part>;
+
+// The first place at or after text[at] where the text may be cut, so that its two parts have the
+// same pieces as the whole (§12): between a character that is no space and a space, both ASCII.
+inline size_t safe_cut(std::string_view text, size_t at) {
+    for (at = std::max<size_t>(at, 1); at < text.size(); ++at) {
+        const bool ascii = !(text[at - 1] & 0x80) && !(text[at] & 0x80);
+        if (ascii && character_at(text, at).kind == kSpace &&
+            character_at(text, at - 1).kind != kSpace)
+            return at;
+    }
+    return text.size();
+}
 
 // Cuts the documents into jobs of about 256 KB each, at places that do not change the pieces.
 inline std::vector<Job> make_jobs(const std::vector<std::string_view>& documents,
@@ -311,7 +326,7 @@ inline void for_all_jobs(size_t jobs, const Work& work) {
 // Learning a vocabulary: byte-pair encoding
 // =================================================================================================
 // Start with bytes. Find the pair of neighbouring tokens that occurs most often, make it a new
-// token, replace it everywhere, and repeat. Pairs within a piece only (§10), so no token spans two
+// token, replace it everywhere, and repeat. Pairs within a piece only (§12), so no token spans two
 // words. For "aaabdaaabac": aa is the most frequent pair (4), XabdXabac; then ab (2; Xa is as
 // frequent, but its tokens are later ones), XYdXYac; then XY (2), ZdZac.
 
@@ -516,9 +531,8 @@ constexpr const char* kIncoming = ".incoming";  // the new files wait here until
 // Called before the work begins: an hour of tokenizing should not end with a message about a
 // folder.
 inline void check_output_folder(const std::string& folder) {
-    struct stat info;
-    TINYGPT_CHECK(::stat(folder.c_str(), &info) != 0 || S_ISDIR(info.st_mode),
-                  "cannot write to %s: it is a file; --output names a folder", folder.c_str());
+    TINYGPT_CHECK(!file_exists(folder), "cannot write to %s: it is a file; --output names a folder",
+                  folder.c_str());
     std::string parent = folder;
     while (!folder_exists(parent) && !file_exists(parent) && parent_folder(parent) != parent)
         parent = parent_folder(parent);
@@ -595,16 +609,12 @@ inline Tokenizer make_tokenizer(const PrepareOptions& o,
 // added to by `add` before it is written.
 inline void prepare(const PrepareOptions& o, const Documents& documents, const std::string& source,
                     const std::function<void(Json&)>& add = nullptr) {
-    auto clock = [] { return std::chrono::steady_clock::now(); };
-    auto seconds = [](auto from, auto to) {
-        return std::chrono::duration<double>(to - from).count();
-    };
-    auto start = clock();
+    const double start = now_seconds();
     Dataset data{make_tokenizer(o, documents.train), {}, {}, Json::object()};
-    auto learnt = clock();
+    const double learnt = now_seconds();
     data.train = encode_documents(data.tokenizer, documents.train);
     data.val = encode_documents(data.tokenizer, documents.val);
-    auto encoded = clock();
+    const double encoded = now_seconds();
     std::printf("%s -> %s\n", source.c_str(), o.output.c_str());
     data.description.set("source", source)
         .set("tokenizer", o.tokenizer)
@@ -622,9 +632,8 @@ inline void prepare(const PrepareOptions& o, const Documents& documents, const s
         std::printf("  %lld empty documents were left out\n", (long long)documents.empty);
     std::printf(
         "  %d tokens in the vocabulary (%s, %.1f s), %.2f bytes a token, tokenized at %.0f MB/s\n",
-        data.tokenizer.vocab_size(), o.tokenizer.c_str(), seconds(start, learnt),
-        bytes / double(data.train.size() + data.val.size()),
-        bytes / 1e6 / seconds(learnt, encoded));
+        data.tokenizer.vocab_size(), o.tokenizer.c_str(), learnt - start,
+        bytes / double(data.train.size() + data.val.size()), bytes / 1e6 / (encoded - learnt));
 }
 // =================================================================================================
 // The default corpus: short stories drawn from a grammar whose probabilities are known exactly
@@ -1335,10 +1344,8 @@ inline std::vector<TensorToWrite> llmc_tensors(const LlmcModel& model) {
 // fits.
 inline void convert_llmc(const PrepareOptions& o) {
     LlmcModel model = read_llmc(o.from_llmc);
-    std::optional<Tokenizer> tokenizer;
-    if (o.has("vocab") || file_exists(o.vocab + "/encoder.json") ||
-        file_exists(o.vocab + "/vocab.json"))
-        tokenizer = Tokenizer::load(o.vocab);
+    std::optional<Tokenizer> tokenizer =
+        o.has("vocab") ? Tokenizer::load(o.vocab) : tokenizer_of(o.vocab);
     if (tokenizer && tokenizer->vocab_size() != model.config.vocab_size) {
         TINYGPT_CHECK(!o.has("vocab"), "%s has %d tokens, but the model %d", o.vocab.c_str(),
                       tokenizer->vocab_size(), model.config.vocab_size);
@@ -1371,7 +1378,7 @@ inline void run_prepare_data(const std::vector<std::string>& arguments) {
         prepare_stories(o);
     } else {
         std::string source;
-        for (const std::string& input : o.input) source += (source.empty() ? "" : ", ") + input;
+        for (const std::string& input : o.input) join(source, ", ", input);
         Documents documents = read_documents(o.input);
         split_documents(documents, o.val_fraction);
         prepare(o, documents, source);

@@ -2754,8 +2754,15 @@ void attention_backward(real* dqkv, const real* dout, const real* out, const rea
 }
 
 // =================================================================================================
-// §10 Files: read and written whole, checked, and JSON
+// §11 Files and JSON
 // =================================================================================================
+// The model is done, and all of it is in memory. What it learns from and what it becomes are files:
+// text, tokens, checkpoints, logs. This section reads and writes files, tells whether one has
+// changed, and knows two formats: UTF-8, in which text is stored, and JSON, in which a model, a
+// vocabulary and a run are described.
+//
+// A file must survive whatever happens to the program: a kill, a full disk, a power cut. So it is
+// written in full under another name, and only then renamed; and no call goes unchecked.
 
 // A file operation that failed, with the system's error number: a full disk (ENOSPC, EDQUOT) can be
 // told from a folder that is not there.
@@ -2767,75 +2774,78 @@ struct FileError : Error {
     throw FileError(code, "cannot " + what + " " + path + ": " + std::strerror(code));
 }
 
-// Every change this program makes on disk goes through the calls below, and each of them first asks
-// this hook: 0 goes ahead, a positive number makes the call fail with that errno, -1 makes a write
-// come up short. It is empty but in tests, which make each call of a save fail in turn and read off
-// the order of the calls.
+// ---- Changes on disk, each of which a test can make fail ---------------------------------------
+
+// A hook that is asked before every change this program makes on disk: 0 lets the call be made, a
+// positive number makes it fail with that errno, -1 makes a write come up short. It is empty but in
+// tests, which make each call of a save fail in turn and read off the order of the calls.
 // Why a static: a test must reach calls made deep inside a save. Set before any thread starts.
 using FileFault = std::function<int(const char* call, const std::string& path)>;
 inline FileFault& file_fault() {
     static FileFault fault;
     return fault;
 }
-// True where the hook lets `call` happen; otherwise errno says why not. short_write may be null.
-inline bool file_call(const char* call, const std::string& path, bool* short_write = nullptr) {
-    int verdict = file_fault() ? file_fault()(call, path) : 0;
-    if (short_write) *short_write = verdict < 0;
-    if (verdict > 0) errno = verdict;
-    return verdict <= 0;
-}
-inline int sys_create(const std::string& path) {
-    if (!file_call("open", path)) return -1;
-    return ::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-}
-inline ssize_t sys_write(int fd, const std::string& path, const void* data, size_t bytes) {
-    bool half = false;
-    if (!file_call("write", path, &half)) return -1;
-    return ::write(fd, data, half && bytes > 1 ? bytes / 2 : bytes);
-}
-inline int sys_fsync(int fd, const std::string& path) {
-    return file_call("fsync", path) ? ::fsync(fd) : -1;
-}
-inline int sys_rename(const std::string& from, const std::string& to) {
-    return file_call("rename", to) ? ::rename(from.c_str(), to.c_str()) : -1;
-}
-inline int sys_mkdir(const std::string& path) {
-    return file_call("mkdir", path) ? ::mkdir(path.c_str(), 0777) : -1;
-}
-inline int sys_unlink(const std::string& path) {
-    return file_call("unlink", path) ? ::unlink(path.c_str()) : -1;
-}
-inline int sys_rmdir(const std::string& path) {
-    return file_call("rmdir", path) ? ::rmdir(path.c_str()) : -1;
+inline int ask_file_fault(const char* call, const std::string& path) {
+    return file_fault() ? file_fault()(call, path) : 0;
 }
 
-// An open file descriptor, closed at the end of its scope.
+// Makes a system call, unless the hook makes it fail: file_call("fsync", path, ::fsync, fd). As the
+// call itself would, it returns -1 where it fails, and errno says why.
+template <class Call, class... Arguments>
+int file_call(const char* name, const std::string& path, Call call, Arguments... arguments) {
+    const int fault = ask_file_fault(name, path);
+    if (fault <= 0) return call(arguments...);
+    errno = fault;
+    return -1;
+}
+
+// Writes all the bytes, in as many calls as it takes: one may be interrupted, or come up short.
+// Returns how many were written; where they are fewer, errno says why.
+inline size_t write_all(int fd, const std::string& path, const void* data, size_t bytes) {
+    const char* from = static_cast<const char*>(data);
+    size_t done = 0;
+    while (done < bytes) {
+        const int fault = ask_file_fault("write", path);
+        const size_t some = fault < 0 ? (bytes - done + 1) / 2 : bytes - done;
+        const ssize_t written = fault > 0 ? -1 : ::write(fd, from + done, some);
+        if (fault > 0) errno = fault;
+        if (written == 0) errno = ENOSPC;
+        if (written <= 0 && errno != EINTR) break;
+        done += size_t(std::max<ssize_t>(written, 0));
+    }
+    return done;
+}
+
+// ---- Files and folders -------------------------------------------------------------------------
+// What the rest of the program asks of a disk. Each of these does all that it says, or fails with a
+// FileError that names the path and the reason.
+
+// An open file, closed at the end of its scope. It can be moved, but not copied: it must be closed
+// once only.
 struct FileHandle {
-    int fd = -1;
+    int fd;
     explicit FileHandle(int fd) : fd(fd) {}
     FileHandle(FileHandle&& other) noexcept : fd(std::exchange(other.fd, -1)) {}
-    FileHandle& operator=(FileHandle&& other) noexcept {
-        std::swap(fd, other.fd);
-        return *this;
-    }
     ~FileHandle() {
         if (fd >= 0) ::close(fd);
     }
 };
 
-// Something of that name is there that is not a folder; a folder is there.
-inline bool file_exists(const std::string& path) {
+// What is there under that name, a file, a folder or something else, as stat says it; 0 for nothing.
+inline mode_t mode_of(const std::string& path) {
     struct stat info;
-    return ::stat(path.c_str(), &info) == 0 && !S_ISDIR(info.st_mode);
+    return ::stat(path.c_str(), &info) == 0 ? info.st_mode : 0;
 }
-inline bool folder_exists(const std::string& path) {
-    struct stat info;
-    return ::stat(path.c_str(), &info) == 0 && S_ISDIR(info.st_mode);
+inline bool folder_exists(const std::string& path) { return S_ISDIR(mode_of(path)); }
+// Anything but a folder: pipes and devices count.
+inline bool file_exists(const std::string& path) {
+    const mode_t mode = mode_of(path);
+    return mode != 0 && !S_ISDIR(mode);
 }
 // "a/b/c" -> "a/b", "c" -> ".", "/c" -> "/".
 inline std::string parent_folder(std::string path) {
     while (path.size() > 1 && path.back() == '/') path.pop_back();
-    size_t slash = path.rfind('/');
+    const size_t slash = path.rfind('/');
     if (slash == std::string::npos) return ".";
     return slash == 0 ? "/" : path.substr(0, slash);
 }
@@ -2846,40 +2856,48 @@ inline std::vector<std::string> list_folder(const std::string& path) {
     if (!folder) fail_file("list folder", path, errno);
     std::vector<std::string> names;
     errno = 0;
-    while (dirent* entry = ::readdir(folder.get())) {
-        std::string name = entry->d_name;
-        if (name != "." && name != "..") names.push_back(name);
-    }
+    while (const dirent* entry = ::readdir(folder.get())) names.push_back(entry->d_name);
     if (errno != 0) fail_file("list folder", path, errno);
+    std::erase_if(names, [](const std::string& name) { return name == "." || name == ".."; });
     std::sort(names.begin(), names.end());
     return names;
 }
 
+inline FileHandle open_to_read(const std::string& path) {
+    FileHandle file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+    if (file.fd < 0) fail_file("read", path, errno);
+    return file;
+}
+// Reads what comes next, up to `bytes`. Returns how many there were: 0 at the end only.
+inline size_t read_some(const FileHandle& file, const std::string& path, char* to, size_t bytes) {
+    for (;;) {
+        const ssize_t got = ::read(file.fd, to, bytes);
+        if (got >= 0) return size_t(got);
+        if (errno != EINTR) fail_file("read", path, errno);
+    }
+}
+
 // The whole file. Pipes are fine too; more than max_bytes is an error before it is read.
 inline std::string read_file(const std::string& path, size_t max_bytes = SIZE_MAX) {
-    FileHandle file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+    const FileHandle file = open_to_read(path);
     struct stat info;
-    if (file.fd < 0 || ::fstat(file.fd, &info) != 0) fail_file("read", path, errno);
-    if (S_ISDIR(info.st_mode)) fail_file("read", path, EISDIR);
-    size_t expected = S_ISREG(info.st_mode) ? size_t(info.st_size) : 0, used = 0;
+    if (::fstat(file.fd, &info) != 0) fail_file("read", path, errno);
+    const size_t expected = S_ISREG(info.st_mode) ? size_t(info.st_size) : 0;
     std::string bytes;
-    try {
-        for (;;) {
-            TINYGPT_CHECK(std::max(used, expected) <= max_bytes,
-                          "%s: expected at most %zu bytes, found more", path.c_str(), max_bytes);
-            // One byte more than expected: the read that finds the end finds it at once.
+    size_t used = 0, got = 0;
+    do {
+        const size_t known = std::max(used, expected);
+        TINYGPT_CHECK(known <= max_bytes, "%s: expected at most %zu bytes, found more",
+                      path.c_str(), max_bytes);
+        try {
+            // One byte more than expected: the read that finds the end has room for it at once.
             if (used == bytes.size()) bytes.resize(std::max(expected + 1, 2 * used + 4096));
-            ssize_t got = ::read(file.fd, bytes.data() + used, bytes.size() - used);
-            if (got < 0 && errno == EINTR) continue;
-            if (got < 0) fail_file("read", path, errno);
-            if (got == 0) break;
-            used += size_t(got);
+        } catch (const std::exception&) {
+            fail(format("%s: %zu bytes do not fit in memory", path.c_str(), known));
         }
-    } catch (const std::bad_alloc&) {
-        fail(format("%s: %zu bytes do not fit in memory", path.c_str(), std::max(used, expected)));
-    } catch (const std::length_error&) {
-        fail(format("%s: %zu bytes do not fit in memory", path.c_str(), std::max(used, expected)));
-    }
+        got = read_some(file, path, bytes.data() + used, bytes.size() - used);
+        used += got;
+    } while (got > 0);
     bytes.resize(used);
     return bytes;
 }
@@ -2887,19 +2905,19 @@ inline std::string read_file(const std::string& path, size_t max_bytes = SIZE_MA
 // Makes the names in a folder survive a power cut. Careful: some network file systems cannot
 // (EINVAL, ENOTSUP); there is nothing to be done about those, so they count as done.
 inline void sync_folder(const std::string& path) {
-    FileHandle folder(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+    const FileHandle folder(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
     if (folder.fd < 0) fail_file("open folder", path, errno);
-    if (sys_fsync(folder.fd, path) != 0 && errno != EINVAL && errno != ENOTSUP)
-        fail_file("sync folder", path, errno);
+    const bool synced = file_call("fsync", path, ::fsync, folder.fd) == 0;
+    if (!synced && errno != EINVAL && errno != ENOTSUP) fail_file("sync folder", path, errno);
 }
 
-// Creates a folder and those above it; those that exist are left alone.
+// Creates a folder and those above it, and makes their names last; those that exist are left alone.
 inline void make_folders(const std::string& path) {
     if (path.empty() || folder_exists(path)) return;
-    std::string parent = parent_folder(path);
+    const std::string parent = parent_folder(path);
     make_folders(parent);
-    if (sys_mkdir(path) != 0) {
-        int code = errno;  // somebody else may have made it meanwhile: that is as good
+    if (file_call("mkdir", path, ::mkdir, path.c_str(), 0777) != 0) {
+        const int code = errno;  // somebody else may have made it meanwhile: that is as good
         if (code != EEXIST || !folder_exists(path)) fail_file("create folder", path, code);
     }
     sync_folder(parent);
@@ -2907,86 +2925,78 @@ inline void make_folders(const std::string& path) {
 
 // Gives a file or folder another name, and makes the new name last. Replaces a file of that name.
 inline void rename_path(const std::string& from, const std::string& to) {
-    if (sys_rename(from, to) != 0) fail_file("rename " + from + " to", to, errno);
+    if (file_call("rename", to, ::rename, from.c_str(), to.c_str()) != 0)
+        fail_file("rename " + from + " to", to, errno);
     sync_folder(parent_folder(to));
 }
 
 inline void remove_file(const std::string& path) {
-    if (sys_unlink(path) != 0 && errno != ENOENT) fail_file("remove", path, errno);
+    if (file_call("unlink", path, ::unlink, path.c_str()) != 0 && errno != ENOENT)
+        fail_file("remove", path, errno);
 }
 // Removes a folder and all in it, following no link. For our own temporary and old checkpoints.
 inline void remove_folder(const std::string& path) {
     for (const std::string& name : list_folder(path)) {
-        std::string inner = path + "/" + name;
+        const std::string inner = path + "/" + name;
         struct stat info;
-        bool folder = ::lstat(inner.c_str(), &info) == 0 && S_ISDIR(info.st_mode);
+        const bool folder = ::lstat(inner.c_str(), &info) == 0 && S_ISDIR(info.st_mode);
         folder ? remove_folder(inner) : remove_file(inner);
     }
-    if (sys_rmdir(path) != 0) fail_file("remove folder", path, errno);
+    if (file_call("rmdir", path, ::rmdir, path.c_str()) != 0)
+        fail_file("remove folder", path, errno);
 }
 
-// A file that appears whole or not at all: bytes go to a temporary name beside it, commit() syncs
-// them and gives them their name. Without commit() the temporary is removed and the old file, if
-// there was one, stays as it was. After a commit() that failed at its very last step (the folder's
-// sync) the new file is there, whole, but may not survive a power cut.
+// A file that appears whole or not at all:
+//     open      a temporary name beside it, so that its own name still means the old file
+//     write     the bytes, in as many pieces as there are
+//     fsync     now they are on the disk, not only on their way to it
+//     rename    in one step, the name means the new file
+//     fsync     of the folder: now the name is on the disk too
+// commit() makes the last three. Without it the temporary is removed, and the old file, if there
+// was one, stays as it was. After a commit() that failed at its very last step the new file is
+// there, whole, but may not survive a power cut.
 class FileWriter {
+    std::string path_, temporary_;
+    FileHandle file_{-1};  // of the temporary name; -1 before and after
+
 public:
     explicit FileWriter(const std::string& path)
-        : path(path), temporary(path + format(".tmp-%d", int(::getpid()))), file(-1) {
-        struct stat info;  // a rename over /dev/null would be a surprise
-        bool other = ::stat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode);
-        TINYGPT_CHECK(!other, "cannot write %s: it exists and is not a file", path.c_str());
-        ::unlink(temporary.c_str());  // left by a killed process that had our number
-        file.fd = sys_create(temporary);
-        if (file.fd < 0) fail_file("write", path, errno);
+        : path_(path), temporary_(path + format(".tmp-%d", int(::getpid()))) {
+        const mode_t old = mode_of(path);  // a rename over /dev/null would be a surprise
+        TINYGPT_CHECK(old == 0 || S_ISREG(old), "cannot write %s: it exists and is not a file",
+                      path.c_str());
+        ::unlink(temporary_.c_str());  // left by a killed process that had our number
+        const int flags = O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC;
+        file_.fd = file_call("open", temporary_, ::open, temporary_.c_str(), flags, 0666);
+        if (file_.fd < 0) fail_file("write", path, errno);
     }
-    FileWriter(const FileWriter&) = delete;
-    FileWriter& operator=(const FileWriter&) = delete;
     ~FileWriter() {
-        if (file.fd >= 0) ::unlink(temporary.c_str());
+        if (file_.fd >= 0) ::unlink(temporary_.c_str());
     }
-    // Appends. Not buffered: give it large pieces. A write may come up short or be interrupted.
+    // Appends. Not buffered: give it large pieces.
     void write(const void* data, size_t bytes) {
-        const char* from = static_cast<const char*>(data);
-        while (bytes > 0) {
-            ssize_t done = sys_write(file.fd, temporary, from, bytes);
-            if (done < 0 && errno == EINTR) continue;
-            if (done <= 0) fail_file("write", path, done < 0 ? errno : ENOSPC);
-            from += done;
-            bytes -= size_t(done);
-        }
+        if (write_all(file_.fd, temporary_, data, bytes) < bytes) fail_file("write", path_, errno);
     }
     // Careful: the order is the promise. Were the name synced before the data, a power cut could
     // leave the name with an empty file.
     void commit() {
-        if (sys_fsync(file.fd, temporary) != 0) fail_file("write (fsync)", path, errno);
-        if (sys_rename(temporary, path) != 0) fail_file("write (rename to)", path, errno);
-        ::close(std::exchange(file.fd, -1));
-        sync_folder(parent_folder(path));
+        if (file_call("fsync", temporary_, ::fsync, file_.fd) != 0)
+            fail_file("write (fsync)", path_, errno);
+        if (file_call("rename", path_, ::rename, temporary_.c_str(), path_.c_str()) != 0)
+            fail_file("write (rename to)", path_, errno);
+        ::close(std::exchange(file_.fd, -1));
+        sync_folder(parent_folder(path_));
     }
-
-private:
-    std::string path, temporary;
-    FileHandle file;
 };
 
-// Removes what a killed process left in a folder under FileWriter's temporary names. Careful: only
-// for a folder that no other process writes to now.
-inline void remove_temporary_files(const std::string& folder) {
-    for (const std::string& name : list_folder(folder)) {
-        std::string path = folder + "/" + name;
-        if (name.find(".tmp-") != std::string::npos && file_exists(path)) remove_file(path);
-    }
-}
-
-// The file has these bytes, all of them, or is as it was.
+// Afterwards the file has these bytes, all of them; or it is as it was, and an error says why.
 inline void write_file(const std::string& path, std::string_view bytes) {
     FileWriter writer(path);
     writer.write(bytes.data(), bytes.size());
     writer.commit();
 }
 
-// ---- Has this file changed? -----------------------------------------------------------------
+// ---- Has this file changed? --------------------------------------------------------------------
 
 // A 64-bit checksum at the speed of memory, against accidents (a flipped bit, a lost page), not
 // against somebody who wants to deceive. Four lanes take every fourth 8-byte word, mixed:
@@ -2994,207 +3004,124 @@ inline void write_file(const std::string& path, std::string_view bytes) {
 // Each of these can be undone, for a fixed word as for a fixed lane: so two files of one length
 // that differ only within one word, by a single bit, say, always have different checksums. Others
 // escape with a chance of about 2^-64. K and K' are the multipliers of mix_bits.
+// Why four lanes: the processor works on all of them at once; one alone is half as fast.
 class Checksum {
+    uint64_t lanes_[4] = {1, 2, 3, 4}, length_ = 0;
+    char block_[32];  // the last bytes, where they are no whole block
+
+    static uint64_t step(uint64_t lane, uint64_t word) {
+        word *= 0xbf58476d1ce4e5b9ull;
+        return std::rotl((lane ^ word ^ (word >> 32)) * 0x94d049bb133111ebull, 29);
+    }
+    void add_block(const char* from) {
+        uint64_t words[4];
+        std::memcpy(words, from, sizeof words);
+        for (int i = 0; i < 4; i++) lanes_[i] = step(lanes_[i], words[i]);
+    }
+    void add_byte(char byte) {
+        block_[length_++ % 32] = byte;
+        if (length_ % 32 == 0) add_block(block_);
+    }
+
 public:
-    // In any portions: the sum is that of all the bytes in a row.
+    // Adds bytes, in any portions: the sum is that of all the bytes in a row.
     void add(const void* data, size_t bytes) {
-        const char* from = static_cast<const char*>(data);
-        length += bytes;
-        while (bytes > 0) {
-            if (filled == 0 && bytes >= sizeof buffer) {
-                size_t blocks = bytes / sizeof buffer;
-                add_blocks(from, blocks);
-                from += blocks * sizeof buffer;
-                bytes -= blocks * sizeof buffer;
-                continue;
-            }
-            size_t part = std::min(bytes, sizeof buffer - filled);
-            std::memcpy(buffer + filled, from, part);
-            filled += part;
-            from += part;
-            bytes -= part;
-            if (filled == sizeof buffer) add_blocks(buffer, 1), filled = 0;
-        }
+        const char *at = static_cast<const char*>(data), *end = at + bytes;
+        while (at < end && length_ % 32 != 0) add_byte(*at++);
+        for (; end - at >= 32; at += 32, length_ += 32) add_block(at);
+        while (at < end) add_byte(*at++);
     }
     // 16 hexadecimal digits. The last block is filled up with zeros; the length tells them apart.
     std::string hex() const {
         Checksum last = *this;
-        std::memset(last.buffer + filled, 0, sizeof buffer - filled);
-        if (filled > 0) last.add_blocks(last.buffer, 1);
-        uint64_t sum = length;
-        for (uint64_t lane : last.lanes) sum = step(sum, lane);
-        return format("%016llx", static_cast<unsigned long long>(mix_bits(sum)));
-    }
-
-private:
-    uint64_t lanes[4] = {1, 2, 3, 4}, length = 0;
-    char buffer[32];
-    size_t filled = 0;
-
-    static uint64_t step(uint64_t lane, uint64_t word) {
-        word *= 0xbf58476d1ce4e5b9ull;
-        word ^= word >> 32;
-        lane = (lane ^ word) * 0x94d049bb133111ebull;
-        return (lane << 29) | (lane >> 35);
-    }
-    void add_blocks(const char* from, size_t blocks) {
-        uint64_t a = lanes[0], b = lanes[1], c = lanes[2], d = lanes[3], words[4];
-        for (size_t i = 0; i < blocks; i++, from += sizeof words) {
-            std::memcpy(words, from, sizeof words);
-            a = step(a, words[0]), b = step(b, words[1]);
-            c = step(c, words[2]), d = step(d, words[3]);
-        }
-        lanes[0] = a, lanes[1] = b, lanes[2] = c, lanes[3] = d;
+        while (last.length_ % 32 != 0) last.add_byte(0);
+        uint64_t sum = length_;
+        for (uint64_t lane : last.lanes_) sum = step(sum, lane);
+        return format("%016llx", (unsigned long long)mix_bits(sum));
     }
 };
 
-// SHA-256 (FIPS 180-4), for files whose digest is published. Bytes are added in any portions.
-class Sha256 {
-public:
-    void add(const void* data, size_t bytes) {
-        const uint8_t* from = static_cast<const uint8_t*>(data);
-        for (length += bytes; bytes > 0;) {
-            size_t part = std::min(bytes, 64 - filled);
-            std::memcpy(block + filled, from, part);
-            filled += part;
-            from += part;
-            bytes -= part;
-            if (filled == 64) add_block(), filled = 0;
-        }
-    }
-    // 64 hexadecimal digits. §5.1.1: a one bit, zeros, and the length in bits end the last block.
-    std::string hex() const {
-        Sha256 last = *this;
-        uint64_t bits = length * 8;
-        uint8_t padding[72] = {0x80};
-        size_t zeros = (filled < 56 ? 56 : 120) - filled;
-        for (int i = 0; i < 8; i++) padding[zeros + size_t(i)] = uint8_t(bits >> (56 - 8 * i));
-        last.add(padding, zeros + 8);
-        std::string text;
-        for (uint32_t word : last.state) text += format("%08x", word);
-        return text;
-    }
-
-private:
-    uint32_t state[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
-                         0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};  // §5.3.3
-    uint8_t block[64];
-    uint64_t length = 0;
-    size_t filled = 0;
-
-    // §4.2.2: the first 32 bits of the fractional parts of the cube roots of the first 64 primes.
-    static const std::array<uint32_t, 64>& constants() {
-        static const std::array<uint32_t, 64> table = [] {
-            std::array<uint32_t, 64> k;
-            size_t found = 0;
-            for (int n = 2; found < k.size(); n++) {
-                bool prime = true;
-                for (int d = 2; d * d <= n; d++) prime = prime && n % d != 0;
-                double root = std::cbrt(double(n));
-                if (prime) k[found++] = uint32_t((root - std::floor(root)) * 0x1p32);
-            }
-            return k;
-        }();
-        return table;
-    }
-    static uint32_t rotate(uint32_t x, int n) { return (x >> n) | (x << (32 - n)); }
-    // §6.2.2, with its names.
-    void add_block() {
-        uint32_t w[64], s[8];
-        for (int t = 0; t < 16; t++)
-            w[t] = uint32_t(block[4 * t]) << 24 | uint32_t(block[4 * t + 1]) << 16 |
-                   uint32_t(block[4 * t + 2]) << 8 | block[4 * t + 3];
-        for (int t = 16; t < 64; t++) {
-            uint32_t x = w[t - 15], y = w[t - 2];
-            uint32_t sigma0 = rotate(x, 7) ^ rotate(x, 18) ^ (x >> 3);
-            uint32_t sigma1 = rotate(y, 17) ^ rotate(y, 19) ^ (y >> 10);
-            w[t] = sigma1 + w[t - 7] + sigma0 + w[t - 16];
-        }
-        std::copy(state, state + 8, s);
-        const std::array<uint32_t, 64>& k = constants();
-        for (size_t t = 0; t < 64; t++) {
-            auto [a, b, c, d, e, f, g, h] = s;
-            uint32_t t1 = h + (rotate(e, 6) ^ rotate(e, 11) ^ rotate(e, 25)) +
-                          ((e & f) ^ (~e & g)) + k[t] + w[t];
-            uint32_t t2 =
-                (rotate(a, 2) ^ rotate(a, 13) ^ rotate(a, 22)) + ((a & b) ^ (a & c) ^ (b & c));
-            uint32_t next[8] = {t1 + t2, a, b, c, d + t1, e, f, g};
-            std::copy(next, next + 8, s);
-        }
-        for (int i = 0; i < 8; i++) state[i] += s[i];
-    }
-};
-inline std::string sha256_hex(std::string_view bytes) {
-    Sha256 sha;
-    sha.add(bytes.data(), bytes.size());
-    return sha.hex();
-}
-
-// The digest of a file (Checksum or Sha256), read a piece at a time.
-template <class Digest>
-inline std::string file_digest(const std::string& path) {
-    FileHandle file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
-    if (file.fd < 0) fail_file("read", path, errno);
+// The checksum of a file, read a piece at a time: it may be larger than memory.
+inline std::string file_checksum(const std::string& path) {
+    const FileHandle file = open_to_read(path);
     std::vector<char> piece(size_t(1) << 18);
-    Digest digest;
-    for (;;) {
-        ssize_t got = ::read(file.fd, piece.data(), piece.size());
-        if (got < 0 && errno == EINTR) continue;
-        if (got < 0) fail_file("read", path, errno);
-        if (got == 0) return digest.hex();
-        digest.add(piece.data(), size_t(got));
-    }
+    Checksum sum;
+    while (const size_t got = read_some(file, path, piece.data(), piece.size()))
+        sum.add(piece.data(), got);
+    return sum.hex();
 }
 
-// ---- JSON (RFC 8259) ------------------------------------------------------------------------
+// ---- Characters in UTF-8 -----------------------------------------------------------------------
+// Text is bytes, and UTF-8 says which of them make a character. Its number in Unicode, the code
+// point, is spread over one to four bytes (the x are its bits):
+//
+//     0xxxxxxx                               up to U+007F: ASCII
+//     110xxxxx 10xxxxxx                      up to U+07FF: most of Europe, the Middle East
+//     1110xxxx 10xxxxxx 10xxxxxx             up to U+FFFF: nearly all that is written today
+//     11110xxx 10xxxxxx 10xxxxxx 10xxxxxx    up to U+10FFFF: old scripts, emoji
+//
+// Not all bytes are text: a file may hold anything, and a model may write half a character.
 
-// The number of bytes of the character text begins with; 0 where that is not valid UTF-8 (too long
-// a form, half a surrogate pair, above U+10FFFF, cut short).
-inline size_t utf8_character(std::string_view text) {
-    auto byte = [&](size_t i) { return i < text.size() ? unsigned(uint8_t(text[i])) : 0u; };
-    auto tail = [&](size_t i) { return (byte(i) & 0xc0) == 0x80; };
-    unsigned a = byte(0), b = byte(1);
-    if (text.empty()) return 0;
-    if (a < 0x80) return 1;
-    if (a >= 0xc2 && a <= 0xdf) return tail(1) ? 2 : 0;
-    if (a >= 0xe0 && a <= 0xef) {
-        bool range = !(a == 0xe0 && b < 0xa0) && !(a == 0xed && b > 0x9f);
-        return range && tail(1) && tail(2) ? 3 : 0;
-    }
-    bool range = a >= 0xf0 && a <= 0xf4 && !(a == 0xf0 && b < 0x90) && !(a == 0xf4 && b > 0x8f);
-    return range && tail(1) && tail(2) && tail(3) ? 4 : 0;
+// How many bytes a character has that begins with this one; 0 where none does. (c0 and c1 would be
+// ASCII in two bytes; f5 and more, beyond U+10FFFF.)
+inline size_t utf8_length(char first) {
+    const uint8_t lead = uint8_t(first);
+    if (lead < 0x80) return 1;
+    return lead < 0xc2 || lead > 0xf4 ? 0 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : 4;
 }
-// Appends a code point (below 0x110000, no surrogate) in one to four bytes.
+
+// The character that a text begins with: how many bytes it has, and its code point. 0 bytes where
+// that is not valid UTF-8 (too long a form, half a surrogate pair, above U+10FFFF, cut short).
+struct Utf8Character {
+    size_t bytes;
+    uint32_t code;
+};
+inline Utf8Character utf8_character(std::string_view text) {
+    const size_t bytes = text.empty() ? 0 : utf8_length(text[0]);
+    if (bytes == 1) return {1, uint8_t(text[0])};
+    if (bytes == 0 || bytes > text.size()) return {0, 0};
+    uint32_t code = uint8_t(text[0]) & (0x7f >> bytes);
+    for (size_t i = 1; i < bytes; i++) {
+        if ((text[i] & 0xc0) != 0x80) return {0, 0};
+        code = code << 6 | (text[i] & 0x3f);
+    }
+    // Careful: one character in several forms is a way to smuggle it past a check. One is valid.
+    const bool too_long = (bytes == 3 && code < 0x800) || (bytes == 4 && code < 0x10000);
+    const bool surrogate = code >= 0xd800 && code < 0xe000;
+    return {too_long || surrogate || code > 0x10ffff ? 0 : bytes, code};
+}
+
+// Appends a code point (below 0x110000, no surrogate).
 inline void append_utf8(std::string& out, uint32_t code) {
-    auto put = [&](uint32_t byte) { out.push_back(char(uint8_t(byte))); };
-    if (code < 0x80) return put(code);
-    if (code < 0x800) return put(0xc0 | code >> 6), put(0x80 | (code & 0x3f));
-    if (code < 0x10000)
-        put(0xe0 | code >> 12);
-    else
-        put(0xf0 | code >> 18), put(0x80 | (code >> 12 & 0x3f));
-    put(0x80 | (code >> 6 & 0x3f)), put(0x80 | (code & 0x3f));
+    const int more = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
+    const uint32_t lead[] = {0, 0xc0, 0xe0, 0xf0};
+    out += char(lead[more] | code >> (6 * more));
+    for (int i = more - 1; i >= 0; i--) out += char(0x80 | (code >> (6 * i) & 0x3f));
 }
 
-// A JSON string, quotes included. A byte that is not UTF-8 becomes U+FFFD: the text stays JSON.
+// ---- JSON (RFC 8259) ---------------------------------------------------------------------------
+// JSON writes down values: null, true and false, numbers, strings, lists of values (arrays), and
+// lists of values with names (objects).
+//
+//     {"model_type": "gpt2", "n_layer": 12, "layer_norm_epsilon": 1e-05, "n_inner": null}
+//
+// Below: how a string is written, Json (a value), JsonParser (text to a value), and how a value is
+// written.
+
+// Appends a JSON string, quotes included. A byte that is no UTF-8 becomes U+FFFD, the mark for what
+// cannot be shown: the text stays JSON whatever it quotes.
 inline void append_json_string(std::string& out, std::string_view text) {
-    out.push_back('"');
-    for (size_t i = 0; i < text.size();) {
-        unsigned char c = uint8_t(text[i]);
-        size_t bytes = utf8_character(text.substr(i, 4));
-        if (c == '"' || c == '\\')
-            out.append({'\\', char(c)});
-        else if (c == '\n')
-            out.append("\\n");
-        else if (c < 0x20)
-            out.append(format("\\u%04x", c));
-        else if (bytes == 0)
-            out.append("\xef\xbf\xbd");
-        else
-            out.append(text.substr(i, bytes));
-        i += std::max<size_t>(bytes, 1);
+    out += '"';
+    for (size_t i = 0, bytes; i < text.size(); i += std::max<size_t>(bytes, 1)) {
+        const char c = text[i];
+        bytes = utf8_character(text.substr(i, 4)).bytes;
+        out += c == '"' || c == '\\' ? std::string{'\\', c}
+               : c == '\n'           ? "\\n"
+               : c >= 0 && c < 0x20  ? format("\\u%04x", unsigned(c))
+               : bytes == 0          ? "\xef\xbf\xbd"
+                                     : std::string(text.substr(i, bytes));
     }
-    out.push_back('"');
+    out += '"';
 }
 // Names for messages: one line, not long, whatever a file holds.
 inline std::string in_quotes(std::string_view text) {
@@ -3209,7 +3136,8 @@ struct JsonLimits {
     size_t values = 10'000'000;  // of any kind, keys not counted
 };
 
-// One JSON value; an object keeps its members in the order of the file.
+// A value. It is of one kind, and the fields of the others are empty. Numbers and texts turn into
+// values by themselves: Json::object().set("step", 7).set("finished", false).
 struct Json {
     enum class Kind { null, boolean, number, string, array, object };
     Kind kind = Kind::null;
@@ -3218,188 +3146,140 @@ struct Json {
     int64_t integer = 0;
     double number = 0;  // of every number, the integral ones too
     std::string text;
-    std::vector<Json> items;
-    std::vector<std::pair<std::string, Json>> members;
+    std::vector<Json> items;                            // of an array
+    std::vector<std::pair<std::string, Json>> members;  // of an object, in the order of the file
 
-    Json() = default;
-    Json(std::nullptr_t) {}
+    Json(std::nullptr_t = nullptr) {}
+    explicit Json(Kind kind) : kind(kind) {}
     Json(bool value) : kind(Kind::boolean), boolean(value) {}
     Json(double value) : kind(Kind::number), number(value) {}
-    template <class T, class = std::enable_if_t<std::is_integral_v<T> && !std::is_same_v<T, bool>>>
-    Json(T value)
-        : kind(Kind::number), integral(true), integer(int64_t(value)), number(double(value)) {
-        TINYGPT_CHECK(std::is_signed_v<T> || integer >= 0, "JSON: integer above 2^63 - 1");
-    }
+    template <class Integer>
+    requires std::is_integral_v<Integer> Json(Integer n)
+        : kind(Kind::number), integral(true), integer(int64_t(n)), number(double(n)) {}
     Json(std::string value) : kind(Kind::string), text(std::move(value)) {}
-    Json(std::string_view value) : Json(std::string(value)) {}
     Json(const char* value) : Json(std::string(value)) {}
-    static Json array() { return of(Kind::array); }
-    static Json object() { return of(Kind::object); }
+    static Json array() { return Json(Kind::array); }
+    static Json object() { return Json(Kind::object); }
 
     // `where` (a file's name) begins every error's message.
     static Json parse(std::string_view text, const std::string& where, JsonLimits limits = {});
     // One line with indent 0; otherwise a line for each member, and for each item of an array.
-    std::string write(int indent = 0) const;
+    std::string write(int indent = 0) const {
+        std::string out;
+        write_to(out, indent, 0);
+        return out;
+    }
 
     bool is_null() const { return kind == Kind::null; }
     bool is_object() const { return kind == Kind::object; }
     bool is_array() const { return kind == Kind::array; }
     bool is_string() const { return kind == Kind::string; }
+    static const char* name_of(Kind kind) {
+        constexpr const char* names[] = {"null",     "true or false", "a number",
+                                         "a string", "an array",      "an object"};
+        return names[size_t(kind)];
+    }
+
+    // Sets a member, at its old place or the end. Linear: fill large objects through `members`.
+    Json& set(std::string_view key, Json value) {
+        for (auto& [name, old] : members)
+            if (name == key) return old = std::move(value), *this;
+        members.emplace_back(key, std::move(value));
+        return *this;
+    }
     // The member's value, or null where there is none.
     const Json* find(std::string_view key) const {
         for (auto& [name, value] : members)
             if (name == key) return &value;
         return nullptr;
     }
-    // Sets a member, at its old place or the end. Linear: fill large objects through `members`.
-    Json& set(std::string_view key, Json value) {
-        for (auto& [name, old] : members)
-            if (name == key) return old = std::move(value), *this;
-        members.emplace_back(std::string(key), std::move(value));
-        return *this;
-    }
     // A member that must be there and of that kind; otherwise an error naming `where` and the key.
-    const Json& get(std::string_view key, Kind kind, const std::string& where) const;
-    int64_t get_int(std::string_view key, const std::string& where, int64_t lowest = INT64_MIN,
-                    int64_t highest = INT64_MAX) const;
-    double get_number(std::string_view key, const std::string& where) const {
-        return get(key, Kind::number, where).number;
+    // The others are the same for one kind each; an integer must also lie within bounds.
+    const Json& get(const std::string& key, Kind wanted, const std::string& where) const {
+        const Json* value = find(key);
+        TINYGPT_CHECK(value, "%s: \"%s\" is missing", where.c_str(), key.c_str());
+        TINYGPT_CHECK(value->kind == wanted, "%s: \"%s\" must be %s, found %s", where.c_str(),
+                      key.c_str(), name_of(wanted), name_of(value->kind));
+        return *value;
     }
-    bool get_bool(std::string_view key, const std::string& where) const {
+    int64_t get_int(const std::string& key, const std::string& where, int64_t lowest = INT64_MIN,
+                    int64_t highest = INT64_MAX) const {
+        const Json& value = get(key, Kind::number, where);
+        TINYGPT_CHECK(value.integral && value.integer >= lowest && value.integer <= highest,
+                      "%s: \"%s\" must be an integer from %lld to %lld, found %s", where.c_str(),
+                      key.c_str(), (long long)lowest, (long long)highest, value.write().c_str());
+        return value.integer;
+    }
+    bool get_bool(const std::string& key, const std::string& where) const {
         return get(key, Kind::boolean, where).boolean;
     }
-    const std::string& get_string(std::string_view key, const std::string& where) const {
+    const std::string& get_string(const std::string& key, const std::string& where) const {
         return get(key, Kind::string, where).text;
     }
 
 private:
-    static Json of(Kind kind) {
-        Json value;
-        value.kind = kind;
-        return value;
-    }
     void write_to(std::string& out, int indent, int depth) const;
 };
 
-inline const char* json_kind_name(Json::Kind kind) {
-    constexpr const char* names[] = {"null",     "true or false", "a number",
-                                     "a string", "an array",      "an object"};
-    return names[size_t(kind)];
-}
-inline const Json& Json::get(std::string_view key, Kind wanted, const std::string& where) const {
-    std::string name(key);
-    const Json* value = find(key);
-    TINYGPT_CHECK(value, "%s: \"%s\" is missing", where.c_str(), name.c_str());
-    TINYGPT_CHECK(value->kind == wanted, "%s: \"%s\" must be %s, found %s", where.c_str(),
-                  name.c_str(), json_kind_name(wanted), json_kind_name(value->kind));
-    return *value;
-}
-inline int64_t Json::get_int(std::string_view key, const std::string& where, int64_t lowest,
-                             int64_t highest) const {
-    const Json& value = get(key, Kind::number, where);
-    bool good = value.integral && value.integer >= lowest && value.integer <= highest;
-    TINYGPT_CHECK(good, "%s: \"%s\" must be an integer from %lld to %lld, found %s", where.c_str(),
-                  std::string(key).c_str(), static_cast<long long>(lowest),
-                  static_cast<long long>(highest), value.write().c_str());
-    return value.integer;
-}
-
-// The grammar, a function for each kind of value. Time and memory are linear in the text, but for
-// the sort that finds duplicate keys.
-class JsonParser {
-public:
-    JsonParser(std::string_view text, const std::string& where, JsonLimits limits)
-        : text(text), where(where), limits(limits) {}
-    Json document() {
-        Json out;
-        value(out, 0);
-        if (at < text.size()) wrong("the end of the text");
-        return out;
-    }
-
-private:
+// Text to a value: a recursive descent, with a function for each rule of the grammar. Each of them
+// reads its thing at text[at] and moves `at` behind it, or fails with the place where the text
+// breaks the rule. A hostile text costs no more than others: depth is bounded, and time and memory
+// are linear in its length but for the sort that finds a key that is there twice.
+struct JsonParser {
     std::string_view text;
     const std::string& where;
     JsonLimits limits;
     size_t at = 0, values = 0;
 
-    // Why lines are counted only here: a good text pays nothing for them.
-    [[noreturn]] void error(size_t place, const std::string& message) const {
-        place = std::min(place, text.size());
-        std::string_view before = text.substr(0, place);
-        size_t line = 1 + size_t(std::count(before.begin(), before.end(), '\n'));
-        fail(format("%s: not valid JSON: line %zu, byte %zu: %s", where.c_str(), line, place,
-                    message.c_str()));
-    }
-    [[noreturn]] void wrong(const char* expected) const {
-        std::string found = "the end";
-        if (at < text.size()) {
-            uint8_t c = uint8_t(text[at]);
-            found = c > ' ' && c < 127 ? format("'%c'", c) : format("byte 0x%02x", c);
-        }
-        error(at, format("expected %s, found %s", expected, found.c_str()));
-    }
-    char peek() const { return at < text.size() ? text[at] : '\0'; }
-    void space() {
-        while (at < text.size() && std::strchr(" \t\n\r", text[at]) && text[at]) at++;
-    }
-    bool accept(char c) {
-        if (at >= text.size() || text[at] != c) return false;
-        at++;
-        return true;
+    // document: a value, and nothing behind it
+    Json document() {
+        Json out = value(0);
+        space();
+        if (at < text.size()) wrong("the end of the text");
+        return out;
     }
 
-    // Each of these reads one thing of the grammar at text[at], and moves `at` behind it.
-    // A value, and the space around it; `out` is empty.
-    void value(Json& out, int depth) {
+    // value: object | array | string | number | true | false | null
+    Json value(int depth) {
         space();
+        const char c = peek();
+        const bool nests = c == '{' || c == '[';
         if (++values > limits.values) error(at, format("more than %zu values", limits.values));
-        char c = peek();
-        if (c == '{' || c == '[') {
-            if (depth >= limits.depth) error(at, format("more than %d levels", limits.depth));
-            at++;
-            c == '{' ? object(out, depth + 1) : array(out, depth + 1);
-        } else if (c == '"') {
-            out.kind = Json::Kind::string;
-            string(out.text);
-        } else if (c == '-' || (c >= '0' && c <= '9')) {
-            number(out);
-        } else if (!word("null", out, nullptr) && !word("true", out, true) &&
-                   !word("false", out, false)) {
-            wrong("a value");
-        }
-        space();
+        if (nests && depth == limits.depth) error(at, format("more than %d levels", limits.depth));
+        if (accept("{")) return object(depth + 1);
+        if (accept("[")) return array(depth + 1);
+        if (accept("\"")) return string();
+        if (c == '-' || std::isdigit(uint8_t(c))) return number();
+        if (accept("true")) return true;
+        if (accept("false")) return false;
+        if (!accept("null")) wrong("a value");
+        return nullptr;
     }
-    bool word(std::string_view word, Json& out, Json meaning) {
-        if (text.substr(at, word.size()) != word) return false;
-        at += word.size();
-        out = std::move(meaning);
-        return true;
+
+    // array: [ value , value , ... ], whose [ is read
+    Json array(int depth) {
+        Json out = Json::array();
+        if (next("]")) return out;
+        do out.items.push_back(value(depth));
+        while (next(","));
+        if (!next("]")) wrong("',' or ']'");
+        return out;
     }
-    void array(Json& out, int depth) {
-        out.kind = Json::Kind::array;
-        space();
-        if (accept(']')) return;
-        do value(out.items.emplace_back(), depth);
-        while (accept(','));
-        if (!accept(']')) wrong("',' or ']'");
-    }
-    void object(Json& out, int depth) {
-        size_t start = at;
-        out.kind = Json::Kind::object;
-        space();
-        if (accept('}')) return;
+
+    // object: { string : value , string : value , ... }, whose { is read
+    Json object(int depth) {
+        const size_t start = at;
+        Json out = Json::object();
+        if (next("}")) return out;
         do {
-            auto& [key, member] = out.members.emplace_back();
-            space();
-            if (peek() != '"') wrong("a key in quotes");
-            string(key);
-            space();
-            if (!accept(':')) wrong("':'");
-            value(member, depth);
-        } while (accept(','));
-        if (!accept('}')) wrong("',' or '}'");
+            if (!next("\"")) wrong("a key in quotes");
+            std::string key = string();
+            if (!next(":")) wrong("':'");
+            out.members.emplace_back(std::move(key), value(depth));
+        } while (next(","));
+        if (!next("}")) wrong("',' or '}'");
         refuse_duplicates(out, start);
+        return out;
     }
     // Why sorting: comparing every pair takes minutes on a vocabulary of 50,000 keys, and the keys
     // of a hostile file could be chosen to fall into one slot of a hash table.
@@ -3411,372 +3291,311 @@ private:
         if (twice != keys.end())
             error(start, "the object that starts here has the key " + in_quotes(*twice) + " twice");
     }
+
+    // number: -? (0 | digits) (. digits)? ([eE] [+-]? digits)?
+    // Careful: from_chars alone would take "01", "1." and "inf". So the grammar comes first.
+    Json number() {
+        const size_t start = at;
+        accept("-");
+        if (!accept("0")) digits();
+        const size_t whole = at;
+        if (accept(".")) digits();
+        if (accept("e") || accept("E")) {
+            if (!accept("+")) accept("-");
+            digits();
+        }
+        const char *begin = text.data() + start, *end = text.data() + at;
+        Json out = 0.0;
+        if (std::from_chars(begin, end, out.number).ec != std::errc())
+            error(start, "number out of range");
+        const bool minus_zero = out.number == 0 && *begin == '-';
+        out.integral = whole == at && !minus_zero &&
+                       std::from_chars(begin, end, out.integer).ec == std::errc();
+        return out;
+    }
     void digits() {
         if (!std::isdigit(uint8_t(peek()))) wrong("a digit");
         while (std::isdigit(uint8_t(peek()))) at++;
     }
-    // from_chars alone would take "01", "1." and "inf": the grammar comes first.
-    void number(Json& out) {
-        size_t start = at;
-        accept('-');
-        if (!accept('0')) digits();
-        size_t whole = at;
-        if (accept('.')) digits();
-        if (accept('e') || accept('E')) {
-            accept('+') || accept('-');
-            digits();
-        }
-        const char *begin = text.data() + start, *end = text.data() + at;
-        out.kind = Json::Kind::number;
-        if (std::from_chars(begin, end, out.number).ec != std::errc())
-            error(start, "number out of range");
-        out.integral = whole == at && std::from_chars(begin, end, out.integer).ec == std::errc();
+
+    // string: " (character | \ escape) ... ", whose first quote is read
+    std::string string() {
+        std::string out;
+        while (!accept("\"")) append_utf8(out, accept("\\") ? escape() : character());
+        return out;
     }
-    // A quoted string, valid UTF-8, without control characters.
-    void string(std::string& out) {
-        for (at++; !accept('"');) {
-            uint8_t c = uint8_t(peek());
-            if (at >= text.size() || c < 0x20) wrong("the rest of a string");
-            if (c == '\\') {
-                escape(out);
-                continue;
-            }
-            size_t bytes = c < 0x80 ? 1 : utf8_character(text.substr(at, 4));
-            if (bytes == 0) error(at, "invalid UTF-8");
-            out.append(text, at, bytes);
-            at += bytes;
-        }
+    // Returns a code point, as escape does.
+    uint32_t character() {
+        if (uint8_t(peek()) < 0x20) wrong("the rest of a string");
+        const Utf8Character c = utf8_character(text.substr(at, 4));
+        if (c.bytes == 0) error(at, "invalid UTF-8");
+        at += c.bytes;
+        return c.code;
     }
-    // \n and the like, or \u with the four digits of a UTF-16 unit.
-    void escape(std::string& out) {
+    // escape: a letter, as in \n, or u and the four digits of a unit of UTF-16, whose \ is read
+    uint32_t escape() {
         static constexpr std::string_view names = "\"\\/bfnrt", meanings = "\"\\/\b\f\n\r\t";
-        size_t start = at++;
-        size_t which = at < text.size() ? names.find(text[at]) : std::string_view::npos;
-        if (which != std::string_view::npos) {
-            at++;
-            out.push_back(meanings[which]);
-        } else if (accept('u')) {
-            uint32_t code = hex4();
-            // Above U+FFFF: a high and a low surrogate, ten bits each.
-            if (code >= 0xd800 && code <= 0xdbff && text.substr(at, 2) == "\\u") {
-                at += 2;
-                uint32_t low = hex4();
-                if (low < 0xdc00 || low > 0xdfff) error(start, "half a surrogate pair");
-                code = 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00);
-            }
-            if (code >= 0xd800 && code <= 0xdfff) error(start, "half a surrogate pair");
-            append_utf8(out, code);
-        } else {
-            wrong("an escape sequence");
+        const size_t start = at - 1, which = names.find(peek());
+        if (which != names.npos) return at++, meanings[which];
+        if (!accept("u")) wrong("an escape sequence");
+        uint32_t code = hex4();
+        // Above U+FFFF there are two units, a high and a low surrogate, with ten bits each.
+        if (code >> 10 == 0xd800 >> 10 && accept("\\u")) {
+            const uint32_t low = hex4();
+            if (low >> 10 == 0xdc00 >> 10) code = 0x10000 + ((code & 0x3ff) << 10 | (low & 0x3ff));
         }
+        if (code >> 11 == 0xd800 >> 11) error(start, "half a surrogate pair");
+        return code;
     }
     uint32_t hex4() {
         uint32_t code = 0;
-        for (int i = 0; i < 4; i++) {
-            if (!std::isxdigit(uint8_t(peek()))) wrong("four hexadecimal digits");
-            char c = text[at++];
-            code = code * 16 + uint32_t(c <= '9' ? c - '0' : (c | 0x20) - 'a' + 10);
-        }
+        const char *begin = text.data() + at, *end = text.data() + std::min(at + 4, text.size());
+        at = size_t(std::from_chars(begin, end, code, 16).ptr - text.data());
+        if (text.data() + at != begin + 4) wrong("four hexadecimal digits");
         return code;
+    }
+
+    // The next character; at the end a zero byte, which no rule allows.
+    char peek() const { return at < text.size() ? text[at] : '\0'; }
+    void space() { at = std::min(text.find_first_not_of(" \t\n\r", at), text.size()); }
+    // Passes over `token` if it comes next. next: with any space before it.
+    bool accept(std::string_view token) {
+        const bool here = text.substr(at).starts_with(token);
+        at += here ? token.size() : 0;
+        return here;
+    }
+    bool next(std::string_view token) { return space(), accept(token); }
+
+    [[noreturn]] void wrong(const char* expected) const {
+        const char c = peek();
+        const std::string found = at == text.size()    ? "the end"
+                                  : c > ' ' && c < 127 ? format("'%c'", c)
+                                                       : format("byte 0x%02x", uint8_t(c));
+        error(at, format("expected %s, found %s", expected, found.c_str()));
+    }
+    // Every error of the parser. Why lines are counted only here: a good text pays nothing for them.
+    [[noreturn]] void error(size_t place, const std::string& message) const {
+        const size_t line = 1 + size_t(std::count(text.begin(), text.begin() + place, '\n'));
+        fail(where + format(": not valid JSON: line %zu, byte %zu: ", line, place) + message);
     }
 };
 inline Json Json::parse(std::string_view text, const std::string& where, JsonLimits limits) {
-    return JsonParser(text, where, limits).document();
+    return JsonParser{text, where, limits}.document();
 }
 
-inline std::string Json::write(int indent) const {
-    std::string out;
-    write_to(out, indent, 0);
-    return out;
-}
-// Numbers are written so that reading them gives the same bits back.
+// Appends the value; its first line is already indented.
 inline void Json::write_to(std::string& out, int indent, int depth) const {
-    auto line = [&](int level) {
+    auto new_line = [&](int level) {
         if (indent > 0) out.append("\n").append(size_t(indent * level), ' ');
     };
-    char digits[32];
-    if (kind == Kind::null) out.append("null");
-    if (kind == Kind::boolean) out.append(boolean ? "true" : "false");
+    // n things between brackets, with commas between them.
+    auto list = [&](char open, size_t n, char close, const auto& write_one) {
+        out += open;
+        for (size_t i = 0; i < n; i++) {
+            if (i > 0) out += ',';
+            new_line(depth + 1);
+            write_one(i);
+        }
+        if (n > 0) new_line(depth);
+        out += close;
+    };
+    if (kind == Kind::null) out += "null";
+    if (kind == Kind::boolean) out += boolean ? "true" : "false";
     if (kind == Kind::string) append_json_string(out, text);
-    if (kind == Kind::number) {
+    if (kind == Kind::number && integral) out += std::to_string(integer);
+    if (kind == Kind::number && !integral) {  // in digits that give the same bits back
         TINYGPT_CHECK(std::isfinite(number), "JSON has no NaN and no infinity: cannot write one");
-        // "-0" keeps its sign
-        const bool whole = integral && !(integer == 0 && std::signbit(number));
-        auto end = whole ? std::to_chars(digits, digits + sizeof digits, integer).ptr
-                         : std::to_chars(digits, digits + sizeof digits, number).ptr;
-        out.append(digits, end);
+        char digits[32];
+        out.append(digits, std::to_chars(digits, digits + sizeof digits, number).ptr);
     }
-    if (kind == Kind::array) {
-        out.push_back('[');
-        for (size_t i = 0; i < items.size(); i++) {
-            if (i > 0) out.push_back(',');
-            line(depth + 1);
-            items[i].write_to(out, indent, depth + 1);
-        }
-        if (!items.empty()) line(depth);
-        out.push_back(']');
-    }
-    if (kind == Kind::object) {
-        out.push_back('{');
-        for (size_t i = 0; i < members.size(); i++) {
-            if (i > 0) out.push_back(',');
-            line(depth + 1);
+    if (kind == Kind::array)
+        list('[', items.size(), ']', [&](size_t i) { items[i].write_to(out, indent, depth + 1); });
+    if (kind == Kind::object)
+        list('{', members.size(), '}', [&](size_t i) {
             append_json_string(out, members[i].first);
-            out.append(indent > 0 ? ": " : ":");
+            out += indent > 0 ? ": " : ":";
             members[i].second.write_to(out, indent, depth + 1);
-        }
-        if (!members.empty()) line(depth);
-        out.push_back('}');
-    }
+        });
 }
 
 // =================================================================================================
-// §10 The tokenizer: text to tokens and back
+// §12 The tokenizer: text to tokens and back
 // =================================================================================================
-// GPT-2's tokenizer is a byte-level BPE (byte pair encoding). Text is cut into pieces, which are
-// roughly words with the space before them; each piece starts as its bytes, one token a byte; and
-// then the neighbours whose merge was learnt first become one token, again and again, until no two
-// neighbours have a merge. So any bytes at all can be encoded, and decoding gives them back.
+// A model knows no letters, only tokens: numbers below its vocabulary's size, each of which stands
+// for some bytes of text. This section turns text into tokens and back.
+//
+// GPT-2's tokenizer is a byte-level BPE (byte pair encoding; Sennrich, Haddow, Birch 2016; Radford
+// et al. 2019, §2.2). Text is cut into pieces, which are roughly words with the space before them.
+// Each piece starts as its bytes, one token a byte; then the neighbours whose merge was learnt
+// first become one token, again and again, until no two neighbours have a merge. So any bytes at
+// all can be encoded, and decoding gives them back.
 //
 //   text    "Hello, world's"
 //   pieces  "Hello" | "," | " world" | "'s"
 //   tokens   15496     11     995       338        (with GPT-2's own vocabulary)
-
-// ---- Letters, numbers, spaces: what Unicode says of a character --------------------------------
-
-// The classes of characters that decide where a piece ends. kBeyondAscii marks the first byte of a
-// longer character, in the table of bytes only.
-enum CharClass : uint8_t { kOther, kLetter, kNumber, kSpace, kBeyondAscii };
-
-// \p{L}, \p{N} and \s of Unicode 17.0. The code points 0, 1, 2, ... fall into runs of one class;
-// each run is the number (length - 1) * 4 + class in base 32, lowest digit first. A digit is one of
-// the 64 characters from '0' to 'p' without the backslash, one of the upper 32 where more digits
-// follow. (Written by checks/unicode_classes.py.) GPT-2 itself was trained with the Unicode of
-// 2017: only characters that were added later are classed differently.
-constexpr std::string_view kClassRuns =
-    "P1CT23i1V1HU3DU3T13T33P11H6018210:0j20j30Uj1<^1e1AH101P@A054=01D109010^20Y:0YALfD0f441DQ5i8Y"
-    "3<=a5Y5a2V1<50Y<01i15H5V1941m110f3a3Q;X11e1V1Q4P15<1@f2<1P1181i2Q3HY1@n20Im1U5T7f681T21HU1<V"
-    "10n1<M454f20I018=81m11a1509<V154F41LE<54f20I050505i3=01HV149m1Q1090f20I050A81T21i15<V1P11X1M"
-    "454f20I050A81e3509<V101FX110E890=85010585898^1e21a2c1T2M090j20n181T390545<V1LJ01<M090j20U10A"
-    "81e3905<V105P2Q1090Q541m11@90J9<Z20E@U28n20Q1014Ii3V1P2n505]1IP1V1i45010A0n2010U105P114A01P1"
-    "V14=m31i3_2]1M0^4X3AX>Y5]21V1DE<=8185H9<b1]110V1Df401@14Y50bY10=4I010=4Q50=4Q40=4I010=4j10Q7"
-    "0=4Y8e1_28n1m1f:4E8^^24Q23U3@Y98:MHU2a1Y2e1U2e1b109i1^6X41<18V1DV1e2V1DQ;HA4U401@f8T1j3i4V1f"
-    "34AX1^5<U3DZ1a4j2P1b6X5V1DV1a11a;j5P2M8V1P5f3a15V1^5T3^4]3V189V1^44Y1@Y549P5=0E0581@nGm7fR14"
-    "E4f44E4M0101010j34b60I01890I8=4E<b1@90I8[1a37@3i53m1214F@1V1Db1a<1<14U1018AD101010=0Y14=@A<1"
-    "0Z65Bek2_7e9g2e_2g3]^4bLD=85P124f401@14n6H1m1j2P1I0I0I0I0I0I0I0Im91mj13<52P3R1HA4:5<f:D90U;0"
-    "=@Y50f;8>T1n3m5n1m3V1e3N0k1m3V1i4k1mW1nhIm7bbg2X8f54bQ18n1V15]2j5m1j34f8V1i4Q14j<4U:]2Q2090="
-    "0j2a1FT1^6e1U6]3V1m2E81050V1^3T1j2P3b3Hj5]31V1DA0U1V1A0Q5i290M<V1Dj2818U601854A4101m294Y1H9]"
-    "1E4E4EP1I0I0Y50f1DY>a1V1D^e[1]1j2<Q6]PQ1f^14U=e4I]1A@10U10b10A0105050^=P4Y^1T2n74f6m4^1]>A0j"
-    "@X2V1HU3DU3X1Q;8E4E4E49X4^10U30Y2050j14f1T4Y?]1c5]1R7P26]Nb38Q6m1Z3<n3>P1^22M2@f4T1f34^4<M0B"
-    "T5fC4V1D^4<^4<n4L^6]1Y10j10I050Y10j10I058^6]1jV1P1f2T1Mm2E0U50Q1a8E410^505814j24Nj24Jj3LR1m5"
-    "Y205@Bf2F<U3DU3e4n6<65o14g51i1=090b3T1R1i2b360b3:m3M0^3DBm1f6T1f24NY2@NU2i2Jm9Q9i6Y6a1Y6HF^4"
-    "]1V1DV1^3P1j2TKk30U5D5m1Em6b3V11Lf2X1>X3U2e5b2J]2j2]1b6T3g30541a1b5m3Q3HV1P1^4i1V1<141LY481]"
-    "1n5e1=X1V1101<_2X1U20Q3X25i7I010=0j10U1Hj5P2V1X1M454f20I050A81T21]1Ae3U101410f401P3101]5b6T2"
-    "=@V1@9e3n5]2501LV1eDj5P5=]4n5]21X1V1e4Y5a11HV1D_2]3Y3a2_1<IPG^5]>n7Z2]1M414M050n2i1101e1V1e8"
-    "M4j4m1101]31T1n4H1a21X1f5X21T2Q9iHQ4i1V1DQ10b4P21i1c3@f3m=I050f4a21P1V1DE050n3e11HV1D^5<V1eN"
-    "Y2i110b10U4]3V1e:1i1c2X5Ud3e<k=P2^H]Y:Q<i1nU4P2EP3Yd?@jX2PhJf3T2V1ei6QW2Hj30V1Dj90V1Df3T2n5m"
-    "1=]1V10J0b2@Y2mf1b58V1eHn7k2P1Q34Q3]5Y9@1T8b1m7501e15:P1fkLP5n3P<Y>apQ1=0I050YT1i11a3941e1=L"
-    "^b1]P9Y=@b18Q1HU1eZ@V1ei5_2]1_2]=R3i@b:0j80541454=0^1010I0Q80=4M0I0^30=0A018I0^Z14Q30Q30j30Q"
-    "30j30Q30j30Q30j30Q30M4V6mp6j3DEaP1f7TBb5T1I4V1<1PX1f3T2^5<V1ek1^3<V1eJf341V1aHj309050I4AP15m"
-    "KI0=050j10bH4R1m5^8H1<V1iR3Z70:0>]9c50k1TH=0Y30501410U10=0101D1<10101090501410101010105014=0"
-    "I0=0=010U10Q2@90A0Q2]X2c1Xm:V1eP4nlV5m3fSA4fbF4QVMi1f^2Te9fS2Tm5YYC@UUQ1";
-
-// The class of every code point. Expanded at its first use, then only read.
-class CharTable {
-public:
-    static CharClass of(uint32_t code) {
-        static const CharTable table;
-        return code < table.class_.size() ? table.class_[code] : kOther;
-    }
-
-private:
-    CharTable() {
-        size_t value = 0, shift = 0;
-        for (char c : kClassRuns) {
-            size_t digit = size_t(c - '0' - (c > '\\'));
-            value |= (digit & 31) << shift, shift += 5;
-            if (digit >= 32) continue;
-            class_.insert(class_.end(), value / 4 + 1, CharClass(value % 4));
-            value = shift = 0;
-        }
-    }
-    std::vector<CharClass> class_;  // up to the last code point that is not kOther
-};
-
-// The same for a byte that begins a character; English hardly needs more.
-constexpr std::array<CharClass, 256> make_byte_classes() {
-    std::array<CharClass, 256> classes{};
-    for (int b = 0; b < 256; ++b) {
-        int letter = b | 0x20;
-        classes[size_t(b)] = b >= 128                          ? kBeyondAscii
-                             : letter >= 'a' && letter <= 'z'  ? kLetter
-                             : b >= '0' && b <= '9'            ? kNumber
-                             : b == ' ' || (b >= 9 && b <= 13) ? kSpace
-                                                               : kOther;
-    }
-    return classes;
-}
-inline constexpr std::array<CharClass, 256> kByteClass = make_byte_classes();
-inline CharClass class_of_byte(char c) { return kByteClass[uint8_t(c)]; }
-
-// One character of a text: how many bytes it takes, and its class.
-struct Character {
-    int bytes;
-    CharClass kind;
-};
-
-// The character at text[at], for at < text.size(). A byte that begins no valid UTF-8 character is
-// taken alone, as kOther: broken text loses nothing.
-inline Character character_at(std::string_view text, size_t at) {
-    std::string_view c = text.substr(at, 4);
-    auto low_bits = [&](size_t i) { return uint32_t(uint8_t(c[i]) & 0x3f); };
-    size_t bytes = utf8_character(c);
-    uint32_t code = uint8_t(c[0]);
-    if (bytes == 0) return {1, kOther};
-    if (bytes == 2) code = (code & 31) << 6 | low_bits(1);
-    if (bytes == 3) code = (code & 15) << 12 | low_bits(1) << 6 | low_bits(2);
-    if (bytes == 4) code = (code & 7) << 18 | low_bits(1) << 12 | low_bits(2) << 6 | low_bits(3);
-    return {int(bytes), CharTable::of(code)};
-}
-
-// How many characters the text has; a byte that belongs to none counts as one.
-inline int64_t count_characters(std::string_view text) {
-    int64_t count = 0;
-    for (size_t at = 0; at < text.size(); ++count)
-        at += text[at] & 0x80 ? size_t(character_at(text, at).bytes) : 1;
-    return count;
-}
+//
+// Where a vocabulary comes from, which is learning merges from text, is in prepare_data.cpp.
 
 // ---- Pieces: where merging stops ---------------------------------------------------------------
 
-// How many of the eight bytes at `text`, from the first on, are ASCII letters. Eight comparisons at
-// once, in one register: adding 128 - c sets the top bit of a byte below 128 that is c or more.
+// Merging never crosses from one piece to the next: else "dog.", "dog!" and "dog?" would each be a
+// token, and one would be spent on " of the". A piece ends where one class of characters gives way
+// to another.
+enum CharClass : uint8_t { kOther, kLetter, kNumber, kSpace };
+
+// What Unicode says of a code point: "é" is a letter, "½" a number, "　" (U+3000) white space. The
+// table, long and dull, is at the end of this section.
+inline CharClass class_of(uint32_t code);
+
+// One character of a text: how many bytes it takes, and its class.
+struct Character {
+    size_t bytes;
+    CharClass kind;
+};
+// A byte that begins no valid UTF-8 character is taken alone, as kOther: broken text loses nothing.
+// Why apart, and never inlined: character_at is called for every word, this hardly ever in English.
+[[gnu::noinline]] inline Character character_beyond_ascii(std::string_view text) {
+    const Utf8Character c = utf8_character(text);
+    return c.bytes ? Character{c.bytes, class_of(c.code)} : Character{1, kOther};
+}
+// The character at text[at], for at < text.size(). Bytes below 128 are ASCII: the classes of those
+// are written out here.
+inline Character character_at(std::string_view text, size_t at) {
+    const unsigned c = uint8_t(text[at]);
+    if (c >= 128) [[unlikely]]
+        return character_beyond_ascii(text.substr(at));
+    if ((c | 0x20) - 'a' < 26) return {1, kLetter};
+    if (c - '0' < 10) return {1, kNumber};
+    return {1, c == ' ' || c - '\t' < 5 ? kSpace : kOther};
+}
+
+// How many of the eight bytes at `text`, from the first on, are ASCII letters.
+// Why: a word at a time instead of a letter at a time makes encoding an eighth faster. All eight
+// comparisons are done at once in one register: adding 128 - c to a byte below 128 sets its top bit
+// just where it is c or more.
 inline size_t leading_letters(const char* text) {
     constexpr uint64_t kEach = 0x0101010101010101, kTop = 0x80 * kEach;
     uint64_t bytes;
     std::memcpy(&bytes, text, sizeof bytes);
-    uint64_t lower = (bytes | 0x20 * kEach) & ~kTop;
-    uint64_t from_a = lower + (128 - 'a') * kEach, beyond_z = lower + (128 - 'z' - 1) * kEach;
-    uint64_t others = ~(from_a & ~beyond_z & ~bytes) & kTop;
+    const uint64_t lower = (bytes | 0x20 * kEach) & ~kTop;
+    const uint64_t from_a = lower + (128 - 'a') * kEach, beyond_z = lower + (127 - 'z') * kEach;
+    const uint64_t others = ~(from_a & ~beyond_z & ~bytes) & kTop;
     return size_t(std::countr_zero(others)) / 8;
 }
 
-// Where the run of characters of class `kind` that begins at text[at] ends. If `last` is given, it
-// becomes where the run's last character begins.
+// Where the run of characters of class `kind` that begins at text[at] ends; at itself where there is
+// none. If `last` is given, it becomes where the run's last character begins.
 inline size_t run_end(std::string_view text, size_t at, CharClass kind, size_t* last = nullptr) {
-    if (kind == kLetter) {
-        while (at + 8 <= text.size()) {
-            size_t letters = leading_letters(text.data() + at);
-            at += letters;
-            if (letters < 8) break;
-        }
+    while (kind == kLetter && at + 8 <= text.size()) {
+        const size_t letters = leading_letters(text.data() + at);
+        at += letters;
+        if (letters < 8) break;
     }
     while (at < text.size()) {
-        CharClass here = class_of_byte(text[at]);
-        size_t bytes = 1;
-        if (here == kBeyondAscii) {
-            Character c = character_at(text, at);
-            here = c.kind, bytes = size_t(c.bytes);
-        }
-        if (here != kind) break;
+        const Character c = character_at(text, at);
+        if (c.kind != kind) break;
         if (last) *last = at;
-        at += bytes;
+        at += c.bytes;
     }
     return at;
 }
 
 // The piece that begins at text[at], for at < text.size(). This is GPT-2's pattern
 //   's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-// (openai/gpt-2, src/encoder.py) as a scanner: the first alternative that fits is the piece.
+// (openai/gpt-2, src/encoder.py) as a scanner: the first alternative that fits is the piece. \p{L}
+// is a letter, \p{N} a number, \s white space; (?!\S) leaves the last space before a word over.
+//   "It costs $20, isn't it?" is "It" | " costs" | " $" | "20" | "," | " isn" | "'t" | " it" | "?"
 inline std::string_view next_piece(std::string_view text, size_t at) {
-    auto is = [&](size_t i, char c) { return at + i < text.size() && text[at + i] == c; };
-    // An ending after an apostrophe, lower case only: 's 't 'm 'd, or 're 've 'll.
-    if (text[at] == '\'') {
-        if (is(1, 's') || is(1, 't') || is(1, 'm') || is(1, 'd')) return text.substr(at, 2);
-        if ((is(1, 'r') && is(2, 'e')) || (is(1, 'v') && is(2, 'e')) || (is(1, 'l') && is(2, 'l')))
-            return text.substr(at, 3);
-    }
+    // An ending after an apostrophe, in lower case only.
+    if (text[at] == '\'')
+        for (const std::string_view ending : {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"})
+            if (text.substr(at).starts_with(ending)) return text.substr(at, ending.size());
     // A run of letters, of numbers, or of anything else but space, after at most one blank.
-    size_t begin = at + (text[at] == ' ' && at + 1 < text.size());
-    CharClass kind = class_of_byte(text[begin]);
-    if (kind == kBeyondAscii) kind = character_at(text, begin).kind;
+    const size_t begin = at + (text[at] == ' ' && at + 1 < text.size());
+    const CharClass kind = character_at(text, begin).kind;
     if (kind != kSpace) return text.substr(at, run_end(text, begin, kind) - at);
-    // White space. Before a word its last character is left over: a blank joins that word.
-    size_t last = at, end = run_end(text, at, kSpace, &last);
-    return text.substr(at, (end == text.size() || last == at ? end : last) - at);
+    // White space. Its last character is left over for what comes next: a blank joins a word. Where
+    // the text ends, or it has one character only, nothing is left over.
+    size_t last = at;
+    const size_t end = run_end(text, at, kSpace, &last);
+    const bool left_over = end < text.size() && last > at;
+    return text.substr(at, (left_over ? last : end) - at);
 }
 
-// The first place at or after text[at] where the text may be cut, so that its two parts have the
-// same pieces as the whole: between a character that is no space and a space.
-inline size_t safe_cut(std::string_view text, size_t at) {
-    for (at = std::max<size_t>(at, 1); at < text.size(); ++at) {
-        CharClass before = class_of_byte(text[at - 1]), after = class_of_byte(text[at]);
-        if (after == kSpace && before != kSpace && before != kBeyondAscii) return at;
-    }
-    return text.size();
-}
-
-// ---- Tokens ------------------------------------------------------------------------------------
+// ---- The vocabulary ----------------------------------------------------------------------------
+// A vocabulary is a list of merges, in the order in which they were learnt, and nothing else: the
+// bytes come first, then what each merge makes, then the end of a text. GPT-2's has 256 + 50,000 +
+// 1 = 50,257 tokens.
 
 // GPT-2 writes bytes as characters that can be seen. The 188 bytes that are visible in Latin-1
 // stand for themselves; the other 68, in order, are written as U+0100, U+0101, ... ("Ġ" is the
-// blank). The token ids of the bytes follow the same order: first the 188, then the 68.
+// blank). So a vocabulary's file is text, and no token in it holds a blank or a line end. The ids
+// of the bytes follow the same order: first the 188, then the 68.
 struct ByteAlphabet {
     uint8_t byte_of_id[256] = {};
     uint16_t id_of_byte[256] = {}, code_of_byte[256] = {};
     constexpr ByteAlphabet() {
         auto visible = [](int b) { return (b > 32 && b < 127) || (b > 160 && b != 173); };
         int id = 0;
-        for (int hidden = 0; hidden < 2; ++hidden)
-            for (int b = 0; b < 256; ++b)
-                if (visible(b) != bool(hidden)) {
-                    byte_of_id[id] = uint8_t(b), id_of_byte[b] = uint16_t(id);
-                    code_of_byte[b] = uint16_t(hidden ? 256 + id - 188 : b);
-                    ++id;
-                }
+        for (bool wanted : {true, false})
+            for (int b = 0; b < 256; ++b) {
+                if (visible(b) != wanted) continue;
+                byte_of_id[id] = uint8_t(b), id_of_byte[b] = uint16_t(id);
+                code_of_byte[b] = uint16_t(wanted ? b : 256 + id - 188);
+                ++id;
+            }
     }
 };
 inline constexpr ByteAlphabet kBytes;
 
 constexpr std::string_view kEndOfText = "<|endoftext|>";  // as it is written in a vocabulary file
 
-// Which token two neighbours merge into: a hash table with linear probing.
+// Which token two neighbours merge into: a hash table. A pair lies at the place that its bits, well
+// mixed, make it begin the search at, or where that is taken, at the next free place after it
+// (linear probing). At most half of the places are taken, so the search is short.
+// Why not std::unordered_map: a look-up touches one line of cache here, and three or more there.
 class MergeTable {
+    struct Entry {
+        uint32_t pair = 0, token = kNone;
+    };
+    std::vector<Entry> entries_;
+
 public:
     static constexpr uint32_t kNone = UINT32_MAX;
+    explicit MergeTable(size_t merges) : entries_(std::bit_ceil(2 * merges + 2)) {}
     // The token that left and right become, or kNone. The smaller the token, the earlier its merge.
     uint32_t find(uint32_t left, uint32_t right) const {
-        uint32_t key = left << 16 | right;
-        for (size_t at = slot(key);; at = (at + 1) & (entries_.size() - 1)) {
-            if (entries_[at].token == kNone || entries_[at].key == key) return entries_[at].token;
-        }
+        return entries_[place_of(left << 16 | right)].token;
     }
-    explicit MergeTable(size_t merges = 0) : entries_(std::bit_ceil(2 * merges + 2)) {}
     void add(uint32_t left, uint32_t right, uint32_t token) {
-        uint32_t key = left << 16 | right;
-        size_t at = slot(key);
-        while (entries_[at].token != kNone) at = (at + 1) & (entries_.size() - 1);
-        entries_[at] = {key, token};
+        entries_[place_of(left << 16 | right)] = {left << 16 | right, token};
     }
 
 private:
-    struct Entry {
-        uint32_t key = 0, token = kNone;
-    };
-    // Fibonacci hashing (Knuth, The Art of Computer Programming, 6.4).
-    size_t slot(uint32_t key) const {
-        return size_t((key * 0x9e3779b97f4a7c15ull) >> 32) & (entries_.size() - 1);
+    // Where the pair is, or the empty place that it would take. The place where the search begins
+    // is by Fibonacci hashing (Knuth, The Art of Computer Programming, 6.4).
+    size_t place_of(uint32_t pair) const {
+        const size_t mask = entries_.size() - 1;
+        size_t at = size_t((pair * 0x9e3779b97f4a7c15ull) >> 32) & mask;
+        while (entries_[at].token != kNone && entries_[at].pair != pair) at = (at + 1) & mask;
+        return at;
     }
-    std::vector<Entry> entries_;
 };
 
-// A vocabulary. Tokens 0..255 are the bytes, token 256 + i is what merge i makes of two earlier
-// tokens, and the last token is the end of a text.
+// A vocabulary, and what can be done with it. Tokens 0..255 are the bytes (in GPT-2's order), token
+// 256 + i is what merge i makes of two earlier tokens, and the last token is the end of a text.
 class Tokenizer {
 public:
     using Merge = std::pair<uint16_t, uint16_t>;
 
-    // The vocabulary of these merges. Fails if one names a token that does not exist before it.
+private:
+    std::vector<Merge> merges_;
+    std::vector<std::string> bytes_;  // of every token
+    MergeTable table_;
+
+public:
+    // The vocabulary of these merges, each of which may use what the merges before it made. Fails
+    // if one names a token that does not exist before it.
     explicit Tokenizer(std::vector<Merge> merge_list)
         : merges_(std::move(merge_list)), table_(merges_.size()) {
         TINYGPT_CHECK(merges_.size() <= 65536 - 257,
@@ -3807,9 +3626,6 @@ public:
                       id, vocab_size());
         return bytes_[size_t(id)];
     }
-    // The tokens of a text. "<|endoftext|>" in it is thirteen characters like any others.
-    std::vector<uint16_t> encode(std::string_view text) const;
-
     // The text of some tokens, with `end_of_text_mark` for every end of text.
     std::string decode(const std::vector<uint16_t>& tokens,
                        std::string_view end_of_text_mark = "") const {
@@ -3817,6 +3633,8 @@ public:
         for (uint16_t id : tokens) text += id == end_of_text() ? end_of_text_mark : bytes_of(id);
         return text;
     }
+    // The tokens of a text. "<|endoftext|>" in it is thirteen characters like any others.
+    std::vector<uint16_t> encode(std::string_view text) const;
 
     // A folder with vocab.json and merges.txt (save writes those), or encoder.json and vocab.bpe.
     static Tokenizer load(const std::string& folder);
@@ -3824,18 +3642,34 @@ public:
     std::string name_of(int id) const;  // the token in GPT-2's visible characters
     std::string vocab_json() const;
     std::string merges_text() const;
-
-private:
-    std::vector<Merge> merges_;
-    std::vector<std::string> bytes_;
-    MergeTable table_;
 };
 
 // ---- Encoding ----------------------------------------------------------------------------------
 
-// Turns text into tokens and remembers short pieces. One for each thread.
-// Why: text repeats its words, so nearly every piece is found in the memory, and merging is rare.
+// Turns text into tokens, piece by piece. One for each thread, as it remembers what it has seen.
+// Why: text repeats its words. Of 100 pieces of English, 96 are found in the memory, and only the
+// others must be merged.
 class Encoder {
+    static constexpr size_t kMaxBytes = 15, kMaxTokens = 7;  // of a piece to be remembered
+    static constexpr size_t kMaxKnown = 1 << 16;             // 2 MB: what a core's cache holds
+    static constexpr size_t kShort = 32;                     // up to here, merge_short is faster
+    static constexpr uint32_t kNone = MergeTable::kNone;
+
+    // A piece and its tokens. The key is the piece's bytes, zeros, and in its last byte the length.
+    // Why so small: two fill a line of cache, and a key is compared in two steps.
+    struct Known {
+        std::array<uint64_t, 2> key = {0, 0};  // zero: nothing here, as no piece is empty
+        uint16_t count = 0, tokens[kMaxTokens] = {};
+    };
+    // A token of a long piece, and the places of its neighbours; kNone where there is none.
+    struct Symbol {
+        uint32_t token, previous, next;
+    };
+    const MergeTable& table_;
+    std::vector<Known> known_;
+    std::vector<Symbol> symbols_;
+    std::vector<uint64_t> waiting_;  // a heap of merges: token << 32 | place of the left symbol
+
 public:
     // The memory is sized for texts of about text_bytes.
     explicit Encoder(const Tokenizer& tokenizer, size_t text_bytes = SIZE_MAX)
@@ -3846,145 +3680,119 @@ public:
     void encode(std::string_view text, std::vector<uint16_t>& out) {
         size_t used = out.size();
         for (size_t at = 0; at < text.size();) {
-            std::string_view piece = next_piece(text, at);
+            const std::string_view piece = next_piece(text, at);
             // Make room for a token a byte, and for all of a Known's, which are copied unseen.
+            // Why not for the whole text at once: tokens are fewer than bytes, by a factor of four.
             if (out.size() < used + piece.size() + kMaxTokens)
                 out.resize(used + std::min(text.size() - at, used + piece.size()) + kMaxTokens);
             uint16_t* to = out.data() + used;
-            bool fits = piece.size() <= kMaxBytes;
-            used += fits ? recall(piece, text.size() - at, to) : merge(piece, to);
+            const bool fits = piece.size() <= kMaxBytes && text.size() - at > kMaxBytes;
+            used += fits ? recall(piece, to) : merge(piece, to);
             at += piece.size();
         }
         out.resize(used);
     }
 
 private:
-    static constexpr size_t kMaxKnown = 1 << 16;
-    static constexpr size_t kMaxBytes = 15, kMaxTokens = 7;
-    // A piece of up to 15 bytes, with its length in the 16th, and its tokens, at most seven. Two
-    // fill a line of cache. A new piece takes the place of the one that was there.
-    struct Known {
-        uint64_t key[2] = {0, 0};  // zero: nothing here, as no piece is empty
-        uint16_t count = 0, tokens[kMaxTokens] = {};
-    };
+    // The tokens of one piece. Each of these four functions writes them to `to`, which has room for
+    // one a byte and seven more, and returns how many they are.
 
-    // Writes the tokens of a short piece to `to`, which has room for 7 at least; returns how many.
-    // The text goes on beyond the piece: `readable` bytes from the piece's beginning.
-    size_t recall(std::string_view piece, size_t readable, uint16_t* to) {
-        uint64_t key[2] = {0, 0};
-        if (readable >= sizeof key) {
-            // Why: copying a fixed number of bytes and clearing the surplus is far faster.
-            std::memcpy(key, piece.data(), sizeof key);
-            size_t low = std::min<size_t>(piece.size(), 8), high = piece.size() - low;
-            key[0] &= ~uint64_t(0) >> (64 - 8 * low);
-            key[1] &= (uint64_t(1) << (8 * high)) - 1;
-        } else {
-            std::memcpy(key, piece.data(), piece.size());
-        }
+    // From memory, if the piece is known; else it takes the place of the one that was there. The
+    // piece has at most 15 bytes. Careful: 16 are read, so the text must go on behind it.
+    size_t recall(std::string_view piece, uint16_t* to) {
+        // Why: copying 16 bytes and clearing those behind the piece takes a few instructions, where
+        // copying as many as it has is a call.
+        std::array<uint64_t, 2> key;
+        std::memcpy(key.data(), piece.data(), sizeof key);
+        const size_t low = std::min<size_t>(piece.size(), 8), high = piece.size() - low;
+        key[0] &= ~uint64_t(0) >> (64 - 8 * low);
+        key[1] &= (uint64_t(1) << (8 * high)) - 1;
         key[1] |= uint64_t(piece.size()) << 56;
-        uint64_t mixed = (key[0] ^ (key[1] * 0xbf58476d1ce4e5b9ull)) * 0x9e3779b97f4a7c15ull;
+        const uint64_t mixed = (key[0] ^ (key[1] * 0xbf58476d1ce4e5b9ull)) * 0x9e3779b97f4a7c15ull;
         Known& known = known_[size_t(mixed >> 40) & (known_.size() - 1)];
-        if (known.key[0] != key[0] || known.key[1] != key[1]) {
-            size_t count = merge(piece, to);
+        if (known.key != key) {
+            const size_t count = merge(piece, to);
             if (count > kMaxTokens) return count;
-            known.key[0] = key[0], known.key[1] = key[1], known.count = uint16_t(count);
+            known.key = key, known.count = uint16_t(count);
             std::copy(to, to + count, known.tokens);
         }
+        // Why all seven, whatever the count: a copy of fixed size is one instruction.
         std::memcpy(to, known.tokens, sizeof known.tokens);
         return known.count;
     }
 
-    // Writes the tokens of one piece, its bytes merged, to `to`; returns how many.
     size_t merge(std::string_view piece, uint16_t* to) {
         return piece.size() <= kShort ? merge_short(piece, to) : merge_long(piece, to);
     }
 
-    // Merging as it is defined: look for the earliest merge, make it, look again. n * n steps.
+    // Merging as it is defined: look for the earliest merge, make it, look again; n * n steps. With
+    // GPT-2's vocabulary, where "er" is token 263, " l" is 300, "ow" 322, "ower" 789:
+    //     (blank) l o w e r  ->  (blank) l o w er  ->  " l" o w er  ->  " l" ow er  ->  " l" ower
+    // and " lower" is token 2793.
     size_t merge_short(std::string_view piece, uint16_t* to) const {
         size_t n = piece.size();
-        uint32_t merged[kShort];  // what token i and the one after it make
+        uint32_t merged[kShort];  // what token i and the one after it make: looked up once only
         for (size_t i = 0; i < n; ++i) to[i] = kBytes.id_of_byte[uint8_t(piece[i])];
         for (size_t i = 0; i + 1 < n; ++i) merged[i] = table_.find(to[i], to[i + 1]);
         while (n > 1) {
-            size_t best = size_t(std::min_element(merged, merged + n - 1) - merged);
-            if (merged[best] == MergeTable::kNone) break;
+            const size_t best = size_t(std::min_element(merged, merged + n - 1) - merged);
+            if (merged[best] == kNone) break;
+            // Token `best` becomes the merged one, and the token after it goes.
             to[best] = uint16_t(merged[best]);
             --n;
             std::copy(to + best + 2, to + n + 1, to + best + 1);
             if (best + 1 < n) std::copy(merged + best + 2, merged + n, merged + best + 1);
+            // It has new neighbours.
             if (best > 0) merged[best - 1] = table_.find(to[best - 1], to[best]);
             if (best + 1 < n) merged[best] = table_.find(to[best], to[best + 1]);
         }
         return n;
     }
 
-    // The same for any length. The tokens are a linked list; what can merge waits in a queue of its
-    // own for every token that it would become, and the queues are served from the smallest token
-    // on.
-    // Why that is enough: a token takes part in later merges than its own only, so what is made
-    // while a queue is served goes to queues that come after it.
+    // The same in n log n steps: a piece may be a megabyte without a space. The tokens are a linked
+    // list, and every pair that has a merge waits in a heap, which gives out the earliest merge
+    // first and, of the same merge, the leftmost place: aaa becomes (aa)a.
     size_t merge_long(std::string_view piece, uint16_t* to) {
-        TINYGPT_CHECK(piece.size() < kEnd, "a word of %zu bytes is too long to encode",
+        TINYGPT_CHECK(piece.size() < kNone, "a word of %zu bytes is too long to encode",
                       piece.size());
         symbols_.clear();
-        for (char c : piece) {
-            uint32_t i = uint32_t(symbols_.size());
-            symbols_.push_back(
-                {kBytes.id_of_byte[uint8_t(c)], i - 1, i + 1 < piece.size() ? i + 1 : kEnd});
-        }
-        for (uint32_t i = 0; i + 1 < symbols_.size(); ++i) offer(i);
-        while (!queues_.empty()) {
-            std::pop_heap(queues_.begin(), queues_.end(), std::greater<>());
-            uint32_t token = queues_.back();
-            queues_.pop_back();
-            serve(token);
+        for (uint32_t i = 0; i < piece.size(); ++i)
+            symbols_.push_back({kBytes.id_of_byte[uint8_t(piece[i])], i - 1, i + 1});
+        symbols_.back().next = kNone;  // the first one's 0 - 1 is kNone by itself
+        for (uint32_t i = 0; i < piece.size(); ++i) offer(i);
+        while (!waiting_.empty()) {
+            std::pop_heap(waiting_.begin(), waiting_.end(), std::greater<>());
+            const uint32_t token = uint32_t(waiting_.back() >> 32), i = uint32_t(waiting_.back());
+            waiting_.pop_back();
+            // Pass over a pair that is no more: one of its two has merged with another neighbour.
+            if (merged_with_next(i) == token) join_next(i, token);
         }
         size_t count = 0;
-        for (uint32_t i = 0; i != kEnd; i = symbols_[i].next)
+        for (uint32_t i = 0; i != kNone; i = symbols_[i].next)
             to[count++] = uint16_t(symbols_[i].token);
         return count;
     }
+    // What symbol i and its right neighbour make; kNone also where i is gone or has no neighbour.
+    uint32_t merged_with_next(uint32_t i) const {
+        const Symbol& symbol = symbols_[i];
+        if (symbol.token == kNone || symbol.next == kNone) return kNone;
+        return table_.find(symbol.token, symbols_[symbol.next].token);
+    }
     // Lets symbol i wait for its merge with its right neighbour, if they have one.
     void offer(uint32_t i) {
-        uint32_t token = table_.find(symbols_[i].token, symbols_[symbols_[i].next].token);
-        if (token == MergeTable::kNone) return;
-        if (waiting_.size() <= token) waiting_.resize(token + 1);
-        if (waiting_[token].empty()) {
-            queues_.push_back(token);
-            std::push_heap(queues_.begin(), queues_.end(), std::greater<>());
-        }
-        waiting_[token].push_back(i);
+        const uint64_t token = merged_with_next(i);
+        if (token == kNone) return;
+        waiting_.push_back(token << 32 | i);
+        std::push_heap(waiting_.begin(), waiting_.end(), std::greater<>());
     }
-    // Merges all pairs that become `token`. Careful: aaa must become (aa)a, so pairs of two equal
-    // tokens must wait from left to right. They do: all of them are met in one walk to the right,
-    // the first over the bytes or the one that made their token. The order of others is free.
-    void serve(uint32_t token) {
-        std::vector<uint32_t> places = std::move(waiting_[token]);
-        for (uint32_t i : places) {
-            // Pass over a pair that is no more: one of its two has merged with another neighbour.
-            Symbol& left = symbols_[i];
-            if (left.token == kGone || left.next == kEnd) continue;
-            Symbol& right = symbols_[left.next];
-            if (table_.find(left.token, right.token) != token) continue;
-            left.token = token, left.next = right.next, right.token = kGone;
-            if (left.next != kEnd) symbols_[left.next].previous = i;
-            if (left.previous != kEnd) offer(left.previous);
-            if (left.next != kEnd) offer(i);
-        }
-        places.clear();
-        waiting_[token] = std::move(places);  // empty, but its memory is used again
+    // Symbol i takes in its right neighbour and becomes `token`; both its pairs are new.
+    void join_next(uint32_t i, uint32_t token) {
+        Symbol &left = symbols_[i], &right = symbols_[left.next];
+        left.token = token, left.next = right.next, right.token = kNone;
+        if (left.next != kNone) symbols_[left.next].previous = i;
+        if (left.previous != kNone) offer(left.previous);
+        offer(i);
     }
-
-    static constexpr size_t kShort = 32;
-    static constexpr uint32_t kGone = UINT32_MAX, kEnd = UINT32_MAX;
-    struct Symbol {
-        uint32_t token, previous, next;
-    };
-    const MergeTable& table_;
-    std::vector<Known> known_;
-    std::vector<Symbol> symbols_;
-    std::vector<std::vector<uint32_t>> waiting_;  // for every token: the left symbols of its pairs
-    std::vector<uint32_t> queues_;                // a heap of the tokens whose queue is not empty
 };
 
 inline std::vector<uint16_t> Tokenizer::encode(std::string_view text) const {
@@ -3994,10 +3802,15 @@ inline std::vector<uint16_t> Tokenizer::encode(std::string_view text) const {
 }
 
 // ---- Vocabulary files --------------------------------------------------------------------------
-// merges.txt: a line "#version: 0.2", then a line "left right" for each merge. vocab.json: one
-// object, "token": id. Tokens are written in GPT-2's visible characters. The vocabulary follows
-// from the merges alone; a vocab.json that says otherwise is refused, for its model would see other
-// tokens.
+// Two files, in OpenAI's format and under Hugging Face's names (OpenAI's are vocab.bpe and
+// encoder.json). Tokens are written in GPT-2's visible characters.
+//
+//     merges.txt    #version: 0.2            vocab.json    {"!": 0, "\"": 1, "#": 2, ...
+//                   Ġ t                                    "\u0120t": 256, "\u0120a": 257, ...
+//                   Ġ a                                    "<|endoftext|>": 50256}
+//
+// The vocabulary follows from the merges alone. A vocab.json that says otherwise is refused: its
+// model would see other tokens.
 
 inline std::string Tokenizer::name_of(int id) const {
     if (id == end_of_text()) return std::string(kEndOfText);
@@ -4012,18 +3825,16 @@ inline std::string Tokenizer::merges_text() const {
     return text;
 }
 
-// In plain ASCII, with the separators of Python's json: GPT-2's comes out as OpenAI wrote it.
+// In plain ASCII, with the separators of Python's json: GPT-2's comes out, byte for byte, as OpenAI
+// published it.
 inline std::string Tokenizer::vocab_json() const {
     std::string json = "{";
     for (int id = 0; id < vocab_size(); ++id) {
         json += id == 0 ? "\"" : ", \"";
         for (char c : bytes_of(id)) {
-            unsigned code = kBytes.code_of_byte[uint8_t(c)];
+            const unsigned code = kBytes.code_of_byte[uint8_t(c)];
             if (code == '"' || code == '\\') json += '\\';
-            if (code < 128)
-                json += char(code);
-            else
-                json += format("\\u%04x", code);
+            json += code < 128 ? std::string(1, c) : format("\\u%04x", code);
         }
         if (id == end_of_text()) json += kEndOfText;
         json += format("\": %d", id);
@@ -4040,7 +3851,8 @@ inline void Tokenizer::save(const std::string& folder) const {
 // The most bytes that a vocabulary's file may have: GPT-2's have a million.
 constexpr size_t kMaxVocabBytes = 16'000'000;
 
-// The merges of a merges file. `ids` begins empty and ends with the id of every token but the last.
+// The merges of a merges file, whose every line may use the tokens that earlier lines made. `ids`
+// begins empty, and ends with the id of every token but the last by its name.
 inline std::vector<Tokenizer::Merge> read_merges(const std::string& path,
                                                  std::unordered_map<std::string, uint16_t>& ids) {
     for (int b = 0; b < 256; ++b) {
@@ -4049,62 +3861,120 @@ inline std::vector<Tokenizer::Merge> read_merges(const std::string& path,
         ids[name] = kBytes.id_of_byte[b];
     }
     std::vector<Tokenizer::Merge> merges;
-    std::string text = read_file(path, kMaxVocabBytes);
+    const std::string text = read_file(path, kMaxVocabBytes);
     int line_number = 0;
-    for (size_t at = 0; at < text.size();) {
-        size_t end = std::min(text.find('\n', at), text.size()), blank = text.find(' ', at);
-        std::string line = text.substr(at, end - at);
-        at = end + 1;
+    for (size_t at = 0, end; at < text.size(); at = end + 1) {
+        end = std::min(text.find('\n', at), text.size());
+        const std::string line = text.substr(at, end - at);
         if (++line_number == 1 && line.starts_with("#version")) continue;
-        auto where = [&] { return format("%s, line %d", path.c_str(), line_number); };
-        TINYGPT_CHECK(blank < end,
-                      "%s: expected two tokens with a blank between them, found \"%.40s\"",
-                      where().c_str(), line.c_str());
-        blank -= end - line.size();
-        auto left = ids.find(line.substr(0, blank)), right = ids.find(line.substr(blank + 1));
-        TINYGPT_CHECK(left != ids.end() && right != ids.end(),
-                      "%s: \"%.40s\" is not two tokens that exist before it (bytes, or made by an "
-                      "earlier line)",
-                      where().c_str(), line.c_str());
-        TINYGPT_CHECK(ids.size() < 65535, "%s: expected at most %d merges: token ids have 16 bits",
-                      where().c_str(), 65535 - 256);
+        const auto refuse = [&](const std::string& problem) {
+            fail(format("%s, line %d: ", path.c_str(), line_number) + problem);
+        };
+        const size_t blank = line.find(' ');
+        if (blank == line.npos)
+            refuse("expected two tokens with a blank between them, found " + in_quotes(line));
+        const auto left = ids.find(line.substr(0, blank)), right = ids.find(line.substr(blank + 1));
+        if (left == ids.end() || right == ids.end())
+            refuse(in_quotes(line) +
+                   " is not two tokens that exist before it (bytes, or made by "
+                   "an earlier line)");
+        if (ids.size() == 65535) refuse("expected at most 65279 merges: token ids have 16 bits");
         merges.emplace_back(left->second, right->second);
-        bool added = ids.emplace(left->first + right->first, uint16_t(ids.size())).second;
-        TINYGPT_CHECK(added, "%s: \"%.40s\" makes a token that exists already", where().c_str(),
-                      line.c_str());
+        if (!ids.emplace(left->first + right->first, uint16_t(ids.size())).second)
+            refuse(in_quotes(line) + " makes a token that exists already");
     }
     return merges;
 }
 
+// Reads both files, under either's names; the error of a folder without them says where to get some.
 inline Tokenizer Tokenizer::load(const std::string& folder) {
-    bool ours = file_exists(folder + "/vocab.json") && file_exists(folder + "/merges.txt");
-    bool openai = file_exists(folder + "/encoder.json") && file_exists(folder + "/vocab.bpe");
+    const bool ours = file_exists(folder + "/vocab.json") && file_exists(folder + "/merges.txt");
+    const bool openai = file_exists(folder + "/encoder.json") && file_exists(folder + "/vocab.bpe");
     TINYGPT_CHECK(ours || openai,
                   "there is no tokenizer in %s: expected vocab.json and merges.txt, or "
-                  "encoder.json and "
-                  "vocab.bpe (make gpt2-vocab fetches GPT-2's into data/gpt2)",
+                  "encoder.json and vocab.bpe (make gpt2-vocab fetches GPT-2's into data/gpt2)",
                   folder.c_str());
-    std::string vocab_path = folder + (ours ? "/vocab.json" : "/encoder.json");
     std::unordered_map<std::string, uint16_t> ids;
-    Tokenizer tokenizer(read_merges(folder + (ours ? "/merges.txt" : "/vocab.bpe"), ids));
+    const Tokenizer tokenizer(read_merges(folder + (ours ? "/merges.txt" : "/vocab.bpe"), ids));
     ids.emplace(kEndOfText, uint16_t(tokenizer.end_of_text()));
-    // The vocabulary must say what the merges say.
-    const Json vocab = Json::parse(read_file(vocab_path, kMaxVocabBytes), vocab_path,
-                                   {.depth = 2, .values = 70'000});
+    // Its vocabulary must say what the merges say: the same names, with the same ids.
+    const std::string path = folder + (ours ? "/vocab.json" : "/encoder.json");
+    const Json vocab =
+        Json::parse(read_file(path, kMaxVocabBytes), path, {.depth = 2, .values = 70'000});
     TINYGPT_CHECK(vocab.is_object() && vocab.members.size() == ids.size(),
                   "%s: expected an object of %zu tokens (256 bytes, %zu merges, %s), found %zu",
-                  vocab_path.c_str(), ids.size(), tokenizer.merges().size(), kEndOfText.data(),
+                  path.c_str(), ids.size(), tokenizer.merges().size(), kEndOfText.data(),
                   vocab.members.size());
     for (const auto& [name, id] : vocab.members) {
-        auto expected = ids.find(name);
-        TINYGPT_CHECK(expected != ids.end(), "%s: no merge makes the token \"%.60s\"",
-                      vocab_path.c_str(), name.c_str());
+        const auto expected = ids.find(name);
+        if (expected == ids.end()) fail(path + ": no merge makes the token " + in_quotes(name));
         TINYGPT_CHECK(id.integral && id.integer == expected->second,
-                      "%s: the token \"%.60s\" must have the id %d, as its merge has, found %.20s",
-                      vocab_path.c_str(), name.c_str(), expected->second, id.write().c_str());
+                      "%s: the token %s must have the id %d, as its merge has, found %.20s",
+                      path.c_str(), in_quotes(name).c_str(), expected->second, id.write().c_str());
     }
     return tokenizer;
 }
+
+// The tokenizer of a folder, where it has one. One that is damaged is an error all the same.
+inline std::optional<Tokenizer> tokenizer_of(const std::string& folder) {
+    if (file_exists(folder + "/vocab.json") || file_exists(folder + "/encoder.json"))
+        return Tokenizer::load(folder);
+    return std::nullopt;
+}
+
+// ---- Letters, numbers, spaces: what Unicode says of a character --------------------------------
+
+// \p{L}, \p{N} and \s of Unicode 17.0. The code points 0, 1, 2, ... fall into runs of one class;
+// each run is the number (length - 1) * 4 + class in base 32, lowest digit first. A digit is one of
+// the 64 characters from '0' to 'p' without the backslash, one of the upper 32 where more digits
+// follow. So "P1", which is 0 + 32 * 1 = 32, says that the first 9 are kOther, and "C", 19, that
+// the next 5, from the tabulator on, are kSpace. (Written by checks/unicode_classes.py.) GPT-2
+// itself was trained with the Unicode of 2017: only characters that were added later differ.
+constexpr std::string_view kClassRuns =
+    "P1CT23i1V1HU3DU3T13T33P11H6018210:0j20j30Uj1<^1e1AH101P@A054=01D109010^20Y:0YALfD0f441DQ5i8Y"
+    "3<=a5Y5a2V1<50Y<01i15H5V1941m110f3a3Q;X11e1V1Q4P15<1@f2<1P1181i2Q3HY1@n20Im1U5T7f681T21HU1<V"
+    "10n1<M454f20I018=81m11a1509<V154F41LE<54f20I050505i3=01HV149m1Q1090f20I050A81T21i15<V1P11X1M"
+    "454f20I050A81e3509<V101FX110E890=85010585898^1e21a2c1T2M090j20n181T390545<V1LJ01<M090j20U10A"
+    "81e3905<V105P2Q1090Q541m11@90J9<Z20E@U28n20Q1014Ii3V1P2n505]1IP1V1i45010A0n2010U105P114A01P1"
+    "V14=m31i3_2]1M0^4X3AX>Y5]21V1DE<=8185H9<b1]110V1Df401@14Y50bY10=4I010=4Q50=4Q40=4I010=4j10Q7"
+    "0=4Y8e1_28n1m1f:4E8^^24Q23U3@Y98:MHU2a1Y2e1U2e1b109i1^6X41<18V1DV1e2V1DQ;HA4U401@f8T1j3i4V1f"
+    "34AX1^5<U3DZ1a4j2P1b6X5V1DV1a11a;j5P2M8V1P5f3a15V1^5T3^4]3V189V1^44Y1@Y549P5=0E0581@nGm7fR14"
+    "E4f44E4M0101010j34b60I01890I8=4E<b1@90I8[1a37@3i53m1214F@1V1Db1a<1<14U1018AD101010=0Y14=@A<1"
+    "0Z65Bek2_7e9g2e_2g3]^4bLD=85P124f401@14n6H1m1j2P1I0I0I0I0I0I0I0Im91mj13<52P3R1HA4:5<f:D90U;0"
+    "=@Y50f;8>T1n3m5n1m3V1e3N0k1m3V1i4k1mW1nhIm7bbg2X8f54bQ18n1V15]2j5m1j34f8V1i4Q14j<4U:]2Q2090="
+    "0j2a1FT1^6e1U6]3V1m2E81050V1^3T1j2P3b3Hj5]31V1DA0U1V1A0Q5i290M<V1Dj2818U601854A4101m294Y1H9]"
+    "1E4E4EP1I0I0Y50f1DY>a1V1D^e[1]1j2<Q6]PQ1f^14U=e4I]1A@10U10b10A0105050^=P4Y^1T2n74f6m4^1]>A0j"
+    "@X2V1HU3DU3X1Q;8E4E4E49X4^10U30Y2050j14f1T4Y?]1c5]1R7P26]Nb38Q6m1Z3<n3>P1^22M2@f4T1f34^4<M0B"
+    "T5fC4V1D^4<^4<n4L^6]1Y10j10I050Y10j10I058^6]1jV1P1f2T1Mm2E0U50Q1a8E410^505814j24Nj24Jj3LR1m5"
+    "Y205@Bf2F<U3DU3e4n6<65o14g51i1=090b3T1R1i2b360b3:m3M0^3DBm1f6T1f24NY2@NU2i2Jm9Q9i6Y6a1Y6HF^4"
+    "]1V1DV1^3P1j2TKk30U5D5m1Em6b3V11Lf2X1>X3U2e5b2J]2j2]1b6T3g30541a1b5m3Q3HV1P1^4i1V1<141LY481]"
+    "1n5e1=X1V1101<_2X1U20Q3X25i7I010=0j10U1Hj5P2V1X1M454f20I050A81T21]1Ae3U101410f401P3101]5b6T2"
+    "=@V1@9e3n5]2501LV1eDj5P5=]4n5]21X1V1e4Y5a11HV1D_2]3Y3a2_1<IPG^5]>n7Z2]1M414M050n2i1101e1V1e8"
+    "M4j4m1101]31T1n4H1a21X1f5X21T2Q9iHQ4i1V1DQ10b4P21i1c3@f3m=I050f4a21P1V1DE050n3e11HV1D^5<V1eN"
+    "Y2i110b10U4]3V1e:1i1c2X5Ud3e<k=P2^H]Y:Q<i1nU4P2EP3Yd?@jX2PhJf3T2V1ei6QW2Hj30V1Dj90V1Df3T2n5m"
+    "1=]1V10J0b2@Y2mf1b58V1eHn7k2P1Q34Q3]5Y9@1T8b1m7501e15:P1fkLP5n3P<Y>apQ1=0I050YT1i11a3941e1=L"
+    "^b1]P9Y=@b18Q1HU1eZ@V1ei5_2]1_2]=R3i@b:0j80541454=0^1010I0Q80=4M0I0^30=0A018I0^Z14Q30Q30j30Q"
+    "30j30Q30j30Q30j30Q30M4V6mp6j3DEaP1f7TBb5T1I4V1<1PX1f3T2^5<V1ek1^3<V1eJf341V1aHj309050I4AP15m"
+    "KI0=050j10bH4R1m5^8H1<V1iR3Z70:0>]9c50k1TH=0Y30501410U10=0101D1<10101090501410101010105014=0"
+    "I0=0=010U10Q2@90A0Q2]X2c1Xm:V1eP4nlV5m3fSA4fbF4QVMi1f^2Te9fS2Tm5YYC@UUQ1";
+
+// Looked up in a table, one byte a code point, that is expanded at the first use.
+inline CharClass class_of(uint32_t code) {
+    static const std::vector<CharClass> classes = [] {
+        std::vector<CharClass> table;
+        size_t value = 0, shift = 0;
+        for (char c : kClassRuns) {
+            const size_t digit = size_t(c - '0' - (c > '\\'));
+            value |= (digit & 31) << shift, shift += 5;
+            if (digit >= 32) continue;
+            table.insert(table.end(), value / 4 + 1, CharClass(value % 4));
+            value = shift = 0;
+        }
+        return table;
+    }();
+    return code < classes.size() ? classes[code] : kOther;  // beyond its end, all are kOther
+}
+
 // =================================================================================================
 // §11 Hugging Face in, Hugging Face out: safetensors files and config.json
 // =================================================================================================
@@ -4793,9 +4663,8 @@ inline void write_model_description(const std::string& folder, const Config& con
 // step (Linux), and the old one is removed.
 inline void replace_folder(const std::string& temporary, const std::string& folder) {
     if (!folder_exists(folder)) return rename_path(temporary, folder);
-    const bool exchanged =
-        file_call("exchange", folder) &&
-        ::renameat2(AT_FDCWD, temporary.c_str(), AT_FDCWD, folder.c_str(), RENAME_EXCHANGE) == 0;
+    const bool exchanged = file_call("exchange", folder, ::renameat2, AT_FDCWD, temporary.c_str(),
+                                     AT_FDCWD, folder.c_str(), RENAME_EXCHANGE) == 0;
     if (exchanged) {
         sync_folder(parent_folder(folder));
         return remove_folder(temporary);
@@ -4810,7 +4679,8 @@ inline void replace_folder(const std::string& temporary, const std::string& fold
     try {
         rename_path(temporary, folder);
     } catch (const FileError&) {
-        if (!folder_exists(folder)) sys_rename(old, folder);
+        if (!folder_exists(folder))
+            file_call("rename", folder, ::rename, old.c_str(), folder.c_str());
         throw;
     }
     remove_folder(old);
@@ -4834,7 +4704,7 @@ void write_checkpoint_files(Gpt2<Device>& model, const std::string& folder,
     }
     write_model_description(folder, model.config, tokenizer, "float32");
     for (const std::string& name : list_folder(folder))
-        if (!sums.find(name)) sums.set(name, file_digest<Checksum>(folder + "/" + name));
+        if (!sums.find(name)) sums.set(name, file_checksum(folder + "/" + name));
     write_sealed(folder + "/trainer_state.json", state_to_json(state).set("checksums", sums));
 }
 
@@ -4845,7 +4715,8 @@ void save_checkpoint(Gpt2<Device>& model, const std::string& folder, const Token
                      const TrainerState& state, bool with_moments) {
     const std::string temporary = folder + ".tmp";
     if (folder_exists(temporary)) remove_folder(temporary);
-    if (sys_mkdir(temporary) != 0) fail_file("create folder", temporary, errno);
+    if (file_call("mkdir", temporary, ::mkdir, temporary.c_str(), 0777) != 0)
+        fail_file("create folder", temporary, errno);
     try {
         write_checkpoint_files(model, temporary, tokenizer, state, with_moments);
     } catch (...) {
@@ -4867,7 +4738,7 @@ inline void check_sums(const std::string& folder, const Json& state, bool need_m
                       folder.c_str(), in_quotes(name).c_str());
         if (!need_moments && name == "optimizer.safetensors") continue;
         TINYGPT_CHECK(file_exists(path), "%s is missing", path.c_str());
-        TINYGPT_CHECK(file_digest<Checksum>(path) == sum.text,
+        TINYGPT_CHECK(file_checksum(path) == sum.text,
                       "%s is damaged, or was changed: its checksum does not match", path.c_str());
     }
 }
@@ -5773,20 +5644,15 @@ public:
     }
 
 private:
-    // Hands over what waits; where `sync` is set, waits for the disk. A write may come up short, or
-    // be interrupted by a signal. Careful: after an fsync that failed, the system may have dropped
-    // the rows and call them written. So they are cut off, and written again the next time.
+    // Hands over what waits; where `sync` is set, waits for the disk. Careful: after an fsync that
+    // failed, the system may have dropped the rows and call them written. So they are cut off, and
+    // written again the next time.
     bool write_out(bool sync) {
-        while (written_ < waiting_.size()) {
-            const ssize_t done =
-                sys_write(fd_.fd, path_, waiting_.data() + written_, waiting_.size() - written_);
-            if (done < 0 && errno == EINTR) continue;
-            if (done == 0) errno = ENOSPC;
-            if (done <= 0) return false;
-            written_ += size_t(done);
-        }
+        written_ +=
+            write_all(fd_.fd, path_, waiting_.data() + written_, waiting_.size() - written_);
+        if (written_ < waiting_.size()) return false;
         if (!sync) return true;
-        const int code = sys_fsync(fd_.fd, path_) == 0 ? 0 : errno;
+        const int code = file_call("fsync", path_, ::fsync, fd_.fd) == 0 ? 0 : errno;
         if (code == 0)
             synced_ += int64_t(waiting_.size()), waiting_.clear(), written_ = 0;
         else if (::ftruncate(fd_.fd, synced_) == 0)
@@ -5889,7 +5755,7 @@ private:
         size_t at = 0;
         while (at < held_.size()) {
             const std::string rest = held_.substr(at, 4);
-            const size_t length = utf8_character(rest);
+            const size_t length = utf8_character(rest).bytes;
             if (length == 0 && !at_end && may_begin_character(rest)) break;
             out += length ? rest.substr(0, length) : "\xef\xbf\xbd";
             at += std::max<size_t>(1, length);
@@ -5900,7 +5766,8 @@ private:
     // Whether some bytes behind these would make a character: the least that may follow, or the
     // greatest. (After some first bytes only one half of them may.)
     static bool may_begin_character(const std::string& text) {
-        return utf8_character(text + "\x80\x80\x80") || utf8_character(text + "\xbf\xbf\xbf");
+        return utf8_character(text + "\x80\x80\x80").bytes ||
+               utf8_character(text + "\xbf\xbf\xbf").bytes;
     }
     std::string held_;
 };
@@ -6064,8 +5931,7 @@ inline Corpus open_corpus(const Options& o, bool needs_train) {
                   "%s holds no train_*.bin: make shards with ./prepare_data --input FILE --output "
                   "%s",
                   o.data.c_str(), o.data.c_str());
-    if (file_exists(o.data + "/vocab.json") || file_exists(o.data + "/encoder.json"))
-        corpus.tokenizer = Tokenizer::load(o.data);
+    corpus.tokenizer = tokenizer_of(o.data);
     const std::string about = o.data + "/dataset.json";
     if (file_exists(about)) {
         const Json json = Json::parse(read_file(about, 10'000'000), about);
@@ -6132,10 +5998,9 @@ inline Config config_for(const Options& o, const Corpus& corpus, const std::stri
 
 // A data folder of another tokenizer would train nonsense: refuse it.
 inline void check_same_tokenizer(const Corpus& corpus, const std::string& model_folder) {
-    const bool has_tokenizer =
-        file_exists(model_folder + "/vocab.json") || file_exists(model_folder + "/encoder.json");
-    if (!corpus.tokenizer || !has_tokenizer) return;
-    TINYGPT_CHECK(Tokenizer::load(model_folder) == *corpus.tokenizer,
+    if (!corpus.tokenizer) return;
+    const std::optional<Tokenizer> its_own = tokenizer_of(model_folder);
+    TINYGPT_CHECK(!its_own || *its_own == *corpus.tokenizer,
                   "%s has another tokenizer than the model in %s: tokenize the text again with "
                   "./prepare_data --tokenizer gpt2 --vocab %s",
                   corpus.folder.c_str(), model_folder.c_str(), model_folder.c_str());
@@ -6533,7 +6398,7 @@ void Trainer<Device>::write_sample(const std::string& title, int count) {
     const std::string path = o_.output + "/samples.txt";
     const std::string entry = "=== " + title + "\n" + shown + "\n\n";
     FileHandle file(::open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666));
-    if (file.fd < 0 || sys_write(file.fd, path, entry.data(), entry.size()) < 0)
+    if (file.fd < 0 || write_all(file.fd, path, entry.data(), entry.size()) < entry.size())
         std::fprintf(stderr, "warning: cannot write %s: %s\n", path.c_str(), std::strerror(errno));
 }
 
@@ -6996,12 +6861,6 @@ int train_command(Device device, const Options& given) {
     return Trainer<Device>(o, corpus, model).run(start.state, start.folder);
 }
 
-// A model opened for use: from a folder, with its tokenizer where it has one.
-inline std::optional<Tokenizer> tokenizer_of(const std::string& folder) {
-    if (file_exists(folder + "/vocab.json") || file_exists(folder + "/encoder.json"))
-        return Tokenizer::load(folder);
-    return std::nullopt;
-}
 inline void need_init_from(const Options& o) {
     if (o.init_from.empty())
         fail_usage("--init-from is missing: name the folder of a model, such as out/stories/best");
