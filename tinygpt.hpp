@@ -692,9 +692,11 @@ struct Cpu {
 
     // --- the machine
     static constexpr const char* kProgram = "train_gpt";
-    std::string describe() const;   // one line
-    size_t free_memory() const;     // bytes
-    double peak_flops() const;      // operations a second, measured
+    std::string describe() const;    // one line
+    size_t free_memory() const;      // bytes
+    double peak_flops() const;       // operations a second, measured
+    double bf16_peak_flops() const;  // likewise, of matrix products in bf16; 0: it has none
+    bool bf16_products() const { return matmul_options.bf16; }
     double peak_bandwidth() const;  // bytes a second, measured
     void synchronize() {}           // wait until everything asked for is done: here it always is
 
@@ -4952,9 +4954,9 @@ struct Options {
     double epochs = 0, max_minutes = 0;
 
     // How far it goes (§7).
-    double learning_rate = 3e-3, min_lr_fraction = 0.1;
+    double learning_rate = 2e-3, min_lr_fraction = 0.1;
     Schedule schedule = Schedule::cosine;
-    int64_t warmup_steps = 50;
+    int64_t warmup_steps = 100;
     double weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, grad_clip = 1;
 
     // What is looked at on the way, and how often: in steps, 0 is never.
@@ -5869,91 +5871,860 @@ double Cpu<real>::peak_bandwidth() const {
 }
 
 // =================================================================================================
-// §13 The loop, and the commands
+// §17 The training loop
 // =================================================================================================
+// We hold a step (§8), an evaluation (§9), checkpoints, options and a log. A run is the step,
+// made again and again, and what has to be done between two steps: look whether the numbers are
+// sound, evaluate, write the log, save, show. That is Trainer::run, the loop; what it calls stands
+// below it, in the order in which it is called.
+//
+// What the user sees, and who prints it:
+//   run        2,500 steps of 1,024 tokens ...     begin
+//   step 50/2500 | loss 4.3021 | lr ...            show: a line that is overwritten, or kept
+//   sample at step 500 ...                         write_sample
+//   done: 2500 steps in 55s, and the curve         report
+//   verdict    still improving: ...                verdict: what the run's own numbers say
+//   next       ./train_gpt sample ...              show_next: lines to paste
+// What is written into the run's folder:
+//   log.csv             row 0: the evaluation before training. Row s: the loss and the norm of the
+//                       batch of update s, taken before it, and the evaluation made after it
+//   samples.txt         what the model wrote on its way
+//   checkpoint-<step>/  a Hugging Face folder, and what it takes to go on from there
+//   best/               the model of the best evaluation
+//
+// A run may be stopped anywhere and goes on bit for bit as if nothing had happened: all that
+// decides the next step is in the weights, the moments and TrainerState, and a batch is a function
+// of how many samples were read before it (§2). Nothing that is broken is saved, and a full disk
+// is waited for.
 
-// ---- The data of a run -----------------------------------------------------------------------
+// What a run learns from, and what it is judged by. open_corpus (§18) makes one.
+struct Corpus {
+    std::string folder;                  // empty where shards were named one by one
+    std::optional<Tokenizer> tokenizer;  // none: tokens are shown as numbers
+    std::optional<Shards> train, val;    // either may be missing, or have no files
+    double floor = NAN;  // nats a token that no model can get below, where the corpus knows it
 
-// A token's text. A model may have more tokens than its tokenizer: those are shown as numbers.
-inline std::string text_of_token(const Tokenizer& tokenizer, int token) {
-    if (token >= tokenizer.vocab_size()) return "<" + std::to_string(token) + ">";
-    return std::string(tokenizer.bytes_of(token));
+    bool has_val() const { return val && !val->empty(); }
+    int end_of_text() const { return tokenizer ? tokenizer->end_of_text() : -1; }
+    // The token at which evaluation windows begin (§9); -1: at any. The floor is that of documents
+    // read from their start.
+    int document_start() const { return std::isfinite(floor) ? end_of_text() : -1; }
+    std::vector<int> token_bytes() const;  // by token; empty without a tokenizer
+    std::string text_of(int token) const;
+    std::vector<std::array<int64_t, 4>> stamps() const;  // another one after a write to a shard
+    std::vector<std::string> fingerprint() const;        // to know the data again, wherever it lies
+};
+
+// Tells the user of something that is wrong but does not end the run.
+inline void warn(const std::string& message) {
+    std::fflush(stdout);
+    const bool live = ::isatty(STDOUT_FILENO);  // then there may be a line that is not finished
+    std::fprintf(stderr, "%swarning: %s\n", live ? "\n" : "", message.c_str());
 }
 
-struct Corpus {
-    std::string folder;  // empty where shards were named one by one
-    std::optional<Tokenizer> tokenizer;
-    std::optional<Shards> train, val;
-    double floor = NAN;  // nats a token, where the corpus knows it
-    std::vector<int> token_bytes() const {
-        std::vector<int> bytes;
-        for (int id = 0; tokenizer && id < tokenizer->vocab_size(); ++id)
-            bytes.push_back(int(tokenizer->bytes_of(id).size()));
-        return bytes;
+// What the loop needs of §18.
+inline std::atomic<int64_t>& stop_asked();  // when the user asked the run to stop; 0: not yet
+inline std::string shell_word(const std::string& text);
+inline std::string retyped(const Options& o, Command command, const std::string& others);
+
+// What the device's matrix products could reach at most, in operations a second: in bf16 they have
+// units of their own, and the multiply-adds of everything else say nothing about those.
+template <class Device>
+double product_peak_flops(const Device& device) {
+    return device.bf16_products() ? device.bf16_peak_flops() : device.peak_flops();
+}
+
+// One run. Members end in an underscore, so that in the loop one sees what outlives a step.
+template <class Device>
+class Trainer {
+public:
+    // The model has room for batches of B x T, and its weights and moments are where the run
+    // begins.
+    Trainer(const Options& options, const Corpus& corpus, Gpt2<Device>& model)
+        : o_(options), corpus_(corpus), model_(model), B_(o_.batch_size), T_(model.T),
+          order_(*corpus.train, B_, T_, o_.seed, o_.shuffle, o_.overfit_batch) {
+        if (corpus.has_val())
+            windows_ = evaluation_windows(*corpus.val, T_, corpus.document_start());
     }
-    bool has_val() const { return val && !val->empty(); }
-    std::string text_of(int token) const {
-        if (tokenizer) return text_of_token(*tokenizer, token);
-        return std::to_string(token) + " ";
+
+    // Trains from state.step to the end; returns the exit status. from: the checkpoint that the
+    // state is of, or empty where the run begins.
+    // The order within a step: the row is in the log before anything may fail; what ends the run is
+    // decided once, and everything after it follows that; the checkpoint comes after best/, so that
+    // a run which goes on from it finds the best model that it remembers.
+    int run(const TrainerState& state, const std::string& from) {
+        begin(state, from);
+        BatchLoader loader(*corpus_.train, order_, B_, T_, model_.config.vocab_size,
+                           state_.samples);
+        End end = state_.step < steps_ ? End::none : End::finished;
+        while (end == End::none) {
+            const int64_t epoch = order_.epoch(state_.samples);
+            LogRow row = one_step(loader);
+            check_broken(row);
+            const bool last = state_.step == steps_;
+            const bool evaluated = o_.eval_interval > 0 && (last || due(o_.eval_interval));
+            if (evaluated) evaluate_into(row), note_best(row);
+            write_row(row);
+            end = end_reached();
+            show(row, evaluated || end != End::none || due(o_.log_interval));
+            const std::string title = sample_title(epoch);
+            if (evaluated && state_.best_step == state_.step) try_save("best", false);
+            if (end != End::none || due(o_.save_interval)) save(end);
+            // Why last: it takes time, and who interrupts a run waits for its checkpoint only.
+            if (!title.empty() && end != End::interrupted) write_sample(title, 50);
+        }
+        if (end != End::interrupted) return report(end), 0;
+        std::printf("\ninterrupted: saved at step %ld; go on with --resume auto\n", state_.step);
+        return 130;
     }
+
+private:
+    // Why a run ends: all steps made, --max-minutes, --patience, Ctrl-C; none: it goes on.
+    enum class End { none, finished, out_of_time, plateau, interrupted };
+
+    // ---- Before the first step
+
+    // Opens the log, says how long the run will be, and evaluates the model as it is: row 0. Why: a
+    // model that knows nothing has a loss of log V, and a first row that is far from it tells of a
+    // mistake before an hour is spent. The plan is kept in the state, because the learning rate of
+    // every step depends on how many there will be.
+    void begin(const TrainerState& state, const std::string& from) {
+        state_ = state;
+        stamps_ = corpus_.stamps();
+        steps_ = state_.planned_steps > 0 ? state_.planned_steps : planned_steps();
+        state_.planned_steps = steps_;
+        peak_flops_ = product_peak_flops(model_.device);
+        model_.device.upload(model_.state, &state_.guards, 1);
+        // Later checkpoints, of steps that will be made again, must not count as the newest.
+        for (const std::string& name : set_aside_later(o_.output, from.empty() ? -1 : state_.step))
+            std::printf("set aside  %s, as %s.set-aside\n", name.c_str(), name.c_str());
+        restore_log(from);
+        std::printf("run        %s steps of %s tokens (%.2f epochs) into %s\n\n",
+                    with_commas(steps_).c_str(), with_commas(rows_per_step() * T_).c_str(),
+                    double(steps_ * rows_per_step()) / order_.blocks_per_epoch(),
+                    o_.output.c_str());
+        if (!from.empty()) return;
+        LogRow row = row_now();
+        if (o_.eval_interval > 0) evaluate_into(row);
+        show(row, true);
+        write_row(row);
+    }
+
+    // How many steps the options ask for: steps or epochs, whichever is fewer; or, where only
+    // --max-minutes is set, as many as fit into it.
+    int64_t planned_steps() {
+        const int64_t no_limit = std::numeric_limits<int64_t>::max();
+        int64_t steps = o_.max_steps > 0 ? o_.max_steps : no_limit;
+        if (o_.epochs > 0) {
+            const double rows = o_.epochs * order_.blocks_per_epoch();
+            const double wanted = std::ceil(rows / rows_per_step() - 1e-9);
+            steps = std::min(steps, int64_t(std::clamp(wanted, 1.0, 1e15)));
+        }
+        if (steps < no_limit) return steps;
+        // A step takes about three times as long as the forward pass of an evaluation, and a tenth
+        // more for the update. The first batch is there to warm up.
+        evaluate_fixed(1);
+        const double begin = now_seconds();
+        evaluate_fixed(1);
+        const double a_step = (now_seconds() - begin) * 3.3 * o_.grad_accum_steps;
+        return std::max<int64_t>(1, int64_t(o_.max_minutes * 60 / a_step));
+    }
+
+    // Goes on with the log of the run that the checkpoint `from` is of, and with its curves. Rows
+    // behind the checkpoint are dropped: those steps are made again. Columns 3 and 5 are train_loss
+    // and val_loss.
+    void restore_log(const std::string& from) {
+        std::vector<std::string> rows;
+        if (!from.empty()) {
+            const std::string path = parent_folder(from) + "/log.csv";
+            rows = read_log_rows(path, state_.step);
+            if (int64_t(rows.size()) != state_.step + 1)
+                warn(format("%s has %zu of the %ld rows up to step %ld", path.c_str(), rows.size(),
+                            state_.step + 1, state_.step));
+        }
+        for (const std::string& row : rows) {
+            const int64_t step = std::strtoll(row.c_str(), nullptr, 10);
+            const double train_loss = log_field(row, 3), val_loss = log_field(row, 5);
+            if (!std::isnan(train_loss)) train_curve_.push_back({step, train_loss});
+            if (!std::isnan(val_loss)) val_curve_.push_back({step, val_loss});
+        }
+        log_.emplace(o_.output + "/log.csv", rows);
+    }
+
+    // ---- The step
+
+    // Rows of text that one update is made of.
+    int64_t rows_per_step() const { return int64_t(B_) * o_.grad_accum_steps; }
+    // Whether what is done every `interval` steps is to be done after this one; 0: never.
+    bool due(int64_t interval) const { return interval > 0 && state_.step % interval == 0; }
+
+    // The options as a step wants them.
+    StepOptions step_options() const {
+        return {o_.grad_accum_steps,
+                uint64_t(o_.seed),
+                {o_.schedule, o_.learning_rate, o_.min_lr_fraction, o_.warmup_steps, steps_},
+                {o_.beta1, o_.beta2, o_.eps, o_.weight_decay},
+                {o_.grad_clip, o_.skip_outliers}};
+    }
+
+    // A row that knows where the run stands, and nothing measured yet.
+    LogRow row_now() const {
+        LogRow row;
+        row.step = state_.step;
+        row.epoch = double(state_.samples) / order_.blocks_per_epoch();
+        row.tokens = state_.samples * T_;
+        return row;
+    }
+
+    // Makes one update; the row has its loss and norm, both from before it. The guards' numbers are
+    // the one thing that comes back from the device, and waiting for them makes the time true. MFU,
+    // model FLOPs utilisation (Chowdhery et al. 2022), is the share of the device's peak that went
+    // into operations which the model needs.
+    LogRow one_step(BatchLoader& loader) {
+        // The texts of one update, and where tensors are to be compared, the weights before it.
+        std::vector<Batch> batches;
+        while (int(batches.size()) < o_.grad_accum_steps) batches.push_back(loader.next());
+        const int64_t stats = o_.tensor_stats_interval;
+        const bool wants_stats = stats > 0 && (state_.step + 1) % stats == 0;
+        std::vector<typename Device::Real> before;
+        if (wants_stats) before = model_.get_weights();
+        // The step itself.
+        const double begin = now_seconds();
+        train_step(model_, batches, step_options(), state_.step);
+        model_.device.download(&state_.guards, model_.state, 1);
+        const double seconds = now_seconds() - begin;
+
+        // Where the run stands now, and what it has learned about this step.
+        const StepState& done = state_.guards;
+        ++state_.step, state_.samples += rows_per_step(), state_.seconds += seconds;
+        state_.train_loss = done.loss;
+        if (!done.broken) state_.epoch_loss += done.loss, ++state_.epoch_steps;
+        step_seconds_ = step_seconds_ > 0 ? 0.9 * step_seconds_ + 0.1 * seconds : seconds;
+        train_curve_.push_back({state_.step, done.loss});
+        // The row of the log.
+        LogRow row = row_now();
+        row.train_loss = done.loss, row.grad_norm = done.grad_norm;
+        row.lr = done.skip ? 0 : done.lr;  // so that the log tells which updates were skipped
+        row.tokens_per_s = double(rows_per_step()) * T_ / seconds;
+        if (peak_flops_ > 0)
+            row.mfu = *row.tokens_per_s * flops_per_token(model_.config, T_) / peak_flops_;
+        if (wants_stats) tensor_stats(before);
+        return row;
+    }
+
+    // The norms of every tensor's weight, gradient and update, on request. update/weight is the one
+    // to watch: about 0.001 is healthy; far less learns slowly, far more is about to break.
+    void tensor_stats(const std::vector<typename Device::Real>& before) {
+        const auto after = model_.get_weights();
+        std::vector<typename Device::Gradient> grads(model_.layout.size);
+        model_.device.download(grads.data(), model_.grads, grads.size());
+        std::printf("\n%-28s %12s %12s %12s %12s\n", format("step %ld", state_.step).c_str(),
+                    "|weight|", "|gradient|", "|update|", "update/weight");
+        for (const TensorInfo& t : model_.layout.tensors) {
+            double weight = 0, gradient = 0, update = 0;  // sums of squares
+            for (size_t i = t.offset; i < t.offset + t.count; ++i) {
+                const double w = double(after[i]), g = double(grads[i]), u = w - double(before[i]);
+                weight += w * w, gradient += g * g, update += u * u;
+            }
+            std::printf("%-28s %12.5g %12.5g %12.5g %12.3g\n", t.name.c_str(), std::sqrt(weight),
+                        std::sqrt(gradient), std::sqrt(update),
+                        std::sqrt(update / std::max(weight, 1e-300)));
+        }
+    }
+
+    // Where the update was not made, because of a NaN, an infinity or an outlier (§7): says so.
+    // With
+    // --on-nan stop one of the former ends the run: the row is logged, nothing of the step is kept.
+    // Why stop: a loss that is no number comes again, and the hours after it would be wasted.
+    void check_broken(LogRow& row) {
+        const StepState& g = state_.guards;
+        if (!g.skip) return;
+        if (g.broken && o_.on_nan == "stop") {
+            write_row(row);
+            fail(
+                format("step %ld: the loss is %g and the gradient's norm %g: training has "
+                       "diverged. Nothing of this step was saved. Go on from the last checkpoint "
+                       "with a lower --learning-rate, --resume auto and --override, or pass over "
+                       "such steps with --on-nan skip",
+                       state_.step, g.loss, g.grad_norm));
+        }
+        const bool power_of_two = (g.skipped & (g.skipped - 1)) == 0;
+        if (g.skipped <= 4 || power_of_two)  // the more there are, the less is said
+            warn(format("step %ld was skipped: loss %g, norm %g (%s; %ld so far)", state_.step,
+                        g.loss, g.grad_norm, g.broken ? "not a number" : "an outlier", g.skipped));
+    }
+
+    // Whether the run is over after this step, and why. Ctrl-C counts least: a run that is finished
+    // anyway is finished.
+    End end_reached() const {
+        if (state_.step >= steps_) return End::finished;
+        if (o_.patience > 0 && state_.stale_evals >= o_.patience) return End::plateau;
+        if (o_.max_minutes > 0 && state_.seconds > o_.max_minutes * 60) return End::out_of_time;
+        return stop_asked() != 0 ? End::interrupted : End::none;
+    }
+
+    // ---- Watching it
+
+    // Scores all of the validation text, and --eval-batches batches of training text, always the
+    // same ones. Why both: the gap between them is what the model has learned by heart.
+    void evaluate_into(LogRow& row) {
+        if (!windows_.empty()) {
+            const Evaluation e = evaluate(model_, *corpus_.val, windows_, corpus_.token_bytes());
+            row.val_loss = state_.val_loss = e.loss(), row.perplexity = e.perplexity();
+            if (std::isfinite(corpus_.floor)) row.floor = corpus_.floor;
+            val_curve_.push_back({state_.step, e.loss()});
+        }
+        if (o_.eval_batches > 0) row.eval_train_loss = evaluate_fixed(o_.eval_batches);
+    }
+    double evaluate_fixed(int64_t batches) {
+        return fixed_batches_loss(model_, *corpus_.train, batches, o_.overfit_batch);
+    }
+
+    // Is this the best evaluation so far? Counts those without progress, for --patience. Without
+    // validation text it is judged by the fixed training batches.
+    void note_best(const LogRow& row) {
+        const std::optional<double> loss = row.val_loss ? row.val_loss : row.eval_train_loss;
+        if (!loss) return;
+        const bool better = *loss < state_.best_loss;
+        if (better) state_.best_loss = *loss, state_.best_step = state_.step;
+        state_.stale_evals = better ? 0 : state_.stale_evals + 1;
+    }
+
+    // Appends to log.csv. A disk that is full does not stop training: rows wait in memory.
+    void write_row(LogRow& row) {
+        row.seconds = state_.seconds;
+        if (!log_->add(row) && !std::exchange(warned_, true))
+            warn("cannot write " + o_.output + "/log.csv: " + std::strerror(errno) +
+                 "; rows wait in memory");
+    }
+
+    // The live line. It stays on the terminal when `keep` is set, else the next overwrites it. In a
+    // file or a pipe only those that stay are printed.
+    void show(const LogRow& row, bool keep) {
+        const bool live = ::isatty(STDOUT_FILENO);
+        if (!live && !keep) return;
+        std::string line = format("step %ld/%ld", row.step, steps_);
+        if (row.train_loss) line += format(" | loss %.4f", *row.train_loss);
+        if (row.val_loss)
+            line += format(" | val %.4f (perplexity %.2f)", *row.val_loss, *row.perplexity);
+        if (row.eval_train_loss) line += format(" | fixed train %.4f", *row.eval_train_loss);
+        if (row.lr) line += format(" | lr %.2e | norm %.3f", *row.lr, *row.grad_norm);
+        if (row.tokens_per_s) line += " | " + with_commas(int64_t(*row.tokens_per_s)) + " tok/s";
+        if (row.mfu) line += format(" | MFU %.0f%%", 100 * *row.mfu);
+        if (row.train_loss)
+            line += " | " + duration_text((steps_ - row.step) * step_seconds_) + " left";
+        std::printf("%s%s%s", live ? "\r\033[K" : "", line.c_str(), keep ? "\n" : "");
+        std::fflush(stdout);
+    }
+
+    // What to write above a sample that is due after this step; empty: none is. Where an epoch has
+    // ended its mean loss is said, and summing begins anew; epochs of a few steps come too fast to
+    // say anything.
+    std::string sample_title(int64_t epoch) {
+        std::string title;
+        if (due(o_.sample_interval)) title = format("sample at step %ld", state_.step);
+        if (order_.epoch(state_.samples) == epoch) return title;
+        const double mean = state_.epoch_loss / std::max<int64_t>(1, state_.epoch_steps);
+        if (order_.blocks_per_epoch() >= 10 * rows_per_step())
+            title = format("epoch %ld ends at step %ld: mean train loss %.4f", epoch + 1,
+                           state_.step, mean);
+        state_.epoch_loss = 0, state_.epoch_steps = 0;
+        return title;
+    }
+
+    // Some of the model's own text, from the prompt or from the start of a document: printed, and
+    // added to samples.txt. The seed is the run's, so samples differ by what was learned, not by
+    // luck.
+    void write_sample(const std::string& title, int count) {
+        // What the model reads first: the start of a document, and the prompt.
+        const int end = corpus_.end_of_text();
+        std::vector<int32_t> tokens =
+            prompt_tokens(o_.prompt, corpus_.tokenizer, model_.config.vocab_size);
+        if (end >= 0) tokens.insert(tokens.begin(), end);
+        if (tokens.empty()) tokens.push_back(0);
+        // What it writes. Characters that are cut in two by the last token are made whole.
+        SampleOptions s;
+        s.max_new_tokens = count, s.seed = o_.seed, s.end_of_text = end;
+        std::string text = o_.prompt + (o_.prompt.empty() || end >= 0 ? "" : " ");
+        generate(model_, tokens, s, [&](int token) {
+            text += corpus_.text_of(token);
+            return true;
+        });
+        Utf8Stream stream;
+        const std::string whole = stream.add(text), shown = whole + stream.finish();
+        std::printf("\n%s\n%s\n\n", title.c_str(), shown.c_str());
+        // Into the file, in one write, so that nothing is half there.
+        const std::string path = o_.output + "/samples.txt";
+        const std::string entry = "=== " + title + "\n" + shown + "\n\n";
+        FileHandle file(::open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666));
+        if (file.fd < 0 || write_all(file.fd, path, entry.data(), entry.size()) < entry.size())
+            warn("cannot write " + path + ": " + std::strerror(errno));
+    }
+
+    // ---- Saving it
+
+    // A shard that was written to while we train has changed what we learn from. Nothing that came
+    // after the last save may be kept then. Stamps are looked at before every save, which costs
+    // nothing; only where one is new are the shards read again.
+    void check_data_unchanged() {
+        const auto stamps = corpus_.stamps();
+        if (stamps == stamps_) return;
+        TINYGPT_CHECK(corpus_.fingerprint() == state_.data,
+                      "the training or validation data was changed during the run: nothing was "
+                      "saved at step %ld. Restore the data and go on from the last checkpoint with "
+                      "--resume auto",
+                      state_.step);
+        stamps_ =
+            stamps;  // touched, or replaced by a new file: what we have open is still the same
+    }
+
+    // Saves under the run's folder; returns whether it did. A full disk is a warning: the last good
+    // checkpoint is untouched, and training can go on, for somebody may make room. Any other error
+    // stops the run: a disk that fails now will not get better.
+    bool try_save(const std::string& name, bool with_moments) {
+        check_data_unchanged();
+        const std::string not_saved =
+            format("; %s was not saved at step %ld, ", name.c_str(), state_.step);
+        try {
+            log_->sync();  // first, so that no checkpoint is ahead of its log
+            save_checkpoint(model_, o_.output + "/" + name,
+                            corpus_.tokenizer ? &*corpus_.tokenizer : nullptr, state_,
+                            with_moments);
+            return true;
+        } catch (const FileError& e) {
+            const bool full = e.code == ENOSPC || e.code == EDQUOT || e.code == EFBIG;
+            if (!full)
+                fail(e.what() + not_saved +
+                     "and training stops, because the next save would fail too. Checkpoints that "
+                     "are in " +
+                     o_.output + " are whole: --resume auto");
+            warn(e.what() + not_saved + "training goes on");
+            return false;
+        }
+    }
+
+    // A checkpoint to resume from. One that ends the run must succeed.
+    void save(End end) {
+        state_.finished = end != End::none && end != End::interrupted;
+        const bool saved = try_save("checkpoint-" + std::to_string(state_.step), true);
+        TINYGPT_CHECK(saved || end == End::none,
+                      "the run has ended at step %ld, but it could not be saved there: make room "
+                      "and type --resume auto to make the last steps again",
+                      state_.step);
+        if (!saved) return;
+        try {
+            remove_old_checkpoints(o_.output, o_.keep);
+        } catch (const FileError& e) {
+            warn(std::string(e.what()) + "; an old checkpoint stays");
+        }
+    }
+
+    // ---- The end: what the run's own numbers say, and what to type next
+    // How to read a curve. While both losses fall, the model learns what all such texts have in
+    // common. When training loss falls and validation loss does not, it learns the training text by
+    // heart: that is overfitting, and best/ is the model to keep. When neither falls, there is
+    // either nothing left to learn, which the floor tells, or the model is too small to learn it.
+
+    // A curve at a step: the mean of its points in the `window` steps that end there, or else the
+    // last point before.
+    static double loss_at(const std::vector<CurvePoint>& curve, double step, double window) {
+        double sum = 0, count = 0, last = NAN;
+        for (const CurvePoint& p : curve) {
+            if (p.step > step || !std::isfinite(p.loss)) continue;
+            last = p.loss;
+            if (p.step > step - window) sum += p.loss, ++count;
+        }
+        return count > 0 ? sum / count : last;
+    }
+    // By how many percent a loss fell in the last quarter of the run. Why a window: every batch is
+    // another text, so a single training loss says little; a validation loss is of the same text.
+    double fall(const std::vector<CurvePoint>& curve, double window) const {
+        const double end = state_.step;
+        return 100 * (1 - loss_at(curve, end, window) / loss_at(curve, 0.75 * end, window));
+    }
+    // Where the training loss jumped up by a fifth of what it was at first, if anywhere: one update
+    // threw the weights far off. Only from scratch: fine-tuning begins at a loss so low that
+    // batches differ by as much.
+    std::optional<CurvePoint> jump() const {
+        double lowest = INFINITY;
+        for (const CurvePoint& p : train_curve_) {
+            if (o_.init_from.empty() && p.loss > lowest + train_curve_[0].loss / 5) return p;
+            lowest = std::min(lowest, p.loss);
+        }
+        return {};
+    }
+
+    // What the run was, and the run to make next: what for, and with which options.
+    struct Verdict {
+        std::string text, purpose = "", options = "";
+    };
+
+    // Improving, flat or overfitting. Less than 1 % in a quarter of the run counts as nothing. It
+    // is judged by the validation loss where there was an evaluation shortly before the last
+    // quarter.
+    Verdict verdict() const {
+        const double end = state_.step;
+        const bool by_val =
+            std::any_of(val_curve_.begin(), val_curve_.end(), [&](const CurvePoint& p) {
+                return p.step > 0.6 * end && p.step <= 0.75 * end;
+            });
+        const double learned = fall(train_curve_, end / 8);
+        const double fell = by_val ? fall(val_curve_, 0) : learned;
+        const double above_best = 100 * (state_.val_loss / state_.best_loss - 1);
+        const char* loss = by_val ? "validation" : "training";
+        const std::string risen = format(
+            "validation loss is %.1f %% above its best (step %ld, kept in best/),\n"
+            "while training loss ",
+            above_best, state_.best_step);
+        // The run to make next, where more of the same would help.
+        const std::string longer = format("--max-steps %ld", 2 * state_.step);
+        if (state_.step < 20) return {"too short a run to judge by", "longer", longer};
+        if (above_best > 1 && learned < 0)
+            return {"getting worse: " + risen + "rises too: the learning rate is too high",
+                    "gentler", gentler()};
+        if (above_best > 1 || (by_val && fell < 1 && learned > 5))
+            return {"overfitting: " + risen +
+                        format("fell %.1f %% in the last quarter; more text "
+                               "or dropout would help",
+                               learned),
+                    "dropout",
+                    format("--dropout %.2g --patience 3", std::clamp(2 * o_.dropout, 0.1, 0.5))};
+        if (o_.overfit_batch && loss_at(train_curve_, end, end / 8) < 0.1)
+            return {"learned by heart, as --overfit-batch is meant to be: the code can learn"};
+        if (fell > 1) {
+            const bool careful = fell > 4 && !jump();
+            return {format("still improving: %s loss fell %.1f %% in the last quarter; a longer "
+                           "run would gain%s",
+                           loss, fell, careful ? ",\nand a higher --learning-rate might" : ""),
+                    "longer", longer};
+        }
+        const std::string flat =
+            format("flat: %s loss changed by %+.1f %% in the last quarter; ", loss, -fell);
+        if (state_.val_loss < 1.02 * corpus_.floor) return {flat + "there is no more to learn"};
+        // Given weights cannot be made larger.
+        if (!o_.init_from.empty()) return {flat + "a longer run would gain little"};
+        return {flat + "a larger model would gain more than a longer run", "larger",
+                format("--n-embd %d --learning-rate %.2g", 2 * model_.config.n_embd,
+                       o_.learning_rate / 2)};
+    }
+
+    // Options for a run that was thrown off: a slower beginning, or where it was slow, a lower
+    // rate.
+    std::string gentler() const {
+        if (o_.warmup_steps < steps_ / 20) return format("--warmup-steps %ld", steps_ / 10);
+        return format("--learning-rate %.2g", o_.learning_rate / 3);
+    }
+
+    // The verdict, and how far the run was from what can be reached. Returns what to do next.
+    Verdict show_verdict() const {
+        const double ratio = state_.val_loss / corpus_.floor;  // NaN where either is not known
+        const bool evaluated = std::isfinite(state_.val_loss);
+        if (evaluated)
+            std::printf("val loss   %.4f, best %.4f at step %ld", state_.val_loss, state_.best_loss,
+                        state_.best_step);
+        else
+            std::printf("train loss %.4f", loss_at(train_curve_, state_.step, state_.step / 8.0));
+        if (std::isfinite(ratio))
+            std::printf("; the floor is %.4f, so the ratio is %.4f", corpus_.floor, ratio);
+        Verdict v = verdict();
+        if (const auto p = jump())
+            v = {v.text + format("\nat step %ld the training loss jumped to %.2f: too high a "
+                                 "learning rate, or too little warm-up",
+                                 p->step, p->loss),
+                 "gentler", gentler()};
+        if (std::isfinite(ratio))
+            v.text += format(
+                "\nit is %.1f %% above the floor, the loss of the process that wrote "
+                "the text",
+                100 * (ratio - 1));
+        if (!evaluated)
+            v.text += "\nwithout validation text, learning cannot be told from memorising";
+        const char* label = "\nverdict   ";
+        for (const std::string& line : split_at(v.text, '\n'))
+            std::printf("%s %s\n", std::exchange(label, "          "), line.c_str());
+        return v;
+    }
+
+    // The end: the curve, the verdict, a sample, and what to type next.
+    void report(End end) {
+        const char* why = end == End::plateau       ? "stopped early: no progress (--patience)"
+                          : end == End::out_of_time ? "time is up (--max-minutes)"
+                                                    : "done";
+        std::printf("\n%s: %ld steps in %s\n\n%s\n", why, state_.step,
+                    duration_text(state_.seconds).c_str(),
+                    draw_curve(train_curve_, val_curve_, corpus_.floor).c_str());
+        const Verdict v = show_verdict();
+        const StepState& g = state_.guards;
+        if (g.skipped)
+            std::printf("guards     %ld updates were skipped, %ld of them as outliers\n", g.skipped,
+                        g.outliers);
+        write_sample("the model writes:", 100);
+        show_next(v);
+    }
+
+    // Lines to paste: to see what the model can do, and to make the next run, into a new folder.
+    // The user's own options are repeated, or the line would be of another run.
+    void show_next(const Verdict& v) const {
+        auto line = [](const std::string& label, const std::string& command) {
+            std::printf("%-10s ./%s%s\n", label.c_str(), Device::kProgram, command.c_str());
+        };
+        const std::string best = o_.output + "/best";
+        const std::string last = checkpoint_folder(o_.output, state_.step);
+        const std::string model = "--init-from " + shell_word(folder_exists(best) ? best : last);
+        const char* prompt = corpus_.tokenizer && o_.prompt.empty() ? " --prompt \"Once\"" : "";
+        line("next", " sample" + retyped(o_, kSample, model + prompt));
+        if (corpus_.has_val()) line("", " eval" + retyped(o_, kEval, model));
+        if (v.purpose.empty()) return;
+        std::string output = o_.output + "-" + v.purpose;
+        while (folder_exists(output)) output += "-2";
+        line(v.purpose, retyped(o_, kTrain, v.options + " --output " + shell_word(output)));
+    }
+
+    const Options& o_;
+    const Corpus& corpus_;
+    Gpt2<Device>& model_;
+    int B_, T_;
+    DataOrder order_;
+    std::vector<Window> windows_;  // of the validation text; empty: there is none
+    std::optional<Log> log_;
+    TrainerState state_;                          // where the run stands; what a checkpoint keeps
+    std::vector<std::array<int64_t, 4>> stamps_;  // of the shards, when they were known to be good
+    int64_t steps_ = 0;                           // how many the run will have
+    double peak_flops_ = 0, step_seconds_ = 0;    // the latter smoothed
+    bool warned_ = false;                         // that the log cannot be written
+    std::vector<CurvePoint> train_curve_, val_curve_;
 };
+
+// The mean loss of the same `count` batches of training text every time, or of all the text where
+// that is less. Without dropout, and with a seed of its own, so it is comparable between runs.
+template <class Device>
+double fixed_batches_loss(Gpt2<Device>& model, const Shards& shards, int64_t count,
+                          bool overfit_batch) {
+    const DataOrder order(shards, model.B, model.T, 0, !overfit_batch, overfit_batch);
+    count = std::min(count, (order.blocks_per_epoch() + model.B - 1) / model.B);
+    double total = 0;
+    int64_t scored = 0;
+    Batch batch;
+    for (int64_t i = 0; i < count; ++i) {
+        batch.resize(model.B, model.T);
+        fill_batch(batch, shards, order, i * model.B, model.config.vocab_size);
+        for (auto loss : batch_losses(model, batch)) total += double(loss);
+        scored += batch.scored;
+    }
+    return total / std::max<int64_t>(1, scored);
+}
+
+// =================================================================================================
+// §18 The commands: train, eval, sample, info
+// =================================================================================================
+// We hold the loop. What is left is to find what it works on: the data, the sizes of the model, and
+// the place to begin; and to refuse, before anything is printed or written, what cannot work. Every
+// message says what was expected, what was found, and what to type instead. fail_usage (exit status
+// 2) is for what the user can put right on the command line, fail and TINYGPT_CHECK (1) for the
+// rest.
+
+// ---- The data --------------------------------------------------------------------------------
+
+// A token as text; without a tokenizer its number. A model may have more tokens than its tokenizer:
+// those are shown as <number>.
+inline std::string text_of_token(const std::optional<Tokenizer>& tokenizer, int token) {
+    if (!tokenizer) return std::to_string(token) + " ";
+    if (token >= tokenizer->vocab_size()) return "<" + std::to_string(token) + ">";
+    return std::string(tokenizer->bytes_of(token));
+}
+
+inline std::string Corpus::text_of(int token) const { return text_of_token(tokenizer, token); }
+
+// How many bytes each token stands for: with it a loss in nats a token becomes one in bits a byte,
+// which can be compared between tokenizers.
+inline std::vector<int> Corpus::token_bytes() const {
+    std::vector<int> bytes;
+    for (int id = 0; tokenizer && id < tokenizer->vocab_size(); ++id)
+        bytes.push_back(int(tokenizer->bytes_of(id).size()));
+    return bytes;
+}
+
+// Of each shard's file: its number, its size, and when it was last written to. If none of it has
+// changed, neither has the file.
+inline std::vector<std::array<int64_t, 4>> Corpus::stamps() const {
+    std::vector<std::array<int64_t, 4>> stamps;
+    for (const auto* split : {&train, &val})
+        for (size_t i = 0; *split && i < (*split)->files().size(); ++i) {
+            struct stat s {};
+            ::stat((*split)->files()[i].path.c_str(), &s);
+            stamps.push_back({int64_t(s.st_ino), int64_t(s.st_size), int64_t(s.st_mtim.tv_sec),
+                              int64_t(s.st_mtim.tv_nsec)});
+        }
+    return stamps;
+}
+
+// The checksum of a shard's tokens. Of more than 64 million, only the ends are read: a run must not
+// begin with minutes of reading.
+inline std::string checksum_of(const Shard& shard) {
+    Checksum sum;
+    std::vector<uint16_t> buffer(1 << 16);
+    const int64_t piece = int64_t(buffer.size()), all = shard.tokens;
+    const int64_t stride = all <= 64'000'000 ? piece : std::max(piece, all - piece);
+    for (int64_t at = 0; at < all; at += stride) {
+        const int64_t count = std::min(piece, all - at);
+        shard.read(buffer.data(), at, count);
+        sum.add(buffer.data(), 2 * size_t(count));
+    }
+    return sum.hex();
+}
+
+// The tokenizer, and of each shard its length and its checksum, but no path: a checkpoint remembers
+// this, and data that was moved is the same data.
+inline std::vector<std::string> Corpus::fingerprint() const {
+    std::vector<std::string> list;
+    if (tokenizer) {
+        Checksum sum;
+        const std::string merges = tokenizer->merges_text();
+        sum.add(merges.data(), merges.size());
+        list.push_back(
+            format("tokenizer: %d tokens, %s", tokenizer->vocab_size(), sum.hex().c_str()));
+    }
+    for (auto& [name, split] : {std::pair{"train", &train}, {"val", &val}})
+        for (size_t i = 0; *split && i < (*split)->files().size(); ++i) {
+            const Shard& shard = (*split)->files()[i];
+            list.push_back(
+                format("%s: %ld tokens, %s", name, shard.tokens, checksum_of(shard).c_str()));
+        }
+    return list;
+}
 
 // A folder's name in a glob pattern: every character means itself.
 inline std::string glob_escaped(const std::string& path) {
     std::string pattern;
-    for (char c : path)
-        pattern += std::strchr("*?[\\", c) ? std::string("\\") + c : std::string(1, c);
+    for (char c : path) {
+        if (std::strchr("*?[\\", c)) pattern += '\\';
+        pattern += c;
+    }
     return pattern;
 }
 
-// Opens the data that the options name. Fails when there is none, saying how to make some.
-inline Corpus open_corpus(const Options& o, bool needs_train) {
+// The shards that --train-shards and --val-shards name.
+inline Corpus open_shards(const Options& o, bool needs_train) {
     Corpus corpus;
-    if (!o.train_shards.empty() || !o.val_shards.empty()) {
-        if (!o.train_shards.empty()) corpus.train.emplace(o.train_shards);
-        if (!o.val_shards.empty()) corpus.val.emplace(o.val_shards);
-        for (auto* split : {&corpus.train, &corpus.val})
-            TINYGPT_CHECK(!*split || !(*split)->empty(), "no file matches %s",
-                          (*split)->pattern().c_str());
-        TINYGPT_CHECK(!needs_train || corpus.train,
-                      "--train-shards is missing: there is nothing to train on");
-        return corpus;
-    }
-    corpus.folder = o.data;
+    auto open = [](std::optional<Shards>& split, const std::string& pattern) {
+        if (!pattern.empty()) split.emplace(pattern);
+        TINYGPT_CHECK(!split || !split->empty(), "no file matches %s", pattern.c_str());
+    };
+    open(corpus.train, o.train_shards), open(corpus.val, o.val_shards);
+    TINYGPT_CHECK(!needs_train || corpus.train,
+                  "--train-shards is missing: there is nothing to train on");
+    return corpus;
+}
+
+// The data that the options name. Fails when there is none, saying how to make some.
+inline Corpus open_corpus(const Options& o, bool needs_train) {
+    if (!o.train_shards.empty() || !o.val_shards.empty()) return open_shards(o, needs_train);
+    const char* data = o.data.c_str();
     TINYGPT_CHECK(folder_exists(o.data),
                   "there is no data folder %s: make the default one with ./prepare_data, or one of "
-                  "your "
-                  "own with ./prepare_data --input book.txt --output %s",
-                  o.data.c_str(), o.data.c_str());
+                  "your own with ./prepare_data --input book.txt --output %s",
+                  data, data);
+    Corpus corpus;
+    corpus.folder = o.data;
     corpus.train.emplace(glob_escaped(o.data) + "/train_*.bin");
     corpus.val.emplace(glob_escaped(o.data) + "/val_*.bin");
     TINYGPT_CHECK(!needs_train || !corpus.train->empty(),
                   "%s holds no train_*.bin: make shards with ./prepare_data --input FILE --output "
                   "%s",
-                  o.data.c_str(), o.data.c_str());
+                  data, data);
     corpus.tokenizer = tokenizer_of(o.data);
     const std::string about = o.data + "/dataset.json";
-    if (file_exists(about)) {
-        const Json json = Json::parse(read_file(about, 10'000'000), about);
-        corpus.floor = number_or(json, "floor", NAN);
-    }
+    if (file_exists(about))
+        corpus.floor = number_or(Json::parse(read_file(about, 10'000'000), about), "floor", NAN);
     return corpus;
 }
 
-// ---- The model of a run ----------------------------------------------------------------------
+// A token is a number, and another tokenizer's numbers mean other pieces of text: a model would
+// read nonsense, and nothing but a high loss would tell. So such data is refused.
+inline void check_same_tokenizer(const Corpus& corpus, const std::string& model_folder) {
+    const std::optional<Tokenizer> theirs = tokenizer_of(model_folder);
+    TINYGPT_CHECK(!corpus.tokenizer || !theirs || *theirs == *corpus.tokenizer,
+                  "%s has another tokenizer than the model in %s: tokenize the text again with "
+                  "./prepare_data --tokenizer gpt2 --vocab %s",
+                  corpus.folder.c_str(), model_folder.c_str(), model_folder.c_str());
+}
+
+// The tokens of a prompt; without a tokenizer, the numbers in it. May be none.
+inline std::vector<int32_t> prompt_tokens(const std::string& text,
+                                          const std::optional<Tokenizer>& tokenizer,
+                                          int vocab_size) {
+    std::vector<int32_t> tokens;
+    if (tokenizer) {
+        for (uint16_t token : tokenizer->encode(text)) tokens.push_back(token);
+        return tokens;
+    }
+    for (const std::string& word : split_at(text, ' ')) {
+        if (word.empty()) continue;
+        int id = -1;
+        const char* end = word.data() + word.size();
+        const auto [stop, error] = std::from_chars(word.data(), end, id);
+        if (error != std::errc() || stop != end || id < 0 || id >= vocab_size)
+            fail_usage("there is no tokenizer: give the prompt as token numbers below " +
+                       std::to_string(vocab_size) + ", not " + shown(word));
+        tokens.push_back(id);
+    }
+    return tokens;
+}
+
+// Refuses training data that is too short, or that holds tokens which the model does not have.
+inline void check_data(const Options& o, const Corpus& corpus, const Config& config, int T) {
+    const int64_t batch = int64_t(o.batch_size) * T;
+    int64_t predictions = 0;
+    for (const Shard& shard : corpus.train->files())
+        predictions += std::max<int64_t>(0, shard.tokens - 1);
+    // Enough text for one batch. A shard of N tokens has N - 1 predictions.
+    if (predictions < batch)
+        fail_usage(
+            format("the training data has %s tokens, but one batch of %d x %d needs %s (one "
+                   "more than its size): take a smaller --batch-size or --seq-len, or more "
+                   "text",
+                   with_commas(corpus.train->tokens()).c_str(), o.batch_size, T,
+                   with_commas(batch + 1).c_str()));
+    if (o.overfit_batch && corpus.train->files()[0].tokens < batch + 1)
+        fail_usage(
+            "--overfit-batch takes its batch from the first shard, which is too short for "
+            "it");
+    if (o.patience > 0 && !corpus.has_val() && o.eval_batches == 0)
+        fail_usage("--patience needs something to evaluate: validation data, or --eval-batches");
+    // A prompt that can be read, and tokens that the model has: better now than at step 500.
+    prompt_tokens(o.prompt, corpus.tokenizer, config.vocab_size);
+    const int64_t quick = 200'000'000;  // tokens; more are checked as they are read
+    for (const auto* split : {&corpus.train, &corpus.val})
+        if (*split && (*split)->tokens() <= quick) (*split)->check_tokens(config.vocab_size);
+}
+
+// ---- The model -------------------------------------------------------------------------------
+
+// The options that say how large a model is, with where they and their values are kept.
+struct SizeOption {
+    const char* name;
+    int Options::*asked;  // 0: not asked for
+    int Config::*size;
+};
+inline constexpr SizeOption kSizeOptions[] = {
+    {"n-layer", &Options::n_layer, &Config::n_layer},
+    {"n-head", &Options::n_head, &Config::n_head},
+    {"n-embd", &Options::n_embd, &Config::n_embd},
+    {"n-positions", &Options::n_positions, &Config::n_positions},
+    {"vocab-size", &Options::vocab_size, &Config::vocab_size},
+};
 
 // The sizes that the options ask for: those of a preset, some overridden; the vocabulary is the
-// tokenizer's unless it was given.
+// tokenizer's unless it was given. A larger vocabulary than the tokenizer's is allowed: some round
+// it up for speed.
 inline Config config_of_options(const Options& o, const Corpus& corpus) {
     Config config;
     for (const Preset& preset : presets())
         if (o.model == preset.name) config = preset.config;
-    if (o.n_layer) config.n_layer = o.n_layer;
-    if (o.n_head) config.n_head = o.n_head;
-    if (o.n_embd) config.n_embd = o.n_embd;
-    if (o.n_positions) config.n_positions = o.n_positions;
+    // What was typed comes last, so it counts most.
     if (corpus.tokenizer) config.vocab_size = corpus.tokenizer->vocab_size();
-    if (o.vocab_size) config.vocab_size = o.vocab_size;
+    for (const SizeOption& s : kSizeOptions)
+        if (o.*s.asked) config.*s.size = o.*s.asked;
     config.untied_head = o.untied_head;
     if (config.n_embd % config.n_head)
         fail_usage(
@@ -5972,9 +6743,7 @@ inline void check_same_sizes(const Options& o, const Config& config, const std::
             fail_usage(format("--%s %d does not fit --init-from: the model in %s has %d", name,
                               asked, folder.c_str(), found));
     };
-    same("n-layer", o.n_layer, config.n_layer), same("n-head", o.n_head, config.n_head);
-    same("n-embd", o.n_embd, config.n_embd), same("n-positions", o.n_positions, config.n_positions);
-    same("vocab-size", o.vocab_size, config.vocab_size);
+    for (const SizeOption& s : kSizeOptions) same(s.name, o.*s.asked, config.*s.size);
     same("untied-head", o.untied_head, config.untied_head);
 }
 
@@ -5996,74 +6765,70 @@ inline Config config_for(const Options& o, const Corpus& corpus, const std::stri
     return config;
 }
 
-// A data folder of another tokenizer would train nonsense: refuse it.
-inline void check_same_tokenizer(const Corpus& corpus, const std::string& model_folder) {
-    if (!corpus.tokenizer) return;
-    const std::optional<Tokenizer> its_own = tokenizer_of(model_folder);
-    TINYGPT_CHECK(!its_own || *its_own == *corpus.tokenizer,
-                  "%s has another tokenizer than the model in %s: tokenize the text again with "
-                  "./prepare_data --tokenizer gpt2 --vocab %s",
-                  corpus.folder.c_str(), model_folder.c_str(), model_folder.c_str());
+// --seq-len, or where it is not set `otherwise`, if the model has as many positions.
+inline int sequence_length(const Options& o, const Config& config, int otherwise = 128) {
+    if (o.seq_len == 0) return std::min(otherwise, config.n_positions);
+    if (o.seq_len > config.n_positions)
+        fail_usage(
+            format("--seq-len %d is longer than the model's %d positions: shorten it, or "
+                   "raise --n-positions",
+                   o.seq_len, config.n_positions));
+    return o.seq_len;
 }
 
-// Refuses sizes that the device cannot hold, saying how much they need.
+// Refuses sizes that the device cannot hold, saying how much they need and what would fit. Why
+// before allocating: Linux promises memory that it does not have, and kills who uses it.
 template <class Device>
-MemoryNeed check_memory(Device& device, const Config& config, int B, int T, Use use) {
-    const MemoryNeed need = memory_need<Device>(config, B, T, use);
+void check_memory(const Device& device, const Config& config, int B, int T, Use use) {
     const size_t free = device.free_memory();
-    if (need.total() <= free) return need;
-    std::string advice = "choose a smaller --model";
-    for (int smaller = B / 2; smaller > 0; smaller /= 2)
-        if (memory_need<Device>(config, smaller, T, use).total() <= free) {
-            advice =
-                format("--batch-size %d would fit (with --grad-accum-steps %d for the same step)",
-                       smaller, (B + smaller - 1) / smaller);
-            break;
-        }
-    fail(format("these sizes need %s of memory, and %s are free: %s",
-                bytes_text(double(need.total())).c_str(), bytes_text(double(free)).c_str(),
-                advice.c_str()));
+    auto need = [&](int rows) { return memory_need<Device>(config, rows, T, use).total(); };
+    if (need(B) <= free) return;
+    // Would half as many texts fit, or a quarter? The step can be the same: its batch is then the
+    // sum of several.
+    int fits = B / 2;
+    while (fits > 0 && need(fits) > free) fits /= 2;
+    const std::string advice =
+        fits == 0 ? "choose a smaller --model"
+                  : format(
+                        "--batch-size %d would fit (with --grad-accum-steps %d for the same "
+                        "step)",
+                        fits, (B + fits - 1) / fits);
+    fail("these sizes need " + bytes_text(double(need(B))) + " of memory, and " +
+         bytes_text(double(free)) + " are free: " + advice);
 }
 
-// The table at the start: what the model is made of.
-inline void print_model(const Config& config, const Layout& layout, const MemoryNeed& need, int T) {
+// A model with room for batches of B x T. weights: the folder to load them from; empty: they are
+// not set, and may be anything.
+template <class Device>
+std::unique_ptr<Gpt2<Device>> open_model(Device device, const Config& config, int B, int T, Use use,
+                                         const std::string& weights = "") {
+    check_memory(device, config, B, T, use);
+    auto model = std::make_unique<Gpt2<Device>>(config, device);
+    model->reserve(B, T, use);
+    if (!weights.empty()) load_weights(*model, weights);
+    return model;
+}
+
+// The table at the start of a run: what the model is made of, and what it takes to train it.
+template <class Device>
+void print_model(const Config& config, int B, int T) {
     std::printf("model      %d layers, %d heads, %d channels, %d positions, vocabulary %d%s\n",
                 config.n_layer, config.n_head, config.n_embd, config.n_positions, config.vocab_size,
                 config.untied_head ? ", untied head" : "");
     std::printf("           %s parameters, %.1f MFLOP a token to train\n",
-                with_commas(int64_t(layout.count)).c_str(), flops_per_token(config, T) / 1e6);
-    std::printf("memory     %s: weights %s, gradients %s, moments %s, activations %s\n",
-                bytes_text(double(need.total())).c_str(), bytes_text(double(need.weights)).c_str(),
-                bytes_text(double(need.gradients)).c_str(),
-                bytes_text(double(need.moments)).c_str(),
-                bytes_text(double(need.activations)).c_str());
-}
-
-// ---- The prompt -------------------------------------------------------------------------------
-
-// Tokens of a prompt; without a tokenizer, the numbers in it. May be none.
-inline std::vector<int32_t> prompt_tokens(const std::string& text,
-                                          const std::optional<Tokenizer>& tokenizer,
-                                          int vocab_size) {
-    std::vector<int32_t> tokens;
-    if (tokenizer) {
-        for (uint16_t token : tokenizer->encode(text)) tokens.push_back(token);
-        return tokens;
-    }
-    for (const std::string& word : split_at(text, ' ')) {
-        if (word.empty()) continue;
-        int id = -1;
-        auto [stop, error] = std::from_chars(word.data(), word.data() + word.size(), id);
-        const bool number = error == std::errc() && stop == word.data() + word.size();
-        if (!number || id < 0 || id >= vocab_size)
-            fail_usage("there is no tokenizer: give the prompt as token numbers below " +
-                       std::to_string(vocab_size) + ", not " + shown(word));
-        tokens.push_back(id);
-    }
-    return tokens;
+                with_commas(int64_t(layout_of(config).count)).c_str(),
+                flops_per_token(config, T) / 1e6);
+    const MemoryNeed need = memory_need<Device>(config, B, T, Use::training);
+    auto text = [](size_t bytes) { return bytes_text(double(bytes)); };
+    std::printf("%s", ("memory     " + text(need.total()) + ": weights " + text(need.weights) +
+                       ", gradients " + text(need.gradients) + ", moments " + text(need.moments) +
+                       ", activations " + text(need.activations) + "\n")
+                          .c_str());
 }
 
 // ---- Ctrl-C ----------------------------------------------------------------------------------
+// A signal comes in the middle of anything, even of an allocation, so its handler may do next to
+// nothing: it notes the time. The loop looks at the note after every step.
 
 // When the run was asked to stop, in nanoseconds of a clock that does not jump; 0: it was not. The
 // first time it finishes the step, saves and exits 130; the second time it exits at once, which
@@ -6073,6 +6838,7 @@ inline std::atomic<int64_t>& stop_asked() {
     static_assert(std::atomic<int64_t>::is_always_lock_free, "a signal handler must not wait");
     return when;
 }
+// Careful: nothing in here may lock or allocate.
 inline void on_stop_signal(int) {
     timespec now{};
     ::clock_gettime(CLOCK_MONOTONIC, &now);
@@ -6082,6 +6848,8 @@ inline void on_stop_signal(int) {
     // Why: `timeout` and a closing terminal send two signals at once and mean one.
     if (nanoseconds - first > 50'000'000) ::_exit(130);
 }
+// Ctrl-C, `kill` and a closed terminal ask the run to stop. A closed pipe and a file-size limit are
+// no deaths: the write that met them fails, and says so.
 inline void catch_signals() {
     stop_asked() = 0;
     struct sigaction action = {}, before = {};
@@ -6091,7 +6859,20 @@ inline void catch_signals() {
     ::sigaction(SIGHUP, nullptr, &before);
     if (before.sa_handler != SIG_IGN) ::sigaction(SIGHUP, &action, nullptr);
     ::signal(SIGPIPE, SIG_IGN);
-    ::signal(SIGXFSZ, SIG_IGN);  // a file-size limit is an error to report, not a death
+    ::signal(SIGXFSZ, SIG_IGN);
+}
+
+// ---- train: where a run begins, and whether it may -------------------------------------------
+
+// The run's folder: --output, or that of the checkpoint to resume, or out/ and the data's name.
+inline std::string output_folder(const Options& o) {
+    if (!o.output.empty()) return o.output;
+    if (!o.resume.empty() && o.resume != "auto") return parent_folder(o.resume);
+    std::string name = o.train_shards.empty() ? o.data : "run";
+    // The last part of the path.
+    while (name.size() > 1 && name.back() == '/') name.pop_back();
+    name = name.substr(name.rfind('/') + 1);
+    return "out/" + (name.empty() || name == "." || name == ".." ? "run" : name);
 }
 
 // One run in a folder at a time. The lock is the kernel's: it goes when the process goes.
@@ -6103,617 +6884,28 @@ inline FileHandle lock_folder(const std::string& folder) {
     TINYGPT_CHECK(errno != EWOULDBLOCK,
                   "another run is writing into %s: wait for it, or give another --output",
                   folder.c_str());
-    std::fprintf(stderr, "warning: cannot lock %s (%s): take care that no other run uses it\n",
-                 path.c_str(), std::strerror(errno));
+    warn("cannot lock " + path + " (" + std::strerror(errno) +
+         "): take care that no other run uses it");
     return file;
 }
 
-// ---- One run ---------------------------------------------------------------------------------
-
-// What tells whether a shard's file was written to: number, size, and time of the last change.
-inline std::vector<std::array<int64_t, 4>> shard_stamps(const Corpus& corpus) {
-    std::vector<std::array<int64_t, 4>> stamps;
-    for (const auto* split : {&corpus.train, &corpus.val}) {
-        if (!*split) continue;
-        for (const Shard& shard : (*split)->files()) {
-            struct stat info {};
-            ::stat(shard.path.c_str(), &info);
-            stamps.push_back({int64_t(info.st_ino), int64_t(info.st_size),
-                              int64_t(info.st_mtim.tv_sec), int64_t(info.st_mtim.tv_nsec)});
-        }
-    }
-    return stamps;
+// Whether two paths lead to one folder.
+inline bool same_folder(const std::string& a, const std::string& b) {
+    struct stat x {};
+    struct stat y {};
+    return ::stat(a.c_str(), &x) == 0 && ::stat(b.c_str(), &y) == 0 && x.st_dev == y.st_dev &&
+           x.st_ino == y.st_ino;
 }
 
-// What a checkpoint remembers of the data, to know it again wherever it lies: the tokenizer, and of
-// each shard its length and its checksum. Of more than 64 million tokens, only the ends are read.
-inline std::vector<std::string> describe_data(const Corpus& corpus) {
-    std::vector<std::string> list;
-    if (corpus.tokenizer) {
-        Checksum sum;
-        const std::string merges = corpus.tokenizer->merges_text();
-        sum.add(merges.data(), merges.size());
-        list.push_back(
-            format("tokenizer: %d tokens, %s", corpus.tokenizer->vocab_size(), sum.hex().c_str()));
-    }
-    std::vector<uint16_t> buffer(1 << 16);
-    for (const auto* split : {&corpus.train, &corpus.val}) {
-        if (!*split) continue;
-        for (const Shard& shard : (*split)->files()) {
-            Checksum sum;
-            const int64_t piece = int64_t(buffer.size()), all = shard.tokens;
-            const int64_t stride = all <= 64'000'000 ? piece : std::max(piece, all - piece);
-            for (int64_t at = 0; at < all; at += stride) {
-                const int64_t count = std::min(piece, all - at);
-                shard.read(buffer.data(), at, count);
-                sum.add(buffer.data(), 2 * size_t(count));
-            }
-            list.push_back(format("%s: %lld tokens, %s", split == &corpus.train ? "train" : "val",
-                                  (long long)all, sum.hex().c_str()));
-        }
-    }
-    return list;
-}
-
-template <class Device>
-class Trainer {
-public:
-    Trainer(const Options& options, Corpus& corpus, Gpt2<Device>& model)
-        : o_(options), corpus_(corpus), model_(model), B_(o_.batch_size), T_(model.T),
-          order_(*corpus.train, B_, T_, o_.seed, o_.shuffle, o_.overfit_batch),
-          token_bytes_(corpus.token_bytes()) {
-        if (corpus.has_val()) windows_ = evaluation_windows(*corpus.val, T_, document_start());
-    }
-
-    // Trains from state.step to the end; returns the exit status. `from`: the checkpoint that the
-    // state is of, or empty.
-    int run(TrainerState state, const std::string& from);
-
-private:
-    enum class End { none, finished, out_of_time, plateau, interrupted };
-
-    // the plan
-    int document_start() const {
-        return std::isfinite(corpus_.floor) && corpus_.tokenizer ? corpus_.tokenizer->end_of_text()
-                                                                 : -1;
-    }
-    int64_t rows_per_step() const { return int64_t(B_) * o_.grad_accum_steps; }
-    bool due(int64_t interval) const { return interval > 0 && state_.step % interval == 0; }
-    int64_t planned_steps();
-    StepOptions step_options() const;
-    End end_reached() const;
-    // the step
-    void begin(TrainerState state, const std::string& from);
-    std::vector<Batch> read_step(BatchLoader& loader);
-    LogRow row_now() const;
-    LogRow one_step(BatchLoader& loader);
-    void check_broken(LogRow& row);
-    // watching
-    void evaluate_into(LogRow& row);
-    void note_best(const LogRow& row);
-    void close_epoch(std::string& title, int64_t epoch);
-    void write_sample(const std::string& title, int count);
-    void tensor_stats(const std::vector<typename Device::Real>& before);
-    void show(const LogRow& row, bool keep);
-    std::string verdict() const;
-    void report(End end);
-    // files
-    void write_row(LogRow& row);
-    void restore_log(const std::string& from);
-    void check_data_unchanged();
-    bool try_save(const std::string& name, bool with_moments);
-    bool save(bool finished);
-
-    const Options& o_;
-    Corpus& corpus_;
-    Gpt2<Device>& model_;
-    int B_, T_;
-    DataOrder order_;
-    std::vector<int> token_bytes_;
-    std::vector<Window> windows_;
-    std::optional<Log> log_;
-    TrainerState state_;
-    std::vector<std::array<int64_t, 4>> stamps_;
-    int64_t steps_ = 0;
-    double peak_flops_ = 0, step_seconds_ = 0;  // the latter smoothed
-    bool warned_ = false;
-    std::vector<CurvePoint> train_curve_, val_curve_;
-};
-
-template <class Device>
-StepOptions Trainer<Device>::step_options() const {
-    StepOptions s;
-    s.grad_accum_steps = int(o_.grad_accum_steps), s.seed = o_.seed;
-    s.rate = {o_.schedule, o_.learning_rate, o_.min_lr_fraction, o_.warmup_steps, steps_};
-    s.adamw = {o_.beta1, o_.beta2, o_.eps, o_.weight_decay};
-    s.guards = {o_.grad_clip, o_.skip_outliers};
-    return s;
-}
-
-// How many steps the options ask for: steps or epochs, whichever is fewer; or what fits into
-// --max-minutes, measured on three trial steps.
-template <class Device>
-int64_t Trainer<Device>::planned_steps() {
-    int64_t steps = o_.max_steps > 0 ? o_.max_steps : std::numeric_limits<int64_t>::max();
-    const double blocks = double(order_.blocks_per_epoch());
-    if (o_.epochs > 0) {
-        const double wanted = std::ceil(o_.epochs * blocks / double(rows_per_step()) - 1e-9);
-        steps = std::min(steps, int64_t(std::clamp(wanted, 1.0, 1e15)));
-    }
-    if (steps < std::numeric_limits<int64_t>::max()) return steps;
-    // Only --max-minutes: time three steps without an update.
-    Batch batch;
-    batch.resize(B_, T_);
-    fill_batch(batch, *corpus_.train, order_, 0, model_.config.vocab_size);
-    double begin = 0;
-    for (int i = 0; i < 4; ++i) {
-        if (i == 1) begin = now_seconds();
-        set_batch(model_, batch);
-        const Pass pass{B_, T_};
-        forward(model_, pass);
-        backward(model_, pass, 1.0, true);
-        model_.device.gradient_norm(model_.state, model_.grads, model_.layout.size);
-        model_.device.synchronize();
-    }
-    const double a_step = (now_seconds() - begin) / 3 * double(o_.grad_accum_steps) * 1.1;
-    return std::max<int64_t>(1, int64_t(o_.max_minutes * 60 / a_step));
-}
-
-template <class Device>
-std::vector<Batch> Trainer<Device>::read_step(BatchLoader& loader) {
-    std::vector<Batch> batches;
-    for (int i = 0; i < o_.grad_accum_steps; ++i) batches.push_back(loader.next());
-    return batches;
-}
-
-// A row that knows where the run stands, and nothing measured yet.
-template <class Device>
-LogRow Trainer<Device>::row_now() const {
-    LogRow row;
-    row.step = state_.step;
-    row.epoch = double(state_.samples) / double(order_.blocks_per_epoch());
-    row.tokens = state_.samples * T_;
-    return row;
-}
-
-// Makes one update; the row has its loss and norm, both from before it.
-template <class Device>
-LogRow Trainer<Device>::one_step(BatchLoader& loader) {
-    const std::vector<Batch> batches = read_step(loader);
-    const bool stats =
-        o_.tensor_stats_interval > 0 && (state_.step + 1) % o_.tensor_stats_interval == 0;
-    std::vector<typename Device::Real> before;
-    if (stats) before = model_.get_weights();
-    const double begin = now_seconds();
-    train_step(model_, batches, step_options(), state_.step);
-    model_.device.download(&state_.guards, model_.state, 1);
-    const double seconds = now_seconds() - begin;
-
-    ++state_.step;
-    state_.samples += rows_per_step();
-    state_.seconds += seconds;
-    step_seconds_ = step_seconds_ > 0 ? 0.9 * step_seconds_ + 0.1 * seconds : seconds;
-    const double tokens_a_second = double(rows_per_step()) * T_ / seconds;
-    LogRow row = row_now();
-    row.train_loss = state_.guards.loss, row.grad_norm = state_.guards.grad_norm,
-    row.lr = state_.guards.lr;
-    row.tokens_per_s = tokens_a_second;
-    if (peak_flops_ > 0)
-        row.mfu = tokens_a_second * flops_per_token(model_.config, T_) / peak_flops_;
-    if (state_.guards.skip) row.lr = 0.0;  // so that the log keeps what was skipped
-    state_.train_loss = state_.guards.loss;
-    if (!state_.guards.broken) state_.epoch_loss += state_.guards.loss, ++state_.epoch_steps;
-    train_curve_.push_back({state_.step, state_.guards.loss});
-    if (stats) tensor_stats(before);
-    return row;
-}
-
-// Norms of weight, gradient and update of every tensor, on request.
-template <class Device>
-void Trainer<Device>::tensor_stats(const std::vector<typename Device::Real>& before) {
-    const auto after = model_.get_weights();
-    std::vector<typename Device::Gradient> grads(model_.layout.size);
-    model_.device.download(grads.data(), model_.grads, grads.size());
-    std::printf("\n%-28s %12s %12s %12s %12s\n",
-                format("step %lld", (long long)state_.step).c_str(), "|weight|", "|gradient|",
-                "|update|", "update/weight");
-    for (const TensorInfo& info : model_.layout.tensors) {
-        double weight = 0, gradient = 0, update = 0;
-        for (size_t i = info.offset; i < info.offset + info.count; ++i) {
-            weight += double(after[i]) * double(after[i]);
-            gradient += double(grads[i]) * double(grads[i]);
-            update +=
-                (double(after[i]) - double(before[i])) * (double(after[i]) - double(before[i]));
-        }
-        std::printf("%-28s %12.5g %12.5g %12.5g %12.3g\n", info.name.c_str(), std::sqrt(weight),
-                    std::sqrt(gradient), std::sqrt(update),
-                    std::sqrt(update / std::max(weight, 1e-300)));
-    }
-}
-
-// The mean loss of the same `count` batches of training text every time, or of all the text where
-// that is less.
-template <class Device>
-double fixed_batches_loss(Gpt2<Device>& model, const Shards& shards, int64_t count,
-                          bool overfit_batch) {
-    const DataOrder fixed(shards, model.B, model.T, 0, !overfit_batch, overfit_batch);
-    count = std::min(count, (fixed.blocks_per_epoch() + model.B - 1) / model.B);
-    double total = 0;
-    int64_t scored = 0;
-    Batch batch;
-    for (int64_t i = 0; i < count; ++i) {
-        batch.resize(model.B, model.T);
-        fill_batch(batch, shards, fixed, i * model.B, model.config.vocab_size);
-        for (auto loss : batch_losses(model, batch)) total += double(loss);
-        scored += batch.scored;
-    }
-    return total / double(std::max<int64_t>(1, scored));
-}
-
-// Scores the validation set, and --eval-batches fixed batches of training text.
-template <class Device>
-void Trainer<Device>::evaluate_into(LogRow& row) {
-    if (!windows_.empty()) {
-        const Evaluation e = evaluate(model_, *corpus_.val, windows_, token_bytes_);
-        row.val_loss = e.loss(), row.perplexity = e.perplexity();
-        if (std::isfinite(corpus_.floor)) row.floor = corpus_.floor;
-        state_.val_loss = e.loss();
-        val_curve_.push_back({state_.step, e.loss()});
-    }
-    if (o_.eval_batches > 0)
-        row.eval_train_loss =
-            fixed_batches_loss(model_, *corpus_.train, o_.eval_batches, o_.overfit_batch);
-}
-
-// Is this the best evaluation so far? Counts those without progress, for --patience.
-template <class Device>
-void Trainer<Device>::note_best(const LogRow& row) {
-    const std::optional<double> loss = row.val_loss ? row.val_loss : row.eval_train_loss;
-    if (!loss) return;
-    const bool better = *loss < state_.best_loss;
-    if (better) state_.best_loss = *loss, state_.best_step = state_.step;
-    state_.stale_evals = better ? 0 : state_.stale_evals + 1;
-}
-
-// A few lines of the model's own text, from the prompt or from the start of a document: printed,
-// and added to samples.txt.
-template <class Device>
-void Trainer<Device>::write_sample(const std::string& title, int count) {
-    const int end = corpus_.tokenizer ? corpus_.tokenizer->end_of_text() : -1;
-    std::vector<int32_t> tokens =
-        prompt_tokens(o_.prompt, corpus_.tokenizer, model_.config.vocab_size);
-    if (end >= 0) tokens.insert(tokens.begin(), end);
-    if (tokens.empty()) tokens.push_back(0);
-    SampleOptions s;
-    s.max_new_tokens = count, s.seed = o_.seed, s.end_of_text = end;
-    std::string text = o_.prompt + (o_.prompt.empty() || end >= 0 ? "" : " ");
-    generate(model_, tokens, s, [&](int token) {
-        text += corpus_.text_of(token);
-        return true;
-    });
-    Utf8Stream stream;
-    std::string shown = stream.add(text);
-    shown += stream.finish();
-    std::printf("\n%s\n%s\n\n", title.c_str(), shown.c_str());
-    const std::string path = o_.output + "/samples.txt";
-    const std::string entry = "=== " + title + "\n" + shown + "\n\n";
-    FileHandle file(::open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666));
-    if (file.fd < 0 || write_all(file.fd, path, entry.data(), entry.size()) < entry.size())
-        std::fprintf(stderr, "warning: cannot write %s: %s\n", path.c_str(), std::strerror(errno));
-}
-
-// An epoch has ended: counts anew, and sets what to say about it. Epochs of a few steps come too
-// fast to say anything.
-template <class Device>
-void Trainer<Device>::close_epoch(std::string& title, int64_t epoch) {
-    const double mean = state_.epoch_loss / double(std::max<int64_t>(1, state_.epoch_steps));
-    if (order_.blocks_per_epoch() >= 10 * rows_per_step())
-        title = format("epoch %lld ends at step %lld: mean train loss %.4f", (long long)epoch + 1,
-                       (long long)state_.step, mean);
-    state_.epoch_loss = 0, state_.epoch_steps = 0;
-}
-
-// A shard that was written to while we train has changed what we learn from. Nothing that came
-// after the last save may be kept then.
-template <class Device>
-void Trainer<Device>::check_data_unchanged() {
-    const auto stamps = shard_stamps(corpus_);
-    if (stamps == stamps_) return;
-    TINYGPT_CHECK(
-        describe_data(corpus_) == state_.data,
-        "the training or validation data was changed during the run: nothing was saved at "
-        "step %lld. Restore the data and go on from the last checkpoint with --resume auto",
-        (long long)state_.step);
-    stamps_ = stamps;  // touched, or replaced by a new file: what we have open is still the same
-}
-
-// Saves under the run's folder. A full disk is a warning: the last good checkpoint is untouched,
-// and training can go on. Returns whether it was saved.
-template <class Device>
-bool Trainer<Device>::try_save(const std::string& name, bool with_moments) {
-    check_data_unchanged();
-    try {
-        log_->sync();  // first, so that no checkpoint is ahead of its log
-        save_checkpoint(model_, o_.output + "/" + name,
-                        corpus_.tokenizer ? &*corpus_.tokenizer : nullptr, state_, with_moments);
-        return true;
-    } catch (const FileError& e) {
-        if (e.code != ENOSPC && e.code != EDQUOT && e.code != EFBIG) {
-            fail(
-                format("%s; %s was not saved at step %lld, and training stops, because the next "
-                       "save "
-                       "would fail too. Checkpoints that are in %s are whole: --resume auto",
-                       e.what(), name.c_str(), (long long)state_.step, o_.output.c_str()));
-        }
-        std::fprintf(stderr, "\nwarning: %s; %s was not saved at step %lld, training goes on\n",
-                     e.what(), name.c_str(), (long long)state_.step);
-        return false;
-    }
-}
-
-template <class Device>
-bool Trainer<Device>::save(bool finished) {
-    state_.finished = finished;
-    if (!try_save("checkpoint-" + std::to_string(state_.step), true)) return false;
-    try {
-        remove_old_checkpoints(o_.output, o_.keep);
-    } catch (const FileError& e) {
-        std::fprintf(stderr, "\nwarning: %s; an old checkpoint stays\n", e.what());
-    }
-    return true;
-}
-
-// The live line. It stays on the terminal when `keep` is set; otherwise the next one overwrites it.
-template <class Device>
-void Trainer<Device>::show(const LogRow& row, bool keep) {
-    const bool live = ::isatty(STDOUT_FILENO);
-    if (!live && !keep) return;
-    std::string line = format("step %lld/%lld", (long long)row.step, (long long)steps_);
-    if (row.train_loss) line += format(" | loss %.4f", *row.train_loss);
-    if (row.val_loss)
-        line += format(" | val %.4f (perplexity %.2f)", *row.val_loss, *row.perplexity);
-    if (row.eval_train_loss) line += format(" | fixed train %.4f", *row.eval_train_loss);
-    if (row.lr) line += format(" | lr %.2e | norm %.3f", *row.lr, *row.grad_norm);
-    if (row.tokens_per_s)
-        line += format(" | %s tok/s", with_commas(int64_t(*row.tokens_per_s)).c_str());
-    if (row.mfu) line += format(" | MFU %.0f%%", 100 * *row.mfu);
-    if (row.train_loss)
-        line += " | " + duration_text(double(steps_ - row.step) * step_seconds_) + " left";
-    std::printf("%s%s%s", live ? "\r\033[K" : "", line.c_str(), keep ? "\n" : "");
-    std::fflush(stdout);
-}
-
-// Goes on with the log of the run that the checkpoint `from` is of, and with its curves.
-template <class Device>
-void Trainer<Device>::restore_log(const std::string& from) {
-    const int64_t step = state_.step;
-    const std::vector<std::string> rows =
-        from.empty() ? std::vector<std::string>{}
-                     : read_log_rows(parent_folder(from) + "/log.csv", step);
-    if (!from.empty() && int64_t(rows.size()) != step + 1)
-        std::fprintf(stderr, "warning: %s/log.csv has %zu of the %lld rows up to step %lld\n",
-                     parent_folder(from).c_str(), rows.size(), (long long)step + 1,
-                     (long long)step);
-    const size_t train_loss = 3, val_loss = 5;
-    for (const std::string& row : rows) {
-        const int64_t at = std::strtoll(row.c_str(), nullptr, 10);
-        if (const double loss = log_field(row, train_loss); !std::isnan(loss))
-            train_curve_.push_back({at, loss});
-        if (const double loss = log_field(row, val_loss); !std::isnan(loss))
-            val_curve_.push_back({at, loss});
-    }
-    log_.emplace(o_.output + "/log.csv", rows);
-}
-
-// Opens the log, evaluates the model as it is (row 0), and says how long the run will be.
-template <class Device>
-void Trainer<Device>::begin(TrainerState state, const std::string& from) {
-    state_ = std::move(state);
-    stamps_ = shard_stamps(corpus_);
-    steps_ = state_.planned_steps > 0 ? state_.planned_steps : planned_steps();
-    state_.planned_steps = steps_;
-    peak_flops_ = model_.device.peak_flops();
-    model_.device.upload(model_.state, &state_.guards, 1);
-    for (const std::string& name : set_aside_later(o_.output, from.empty() ? -1 : state_.step))
-        std::printf("set aside  %s, as %s.set-aside\n", name.c_str(), name.c_str());
-    restore_log(from);
-    std::printf("run        %s steps of %s tokens (%.2f epochs) into %s\n\n",
-                with_commas(steps_).c_str(), with_commas(rows_per_step() * T_).c_str(),
-                double(steps_) * double(rows_per_step()) / double(order_.blocks_per_epoch()),
-                o_.output.c_str());
-    if (!from.empty()) return;
-    LogRow row = row_now();
-    if (o_.eval_interval > 0) evaluate_into(row);
-    show(row, true);
-    write_row(row);
-}
-
-// A row of the step just made. A disk that is full does not stop training: rows wait in memory.
-template <class Device>
-void Trainer<Device>::write_row(LogRow& row) {
-    row.seconds = state_.seconds;
-    if (!log_->add(row) && !std::exchange(warned_, true))
-        std::fprintf(stderr, "\nwarning: cannot write %s/log.csv: %s; rows wait in memory\n",
-                     o_.output.c_str(), std::strerror(errno));
-}
-
-// Whether the run is over after this step, and why.
-template <class Device>
-typename Trainer<Device>::End Trainer<Device>::end_reached() const {
-    if (state_.step >= steps_) return End::finished;
-    if (o_.patience > 0 && state_.stale_evals >= o_.patience) return End::plateau;
-    if (o_.max_minutes > 0 && state_.seconds > o_.max_minutes * 60) return End::out_of_time;
-    if (stop_asked() != 0) return End::interrupted;
-    return End::none;
-}
-
-// A NaN or an infinity was met, or an outlier, and the update was not made. With --on-nan stop the
-// former ends the run: the row is logged, nothing of the step is saved.
-template <class Device>
-void Trainer<Device>::check_broken(LogRow& row) {
-    const StepState& g = state_.guards;
-    if (!g.skip) return;
-    if (g.broken && o_.on_nan == "stop") {
-        write_row(row);
-        fail(
-            format("step %lld: the loss is %g and the gradient's norm %g: training has diverged. "
-                   "Nothing of this step was saved. Go on from the last checkpoint with a lower "
-                   "--learning-rate, --resume auto and --override, or pass over such steps with "
-                   "--on-nan skip",
-                   (long long)state_.step, g.loss, g.grad_norm));
-    }
-    const bool power_of_two = (g.skipped & (g.skipped - 1)) == 0;
-    if (g.skipped <= 4 || power_of_two)  // the more there are, the less is said
-        std::fprintf(stderr,
-                     "\nwarning: step %lld was skipped: loss %g, norm %g (%s; %lld so far)\n",
-                     (long long)state_.step, g.loss, g.grad_norm,
-                     g.broken ? "not a number" : "an outlier", (long long)g.skipped);
-}
-
-template <class Device>
-int Trainer<Device>::run(TrainerState state, const std::string& from) {
-    begin(std::move(state), from);
-    BatchLoader loader(*corpus_.train, order_, B_, T_, model_.config.vocab_size, state_.samples);
-    End end = End::none;
-    while (end == End::none && state_.step < steps_) {
-        const int64_t epoch = order_.epoch(state_.samples);
-        LogRow row = one_step(loader);
-        check_broken(row);
-        const bool last = state_.step == steps_;
-        const bool evaluated = o_.eval_interval > 0 && (due(o_.eval_interval) || last);
-        if (evaluated) evaluate_into(row), note_best(row);
-        write_row(row);
-        end = end_reached();
-        show(row, evaluated || end != End::none || due(o_.log_interval));
-        // Save first, then write samples: they take time, and may be waited for no longer.
-        std::string title;
-        if (due(o_.sample_interval)) title = format("sample at step %lld", (long long)state_.step);
-        if (order_.epoch(state_.samples) > epoch) close_epoch(title, epoch);
-        if (evaluated && state_.best_step == state_.step) try_save("best", false);
-        if (end != End::none || due(o_.save_interval)) {
-            const bool saved = save(end != End::none && end != End::interrupted);
-            TINYGPT_CHECK(saved || end == End::none,
-                          "the run has ended at step %lld, but it could not be saved there: make "
-                          "room "
-                          "and type --resume auto to make the last steps again",
-                          (long long)state_.step);
-        }
-        if (!title.empty() && end != End::interrupted) write_sample(title, 50);
-    }
-    if (end != End::interrupted) return report(end), 0;
-    std::printf("\ninterrupted: saved at step %lld; go on with --resume auto\n",
-                (long long)state_.step);
-    return 130;
-}
-
-// What the run says about itself: still improving, flat, or overfitting; from its last evaluations.
-template <class Device>
-std::string Trainer<Device>::verdict() const {
-    const size_t evaluations = val_curve_.size();
-    if (evaluations < 4)
-        return "too few evaluations to judge the curve (--eval-interval sets how many)";
-    const CurvePoint& last = val_curve_.back();
-    const CurvePoint& before = val_curve_[evaluations - 1 - (evaluations + 3) / 4];
-    const double gain = 100 * (before.loss - last.loss) / before.loss;
-    const double above_best = 100 * (last.loss - state_.best_loss) / state_.best_loss;
-    std::string text;
-    if (above_best > 1)
-        text = format(
-            "overfitting: validation loss rose %.1f %% above its best (step %lld, kept in "
-            "best/); more text, --dropout 0.1 or --patience 3 would help",
-            above_best, (long long)state_.best_step);
-    else if (gain > 1)
-        text = format(
-            "still improving: validation loss fell %.1f %% in the last quarter; a longer "
-            "run would gain",
-            gain);
-    else
-        text = format(
-            "flat: validation loss changed by %.1f %% in the last quarter; a larger --model "
-            "would gain more than a longer run",
-            -gain);
-    if (std::isfinite(corpus_.floor))
-        text += format(
-            "\n           it is %.1f %% above the floor, the loss of the process that "
-            "wrote the text",
-            100 * (last.loss / corpus_.floor - 1));
-    return text;
-}
-
-// The end: the curve, the verdict, a sample, and what to type next.
-template <class Device>
-void Trainer<Device>::report(End end) {
-    const char* why = end == End::plateau       ? "stopped early: no progress (--patience)"
-                      : end == End::out_of_time ? "time is up (--max-minutes)"
-                                                : "done";
-    std::printf("\n%s: %lld steps in %s\n\n%s\n", why, (long long)state_.step,
-                duration_text(state_.seconds).c_str(),
-                draw_curve(train_curve_, val_curve_, corpus_.floor).c_str());
-    if (std::isfinite(state_.val_loss)) {
-        std::printf("val loss   %.4f, best %.4f at step %lld", state_.val_loss, state_.best_loss,
-                    (long long)state_.best_step);
-        if (std::isfinite(corpus_.floor))
-            std::printf("; the floor is %.4f, so the ratio is %.4f", corpus_.floor,
-                        state_.val_loss / corpus_.floor);
-        std::printf("\nverdict    %s\n", verdict().c_str());
-    }
-    if (state_.guards.skipped)
-        std::printf("guards     %lld updates were skipped, %lld of them as outliers\n",
-                    (long long)state_.guards.skipped, (long long)state_.guards.outliers);
-    write_sample("the model writes:", 100);
-    const std::string best = o_.output + "/best";
-    const std::string from = folder_exists(best) ? best : checkpoint_folder(o_.output, state_.step);
-    std::printf("next       ./%s sample --init-from %s --prompt \"%s\"\n", Device::kProgram,
-                from.c_str(), corpus_.tokenizer ? "Once" : "");
-    std::printf("           ./%s eval --init-from %s%s\n", Device::kProgram, from.c_str(),
-                corpus_.folder.empty() ? "" : (" --data " + corpus_.folder).c_str());
-}
-
-// ---- The commands ----------------------------------------------------------------------------
-
-// The run's folder: --output, or that of the checkpoint to resume, or out/ and the data's name.
-inline std::string output_folder(const Options& o) {
-    if (!o.output.empty()) return o.output;
-    if (!o.resume.empty() && o.resume != "auto") return parent_folder(o.resume);
-    std::string name = o.train_shards.empty() ? o.data : "run";
-    while (name.size() > 1 && name.back() == '/') name.pop_back();
-    const size_t slash = name.rfind('/');
-    if (slash != std::string::npos) name = name.substr(slash + 1);
-    return "out/" + (name.empty() || name == "." || name == ".." ? "run" : name);
-}
-
-inline int sequence_length(const Options& o, const Config& config) {
-    if (o.seq_len == 0) return std::min(128, config.n_positions);
-    if (o.seq_len > config.n_positions)
-        fail_usage(
-            format("--seq-len %d is longer than the model's %d positions: shorten it, or raise "
-                   "--n-positions",
-                   int(o.seq_len), config.n_positions));
-    return int(o.seq_len);
-}
-
-// Refuses data that is too short, or holds tokens that the model does not have.
-inline void check_data(const Options& o, const Corpus& corpus, const Config& config, int T) {
-    const int64_t batch = int64_t(o.batch_size) * T;
-    int64_t predictions = 0;
-    for (const Shard& shard : corpus.train->files())
-        predictions += std::max<int64_t>(0, shard.tokens - 1);
-    if (predictions < batch)
-        fail_usage(
-            format("the training data has %s tokens, but one batch of %d x %d needs %s (one "
-                   "more than its size): take a smaller --batch-size or --seq-len, or more text",
-                   with_commas(corpus.train->tokens()).c_str(), o.batch_size, T,
-                   with_commas(batch + 1).c_str()));
-    if (o.overfit_batch && corpus.train->files()[0].tokens < batch + 1)
-        fail_usage(
-            "--overfit-batch takes its batch from the first shard, which is too short for it");
-    if (o.patience > 0 && !corpus.has_val() && o.eval_batches == 0)
-        fail_usage("--patience needs something to evaluate: validation data, or --eval-batches");
-    prompt_tokens(o.prompt, corpus.tokenizer, config.vocab_size);
-    const int64_t quick = 200'000'000;  // tokens; more are checked as they are read
-    if (corpus.train->tokens() <= quick) corpus.train->check_tokens(config.vocab_size);
-    if (corpus.has_val() && corpus.val->tokens() <= quick)
-        corpus.val->check_tokens(config.vocab_size);
+// A folder that holds a run already is not written over: hours of work may lie in it. Only a run
+// that resumes it goes on there.
+inline void check_output(const Options& o) {
+    const bool holds_run = !checkpoint_steps(o.output).empty() ||
+                           file_exists(o.output + "/log.csv") || folder_exists(o.output + "/best");
+    if (!holds_run || o.resume == "auto") return;
+    TINYGPT_CHECK(!o.resume.empty() && same_folder(o.output, parent_folder(o.resume)),
+                  "%s already holds a run: go on with --resume auto, or give another --output",
+                  o.output.c_str());
 }
 
 // Where a run begins: afresh, or at a checkpoint that verifies.
@@ -6722,47 +6914,32 @@ struct Start {
     TrainerState state;
 };
 
-// A folder that holds a run already is not written over; only a run that resumes it goes on there.
-inline void check_output(const Options& o) {
-    const bool holds_run = !checkpoint_steps(o.output).empty() ||
-                           file_exists(o.output + "/log.csv") || folder_exists(o.output + "/best");
-    if (!holds_run || o.resume == "auto") return;
-    struct stat output {
-    }, resumed{};
-    if (!o.resume.empty() && ::stat(o.output.c_str(), &output) == 0 &&
-        ::stat(parent_folder(o.resume).c_str(), &resumed) == 0 && output.st_dev == resumed.st_dev &&
-        output.st_ino == resumed.st_ino)
-        return;
-    fail(format("%s already holds a run: go on with --resume auto, or give another --output",
-                o.output.c_str()));
-}
-
-// The newest checkpoint that verifies; says which were passed over, and why.
+// The checkpoint that was named, or the newest that verifies; then says which were passed over, and
+// why.
 inline Start find_start(const Options& o) {
     if (o.resume.empty()) return {};
     if (o.resume != "auto") return {o.resume, verify_checkpoint(o.resume)};
-    bool any = false;
-    for (int64_t step : checkpoint_steps(o.output)) {
+    const std::vector<int64_t> steps = checkpoint_steps(o.output);
+    for (int64_t step : steps) {
         const std::string folder = checkpoint_folder(o.output, step);
-        any = true;
         try {
             return {folder, verify_checkpoint(folder)};
         } catch (const Error& e) {
             std::fprintf(stderr, "passing over %s: %s\n", folder.c_str(), e.what());
         }
     }
-    TINYGPT_CHECK(!any,
+    TINYGPT_CHECK(steps.empty(),
                   "no checkpoint in %s is whole: nothing to resume. Remove the folder to start "
                   "again",
                   o.output.c_str());
     return {};
 }
 
-// What was left to the program to choose, as if the user had said so: a checkpoint remembers it.
+// What was left to the program to choose, as if the user had said so: a checkpoint remembers it,
+// and a default that a later version changes does not change a run that is half done.
 template <class Device>
 void settle(Options& o, const Config& config, int T) {
-    o.n_layer = config.n_layer, o.n_head = config.n_head, o.n_embd = config.n_embd;
-    o.n_positions = config.n_positions, o.vocab_size = config.vocab_size;
+    for (const SizeOption& s : kSizeOptions) o.*s.asked = config.*s.size;
     o.untied_head = config.untied_head, o.seq_len = T;
     if (o.precision.empty() && Device::kHostMemory) o.precision = "fp32";
 }
@@ -6772,32 +6949,27 @@ void settle(Options& o, const Config& config, int T) {
 // began with have become the checkpoint's.
 inline void check_same_run(const Options& o, const Start& start, const Corpus& corpus,
                            const std::string& program) {
+    const std::string& folder = start.folder;
+    const std::string advice = ", or say --override to go on all the same";
     const std::set<std::string> paths = {"data", "train-shards", "val-shards", "init-from"};
-    const std::string advice = "or say --override to go on all the same";
     auto value = [](const std::string& text) { return text.empty() ? "(not set)" : text; };
+    // The options, one by one.
     for (auto& [name, now] : options_that_change_numbers(o))
         for (auto& [saved_name, saved] : start.state.options)
             if (name == saved_name && now != saved && !paths.count(name))
-                fail_usage(
-                    format("%s was made with --%s %s, now it is %s: resume with the same "
-                           "options, %s",
-                           start.folder.c_str(), name.c_str(), value(saved).c_str(),
-                           value(now).c_str(), advice.c_str()));
+                fail_usage(folder + " was made with --" + name + " " + value(saved) +
+                           ", now it is " + value(now) + ": resume with the same options" + advice);
+    // The program: a GPU adds up in another order.
     if (start.state.program != program)
-        fail_usage(
-            format("%s was made by ./%s, whose sums are rounded differently: resume with that, "
-                   "%s",
-                   start.folder.c_str(), start.state.program.c_str(), advice.c_str()));
-    const std::vector<std::string> now = describe_data(corpus), &saved = start.state.data;
-    for (size_t i = 0; i < std::max(now.size(), saved.size()); ++i) {
-        const std::string a = i < saved.size() ? saved[i] : "none",
-                          b = i < now.size() ? now[i] : "none";
-        if (a != b)
-            fail_usage(
-                format("the data has changed since %s was saved (%s; now %s): resume with the "
-                       "same data, %s",
-                       start.folder.c_str(), a.c_str(), b.c_str(), advice.c_str()));
-    }
+        fail_usage(folder + " was made by ./" + start.state.program +
+                   ", whose sums are rounded differently: resume with that" + advice);
+    // The data.
+    std::vector<std::string> now = corpus.fingerprint(), saved = start.state.data;
+    now.resize(std::max(now.size(), saved.size()), "none"), saved.resize(now.size(), "none");
+    for (size_t i = 0; i < now.size(); ++i)
+        if (now[i] != saved[i])
+            fail_usage("the data has changed since " + folder + " was saved (" + saved[i] +
+                       "; now " + now[i] + "): resume with the same data" + advice);
 }
 
 // Sets the model's weights, and when it resumes its moments, to where the run begins.
@@ -6814,11 +6986,16 @@ void load_start(Gpt2<Device>& model, const Options& o, const Start& start) {
     }
 }
 
-// Trains. Everything that can be refused is refused before anything is printed or written.
+// Trains. Everything that can be refused is refused before anything is printed or written: data,
+// then the output folder, then the checkpoint, the sizes, the options against the checkpoint's, and
+// memory. Careful: a folder that is resumed is locked first, because what is read there (and what a
+// killed run left, which is tidied up) must not change meanwhile; a new one is only made at the
+// end.
 template <class Device>
 int train_command(Device device, const Options& given) {
     Options o = given;
     o.output = output_folder(o);
+    // What is there: the data, the folder, the checkpoint.
     Corpus corpus = open_corpus(o, true);
     check_output(o);
     std::optional<FileHandle> lock;
@@ -6828,85 +7005,122 @@ int train_command(Device device, const Options& given) {
     }
     Start start = find_start(o);
     const bool resumed = !start.folder.empty();
+    // Does it fit together?
     const Config config = config_for(o, corpus, start.folder);
-    const int T = sequence_length(o, config);
+    const int B = o.batch_size, T = sequence_length(o, config);
     settle<Device>(o, config, T);
     if (!o.init_from.empty() && !resumed) check_same_tokenizer(corpus, o.init_from);
     check_data(o, corpus, config, T);
-    if (resumed && !o.override_changes) {
-        check_same_run(o, start, corpus, Device::kProgram);
-        if (start.state.finished) {
-            std::printf("%s is finished: %lld steps. Nothing to do\n", o.output.c_str(),
-                        (long long)start.state.step);
-            return 0;
-        }
+    if (resumed && !o.override_changes) check_same_run(o, start, corpus, Device::kProgram);
+    if (resumed && !o.override_changes && start.state.finished) {
+        std::printf("%s is finished: %ld steps. Nothing to do\n", o.output.c_str(),
+                    start.state.step);
+        return 0;
     }
-    const MemoryNeed need = check_memory(device, config, o.batch_size, T, Use::training);
-    Gpt2<Device> model(config, device);
-    model.reserve(o.batch_size, T, Use::training);
+    // Is there room for it? From here on things are made.
+    const auto model = open_model(device, config, B, T, Use::training);
     make_folders(o.output);
     if (!lock) lock.emplace(lock_folder(o.output));
 
+    // Say what will be trained on what, load or make the weights, and go.
     std::printf("tinygpt    %s\n%s", device.describe().c_str(), describe(o).c_str());
     std::printf("data       %s: %s training tokens, %s for validation\n",
                 corpus.folder.empty() ? "shards" : corpus.folder.c_str(),
                 with_commas(corpus.train->tokens()).c_str(),
                 with_commas(corpus.has_val() ? corpus.val->tokens() : 0).c_str());
-    print_model(config, model.layout, need, T);
-    load_start(model, o, start);
+    print_model<Device>(config, B, T);
+    load_start(*model, o, start);
     if (o.override_changes) start.state.planned_steps = 0;  // the plan may have changed
     start.state.options = options_that_change_numbers(o);
-    start.state.data = describe_data(corpus), start.state.program = Device::kProgram;
+    start.state.data = corpus.fingerprint(), start.state.program = Device::kProgram;
     catch_signals();
-    return Trainer<Device>(o, corpus, model).run(start.state, start.folder);
+    return Trainer<Device>(o, corpus, *model).run(start.state, start.folder);
 }
 
-inline void need_init_from(const Options& o) {
+// ---- What to type next -----------------------------------------------------------------------
+
+// One word of a shell's command line that means this text. Within single quotes everything but a
+// single quote means itself; that one is written '\'' between two quoted parts.
+inline std::string shell_word(const std::string& text) {
+    auto plain = [](char c) { return std::isalnum(uint8_t(c)) || std::strchr("_-+=:,./@%", c); };
+    if (!text.empty() && std::all_of(text.begin(), text.end(), plain)) return text;
+    std::string word = "'";
+    for (char c : text) word += c == '\'' ? "'\\''" : std::string(1, c);
+    return word + "'";
+}
+
+// The options that the user set and `command` takes, typed again, and `others`, which replace those
+// of the same name. --max-steps replaces whatever says how long a run is.
+inline std::string retyped(const Options& o, Command command, const std::string& others) {
+    const std::set<std::string> of_one_run = {"config", "help", "output", "resume", "override"};
+    const bool length = others.find("--max-steps ") != others.npos;
+    std::string line;
+    for (const Option& option : option_table()) {
+        const std::string name = std::string("--") + option.name, value = value_text(o, option);
+        if (!(option.commands & command) || !o.given(option.name) || of_one_run.count(option.name))
+            continue;
+        if (others.find(name + " ") != others.npos ||
+            (length && option.group == std::string("length")))
+            continue;
+        line += " " + name + (value.starts_with("--") ? "=" : " ") + shell_word(value);
+    }
+    return line + " " + others;
+}
+
+// ---- eval ------------------------------------------------------------------------------------
+
+// The folder of the model that a command is about.
+inline const std::string& need_init_from(const Options& o) {
     if (o.init_from.empty())
         fail_usage("--init-from is missing: name the folder of a model, such as out/stories/best");
+    return o.init_from;
 }
 
-// ---- HellaSwag: which of four endings fits? --------------------------------------------------
-// The file is llm.c's (facts in its dev/data/hellaswag.py): 256 int32 header 20240522, 1, examples,
-// longest; then for each example, as uint16: 65535, its bytes, index, label, 4, the context's size
-// and tokens, and four times an ending's length and tokens. The ending of the lowest mean loss is
-// the model's answer.
-
+// HellaSwag (Zellers et al. 2019): which of four endings fits? The ending of the lowest mean loss
+// is the model's answer, so a quarter is right by luck. The file is llm.c's (facts in its
+// dev/data/hellaswag.py): a header of 256 int32, of which 20240522, 1, the number of examples and
+// the longest; then each example as uint16:
+//   65535, its bytes, its index, the label, 4, then a length and so many tokens for the context and
+//   for each of the four endings
 struct HellaswagExample {
-    int label = 0;
+    int label = 0;  // which ending is right
     std::vector<uint16_t> context;
     std::vector<uint16_t> endings[4];
 };
 
+// All examples of a file; fails where it is damaged, or of another vocabulary.
 inline std::vector<HellaswagExample> read_hellaswag(const std::string& path, int vocab_size) {
     const std::string bytes = read_file(path, size_t(1) << 30);
+    const char* name = path.c_str();
+    // The header.
     int32_t header[256] = {};
     TINYGPT_CHECK(bytes.size() >= sizeof header,
-                  "%s: expected a header of 1024 bytes, found %zu bytes", path.c_str(),
-                  bytes.size());
+                  "%s: expected a header of 1024 bytes, found %zu bytes", name, bytes.size());
     std::memcpy(header, bytes.data(), sizeof header);
     TINYGPT_CHECK(header[0] == 20240522 && header[1] == 1,
-                  "%s is no HellaSwag file: expected 20240522 and version 1, "
-                  "found %d and %d",
-                  path.c_str(), header[0], header[1]);
+                  "%s is no HellaSwag file: expected 20240522 and version 1, found %d and %d", name,
+                  header[0], header[1]);
+    // Reads a number, or a list of tokens with its length before it, and goes on behind it.
     size_t at = sizeof header;
     auto next = [&]() -> int {
-        TINYGPT_CHECK(at + 2 <= bytes.size(), "%s ends in the middle of an example", path.c_str());
+        TINYGPT_CHECK(at + 2 <= bytes.size(), "%s ends in the middle of an example", name);
         uint16_t value;
         std::memcpy(&value, bytes.data() + at, 2);
         at += 2;
         return value;
     };
-    auto tokens = [&] {
+    auto tokens = [&](int example) {
         std::vector<uint16_t> list(static_cast<size_t>(next()));
+        TINYGPT_CHECK(!list.empty(), "%s: example %d is empty", name, example);
         for (uint16_t& token : list) {
-            const int id = next();
-            TINYGPT_CHECK(id < vocab_size, "%s: token %d is outside the vocabulary of %d",
-                          path.c_str(), id, vocab_size);
-            token = uint16_t(id);
+            token = uint16_t(next());
+            TINYGPT_CHECK(token < vocab_size, "%s: token %d is outside the vocabulary of %d", name,
+                          token, vocab_size);
         }
         return list;
     };
+    // The examples. Every number whose value is known is checked: a file that was cut, or in which
+    // a length is wrong, is noticed at the next example.
     std::vector<HellaswagExample> examples;
     for (int32_t i = 0; i < header[2]; ++i) {
         HellaswagExample e;
@@ -6915,28 +7129,25 @@ inline std::vector<HellaswagExample> read_hellaswag(const std::string& path, int
         e.label = next();
         const int endings = next();
         TINYGPT_CHECK(start == 65535 && endings == 4 && e.label < 4, "%s: example %d is damaged",
-                      path.c_str(), i);
-        e.context = tokens();
-        for (auto& ending : e.endings) {
-            ending = tokens();
-            TINYGPT_CHECK(!e.context.empty() && !ending.empty(), "%s: example %d is empty",
-                          path.c_str(), i);
-        }
+                      name, i);
+        e.context = tokens(i);
+        for (auto& ending : e.endings) ending = tokens(i);
         examples.push_back(std::move(e));
     }
-    TINYGPT_CHECK(at == bytes.size(), "%s goes on after its %d examples: it is damaged",
-                  path.c_str(), header[2]);
+    TINYGPT_CHECK(at == bytes.size(), "%s goes on after its %d examples: it is damaged", name,
+                  header[2]);
     return examples;
 }
 
-// The mean loss of each ending after its context; a text too long for T loses its beginning.
+// The mean loss of each ending after its context; a text too long for T loses its beginning. The
+// four texts are the rows of one batch; only targets within the endings are scored.
 template <class Device>
 std::array<double, 4> score_endings(Gpt2<Device>& model, const HellaswagExample& e) {
+    // No longer a batch than the texts need: most are short.
     size_t longest = 0;
     for (const auto& ending : e.endings)
         longest = std::max(longest, e.context.size() + ending.size() - 1);
-    const size_t T =
-        std::min(size_t(model.T), longest);  // no longer than the texts are: most are short
+    const size_t T = std::min(size_t(model.T), longest);  // most texts are short
     Batch batch;
     batch.resize(4, int(T));
     for (size_t i = 0; i < 4; ++i) {
@@ -6950,69 +7161,64 @@ std::array<double, 4> score_endings(Gpt2<Device>& model, const HellaswagExample&
         }
     }
     batch.sort_rows();
+    // One pass for all four; then the mean over each ending's targets.
     const auto losses = batch_losses(model, batch);
     std::array<double, 4> mean{};
     for (size_t i = 0; i < 4; ++i) {
         int count = 0;
-        for (size_t t = 0; t < T; ++t)
-            if (batch.targets[i * T + t] >= 0) mean[i] += double(losses[i * T + t]), ++count;
+        for (size_t at = i * T; at < (i + 1) * T; ++at)
+            if (batch.targets[at] >= 0) mean[i] += double(losses[at]), ++count;
         mean[i] /= std::max(1, count);
     }
     return mean;
 }
 
+// How many examples the model answers right.
 template <class Device>
 int hellaswag_command(Device device, const Options& o, const Config& config) {
     const auto examples = read_hellaswag(o.hellaswag, config.vocab_size);
-    const int T = o.seq_len ? sequence_length(o, config) : config.n_positions;
-    check_memory(device, config, 4, T, Use::evaluation);
-    Gpt2<Device> model(config, device);
-    model.reserve(4, T, Use::evaluation);
-    load_weights(model, o.init_from);
-    int64_t right = 0;
+    const int T = sequence_length(o, config, config.n_positions);
+    const auto model = open_model(device, config, 4, T, Use::evaluation, o.init_from);
+    int right = 0;
     for (const HellaswagExample& e : examples) {
-        const std::array<double, 4> loss = score_endings(model, e);
+        const std::array<double, 4> loss = score_endings(*model, e);
         right += std::min_element(loss.begin(), loss.end()) - loss.begin() == e.label;
     }
-    std::printf("hellaswag  %lld of %zu right: accuracy %.4f\n", (long long)right, examples.size(),
-                double(right) / double(std::max<size_t>(1, examples.size())));
+    std::printf("hellaswag  %d of %zu right: accuracy %.4f\n", right, examples.size(),
+                right / double(std::max<size_t>(1, examples.size())));
     return 0;
 }
 
+// The loss of a model on the validation text, every token of it once: in nats a token, as a
+// perplexity (e^loss: among how many tokens it hesitates), and in bits a byte of text.
 template <class Device>
 int eval_command(Device device, const Options& o) {
-    need_init_from(o);
-    const Config config = config_of_folder(o.init_from);
+    const Config config = config_of_folder(need_init_from(o));
     if (!o.hellaswag.empty()) return hellaswag_command(device, o, config);
-    Corpus corpus = open_corpus(o, false);
+    const Corpus corpus = open_corpus(o, false);
     check_same_tokenizer(corpus, o.init_from);
     TINYGPT_CHECK(corpus.has_val(),
                   "there is no validation data: make some with ./prepare_data --val-fraction, or "
                   "name shards with --val-shards");
     const int T = sequence_length(o, config);
-    check_memory(device, config, int(o.batch_size), T, Use::evaluation);
-    Gpt2<Device> model(config, device);
-    model.reserve(int(o.batch_size), T, Use::evaluation);
-    load_weights(model, o.init_from);
-    const bool stories = std::isfinite(corpus.floor) && corpus.tokenizer;
-    const auto windows =
-        evaluation_windows(*corpus.val, T, stories ? corpus.tokenizer->end_of_text() : -1);
+    const auto model = open_model(device, config, o.batch_size, T, Use::evaluation, o.init_from);
+    const auto windows = evaluation_windows(*corpus.val, T, corpus.document_start());
     TINYGPT_CHECK(!windows.empty(),
                   "the validation data is too short: at least two tokens are needed");
+    // Score it, then print it in the units that others use.
     const double begin = now_seconds();
-    const Evaluation e = evaluate(model, *corpus.val, windows, corpus.token_bytes());
-    const double seconds = now_seconds() - begin;
+    const Evaluation e = evaluate(*model, *corpus.val, windows, corpus.token_bytes());
+    const double speed = double(e.tokens) / (now_seconds() - begin);
     std::printf("val loss   %.9g nats a token over %s tokens\nperplexity %.4f\n", e.loss(),
                 with_commas(e.tokens).c_str(), e.perplexity());
     if (e.bytes > 0) std::printf("bits/byte  %.4f\n", e.bits_per_byte());
     if (std::isfinite(corpus.floor))
         std::printf("floor      %.6f: the loss is %.2f %% above it\n", corpus.floor,
                     100 * (e.loss() / corpus.floor - 1));
-    std::printf("speed      %s tokens a second\n",
-                with_commas(int64_t(double(e.tokens) / seconds)).c_str());
+    std::printf("speed      %s tokens a second\n", with_commas(int64_t(speed)).c_str());
     if (o.given("eval-batches") && o.eval_batches > 0 && corpus.train && !corpus.train->empty())
         std::printf("train loss %.9g nats a token over fixed batches\n",
-                    fixed_batches_loss(model, *corpus.train, o.eval_batches, false));
+                    fixed_batches_loss(*model, *corpus.train, o.eval_batches, false));
     return 0;
 }
 
@@ -7024,514 +7230,605 @@ inline std::string prompt_text(const Options& o) {
     return read_file(o.prompt_file == "-" ? "/dev/stdin" : o.prompt_file, size_t(1) << 26);
 }
 
-// The likeliest next tokens, with their probabilities.
+// The likeliest next tokens, with their probabilities: what the softmax says, before any sampling.
 template <class Device>
 void show_top(Gpt2<Device>& model, const std::vector<int32_t>& tokens,
               const std::optional<Tokenizer>& tokenizer, int count) {
+    // Of a prompt that is too long, the end counts.
     const size_t context = size_t(std::min(model.config.n_positions, model.T));
     const std::vector<int32_t> tail(tokens.end() - ptrdiff_t(std::min(tokens.size(), context)),
                                     tokens.end());
     for (const Candidate& c : candidates(next_logits(model, tail, 0), 1, 0, 1)) {
         if (count-- <= 0) break;
-        const std::string text = !tokenizer ? ""
-                                 : c.token == tokenizer->end_of_text()
-                                     ? "<|endoftext|>"
-                                     : text_of_token(*tokenizer, c.token);
+        const bool end = tokenizer && c.token == tokenizer->end_of_text();
+        const std::string text = end ? "<|endoftext|>" : text_of_token(tokenizer, c.token);
         std::printf("%8.4f %%  %6d  %s\n", 100 * c.probability, c.token,
                     tokenizer ? in_quotes(text).c_str() : "");
     }
 }
 
+// One text, shown while it is made. What is not text goes to standard error, so that a file of
+// samples holds nothing else. It stops when nobody reads any more (head closes the pipe).
+template <class Device>
+void write_text(Gpt2<Device>& model, const std::vector<int32_t>& tokens,
+                const std::optional<Tokenizer>& tokenizer, const SampleOptions& options) {
+    Utf8Stream stream;
+    int64_t count = 0;
+    const double begin = now_seconds();
+    const int slides = generate(model, tokens, options, [&](int token) {
+        const std::string text = text_of_token(tokenizer, token);
+        std::fputs((tokenizer ? stream.add(text) : text).c_str(), stdout);
+        std::fflush(stdout);
+        return ++count, !std::ferror(stdout);
+    });
+    std::printf("%s\n", stream.finish().c_str());
+    std::fflush(stdout);
+    std::fprintf(stderr, "[%ld tokens, %.1f a second]\n", count,
+                 double(count) / (now_seconds() - begin));
+    if (slides)
+        std::fprintf(stderr,
+                     "[the text outgrew the model's %d positions: %d times its older half was "
+                     "forgotten]\n",
+                     model.config.n_positions, slides);
+}
+
+// --num-samples texts, each with a seed of its own; or, with --show-top, the likeliest next tokens.
 template <class Device>
 int sample_command(Device device, const Options& o) {
-    need_init_from(o);
-    const Config config = config_of_folder(o.init_from);
+    const Config config = config_of_folder(need_init_from(o));
     const std::optional<Tokenizer> tokenizer = tokenizer_of(o.init_from);
     if (tokenizer && tokenizer->vocab_size() > config.vocab_size)
         fail(o.init_from + ": its tokenizer has more tokens than its model");
-    check_memory(device, config, 1, config.n_positions, Use::generation);
+    const int end_of_text = tokenizer ? tokenizer->end_of_text() : -1;
     const std::string prompt = prompt_text(o);
     std::vector<int32_t> tokens = prompt_tokens(prompt, tokenizer, config.vocab_size);
-    if (tokens.empty()) tokens.push_back(tokenizer ? tokenizer->end_of_text() : 0);
-    Gpt2<Device> model(config, device);
-    model.reserve(1, config.n_positions, Use::generation);
-    load_weights(model, o.init_from);
-    if (o.show_top > 0) show_top(model, tokens, tokenizer, o.show_top);
-    for (int i = 0; o.show_top == 0 && i < o.num_samples; ++i) {
+    if (tokens.empty()) tokens.push_back(std::max(0, end_of_text));
+    const auto model =
+        open_model(device, config, 1, config.n_positions, Use::generation, o.init_from);
+    if (o.show_top > 0) return show_top(*model, tokens, tokenizer, o.show_top), 0;
+    for (int i = 0; i < o.num_samples; ++i) {
         if (i > 0) std::printf("\n---\n");
         std::fwrite(prompt.data(), 1, prompt.size(), stdout);
-        Utf8Stream stream;
-        SampleOptions s{int(o.max_new_tokens), o.temperature,
-                        int(o.top_k),          o.top_p,
-                        o.seed + uint64_t(i),  tokenizer ? tokenizer->end_of_text() : -1};
-        int64_t count = 0;
-        const double begin = now_seconds();
-        const int slides = generate(model, tokens, s, [&](int token) {
-            const std::string text = tokenizer ? stream.add(text_of_token(*tokenizer, token))
-                                               : std::to_string(token) + " ";
-            std::fputs(text.c_str(), stdout);
-            std::fflush(stdout);
-            return ++count, !std::ferror(stdout);
-        });
-        std::printf("%s\n", stream.finish().c_str());
-        std::fflush(stdout);
-        const double seconds = now_seconds() - begin;
-        std::fprintf(stderr, "[%lld tokens, %.1f a second]\n", (long long)count,
-                     double(count) / seconds);
-        if (slides)
-            std::fprintf(stderr,
-                         "[the text outgrew the model's %d positions: %d times its older half was "
-                         "forgotten]\n",
-                         config.n_positions, slides);
+        write_text(*model, tokens, tokenizer,
+                   {o.max_new_tokens, o.temperature, o.top_k, o.top_p, o.seed + uint64_t(i),
+                    end_of_text});
     }
     return 0;
 }
 
 // ---- info ------------------------------------------------------------------------------------
 
+// Every tensor, and what memory and time the model takes. Nothing is allocated: also for models
+// that this machine could never train.
 template <class Device>
 int info_command(Device device, const Options& o) {
-    Corpus corpus;
-    if (o.given("data")) corpus = open_corpus(o, false);
+    const Corpus corpus = o.given("data") ? open_corpus(o, false) : Corpus();
     const Config config = config_for(o, corpus);
-    const int T = o.seq_len ? sequence_length(o, config) : config.n_positions;
+    const int T = sequence_length(o, config, config.n_positions);
     const Layout layout = layout_of(config);
     std::printf("%-28s %-16s %14s %8s  %s\n", "tensor", "shape", "parameters", "share", "decays");
-    for (const TensorInfo& t : layout.tensors)
-        std::printf("%-28s %-16s %14s %7.3f%%  %s\n", t.name.c_str(), shape_text(t.shape).c_str(),
-                    with_commas(int64_t(t.count)).c_str(),
-                    100 * double(t.count) / double(layout.count), t.decays() ? "yes" : "");
-    std::printf("%-28s %-16s %14s %7.3f%%\n\n", "total", "",
-                with_commas(int64_t(layout.count)).c_str(), 100.0);
-    print_model(config, layout, memory_need<Device>(config, int(o.batch_size), T, Use::training),
-                T);
-    std::printf("           for --batch-size %d --seq-len %d\n", int(o.batch_size), T);
-    const double flops = flops_per_token(config, T), peak = device.peak_flops();
+    // The table of tensors, from the one list (§3).
+    auto row = [&](const std::string& name, const std::string& shape, size_t count) {
+        std::printf("%-28s %-16s %14s %7.3f%%", name.c_str(), shape.c_str(),
+                    with_commas(int64_t(count)).c_str(),
+                    100 * double(count) / double(layout.count));
+    };
+    for (const TensorInfo& t : layout.tensors) {
+        row(t.name, shape_text(t.shape), t.count);
+        std::printf("  %s\n", t.decays() ? "yes" : "");
+    }
+    row("total", "", layout.count);
+    std::printf("\n\n");
+    print_model<Device>(config, o.batch_size, T);
+    std::printf("           for --batch-size %d --seq-len %d\n", o.batch_size, T);
+    // What a long training would take. No program reaches the peak; half of it is good.
+    const double peak = product_peak_flops(device);
+    const double seconds = 1e10 * flops_per_token(config, T) / peak;
     std::printf(
-        "time       10 billion tokens take %s at this machine's measured %.0f GFLOP/s, %s at half "
-        "of it\n",
-        duration_text(1e10 * flops / peak).c_str(), peak / 1e9,
-        duration_text(2e10 * flops / peak).c_str());
+        "time       10 billion tokens take %s at this machine's measured %.0f GFLOP/s, %s "
+        "at half of it\n",
+        duration_text(seconds).c_str(), peak / 1e9, duration_text(2 * seconds).c_str());
     return 0;
 }
 
-// ---- bench: every layer's speed against what this machine can do -----------------------------
-// The functions are those the model calls, on the buffers it calls them with. Going from layer to
-// layer rotates the operands, so that for GPT-2's sizes nothing is found in a cache by luck.
+// =================================================================================================
+// §19 bench and walk: how fast it is, and what it does
+// =================================================================================================
+// We hold a program that trains. Two commands look inside: bench times every layer against what the
+// machine can do, walk prints all numbers of one step that is small enough to follow by hand.
 
-// What a function must at least do: operations, and bytes to and from memory.
-struct Work {
-    double flops = 0, bytes = 0;
-};
+// ---- The peak of bf16 products on a CPU ------------------------------------------------------
+
+// What the tiles of §4.3 reach when their panels lie in the first cache and nothing has to be
+// packed: operations a second of one thread, the best of eight. It is the yardstick for whole
+// products: what they lose, they lose on packing, on the caches, and on ragged edges. A packed
+// element is a pair of numbers, so it is two multiply-adds, four operations.
+template <class Tiles>
+double pair_tile_flops() {
+    constexpr int R = Tiles::kRows, N = Tiles::kCols, kSteps = 128, kCalls = 500;
+    [[maybe_unused]] Tiles setup{};
+    alignas(64) float c[R * N] = {};
+    Scratch scratch_a, scratch_b;
+    uint32_t* a = scratch_a.get<uint32_t>(R * kSteps);
+    uint32_t* b = scratch_b.get<uint32_t>(N * kSteps);
+    std::fill(a, a + R * kSteps, 0x3f803f80u), std::fill(b, b + N * kSteps, 0x3f803f80u);  // ones
+    double best = 0;
+    for (int trial = 0; trial < 8; ++trial) {
+        const double begin = now_seconds();
+        for (int call = 0; call < kCalls; ++call) Tiles::tile(c, N, a, b, R, kSteps, true);
+        best = std::max(best, 4.0 * R * N * kSteps * kCalls / (now_seconds() - begin));
+    }
+    volatile float sink = c[0];  // so that the sums are needed
+    (void)sink;
+    return best;
+}
+
+// On all threads at once; 0 where the CPU has no bf16 products.
+template <class real>
+double Cpu<real>::bf16_peak_flops() const {
+    double total = 0;
+#pragma omp parallel reduction(+ : total)
+    if (MatrixTiles::usable())
+        total += pair_tile_flops<MatrixTiles>();
+    else if (cpu_has_bf16_dot())
+        total += pair_tile_flops<PairTiles>();
+    return total;
+}
+
+// ---- bench -----------------------------------------------------------------------------------
+// The functions are those the model calls, on the buffers it calls them with, packing included.
+// Going from layer to layer changes the operands, as a step does: GPT-2's are far larger than a
+// cache, and nothing is found there by luck. (Those of the default model do fit: that is what more
+// than 100 % of the memory's speed means.)
+//
+// How to read a row: a function has to do so many operations, and to move at least so many bytes
+// to and from memory. Each takes a least time at the machine's peak; the longer one binds, and the
+// last column says what share of its peak was reached (the roofline model; Williams et al. 2009).
+//   linear c_attn  12 calls  3.990 ms a call  227.0 GFLOP/s  0.9 GB/s   61.4 % of FLOP/s
+// First all functions of a step, at the batch size that was asked for, and the step itself. Then
+// the forward pass at 256, 1024 and 4096 rows (--seq-len of which make a text): of --model gpt2
+// those are the products to which the literature's figures refer.
 
 template <class Device>
 class Bench {
 public:
-    Bench(Device device, const Config& config, int B, int T)
-        : config_(config), B_(B), T_(T), model_(config, device) {
-        model_.reserve(B, T, Use::training);
-        model_.initialise(1);
-        batch_.resize(B, T);
-        for (size_t i = 0; i < batch_.inputs.size(); ++i) {
-            batch_.inputs[i] = int32_t(random_bits(7, i) % uint64_t(config.vocab_size));
-            batch_.targets[i] = int32_t(random_bits(8, i) % uint64_t(config.vocab_size));
-        }
-        batch_.scored = int64_t(batch_.inputs.size());
-        batch_.sort_rows();
+    // Makes a model with random weights, and a batch of random tokens.
+    Bench(const Device& device, const Config& config, int B, int T)
+        : config_(config), T_(T), most_B_(room_for(device, config, B, T)),
+          model_(open_model(device, config, most_B_, T, Use::training)), device_(model_->device) {
+        model_->initialise(1);
+        set_batch_size(B);
     }
 
     void run() {
-        measure_peaks();
-        const double step = measure_step();
-        std::printf("%-22s %6s %10s %12s %12s %10s\n", "function", "calls", "ms a call", "GFLOP/s",
-                    "GB/s", "of peak");
-        forward_layers(), backward_layers(), update_layers();
-        const double flops = flops_per_token(config_, T_) * B_ * T_;
+        show_machine();
+        const double step = step_seconds();
+        title("function");
+        forward_layers(), backward_layers(), update();
+        const double flops = flops_per_token(config_, T_) * rows_;
         std::printf("\nsum of the above  %.2f ms; a whole step takes %.2f ms\n", total_ * 1e3,
                     step * 1e3);
         std::printf("whole step        %s tokens a second, %.1f GFLOP/s, %.1f %% of the peak\n",
-                    with_commas(int64_t(B_ * T_ / step)).c_str(), flops / step / 1e9,
-                    100 * flops / step / peak_flops_);
+                    with_commas(int64_t(rows_ / step)).c_str(), flops / step / 1e9,
+                    100 * flops / step / product_peak_flops(device_));
+        for (int rows : {256, 1024, kMostRows}) {
+            if (rows < T_ || rows / T_ > most_B_) continue;
+            set_batch_size(rows / T_);
+            forward(*model_, Pass{B_, T_});  // so that there are numbers in all rows
+            std::printf("\n");
+            title(format("%d rows", rows_).c_str());
+            forward_layers(), head();
+        }
     }
 
 private:
-    using Act = typename Device::Activation;
-    static constexpr double kA = sizeof(typename Device::Activation);
-    static constexpr double kW = sizeof(typename Device::Weight);
-    static constexpr double kG = sizeof(typename Device::Gradient);
-    static constexpr double kR = sizeof(typename Device::Real);
+    using Activation = typename Device::Activation;
+    using Weight = typename Device::Weight;
+    using Gradient = typename Device::Gradient;
+    using Real = typename Device::Real;
+    static constexpr double kA = sizeof(Activation), kW = sizeof(Weight), kR = sizeof(Real);
+    static constexpr Gradient* kNoBias = nullptr;
+    static constexpr int kMostRows = 4096;
 
-    void measure_peaks() {
-        peak_flops_ = model_.device.peak_flops();
-        peak_bytes_ = model_.device.peak_bandwidth();
-        std::printf("machine           %s\n", model_.device.describe().c_str());
-        std::printf("measured peaks    %.1f GFLOP/s, %.1f GB/s\n", peak_flops_ / 1e9,
-                    peak_bytes_ / 1e9);
+    // The batch size to reserve room for: that of the largest table, where there is memory for it.
+    static int room_for(const Device& device, const Config& config, int B, int T) {
+        const int most = std::max(B, kMostRows / T);
+        const size_t need = memory_need<Device>(config, most, T, Use::training).total();
+        return need < device.free_memory() ? most : B;
+    }
+
+    // From now on B texts at a time, of random tokens.
+    void set_batch_size(int B) {
+        B_ = B, rows_ = B * T_;
+        batch_.resize(B, T_);
+        const uint64_t V = uint64_t(config_.vocab_size);
+        for (size_t i = 0; i < size_t(rows_); ++i) {
+            batch_.inputs[i] = int32_t(random_bits(7, i) % V);
+            batch_.targets[i] = int32_t(random_bits(8, i) % V);
+        }
+        batch_.scored = rows_;
+        batch_.sort_rows();
+        set_batch(*model_, batch_);
+    }
+
+    // What a function must at least do: operations, and bytes to and from memory. product: it is
+    // a matrix product, which has a peak of its own.
+    struct Work {
+        double flops = 0, bytes = 0;
+        bool product = false;
+    };
+    // A linear layer [rows, in] x [in, out]: one product, or several of its size.
+    Work product(double in, double out, int times = 1) const {
+        const double n = rows_;
+        return {times * 2 * n * in * out, times * (kA * n * (in + out) + kW * in * out), true};
+    }
+    // [rows, C], read or written so many times.
+    Work stream(int times) const { return {0, times * kA * rows_ * config_.n_embd, false}; }
+
+    void show_machine() {
+        const double bf16_peak = device_.bf16_peak_flops();
+        peak_bytes_ = device_.peak_bandwidth();
+        std::printf("machine           %s\n", device_.describe().c_str());
+        std::printf("measured peaks    %.1f GFLOP/s, ", device_.peak_flops() / 1e9);
+        if (bf16_peak > 0) std::printf("%.1f GFLOP/s in bf16 products, ", bf16_peak / 1e9);
+        std::printf("%.1f GB/s\n", peak_bytes_ / 1e9);
         std::printf(
             "model             %d layers, %d heads, %d channels, vocabulary %d; B=%d T=%d\n\n",
             config_.n_layer, config_.n_head, config_.n_embd, config_.vocab_size, B_, T_);
     }
+    static void title(const char* first) {
+        std::printf("%-22s %6s %10s %12s %12s %10s\n", first, "calls", "ms a call", "GFLOP/s",
+                    "GB/s", "of peak");
+    }
 
-    // Median seconds of f, which makes `calls` calls; runs it for about half a second.
+    // Median seconds of f; runs it for about half a second, but at least three times.
     template <class F>
     double median_seconds(F&& f) {
         std::vector<double> times;
-        f(), model_.device.synchronize();
+        f(), device_.synchronize();
         const double end = now_seconds() + 0.5;
         while (times.size() < 3 || (now_seconds() < end && times.size() < 50)) {
             const double begin = now_seconds();
-            f(), model_.device.synchronize();
+            f(), device_.synchronize();
             times.push_back(now_seconds() - begin);
         }
-        std::nth_element(times.begin(), times.begin() + ptrdiff_t(times.size() / 2), times.end());
-        return times[times.size() / 2];
+        const auto middle = times.begin() + ptrdiff_t(times.size() / 2);
+        std::nth_element(times.begin(), middle, times.end());
+        return *middle;
     }
 
-    // Times f(layer) over all layers, or f(0) alone, and prints a row.
+    // Times f(i) for every i below `calls`, such as all layers, and prints a row. What binds it is
+    // the resource that it would need longer for.
     template <class F>
-    void row(const char* name, int calls, Work work, F&& f) {
+    void row(const std::string& name, int calls, Work work, F&& f) {
         const double seconds = median_seconds([&] {
             for (int i = 0; i < calls; ++i) f(i);
         });
-        // A processor slows down when it gets hot: the peak is that of this moment.
-        peak_flops_ = model_.device.peak_flops();
         total_ += seconds;
+        // A processor slows down when it gets hot: the peak is that of this moment.
+        const double peak = work.product ? product_peak_flops(device_) : device_.peak_flops();
+        // The least seconds by either resource, against those it took.
         const double each = seconds / calls;
-        const double of_flops = work.flops / each / peak_flops_,
-                     of_bytes = work.bytes / each / peak_bytes_;
-        // What binds it is the resource that it would need longer for.
-        const bool by_flops = work.flops / peak_flops_ > work.bytes / peak_bytes_;
-        std::printf("%-22s %6d %10.3f %12.1f %12.1f %8.1f %% of %s\n", name, calls, each * 1e3,
-                    work.flops / each / 1e9, work.bytes / each / 1e9,
-                    100 * (by_flops ? of_flops : of_bytes), by_flops ? "FLOP/s" : "GB/s");
+        const double least_flops = work.flops / peak, least_bytes = work.bytes / peak_bytes_;
+        std::printf("%-22s %6d %10.3f %12.1f %12.1f %8.1f %% of %s\n", name.c_str(), calls,
+                    each * 1e3, work.flops / each / 1e9, work.bytes / each / 1e9,
+                    100 * std::max(least_flops, least_bytes) / each,
+                    least_flops > least_bytes ? "FLOP/s" : "GB/s");
     }
 
-    double measure_step() {
+    // A whole training step, of one batch.
+    double step_seconds() {
         StepOptions options;
         options.rate.peak = 1e-5;
         const std::vector<Batch> batches = {batch_};
         int64_t s = 0;
-        return median_seconds([&] { train_step(model_, batches, options, s++); });
+        return median_seconds([&] { train_step(*model_, batches, options, s++); });
     }
 
-    // A linear layer [rows, in] x [in, out]: the operations and bytes of one product.
-    Work product(double in, double out) const {
-        const double rows = double(B_) * T_;
-        return {2 * rows * in * out, kA * rows * (in + out) + kW * in * out};
+    // Times f(layer, weights, gradients) over all layers, each of them `each` times.
+    template <class F>
+    void layer_row(const char* name, int each, Work work, F&& f) {
+        row(name, each * config_.n_layer, work, [&](int i) {
+            const size_t l = size_t(i % config_.n_layer);
+            f(model_->a.layers[l], model_->w.h[l], model_->g.h[l]);
+        });
     }
 
     void forward_layers() {
-        auto& a = model_.a;
-        auto& w = model_.w;
-        Device& d = model_.device;
-        const int rows = B_ * T_, C = config_.n_embd, L = config_.n_layer, NH = config_.n_head;
-        const double n = rows, c = C;
-        auto layer = [&](int i) -> auto& { return a.layers[size_t(i)]; };
-        auto p = [&](int i) -> auto& { return w.h[size_t(i)]; };
-        row("embed", 1, {0, 3 * kA * n * c},
-            [&](int) { d.embed_forward(a.embedded, a.inputs, w.wte, w.wpe, B_, T_, C, 0, {}); });
-        row("layernorm", 2 * L, {0, 2 * kA * n * c}, [&](int i) {
-            auto& l = layer(i / 2);
-            d.layernorm_forward(l.ln_1, l.ln_1_mean, l.ln_1_rstd, l.x_mid, p(i / 2).ln_1_weight,
-                                p(i / 2).ln_1_bias, rows, C);
+        Device& d = device_;
+        auto& a = model_->a;
+        const int n = rows_, C = config_.n_embd, NH = config_.n_head, HS = config_.head_size();
+        row("embed", 1, stream(3), [&](int) {
+            d.embed_forward(a.embedded, a.inputs, model_->w.wte, model_->w.wpe, B_, T_, C, 0, {});
         });
-        row("linear c_attn", L, product(c, 3 * c), [&](int i) {
-            d.linear_forward(layer(i).qkv, layer(i).ln_1, p(i).c_attn_weight, p(i).c_attn_bias,
-                             rows, C, 3 * C);
+        layer_row("layernorm", 2, stream(2), [&](auto& l, auto& w, auto&) {
+            d.layernorm_forward(l.ln_1, l.ln_1_mean, l.ln_1_rstd, l.x_mid, w.ln_1_weight,
+                                w.ln_1_bias, n, C);
+        });
+        layer_row("linear c_attn", 1, product(C, 3 * C), [&](auto& l, auto& w, auto&) {
+            d.linear_forward(l.qkv, l.ln_1, w.c_attn_weight, w.c_attn_bias, n, C, 3 * C);
         });
         // Scores and sums: 2 products of 2 C operations over (T+1)/2 positions for each row.
-        row("attention", L, {2 * c * (T_ + 1) * n, 4 * kA * n * c}, [&](int i) {
-            d.attention_forward(layer(i).att, layer(i).lse, layer(i).qkv, B_, T_, NH, C / NH, {});
+        const Work scores = {2.0 * C * (T_ + 1) * n, 4 * kA * n * C, false};
+        layer_row("attention", 1, scores, [&](auto& l, auto&, auto&) {
+            d.attention_forward(l.att, l.lse, l.qkv, B_, T_, NH, HS, {});
         });
-        row("linear attn.c_proj", L, product(c, c), [&](int i) {
-            d.linear_residual_forward(layer(i).x_mid, a.embedded, layer(i).att,
-                                      p(i).attn_proj_weight, p(i).attn_proj_bias, rows, C, C, {});
+        layer_row("linear attn.c_proj", 1, product(C, C), [&](auto& l, auto& w, auto&) {
+            d.linear_residual_forward(l.x_mid, a.embedded, l.att, w.attn_proj_weight,
+                                      w.attn_proj_bias, n, C, C, {});
         });
-        row("linear c_fc, gelu", L, product(c, 4 * c), [&](int i) {
-            d.linear_gelu_forward(layer(i).gelu, layer(i).fc, layer(i).ln_2, p(i).c_fc_weight,
-                                  p(i).c_fc_bias, rows, C, 4 * C);
+        layer_row("linear c_fc, gelu", 1, product(C, 4 * C), [&](auto& l, auto& w, auto&) {
+            d.linear_gelu_forward(l.gelu, l.fc, l.ln_2, w.c_fc_weight, w.c_fc_bias, n, C, 4 * C);
         });
-        row("linear mlp.c_proj", L, product(4 * c, c), [&](int i) {
-            d.linear_residual_forward(layer(i).x_out, layer(i).x_mid, layer(i).gelu,
-                                      p(i).mlp_proj_weight, p(i).mlp_proj_bias, rows, 4 * C, C, {});
+        layer_row("linear mlp.c_proj", 1, product(4 * C, C), [&](auto& l, auto& w, auto&) {
+            d.linear_residual_forward(l.x_out, l.x_mid, l.gelu, w.mlp_proj_weight, w.mlp_proj_bias,
+                                      n, 4 * C, C, {});
+        });
+    }
+
+    // The head alone: that of an evaluation.
+    void head() {
+        auto& a = model_->a;
+        const int C = config_.n_embd, V = config_.vocab_size;
+        row("head", 1, product(C, V), [&](int) {
+            device_.head_forward(a.losses, a.logits, a.ln_f, model_->w.lm_head, a.targets, rows_, C,
+                                 V);
         });
     }
 
     void backward_layers() {
-        auto& a = model_.a;
-        auto& w = model_.w;
-        auto& g = model_.g;
-        Device& d = model_.device;
-        const int rows = B_ * T_, C = config_.n_embd, L = config_.n_layer, NH = config_.n_head;
-        const int V = config_.vocab_size;
-        const double n = rows, c = C;
-        auto layer = [&](int i) -> auto& { return a.layers[size_t(i)]; };
-        auto p = [&](int i) -> auto& { return w.h[size_t(i)]; };
-        auto dp = [&](int i) -> auto& { return g.h[size_t(i)]; };
-        auto twice = [](Work one) { return Work{2 * one.flops, 2 * one.bytes}; };
-        row("head, both ways", 1, {3 * product(c, V).flops, 3 * product(c, V).bytes}, [&](int) {
-            d.head_forward_backward(a.losses, a.dnarrow, g.lm_head, a.logits, a.ln_f, w.lm_head,
-                                    a.targets, rows, C, V, typename Device::Real(1.0 / rows),
-                                    false);
+        Device& d = device_;
+        auto& a = model_->a;
+        const int n = rows_, C = config_.n_embd, V = config_.vocab_size, NH = config_.n_head,
+                  HS = C / NH;
+        row("head, both ways", 1, product(C, V, 3), [&](int) {
+            d.head_forward_backward(a.losses, a.dnarrow, model_->g.lm_head, a.logits, a.ln_f,
+                                    model_->w.lm_head, a.targets, n, C, V, Real(1.0 / n), false);
         });
-        row("d linear mlp.c_proj", L, twice(product(4 * c, c)), [&](int i) {
-            d.linear_gelu_backward(a.dwide, dp(i).mlp_proj_weight, dp(i).c_fc_bias, a.dx,
-                                   layer(i).gelu, layer(i).fc, p(i).mlp_proj_weight, rows, 4 * C, C,
-                                   false);
+        layer_row("d linear mlp.c_proj", 1, product(4 * C, C, 2), [&](auto& l, auto& w, auto& g) {
+            d.linear_gelu_backward(a.dwide, g.mlp_proj_weight, g.c_fc_bias, a.dx, l.gelu, l.fc,
+                                   w.mlp_proj_weight, n, 4 * C, C, false);
         });
-        row("d linear c_fc", L, twice(product(c, 4 * c)), [&](int i) {
-            d.linear_backward(a.dnarrow, dp(i).c_fc_weight,
-                              static_cast<typename Device::Gradient*>(nullptr), a.dwide,
-                              layer(i).ln_2, p(i).c_fc_weight, rows, C, 4 * C, false);
+        layer_row("d linear c_fc", 1, product(C, 4 * C, 2), [&](auto& l, auto& w, auto& g) {
+            d.linear_backward(a.dnarrow, g.c_fc_weight, kNoBias, a.dwide, l.ln_2, w.c_fc_weight, n,
+                              C, 4 * C, false);
         });
-        row("d layernorm", 2 * L, {0, 4 * kA * n * c}, [&](int i) {
-            auto& l = layer(i / 2);
-            d.layernorm_backward(a.dx, dp(i / 2).ln_1_weight, dp(i / 2).ln_1_bias, a.dx,
-                                 dp(i / 2).mlp_proj_bias, a.dnarrow, a.dx, l.x_mid, l.ln_1_mean,
-                                 l.ln_1_rstd, p(i / 2).ln_1_weight, rows, C, {}, false);
+        layer_row("d layernorm", 2, stream(4), [&](auto& l, auto& w, auto& g) {
+            d.layernorm_backward(a.dx, g.ln_1_weight, g.ln_1_bias, a.dx, g.mlp_proj_bias, a.dnarrow,
+                                 a.dx, l.x_mid, l.ln_1_mean, l.ln_1_rstd, w.ln_1_weight, n, C, {},
+                                 false);
         });
-        row("d linear attn.c_proj", L, twice(product(c, c)), [&](int i) {
-            d.linear_backward(a.dnarrow, dp(i).attn_proj_weight,
-                              static_cast<typename Device::Gradient*>(nullptr), a.dx, layer(i).att,
-                              p(i).attn_proj_weight, rows, C, C, false);
+        layer_row("d linear attn.c_proj", 1, product(C, C, 2), [&](auto& l, auto& w, auto& g) {
+            d.linear_backward(a.dnarrow, g.attn_proj_weight, kNoBias, a.dx, l.att,
+                              w.attn_proj_weight, n, C, C, false);
         });
         // Five products are made: the scores once more, dv, dp, dq, dk.
-        row("d attention", L, {5 * c * (T_ + 1) * n, 8 * kA * n * c}, [&](int i) {
-            d.attention_backward(a.dwide, a.dnarrow, layer(i).att, layer(i).lse, layer(i).qkv, B_,
-                                 T_, NH, C / NH, {});
+        const Work scores = {5.0 * C * (T_ + 1) * n, 8 * kA * n * C, false};
+        layer_row("d attention", 1, scores, [&](auto& l, auto&, auto&) {
+            d.attention_backward(a.dwide, a.dnarrow, l.att, l.lse, l.qkv, B_, T_, NH, HS, {});
         });
-        row("d linear c_attn", L, twice(product(c, 3 * c)), [&](int i) {
-            d.linear_backward(a.dnarrow, dp(i).c_attn_weight, dp(i).c_attn_bias, a.dwide,
-                              layer(i).ln_1, p(i).c_attn_weight, rows, C, 3 * C, false);
+        layer_row("d linear c_attn", 1, product(C, 3 * C, 2), [&](auto& l, auto& w, auto& g) {
+            d.linear_backward(a.dnarrow, g.c_attn_weight, g.c_attn_bias, a.dwide, l.ln_1,
+                              w.c_attn_weight, n, C, 3 * C, false);
         });
-        row("d embed", 1, {0, 3 * kA * n * c},
-            [&](int) { d.embed_backward(g.wte, g.wpe, a.dx, a.inputs, a.order, B_, T_, C, {}); });
+        row("d embed", 1, stream(3), [&](int) {
+            d.embed_backward(model_->g.wte, model_->g.wpe, a.dx, a.inputs, a.order, B_, T_, C, {});
+        });
     }
 
-    void update_layers() {
-        Device& d = model_.device;
-        const size_t size = model_.layout.size;
-        const double n = double(size);
-        row("gradient norm", 1, {0, kG * n},
-            [&](int) { d.gradient_norm(model_.state, model_.grads, size); });
-        // Reads gradients, masters and both moments; writes masters and moments (and working
-        // weights).
-        const double bytes = kG + 6 * kR + (Device::kSeparateMasters ? kW : 0);
-        row("adamw", 1, {0, bytes * n}, [&](int) {
-            d.adamw(model_.weights, model_.masters, model_.m, model_.v, model_.grads, size,
-                    model_.layout.decayed, model_.state, {});
+    void update() {
+        auto& m = *model_;
+        const size_t size = m.layout.size;
+        const double gradient_bytes = sizeof(Gradient) * double(size);
+        row("gradient norm", 1, {0, gradient_bytes},
+            [&](int) { device_.gradient_norm(m.state, m.grads, size); });
+        // Reads gradients, masters and both moments; writes the last three, and working weights.
+        const double others = 6 * kR + (Device::kSeparateMasters ? kW : 0);
+        row("adamw", 1, {0, gradient_bytes + others * double(size)}, [&](int) {
+            device_.adamw(m.weights, m.masters, m.m, m.v, m.grads, size, m.layout.decayed, m.state,
+                          {});
         });
     }
 
     Config config_;
-    int B_, T_;
-    Gpt2<Device> model_;
+    int T_, most_B_, B_ = 0, rows_ = 0;  // rows_: B T
+    std::unique_ptr<Gpt2<Device>> model_;
+    Device& device_;
     Batch batch_;
-    double peak_flops_ = 1, peak_bytes_ = 1, total_ = 0;
+    double peak_bytes_ = 1, total_ = 0;
 };
 
 template <class Device>
 int bench_command(Device device, const Options& o) {
     const Config config = config_for(o, Corpus());
-    const int T = sequence_length(o, config);
-    check_memory(device, config, int(o.batch_size), T, Use::training);
-    Bench<Device>(device, config, int(o.batch_size), T).run();
+    Bench<Device>(device, config, o.batch_size, sequence_length(o, config)).run();
     return 0;
 }
 
-// ---- walk: one tiny batch through one training step, with all its numbers --------------------
+// ---- walk ------------------------------------------------------------------------------------
 // B = 2 rows of T = 4 tokens, C = 8 channels, 2 heads, 2 layers, a vocabulary of 11 words, in
-// double. The comments of §2-8 quote lines of what this prints ("walk>"), and a test holds them to
-// it.
+// double: a step small enough to follow with a pocket calculator. It goes the way of §2-8 (batch,
+// forward, loss, backward, update), and their comments quote lines of what this prints ("walk>"); a
+// test holds them to it. Beside every result stands how to get it by hand.
 
 class Walk {
 public:
-    Walk() : config_{2, 2, 8, 4, 11}, model_(config_) {
+    Walk() : model_({2, 2, kC, kT, kV}) {
         model_.initialise(1);
         // Ten times the usual weights: so small a model would show nothing but zeros.
         for (const TensorInfo& t : model_.layout.tensors)
             for (size_t i = t.offset; t.decays() && i < t.offset + t.count; ++i)
                 model_.weights[i] *= 10;
-        model_.reserve(2, 4, Use::training);
-        batch_.resize(2, 4);
-        for (size_t i = 0; i < 8; ++i)
+        model_.reserve(2, kT, Use::training);
+        batch_.resize(2, kT);
+        for (size_t i = 0; i < kRows; ++i)
             batch_.inputs[i] = kText[i], batch_.targets[i] = kText[i + 1];
-        batch_.scored = 8;
+        batch_.scored = kRows;
         batch_.sort_rows();
         set_batch(model_, batch_);
     }
 
     // The whole walk, as text.
     std::string text() {
-        show_batch(), show_forward(), show_loss(), show_backward(), show_update(), show_dropout(),
-            show_effect();
+        show_batch(), show_forward(), show_loss(), show_backward();
+        show_update(), show_dropout(), show_effect();
         return out_;
     }
 
 private:
-    static constexpr const char* kWords[11] = {"the", "cat", "sat", "on", "mat", "and",
+    static constexpr int kT = 4, kC = 8, kV = 11, kRows = 2 * kT;
+    static constexpr const char* kWords[kV] = {"the", "cat", "sat", "on", "mat", "and",
                                                "dog", "ran", "to",  "a",  "."};
-    static constexpr int kText[9] = {0, 1, 2, 3, 0, 4, 5, 0, 6};
+    static constexpr int kText[kRows + 1] = {0, 1, 2, 3, 0, 4, 5, 0, 6};
 
-    template <class... Args>
-    void print(const char* pattern, Args... args) {
-        if constexpr (sizeof...(args) == 0)
-            out_ += pattern;
-        else
-            out_ += format(pattern, args...);
+    void title(const std::string& text) {
+        out_ += "\n" + text + "\n" + std::string(text.size(), '-') + "\n";
     }
-    void title(const char* text) {
-        print("\n%s\n%s\n", text, std::string(std::strlen(text), '-').c_str());
-    }
-
     // A buffer [rows, columns]: its shape and the beginning of row 0.
-    void show(const char* name, const double* x, int rows, int columns) {
-        print("%-12s [%d, %2d] ", name, rows, columns);
-        for (int i = 0; i < std::min(columns, 6); ++i) print(" %8.4f", x[i]);
-        print(columns > 6 ? " ...\n" : "\n");
+    void show(const char* name, const double* x, int columns, int rows = kRows) {
+        out_ += format("%-12s [%d, %2d] ", name, rows, columns);
+        for (int i = 0; i < std::min(columns, 6); ++i) out_ += format(" %8.4f", x[i]);
+        out_ += columns > 6 ? " ...\n" : "\n";
+    }
+    double loss() {
+        const std::vector<double> losses = batch_losses(model_, batch_);
+        return std::accumulate(losses.begin(), losses.end(), 0.0) / kRows;
     }
 
     void show_batch() {
         title("The batch: two rows of four tokens; the targets are the same text, one later");
-        for (size_t b = 0; b < 2; ++b)
-            for (size_t t = 0; t < 4; ++t) {
-                const int in = batch_.inputs[b * 4 + t], target = batch_.targets[b * 4 + t];
-                print("row %d, t=%d   input %2d %-4s  target %2d %s\n", int(b), int(t), in,
-                      kWords[in], target, kWords[target]);
-            }
+        for (int i = 0; i < kRows; ++i)
+            out_ += format("row %d, t=%d   input %2d %-4s  target %2d %s\n", i / kT, i % kT,
+                           kText[i], kWords[kText[i]], kText[i + 1], kWords[kText[i + 1]]);
     }
 
     void show_forward() {
         title("Forward: shapes, and the first numbers of the first row");
         forward(model_, pass_);
-        show("embedded", model_.a.embedded, 8, 8);
+        const auto& a = model_.a;
+        show("embedded", a.embedded, kC);
         for (int i = 0; i < 2; ++i) {
-            const auto& l = model_.a.layers[size_t(i)];
-            print("layer %d\n", i);
-            show("  ln_1", l.ln_1, 8, 8), show("  qkv", l.qkv, 8, 24), show("  att", l.att, 8, 8);
-            show("  x_mid", l.x_mid, 8, 8), show("  ln_2", l.ln_2, 8, 8), show("  fc", l.fc, 8, 32);
-            show("  gelu", l.gelu, 8, 32), show("  x_out", l.x_out, 8, 8);
+            const auto& l = a.layers[size_t(i)];
+            out_ += format("layer %d\n", i);
+            show("  ln_1", l.ln_1, kC), show("  qkv", l.qkv, 3 * kC), show("  att", l.att, kC);
+            show("  x_mid", l.x_mid, kC), show("  ln_2", l.ln_2, kC), show("  fc", l.fc, 4 * kC);
+            show("  gelu", l.gelu, 4 * kC), show("  x_out", l.x_out, kC);
         }
-        show("ln_f", model_.a.ln_f, 8, 8);
-        print("att of t=0 is its own value, qkv[16..23], since it sees nobody else:\n");
-        show("  v of t=0", model_.a.layers[0].qkv + 16, 1, 8);
+        show("ln_f", a.ln_f, kC);
+        out_ += "att of t=0 is its own value, qkv[16..23], since it sees nobody else:\n";
+        show("  v of t=0", a.layers[0].qkv + 2 * kC, kC, 1);
     }
 
     void show_loss() {
         title("The loss of the first row, by hand");
-        std::vector<double> logits(11);
-        model_.device.head_logits(logits.data(), model_.a.ln_f, model_.w.lm_head, 1, 8, 11);
-        double total = 0;
-        for (int v = 0; v < 11; ++v) total += std::exp(logits[size_t(v)]);
-        print("word      logit   exp(logit)   probability\n");
-        for (size_t v = 0; v < 11; ++v)
-            print("%-5s  %8.4f   %10.4f   %11.4f%s\n", kWords[v], logits[v], std::exp(logits[v]),
-                  std::exp(logits[v]) / total,
-                  int(v) == batch_.targets[0] ? "   <- the target" : "");
-        print("sum of exp %.4f; loss = log(sum) - logit of the target = %.4f - %.4f = %.4f\n",
-              total, std::log(total), logits[1], std::log(total) - logits[1]);
-        const std::vector<double> losses = batch_losses(model_, batch_);
-        print("loss of the batch: the mean of 8 such = %.6f; knowing nothing is log 11 = %.4f\n",
-              std::accumulate(losses.begin(), losses.end(), 0.0) / 8, std::log(11.0));
-    }
-
-    double loss() {
-        const std::vector<double> losses = batch_losses(model_, batch_);
-        return std::accumulate(losses.begin(), losses.end(), 0.0) / 8;
+        // Logits, their softmax, and minus the logarithm of the target's share.
+        double logits[kV], total = 0;
+        model_.device.head_logits(logits, model_.a.ln_f, model_.w.lm_head, 1, kC, kV);
+        for (double logit : logits) total += std::exp(logit);
+        const int target = kText[1];
+        out_ += "word      logit   exp(logit)   probability\n";
+        for (int v = 0; v < kV; ++v)
+            out_ += format("%-5s  %8.4f   %10.4f   %11.4f%s\n", kWords[v], logits[v],
+                           std::exp(logits[v]), std::exp(logits[v]) / total,
+                           v == target ? "   <- the target" : "");
+        out_ +=
+            format("sum of exp %.4f; loss = log(sum) - logit of the target = %.4f - %.4f = %.4f\n",
+                   total, std::log(total), logits[target], std::log(total) - logits[target]);
+        out_ += format(
+            "loss of the batch: the mean of 8 such = %.6f; knowing nothing is log 11 = "
+            "%.4f\n",
+            loss(), std::log(11.0));
     }
 
     void show_backward() {
         title("Backward: gradients, beside (loss(w + h) - loss(w - h)) / 2h with h = 1e-5");
         forward(model_, pass_);
-        backward(model_, pass_, 1.0 / 8, true);
-        print("dlogits of the first row, (p - [target]) / 8:");
-        for (int v = 0; v < 6; ++v) print(" %7.4f", model_.a.logits[v]);
-        print(" ...\n%-26s %12s %12s\n", "tensor, element 0", "backward", "difference");
+        backward(model_, pass_, 1.0 / kRows, true);
+        out_ += "dlogits of the first row, (p - [target]) / 8:";
+        for (int v = 0; v < 6; ++v) out_ += format(" %7.4f", model_.a.logits[v]);
+        out_ += format(" ...\n%-26s %12s %12s\n", "tensor, element 0", "backward", "difference");
         for (const TensorInfo& t : model_.layout.tensors) {
-            if (t.name.compare(0, 4, "h.1.") == 0) continue;  // the second layer is like the first
+            if (t.name.starts_with("h.1.")) continue;  // the second layer is like the first
             double& weight = model_.weights[t.offset];
-            const double kept = weight, h = 1e-5, gradient = model_.grads[t.offset];
-            weight = kept + h;
-            const double above = loss();
-            weight = kept - h;
-            const double below = loss();
+            const double kept = weight, h = 1e-5;
+            // Change one weight by a little, both ways, and look what becomes of the loss.
+            auto loss_with = [&](double w) { return weight = w, loss(); };
+            const double above = loss_with(kept + h), below = loss_with(kept - h);
             weight = kept;
-            print("%-26s %12.8f %12.8f\n", t.name.c_str(), gradient, (above - below) / (2 * h));
+            out_ += format("%-26s %12.8f %12.8f\n", t.name.c_str(), model_.grads[t.offset],
+                           (above - below) / (2 * h));
         }
     }
 
     void show_update() {
         title("The update: clip, then AdamW, of the first weight of wte");
         Cpu<double>& device = model_.device;
+        StepState& state = *model_.state;
         before_ = likeliest();
-        device.begin_step(model_.state, 0.1);
-        model_.state->loss = loss();
-        device.gradient_norm(model_.state, model_.grads, model_.layout.size);
-        device.judge_step(model_.state, {0.5, 0});
-        const double w = model_.weights[0], g = model_.grads[0], clip = model_.state->clip_scale,
-                     lr = 0.1;
-        print("norm of all gradients %.6f; the limit is 0.5, so each is multiplied by %.6f\n",
-              model_.state->grad_norm, clip);
-        const double m = 0.1 * g * clip, v = 0.05 * g * clip * g * clip;
-        print("g  = %.6f * %.6f = %.6f\n", g, clip, g * clip);
-        print("m  = 0.9 * 0 + 0.1 g = %.8f;     m / (1 - 0.9^1)  = %.6f\n", m, m / 0.1);
-        print("v  = 0.95 * 0 + 0.05 g^2 = %.8f; v / (1 - 0.95^1) = %.6f\n", v, v / 0.05);
-        print("w  = %.6f - 0.1 (%.6f / (sqrt(%.6f) + 1e-8) + 0.1 * %.6f) = %.6f\n", w, m / 0.1,
-              v / 0.05, w, w - lr * (m / 0.1 / (std::sqrt(v / 0.05) + 1e-8) + 0.1 * w));
+        // The same calls as in train_step (§8), with a rate of 0.1 and a limit of 0.5.
+        device.begin_step(&state, 0.1);
+        state.loss = loss();
+        device.gradient_norm(&state, model_.grads, model_.layout.size);
+        device.judge_step(&state, {0.5, 0});
+        // By hand, as AdamW's definition has it for the first step: m and v were 0.
+        const double clip = state.clip_scale, w = model_.weights[0], g = model_.grads[0] * clip;
+        const double m = 0.1 * g, v = 0.05 * g * g, m_hat = m / 0.1, v_hat = v / 0.05;
+        out_ +=
+            format("norm of all gradients %.6f; the limit is 0.5, so each is multiplied by %.6f\n",
+                   state.grad_norm, clip);
+        out_ += format("g  = %.6f * %.6f = %.6f\n", model_.grads[0], clip, g);
+        out_ += format("m  = 0.9 * 0 + 0.1 g = %.8f;     m / (1 - 0.9^1)  = %.6f\n", m, m_hat);
+        out_ += format("v  = 0.95 * 0 + 0.05 g^2 = %.8f; v / (1 - 0.95^1) = %.6f\n", v, v_hat);
+        out_ += format("w  = %.6f - 0.1 (%.6f / (sqrt(%.6f) + 1e-8) + 0.1 * %.6f) = %.6f\n", w,
+                       m_hat, v_hat, w, w - 0.1 * (m_hat / (std::sqrt(v_hat) + 1e-8) + 0.1 * w));
         device.adamw(model_.weights, model_.masters, model_.m, model_.v, model_.grads,
-                     model_.layout.size, model_.layout.decayed, model_.state,
-                     {0.9, 0.95, 1e-8, 0.1});
-        print("and the program has %.6f\n", model_.weights[0]);
+                     model_.layout.size, model_.layout.decayed, &state, {0.9, 0.95, 1e-8, 0.1});
+        out_ += format("and the program has %.6f\n", model_.weights[0]);
     }
 
     void show_dropout() {
         title(
             "Dropout 0.5 of the embedding: training zeroes half, doubles half; evaluation does "
             "not");
-        std::vector<double> x(64);
+        double x[kRows * kC];
         for (bool training : {true, false}) {
             const Dropout drop{random_key(1, 2, 3), training ? 0.5f : 0.0f};
-            model_.device.embed_forward(x.data(), model_.a.inputs, model_.w.wte, model_.w.wpe, 2, 4,
-                                        8, 0, drop);
-            show(training ? "training" : "evaluation", x.data(), 8, 8);
+            model_.device.embed_forward(x, model_.a.inputs, model_.w.wte, model_.w.wpe, 2, kT, kC,
+                                        0, drop);
+            show(training ? "training" : "evaluation", x, kC);
         }
     }
 
-    // The five likeliest words after "the cat sat on".
+    // Words after "the cat sat on", the likeliest first.
     std::vector<Candidate> likeliest() {
-        const std::vector<float> logits = next_logits(model_, {0, 1, 2, 3}, 0);
-        std::vector<Candidate> list = candidates(logits, 1, 0, 1);
-        list.resize(5);
-        return list;
+        return candidates(next_logits(model_, {0, 1, 2, 3}, 0), 1, 0, 1);
     }
     void show_effect() {
         title(
             "What the step changed: the likeliest words after \"the cat sat on\" (the text has: "
             "the)");
         const std::vector<Candidate> after = likeliest();
-        print("before            after one step\n");
+        out_ += "before            after one step\n";
         for (size_t i = 0; i < 5; ++i)
-            print("%-5s %.4f      %-5s %.4f\n", kWords[before_[i].token], before_[i].probability,
-                  kWords[after[i].token], after[i].probability);
-        print("loss of the batch before %.6f, after %.6f\n", model_.state->loss, loss());
+            out_ += format("%-5s %.4f      %-5s %.4f\n", kWords[before_[i].token],
+                           before_[i].probability, kWords[after[i].token], after[i].probability);
+        out_ += format("loss of the batch before %.6f, after %.6f\n", model_.state->loss, loss());
     }
 
-    Config config_;
     Gpt2<Cpu<double>> model_;
     Batch batch_;
-    Pass pass_{2, 4};
+    Pass pass_{2, kT};
     std::vector<Candidate> before_;
     std::string out_;
 };
 
-inline int walk_command() {
-    std::printf("%s", Walk().text().c_str());
-    return 0;
-}
+// =================================================================================================
+// §20 main
+// =================================================================================================
+// What a driver needs. train_gpt.cpp is one line of this: its main hands `program` a function that
+// makes a device of the options and gives both to run_command. train_gpt.cu is the other.
 
-// ---- main ------------------------------------------------------------------------------------
-
-// Runs the command on a device.
+// Runs the command on a device; returns the exit status.
 template <class Device>
 int run_command(Device device, const Options& o) {
     switch (o.command) {
@@ -7540,7 +7837,7 @@ int run_command(Device device, const Options& o) {
         case kSample: return sample_command(device, o);
         case kInfo: return info_command(device, o);
         case kBench: return bench_command(device, o);
-        case kWalk: return walk_command();
+        case kWalk: return std::printf("%s", Walk().text().c_str()), 0;
     }
     return 2;
 }
@@ -7561,27 +7858,27 @@ inline void wait_politely(char** argv) {
     ::execv(self, argv);
 }
 
-// Reads the command line, hands the options to `run`, and turns errors into a line and a status.
+// Reads the command line, hands the options to `run`, and turns errors into a line on standard
+// error and an exit status. This is the only place that catches all of them: whatever fails below
+// throws, and destructors put things in order on the way here.
 template <class Run>
 int program(int argc, char** argv, const char* name, Run&& run) {
+    auto failed = [](int status, const std::string& message) {
+        std::fflush(stdout);
+        std::fprintf(stderr, "error: %s\n", message.c_str());
+        return status;
+    };
     try {
         const Options options = parse_options(std::vector<std::string>(argv + 1, argv + argc));
-        if (options.help) {
-            std::printf("%s", help_text(options, name).c_str());
-            return 0;
-        }
-        if (options.threads > 0) omp_set_num_threads(int(options.threads));
+        if (options.help) return std::printf("%s", help_text(options, name).c_str()), 0;
+        if (options.threads > 0) omp_set_num_threads(options.threads);
         return run(options);
     } catch (const Error& e) {
-        std::fflush(stdout);
-        std::fprintf(stderr, "error: %s\n", e.what());
-        return e.status;
+        return failed(e.status, e.what());
     } catch (const std::bad_alloc&) {
-        std::fprintf(stderr, "error: out of memory: choose a smaller --batch-size or --model\n");
-        return 1;
+        return failed(1, "out of memory: choose a smaller --batch-size or --model");
     } catch (const std::exception& e) {  // such as a thread that could not be started
-        std::fprintf(stderr, "error: %s (memory or threads are short)\n", e.what());
-        return 1;
+        return failed(1, std::string(e.what()) + " (memory or threads are short)");
     }
 }
 
@@ -7589,16 +7886,13 @@ int program(int argc, char** argv, const char* name, Run&& run) {
 inline Cpu<float> make_cpu(const Options& o) {
     if (o.precision == "tf32")
         fail_usage(
-            "--precision tf32 is for GPUs (./train_gpt_cu); a CPU has fp32 and, where it has bf16 "
-            "dot "
-            "products, bf16");
+            "--precision tf32 is for GPUs (./train_gpt_cu); a CPU has fp32 and, where it "
+            "has bf16 dot products, bf16");
     Cpu<float> device;
     device.matmul_options.bf16 = o.precision == "bf16";
-    if (device.matmul_options.bf16 && !cpu_has_bf16_dot())
-        fail(
-            "--precision bf16 needs a CPU with bf16 dot products (AVX-512 BF16), and a build for "
-            "it "
-            "(MARCH=native): use --precision fp32");
+    TINYGPT_CHECK(!device.matmul_options.bf16 || cpu_has_bf16_dot(),
+                  "--precision bf16 needs a CPU with bf16 dot products (AVX-512 BF16), and a build "
+                  "for it (MARCH=native): use --precision fp32");
     return device;
 }
 

@@ -1452,6 +1452,8 @@ struct Cuda {
     double peak_flops() const {
         return data_sheet_flops(properties(), kSeparateMasters, context->tf32());
     }
+    double bf16_peak_flops() const { return data_sheet_flops(properties(), true, false); }
+    bool bf16_products() const { return kSeparateMasters; }
     // Measured: the best of a few copies inside the GPU's memory, counting bytes read and written.
     double peak_bandwidth() const {
         const size_t bytes = std::min(size_t(1) << 30, free_memory() / 8);
