@@ -4704,7 +4704,7 @@ TEST_CASE("options: those that change the numbers") {
         CHECK(saved.emplace(name, value).second);
     CHECK(saved["batch-size"] == "3");
     CHECK(saved["schedule"] == "wsd");
-    CHECK(saved["learning-rate"] == "0.003");
+    CHECK(saved["learning-rate"] == "0.002");
     for (const char* name : {"data", "model", "n-layer", "dropout", "seed", "precision", "seq-len",
                              "shuffle", "grad-accum-steps", "max-steps", "beta2", "grad-clip",
                              "patience", "on-nan", "skip-outliers"})
@@ -5497,6 +5497,8 @@ TEST_CASE("run: an outlier is skipped where that is asked for, and stays in the 
                            "--n-embd",          "8",
                            "--n-head",          "2",
                            "--seq-len",         "8",
+                           "--learning-rate",   "3e-3",
+                           "--warmup-steps",    "50",
                            "--batch-size",      "2",
                            "--shuffle",         "0",
                            "--max-steps",       "150",
@@ -5932,11 +5934,13 @@ TEST_CASE("hf: fine-tuning goes on from the very loss that was saved, to its las
         TemporaryFolder scratch;
         write_shard(scratch / "train.bin", counting_text(1, 2000, 40));
         write_shard(scratch / "val.bin", counting_text(2, 333, 40));
-        std::vector<std::string> data = {"--train-shards", scratch / "train.bin",
-                                         "--val-shards",   scratch / "val.bin",
-                                         "--seq-len",      "16",
-                                         "--batch-size",   "4",
-                                         "--eval-batches", "0"};
+        std::vector<std::string> data = {"--train-shards",  scratch / "train.bin",
+                                         "--val-shards",    scratch / "val.bin",
+                                         "--seq-len",       "16",
+                                         "--batch-size",    "4",
+                                         "--eval-batches",  "0",
+                                         "--learning-rate", "3e-3",
+                                         "--warmup-steps",  "50"};
         auto run = [&](const std::string& output, std::vector<std::string> more) {
             more.insert(more.end(), data.begin(), data.end());
             more.insert(more.end(), {"--output", scratch / output});

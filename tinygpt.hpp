@@ -3129,6 +3129,7 @@ inline void append_json_string(std::string& out, std::string_view text) {
 inline std::string in_quotes(std::string_view text) {
     std::string out;
     append_json_string(out, text.substr(0, 60));
+    if (out.size() > 130) out = out.substr(0, 120) + '"';  // much of it cannot be printed
     return text.size() > 60 ? out + "..." : out;
 }
 
