@@ -2833,7 +2833,7 @@ struct FileHandle {
     }
 };
 
-// What is there under that name, a file, a folder or something else, as stat says it; 0 for nothing.
+// What is there under that name (a file, a folder, a device), as stat says it; 0 for nothing.
 inline mode_t mode_of(const std::string& path) {
     struct stat info;
     return ::stat(path.c_str(), &info) == 0 ? info.st_mode : 0;
@@ -3376,7 +3376,7 @@ struct JsonParser {
                                                        : format("byte 0x%02x", uint8_t(c));
         error(at, format("expected %s, found %s", expected, found.c_str()));
     }
-    // Every error of the parser. Why lines are counted only here: a good text pays nothing for them.
+    // Any error. Why lines are counted only here: a good text pays nothing for them.
     [[noreturn]] void error(size_t place, const std::string& message) const {
         const size_t line = 1 + size_t(std::count(text.begin(), text.begin() + place, '\n'));
         fail(where + format(": not valid JSON: line %zu, byte %zu: ", line, place) + message);
@@ -3446,7 +3446,7 @@ inline void Json::write_to(std::string& out, int indent, int depth) const {
 // to another.
 enum CharClass : uint8_t { kOther, kLetter, kNumber, kSpace };
 
-// What Unicode says of a code point: "é" is a letter, "½" a number, "　" (U+3000) white space. The
+// What Unicode says of a code point: "é" is a letter and "½" a number, U+3000 is white space. The
 // table, long and dull, is at the end of this section.
 inline CharClass class_of(uint32_t code);
 
@@ -3486,7 +3486,7 @@ inline size_t leading_letters(const char* text) {
     return size_t(std::countr_zero(others)) / 8;
 }
 
-// Where the run of characters of class `kind` that begins at text[at] ends; at itself where there is
+// Where the run of characters of class `kind` that begins at text[at] ends: at `at` where there is
 // none. If `last` is given, it becomes where the run's last character begins.
 inline size_t run_end(std::string_view text, size_t at, CharClass kind, size_t* last = nullptr) {
     while (kind == kLetter && at + 8 <= text.size()) {
@@ -3889,7 +3889,7 @@ inline std::vector<Tokenizer::Merge> read_merges(const std::string& path,
     return merges;
 }
 
-// Reads both files, under either's names; the error of a folder without them says where to get some.
+// Reads both files, under either's names. Where they are missing, the error says where to get some.
 inline Tokenizer Tokenizer::load(const std::string& folder) {
     const bool ours = file_exists(folder + "/vocab.json") && file_exists(folder + "/merges.txt");
     const bool openai = file_exists(folder + "/encoder.json") && file_exists(folder + "/vocab.bpe");
