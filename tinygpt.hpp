@@ -4100,7 +4100,8 @@ struct f16 {
 // The first of n numbers that is NaN or infinite, or n.
 template <class real>
 size_t first_not_finite(const real* x, size_t n) {
-    auto bad = [x](size_t i) { return !(x[i] - x[i] == 0); };  // infinity - infinity is NaN
+    // x - x is 0 for every number; for NaN and infinity it is NaN, which equals nothing.
+    auto bad = [x](size_t i) { return !(x[i] - x[i] == 0); };
     int any = 0;  // Why two loops: this one has no exit, so it vectorises.
     for (size_t i = 0; i < n; ++i) any |= bad(i);
     size_t i = any ? 0 : n;
@@ -4128,7 +4129,8 @@ struct InputFile {
             fail(path + ": expected a file, found a folder, pipe or device");
         bytes = size_t(info.st_size);
     }
-    // Sets out[count] from the bytes at `offset`.
+    // Sets out[count] from the bytes at `offset`. The system may give fewer bytes than it is asked
+    // for, or none because of a signal: then it is asked again.
     void read_bytes(void* out, size_t count, size_t offset) const {
         for (char* to = static_cast<char*>(out); count > 0;) {
             const ssize_t got = ::pread(file.fd, to, count, off_t(offset));
@@ -4554,7 +4556,8 @@ inline std::string hf_config_text(const Config& model, int64_t end_of_text,
     return json.write(2) + "\n";
 }
 
-// config.json, generation_config.json and the tokenizer's files: what tells others how to use it.
+// All that a folder has beside the weights: config.json, generation_config.json and the tokenizer's
+// files. transformers opens it with them as it opens the public GPT-2.
 inline void write_model_description(const std::string& folder, const Config& config,
                                     const Tokenizer* tokenizer, const std::string& dtype) {
     const int64_t end = tokenizer ? tokenizer->end_of_text() : -1;
@@ -4638,7 +4641,8 @@ inline double number_or(const Json& json, const char* key, double otherwise) {
 }
 
 // The visitor of that list: carries a field into JSON, or out of it. There is a function for each
-// type of field, with both ways side by side, so that what is written is what is read.
+// type of field, with both ways side by side, so that what is written is what is read. A member
+// that is missing, or of another kind, is an error that names it.
 struct FieldCarrier {
     const Json* from = nullptr;  // null: fields go to `to`
     std::string where = {};      // the name of the file that is read, for messages
@@ -4835,8 +4839,8 @@ inline void replace_folder(const std::string& temporary, const std::string& fold
     }
     if (errno != EINVAL && errno != ENOSYS && errno != ENOTSUP)
         fail_file("rename " + temporary + " to", folder, errno);
-    // A file system that cannot: between the two renames only the .old name exists. Should we be
-    // killed there, recover_folders gives it its name back.
+    // A file system that cannot (EINVAL and its like): between the two renames only the .old name
+    // exists. Should we be killed there, recover_folders gives it its name back.
     const std::string old = folder + ".old";
     move_folder(folder, old);
     try {
@@ -4863,6 +4867,7 @@ void save_checkpoint(Gpt2<Device>& model, const std::string& folder, const Token
         write_arrays(temporary + "/model.safetensors", model, false);
         if (with_moments) write_arrays(temporary + "/optimizer.safetensors", model, true);
         write_model_description(temporary, model.config, tokenizer, "float32");
+        // Made from the files as they can be read back, while the model is still in memory.
         Json sums = Json::object();
         for (const std::string& name : list_folder(temporary))
             sums.set(name, file_checksum(temporary + "/" + name));
