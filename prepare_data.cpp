@@ -1301,23 +1301,27 @@ inline LlmcModel read_llmc(const std::string& path) {
 }
 
 // One tensor of the file, which begins at `from`; as [in, out] if it is stored as [out, in].
-inline TensorToWrite llmc_tensor(const TensorInfo& info, const char* from, const std::string& dtype,
-                                 bool transposed) {
-    size_t size = dtype_bytes(dtype), rows = size_t(info.shape[0]), columns = info.count / rows;
-    auto fill = [=](char* out, size_t first, size_t count) {
-        for (size_t i = first; i < first + count; ++i, out += size) {
+inline StoredTensor llmc_tensor(const TensorInfo& info, const char* from, const std::string& dtype,
+                                bool transposed) {
+    size_t rows = size_t(info.shape[0]), columns = info.count / rows;
+    auto element = [=](auto value, size_t i) {
+        std::memcpy(&value, from + i * sizeof value, sizeof value);
+        return float(value);
+    };
+    auto fill = [=](float* out, size_t first, size_t n) {
+        for (size_t i = first; i < first + n; ++i) {
             size_t at = transposed ? (i % columns) * rows + i / columns : i;
-            std::memcpy(out, from + at * size, size);
+            *out++ = dtype == "F32" ? element(float(), at) : element(bf16(), at);
         }
     };
     return {name_in_checkpoint(info.name), dtype, info.shape, fill};
 }
 
 // Every tensor of the file, under Hugging Face's names.
-inline std::vector<TensorToWrite> llmc_tensors(const LlmcModel& model) {
+inline std::vector<StoredTensor> llmc_tensors(const LlmcModel& model) {
     std::map<std::string, TensorInfo> named;
     for (const TensorInfo& info : layout_of(model.config).tensors) named[info.name] = info;
-    std::vector<TensorToWrite> tensors;
+    std::vector<StoredTensor> tensors;
     const char* at = model.bytes.data() + 1024;
     auto take = [&](const std::string& name, bool transposed = false) {
         tensors.push_back(llmc_tensor(named.at(name), at, model.dtype, transposed));

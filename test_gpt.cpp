@@ -3205,13 +3205,21 @@ std::string entry(const std::string& name, const std::string& dtype, const std::
            ",\"data_offsets\":" + offsets + "}";
 }
 
+// An array as a tensor to be written.
+template <class T>
+tinygpt::StoredTensor tensor_to_write(const std::string& name, std::vector<int64_t> shape,
+                                      const T* data, const std::string& dtype) {
+    auto fill = [data](float* out, size_t first, size_t n) { std::copy_n(data + first, n, out); };
+    return {name, dtype, std::move(shape), fill};
+}
+
 const Config tiny_config{2, 2, 8, 4, 11, false, 0.0f};
 
 // Random weights under the names of a checkpoint, changed at will before they are written.
 struct Weights {
     Layout layout;
     std::vector<float> values;
-    std::vector<TensorToWrite> tensors;
+    std::vector<StoredTensor> tensors;
     explicit Weights(const Config& config, bool prefix = true, const char* dtype = "F32")
         : layout(layout_of(config)), values(layout.size) {
         for (const TensorInfo& info : layout.tensors) {
@@ -3225,8 +3233,8 @@ struct Weights {
     void add(const std::string& name, std::vector<int64_t> shape) {
         tensors.push_back(tensor_to_write(name, std::move(shape), values.data(), "F32"));
     }
-    TensorToWrite& at(const std::string& name) {
-        for (TensorToWrite& tensor : tensors)
+    StoredTensor& at(const std::string& name) {
+        for (StoredTensor& tensor : tensors)
             if (tensor.name == name) return tensor;
         throw std::logic_error("no tensor " + name);
     }
@@ -3341,8 +3349,8 @@ TEST_CASE("files: whichever call of a save fails, the old file or the new one is
     files_test::Scratch scratch;
     const std::vector<float> weights(400'000, 1.5f);
     const std::string model = scratch / "model.safetensors";
-    const std::vector<TensorToWrite> tensors = {
-        tensor_to_write("w", {400'000}, weights.data(), "F32")};
+    const std::vector<StoredTensor> tensors = {
+        files_test::tensor_to_write("w", {400'000}, weights.data(), "F32")};
     auto save_text = [&] { write_file(scratch / "f", "the new text"); };
     auto save_model = [&] { write_safetensors(model, tensors); };
     write_safetensors(scratch / "right", tensors);
@@ -3602,34 +3610,40 @@ TEST_CASE("json: no mutation of a text makes the parser do anything but read or 
 TEST_CASE("safetensors: a file is what the format says, byte for byte") {
     using namespace tinygpt;
     files_test::Scratch scratch;
-    const std::vector<float> b = {1.0f, -2.0f}, a = {0.5f, 3.0f, 1.0e-3f};
-    const std::vector<double> d = {0.1};
-    const std::vector<int64_t> n = {-1};
-    const std::vector<TensorToWrite> tensors = {tensor_to_write("h", {3, 1}, a.data(), "BF16"),
-                                                tensor_to_write("b", {2}, b.data(), "F32"),
-                                                tensor_to_write("a", {3}, a.data(), "F32"),
-                                                tensor_to_write("n", {1}, n.data(), "I64"),
-                                                tensor_to_write("d", {}, d.data(), "F64")};
-    std::string sum = write_safetensors(scratch / "f", tensors);
+    const std::vector<float> b = {1.0f, -2.0f}, a = {0.5f, 3.0f, 1.0e-3f}, d = {0.1f};
+    using files_test::tensor_to_write;
+    // Wide types come first, then names decide.
+    const std::vector<StoredTensor> tensors = {tensor_to_write("D", {3, 1}, a.data(), "BF16"),
+                                               tensor_to_write("d", {}, d.data(), "F32"),
+                                               tensor_to_write("b", {2}, b.data(), "F32"),
+                                               tensor_to_write("C", {2}, b.data(), "BF16"),
+                                               tensor_to_write("a", {3}, a.data(), "F32")};
+    write_safetensors(scratch / "f", tensors);
     std::string header = R"({"__metadata__":{"format":"pt"},)"
-                         R"("d":{"dtype":"F64","shape":[],"data_offsets":[0,8]},)"
-                         R"("n":{"dtype":"I64","shape":[1],"data_offsets":[8,16]},)"
-                         R"("a":{"dtype":"F32","shape":[3],"data_offsets":[16,28]},)"
-                         R"("b":{"dtype":"F32","shape":[2],"data_offsets":[28,36]},)"
-                         R"("h":{"dtype":"BF16","shape":[3,1],"data_offsets":[36,42]}})";
+                         R"("a":{"dtype":"F32","shape":[3],"data_offsets":[0,12]},)"
+                         R"("b":{"dtype":"F32","shape":[2],"data_offsets":[12,20]},)"
+                         R"("d":{"dtype":"F32","shape":[],"data_offsets":[20,24]},)"
+                         R"("C":{"dtype":"BF16","shape":[2],"data_offsets":[24,28]},)"
+                         R"("D":{"dtype":"BF16","shape":[3,1],"data_offsets":[28,34]}})";
     header.append((8 - header.size() % 8) % 8, ' ');
     // 1e-3 is 0x3a83126f: to the nearest bf16, 0x3a83.
-    std::string data = files_test::raw(d) + files_test::raw(n) + files_test::raw(a) +
-                       files_test::raw(b) + files_test::raw<uint16_t>({0x3f00, 0x4040, 0x3a83});
+    std::string data = files_test::raw(a) + files_test::raw(b) + files_test::raw(d) +
+                       files_test::raw<uint16_t>({0x3f80, 0xc000, 0x3f00, 0x4040, 0x3a83});
     CHECK(read_file(scratch / "f") == files_test::safetensors_bytes(header, data));
-    CHECK(sum == file_checksum(scratch / "f"));
+    for (const char* dtype : {"F64", "F16", "I64", ""})
+        CHECK(files_test::contains(files_test::error_of([&] {
+                                       const auto w = tensor_to_write("a", {3}, a.data(), dtype);
+                                       write_safetensors(scratch / "g", {w});
+                                   }),
+                                   scratch / "g"));
+    CHECK(list_folder(scratch.folder) == std::vector<std::string>{"f"});
 }
 
 TEST_CASE("safetensors: GPT-2 small has the published size") {
     using namespace tinygpt;
     // 8 + 14,968 + 497,759,232 bytes in F32, 248,894,656 in BF16: 148 tensors, name-sorted.
     for (auto& [dtype, bytes] : {std::pair("F32", size_t(497'774'208)), {"BF16", 248'894'656}}) {
-        std::vector<TensorToWrite> tensors;
+        std::vector<StoredTensor> tensors;
         Layout layout = layout_of({12, 12, 768, 1024, 50257, false, 0.0f});
         for (const TensorInfo& info : layout.tensors)
             tensors.push_back({name_in_checkpoint(info.name), dtype, info.shape, nullptr});
@@ -3649,10 +3663,19 @@ TEST_CASE("safetensors: every type of weight is read exactly, on any number of t
     std::vector<float> narrow(count);
     for (const char* dtype : {"F64", "F32", "BF16"}) {
         CAPTURE(dtype);
-        write_safetensors(scratch / "f",
-                          {tensor_to_write("w", {int64_t(count)}, values.data(), dtype)});
+        const std::vector<float> floats(values.begin(), values.end());
+        const std::vector<bf16> narrow_ones(floats.begin(), floats.end());
+        const std::string data = *dtype == 'B'     ? files_test::raw(narrow_ones)
+                                 : dtype[1] == '3' ? files_test::raw(floats)
+                                                   : files_test::raw(values);
+        const std::string size = std::to_string(count), end = std::to_string(data.size()),
+                          one = files_test::entry("w", dtype, "[" + size + "]", "[0," + end + "]");
+        files_test::put_file(scratch / "f",
+                             files_test::safetensors_bytes("{\"__metadata__\":{\"a\":\"b\"}," +
+                                                               one + "}",
+                                                           data));
         SafetensorsFile file(scratch / "f");
-        CHECK(file.metadata.at(0) == std::pair<std::string, std::string>("format", "pt"));
+        CHECK(file.metadata.get_string("a", "") == "b");
         REQUIRE(file.tensors.size() == 1);
         CHECK(file.find("w") == &file.tensors[0]);
         CHECK(file.find("v") == nullptr);
@@ -3685,11 +3708,11 @@ TEST_CASE("safetensors: every type of weight is read exactly, on any number of t
     const float expected[] = {1, -2, 65504, 0x1p-14f, 0x1p-24f, -0.0f};
     CHECK(std::memcmp(w, expected, sizeof w) == 0);
     for (uint32_t half = 0; half < 0x7c00; half++) {  // in order, and the sign is a sign
-        if (half > 0) REQUIRE(half_to_float(uint16_t(half)) > half_to_float(uint16_t(half - 1)));
-        REQUIRE(half_to_float(uint16_t(half | 0x8000)) == -half_to_float(uint16_t(half)));
+        if (half > 0) REQUIRE(float(f16{uint16_t(half)}) > float(f16{uint16_t(half - 1)}));
+        REQUIRE(float(f16{uint16_t(half | 0x8000)}) == -float(f16{uint16_t(half)}));
     }
-    CHECK(std::isinf(half_to_float(0xfc00)));
-    CHECK(std::isnan(half_to_float(0x7e00)));
+    CHECK(std::isinf(float(f16{0xfc00})));
+    CHECK(std::isnan(float(f16{0x7e00})));
 }
 
 TEST_CASE("safetensors: unusual files that follow the rules are read") {
@@ -3901,6 +3924,7 @@ TEST_CASE("safetensors: no changed byte of a header reads outside the file or is
     using namespace tinygpt;
     files_test::Scratch scratch;
     const std::vector<float> w = {1, 2, 3, 4, 5, 6};
+    using files_test::tensor_to_write;
     write_safetensors(scratch / "f", {tensor_to_write("a", {2, 2}, w.data(), "F32"),
                                       tensor_to_write("b", {2}, w.data(), "F32")});
     const std::string whole = read_file(scratch / "f");
@@ -3960,11 +3984,12 @@ TEST_CASE("safetensors: NaN and infinity are neither read nor written") {
     }
     CHECK(read_it("F32", raw<float>({1, -3.4028235e38f, 1e-45f})) == "");
     files_test::put_file(path, "the old bytes");
-    for (const char* dtype : {"F32", "BF16", "F64"})
-        for (float bad : {nan, -inf}) {
+    for (const char* dtype : {"F32", "BF16"})
+        for (float bad : {nan, -inf, dtype[0] == 'B' ? 3.4e38f : inf}) {  // too large for bf16
             std::vector<float> w(300'000, 1.0f);
             w[299'999] = bad;
-            const TensorToWrite tensor = tensor_to_write("w", {300'000}, w.data(), dtype);
+            const StoredTensor tensor =
+                files_test::tensor_to_write("w", {300'000}, w.data(), dtype);
             std::string message = files_test::error_of([&] { write_safetensors(path, {tensor}); });
             CHECK(files_test::is_refusal(message, path, "NaN or infinity in tensor \"w\""));
             CHECK(read_file(path) == "the old bytes");
@@ -3976,11 +4001,47 @@ TEST_CASE("safetensors: a file that shrinks after it was opened is an error, not
     using namespace tinygpt;
     files_test::Scratch scratch;
     std::vector<float> w(300'000, 1.0f);
-    write_safetensors(scratch / "f", {tensor_to_write("w", {300'000}, w.data(), "F32")});
+    write_safetensors(scratch / "f",
+                      {files_test::tensor_to_write("w", {300'000}, w.data(), "F32")});
     SafetensorsFile file(scratch / "f");
     REQUIRE(::truncate((scratch / "f").c_str(), 1000) == 0);
     std::string message = files_test::error_of([&] { file.read(file.tensors[0], w.data()); });
     CHECK(files_test::is_refusal(message, scratch / "f", "became shorter"));
+}
+
+TEST_CASE("checkpoints: the checksum of a file sees every change, on any number of threads") {
+    using namespace tinygpt;
+    files_test::Scratch scratch;
+    std::set<std::string> seen;
+    size_t tried = 0;
+    auto sum_of = [&](const std::string& bytes) {
+        files_test::put_file(scratch / "f", bytes);
+        tried++;
+        return *seen.insert(file_checksum(scratch / "f")).first;
+    };
+    // Lengths around the pieces', zeros and not; a bit here and there; pieces that change places.
+    for (size_t length : {size_t(0), size_t(1), kPiece - 1, kPiece, kPiece + 1, 7 * kPiece + 3}) {
+        std::string bytes(length, '\0');
+        sum_of(bytes);
+        for (size_t i = 0; i < length; i++) bytes[i] = char(random_bits(3, i));
+        if (length == 0) continue;
+        omp_set_num_threads(3);
+        const std::string sum = sum_of(bytes);
+        omp_set_num_threads(1);
+        CHECK(file_checksum(scratch / "f") == sum);
+        omp_set_num_threads(omp_get_num_procs());
+        for (size_t bit : {size_t(0), 4 * length, 8 * length - 1}) {
+            std::string changed = bytes;
+            changed[bit / 8] = char(changed[bit / 8] ^ (1 << bit % 8));
+            sum_of(changed);
+        }
+        if (length < 2 * kPiece) continue;
+        std::swap_ranges(bytes.begin(), bytes.begin() + kPiece, bytes.begin() + 3 * kPiece);
+        sum_of(bytes);
+    }
+    CHECK(seen.size() == tried);
+    CHECK(files_test::error_of([&] { file_checksum(scratch / "none"); }) ==
+          "cannot read " + (scratch / "none") + ": No such file or directory");
 }
 
 TEST_CASE("checkpoints: every way of naming GPT-2's tensors is understood") {
@@ -5176,6 +5237,21 @@ TEST_CASE("run: a single flipped bit anywhere in a checkpoint is never loaded si
     const Outcome resumed = place.train("out", {"--resume", place.out() + "/best"});
     CHECK(resumed.status == 1);
     CHECK(resumed.says("has no moments"));
+    // Weights that were changed on purpose, and the way to use them that the message names.
+    const std::string weights = read_file(checkpoint + "/model.safetensors");
+    files_test::put_file(checkpoint + "/model.safetensors",
+                         weights.substr(0, weights.size() - 4) + std::string(4, '\0'));
+    CHECK(files_test::contains(files_test::error_of([&] { config_of_folder(checkpoint); }),
+                               "if it was changed on purpose, remove trainer_state.json"));
+    CHECK(!files_test::contains(files_test::error_of([&] { verify_checkpoint(checkpoint); }),
+                                "on purpose"));
+    remove_file(checkpoint + "/trainer_state.json");
+    CHECK(config_of_folder(checkpoint).n_embd == 8);
+    // Hugging Face's trainer writes a file of that name, of any length, without checksums.
+    files_test::put_file(checkpoint + "/trainer_state.json", "{\"epoch\": 1.0, \"log_history\": [" +
+                                                                 std::string(20'000'000, ' ') +
+                                                                 "]}");
+    CHECK(config_of_folder(checkpoint).n_embd == 8);
 }
 
 TEST_CASE(
@@ -5895,8 +5971,7 @@ TEST_CASE("hf: a saved model has all that transformers asks for, for every kind 
         save_model(scratch / "m", {12, 2, 8, 16, V}, tokenizer);
         const SafetensorsFile file(scratch / "m/model.safetensors");
         CHECK(file.tensors.size() == 148);  // two embeddings, 12 a layer, the last norm's two
-        REQUIRE(file.metadata.size() == 1);
-        CHECK(file.metadata[0] == std::pair<std::string, std::string>{"format", "pt"});
+        CHECK(file.metadata.write() == "{\"format\":\"pt\"}");
         CHECK(file.find("transformer.h.11.mlp.c_proj.weight") != nullptr);
         auto json = [&](const char* name) { return Json::parse(read_file(scratch / name), name); };
         const Json config = json("m/config.json"), generation = json("m/generation_config.json");
@@ -6181,41 +6256,75 @@ std::vector<Damage> damaged_tokenizers() {
     };
 }
 
-}  // namespace hf_test
+// A state of ours beside the model; sealed where only what it says is wrong.
+std::vector<Damage> damaged_states() {
+    using F = Files;
+    const char* s = "trainer_state.json";
+    auto sealed = [=](const std::string& body) {
+        return [=](F& f) { f[s] = body + state_seal(body); };
+    };
+    auto spaces = [=](size_t count) { return [=](F& f) { f[s] = std::string(count, ' '); }; };
+    return {
+        {"empty", spaces(0), s, "is damaged"},
+        {"large", spaces(15'000'000), s, "is damaged"},
+        {"too large", spaces(17'000'000), s, "at most 16000000 bytes"},
+        {"deep", sealed("{\"a\":" + repeated("[", 900'000)), s, "more than 8 levels"},
+        {"many values", sealed("{\"a\":[" + repeated("0,", 900'000) + "0]"), s, "more than 100000"},
+        {"no checksums", sealed("{\"step\":1"), s, "\"checksums\" is missing"},
+        {"a file outside", sealed("{\"checksums\":{\"../x\":\"0\"}"), "", "a file outside"},
+        {"no file", sealed("{\"checksums\":{\"x\":\"0\"}"), "/x", "is missing; if it was changed"},
+        {"a number", sealed("{\"checksums\":{\"config.json\":7}"), "config.json", "is damaged"},
+    };
+}
 
-TEST_CASE("hf: a damaged folder is refused at once, in one line that names file and reason") {
-    using namespace hf_test;
-    OneThread one;
+std::vector<Damage> all_damages() {
+    std::vector<Damage> all;
+    for (auto& list :
+         {damaged_configs(), damaged_weights(), damaged_tokenizers(), damaged_states()})
+        all.insert(all.end(), list.begin(), list.end());
+    return all;
+}
+
+// A whole folder in memory, to be damaged.
+Files good_folder() {
     TemporaryFolder scratch;
     const Tokenizer tokenizer = Tokenizer::bytes();
     save_model(scratch / "good", {2, 2, 8, 16, 257}, &tokenizer);
     Files good;
     for (const std::string& name : list_folder(scratch / "good"))
         if (name != "trainer_state.json") good[name] = read_file(scratch / ("good/" + name));
+    return good;
+}
+void write_folder(const std::string& folder, const Files& files) {
+    if (folder_exists(folder)) remove_folder(folder);
+    make_folders(folder);
+    for (auto& [name, bytes] : files.bytes) put_file(folder + "/" + name, bytes);
+}
+
+}  // namespace hf_test
+
+TEST_CASE("hf: a damaged folder is refused at once, in one line that names file and reason") {
+    using namespace hf_test;
+    OneThread one;
+    TemporaryFolder scratch;
+    const Files good = good_folder();
     const std::string folder = scratch / "m";
-    auto write = [&](const Files& files) {
-        if (folder_exists(folder)) remove_folder(folder);
-        make_folders(folder);
-        for (auto& [name, bytes] : files.bytes) put_file(folder + "/" + name, bytes);
-    };
     auto open = [&] {
         const Ran ran = train_gpt({"sample", "--init-from", folder, "--max-new-tokens", "1"});
         CHECK((ran.error.empty() || ran.out.empty()));
         return ran.error;
     };
-    write(good);
+    write_folder(folder, good);
     REQUIRE(open() == "");
 
-    std::vector<Damage> all = damaged_configs();
-    for (auto& list : {damaged_weights(), damaged_tokenizers()})
-        all.insert(all.end(), list.begin(), list.end());
+    const std::vector<Damage> all = all_damages();
     CHECK(all.size() >= 60);
     double slowest = 0, largest = 0;
     for (const Damage& damage : all) {
         Files files = good;
         damage.make(files);
         CHECK(files.bytes != good.bytes);
-        write(files);
+        write_folder(folder, files);
         reset_peak_memory();
         const int64_t memory_before = memory("VmRSS");
         const std::clock_t begin = std::clock();
@@ -6237,6 +6346,78 @@ TEST_CASE("hf: a damaged folder is refused at once, in one line that names file 
     CHECK(slowest < 0.1);
     CHECK(largest < 64e6);
 #endif
+}
+
+// `make damaged`: the same folders, each opened by a program of its own, as a user would. Skipped
+// in `make test`, where the machine may be busy: it is about time and memory.
+TEST_CASE("damaged: ./train_gpt refuses each folder in 0.1 s and 64 MB" * doctest::skip()) {
+    using namespace hf_test;
+    OneThread one;
+    const char* program = std::getenv("TRAIN_GPT");
+    REQUIRE(program != nullptr);
+    TemporaryFolder scratch;
+    const std::string folder = scratch / "m";
+    // How one of them ended. They are started by a process that stays small, made before this one
+    // grows: the peak of a program counts from what its parent had.
+    struct Ended {
+        int status;
+        double ms, megabytes;
+    };
+    int ask[2], answer[2];
+    REQUIRE((::pipe(ask) == 0 && ::pipe(answer) == 0));
+    const pid_t starter = ::fork();
+    if (starter == 0) {
+        ::close(ask[1]);
+        for (char go; ::read(ask[0], &go, 1) == 1;) {
+            const double begin = now_seconds();
+            const pid_t child = ::fork();
+            if (child == 0) {
+                ::dup2(::open((scratch / "says").c_str(), O_CREAT | O_TRUNC | O_WRONLY, 0600), 2);
+                ::dup2(2, 1);
+                ::execl(program, "train_gpt", "sample", "--init-from", folder.c_str(), nullptr);
+                ::_exit(127);
+            }
+            int status = 0;
+            rusage used{};
+            ::wait4(child, &status, 0, &used);
+            const Ended ended = {WIFEXITED(status) ? WEXITSTATUS(status) : -1,
+                                 1e3 * (now_seconds() - begin), double(used.ru_maxrss) / 1024};
+            if (::write(answer[1], &ended, sizeof ended) != sizeof ended) break;
+        }
+        ::_exit(0);
+    }
+    auto open = [&] {
+        Ended ended{};
+        REQUIRE(::write(ask[1], "x", 1) == 1);
+        REQUIRE(::read(answer[0], &ended, sizeof ended) == sizeof ended);
+        return ended;
+    };
+    const Ended none = open();
+    std::printf("%-40s %9s %9s\n%-40s %9.1f %9.1f\n", "", "ms", "MB", "no such folder", none.ms,
+                none.megabytes);
+    double slowest = 0, largest = 0;
+    const Files good = good_folder();
+    for (const Damage& damage : all_damages()) {
+        Files files = good;
+        damage.make(files);
+        write_folder(folder, files);
+        std::vector<Ended> tries;
+        for (int i = 0; i < 5; ++i) tries.push_back(open());
+        std::sort(tries.begin(), tries.end(), [](auto& a, auto& b) { return a.ms < b.ms; });
+        const Ended& e = tries[2];
+        const std::string says = read_file(scratch / "says");
+        std::printf("%-18s %-21s %9.1f %9.1f\n", damage.file, damage.what, e.ms, e.megabytes);
+        slowest = std::max(slowest, e.ms), largest = std::max(largest, e.megabytes);
+        CAPTURE(says);
+        CHECK(e.status == 1);
+        CHECK(contains(says, damage.reason));
+        CHECK(std::count(says.begin(), says.end(), '\n') == 1);
+    }
+    std::printf("%-40s %9.1f %9.1f\n", "the worst", slowest, largest);
+    CHECK(slowest < 100);
+    CHECK(largest < 64);
+    ::close(ask[1]);
+    ::waitpid(starter, nullptr, 0);
 }
 
 TEST_CASE("hf: data of another tokenizer is refused, saying which is which") {

@@ -3043,16 +3043,6 @@ public:
     }
 };
 
-// The checksum of a file, read a piece at a time: it may be larger than memory.
-inline std::string file_checksum(const std::string& path) {
-    const FileHandle file = open_to_read(path);
-    std::vector<char> piece(size_t(1) << 18);
-    Checksum sum;
-    while (const size_t got = read_some(file, path, piece.data(), piece.size()))
-        sum.add(piece.data(), got);
-    return sum.hex();
-}
-
 // ---- Characters in UTF-8 -----------------------------------------------------------------------
 // Text is bytes, and UTF-8 says which of them make a character. Its number in Unicode, the code
 // point, is spread over one to four bytes (the x are its bits):
@@ -3979,9 +3969,12 @@ inline CharClass class_of(uint32_t code) {
 }
 
 // =================================================================================================
-// §11 Hugging Face in, Hugging Face out: safetensors files and config.json
+// §13 Hugging Face in, Hugging Face out: safetensors files and config.json
 // =================================================================================================
-// A safetensors file is
+// The model reads and writes text; what is left is to keep it. A trained model is worth what other
+// tools can do with it, so on disk it is a folder as Hugging Face's transformers writes it:
+// model.safetensors has the weights, config.json says which model they are of, and the tokenizer's
+// files stand beside them. No conversion, either way. A safetensors file is
 //
 //     8 bytes        N, the length of the header, little-endian
 //     N bytes        JSON, {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...},
@@ -3989,94 +3982,138 @@ inline CharClass class_of(uint32_t code) {
 //     the rest       the tensors' bytes, in C order, at those offsets: each byte belongs to one
 //                    tensor, none is left over
 //
-// The reader checks all of that before it allocates anything of a size the file names: a damaged or
-// hostile file is refused with one line.
+// Files come from the internet, and copies are cut short. So the reader checks every rule above
+// before it allocates anything of a size that the file names, and all weights for NaN: a damaged or
+// hostile file is refused with one line that names it and the rule.
+static_assert(std::endian::native == std::endian::little, "files hold numbers as memory does");
 
-// ---- The types of elements ------------------------------------------------------------------
+// ---- Types of elements --------------------------------------------------------------------------
 
-// Bytes of an element; 0 for a type that is not of the format (or not of whole bytes).
+// The header gives the type of a tensor's elements by name. Four kinds of numbers can be weights;
+// of all the others only the size matters, to check that the tensors fill the file.
+
+// Bytes of an element of that type; 0 for a type that is not of the format (or not of whole bytes).
 inline size_t dtype_bytes(std::string_view dtype) {
-    static constexpr std::string_view of_size[] = {"|BOOL|U8|I8|F8_E4M3|F8_E5M2|F8_E8M0|",
-                                                   "|I16|U16|F16|BF16|", "|I32|U32|F32|",
-                                                   "|I64|U64|F64|C64|"};
-    const std::string wanted = format("|%.*s|", int(dtype.size()), dtype.data());
-    if (dtype.find('|') != std::string_view::npos) return 0;
-    for (size_t log = 0; log < 4; log++)
-        if (of_size[log].find(wanted) != std::string_view::npos) return size_t(1) << log;
+    static constexpr std::pair<std::string_view, size_t> sizes[] =
+        {{"F64", 8}, {"F32", 4},  {"F16", 2},     {"BF16", 2},    {"I64", 8},    {"U64", 8},
+         {"C64", 8}, {"I32", 4},  {"U32", 4},     {"I16", 2},     {"U16", 2},    {"I8", 1},
+         {"U8", 1},  {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"F8_E8M0", 1}};
+    for (auto& [name, bytes] : sizes)
+        if (name == dtype) return bytes;
     return 0;
 }
 
-// IEEE half precision to float, exactly. One sign bit, five of exponent, ten of significand.
-inline float half_to_float(uint16_t half) {
-    uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7fff, bits;
-    if (rest < 0x400) {  // zero or subnormal: a multiple of 2^-24
-        float value = float(rest) * 0x1p-24f;
-        return sign ? -value : value;
+// IEEE half precision: one bit of sign, five of exponent, ten of significand. It is only read.
+struct f16 {
+    uint16_t bits;
+    // Exact. A float's exponent is biased by 127, a half's by 15: moved to their places in a float,
+    // the bits mean 2^-112 times the value. (So they do for the smallest ones, without an implicit
+    // 1.) The largest exponent stands for infinity and NaN, here as there.
+    explicit operator float() const {
+        const uint32_t moved = uint32_t(bits & 0x7fff) << 13;
+        float value = std::bit_cast<float>(moved) * 0x1p112f;
+        if ((bits & 0x7c00) == 0x7c00) value = std::bit_cast<float>(moved | 0x7f800000);
+        return bits & 0x8000 ? -value : value;
     }
-    bits = rest >= 0x7c00 ? 0x7f800000 | (rest & 0x3ff) << 13 : (rest << 13) + (112u << 23);
-    bits |= sign;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
+};
 
-// The first element whose exponent bits are all set (infinity, NaN), or count.
-// Why two loops: the first has no exit, so it vectorises.
-template <class Bits>
-inline size_t first_with_exponent(const void* data, size_t count, Bits exponent) {
-    const char* bytes = static_cast<const char*>(data);
-    auto bad = [&](size_t i) {
-        Bits bits;
-        std::memcpy(&bits, bytes + i * sizeof bits, sizeof bits);
-        return (bits & exponent) == exponent;
-    };
-    Bits any = 0;
-    for (size_t i = 0; i < count; i++) any |= Bits(bad(i));
-    if (!any) return count;
-    size_t i = 0;
-    while (!bad(i)) i++;
+// The first of n numbers that is NaN or infinite, or n.
+template <class real>
+size_t first_not_finite(const real* x, size_t n) {
+    // x - x is 0 for every number; for NaN and infinity it is NaN, which equals nothing.
+    auto bad = [x](size_t i) { return !(x[i] - x[i] == 0); };
+    int any = 0;  // Why two loops: this one has no exit, so it vectorises.
+    for (size_t i = 0; i < n; ++i) any |= bad(i);
+    size_t i = any ? 0 : n;
+    while (i < n && !bad(i)) ++i;
     return i;
 }
-// The first element of this type that is NaN or infinite, or count.
-inline size_t first_not_finite(const void* data, size_t count, std::string_view dtype) {
-    if (dtype == "F64") return first_with_exponent<uint64_t>(data, count, 0x7ff0000000000000ull);
-    if (dtype == "F32") return first_with_exponent<uint32_t>(data, count, 0x7f800000u);
-    if (dtype == "BF16") return first_with_exponent<uint16_t>(data, count, uint16_t(0x7f80));
-    if (dtype == "F16") return first_with_exponent<uint16_t>(data, count, uint16_t(0x7c00));
-    return count;
+
+// ---- Reading ------------------------------------------------------------------------------------
+// Opening a file reads its header, a few thousand bytes, and then knows where every tensor lies.
+// The weights follow one tensor at a time, straight to where the model keeps them: a model of any
+// size takes its memory once.
+
+// A file of known length, of which several threads read different parts at once.
+struct InputFile {
+    std::string path;
+    FileHandle file;
+    size_t bytes = 0;
+
+    // Why O_NONBLOCK: opening a pipe would wait until somebody writes to it.
+    explicit InputFile(const std::string& path)
+        : path(path), file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
+        struct stat info;
+        if (file.fd < 0 || ::fstat(file.fd, &info) != 0) fail_file("read", path, errno);
+        if (!S_ISREG(info.st_mode))
+            fail(path + ": expected a file, found a folder, pipe or device");
+        bytes = size_t(info.st_size);
+    }
+    // Sets out[count] from the bytes at `offset`. The system may give fewer bytes than it is asked
+    // for, or none because of a signal: then it is asked again.
+    void read_bytes(void* out, size_t count, size_t offset) const {
+        for (char* to = static_cast<char*>(out); count > 0;) {
+            const ssize_t got = ::pread(file.fd, to, count, off_t(offset));
+            if (got < 0 && errno == EINTR) continue;
+            if (got < 0) fail_file("read", path, errno);
+            if (got == 0) fail(path + ": the file became shorter while it was read");
+            to += got, offset += size_t(got), count -= size_t(got);
+        }
+    }
+};
+
+// Large files are read a piece at a time, so that all threads have work and a piece is still in the
+// cache when it is looked at again. Cuts [0, count), of elements or bytes, into pieces of kPiece
+// and calls use(first, n) for each of them.
+// Careful: no exception may leave a parallel loop. Each is caught there, and the one of the first
+// piece that failed is thrown behind the loop: the message is the same on any number of threads.
+constexpr size_t kPiece = size_t(1) << 16;
+template <class Use>
+void for_each_piece(size_t count, Use&& use) {
+    std::vector<std::exception_ptr> errors((count + kPiece - 1) / kPiece);
+#pragma omp parallel for schedule(dynamic) if (errors.size() > 4)
+    for (size_t i = 0; i < errors.size(); ++i) {
+        try {
+            use(i * kPiece, std::min(kPiece, count - i * kPiece));
+        } catch (...) {
+            errors[i] = std::current_exception();
+        }
+    }
+    for (const std::exception_ptr& error : errors)
+        if (error) std::rethrow_exception(error);
 }
+
+// A tensor of a file, by its name. One that was found in a file has the bytes [begin, end) of it.
+// One to be written has fill(out, first, n), which sets out[n] to the elements from `first` on. Why
+// a function: they may come from an array, or a piece at a time from a GPU.
+struct StoredTensor {
+    std::string name, dtype;
+    std::vector<int64_t> shape;
+    std::function<void(float* out, size_t first, size_t n)> fill = nullptr;
+    size_t begin = 0, end = 0;
+    size_t count() const {
+        return std::accumulate(shape.begin(), shape.end(), size_t(1), std::multiplies<size_t>());
+    }
+};
 
 // A shape for messages, never long.
 inline std::string shape_text(const std::vector<int64_t>& shape) {
     std::string out = "[";
-    for (size_t i = 0; i < shape.size() && i < 8; i++)
+    for (size_t i = 0; i < shape.size() && i < 8; ++i)
         out += (i ? ", " : "") + std::to_string(shape[i]);
     return out + (shape.size() > 8 ? ", ...]" : "]");
 }
 
-// ---- Reading --------------------------------------------------------------------------------
-
-// A tensor as the header describes it; its bytes are [begin, end) of the file.
-struct StoredTensor {
-    std::string name, dtype;
-    std::vector<int64_t> shape;
-    uint64_t begin, end;
-    size_t count() const { return size_t(end - begin) / dtype_bytes(dtype); }
-};
-
-class SafetensorsFile {
+// A safetensors file that follows the rules. To open it is to check them; the weights themselves
+// are read later, a tensor at a time, to where they are wanted.
+class SafetensorsFile : public InputFile {
 public:
-    const std::string path;
-    std::vector<StoredTensor> tensors;                          // in the order of their bytes
-    std::vector<std::pair<std::string, std::string>> metadata;  // "__metadata__"
+    std::vector<StoredTensor> tensors;  // in the order of their bytes
+    Json metadata;                      // "__metadata__", where there is one
 
     // Opens the file and checks the whole header against the file's size.
-    explicit SafetensorsFile(const std::string& path)
-        : path(path), file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
-        struct stat info;
-        if (file.fd < 0 || ::fstat(file.fd, &info) != 0) fail_file("read", path, errno);
-        if (!S_ISREG(info.st_mode)) refuse("expected a file, found a folder, pipe or device");
-        parse_header(read_header(uint64_t(info.st_size)), uint64_t(info.st_size));
+    explicit SafetensorsFile(const std::string& path) : InputFile(path) {
+        parse_header(read_header());
     }
 
     // The tensor of that name, or null.
@@ -4086,349 +4123,268 @@ public:
         return nullptr;
     }
 
-    // Sets out[tensor.count()] (real: float or double) from F64, F32, F16 or BF16. Straight into
-    // place where the types are the same; otherwise through a buffer that stays in the cache.
-    // Refuses NaN, infinities, and what is too large for `real`.
+    // Sets out[tensor.count()] (real: float or double) from any type that weights may have. Refuses
+    // NaN, infinities, and what is too large for `real`.
     template <class real>
     void read(const StoredTensor& tensor, real* out) const {
-        const std::string& dtype = tensor.dtype;
-        bool float_in = dtype == "F64" || dtype == "F32" || dtype == "F16" || dtype == "BF16";
-        if (!float_in) refuse(tensor, "expected type F32, BF16, F16 or F64, found " + dtype);
-        const int64_t count = int64_t(tensor.count()), step = 1 << 17;
-        int error = 0;
-        int64_t bad = count;
-        // Why threads: half of the time goes into first touching the memory of `out`.
-#pragma omp parallel for schedule(dynamic) reduction(min    \
-                                                     : bad) \
-    reduction(max                                           \
-              : error) if (count > 4 * step)
-        for (int64_t first = 0; first < count; first += step) {
-            size_t some = size_t(std::min(step, count - first));
-            int code = read_piece(tensor, out + first, size_t(first), some);
-            error = std::max(error, code);
-            size_t wrong = code ? some : first_not_finite(out + first, some, dtype_of<real>());
-            if (wrong < some) bad = std::min(bad, first + int64_t(wrong));
-        }
-        if (error != 0) refuse_read(error);
-        if (bad < count) {
-            const char* what = std::isnan(out[bad]) ? "NaN" : "infinity";
-            refuse(format("%s in tensor %s, element %lld: these weights are broken", what,
-                          in_quotes(tensor.name).c_str(), static_cast<long long>(bad)));
-        }
+        if (tensor.dtype == "F64") return read_as<double>(tensor, out);
+        if (tensor.dtype == "F32") return read_as<float>(tensor, out);
+        if (tensor.dtype == "F16") return read_as<f16>(tensor, out);
+        if (tensor.dtype == "BF16") return read_as<bf16>(tensor, out);
+        require(false, tensor, "expected type F32, BF16, F16 or F64, found " + tensor.dtype);
     }
 
-    [[noreturn]] void refuse(const std::string& reason) const { fail(path + ": " + reason); }
-    [[noreturn]] void refuse(const StoredTensor& tensor, const std::string& reason) const {
-        refuse("tensor " + in_quotes(tensor.name) + ": " + reason);
+    // A rule of the file, or of one tensor in it, and what to say where it is broken.
+    void require(bool rule, const std::string& reason) const {
+        if (!rule) fail(path + ": " + reason);
+    }
+    void require(bool rule, const StoredTensor& tensor, const std::string& reason) const {
+        if (!rule) fail(path + ": tensor " + in_quotes(tensor.name) + ": " + reason);
     }
 
 private:
-    FileHandle file;
-    static constexpr int end_of_file = 1 << 30;  // no errno is that large
-
-    template <class real>
-    static constexpr const char* dtype_of() {
-        static_assert(std::is_same_v<real, float> || std::is_same_v<real, double>);
-        return std::is_same_v<real, float> ? "F32" : "F64";
-    }
-
-    // Reads `bytes` at `offset`. Returns 0, an errno, or end_of_file.
-    int read_at(void* out, size_t bytes, uint64_t offset) const {
-        char* to = static_cast<char*>(out);
-        while (bytes > 0) {
-            ssize_t got = ::pread(file.fd, to, bytes, off_t(offset));
-            if (got < 0 && errno == EINTR) continue;
-            if (got <= 0) return got < 0 ? errno : end_of_file;
-            to += got, offset += uint64_t(got), bytes -= size_t(got);
-        }
-        return 0;
-    }
-
-    [[noreturn]] void refuse_read(int code) const {
-        if (code == end_of_file) refuse("the file became shorter while it was read");
-        fail_file("read", path, code);
-    }
-
-    // Elements [first, first + count) of a tensor, converted. Returns as read_at.
-    template <class real>
-    int read_piece(const StoredTensor& tensor, real* out, size_t first, size_t count) const {
-        size_t size = dtype_bytes(tensor.dtype);
-        uint64_t offset = tensor.begin + uint64_t(first) * size;
-        if (tensor.dtype == dtype_of<real>()) return read_at(out, count * size, offset);
-        char buffer[1 << 13];
-        for (size_t done = 0; done < count;) {
-            size_t some = std::min(count - done, sizeof buffer / size);
-            if (int error = read_at(buffer, some * size, offset + done * size)) return error;
-            convert(out + done, buffer, some, tensor.dtype);
-            done += some;
-        }
-        return 0;
-    }
-    // out[i] = in[i], from the type of the file.
-    template <class real>
-    static void convert(real* out, const char* in, size_t count, const std::string& dtype) {
-        auto each = [&](auto stored, auto meaning) {
-            for (size_t i = 0; i < count; i++) {
-                std::memcpy(&stored, in + i * sizeof stored, sizeof stored);
-                out[i] = real(meaning(stored));
+    // Reads straight into place where the types are the same, otherwise through a piece that stays
+    // in the cache: at no time is there a second copy of the tensor. Why all threads: half of the
+    // time goes into first touching the memory of `out`.
+    template <class Stored, class real>
+    void read_as(const StoredTensor& tensor, real* out) const {
+        for_each_piece(tensor.count(), [&](size_t first, size_t n) {
+            const size_t offset = tensor.begin + first * sizeof(Stored);
+            if constexpr (std::is_same_v<Stored, real>) {
+                read_bytes(out + first, n * sizeof(Stored), offset);
+            } else {
+                Stored piece[kPiece];
+                read_bytes(piece, n * sizeof(Stored), offset);
+                for (size_t i = 0; i < n; ++i) out[first + i] = real(float(piece[i]));
             }
-        };
-        if (dtype == "F64") each(double(), [](double x) { return x; });
-        if (dtype == "F32") each(float(), [](float x) { return x; });
-        if (dtype == "F16") each(uint16_t(), [](uint16_t x) { return half_to_float(x); });
-        if (dtype == "BF16") each(bf16(), [](bf16 x) { return float(x); });
+            const size_t bad = first + first_not_finite(out + first, n);
+            if (bad < first + n)
+                fail(format("%s: %s in tensor %s, element %zu: these weights are broken",
+                            path.c_str(), std::isnan(out[bad]) ? "NaN" : "infinity",
+                            in_quotes(tensor.name).c_str(), bad));
+        });
     }
 
-    // Returns the JSON of the header, padding included. Every length is checked before it is used.
-    std::string read_header(uint64_t file_bytes) const {
-        uint8_t length[8];
-        if (file_bytes < 8)
-            refuse(format("a safetensors file has at least 10 bytes, found %d", int(file_bytes)));
-        if (int code = read_at(length, 8, 0)) refuse_read(code);
-        uint64_t N = 0;
-        for (int i = 7; i >= 0; i--) N = N << 8 | length[i];
-        auto number = [](uint64_t n) { return std::to_string(n); };
-        if (N > 100'000'000)
-            refuse("header of " + number(N) +
-                   " bytes: the format allows 100000000; is this a "
-                   "safetensors file?");
-        if (N > file_bytes - 8)
-            refuse("header of " + number(N) + " bytes in a file of " + number(file_bytes) +
-                   ": cut short; fetch or copy it again");
+    // Returns the JSON of the header, the spaces at its end included. Every length is checked
+    // before it is used.
+    std::string read_header() const {
+        size_t N = 0;
+        require(bytes >= 8,
+                "a safetensors file has at least 10 bytes, found " + std::to_string(bytes));
+        read_bytes(&N, 8, 0);
+        const std::string found = "header of " + std::to_string(N) + " bytes";
+        require(N <= 100'000'000,
+                found + ": the format allows 100000000; is this a safetensors file?");
+        require(N <= bytes - 8, found + " in a file of " + std::to_string(bytes) +
+                                    ": cut short; fetch or copy it again");
         // Why: a header of GPT-2 has about 110 bytes a tensor; parsing 100 MB would take seconds.
-        if (N > 4'000'000)
-            refuse("header of " + number(N) + " bytes: a GPT-2 needs less than 4000000");
-        std::string header(size_t(N), '\0');
-        if (int code = read_at(header.data(), header.size(), 8)) refuse_read(code);
-        if (header.empty() || header[0] != '{') refuse("the header must begin with '{'");
-        size_t last = header.find_last_not_of(' ');
-        if (header[last] != '}') refuse("the header must end with '}', then only spaces");
+        require(N <= 4'000'000, found + ": a GPT-2 needs less than 4000000");
+        std::string header(N, '\0');
+        read_bytes(header.data(), N, 8);
+        require(header.starts_with('{'), "the header must begin with '{'");
+        require(header[header.find_last_not_of(' ')] == '}',
+                "the header must end with '}', then only spaces");
         return header;
     }
 
     // Sets tensors and metadata, with all the rules that concern the file as a whole.
-    void parse_header(const std::string& header, uint64_t file_bytes) {
-        const uint64_t data = 8 + header.size();
+    void parse_header(const std::string& header) {
         // Why 40000 values: 300 layers need fewer, and a hostile header is refused in little time.
-        Json json = Json::parse(header, path + ": header", {.depth = 8, .values = 40'000});
-        for (auto& [name, value] : json.members) {
-            if (name == "__metadata__")
-                parse_metadata(value);
-            else
+        const Json json = Json::parse(header, path + ": header", {.depth = 8, .values = 40'000});
+        for (auto& [name, value] : json.members)
+            if (name != "__metadata__")
                 tensors.push_back(parse_tensor(name, value));
-        }
-        // Every byte of the data belongs to exactly one tensor.
+            else
+                require((metadata = value).is_object(), "__metadata__ must be an object");
+        for (auto& [key, text] : metadata.members)
+            require(text.is_string(), "__metadata__ " + in_quotes(key) + " must be a string");
+        // Every byte of the data belongs to exactly one tensor: in the order of their bytes, each
+        // begins where the one before it ends, and the last ends with the file.
         std::stable_sort(tensors.begin(), tensors.end(), [](auto& a, auto& b) {
             return std::pair(a.begin, a.end) < std::pair(b.begin, b.end);
         });
-        uint64_t at = 0;
+        const size_t data = 8 + header.size();
+        size_t at = 0;
         for (StoredTensor& tensor : tensors) {
-            if (tensor.begin != at)
-                refuse(tensor, "its bytes begin at " + std::to_string(tensor.begin) +
-                                   ", the tensor before it ends at " + std::to_string(at) +
-                                   (tensor.begin < at ? ": overlap" : ": hole"));
+            require(tensor.begin == at, tensor,
+                    format("its bytes begin at %zu, the tensor before it ends at %zu: %s",
+                           tensor.begin, at, tensor.begin < at ? "overlap" : "hole"));
             at = tensor.end;
             tensor.begin += data, tensor.end += data;
         }
-        if (data + at != file_bytes)
-            refuse("the header describes " + std::to_string(data + at) + " bytes, the file has " +
-                   std::to_string(file_bytes) + ": it is cut short or too long; fetch it again");
+        require(data + at == bytes, format("the header describes %zu bytes, the file has %zu: it "
+                                           "is cut short or too long; fetch it again",
+                                           data + at, bytes));
     }
-    void parse_metadata(const Json& value) {
-        if (!value.is_object()) refuse("__metadata__ must be an object");
-        for (auto& [key, text] : value.members) {
-            if (!text.is_string()) refuse("__metadata__ " + in_quotes(key) + " must be a string");
-            metadata.emplace_back(key, text.text);
-        }
-    }
-    // One member of the header; the offsets are still relative to the data.
+    // One member of the header, such as
+    //     "h.0.ln_1.bias": {"dtype": "F32", "shape": [768], "data_offsets": [0, 3072]}
+    // where 768 elements of 4 bytes must make 3072 bytes. begin and end still count from the data.
     StoredTensor parse_tensor(const std::string& name, const Json& value) const {
+        StoredTensor tensor{name, "", {}};
         const std::string where = path + ": tensor " + in_quotes(name);
-        if (!value.is_object()) fail(where + ": must be an object");
+        auto rule = [&](bool kept, const std::string& reason) { require(kept, tensor, reason); };
+        rule(value.is_object(), "must be an object");
         for (auto& [key, part] : value.members)
-            if (key != "dtype" && key != "shape" && key != "data_offsets")
-                fail(where + ": unknown key " + in_quotes(key));
-        StoredTensor tensor;
-        tensor.name = name;
+            rule(key == "dtype" || key == "shape" || key == "data_offsets",
+                 "unknown key " + in_quotes(key));
         tensor.dtype = value.get_string("dtype", where);
-        uint64_t bytes = dtype_bytes(tensor.dtype);
-        if (bytes == 0) fail(where + ": unknown dtype " + in_quotes(tensor.dtype));
-        for (const Json& item : value.get("shape", Json::Kind::array, where).items)
-            tensor.shape.push_back(parse_size(item, "shape", where));
+        size_t size = dtype_bytes(tensor.dtype);
+        rule(size > 0, "unknown dtype " + in_quotes(tensor.dtype));
         // Careful: a product that wraps around to a small number is the classic way in.
-        for (int64_t n : tensor.shape)
-            if (__builtin_mul_overflow(bytes, uint64_t(n), &bytes))
-                fail(where + ": shape " + shape_text(tensor.shape) + " overflows 64 bits");
-        auto& offsets = value.get("data_offsets", Json::Kind::array, where).items;
-        if (offsets.size() != 2) fail(where + ": data_offsets must be two integers");
-        tensor.begin = uint64_t(parse_size(offsets[0], "data_offsets", where));
-        tensor.end = uint64_t(parse_size(offsets[1], "data_offsets", where));
-        if (tensor.begin > tensor.end) fail(where + ": data_offsets end before they begin");
-        if (tensor.end - tensor.begin != bytes)
-            fail(where + ": shape " + shape_text(tensor.shape) + " of " + tensor.dtype + " takes " +
-                 std::to_string(bytes) + " bytes, data_offsets say " +
-                 std::to_string(tensor.end - tensor.begin));
+        tensor.shape = parse_sizes(value, "shape", where);
+        bool wraps = false;
+        for (int64_t n : tensor.shape) wraps |= __builtin_mul_overflow(size, size_t(n), &size);
+        const std::string shape = "shape " + shape_text(tensor.shape);
+        rule(!wraps, shape + " overflows 64 bits");
+        const std::vector<int64_t> offsets = parse_sizes(value, "data_offsets", where);
+        rule(offsets.size() == 2, "data_offsets must be two integers");
+        tensor.begin = size_t(offsets[0]), tensor.end = size_t(offsets[1]);
+        rule(tensor.begin <= tensor.end, "data_offsets end before they begin");
+        rule(tensor.end - tensor.begin == size,
+             format("%s of %s takes %zu bytes, data_offsets say %zu", shape.c_str(),
+                    tensor.dtype.c_str(), size, tensor.end - tensor.begin));
         return tensor;
     }
-    // Why 2^53: beyond it, readers that keep numbers as doubles would see another file.
-    static int64_t parse_size(const Json& item, const char* key, const std::string& where) {
-        if (!item.integral || item.integer < 0 || item.integer > (int64_t(1) << 53))
-            fail(where + ": " + key + " must be integers from 0 to 2^53");
-        return item.integer;
+    // A member that is an array of sizes. Why 2^53: readers that keep numbers as doubles would see
+    // another file beyond it.
+    static std::vector<int64_t> parse_sizes(const Json& tensor, const char* key,
+                                            const std::string& where) {
+        std::vector<int64_t> sizes;
+        for (const Json& item : tensor.get(key, Json::Kind::array, where).items) {
+            if (!item.integral || item.integer < 0 || item.integer > (int64_t(1) << 53))
+                fail(where + ": " + key + " must be integers from 0 to 2^53");
+            sizes.push_back(item.integer);
+        }
+        return sizes;
     }
 };
 
-// ---- Writing --------------------------------------------------------------------------------
+// ---- Writing ------------------------------------------------------------------------------------
+// Always F32 from a run, since that is what it trains in; BF16 for models converted from elsewhere.
 
-// A tensor to be written. fill(out, first, count) sets out to elements [first, first + count), in
-// the file's type: they may come from an array, or a piece at a time from a GPU.
-struct TensorToWrite {
-    std::string name, dtype;
-    std::vector<int64_t> shape;
-    std::function<void(char* out, size_t first, size_t count)> fill;
-    size_t count() const {
-        size_t product = 1;
-        for (int64_t n : shape) product *= size_t(n);
-        return product;
-    }
-};
-
-// An array as a tensor of dtype "F32", "BF16" or "F64"; int64_t as "I64". It must stay alive.
-template <class T>
-TensorToWrite tensor_to_write(std::string name, std::vector<int64_t> shape, const T* data,
-                              const std::string& dtype) {
-    auto as = [&](auto type) {
-        using Out = decltype(type);
-        return [data](char* out, size_t first, size_t count) {
-            for (size_t i = 0; i < count; i++) {
-                Out value = Out(data[first + i]);
-                std::memcpy(out + i * sizeof value, &value, sizeof value);
-            }
-        };
-    };
-    TensorToWrite tensor{std::move(name), dtype, std::move(shape), nullptr};
-    if constexpr (std::is_floating_point_v<T>) {
-        if (dtype == "F32") tensor.fill = as(float());
-        if (dtype == "F64") tensor.fill = as(double());
-        if (dtype == "BF16") tensor.fill = as(bf16());
-    } else if (dtype == "I64") {
-        tensor.fill = as(int64_t());
-    }
-    if (!tensor.fill) fail("cannot write tensor " + tensor.name + " as " + dtype);
-    return tensor;
+// The numbers or texts of a list as a JSON array.
+template <class List>
+Json json_list(const List& values) {
+    Json json = Json::array();
+    json.items.assign(std::begin(values), std::end(values));
+    return json;
 }
 
 // The first 8 + N bytes of a file of these tensors, which lie in this order.
-inline std::string safetensors_header(const std::vector<TensorToWrite>& tensors) {
+inline std::string safetensors_header(const std::vector<StoredTensor>& tensors) {
     Json header = Json::object();
     header.set("__metadata__", Json::object().set("format", "pt"));
     size_t at = 0;
-    for (const TensorToWrite& tensor : tensors) {
-        Json shape = Json::array(), offsets = Json::array();
-        for (int64_t n : tensor.shape) shape.items.push_back(n);
-        offsets.items.push_back(at);
-        offsets.items.push_back(at += tensor.count() * dtype_bytes(tensor.dtype));
+    for (const StoredTensor& tensor : tensors) {
+        const size_t end = at + tensor.count() * dtype_bytes(tensor.dtype);
         Json entry = Json::object();
-        entry.set("dtype", tensor.dtype).set("shape", shape).set("data_offsets", offsets);
+        entry.set("dtype", tensor.dtype).set("shape", json_list(tensor.shape));
+        entry.set("data_offsets", json_list(std::vector{at, end}));
         header.members.emplace_back(tensor.name, std::move(entry));
+        at = end;
     }
-    std::string json = header.write();
+    std::string json = header.write(), length(8, '\0');
     json.append((8 - json.size() % 8) % 8, ' ');  // the data begins at a multiple of 8
-    std::string length(8, '\0');
-    for (size_t i = 0; i < 8; i++) length[i] = char(uint8_t(uint64_t(json.size()) >> (8 * i)));
+    const size_t N = json.size();
+    std::memcpy(length.data(), &N, 8);
     return length + json;
 }
 
-// Writes the file, whole or not at all, and returns its Checksum. Order as the reference writer's:
-// wide types first, then by name. NaN and infinities are refused: they must not reach a checkpoint.
-inline std::string write_safetensors(const std::string& path, std::vector<TensorToWrite> tensors) {
+// Writes the file, whole or not at all. The order is that of the reference writer, which keeps
+// every tensor aligned: wide types first, then by name. NaN and infinities are refused: they must
+// not reach a checkpoint.
+inline void write_safetensors(const std::string& path, std::vector<StoredTensor> tensors) {
     std::sort(tensors.begin(), tensors.end(), [](auto& a, auto& b) {
-        size_t wide_a = dtype_bytes(a.dtype), wide_b = dtype_bytes(b.dtype);
+        const size_t wide_a = dtype_bytes(a.dtype), wide_b = dtype_bytes(b.dtype);
         return wide_a != wide_b ? wide_a > wide_b : a.name < b.name;
     });
+    for (const StoredTensor& tensor : tensors)
+        TINYGPT_CHECK(tensor.dtype == "F32" || tensor.dtype == "BF16",
+                      "%s: cannot write a tensor as %s", path.c_str(), tensor.dtype.c_str());
     FileWriter file(path);
-    Checksum checksum;
-    auto write = [&](const char* data, size_t bytes) {
-        checksum.add(data, bytes);
-        file.write(data, bytes);
-    };
-    std::string header = safetensors_header(tensors);
-    write(header.data(), header.size());
-    std::vector<char> buffer(size_t(1) << 20);
-    for (const TensorToWrite& tensor : tensors) {
-        size_t size = dtype_bytes(tensor.dtype), count = tensor.count();
-        size_t step = buffer.size() / size;
-        for (size_t first = 0; first < count; first += step) {
-            size_t some = std::min(step, count - first);
-            tensor.fill(buffer.data(), first, some);
-            bool good = first_not_finite(buffer.data(), some, tensor.dtype) == some;
-            TINYGPT_CHECK(good, "%s: not written: NaN or infinity in tensor %s", path.c_str(),
+    const std::string header = safetensors_header(tensors);
+    file.write(header.data(), header.size());
+    std::vector<float> piece(size_t(1) << 18);
+    for (const StoredTensor& tensor : tensors) {
+        const bool narrow = tensor.dtype == "BF16";
+        for (size_t first = 0, n, count = tensor.count(); first < count; first += n) {
+            n = std::min(count - first, piece.size());
+            tensor.fill(piece.data(), first, n);
+            // Rounded first, for what is too large for bf16 becomes infinity.
+            for (size_t i = 0; narrow && i < n; ++i) piece[i] = float(bf16(piece[i]));
+            TINYGPT_CHECK(first_not_finite(piece.data(), n) == n,
+                          "%s: not written: NaN or infinity in tensor %s", path.c_str(),
                           in_quotes(tensor.name).c_str());
-            write(buffer.data(), some * size);
+            if (narrow)
+                file.write(std::vector<bf16>(piece.data(), piece.data() + n).data(), 2 * n);
+            else
+                file.write(piece.data(), 4 * n);
         }
     }
     file.commit();
-    return checksum.hex();
 }
 
-// ---- GPT-2's names --------------------------------------------------------------------------
-// Hugging Face writes "transformer.h.0.ln_1.weight", OpenAI's own checkpoint has "h.0.ln_1.weight".
-// Some files also hold the causal masks, which are constants, and the tied head once more.
+// ---- GPT-2's names ------------------------------------------------------------------------------
+// The list of the model's tensors (§3) has Hugging Face's names, shapes and order of elements, so
+// loading is to find each by its name and to read it into place; nothing is transposed. But there
+// are several ways to name them:
+//
+//     transformer.h.0.ln_1.weight    as transformers saves a language model, and as we do
+//     h.0.ln_1.weight                as OpenAI's own checkpoint has it
+//     h.0.attn.bias                  the causal mask, in older files: a constant, passed over
+//     lm_head.weight                 the head; a tied one is wte once more, and passed over
 
 // The name to write; the head stands outside of the transformer.
 inline std::string name_in_checkpoint(const std::string& name) {
     return name == "lm_head.weight" ? name : "transformer." + name;
 }
+// The name to compare by.
 inline std::string_view without_prefix(std::string_view name) {
     constexpr std::string_view prefix = "transformer.";
-    return name.substr(0, prefix.size()) == prefix ? name.substr(prefix.size()) : name;
-}
-// h.<number>.attn.bias and h.<number>.attn.masked_bias
-inline bool is_mask_buffer(std::string_view name) {
-    if (name.substr(0, 2) != "h.") return false;
-    size_t end = std::min(name.find_first_not_of("0123456789", 2), name.size());
-    std::string_view rest = name.substr(end);
-    return end > 2 && (rest == ".attn.bias" || rest == ".attn.masked_bias");
+    return name.starts_with(prefix) ? name.substr(prefix.size()) : name;
 }
 
 // Finds every tensor of the list in the file; result[i] belongs to expected[i]. A missing, extra or
 // misshapen tensor is an error that names it and says what was expected.
+// Why so strict: a model that lacks a tensor, or has one of another model, runs and talks nonsense.
 inline std::vector<const StoredTensor*> match_tensors(const SafetensorsFile& file,
                                                       const std::vector<TensorInfo>& expected) {
     // Names on both sides are compared without the prefix.
     std::map<std::string_view, size_t> index;
-    for (size_t i = 0; i < expected.size(); i++) index[without_prefix(expected[i].name)] = i;
+    for (size_t i = 0; i < expected.size(); ++i) index[without_prefix(expected[i].name)] = i;
+    // A causal mask is named like a layer's tensor: h.0.attn.bias or h.0.attn.masked_bias.
+    auto is_mask = [&](std::string_view name) {
+        const std::string layer(name.substr(0, std::min(name.find("attn."), name.size())));
+        return (name == layer + "attn.bias" || name == layer + "attn.masked_bias") &&
+               index.count(layer + "attn.c_attn.bias") > 0;
+    };
     std::vector<const StoredTensor*> found(expected.size(), nullptr);
-    auto wte = index.find("wte.weight");
     for (const StoredTensor& tensor : file.tensors) {
-        std::string_view name = without_prefix(tensor.name);
-        auto entry = index.find(name);
-        bool spare_head = name == "lm_head.weight" && entry == index.end() && wte != index.end();
-        if (spare_head) entry = wte;  // tied: it is wte once more, so its shape must be the same
-        if (entry == index.end()) {
-            if (is_mask_buffer(name)) continue;
-            file.refuse(tensor, "unexpected: the model of config.json has no such tensor");
-        }
-        const std::vector<int64_t>& shape = expected[entry->second].shape;
-        if (tensor.shape != shape)
-            file.refuse(tensor, "expected shape " + shape_text(shape) + ", found " +
-                                    shape_text(tensor.shape));
+        const std::string_view name = without_prefix(tensor.name);
+        // A tied head is wte once more: it must have that shape, and is not read.
+        const bool spare_head = name == "lm_head.weight" && index.count(name) == 0;
+        const auto entry = index.find(spare_head ? "wte.weight" : name);
+        if (entry == index.end() && is_mask(name)) continue;
+        file.require(entry != index.end(), tensor,
+                     "unexpected: the model of config.json has no such tensor");
+        const auto& [wanted_name, i] = *entry;
+        file.require(tensor.shape == expected[i].shape, tensor,
+                     "expected shape " + shape_text(expected[i].shape) + ", found " +
+                         shape_text(tensor.shape));
         if (spare_head) continue;
-        const StoredTensor*& place = found[entry->second];
-        if (place) file.refuse(tensor, "there twice, with and without \"transformer.\"");
-        place = &tensor;
+        file.require(!found[i], tensor, "there twice, with and without \"transformer.\"");
+        found[i] = &tensor;
     }
-    for (size_t i = 0; i < expected.size(); i++)
-        if (!found[i])
-            file.refuse("tensor " + in_quotes(expected[i].name) + " is missing: expected shape " +
-                        shape_text(expected[i].shape));
+    for (size_t i = 0; i < expected.size(); ++i)
+        file.require(found[i], "tensor " + in_quotes(without_prefix(expected[i].name)) +
+                                   " is missing: expected shape " + shape_text(expected[i].shape));
     return found;
 }
 
-// The weights of a Hugging Face folder. Other forms of them get an answer that helps.
+// The file of a folder's weights. A folder that has them in another form gets an answer that helps.
 inline std::string find_weights(const std::string& folder) {
     if (!folder_exists(folder)) fail(folder + ": there is no such folder");
-    std::string path = folder + "/model.safetensors";
+    const std::string path = folder + "/model.safetensors";
     if (file_exists(path)) return path;
     for (const char* other : {"model.safetensors.index.json", "pytorch_model.bin", "tf_model.h5"})
         if (file_exists(folder + "/" + other))
@@ -4438,8 +4394,13 @@ inline std::string find_weights(const std::string& folder) {
     fail(folder + ": expected model.safetensors, found no such file");
 }
 
-// ---- config.json ----------------------------------------------------------------------------
+// ---- config.json --------------------------------------------------------------------------------
+//     {"model_type": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024,
+//      "vocab_size": 50257, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-05, ...}
+// Its members can describe many models that this program is not, and whose weights have the same
+// names and shapes. To read such weights all the same would give wrong numbers without a word.
 
+// What config.json says that matters here.
 struct HfConfig {
     Config model;
     int64_t end_of_text = -1;  // eos_token_id; -1 where there is none
@@ -4449,21 +4410,22 @@ struct HfConfig {
 // difference to the numbers (initializer_range, summary_*, use_cache, ...) is passed over, dropout
 // too: it is the run's choice. Missing switches have Hugging Face's defaults.
 inline HfConfig read_hf_config(const std::string& path) {
-    Json json = Json::parse(read_file(path, 1'000'000), path, {.depth = 64, .values = 100'000});
+    const Json json =
+        Json::parse(read_file(path, 1'000'000), path, {.depth = 64, .values = 100'000});
     if (!json.is_object()) fail(path + ": must be a JSON object");
-    // The member is missing or has one of these values.
-    auto only = [&](const char* key, const std::vector<Json>& allowed, const char* why) {
-        const Json* value = json.find(key);
-        if (!value) return;
-        for (const Json& good : allowed)
-            if (value->write() == good.write()) return;
-        fail(path + ": \"" + key + "\" is " + value->write().substr(0, 60) + ": " + why);
-    };
     auto size = [&](const char* key, int64_t highest) {
         return int(json.get_int(key, path, 1, highest));
     };
+    // A rule: the member is missing, or has one of these values.
+    auto only = [&](const char* key, const std::vector<Json>& allowed, const char* why) {
+        const Json* value = json.find(key);
+        bool good = !value;
+        for (const Json& one : allowed) good = good || value->write() == one.write();
+        if (!good) fail(path + ": \"" + key + "\" is " + value->write().substr(0, 60) + ": " + why);
+    };
     only("model_type", {"gpt2"}, "only \"gpt2\" is supported");
-    Config model;
+    HfConfig config;
+    Config& model = config.model;
     model.n_layer = size("n_layer", 300);
     model.n_head = size("n_head", 1'000'000);
     model.n_embd = size("n_embd", 1'000'000);
@@ -4472,41 +4434,36 @@ inline HfConfig read_hf_config(const std::string& path) {
     if (model.n_embd % model.n_head != 0)
         fail(format("%s: \"n_head\" %d does not divide \"n_embd\" %d", path.c_str(), model.n_head,
                     model.n_embd));
-    int64_t inner = 4 * int64_t(model.n_embd);
-    only("n_inner", {nullptr, inner}, "only null or 4 n_embd is supported");
-    only("n_ctx", {int64_t(model.n_positions)}, "it must equal n_positions");
+    only("n_inner", {nullptr, 4 * int64_t(model.n_embd)}, "only null or 4 n_embd is supported");
+    only("n_ctx", {model.n_positions}, "it must equal n_positions");
     only("activation_function", {"gelu_new", "gelu_pytorch_tanh"},
          "only the tanh GELU (\"gelu_new\") is supported");
     only("layer_norm_epsilon", {1e-5}, "only 1e-5 is supported");
     only("scale_attn_weights", {true}, "only true is supported");
-    only("scale_attn_by_inverse_layer_idx", {false}, "only false is supported");
-    only("reorder_and_upcast_attn", {false}, "only false is supported");
-    only("add_cross_attention", {false}, "only false is supported");
-    only("is_encoder_decoder", {false}, "only false is supported");
+    for (const char* key : {"scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn",
+                            "add_cross_attention", "is_encoder_decoder"})
+        only(key, {false}, "only false is supported");
     only("quantization_config", {nullptr}, "quantised weights are not supported");
     only("pruned_heads", {nullptr, Json::object()}, "pruned heads are not supported");
     only("tie_word_embeddings", {true, false}, "must be true or false");
     const Json *tied = json.find("tie_word_embeddings"), *end = json.find("eos_token_id");
     model.untied_head = tied && !tied->boolean;
     if (end && end->is_array() && !end->items.empty()) end = &end->items[0];
-    HfConfig config{model, -1};
-    if (end && !end->is_null()) {
-        if (!end->integral) fail(path + ": \"eos_token_id\" must be null or an integer");
-        // Small models often keep GPT-2's 50256, which they have not: then no token ends a text.
-        bool exists = end->integer >= 0 && end->integer < model.vocab_size;
-        config.end_of_text = exists ? end->integer : -1;
-    }
+    if (!end || end->is_null()) return config;
+    if (!end->integral) fail(path + ": \"eos_token_id\" must be null or an integer");
+    // Small models often keep GPT-2's 50256, which they have not: then no token ends a text.
+    if (end->integer >= 0 && end->integer < model.vocab_size) config.end_of_text = end->integer;
     return config;
 }
 
-// The same file from this side, all of it for `transformers`: dtype is "float32" or "bfloat16",
-// end_of_text is -1 where there is none.
+// The same file from this side: every member that transformers needs to build the model again, with
+// the names that it has there. dtype is "float32" or "bfloat16", end_of_text is -1 where there is
+// none.
 inline std::string hf_config_text(const Config& model, int64_t end_of_text,
                                   const std::string& dtype) {
     Json json = Json::object(), end = end_of_text < 0 ? Json() : Json(end_of_text);
-    Json architectures = Json::array();
-    architectures.items.push_back("GPT2LMHeadModel");
-    json.set("model_type", "gpt2").set("architectures", architectures);
+    json.set("model_type", "gpt2");
+    json.set("architectures", json_list(std::vector{"GPT2LMHeadModel"}));
     json.set("vocab_size", model.vocab_size).set("n_positions", model.n_positions);
     json.set("n_ctx", model.n_positions).set("n_embd", model.n_embd);
     json.set("n_layer", model.n_layer).set("n_head", model.n_head).set("n_inner", nullptr);
@@ -4519,7 +4476,29 @@ inline std::string hf_config_text(const Config& model, int64_t end_of_text,
     return json.write(2) + "\n";
 }
 
-// ---- Checkpoints: a Hugging Face folder, and beside it what resuming needs -------------------
+// All that a folder has beside the weights: config.json, generation_config.json and the tokenizer's
+// files. transformers opens it with them as it opens the public GPT-2.
+inline void write_model_description(const std::string& folder, const Config& config,
+                                    const Tokenizer* tokenizer, const std::string& dtype) {
+    const int64_t end = tokenizer ? tokenizer->end_of_text() : -1;
+    write_file(folder + "/config.json", hf_config_text(config, end, dtype));
+    Json generation = Json::object(), about = Json::object();
+    generation.set("_from_model_config", true);
+    if (end >= 0) generation.set("bos_token_id", end).set("eos_token_id", end);
+    write_file(folder + "/generation_config.json", generation.write(2) + "\n");
+    if (!tokenizer) return;
+    tokenizer->save(folder);
+    about.set("model_max_length", config.n_positions).set("tokenizer_class", "GPT2Tokenizer");
+    for (const char* role : {"bos_token", "eos_token", "unk_token"})
+        about.set(role, "<|endoftext|>");
+    write_file(folder + "/tokenizer_config.json", about.write(2) + "\n");
+}
+
+// =================================================================================================
+// §14 Checkpoints: a run that is interrupted goes on as if it had not been
+// =================================================================================================
+// A training run has more to lose than its weights. A checkpoint is a Hugging Face folder, which
+// any tool can open, and beside the model it has all that resuming needs:
 //
 //   checkpoint-<step>/  model.safetensors  config.json  generation_config.json
 //                       vocab.json  merges.txt  tokenizer_config.json  (if there is a tokenizer)
@@ -4527,10 +4506,22 @@ inline std::string hf_config_text(const Config& model, int64_t end_of_text,
 //                       trainer_state.json       everything else, the checksum of every other file,
 //                                                and in its last line its own
 //
-// It is written under a temporary name, synced, and renamed: it is there whole or not at all. The
-// state is written last, so a folder with a state that verifies is complete.
+// Two promises. A checkpoint is there whole or not at all, whatever kills the program: it is
+// written under a temporary name, synced to the disk, and renamed. And what is loaded is what was
+// saved: the state, written last, holds the checksums of all the other files, so a folder whose
+// state verifies is complete and unchanged.
 
-// What a run is, apart from weights and moments.
+// ---- The state of a run -------------------------------------------------------------------------
+// trainer_state.json is text, to be read by people too:
+//
+//     {"planned_steps": 1500, "step": 1500, "samples": 12000, ..., "val_loss": 0.471601092630086,
+//      "options": {"seed": "1337", "batch-size": "8", ...},        what --resume compares
+//      "data": ["train_000001.bin: 1293045 tokens, 313425166c112c9d", ...],
+//      "checksums": {"config.json": "6dd9eb60222ef55e", ...},
+//      "own_checksum": "96d1f042752586eb"}
+
+// What a run is, apart from weights and moments. The random numbers have no state to keep: they are
+// a function of the seed and the step.
 struct TrainerState {
     int64_t planned_steps = 0;  // N; 0: not known yet
     int64_t step = 0;           // updates tried: the next step is this one, counted from 0
@@ -4548,67 +4539,112 @@ struct TrainerState {
     std::vector<std::string> data;                             // the shards, to be recognised by
 };
 
-// The whole numbers of a state and their least values, once for writing and reading.
-template <class State, class Visit>
-void for_each_count(State& s, Visit&& visit) {
-    visit("planned_steps", s.planned_steps, 0), visit("step", s.step, 0);
-    visit("samples", s.samples, 0), visit("best_step", s.best_step, -1);
-    visit("stale_evals", s.stale_evals, 0), visit("epoch_steps", s.epoch_steps, 0);
-    visit("updates", s.guards.updates, 0), visit("skipped", s.guards.skipped, 0);
-    visit("outliers", s.guards.outliers, 0), visit("seen", s.guards.seen, 0);
-}
-// Likewise the others. JSON has no NaN and no infinity: those are left as a fresh state has them.
-template <class State, class Visit>
-void for_each_real(State& s, Visit&& visit) {
-    visit("seconds", s.seconds), visit("best_loss", s.best_loss);
+// The one list of what trainer_state.json holds, for writing and for reading it: calls
+// visit(name, field) for each field, and gives the least value of a whole number where it is not 0.
+template <class Visit>
+void for_each_field(TrainerState& s, Visit& visit) {
+    visit("planned_steps", s.planned_steps), visit("step", s.step), visit("samples", s.samples);
+    visit("best_step", s.best_step, -1), visit("stale_evals", s.stale_evals);
+    visit("epoch_steps", s.epoch_steps), visit("updates", s.guards.updates);
+    visit("skipped", s.guards.skipped), visit("outliers", s.guards.outliers);
+    visit("seen", s.guards.seen), visit("seconds", s.seconds), visit("best_loss", s.best_loss);
     visit("epoch_loss", s.epoch_loss), visit("val_loss", s.val_loss);
-    visit("train_loss", s.train_loss);
+    visit("train_loss", s.train_loss), visit("finished", s.finished), visit("program", s.program);
+    visit("losses", s.guards.losses), visit("norms", s.guards.norms);
+    visit("options", s.options), visit("data", s.data);
 }
+
+// The value of a member that is a number; otherwise what is given.
 inline double number_or(const Json& json, const char* key, double otherwise) {
     const Json* value = json.find(key);
     return value && value->kind == Json::Kind::number ? value->number : otherwise;
 }
 
-inline Json state_to_json(const TrainerState& s) {
-    Json json = Json::object(), options = Json::object(), data = Json::array();
-    for_each_count(s, [&](const char* name, int64_t value, int64_t) { json.set(name, value); });
-    for_each_real(s, [&](const char* name, double value) {
-        json.set(name, std::isfinite(value) ? Json(value) : Json());
-    });
-    json.set("finished", s.finished).set("program", s.program);
-    for (auto [name, values] : {std::pair{"losses", s.guards.losses}, {"norms", s.guards.norms}}) {
-        Json list = Json::array();
-        for (int i = 0; i < StepState::kWindow; ++i) list.items.push_back(values[i]);
-        json.set(name, list);
-    }
-    for (auto& [name, value] : s.options) options.members.emplace_back(name, value);
-    for (const std::string& shard : s.data) data.items.push_back(shard);
-    return json.set("options", options).set("data", data);
-}
+// The visitor of that list: carries a field into JSON, or out of it. There is a function for each
+// type of field, with both ways side by side, so that what is written is what is read. A member
+// that is missing, or of another kind, is an error that names it.
+struct FieldCarrier {
+    const Json* from = nullptr;  // null: fields go to `to`
+    std::string where = {};      // the name of the file that is read, for messages
+    Json to = Json::object();
+    void put(const char* name, Json value) { to.members.emplace_back(name, std::move(value)); }
 
-// Reads the same back; `where` is the file's name, for messages.
+    void operator()(const char* name, int64_t& field, int64_t lowest = 0) {
+        if (!from) return put(name, field);
+        field = from->get_int(name, where, lowest);
+    }
+    void operator()(const char* name, bool& field) {
+        if (!from) return put(name, field);
+        field = from->get_bool(name, where);
+    }
+    void operator()(const char* name, std::string& field) {
+        if (!from) return put(name, field);
+        field = from->get_string(name, where);
+    }
+    // JSON has no NaN and no infinity: they are written as null, and read as in a fresh state.
+    void operator()(const char* name, double& field) {
+        if (!from) return put(name, std::isfinite(field) ? Json(field) : Json());
+        field = number_or(*from, name, field);
+    }
+    void operator()(const char* name, double (&field)[StepState::kWindow]) {
+        if (!from) return put(name, json_list(field));
+        const std::vector<Json>& items = from->get(name, Json::Kind::array, where).items;
+        TINYGPT_CHECK(items.size() == std::size(field), "%s: \"%s\" must have %zu numbers",
+                      where.c_str(), name, std::size(field));
+        for (size_t i = 0; i < items.size(); ++i) field[i] = items[i].number;
+    }
+    void operator()(const char* name, std::vector<std::string>& field) {
+        if (!from) return put(name, json_list(field));
+        for (const Json& item : from->get(name, Json::Kind::array, where).items)
+            field.push_back(item.text);
+    }
+    void operator()(const char* name, std::vector<std::pair<std::string, std::string>>& field) {
+        if (!from) {
+            put(name, Json::object());
+            return to.members.back().second.members.assign(field.begin(), field.end());
+        }
+        for (auto& [key, value] : from->get(name, Json::Kind::object, where).members)
+            field.emplace_back(key, value.text);
+    }
+};
+
+inline Json state_to_json(TrainerState state) {
+    FieldCarrier writer;
+    for_each_field(state, writer);
+    return writer.to;
+}
+// `where` is the file's name, for messages.
 inline TrainerState state_from_json(const Json& json, const std::string& where) {
-    TrainerState s;
-    for_each_count(s, [&](const char* name, int64_t& value, int64_t lowest) {
-        value = json.get_int(name, where, lowest);
-    });
-    for_each_real(s,
-                  [&](const char* name, double& value) { value = number_or(json, name, value); });
-    s.finished = json.get_bool("finished", where), s.program = json.get_string("program", where);
-    for (auto [name, values] : {std::pair{"losses", s.guards.losses}, {"norms", s.guards.norms}}) {
-        const Json& list = json.get(name, Json::Kind::array, where);
-        TINYGPT_CHECK(list.items.size() == size_t(StepState::kWindow),
-                      "%s: \"%s\" must have %d numbers", where.c_str(), name, StepState::kWindow);
-        for (int i = 0; i < StepState::kWindow; ++i) values[i] = list.items[size_t(i)].number;
-    }
-    for (auto& [name, value] : json.get("options", Json::Kind::object, where).members)
-        s.options.emplace_back(name, value.text);
-    for (const Json& shard : json.get("data", Json::Kind::array, where).items)
-        s.data.push_back(shard.text);
-    return s;
+    TrainerState state;
+    FieldCarrier reader{&json, where};
+    for_each_field(state, reader);
+    return state;
 }
 
-// The state's last line: the checksum of every byte before it.
+// ---- Checksums: nothing that changed on the disk is used unnoticed ------------------------------
+// Disks lose bits, copies break off, and people edit files. What went into a checkpoint is written
+// down in its state; what comes out is compared with that, every byte of it.
+
+// The checksum of a file: that of the checksums of its pieces. A single flipped bit always changes
+// the one of its piece.
+// Why pieces: all threads can work on them. Opening a model waits for this, and one thread alone
+// would take as long as all the rest together.
+inline std::string file_checksum(const std::string& path) {
+    const InputFile file(path);
+    std::vector<Checksum> sums((file.bytes + kPiece - 1) / kPiece);
+    for_each_piece(file.bytes, [&](size_t first, size_t n) {
+        char piece[kPiece];
+        file.read_bytes(piece, n, first);
+        sums[first / kPiece].add(piece, n);
+    });
+    Checksum whole;
+    for (const Checksum& sum : sums) whole.add(sum.hex().data(), 16);
+    return whole.hex();
+}
+
+// The state cannot hold the checksum of its own file, so its last line is that of every byte before
+// it: the seal. Why of the bytes, not of what they mean: a changed byte may mean the same and is
+// damage all the same.
 inline std::string state_seal(std::string_view body) {
     Checksum sum;
     sum.add(body.data(), body.size());
@@ -4619,51 +4655,99 @@ inline void write_sealed(const std::string& path, const Json& json) {
     body.resize(body.size() - 2);  // the closing "\n}" is part of the seal
     write_file(path, body + state_seal(body));
 }
+
+// Refuses what is not as it was written. A state has a few thousand bytes, and a line a shard.
 inline Json read_sealed(const std::string& path) {
-    const std::string text = read_file(path, size_t(1) << 28);
+    const std::string text = read_file(path, 16'000'000);
     const size_t end = text.size() - std::min(text.size(), state_seal("").size());
-    TINYGPT_CHECK(text.substr(end) == state_seal(text.substr(0, end)),
+    const std::string_view body = std::string_view(text).substr(0, end);
+    TINYGPT_CHECK(text.substr(end) == state_seal(body),
                   "%s is damaged: its checksum does not match", path.c_str());
-    return Json::parse(text, path);
+    return Json::parse(text, path, {.depth = 8, .values = 100'000});
 }
 
-// The flat array `from` on the device, as the tensors of the list, their names prefixed.
-template <class Device, class Real>
-std::vector<TensorToWrite> tensors_to_write(Gpt2<Device>& model, const Real* from,
-                                            const std::string& prefix, const std::string& dtype) {
-    std::vector<TensorToWrite> list;
-    for (const TensorInfo& info : model.layout.tensors) {
-        const Real* tensor = from + info.offset;
-        auto fill = [&model, tensor, dtype](char* out, size_t first, size_t count) {
-            std::vector<Real> host(count);
-            model.device.download(host.data(), tensor + first, count);
-            tensor_to_write("", {int64_t(count)}, host.data(), dtype).fill(out, 0, count);
-        };
-        list.push_back({prefix + name_in_checkpoint(info.name), dtype, info.shape, fill});
+// Whether a folder has a state with checksums: one of ours. Careful: Hugging Face's own trainer
+// also writes a trainer_state.json. Its mark is a "log_history" near the top, which no damage to
+// one of ours can make.
+inline bool has_checksums(const std::string& folder) {
+    if (!file_exists(folder + "/trainer_state.json")) return false;
+    const InputFile file(folder + "/trainer_state.json");
+    std::string top(std::min<size_t>(file.bytes, 4096), '\0');
+    file.read_bytes(top.data(), top.size(), 0);
+    return top.find("\"log_history\"") == top.npos;
+}
+
+// Verifies every file that a folder's state names, and returns the state. A run that resumes needs
+// them all; who only uses the model does not read the moments, and may have changed the model on
+// purpose (saved it again with transformers, say): for them the message says how to go on.
+inline Json verify_files(const std::string& folder, bool resumes) {
+    const std::string path = folder + "/trainer_state.json";
+    const std::string advice =
+        resumes ? "" : "; if it was changed on purpose, remove trainer_state.json beside it";
+    Json state = read_sealed(path);
+    for (auto& [name, sum] : state.get("checksums", Json::Kind::object, path).members) {
+        const std::string file = folder + "/" + name;
+        if (name.find('/') != std::string::npos)
+            fail(folder + ": its state names a file outside, " + in_quotes(name));
+        if (!resumes && name == "optimizer.safetensors") continue;
+        if (!file_exists(file)) fail(file + " is missing" + advice);
+        if (file_checksum(file) != sum.text)
+            fail(file + " is damaged, or was changed: its checksum does not match" + advice);
     }
-    return list;
+    return state;
 }
 
-// config.json, generation_config.json and the tokenizer's files: what tells others how to use it.
-inline void write_model_description(const std::string& folder, const Config& config,
-                                    const Tokenizer* tokenizer, const std::string& dtype) {
-    const int64_t end = tokenizer ? tokenizer->end_of_text() : -1;
-    write_file(folder + "/config.json", hf_config_text(config, end, dtype));
-    Json generation = Json::object();
-    generation.set("_from_model_config", true);
-    if (end >= 0) generation.set("bos_token_id", end).set("eos_token_id", end);
-    write_file(folder + "/generation_config.json", generation.write(2) + "\n");
-    if (!tokenizer) return;
-    tokenizer->save(folder);
-    Json about = Json::object();
-    about.set("model_max_length", config.n_positions).set("tokenizer_class", "GPT2Tokenizer");
-    for (const char* role : {"bos_token", "eos_token", "unk_token"})
-        about.set(role, "<|endoftext|>");
-    write_file(folder + "/tokenizer_config.json", about.write(2) + "\n");
+// Verifies a checkpoint that is to be resumed, every byte of it, and reads its state. An error says
+// why it cannot be: --resume auto then tries the one before it.
+inline TrainerState verify_checkpoint(const std::string& folder) {
+    const std::string path = folder + "/trainer_state.json";
+    TINYGPT_CHECK(file_exists(path),
+                  "%s is no checkpoint to resume: it has no trainer_state.json (--init-from starts "
+                  "a new run from any Hugging Face folder)",
+                  folder.c_str());
+    const Json state = verify_files(folder, true);
+    TINYGPT_CHECK(state.find("checksums")->find("optimizer.safetensors"),
+                  "%s has no moments of AdamW: it can be used with --init-from, but not resumed",
+                  folder.c_str());
+    return state_from_json(state, path);
 }
 
-// Gives a folder its name. Where one of that name is there already, the two change places in one
-// step (Linux), and the old one is removed.
+// ---- Saving -------------------------------------------------------------------------------------
+
+// The flat arrays of the model that one file holds, the weights' or the moments', each with what
+// the names of its tensors begin with. Saving and opening share this list.
+template <class Device>
+auto arrays_of(Gpt2<Device>& model, bool moments) {
+    std::vector<std::pair<const char*, typename Device::Real*>> arrays = {{"", model.masters}};
+    if (moments) arrays = {{"m.", model.m}, {"v.", model.v}};
+    return arrays;
+}
+
+// Writes the file of these arrays, every tensor of the model in each. A piece at a time leaves the
+// device: a checkpoint takes no memory to speak of.
+template <class Device>
+void write_arrays(const std::string& path, Gpt2<Device>& model, bool moments) {
+    std::vector<StoredTensor> tensors;
+    for (auto& [prefix, array] : arrays_of(model, moments))
+        for (const TensorInfo& info : model.layout.tensors) {
+            auto fill = [&model, from = array + info.offset](float* out, size_t first, size_t n) {
+                std::vector<typename Device::Real> host(n);
+                model.device.download(host.data(), from + first, n);
+                std::copy(host.begin(), host.end(), out);
+            };
+            tensors.push_back({prefix + name_in_checkpoint(info.name), "F32", info.shape, fill});
+        }
+    write_safetensors(path, std::move(tensors));
+}
+
+// Renames a folder; one that has the new name already goes.
+inline void move_folder(const std::string& from, const std::string& to) {
+    if (folder_exists(to)) remove_folder(to);
+    rename_path(from, to);
+}
+
+// Gives a finished folder its name. Where one of that name is there already, the two change places
+// in one step (Linux), and the old one is removed: at no moment is there none.
 inline void replace_folder(const std::string& temporary, const std::string& folder) {
     if (!folder_exists(folder)) return rename_path(temporary, folder);
     const bool exchanged = file_call("exchange", folder, ::renameat2, AT_FDCWD, temporary.c_str(),
@@ -4674,11 +4758,10 @@ inline void replace_folder(const std::string& temporary, const std::string& fold
     }
     if (errno != EINVAL && errno != ENOSYS && errno != ENOTSUP)
         fail_file("rename " + temporary + " to", folder, errno);
-    // A file system that cannot: between the two renames only the .old name exists. Should we be
-    // killed there, recover_folders gives it its name back.
+    // A file system that cannot (EINVAL and its like): between the two renames only the .old name
+    // exists. Should we be killed there, recover_folders gives it its name back.
     const std::string old = folder + ".old";
-    if (folder_exists(old)) remove_folder(old);
-    rename_path(folder, old);
+    move_folder(folder, old);
     try {
         rename_path(temporary, folder);
     } catch (const FileError&) {
@@ -4689,30 +4772,11 @@ inline void replace_folder(const std::string& temporary, const std::string& fold
     remove_folder(old);
 }
 
-// All files of a checkpoint, the state last. Their names are then on the disk, in `folder`.
-template <class Device>
-void write_checkpoint_files(Gpt2<Device>& model, const std::string& folder,
-                            const Tokenizer* tokenizer, const TrainerState& state,
-                            bool with_moments) {
-    Json sums = Json::object();
-    auto write = [&](const std::string& name, const std::vector<TensorToWrite>& tensors) {
-        sums.set(name, write_safetensors(folder + "/" + name, tensors));
-    };
-    write("model.safetensors", tensors_to_write(model, model.masters, "", "F32"));
-    if (with_moments) {
-        auto moments = tensors_to_write(model, model.m, "m.", "F32");
-        const auto second = tensors_to_write(model, model.v, "v.", "F32");
-        moments.insert(moments.end(), second.begin(), second.end());
-        write("optimizer.safetensors", moments);
-    }
-    write_model_description(folder, model.config, tokenizer, "float32");
-    for (const std::string& name : list_folder(folder))
-        if (!sums.find(name)) sums.set(name, file_checksum(folder + "/" + name));
-    write_sealed(folder + "/trainer_state.json", state_to_json(state).set("checksums", sums));
-}
-
 // Writes the checkpoint `folder`, whole or not at all; the folder it is in must exist. Without
-// moments it can be opened and sampled but not resumed.
+// moments it can be opened and sampled but not resumed. An error of the disk is a FileError.
+// Careful: the order. The state comes last, and only then the name. So a kill at any moment leaves
+//     checkpoint-500.tmp/    while the files are written: the next run removes it
+//     checkpoint-500/        from the rename on: whole, with a state that verifies
 template <class Device>
 void save_checkpoint(Gpt2<Device>& model, const std::string& folder, const Tokenizer* tokenizer,
                      const TrainerState& state, bool with_moments) {
@@ -4721,7 +4785,15 @@ void save_checkpoint(Gpt2<Device>& model, const std::string& folder, const Token
     if (file_call("mkdir", temporary, ::mkdir, temporary.c_str(), 0777) != 0)
         fail_file("create folder", temporary, errno);
     try {
-        write_checkpoint_files(model, temporary, tokenizer, state, with_moments);
+        write_arrays(temporary + "/model.safetensors", model, false);
+        if (with_moments) write_arrays(temporary + "/optimizer.safetensors", model, true);
+        write_model_description(temporary, model.config, tokenizer, "float32");
+        // Made from the files as they can be read back, while the model is still in memory.
+        Json sums = Json::object();
+        for (const std::string& name : list_folder(temporary))
+            sums.set(name, file_checksum(temporary + "/" + name));
+        write_sealed(temporary + "/trainer_state.json",
+                     state_to_json(state).set("checksums", sums));
     } catch (...) {
         // Gives the room back. Best effort: the error that matters is the first one.
         try {
@@ -4732,49 +4804,15 @@ void save_checkpoint(Gpt2<Device>& model, const std::string& folder, const Token
     replace_folder(temporary, folder);
 }
 
-// Every file that the state names has the checksum that was written down; the moments may be
-// missing where they are not needed.
-inline void check_sums(const std::string& folder, const Json& state, bool need_moments) {
-    for (auto& [name, sum] : state.get("checksums", Json::Kind::object, folder).members) {
-        const std::string path = folder + "/" + name;
-        TINYGPT_CHECK(name.find('/') == std::string::npos, "%s: its state names a file outside, %s",
-                      folder.c_str(), in_quotes(name).c_str());
-        if (!need_moments && name == "optimizer.safetensors") continue;
-        TINYGPT_CHECK(file_exists(path), "%s is missing", path.c_str());
-        TINYGPT_CHECK(file_checksum(path) == sum.text,
-                      "%s is damaged, or was changed: its checksum does not match", path.c_str());
-    }
-}
+// ---- Opening ------------------------------------------------------------------------------------
+// First what the folder claims to be, then, when there is memory for it, the weights.
 
-// Verifies a checkpoint that is to be resumed, every byte of it, and reads its state.
-inline TrainerState verify_checkpoint(const std::string& folder) {
-    const std::string path = folder + "/trainer_state.json";
-    TINYGPT_CHECK(file_exists(path),
-                  "%s is no checkpoint to resume: it has no trainer_state.json (--init-from starts "
-                  "a "
-                  "new run from any Hugging Face folder)",
-                  folder.c_str());
-    const Json json = read_sealed(path);
-    check_sums(folder, json, true);
-    TINYGPT_CHECK(json.get("checksums", Json::Kind::object, path).find("optimizer.safetensors"),
-                  "%s has no moments of AdamW: it can be used with --init-from, but not resumed",
-                  folder.c_str());
-    return state_from_json(json, path);
-}
-
-// Verifies a model that is to be used. A folder that others made has no checksums to verify.
-// Careful: Hugging Face's own trainer also writes a trainer_state.json, with a "log_history".
-inline void verify_model(const std::string& folder) {
-    const std::string path = folder + "/trainer_state.json";
-    if (!file_exists(path)) return;
-    if (read_file(path).find("\"log_history\"") != std::string::npos) return;
-    check_sums(folder, read_sealed(path), false);
-}
-
-// The model that a Hugging Face folder describes; dropout is the run's choice.
+// The model that a Hugging Face folder describes; dropout is the run's choice. Whatever is wrong
+// with the folder is found here, but for weights that are no numbers, before memory is taken for
+// tensors that a damaged folder only claims to have.
 inline Config config_of_folder(const std::string& folder) {
     if (!folder_exists(folder)) fail(folder + ": there is no such folder");
-    verify_model(folder);
+    if (has_checksums(folder)) verify_files(folder, false);
     const Config config = read_hf_config(folder + "/config.json").model;
     // Careful: the options' bounds. Token ids have 16 bits; products of sizes must stay below 2^63.
     TINYGPT_CHECK(
@@ -4782,56 +4820,52 @@ inline Config config_of_folder(const std::string& folder) {
         "%s/config.json: expected vocab_size and n_embd up to 65536 and n_positions up to "
         "1048576, found %d, %d and %d",
         folder.c_str(), config.vocab_size, config.n_embd, config.n_positions);
-    // Why here: before memory is taken for tensors that a damaged folder only claims to have.
     match_tensors(SafetensorsFile(find_weights(folder)), layout_of(config).tensors);
     return config;
 }
 
-// Sets a flat array on the device from a file with exactly the tensors of the list.
-template <class Device, class Real>
-void load_tensors(Gpt2<Device>& model, Real* to, const SafetensorsFile& file,
-                  const std::vector<const StoredTensor*>& stored) {
-    std::vector<Real> host;
-    for (size_t i = 0; i < stored.size(); ++i) {
-        const TensorInfo& info = model.layout.tensors[i];
+// Sets the arrays from a file that has their tensors, all of them and no others. In the CPU's
+// memory they are read straight into place; for a GPU a tensor at a time passes through the host's.
+template <class Device>
+void read_arrays(const std::string& path, Gpt2<Device>& model, bool moments) {
+    const SafetensorsFile file(path);
+    const auto arrays = arrays_of(model, moments);
+    std::vector<TensorInfo> wanted;
+    for (auto& [prefix, array] : arrays)
+        for (TensorInfo info : model.layout.tensors) {
+            info.name = prefix + name_in_checkpoint(info.name);
+            wanted.push_back(info);
+        }
+    const std::vector<const StoredTensor*> stored = match_tensors(file, wanted);
+    std::vector<typename Device::Real> host;
+    for (size_t i = 0; i < wanted.size(); ++i) {
+        auto* to = arrays[i / model.layout.tensors.size()].second + wanted[i].offset;
         if constexpr (Device::kHostMemory) {
-            file.read(*stored[i], to + info.offset);  // straight into place
+            file.read(*stored[i], to);
         } else {
-            host.resize(info.count);
+            host.resize(wanted[i].count);
             file.read(*stored[i], host.data());
-            model.device.upload(to + info.offset, host.data(), info.count);
+            model.device.upload(to, host.data(), host.size());
         }
     }
 }
-
-// Sets the weights from folder/model.safetensors.
+// Sets the model's weights from a Hugging Face folder, and AdamW's moments from a checkpoint.
 template <class Device>
 void load_weights(Gpt2<Device>& model, const std::string& folder) {
-    const SafetensorsFile file(find_weights(folder));
-    load_tensors(model, model.masters, file, match_tensors(file, model.layout.tensors));
+    read_arrays(find_weights(folder), model, false);
     model.device.weights_from_masters(model.weights, model.masters, model.layout.size);
 }
-
-// Sets the moments from folder/optimizer.safetensors.
 template <class Device>
 void load_moments(Gpt2<Device>& model, const std::string& folder) {
-    const SafetensorsFile file(folder + "/optimizer.safetensors");
-    using Part = std::pair<const char*, typename Device::Real*>;
-    const Part parts[] = {{"m.", model.m}, {"v.", model.v}};
-    for (const auto& [prefix, to] : parts) {
-        std::vector<const StoredTensor*> stored;
-        for (const TensorInfo& info : model.layout.tensors) {
-            const StoredTensor* tensor = file.find(prefix + name_in_checkpoint(info.name));
-            if (!tensor || tensor->shape != info.shape)
-                file.refuse("no moments of " + info.name + " in the model's shape");
-            stored.push_back(tensor);
-        }
-        load_tensors(model, to, file, stored);
-    }
+    read_arrays(folder + "/optimizer.safetensors", model, true);
 }
 
-// ---- The checkpoints of a run ----------------------------------------------------------------
+// ---- The checkpoints of a run -------------------------------------------------------------------
+// A run's folder has checkpoint-<step>/, several of them, and best/. Their names say all: which is
+// the newest, and which were unfinished (.tmp) or about to be replaced (.old) when the program was
+// killed.
 
+// The folder of the checkpoint after that many steps.
 inline std::string checkpoint_folder(const std::string& output, int64_t step) {
     return output + "/checkpoint-" + std::to_string(step);
 }
@@ -4855,20 +4889,20 @@ inline std::vector<int64_t> checkpoint_steps(const std::string& output) {
     return steps;
 }
 
-// Removes all but the newest `keep` checkpoints.
+// Removes all but the newest `keep` checkpoints; best/ is not among them.
+// Why the new name first: a half-removed checkpoint must not be taken for a damaged one.
 inline void remove_old_checkpoints(const std::string& output, int keep) {
     const std::vector<int64_t> steps = checkpoint_steps(output);
     for (size_t i = size_t(keep); i < steps.size(); ++i) {
-        // Renamed first, so that a half-removed checkpoint is never taken for a damaged one.
-        const std::string gone = checkpoint_folder(output, steps[i]) + ".tmp";
-        if (folder_exists(gone)) remove_folder(gone);
-        rename_path(checkpoint_folder(output, steps[i]), gone);
+        const std::string folder = checkpoint_folder(output, steps[i]), gone = folder + ".tmp";
+        move_folder(folder, gone);
         remove_folder(gone);
     }
 }
 
 // Tidies a run's folder after a kill: what a save left half done goes, and a checkpoint that was
 // about to be replaced gets its name back. Touches nothing but names that this program gives.
+// Careful: only with the folder's lock held, or it would remove what another run is writing.
 inline void recover_folders(const std::string& output) {
     for (const std::string& name : list_folder(output)) {
         const std::string path = output + "/" + name;
@@ -4891,11 +4925,8 @@ inline std::vector<std::string> set_aside_later(const std::string& output, int64
     for (int64_t later : checkpoint_steps(output))
         if (later > step) names.push_back("checkpoint-" + std::to_string(later));
     if (step < 0 && folder_exists(output + "/best")) names.push_back("best");
-    for (const std::string& name : names) {
-        const std::string aside = output + "/" + name + ".set-aside";
-        if (folder_exists(aside)) remove_folder(aside);
-        rename_path(output + "/" + name, aside);
-    }
+    for (const std::string& name : names)
+        move_folder(output + "/" + name, output + "/" + name + ".set-aside");
     return names;
 }
 

@@ -43,6 +43,10 @@ torture: $(BUILD)/torture
 $(BUILD)/torture: checks/torture.cpp tinygpt.hpp | $(BUILD)
 	$(CXX) $(CXXFLAGS) $< -o $@
 
+# Damaged model folders, each opened by ./train_gpt: time and memory (medians of five).
+damaged: $(BUILD)/test_gpt $(BUILD)/train_gpt
+	TRAIN_GPT=$(BUILD)/train_gpt $< --no-skip -tc="damaged*"
+
 # libFuzzer on every parser: make fuzz SECONDS=60
 SECONDS ?= 30
 FUZZERS := $(patsubst checks/%.cpp,%,$(filter-out %seeds.cpp,$(wildcard checks/fuzz_*.cpp)))
@@ -63,7 +67,7 @@ test_hf: $(BUILD)/train_gpt $(BUILD)/prepare_data $(BUILD)/hf_logits
 $(BUILD)/hf_logits: checks/hf_logits.cpp tinygpt.hpp | $(BUILD)
 	$(CXX) $(CXXFLAGS) $< -o $@
 
-nightly: check torture
+nightly: check torture damaged
 	python3 checks/mutate_cuda.py
 	$(MAKE) fuzz SECONDS=1200
 
@@ -75,4 +79,4 @@ count:
 	    f,k,c,c/k,w+0}' $$f; done
 	@awk '/^\/\/ What follows is plumbing/{exit} {t=$$0; sub(/^[ \t]+/,"",t); if(t!="" && t!~/^\/\//)k++} \
 	    END{printf "tinygpt.hpp, what a student reads: %d lines of code\n",k}' tinygpt.hpp
-.PHONY: check readme portable test_emulator cuda_compiles torture fuzz test_hf nightly count
+.PHONY: check readme portable test_emulator cuda_compiles torture damaged fuzz test_hf nightly count

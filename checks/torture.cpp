@@ -422,6 +422,7 @@ bool Torture::all(const std::string& only) {
 
 int main(int argc, char** argv) {
     wait_politely(argv);
+    omp_set_num_threads(1);  // a child of fork() must not inherit threads that it does not have
     uint64_t seed = 1;
     double scale = 1;
     std::string part;
