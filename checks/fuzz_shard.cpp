@@ -26,7 +26,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
             Batch batch;
             for (int64_t i = 0; i < order.blocks_per_epoch(); i += 2) {
                 batch.resize(2, 4);
-                BatchLoader::fill(batch, shards, order, i, vocab_size);
+                fill_batch(batch, shards, order, i, vocab_size);
             }
         }
     });
