@@ -15,15 +15,16 @@
 //   §1  ground rules      errors with a message; random numbers that can be asked for in any order
 //   §2  one batch         shards, and the same text shifted by one
 //   §3  the model         sizes, and the one list of parameters
-//   §4  the layers        embed, layernorm, matmul, attention, linear and GELU, dropout, head and
-//   loss §5  forward           GPT-2 on one screen
+//   §4  the layers        embed, layernorm, matmul, attention, GELU, residual, dropout, head and loss
+//   §5  forward           GPT-2 on one screen
 //   §6  backward          the same lines upside down
 //   §7  the update        schedule, clip, guards, AdamW
 //   §8  one step          all of it, on one screen
 //   §9  evaluate, generate
 //   ----  plumbing from here on: the model is done
-//   §10 files, JSON, and the tokenizer     §11 safetensors, checkpoints     §12 options, log
-//   §13 the loop and the commands
+//   §10 the CPU at full speed     §11 files, JSON     §12 tokenizer     §13 Hugging Face folders
+//   §14 checkpoints     §15 options     §16 log, terminal     §17 the training loop
+//   §18 the commands     §19 bench, walk     §20 main
 //
 // Notation. x is what a layer reads, out what it makes, w and b weight and bias; dx is the gradient
 // of the loss with respect to x. (B, T, C): B rows of T tokens of C channels, the last index
