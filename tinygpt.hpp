@@ -59,6 +59,7 @@
 #include <charconv>
 #include <chrono>
 #include <cmath>
+#include <compare>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
@@ -669,9 +670,11 @@ struct StepState {
 struct Guards {
     double grad_clip = 1;      // limit of the global norm; 0: none
     double skip_outliers = 0;  // z-score above which an update is skipped; 0: never
+    auto operator<=>(const Guards&) const = default;
 };
 struct AdamW {
     double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1;
+    auto operator<=>(const AdamW&) const = default;
 };
 
 // How the CPU computes matrix products. bf16: operands are rounded to bf16, sums stay fp32.
@@ -697,6 +700,18 @@ struct Cpu {
     double peak_flops() const;      // operations a second, measured
     double peak_bandwidth() const;  // bytes a second, measured
     void synchronize() {}           // wait until everything asked for is done: here it always is
+    void check_sizes(const Config&, int /*B*/) const {}  // fails for sizes it has no functions for
+
+    // --- a step as one piece of work, and its numbers. A device that works behind the host's back
+    // may do a step while the host prepares the next: it may be kStepsBehind steps late.
+    static constexpr int kStepsBehind = 0;
+    // Does the work. A device may record it, and repeat the recording for an equal key.
+    template <class Key, class Work>
+    void replay(const Key&, Work&& work) {
+        work();
+    }
+    void post(const StepState*) {}  // asks for a copy of the state as it is after all work so far
+    StepState fetch(const StepState* state) { return *state; }  // waits for the oldest such copy
 
     // --- memory
     template <class T>
@@ -1780,6 +1795,27 @@ void set_batch(Gpt2<Device>& model, const Batch& batch) {
     model.device.upload(model.a.order, batch.order.data(), rows);
 }
 
+// One update with the gradients that model.grads holds.
+template <class Device>
+void update(Gpt2<Device>& model, const StepOptions& o) {
+    model.device.gradient_norm(model.state, model.grads, model.layout.size);
+    model.device.judge_step(model.state, o.guards);
+    model.device.adamw(model.weights, model.masters, model.m, model.v, model.grads,
+                       model.layout.size, model.layout.decayed, model.state, o.adamw);
+}
+
+// All that decides which functions a micro-batch calls with which arguments, but for dropout's
+// masks. What changes from step to step (tokens, learning rate, loss) lies in the device's memory.
+struct WorkKey {
+    const void* memory;  // the model's, which no other model has
+    int B, T;
+    double scale;
+    bool first, last;  // of the step's micro-batches
+    AdamW adamw;
+    Guards guards;
+    auto operator<=>(const WorkKey&) const = default;
+};
+
 // Step s (from 0): gradients of all micro-batches, then one update. Afterwards model.state holds
 // the loss and the norm of the batch, both from before the update. micro_batches: the step's
 // batches.
@@ -1796,15 +1832,21 @@ void train_step(Gpt2<Device>& model, const std::vector<Batch>& micro_batches, co
         const Batch& batch = micro_batches[i];
         const uint64_t key = random_key(o.seed, uint64_t(s) * micro_batches.size() + i, 5);
         const Pass pass{batch.B, batch.T, model.config.dropout > 0, key};
+        const bool first = i == 0, last = i + 1 == micro_batches.size();
+        auto work = [&] {
+            forward(model, pass);
+            backward(model, pass, scale, first);
+            device.add_loss(model.state, model.a.losses, batch.B * batch.T, scale);
+            if (last) update(model, o);
+        };
         set_batch(model, batch);
-        forward(model, pass);
-        backward(model, pass, scale, i == 0);
-        device.add_loss(model.state, model.a.losses, batch.B * batch.T, scale);
+        if (pass.dropout)
+            work();  // the masks are new in every step: there is nothing to repeat
+        else
+            device.replay(WorkKey{model.block, batch.B, batch.T, scale, first, last, o.adamw,
+                                  o.guards},
+                          work);
     }
-    device.gradient_norm(model.state, model.grads, model.layout.size);
-    device.judge_step(model.state, o.guards);
-    device.adamw(model.weights, model.masters, model.m, model.v, model.grads, model.layout.size,
-                 model.layout.decayed, model.state, o.adamw);
 }
 
 // =================================================================================================
@@ -6144,6 +6186,7 @@ inline void check_same_tokenizer(const Corpus& corpus, const std::string& model_
 // Refuses sizes that the device cannot hold, saying how much they need.
 template <class Device>
 MemoryNeed check_memory(Device& device, const Config& config, int B, int T, Use use) {
+    device.check_sizes(config, B);
     const MemoryNeed need = memory_need<Device>(config, B, T, use);
     const size_t free = device.free_memory();
     if (need.total() <= free) return need;
@@ -6320,6 +6363,8 @@ private:
     // the step
     void begin(TrainerState state, const std::string& from);
     std::vector<Batch> read_step(BatchLoader& loader);
+    bool waited_for(int64_t step) const;
+    void queue_step(BatchLoader& loader);
     LogRow row_now() const;
     LogRow one_step(BatchLoader& loader);
     void check_broken(LogRow& row);
@@ -6350,7 +6395,9 @@ private:
     TrainerState state_;
     std::vector<std::array<int64_t, 4>> stamps_;
     int64_t steps_ = 0;
+    int64_t queued_ = 0;  // steps that the device was given; state_.step: whose numbers are known
     double peak_flops_ = 0, step_seconds_ = 0;  // the latter smoothed
+    double began_ = 0;                          // when the step began that is under way
     bool warned_ = false;
     std::vector<CurvePoint> train_curve_, val_curve_;
 };
@@ -6411,18 +6458,41 @@ LogRow Trainer<Device>::row_now() const {
     return row;
 }
 
-// Makes one update; the row has its loss and norm, both from before it.
+// Whether anything but the next step needs the model as this step leaves it: then the device must
+// not be given the next step yet.
+template <class Device>
+bool Trainer<Device>::waited_for(int64_t step) const {
+    auto is_due = [](int64_t at, int64_t interval) { return interval > 0 && at % interval == 0; };
+    const int64_t samples = state_.samples + (step - state_.step) * rows_per_step();
+    return step >= steps_ || is_due(step, o_.eval_interval) || is_due(step, o_.save_interval) ||
+           is_due(step, o_.sample_interval) || is_due(step, o_.tensor_stats_interval) ||
+           is_due(step + 1, o_.tensor_stats_interval) ||
+           order_.epoch(samples) > order_.epoch(samples - rows_per_step()) || stop_asked() != 0 ||
+           (o_.max_minutes > 0 && state_.seconds > o_.max_minutes * 60);
+}
+
+// Gives the device one more step to do.
+template <class Device>
+void Trainer<Device>::queue_step(BatchLoader& loader) {
+    const std::vector<Batch> batches = read_step(loader);
+    if (queued_ == state_.step) began_ = now_seconds();
+    train_step(model_, batches, step_options(), queued_++);
+    model_.device.post(model_.state);
+}
+
+// Makes one update; the row has its loss and norm, both from before it. Where the device may be
+// late it has the step after this one to do while the host waits for the numbers of this one.
 template <class Device>
 LogRow Trainer<Device>::one_step(BatchLoader& loader) {
-    const std::vector<Batch> batches = read_step(loader);
     const bool stats =
         o_.tensor_stats_interval > 0 && (state_.step + 1) % o_.tensor_stats_interval == 0;
     std::vector<typename Device::Real> before;
     if (stats) before = model_.get_weights();
-    const double begin = now_seconds();
-    train_step(model_, batches, step_options(), state_.step);
-    model_.device.download(&state_.guards, model_.state, 1);
-    const double seconds = now_seconds() - begin;
+    while (queued_ == state_.step ||
+           (queued_ - state_.step <= Device::kStepsBehind && !waited_for(queued_)))
+        queue_step(loader);
+    state_.guards = model_.device.fetch(model_.state);
+    const double now = now_seconds(), seconds = now - std::exchange(began_, now);
 
     ++state_.step;
     state_.samples += rows_per_step();
@@ -6646,7 +6716,7 @@ void Trainer<Device>::begin(TrainerState state, const std::string& from) {
     state_ = std::move(state);
     stamps_ = shard_stamps(corpus_);
     steps_ = state_.planned_steps > 0 ? state_.planned_steps : planned_steps();
-    state_.planned_steps = steps_;
+    state_.planned_steps = steps_, queued_ = state_.step;
     peak_flops_ = model_.device.peak_flops();
     model_.device.upload(model_.state, &state_.guards, 1);
     for (const std::string& name : set_aside_later(o_.output, from.empty() ? -1 : state_.step))
@@ -6675,6 +6745,7 @@ void Trainer<Device>::write_row(LogRow& row) {
 // Whether the run is over after this step, and why.
 template <class Device>
 typename Trainer<Device>::End Trainer<Device>::end_reached() const {
+    if (queued_ > state_.step) return End::none;  // a step is under way: it is waited for first
     if (state_.step >= steps_) return End::finished;
     if (o_.patience > 0 && state_.stale_evals >= o_.patience) return End::plateau;
     if (o_.max_minutes > 0 && state_.seconds > o_.max_minutes * 60) return End::out_of_time;

@@ -1264,7 +1264,29 @@ void set_attribute(cublasLtMatmulDesc_t operation, cublasLtMatmulDescAttributes_
     CUDA_CHECK(cublasLtMatmulDescSetAttribute(operation, name, &value, sizeof value));
 }
 
-// What the device keeps between calls: the library's handle, plans, and memory to work in.
+// Host memory that the GPU reads and writes by itself while the host goes on, and the event that
+// tells when it is done with it.
+struct Pinned {
+    void* data = nullptr;
+    cudaEvent_t done = nullptr;
+    // Waits for the GPU to be done with it, and makes it the first time.
+    void* take(size_t bytes) {
+        if (!data) {
+            CUDA_CHECK(cudaMallocHost(&data, bytes));
+            CUDA_CHECK(cudaEventCreateWithFlags(&done, cudaEventDisableTiming));
+        }
+        CUDA_CHECK(cudaEventSynchronize(done));
+        return data;
+    }
+    void release() {
+        if (data) cudaEventDestroy(done), cudaFreeHost(data);
+    }
+};
+
+// What the device keeps between calls: the library's handle, plans, memory to work in, recordings.
+// A recording is a CUDA graph: all kernels of a piece of work with their arguments, started with
+// one call. Why: a step is about 300 kernels, and to start one takes the host longer than a small
+// one runs. Addresses are arguments, so recordings are forgotten where memory is given back.
 class CudaContext {
 public:
     cudaStream_t stream = nullptr;
@@ -1273,15 +1295,18 @@ public:
     explicit CudaContext(cublasComputeType_t compute) : compute_(compute) {
         CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
         CUDA_CHECK(cublasLtCreate(&library_));
-        CUDA_CHECK(cudaMalloc(&workspace_, kMatmulWorkspace));
     }
     CudaContext(const CudaContext&) = delete;
     ~CudaContext() {
+        cudaStreamSynchronize(stream);
+        forget_recordings();
         for (auto& [product, plan] : plans_) {
             cublasLtMatmulDescDestroy(plan.operation);
             for (auto layout : {plan.a, plan.b, plan.d}) cublasLtMatrixLayoutDestroy(layout);
         }
         cublasLtDestroy(library_);
+        for (Pinned& piece : staging_) piece.release();
+        for (Pinned& letter : letters_) letter.release();
         cudaFree(workspace_), cudaFree(scratch_);
         cudaStreamDestroy(stream);
     }
@@ -1291,12 +1316,78 @@ public:
     T* scratch(size_t count) {
         if (count * sizeof(T) > scratch_bytes_) {
             CUDA_CHECK(cudaStreamSynchronize(stream));
+            forget_recordings();
             CUDA_CHECK(cudaFree(scratch_));
             scratch_ = nullptr, scratch_bytes_ = count * sizeof(T);
             CUDA_CHECK(cudaMalloc(&scratch_, scratch_bytes_));
         }
         return static_cast<T*>(scratch_);
     }
+
+    // Copies to the GPU in pieces that pass through pinned memory. Returns as soon as the bytes
+    // were read: the GPU gets them when it comes to that.
+    void upload(void* to, const void* from_host, size_t bytes) {
+        for (size_t at = 0; at < bytes; at += kStagingPiece) {
+            Pinned& piece = staging_[next_piece_++ % kStagingPieces];
+            const size_t n = std::min(kStagingPiece, bytes - at);
+            std::memcpy(piece.take(kStagingPiece), static_cast<const char*>(from_host) + at, n);
+            CUDA_CHECK(cudaMemcpyAsync(static_cast<char*>(to) + at, piece.data, n,
+                                       cudaMemcpyHostToDevice, stream));
+            CUDA_CHECK(cudaEventRecord(piece.done, stream));
+        }
+    }
+    // A copy of the state on its way to the host; two may be under way. next_letter waits.
+    void post(const StepState* state) {
+        Pinned& letter = letters_[posted_++ % 2];
+        CUDA_CHECK(cudaMemcpyAsync(letter.take(sizeof *state), state, sizeof *state,
+                                   cudaMemcpyDeviceToHost, stream));
+        CUDA_CHECK(cudaEventRecord(letter.done, stream));
+    }
+    StepState next_letter() {
+        return *static_cast<const StepState*>(letters_[fetched_++ % 2].take(sizeof(StepState)));
+    }
+
+    // Seconds that the work takes on the GPU: the best of `times`, after one that is not counted.
+    template <class Work>
+    double best_seconds(int times, Work&& work) {
+        cudaEvent_t begin, end;
+        CUDA_CHECK(cudaEventCreate(&begin));
+        CUDA_CHECK(cudaEventCreate(&end));
+        float best = INFINITY, milliseconds = 0;
+        work();
+        for (int i = 0; i < times; ++i, best = std::min(best, milliseconds)) {
+            CUDA_CHECK(cudaEventRecord(begin, stream));
+            work();
+            CUDA_CHECK(cudaEventRecord(end, stream));
+            CUDA_CHECK(cudaEventSynchronize(end));
+            CUDA_CHECK(cudaEventElapsedTime(&milliseconds, begin, end));
+        }
+        CUDA_CHECK(cudaEventDestroy(begin));
+        CUDA_CHECK(cudaEventDestroy(end));
+        return std::max(1e-9, double(best) / 1e3);
+    }
+
+    // Does the work. The second time it is recorded, and from then on the recording is repeated.
+    // Why not the first time: then matmuls make their plans, and memory grows, which takes calls
+    // that cannot be recorded.
+    template <class Work>
+    void replay(const WorkKey& key, Work&& work) {
+        const auto found = recordings_.find(key);
+        if (found == recordings_.end()) {
+            work();
+            recordings_.emplace(key, nullptr);
+            return;
+        }
+        if (!found->second) found->second = record(work);
+        CUDA_CHECK(cudaGraphLaunch(found->second, stream));
+        ++replays;
+    }
+    void forget_recordings() {
+        for (auto& [key, recording] : recordings_)
+            if (recording) cudaGraphExecDestroy(recording);
+        recordings_.clear();
+    }
+    int64_t replays = 0;  // how many recordings were started
 
     // Does the product; false if the library has no kernel for it. bias: read by an epilogue with
     // bias, written by one with a bias gradient. aux [m, n]: the GELU's input. c: may be d.
@@ -1306,6 +1397,7 @@ public:
         if (!plan.possible) return false;
         if (bias) set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
         if (aux) set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux);
+        if (!workspace_) CUDA_CHECK(cudaMalloc(&workspace_, kMatmulWorkspace));
         const float one = 1, beta = product.add ? 1 : 0;
         CUDA_CHECK(cublasLtMatmul(library_, plan.operation, &one, a, plan.a, b, plan.b, &beta,
                                   product.add ? c : d, plan.d, d, plan.d, &plan.algorithm,
@@ -1319,6 +1411,28 @@ private:
     void *workspace_ = nullptr, *scratch_ = nullptr;
     size_t scratch_bytes_ = 0;
     std::map<Product, Plan> plans_;
+    std::map<WorkKey, cudaGraphExec_t> recordings_;  // null: done once, not recorded yet
+    // A text of 64 x 1024 tokens is one piece; there is room for about 20 batches.
+    static constexpr size_t kStagingPiece = size_t(256) << 10, kStagingPieces = 64;
+    Pinned staging_[kStagingPieces], letters_[2];
+    size_t next_piece_ = 0, posted_ = 0, fetched_ = 0;
+
+    template <class Work>
+    cudaGraphExec_t record(Work&& work) {
+        cudaGraph_t graph = nullptr;
+        cudaGraphExec_t recording = nullptr;
+        CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+        try {
+            work();
+        } catch (...) {
+            cudaStreamEndCapture(stream, &graph);
+            throw;
+        }
+        CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+        CUDA_CHECK(cudaGraphInstantiate(&recording, graph, 0));
+        CUDA_CHECK(cudaGraphDestroy(graph));
+        return recording;
+    }
 
     Plan& plan_for(const Product& p, const void* bias, const void* aux) {
         auto [found, fresh] = plans_.try_emplace(p);
@@ -1380,27 +1494,6 @@ void allow_shared(Kernel* kernel, size_t bytes) {
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
 }
 
-// Operations a second by the data sheet, dense: what one multiprocessor does in a clock, times the
-// clock the data sheets count with (NVIDIA's architecture white papers). An unknown GPU counts as
-// the nearest.
-inline double data_sheet_flops(const cudaDeviceProp& gpu, bool bf16, bool tf32) {
-    struct Entry {
-        int capability, bf16, tf32, fp32;
-        double hertz;
-    };
-    const Entry table[] = {{75, 0, 0, 128, 1.59e9},       {80, 2048, 1024, 128, 1.41e9},
-                           {86, 512, 256, 256, 1.70e9},   {89, 512, 256, 256, 2.52e9},
-                           {90, 4096, 2048, 256, 1.83e9}, {100, 8192, 4096, 256, 1.85e9},
-                           {120, 1024, 512, 256, 2.41e9}};
-    const Entry* found = table;
-    for (const Entry& entry : table)
-        if (entry.capability <= gpu.major * 10 + gpu.minor) found = &entry;
-    return double(bf16   ? found->bf16
-                  : tf32 ? found->tf32
-                         : found->fp32) *
-           gpu.multiProcessorCount * found->hertz;
-}
-
 // As many blocks as the GPU can hold at once, for kernels whose blocks take equal shares of all
 // work: one more would run alone. At most `enough`.
 template <class Kernel>
@@ -1427,7 +1520,8 @@ struct Cuda {
         size_t(8) << 30;  // of logits at a time; GPT-2 at B = 64 takes 6.6 GB
 
     std::shared_ptr<CudaContext> context;  // copies of a device are the same device
-    bool fuse = true;  // ask cuBLASLt to do the GELU and bias gradients with the matmul
+    bool fuse = true;    // ask cuBLASLt to do the GELU and bias gradients with the matmul
+    bool record = true;  // repeat recordings of a step instead of starting its kernels one by one
     size_t head_bytes = kHeadBytes;
 
     Cuda(bool tf32 = false)
@@ -1444,56 +1538,72 @@ struct Cuda {
                       : context->tf32() ? "tf32"
                                         : "fp32");
     }
+    // What a model may take: some is left for matmuls, for kernels' code and for recordings.
     size_t free_memory() const {
         size_t free = 0, total = 0;
         CUDA_CHECK(cudaMemGetInfo(&free, &total));
-        return free;
+        return free - std::min(free, size_t(256) << 20);
     }
-    double peak_flops() const {
-        return data_sheet_flops(properties(), kSeparateMasters, context->tf32());
-    }
-    // Measured: the best of a few copies inside the GPU's memory, counting bytes read and written.
-    double peak_bandwidth() const {
-        const size_t bytes = std::min(size_t(1) << 30, free_memory() / 8);
-        void *from = nullptr, *to = nullptr;
-        cudaEvent_t begin, end;
-        CUDA_CHECK(cudaMalloc(&from, bytes));
-        CUDA_CHECK(cudaMalloc(&to, bytes));
-        CUDA_CHECK(cudaMemsetAsync(from, 1, bytes, stream()));
-        CUDA_CHECK(cudaEventCreate(&begin));
-        CUDA_CHECK(cudaEventCreate(&end));
-        float best = INFINITY;
-        for (int trial = 0; trial < 5; ++trial) {
-            float milliseconds = 0;
-            CUDA_CHECK(cudaEventRecord(begin, stream()));
-            CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream()));
-            CUDA_CHECK(cudaEventRecord(end, stream()));
-            CUDA_CHECK(cudaEventSynchronize(end));
-            CUDA_CHECK(cudaEventElapsedTime(&milliseconds, begin, end));
-            best = std::min(best, milliseconds);
+    // The peaks are measured by what comes nearest to them. Operations a second: the largest
+    // product of square matrices of random numbers, as far as memory goes and until it takes a
+    // millisecond, in the precision of this device.
+    double peak_flops() {
+        for (int n = 256;; n *= 2) {
+            const size_t count = size_t(n) * n;
+            A* x = allocate<A>(3 * count);
+            fill_with_noise(x, 2 * count);
+            const Product square{n,     n,     n,     n,     n,
+                                 n,     false, false, false, CUBLASLT_EPILOGUE_DEFAULT,
+                                 kType, kType};
+            const double seconds =
+                best_seconds([&] { must(context->multiply(square, x + 2 * count, x, x + count)); });
+            release(x);
+            if (seconds > 1e-3 || n >= 8192 || 12 * count * sizeof(A) > free_memory())
+                return 2.0 * n * n * n / seconds;
         }
-        CUDA_CHECK(cudaEventDestroy(begin));
-        CUDA_CHECK(cudaEventDestroy(end));
-        CUDA_CHECK(cudaFree(from));
-        CUDA_CHECK(cudaFree(to));
-        return 2 * double(bytes) / (double(best) / 1e3);
+    }
+    // Bytes a second, read and written: a copy inside the GPU's memory.
+    double peak_bandwidth() {
+        const size_t bytes = std::min(size_t(1) << 29, free_memory() / 2) / 2;
+        char *from = allocate<char>(bytes), *to = allocate<char>(bytes);
+        zero(from, bytes);
+        const double seconds = best_seconds([&] {
+            CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream()));
+        });
+        release(from), release(to);
+        return 2 * double(bytes) / seconds;
     }
     void synchronize() { CUDA_CHECK(cudaStreamSynchronize(stream())); }
-    // Memory's speed, measured: 256 MB are copied, read and written. Best of five; bytes a second.
-    double peak_bandwidth() {
-        const size_t bytes = size_t(1) << 28;
-        char *from = allocate<char>(bytes), *to = allocate<char>(bytes);
-        zero(from, bytes), synchronize();
-        double best = 0;
-        for (int trial = 0; trial < 5; ++trial) {
-            const double begin = now_seconds();
-            CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream()));
-            synchronize();
-            best = std::max(best, 2.0 * double(bytes) / (now_seconds() - begin));
-        }
-        release(from), release(to);
-        return best;
+    // Fails for sizes that the kernels are not made for, before any memory is taken.
+    void check_sizes(const Config& config, int B) const {
+        const int C = config.n_embd, NH = config.n_head, most = 65535;
+        int channels = C, heads = NH;  // the next that would do
+        while (channels % 8 || channels % NH) ++channels;
+        while (C / heads > kMaxHeadSize || C % heads) ++heads;
+        TINYGPT_CHECK(C % 8 == 0,
+                      "on a GPU n_embd must be a multiple of 8; it is %d: use --n-embd %d", C,
+                      channels);
+        TINYGPT_CHECK(config.head_size() <= kMaxHeadSize,
+                      "on a GPU a head has at most %d channels, and n_embd / n_head is %d: use "
+                      "--n-head %d",
+                      kMaxHeadSize, config.head_size(), heads);
+        TINYGPT_CHECK(int64_t(B) * NH <= most,
+                      "on a GPU a batch has at most %d heads, and this one has %d times %d: use "
+                      "--batch-size %d or less",
+                      most, B, NH, most / NH);
     }
+    // --- a step as one piece of work, and its numbers
+
+    static constexpr int kStepsBehind = 1;
+    template <class Work>
+    void replay(const WorkKey& key, Work&& work) {
+        if (record)
+            context->replay(key, work);
+        else
+            work();
+    }
+    void post(const StepState* state) { context->post(state); }
+    StepState fetch(const StepState*) { return context->next_letter(); }
 
     // --- memory
 
@@ -1509,6 +1619,7 @@ struct Cuda {
     }
     template <class T>
     void release(T* pointer) {
+        if (pointer) context->forget_recordings();
         cudaFree(pointer);
     }
     template <class T>
@@ -1517,9 +1628,7 @@ struct Cuda {
     }
     template <class T>
     void upload(T* to, const T* from_host, size_t count) {
-        CUDA_CHECK(
-            cudaMemcpyAsync(to, from_host, count * sizeof(T), cudaMemcpyHostToDevice, stream()));
-        CUDA_CHECK(cudaStreamSynchronize(stream()));
+        context->upload(to, from_host, count * sizeof(T));
     }
     template <class T>
     void download(T* to_host, const T* from, size_t count) {
@@ -1539,7 +1648,6 @@ struct Cuda {
 
     void embed_forward(A* out, const int32_t* tokens, const A* wte, const A* wpe, int B, int T,
                        int C, int past, Dropout drop) {
-        check_channels(C);
         embed_forward_kernel<A>
             <<<packs(size_t(B) * T * C), kThreads, 0, stream()>>>(out, tokens, wte, wpe, B * T, T,
                                                                   C, past, drop);
@@ -1755,14 +1863,24 @@ private:
         CUDA_CHECK(cudaGetDeviceProperties(&gpu, 0));
         return gpu;
     }
+    // Seconds that the work takes on the GPU, at best, of a few times.
+    template <class Work>
+    double best_seconds(Work&& work) {
+        return context->best_seconds(5, work);
+    }
+    // Random numbers: what lies in memory decides how much power a product takes, and how fast it
+    // is. A few are made, and copied until there are enough.
+    void fill_with_noise(A* to, size_t count) {
+        std::vector<A> noise(std::min<size_t>(count, 1 << 14));
+        for (size_t i = 0; i < noise.size(); ++i) noise[i] = A(float(random_normal(1, i)));
+        upload(to, noise.data(), noise.size());
+        for (size_t done = noise.size(); done < count; done *= 2)
+            CUDA_CHECK(cudaMemcpyAsync(to + done, to, std::min(done, count - done) * sizeof(A),
+                                       cudaMemcpyDeviceToDevice, stream()));
+    }
     static unsigned packs(size_t count) { return blocks_for(count, size_t(kThreads) * kPack<A>); }
     static void must(bool possible) {
         TINYGPT_CHECK(possible, "cuBLASLt has no kernel for a matrix product");
-    }
-    static void check_channels(int C) {
-        TINYGPT_CHECK(C % 8 == 0,
-                      "on a GPU n_embd must be a multiple of 8; it is %d: use --n-embd %d", C,
-                      (C + 7) / 8 * 8);
     }
 
     // out [rows, OC] = x [rows, C] w [C, OC]
@@ -1825,9 +1943,6 @@ private:
     template <int E>
     void plain_forward_by(A* out, float* lse, const A* qkv, int B, int past, int n, int NH, int HS,
                           Dropout drop) {
-        TINYGPT_CHECK(HS <= kMaxHeadSize,
-                      "on a GPU a head has at most %d channels; n_embd / n_head is %d",
-                      kMaxHeadSize, HS);
         const dim3 grid(blocks_for(n, kPlainHeld), unsigned(B * NH));
         const size_t shared = plain_shared(HS, 1);
         allow_shared(attention_plain_forward_kernel<A, E>, shared);
@@ -1877,36 +1992,37 @@ private:
     }
 };
 
-}  // namespace tinygpt
-
 // =================================================================================================
 // 7 The driver
 // =================================================================================================
 
+// Runs the command on this machine's first GPU, in the precision asked for or the best it has.
+inline int run_on_gpu(Options options) {
+    int count = 0;
+    const cudaError_t code = cudaGetDeviceCount(&count);
+    if (code != cudaSuccess || count == 0)
+        fail(
+            format("there is no GPU here to train on (%s): type make train_gpt && ./train_gpt to "
+                   "train on the CPU",
+                   cudaGetErrorString(code != cudaSuccess ? code : cudaErrorNoDevice)));
+    cudaDeviceProp gpu;
+    CUDA_CHECK(cudaGetDeviceProperties(&gpu, 0));
+    // bf16 and tf32 came with compute capability 8.0.
+    const bool new_enough = gpu.major >= 8;
+    if (options.precision.empty()) options.precision = new_enough ? "bf16" : "fp32";
+    if (options.precision != "fp32" && !new_enough)
+        fail(
+            format("--precision %s needs a GPU of compute capability 8.0 or later, and %s has "
+                   "%d.%d: use --precision fp32",
+                   options.precision.c_str(), gpu.name, gpu.major, gpu.minor));
+    if (options.precision == "bf16") return run_command(Cuda<bf16>(), options);
+    return run_command(Cuda<float>(options.precision == "tf32"), options);
+}
+
+}  // namespace tinygpt
+
 #ifndef TRAIN_GPT_CU_NO_MAIN
 int main(int argc, char** argv) {
-    using namespace tinygpt;
-    return program(argc, argv, "train_gpt_cu", [](Options options) {
-        int count = 0;
-        const cudaError_t code = cudaGetDeviceCount(&count);
-        if (code != cudaSuccess || count == 0)
-            fail(format("no GPU to train on (%s): ./train_gpt does the same on the CPU",
-                        cudaGetErrorString(code)));
-        cudaDeviceProp gpu;
-        CUDA_CHECK(cudaGetDeviceProperties(&gpu, 0));
-        // bf16 and tf32 came with compute capability 8.0.
-        const bool new_enough = gpu.major >= 8;
-        const std::string precision = !options.precision.empty() ? options.precision
-                                      : new_enough               ? "bf16"
-                                                                 : "fp32";
-        if (precision != "fp32" && !new_enough)
-            fail(
-                format("--precision %s needs a GPU of compute capability 8.0 or later, and %s has "
-                       "%d.%d: use --precision fp32",
-                       precision.c_str(), gpu.name, gpu.major, gpu.minor));
-        options.precision = precision;  // a checkpoint remembers it
-        if (precision == "bf16") return run_command(Cuda<bf16>(), options);
-        return run_command(Cuda<float>(precision == "tf32"), options);
-    });
+    return tinygpt::program(argc, argv, "train_gpt_cu", tinygpt::run_on_gpu);
 }
 #endif
