@@ -4307,6 +4307,7 @@ const std::vector<std::string> kDocumented = {"data",
                                               "seed",
                                               "threads",
                                               "precision",
+                                              "tune-matmul",
                                               "batch-size",
                                               "seq-len",
                                               "grad-accum-steps",
@@ -5629,6 +5630,7 @@ TEST_CASE("run: bad input ends with a clear line or two, and nothing is written"
         {{"--data", data, "--init-from", place.folder + "/none"}, 1, "no such folder"},
         {{"--data", data, "--resume", place.folder + "/none"}, 1, "no checkpoint to resume"},
         {{"--data", data, "--precision", "tf32"}, 2, "is for GPUs"},
+        {{"--data", data, "--tune-matmul"}, 2, "is for GPUs"},
         {{"eval"}, 2, "--init-from is missing"},
         {{"sample", "--init-from", empty}, 1, "config.json"},
         {{"--config", place.folder + "/none.conf"}, 2, "none.conf"},
@@ -7488,6 +7490,83 @@ TEST_CASE("cuda: a run whose numbers come a step late is the same run") {
     std::fflush(stdout), ::dup2(quiet, 1), ::close(quiet), ::close(nowhere);
 #ifdef CUDA_ON_CPU
     cuda_on_cpu::settings().late_streams = false;
+#endif
+}
+
+// --- Tuned matmuls
+
+// What a device makes of a forward product, an accumulated weight gradient with a long sum, and the
+// head: all products' results, in double.
+template <class Device>
+Values some_products(Device& cuda) {
+    using A = typename Device::Activation;
+    const int rows = 300, C = 24, OC = 16;
+    const Array<A> x(random_values<A>(size_t(rows) * C, 1)), w(random_values<A>(size_t(C) * OC, 2)),
+        b(random_values<A>(size_t(OC), 3)), dout(random_values<A>(size_t(rows) * OC, 4));
+    Array<A> out(size_t(rows) * OC), dx(size_t(rows) * C);
+    Array<float> dw(random_values<float>(size_t(C) * OC, 5)), db(Values(size_t(OC), 0.0)),
+        logits(size_t(rows) * OC);
+    cuda.linear_forward(out.data, x.data, w.data, b.data, rows, C, OC);
+    for (int time = 0; time < 2; ++time)
+        cuda.linear_backward(dx.data, dw.data, db.data, dout.data, x.data, w.data, rows, C, OC,
+                             true);
+    cuda.head_logits(logits.data, dx.data, w.data, 1, C, OC);
+    logits.count = size_t(OC);
+    Values all;
+    for (const Values& part : {out.values(), dx.values(), dw.values(), logits.values()})
+        all.insert(all.end(), part.begin(), part.end());
+    return all;
+}
+
+TEST_CASE_TEMPLATE("cuda: a tuned matmul is chosen once, written down, and the same ever after",
+                   Device, Cuda<float>, CudaTf32, Cuda<bf16>) {
+    const TextFolder place(10);
+    const std::string path = place.folder + "/deeper/plans.txt";
+    auto tuned = [&](double from = 0) {
+        Device cuda;
+        cuda.context->matmuls->tune_from = from;
+        cuda.context->matmuls->tune_into(path);
+        return some_products(cuda);
+    };
+    Device plain;
+    const Values want = some_products(plain), got = tuned();
+    compare("products", got, want, kUnit<Device>, 4, 300);
+    const std::string text = read_file(path);
+    CHECK(std::count(text.begin(), text.end(), '\n') == 4);
+    for (int time = 0; time < 3; ++time) CHECK(tuned() == got);
+    CHECK(read_file(path) == text);
+    CHECK(tuned(1e9) == want);  // too small to be worth it
+
+    // Another GPU's plans are not ours, and stay.
+    std::string others = text;
+    for (size_t at = 0; (at = others.find("cuBLASLt", at)) != others.npos; at += 8)
+        others.replace(at, 8, "another!");
+    write_file(path, others);
+    compare("products", tuned(), want, kUnit<Device>, 4, 300);
+    CHECK(read_file(path).substr(0, others.size()) == others);
+
+    // A damaged line is refused by name.
+    std::string broken = text;
+    broken[broken.find('|', broken.find('|') + 1) + 2] = 'z';
+    write_file(path, broken);
+    CHECK_THROWS_WITH(tuned(), doctest::Contains("plans.txt:1 is damaged: remove the line"));
+#ifdef CUDA_ON_CPU
+    // The file decides: every algorithm of the stand-in adds in an order of its own.
+    std::set<Values> results;
+    for (const char* number : {"0", "1", "2"}) {
+        std::string changed = text;
+        for (size_t at = changed.find("| 0000"); at != changed.npos;
+             at = changed.find("| 0000", at + 2))
+            changed.replace(at + 17, 1, number);
+        write_file(path, changed);
+        results.insert(tuned());
+        CHECK(read_file(path) == changed);
+    }
+    CHECK(results.size() == 3);
+    std::string unknown = text;
+    unknown.replace(unknown.find("| 0000") + 17, 1, "7");
+    write_file(path, unknown);
+    CHECK_THROWS_WITH(tuned(), doctest::Contains("plans.txt:1: cuBLASLt does not know this plan"));
 #endif
 }
 

@@ -5109,7 +5109,7 @@ struct Options {
 
     // Where, and on what.
     std::string config, resume, output, precision;
-    bool override_changes = false, help = false;
+    bool override_changes = false, tune_matmul = false, help = false;
     int64_t seed = 1337;
     int threads = 0;
 
@@ -5247,6 +5247,8 @@ struct OptionTable {
         {"threads", &O::threads, "run", kAll, "[0, 1024]", "0: all cores"},
         {"precision", &O::precision, "run", kBatch | kSample, "fp32|bf16|tf32",
          "not set: the best for this machine"},
+        {"tune-matmul", &O::tune_matmul, "run", kRun | kBench, "0|1",
+         "on a GPU: time matmul kernels once, keep the fastest in data/matmul-plans.txt"},
         {"help", &O::help, "run", kAll, "0|1",
          "this page; after a command, what that command takes"},
 
@@ -7804,6 +7806,8 @@ inline Cpu<float> make_cpu(const Options& o) {
             "--precision tf32 is for GPUs (./train_gpt_cu); a CPU has fp32 and, where it has bf16 "
             "dot "
             "products, bf16");
+    if (o.tune_matmul)
+        fail_usage("--tune-matmul is for GPUs (./train_gpt_cu): a CPU has one matmul kernel");
     Cpu<float> device;
     device.matmul_options.bf16 = o.precision == "bf16";
     if (device.matmul_options.bf16 && !cpu_has_bf16_dot())

@@ -1238,7 +1238,8 @@ __global__ void round_weights_kernel(bf16* weights, const float* masters, size_t
 // So out = x w, [rows, OC] = [rows, C] [C, OC], is for it out^T = w^T x^T: its A is w, its B is x,
 // and a transpose asked of it undoes one of ours. A product's shape is all it needs to choose a
 // kernel; the choice, a plan, is kept. It is the library's first suggestion, so it is the same in
-// every run.
+// every run. With --tune-matmul it is the fastest of many, found by timing them; then it is written
+// down, and later runs take it from the file, so that they have the same numbers.
 
 // D [m, n] = epilogue(op(A) [m, k] op(B) [k, n] (+ C)), column by column; lda is from one column to
 // the next.
@@ -1264,6 +1265,275 @@ void set_attribute(cublasLtMatmulDesc_t operation, cublasLtMatmulDescAttributes_
     CUDA_CHECK(cublasLtMatmulDescSetAttribute(operation, name, &value, sizeof value));
 }
 
+// Seconds that the work takes on the GPU: the best of `times`, after one that is not counted.
+template <class Work>
+double best_seconds(cudaStream_t stream, int times, Work&& work) {
+    cudaEvent_t begin, end;
+    CUDA_CHECK(cudaEventCreate(&begin));
+    CUDA_CHECK(cudaEventCreate(&end));
+    float best = INFINITY, milliseconds = 0;
+    work();
+    for (int i = 0; i < times; ++i, best = std::min(best, milliseconds)) {
+        CUDA_CHECK(cudaEventRecord(begin, stream));
+        work();
+        CUDA_CHECK(cudaEventRecord(end, stream));
+        CUDA_CHECK(cudaEventSynchronize(end));
+        CUDA_CHECK(cudaEventElapsedTime(&milliseconds, begin, end));
+    }
+    CUDA_CHECK(cudaEventDestroy(begin));
+    CUDA_CHECK(cudaEventDestroy(end));
+    return std::max(1e-9, double(best) / 1e3);
+}
+
+// The file of tuned plans. A line is a plan: GPU and version of the library, the product, the
+// library's own description of the kernel (which it may be given again, in the same version), and
+// how long it took beside the library's first suggestion. Lines of other GPUs stay as they are.
+class PlanFile {
+public:
+    PlanFile(const std::string& path, const std::string& machine) : path_(path), machine_(machine) {
+        if (!file_exists(path)) return;
+        lines_ = split_at(read_file(path), '\n');
+        if (lines_.back().empty()) lines_.pop_back();
+    }
+    // The kernel for a product, if the file has one.
+    bool find(const std::string& product, cublasLtMatmulAlgo_t& algorithm, std::string& where) {
+        const std::string key = machine_ + " | " + product + " | ";
+        for (size_t i = 0; i < lines_.size(); ++i) {
+            if (lines_[i].compare(0, key.size(), key) != 0) continue;
+            where = path_ + ":" + std::to_string(i + 1);
+            const char* at = lines_[i].c_str() + key.size();
+            for (uint64_t& word : algorithm.data) {
+                char* end = nullptr;
+                word = std::strtoull(at, &end, 16);
+                TINYGPT_CHECK(end == at + 16 && (*end == ' ' || *end == '-'),
+                              "%s is damaged: remove the line, and --tune-matmul makes it again",
+                              where.c_str());
+                at = end + 1;
+            }
+            return true;
+        }
+        return false;
+    }
+    // Adds a plan. The file is written anew as a whole, or not at all.
+    void add(const std::string& product, const cublasLtMatmulAlgo_t& algorithm, double seconds,
+             double first) {
+        std::string words, text;
+        for (uint64_t word : algorithm.data)
+            words += format(words.empty() ? "%016llx" : "-%016llx", (unsigned long long)(word));
+        lines_.push_back(format("%s | %s | %s | %.1f us, first %.1f us", machine_.c_str(),
+                                product.c_str(), words.c_str(), seconds * 1e6, first * 1e6));
+        for (const std::string& line : lines_) text += line + "\n";
+        make_folders(parent_folder(path_));
+        write_file(path_, text);
+    }
+
+private:
+    std::string path_, machine_;
+    std::vector<std::string> lines_;
+};
+
+// All products that were ever asked for, each with its plan.
+class Matmuls {
+public:
+    double tune_from = 1e9;  // operations; smaller products are not worth timing
+
+    Matmuls(cublasComputeType_t compute, cudaStream_t stream) : compute_(compute), stream_(stream) {
+        CUDA_CHECK(cublasLtCreate(&library_));
+    }
+    Matmuls(const Matmuls&) = delete;
+    ~Matmuls() {
+        for (auto& [product, plan] : plans_) {
+            cublasLtMatmulDescDestroy(plan.operation);
+            for (auto layout : {plan.a, plan.b, plan.d}) cublasLtMatrixLayoutDestroy(layout);
+        }
+        cublasLtDestroy(library_);
+        cudaFree(workspace_);
+    }
+    bool tf32() const { return compute_ == CUBLAS_COMPUTE_32F_FAST_TF32; }
+
+    // From now on plans are tuned, and kept in this file.
+    void tune_into(const std::string& path) {
+        cudaDeviceProp gpu;
+        CUDA_CHECK(cudaGetDeviceProperties(&gpu, 0));
+        file_.emplace(path, format("%s, cuBLASLt %zu", gpu.name, cublasLtGetVersion()));
+    }
+
+    // Does the product; false if the library has no kernel for it. bias: read by an epilogue with
+    // bias, written by one with a bias gradient. aux [m, n]: the GELU's input. c: may be d.
+    bool multiply(const Product& product, void* d, const void* a, const void* b,
+                  const void* c = nullptr, const void* bias = nullptr, const void* aux = nullptr) {
+        if (!workspace_) CUDA_CHECK(cudaMalloc(&workspace_, kMatmulWorkspace));
+        auto [found, fresh] = plans_.try_emplace(product);
+        Plan& plan = found->second;
+        if (fresh) describe(plan, product, aux != nullptr);
+        if (bias) set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
+        if (aux) set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux);
+        const Operands at{d, a, b, product.add ? c : d};
+        if (fresh) choose(plan, product, at);
+        if (plan.possible) CUDA_CHECK(run(plan, plan.algorithm, product, at));
+        return plan.possible;
+    }
+
+private:
+    struct Operands {
+        void* d;
+        const void *a, *b, *c;
+    };
+
+    cublasStatus_t run(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm,
+                       const Product& product, const Operands& at) {
+        const float one = 1, beta = product.add ? 1 : 0;
+        return cublasLtMatmul(library_, plan.operation, &one, at.a, plan.a, at.b, plan.b, &beta,
+                              at.c, plan.d, at.d, plan.d, &algorithm, workspace_, kMatmulWorkspace,
+                              stream_);
+    }
+
+    void describe(Plan& plan, const Product& p, bool aux) {
+        CUDA_CHECK(cublasLtMatmulDescCreate(&plan.operation, compute_, CUDA_R_32F));
+        set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA,
+                      p.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N);
+        set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSB,
+                      p.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N);
+        set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE, p.epilogue);
+        if (aux) set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, p.m);
+        const int64_t rows_a = p.transpose_a ? p.k : p.m, columns_a = p.transpose_a ? p.m : p.k;
+        const int64_t rows_b = p.transpose_b ? p.n : p.k, columns_b = p.transpose_b ? p.k : p.n;
+        CUDA_CHECK(cublasLtMatrixLayoutCreate(&plan.a, p.in, rows_a, columns_a, p.lda));
+        CUDA_CHECK(cublasLtMatrixLayoutCreate(&plan.b, p.in, rows_b, columns_b, p.ldb));
+        CUDA_CHECK(cublasLtMatrixLayoutCreate(&plan.d, p.out, p.m, p.n, p.ldd));
+    }
+
+    void choose(Plan& plan, const Product& p, const Operands& at) {
+        const bool tune = file_ && 2.0 * double(p.m) * double(p.n) * double(p.k) >= tune_from;
+        const auto suggested = suggestions(plan, tune ? 16 : 1);
+        plan.possible = !suggested.empty();
+        if (!plan.possible) return;
+        plan.algorithm = suggested[0];
+        if (!tune) return;
+        std::string where, name;
+        for (int64_t x : {p.m, p.n, p.k, p.lda, p.ldb, p.ldd, int64_t(p.transpose_a),
+                          int64_t(p.transpose_b), int64_t(p.add), int64_t(p.epilogue),
+                          int64_t(p.in), int64_t(p.out), int64_t(compute_)})
+            name += (name.empty() ? "" : " ") + std::to_string(x);
+        if (!file_->find(name, plan.algorithm, where))
+            return tune_plan(plan, p, at, suggested, name);
+        TINYGPT_CHECK(fits(plan, plan.algorithm),
+                      "%s: cuBLASLt does not know this plan: remove the line, and --tune-matmul "
+                      "makes it again",
+                      where.c_str());
+    }
+
+    // The library's own choices, best first by its estimate; none if it cannot do the product.
+    std::vector<cublasLtMatmulAlgo_t> suggestions(const Plan& plan, int most) {
+        std::vector<cublasLtMatmulHeuristicResult_t> results(static_cast<size_t>(most));
+        std::vector<cublasLtMatmulAlgo_t> list;
+        cublasLtMatmulPreference_t preference;
+        CUDA_CHECK(cublasLtMatmulPreferenceCreate(&preference));
+        CUDA_CHECK(cublasLtMatmulPreferenceSetAttribute(preference,
+                                                        CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                                        &kMatmulWorkspace,
+                                                        sizeof kMatmulWorkspace));
+        const uint32_t aligned = 16;  // bytes; not 256, which the library takes for granted
+        for (auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+                           CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                           CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+                           CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+            CUDA_CHECK(
+                cublasLtMatmulPreferenceSetAttribute(preference, which, &aligned, sizeof aligned));
+        int found = 0;
+        const cublasStatus_t code =
+            cublasLtMatmulAlgoGetHeuristic(library_, plan.operation, plan.a, plan.b, plan.d, plan.d,
+                                           preference, most, results.data(), &found);
+        cublasLtMatmulPreferenceDestroy(preference);
+        if (code == CUBLAS_STATUS_NOT_SUPPORTED) return list;
+        CUDA_CHECK(code);
+        for (int i = 0; i < found; ++i) list.push_back(results[size_t(i)].algo);
+        return list;
+    }
+
+    bool fits(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm) {
+        cublasLtMatmulHeuristicResult_t result = {};
+        return cublasLtMatmulAlgoCheck(library_, plan.operation, plan.a, plan.b, plan.d, plan.d,
+                                       &algorithm, &result) == CUBLAS_STATUS_SUCCESS &&
+               result.workspaceSize <= kMatmulWorkspace;
+    }
+
+    // Adds, for a few suggestions, the variants that cut the sum over k into parts. Why: a weight
+    // gradient is a small matrix with a sum over all rows; its tiles alone are too few to occupy
+    // the GPU. The parts are written down and added in order, so results stay the same.
+    void add_split_sums(std::vector<cublasLtMatmulAlgo_t>& list, const Plan& plan) {
+        const size_t few = std::min<size_t>(4, list.size());
+        for (size_t i = 0; i < few; ++i)
+            for (int32_t parts : {2, 3, 4, 6, 8, 12, 16}) {
+                cublasLtMatmulAlgo_t split = list[i];
+                const uint32_t scheme = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+                if (cublasLtMatmulAlgoConfigSetAttribute(&split, CUBLASLT_ALGO_CONFIG_SPLITK_NUM,
+                                                         &parts,
+                                                         sizeof parts) == CUBLAS_STATUS_SUCCESS &&
+                    cublasLtMatmulAlgoConfigSetAttribute(&split,
+                                                         CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME,
+                                                         &scheme,
+                                                         sizeof scheme) == CUBLAS_STATUS_SUCCESS &&
+                    fits(plan, split))
+                    list.push_back(split);
+            }
+    }
+
+    // Times all candidates on the operands themselves, and keeps the fastest. Where the result is
+    // added to what is there, that is put back.
+    void tune_plan(Plan& plan, const Product& p, const Operands& at,
+                   std::vector<cublasLtMatmulAlgo_t> candidates, const std::string& name) {
+        if (p.k >= 4 * std::max(p.m, p.n)) add_split_sums(candidates, plan);
+        const size_t bytes =
+            p.add && at.c == at.d ? size_t(p.n) * size_t(p.ldd) * (p.out == CUDA_R_32F ? 4 : 2) : 0;
+        void* kept = nullptr;
+        if (bytes > 0) CUDA_CHECK(cudaMalloc(&kept, bytes));
+        auto copy = [&](void* to, const void* from) {
+            if (bytes == 0) return;
+            CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream_));
+        };
+        copy(kept, at.d);
+        double first = 0, best = INFINITY;
+        for (const cublasLtMatmulAlgo_t& candidate : candidates) {
+            if (run(plan, candidate, p, at) != CUBLAS_STATUS_SUCCESS) continue;
+            const double seconds =
+                best_seconds(stream_, 5, [&] { CUDA_CHECK(run(plan, candidate, p, at)); });
+            if (first == 0) first = seconds;
+            if (seconds < best) best = seconds, plan.algorithm = candidate;
+        }
+        copy(at.d, kept);
+        CUDA_CHECK(cudaStreamSynchronize(stream_));
+        CUDA_CHECK(cudaFree(kept));
+        file_->add(name, plan.algorithm, best, first);
+    }
+
+    cublasLtHandle_t library_ = nullptr;
+    cublasComputeType_t compute_;
+    cudaStream_t stream_;
+    void* workspace_ = nullptr;
+    std::map<Product, Plan> plans_;
+    std::optional<PlanFile> file_;
+};
+
+// =================================================================================================
+// 6 The device
+// =================================================================================================
+
+inline int whole_warps(int threads) {
+    return std::min(1024, (threads + kWarp - 1) / kWarp * kWarp);
+}
+inline unsigned blocks_for(size_t count, size_t per_block) {
+    return unsigned((count + per_block - 1) / per_block);
+}
+
+// Lets a kernel use more than 48 KB of shared memory in a block, its own arrays included.
+template <class Kernel>
+void allow_shared(Kernel* kernel, size_t bytes) {
+    if (bytes > 40 * 1024)
+        CUDA_CHECK(
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+}
+
 // Host memory that the GPU reads and writes by itself while the host goes on, and the event that
 // tells when it is done with it.
 struct Pinned {
@@ -1283,31 +1553,27 @@ struct Pinned {
     }
 };
 
-// What the device keeps between calls: the library's handle, plans, memory to work in, recordings.
+// What the device keeps between calls: products' plans, memory to work in, recordings.
 // A recording is a CUDA graph: all kernels of a piece of work with their arguments, started with
 // one call. Why: a step is about 300 kernels, and to start one takes the host longer than a small
 // one runs. Addresses are arguments, so recordings are forgotten where memory is given back.
 class CudaContext {
 public:
     cudaStream_t stream = nullptr;
-    bool tf32() const { return compute_ == CUBLAS_COMPUTE_32F_FAST_TF32; }
+    std::optional<Matmuls> matmuls;
 
-    explicit CudaContext(cublasComputeType_t compute) : compute_(compute) {
+    explicit CudaContext(cublasComputeType_t compute) {
         CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-        CUDA_CHECK(cublasLtCreate(&library_));
+        matmuls.emplace(compute, stream);
     }
     CudaContext(const CudaContext&) = delete;
     ~CudaContext() {
         cudaStreamSynchronize(stream);
         forget_recordings();
-        for (auto& [product, plan] : plans_) {
-            cublasLtMatmulDescDestroy(plan.operation);
-            for (auto layout : {plan.a, plan.b, plan.d}) cublasLtMatrixLayoutDestroy(layout);
-        }
-        cublasLtDestroy(library_);
+        matmuls.reset();
         for (Pinned& piece : staging_) piece.release();
         for (Pinned& letter : letters_) letter.release();
-        cudaFree(workspace_), cudaFree(scratch_);
+        cudaFree(scratch_);
         cudaStreamDestroy(stream);
     }
 
@@ -1347,26 +1613,6 @@ public:
         return *static_cast<const StepState*>(letters_[fetched_++ % 2].take(sizeof(StepState)));
     }
 
-    // Seconds that the work takes on the GPU: the best of `times`, after one that is not counted.
-    template <class Work>
-    double best_seconds(int times, Work&& work) {
-        cudaEvent_t begin, end;
-        CUDA_CHECK(cudaEventCreate(&begin));
-        CUDA_CHECK(cudaEventCreate(&end));
-        float best = INFINITY, milliseconds = 0;
-        work();
-        for (int i = 0; i < times; ++i, best = std::min(best, milliseconds)) {
-            CUDA_CHECK(cudaEventRecord(begin, stream));
-            work();
-            CUDA_CHECK(cudaEventRecord(end, stream));
-            CUDA_CHECK(cudaEventSynchronize(end));
-            CUDA_CHECK(cudaEventElapsedTime(&milliseconds, begin, end));
-        }
-        CUDA_CHECK(cudaEventDestroy(begin));
-        CUDA_CHECK(cudaEventDestroy(end));
-        return std::max(1e-9, double(best) / 1e3);
-    }
-
     // Does the work. The second time it is recorded, and from then on the recording is repeated.
     // Why not the first time: then matmuls make their plans, and memory grows, which takes calls
     // that cannot be recorded.
@@ -1389,28 +1635,9 @@ public:
     }
     int64_t replays = 0;  // how many recordings were started
 
-    // Does the product; false if the library has no kernel for it. bias: read by an epilogue with
-    // bias, written by one with a bias gradient. aux [m, n]: the GELU's input. c: may be d.
-    bool multiply(const Product& product, void* d, const void* a, const void* b,
-                  const void* c = nullptr, const void* bias = nullptr, const void* aux = nullptr) {
-        Plan& plan = plan_for(product, bias, aux);
-        if (!plan.possible) return false;
-        if (bias) set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
-        if (aux) set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux);
-        if (!workspace_) CUDA_CHECK(cudaMalloc(&workspace_, kMatmulWorkspace));
-        const float one = 1, beta = product.add ? 1 : 0;
-        CUDA_CHECK(cublasLtMatmul(library_, plan.operation, &one, a, plan.a, b, plan.b, &beta,
-                                  product.add ? c : d, plan.d, d, plan.d, &plan.algorithm,
-                                  workspace_, kMatmulWorkspace, stream));
-        return true;
-    }
-
 private:
-    cublasLtHandle_t library_ = nullptr;
-    cublasComputeType_t compute_;
-    void *workspace_ = nullptr, *scratch_ = nullptr;
+    void* scratch_ = nullptr;
     size_t scratch_bytes_ = 0;
-    std::map<Product, Plan> plans_;
     std::map<WorkKey, cudaGraphExec_t> recordings_;  // null: done once, not recorded yet
     // A text of 64 x 1024 tokens is one piece; there is room for about 20 batches.
     static constexpr size_t kStagingPiece = size_t(256) << 10, kStagingPieces = 64;
@@ -1433,66 +1660,7 @@ private:
         CUDA_CHECK(cudaGraphDestroy(graph));
         return recording;
     }
-
-    Plan& plan_for(const Product& p, const void* bias, const void* aux) {
-        auto [found, fresh] = plans_.try_emplace(p);
-        Plan& plan = found->second;
-        if (!fresh) return plan;
-        CUDA_CHECK(cublasLtMatmulDescCreate(&plan.operation, compute_, CUDA_R_32F));
-        set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA,
-                      p.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N);
-        set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSB,
-                      p.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N);
-        set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE, p.epilogue);
-        if (bias) set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
-        if (aux) set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux);
-        if (aux) set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, p.m);
-        const int64_t rows_a = p.transpose_a ? p.k : p.m, columns_a = p.transpose_a ? p.m : p.k;
-        const int64_t rows_b = p.transpose_b ? p.n : p.k, columns_b = p.transpose_b ? p.k : p.n;
-        CUDA_CHECK(cublasLtMatrixLayoutCreate(&plan.a, p.in, rows_a, columns_a, p.lda));
-        CUDA_CHECK(cublasLtMatrixLayoutCreate(&plan.b, p.in, rows_b, columns_b, p.ldb));
-        CUDA_CHECK(cublasLtMatrixLayoutCreate(&plan.d, p.out, p.m, p.n, p.ldd));
-        choose_algorithm(plan);
-        return plan;
-    }
-
-    void choose_algorithm(Plan& plan) {
-        cublasLtMatmulPreference_t preference;
-        CUDA_CHECK(cublasLtMatmulPreferenceCreate(&preference));
-        CUDA_CHECK(cublasLtMatmulPreferenceSetAttribute(preference,
-                                                        CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                                                        &kMatmulWorkspace,
-                                                        sizeof kMatmulWorkspace));
-        cublasLtMatmulHeuristicResult_t result = {};
-        int found = 0;
-        const cublasStatus_t code =
-            cublasLtMatmulAlgoGetHeuristic(library_, plan.operation, plan.a, plan.b, plan.d, plan.d,
-                                           preference, 1, &result, &found);
-        cublasLtMatmulPreferenceDestroy(preference);
-        plan.possible = code == CUBLAS_STATUS_SUCCESS && found > 0;
-        plan.algorithm = result.algo;
-        if (code != CUBLAS_STATUS_NOT_SUPPORTED) CUDA_CHECK(code);
-    }
 };
-
-// =================================================================================================
-// 6 The device
-// =================================================================================================
-
-inline int whole_warps(int threads) {
-    return std::min(1024, (threads + kWarp - 1) / kWarp * kWarp);
-}
-inline unsigned blocks_for(size_t count, size_t per_block) {
-    return unsigned((count + per_block - 1) / per_block);
-}
-
-// Lets a kernel use more than 48 KB of shared memory in a block, its own arrays included.
-template <class Kernel>
-void allow_shared(Kernel* kernel, size_t bytes) {
-    if (bytes > 40 * 1024)
-        CUDA_CHECK(
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
-}
 
 // As many blocks as the GPU can hold at once, for kernels whose blocks take equal shares of all
 // work: one more would run alone. At most `enough`.
@@ -1534,9 +1702,9 @@ struct Cuda {
         const cudaDeviceProp gpu = properties();
         return format("%s, %d multiprocessors, %.1f GB, %s", gpu.name, gpu.multiProcessorCount,
                       double(gpu.totalGlobalMem) / 1e9,
-                      kSeparateMasters  ? "bf16"
-                      : context->tf32() ? "tf32"
-                                        : "fp32");
+                      kSeparateMasters           ? "bf16"
+                      : context->matmuls->tf32() ? "tf32"
+                                                 : "fp32");
     }
     // What a model may take: some is left for matmuls, for kernels' code and for recordings.
     size_t free_memory() const {
@@ -1555,8 +1723,8 @@ struct Cuda {
             const Product square{n,     n,     n,     n,     n,
                                  n,     false, false, false, CUBLASLT_EPILOGUE_DEFAULT,
                                  kType, kType};
-            const double seconds =
-                best_seconds([&] { must(context->multiply(square, x + 2 * count, x, x + count)); });
+            const double seconds = best_seconds(
+                [&] { must(context->matmuls->multiply(square, x + 2 * count, x, x + count)); });
             release(x);
             if (seconds > 1e-3 || n >= 8192 || 12 * count * sizeof(A) > free_memory())
                 return 2.0 * n * n * n / seconds;
@@ -1692,19 +1860,20 @@ struct Cuda {
     // --- linear layers
 
     void linear_forward(A* out, const A* x, const A* w, const A* b, int rows, int C, int OC) {
-        must(context->multiply(forward_product(rows, C, OC, CUBLASLT_EPILOGUE_BIAS), out, w, x,
-                               nullptr, b));
+        must(context->matmuls->multiply(forward_product(rows, C, OC, CUBLASLT_EPILOGUE_BIAS), out,
+                                        w, x, nullptr, b));
     }
     void linear_backward(A* dx, float* dw, float* db, const A* dout, const A* x, const A* w,
                          int rows, int C, int OC, bool accumulate) {
-        must(context->multiply(input_product(rows, C, OC, CUBLASLT_EPILOGUE_DEFAULT), dx, w, dout));
+        must(context->matmuls->multiply(input_product(rows, C, OC, CUBLASLT_EPILOGUE_DEFAULT), dx,
+                                        w, dout));
         weight_gradient(dw, dout, x, rows, C, OC, accumulate);
         if (db) column_sums(db, const_cast<A*>(dout), nullptr, rows, OC, accumulate);
     }
     void linear_gelu_forward(A* gelu, A* pre, const A* x, const A* w, const A* b, int rows, int C,
                              int OC) {
         const Product fused = forward_product(rows, C, OC, CUBLASLT_EPILOGUE_GELU_AUX_BIAS);
-        if (fuse && context->multiply(fused, gelu, w, x, nullptr, b, pre)) return;
+        if (fuse && context->matmuls->multiply(fused, gelu, w, x, nullptr, b, pre)) return;
         linear_forward(pre, x, w, b, rows, C, OC);
         const size_t count = size_t(rows) * OC;
         gelu_kernel<A><<<packs(count), kThreads, 0, stream()>>>(gelu, pre, count);
@@ -1714,14 +1883,14 @@ struct Cuda {
                               const A* pre, const A* w, int rows, int C, int OC, bool accumulate) {
         const Product fused = input_product(rows, C, OC, CUBLASLT_EPILOGUE_DGELU_BGRAD);
         A* bias_gradient = context->scratch<A>(C);
-        if (fuse && context->multiply(fused, dpre, w, dout, nullptr, bias_gradient, pre)) {
+        if (fuse && context->matmuls->multiply(fused, dpre, w, dout, nullptr, bias_gradient, pre)) {
             take_bias_gradient_kernel<A>
                 <<<blocks_for(C, kThreads), kThreads, 0, stream()>>>(dpre_bias, bias_gradient, C,
                                                                      accumulate);
             CUDA_CHECK(cudaGetLastError());
         } else {
-            must(context->multiply(input_product(rows, C, OC, CUBLASLT_EPILOGUE_DEFAULT), dpre, w,
-                                   dout));
+            must(context->matmuls->multiply(input_product(rows, C, OC, CUBLASLT_EPILOGUE_DEFAULT),
+                                            dpre, w, dout));
             column_sums(dpre_bias, dpre, pre, rows, C, accumulate);
         }
         weight_gradient(dw, dout, gelu, rows, C, OC, accumulate);
@@ -1730,7 +1899,7 @@ struct Cuda {
                                  int rows, int C, int OC, Dropout drop) {
         Product product = forward_product(rows, C, OC, CUBLASLT_EPILOGUE_BIAS);
         product.add = !drop.on();
-        must(context->multiply(product, out, w, x, residual, b));
+        must(context->matmuls->multiply(product, out, w, x, residual, b));
         if (!drop.on()) return;
         const size_t count = size_t(rows) * OC;
         residual_dropout_kernel<A>
@@ -1794,7 +1963,8 @@ struct Cuda {
         const int step = head_rows(rows, V, head_bytes);
         for (int first = 0; first < rows; first += step) {
             const int n = std::min(step, rows - first);
-            must(context->multiply(logits_product(n, C, V), logits, w, x + size_t(first) * C));
+            must(context->matmuls->multiply(logits_product(n, C, V), logits, w,
+                                            x + size_t(first) * C));
             softmax_cross_entropy<false>(losses + first, logits, targets + first, n, V, 0);
         }
     }
@@ -1805,21 +1975,22 @@ struct Cuda {
         for (int first = 0; first < rows; first += step) {
             const int n = std::min(step, rows - first);
             const A* x_rows = x + size_t(first) * C;
-            must(context->multiply(logits_product(n, C, V), logits, w, x_rows));
+            must(context->matmuls->multiply(logits_product(n, C, V), logits, w, x_rows));
             softmax_cross_entropy<true>(losses + first, logits, targets + first, n, V, scale);
             // dx = dlogits w, dw (+)= dlogits^T x
-            must(context->multiply({C, n, V, C, pitch, C, false, false, false,
-                                    CUBLASLT_EPILOGUE_DEFAULT, kType, kType},
-                                   dx + size_t(first) * C, w, logits));
-            must(context->multiply({C, V, n, C, pitch, C, false, true, accumulate || first > 0,
-                                    CUBLASLT_EPILOGUE_DEFAULT, kType, CUDA_R_32F},
-                                   dw, x_rows, logits, dw));
+            must(context->matmuls->multiply({C, n, V, C, pitch, C, false, false, false,
+                                             CUBLASLT_EPILOGUE_DEFAULT, kType, kType},
+                                            dx + size_t(first) * C, w, logits));
+            must(context->matmuls->multiply({C, V, n, C, pitch, C, false, true,
+                                             accumulate || first > 0, CUBLASLT_EPILOGUE_DEFAULT,
+                                             kType, CUDA_R_32F},
+                                            dw, x_rows, logits, dw));
         }
     }
     void head_logits(float* logits, const A* x, const A* w, int rows, int C, int V) {
-        must(context->multiply({V, rows, C, C, C, V, true, false, false, CUBLASLT_EPILOGUE_DEFAULT,
-                                kType, CUDA_R_32F},
-                               logits, w, x));
+        must(context->matmuls->multiply({V, rows, C, C, C, V, true, false, false,
+                                         CUBLASLT_EPILOGUE_DEFAULT, kType, CUDA_R_32F},
+                                        logits, w, x));
     }
 
     // --- the update
@@ -1866,7 +2037,7 @@ private:
     // Seconds that the work takes on the GPU, at best, of a few times.
     template <class Work>
     double best_seconds(Work&& work) {
-        return context->best_seconds(5, work);
+        return tinygpt::best_seconds(stream(), 5, work);
     }
     // Random numbers: what lies in memory decides how much power a product takes, and how fast it
     // is. A few are made, and copied until there are enough.
@@ -1899,9 +2070,9 @@ private:
     // dw [C, OC] (+)= x^T dout
     void weight_gradient(float* dw, const A* dout, const A* x, int rows, int C, int OC,
                          bool accumulate) {
-        must(context->multiply({OC, C, rows, OC, C, OC, false, true, accumulate,
-                                CUBLASLT_EPILOGUE_DEFAULT, kType, CUDA_R_32F},
-                               dw, dout, x, dw));
+        must(context->matmuls->multiply({OC, C, rows, OC, C, OC, false, true, accumulate,
+                                         CUBLASLT_EPILOGUE_DEFAULT, kType, CUDA_R_32F},
+                                        dw, dout, x, dw));
     }
     // sums [C] (+)= column sums of d [rows, C]; with pre, d becomes d gelu'(pre) first.
     void column_sums(float* sums, A* d, const A* pre, int rows, int C, bool accumulate) {
@@ -2015,8 +2186,12 @@ inline int run_on_gpu(Options options) {
             format("--precision %s needs a GPU of compute capability 8.0 or later, and %s has "
                    "%d.%d: use --precision fp32",
                    options.precision.c_str(), gpu.name, gpu.major, gpu.minor));
-    if (options.precision == "bf16") return run_command(Cuda<bf16>(), options);
-    return run_command(Cuda<float>(options.precision == "tf32"), options);
+    auto run = [&](auto device) {
+        if (options.tune_matmul) device.context->matmuls->tune_into("data/matmul-plans.txt");
+        return run_command(device, options);
+    };
+    return options.precision == "bf16" ? run(Cuda<bf16>())
+                                       : run(Cuda<float>(options.precision == "tf32"));
 }
 
 }  // namespace tinygpt
