@@ -4351,6 +4351,7 @@ const std::vector<std::string> kDocumented = {"data",
                                               "seed",
                                               "threads",
                                               "precision",
+                                              "tune-matmul",
                                               "batch-size",
                                               "seq-len",
                                               "grad-accum-steps",
@@ -5135,8 +5136,9 @@ TEST_CASE("run: resuming with any option that changes the numbers is refused, na
          {"eps", "1e-6"},          {"grad-clip", "0"},     {"eval-interval", "3"},
          {"eval-batches", "2"},    {"patience", "6"},      {"on-nan", "skip"},
          {"skip-outliers", "9"}};
-    const std::set<std::string> known_otherwise = {"data", "train-shards", "val-shards",
-                                                   "init-from", "precision"};
+    const std::set<std::string> known_otherwise = {"data",       "train-shards",
+                                                   "val-shards", "init-from",
+                                                   "precision",  "tune-matmul"};  // (a GPU has it)
     for (auto& option : options_that_change_numbers(Options())) {
         CAPTURE(option.first);
         CHECK((changed.count(option.first) || known_otherwise.count(option.first)));
@@ -5691,6 +5693,7 @@ TEST_CASE("run: bad input ends with a clear line or two, and nothing is written"
         {{"--data", data, "--init-from", place.folder + "/none"}, 1, "no such folder"},
         {{"--data", data, "--resume", place.folder + "/none"}, 1, "no checkpoint to resume"},
         {{"--data", data, "--precision", "tf32"}, 2, "is for GPUs"},
+        {{"--data", data, "--tune-matmul"}, 2, "is for GPUs"},
         {{"eval"}, 2, "--init-from is missing"},
         {{"sample", "--init-from", empty}, 1, "config.json"},
         {{"--config", place.folder + "/none.conf"}, 2, "none.conf"},
@@ -7508,6 +7511,304 @@ TEST_CASE_TEMPLATE("cuda: PyTorch's losses, norms and gradients", Device, Cuda<f
                         reference.read("grad." + t.name), kUnit<Device>, 20, 64);
             }
         }
+    }
+}
+
+// --- Recordings, and a host that runs ahead
+
+TEST_CASE_TEMPLATE("cuda: a recorded step is the step, bit for bit, whatever changes in between",
+                   Device, Cuda<float>, Cuda<bf16>) {
+    using A = typename Device::Activation;
+    const Config config{1, 1, 32, 16, 29}, other_config{2, 2, 16, 16, 61};
+    const Values weights = random_weights<A>(config), other = random_weights<A>(other_config);
+    // Steps of two models that share a device; batches, options, room and scratch memory change.
+    auto run = [&](bool record) {
+        Device device;
+        device.record = record;
+        Gpt2<Device> model(config, device), second(other_config, device);
+        model.reserve(2, 9, Use::training), second.reserve(1, 16, Use::training);
+        set_weights(model, weights), set_weights(second, other);
+        Values seen;
+        StepOptions options;
+        options.rate = {Schedule::cosine, 1e-3, 0.1, 2, 20};
+        for (int step = 0; step < 20; ++step) {
+            if (step == 5) options.guards.grad_clip = 0.01;
+            if (step == 8) options.adamw.weight_decay = 0;
+            if (step == 11) model.reserve(2, 12, Use::training);
+            if (step == 14) device.context->template scratch<char>(1 << 20);
+            std::vector<Batch> batches = {random_batch(2, 9, 29, uint64_t(step))};
+            if (step % 3 == 2) batches.push_back(random_batch(2, 9, 29, 77));
+            if (step % 4 == 3) batches.push_back(random_batch(1, 5, 29, 78));
+            train_step(model, batches, options, step);
+            train_step(second, {random_batch(1, 16, 61, uint64_t(step))}, options, step);
+            seen.push_back(state_of(model).loss), seen.push_back(state_of(model).grad_norm);
+            seen.push_back(state_of(second).loss);
+        }
+        for (float w : model.get_weights()) seen.push_back(w);
+        for (float w : second.get_weights()) seen.push_back(w);
+        CHECK((device.context->replays > 20) == record);
+        return seen;
+    };
+    CHECK(run(true) == run(false));
+}
+
+TEST_CASE("cuda: dropout's masks are new in every step, recordings or not") {
+    Config config{1, 1, 32, 8, 29, false, 0.5f};
+    Gpt2<Cuda<float>> model(config);
+    model.reserve(1, 8, Use::training);
+    set_weights(model, random_weights<float>(config));
+    StepOptions options;
+    options.rate = {Schedule::constant, 0, 1, 0, 1};  // a rate of 0: only the masks change
+    std::set<double> losses;
+    for (int step = 0; step < 6; ++step) {
+        train_step(model, {random_batch(1, 8, 29, 1)}, options, step);
+        losses.insert(state_of(model).loss);
+    }
+    CHECK(losses.size() == 6);
+}
+
+// A folder with a little text to train on.
+struct TextFolder {
+    std::string folder = "/tmp/tinygpt-cuda-XXXXXX";
+    explicit TextFolder(int length) {
+        REQUIRE(::mkdtemp(folder.data()) != nullptr);
+        put("train_000000.bin", length), put("val_000000.bin", 150);
+        Tokenizer::bytes().save(folder);
+    }
+    ~TextFolder() { std::filesystem::remove_all(folder); }
+    void put(const std::string& name, int length) {
+        std::vector<int32_t> header(256);
+        header[0] = kShardMagic, header[1] = 1, header[2] = length;
+        std::vector<uint16_t> tokens(static_cast<size_t>(length));
+        for (size_t i = 0; i < tokens.size(); ++i)
+            tokens[i] = uint16_t(random_bits(3, i) % 5 ? "the cat sat "[i % 12] : 'a' + i % 26);
+        std::ofstream(folder + "/" + name, std::ios::binary)
+            .write(reinterpret_cast<const char*>(header.data()), 1024)
+            .write(reinterpret_cast<const char*>(tokens.data()), std::streamsize(2 * length));
+    }
+    // What an option list of one line means here, with the folder's data and a small model.
+    Options options(const std::string& line) const {
+        return parse_options(
+            split_at("--data " + folder +
+                         " --n-layer 1 --n-embd 8 --n-head 2 --n-positions 8 --seq-len 8 "
+                         "--batch-size 3 --max-steps 24 --warmup-steps 2 --sample-interval 0 "
+                         "--log-interval 0 --eval-batches 0 " +
+                         line,
+                     ' '));
+    }
+};
+
+// The same device, but the host waits for every step, and starts every kernel itself.
+struct CudaStepByStep : Cuda<float> {
+    static constexpr int kStepsBehind = 0;
+    CudaStepByStep() { record = false; }
+};
+
+// log.csv without its three timing columns.
+inline std::string log_of(const std::string& output) {
+    std::string rows;
+    for (const std::string& line : split_at(read_file(output + "/log.csv"), '\n')) {
+        size_t end = line.size();
+        for (int i = 0; i < 3 && end != line.npos && end > 0; ++i) end = line.rfind(',', end - 1);
+        rows += line.substr(0, end) + "\n";
+    }
+    return rows;
+}
+
+TEST_CASE("cuda: a run whose numbers come a step late is the same run") {
+    const TextFolder text(700);
+    const int quiet = ::dup(1), nowhere = ::open("/dev/null", O_WRONLY);
+    auto train = [&](auto device, const std::string& name, const std::string& more) {
+        std::fflush(stdout), ::dup2(nowhere, 1);
+        const int status =
+            run_command(device, text.options("--output " + text.folder + "/" + name + " " + more));
+        std::fflush(stdout), ::dup2(quiet, 1);
+        for (int number : {SIGINT, SIGTERM, SIGHUP}) ::signal(number, SIG_DFL);
+        return status;
+    };
+    auto check_same = [&](const std::string& a, const std::string& b) {
+        CHECK(log_of(text.folder + "/" + a) == log_of(text.folder + "/" + b));
+        for (const char* file : {"checkpoint-24/model.safetensors", "best/model.safetensors",
+                                 "checkpoint-24/optimizer.safetensors"})
+            CHECK(read_file(text.folder + "/" + a + "/" + file) ==
+                  read_file(text.folder + "/" + b + "/" + file));
+    };
+    const std::string often = "--eval-interval 5 --save-interval 7 --grad-accum-steps 2";
+    CHECK(train(CudaStepByStep(), "straight", often) == 0);
+#ifdef CUDA_ON_CPU
+    cuda_on_cpu::settings().late_streams = true;
+#endif
+    CHECK(train(Cuda<float>(), "late", often) == 0);
+    check_same("straight", "late");
+    // Interrupted in the middle: the step that is under way is finished and kept, too.
+    for (int step : {3, 5, 12}) {
+        const std::string name = "stopped-" + std::to_string(step);
+        auto rows = std::make_shared<int>(-1);
+        file_fault() = [=](const char* call, const std::string& path) {
+            const bool row = std::string(call) == "write" && path.rfind("/log.csv") != path.npos;
+            if (row && ++*rows == step) ::raise(SIGINT);
+            return 0;
+        };
+        CHECK(train(Cuda<float>(), name, often) == 130);
+        file_fault() = nullptr;
+        CHECK(train(Cuda<float>(), name, often + " --resume auto") == 0);
+        check_same("straight", name);
+    }
+    // A step that breaks is known a step late, and stops the run all the same.
+    CHECK_THROWS_WITH(train(Cuda<float>(), "broken",
+                            "--learning-rate 100 --grad-clip 0 "
+                            "--warmup-steps 0 --max-steps 500"),
+                      doctest::Contains("training has diverged"));
+    std::fflush(stdout), ::dup2(quiet, 1), ::close(quiet), ::close(nowhere);
+#ifdef CUDA_ON_CPU
+    cuda_on_cpu::settings().late_streams = false;
+#endif
+}
+
+// --- Tuned matmuls
+
+// What a device makes of a forward product, an accumulated weight gradient with a long sum, and the
+// head: all products' results, in double.
+template <class Device>
+Values some_products(Device& cuda) {
+    using A = typename Device::Activation;
+    const int rows = 300, C = 24, OC = 16;
+    const Array<A> x(random_values<A>(size_t(rows) * C, 1)), w(random_values<A>(size_t(C) * OC, 2)),
+        b(random_values<A>(size_t(OC), 3)), dout(random_values<A>(size_t(rows) * OC, 4));
+    Array<A> out(size_t(rows) * OC), dx(size_t(rows) * C);
+    Array<float> dw(random_values<float>(size_t(C) * OC, 5)), db(Values(size_t(OC), 0.0)),
+        logits(size_t(rows) * OC);
+    cuda.linear_forward(out.data, x.data, w.data, b.data, rows, C, OC);
+    for (int time = 0; time < 2; ++time)
+        cuda.linear_backward(dx.data, dw.data, db.data, dout.data, x.data, w.data, rows, C, OC,
+                             true);
+    cuda.head_logits(logits.data, dx.data, w.data, 1, C, OC);
+    logits.count = size_t(OC);
+    Values all;
+    for (const Values& part : {out.values(), dx.values(), dw.values(), logits.values()})
+        all.insert(all.end(), part.begin(), part.end());
+    return all;
+}
+
+TEST_CASE_TEMPLATE("cuda: a tuned matmul is chosen once, written down, and the same ever after",
+                   Device, Cuda<float>, CudaTf32, Cuda<bf16>) {
+    const TextFolder place(10);
+    const std::string path = place.folder + "/deeper/plans.txt";
+    auto tuned = [&](double from = 0) {
+        Device cuda;
+        cuda.context->matmuls->tune_from = from;
+        cuda.context->matmuls->tune_into(path);
+        return some_products(cuda);
+    };
+    Device plain;
+    const Values want = some_products(plain), got = tuned();
+    compare("products", got, want, kUnit<Device>, 4, 300);
+    const std::string text = read_file(path);
+    CHECK(std::count(text.begin(), text.end(), '\n') == 4);
+    for (int time = 0; time < 3; ++time) CHECK(tuned() == got);
+    CHECK(read_file(path) == text);
+    CHECK(tuned(1e9) == want);  // too small to be worth it
+
+    // Another GPU's plans are not ours, and stay.
+    std::string others = text;
+    for (size_t at = 0; (at = others.find("cuBLASLt", at)) != others.npos; at += 8)
+        others.replace(at, 8, "another!");
+    write_file(path, others);
+    compare("products", tuned(), want, kUnit<Device>, 4, 300);
+    CHECK(read_file(path).substr(0, others.size()) == others);
+
+    // A damaged line is refused by name.
+    std::string broken = text;
+    broken[broken.find('|', broken.find('|') + 1) + 2] = 'z';
+    write_file(path, broken);
+    CHECK_THROWS_WITH(tuned(), doctest::Contains("plans.txt:1 is damaged: remove the line"));
+#ifdef CUDA_ON_CPU
+    // The file decides: every algorithm of the stand-in adds in an order of its own.
+    std::set<Values> results;
+    for (const char* number : {"0", "1", "2"}) {
+        std::string changed = text;
+        for (size_t at = changed.find("| 0000"); at != changed.npos;
+             at = changed.find("| 0000", at + 2))
+            changed.replace(at + 17, 1, number);
+        write_file(path, changed);
+        results.insert(tuned());
+        CHECK(read_file(path) == changed);
+    }
+    CHECK(results.size() == 3);
+    std::string unknown = text;
+    unknown.replace(unknown.find("| 0000") + 17, 1, "7");
+    write_file(path, unknown);
+    CHECK_THROWS_WITH(tuned(), doctest::Contains("plans.txt:1: cuBLASLt does not know this plan"));
+#endif
+}
+
+// --- What a GPU cannot do is said before anything is done
+
+#ifdef CUDA_ON_CPU
+TEST_CASE("cuda: no GPU, an old one, a small one, sizes it has no kernels for: a line says so") {
+    const TextFolder text(400'000);
+    const auto before = cuda_on_cpu::settings();
+    auto refusal = [&](const std::string& line) {
+        const int quiet = ::dup(1), nowhere = ::open("/dev/null", O_WRONLY);
+        std::fflush(stdout), ::dup2(nowhere, 1), ::close(nowhere);
+        std::string message;
+        cudaGetLastError();  // of the refusal before
+        try {
+            run_on_gpu(text.options("--output " + text.folder + "/out " + line));
+        } catch (const Error& error) {
+            message = error.what();
+            CHECK(error.status == 1);
+        }
+        std::fflush(stdout), ::dup2(quiet, 1), ::close(quiet);
+        std::filesystem::remove_all(text.folder + "/out");
+        return message;
+    };
+    CHECK(refusal("--max-steps 1") == "");
+
+    cuda_on_cpu::settings().device_count = 0;
+    CHECK(refusal("--max-steps 1") ==
+          "there is no GPU here to train on (no CUDA-capable device is detected): "
+          "type make train_gpt && ./train_gpt to train on the CPU");
+    cuda_on_cpu::settings() = before;
+
+    cuda_on_cpu::settings().major = 7, cuda_on_cpu::settings().minor = 5;
+    CHECK(refusal("--max-steps 1") == "");  // in fp32
+    for (const char* precision : {"bf16", "tf32"})
+        CHECK(refusal(std::string("--precision ") + precision) ==
+              std::string("--precision ") + precision +
+                  " needs a GPU of compute capability 8.0 or later, and CUDA on CPU has 7.5: use "
+                  "--precision fp32");
+    cuda_on_cpu::settings() = before;
+
+    // 300 MB, of which 256 are left for cuBLASLt, code and recordings.
+    cuda_on_cpu::settings().memory_bytes = cuda_on_cpu::buffers().bytes_in_use + (300u << 20);
+    const long buffers = cuda_on_cpu::buffers().count;
+    CHECK(refusal("--batch-size 4096 --n-embd 64") ==
+          "these sizes need 120.7 MB of memory, and 46.1 MB are free: --batch-size 1024 would "
+          "fit (with --grad-accum-steps 4 for the same step)");
+    CHECK(refusal("--n-embd 4096 --n-head 16") ==
+          "these sizes need 3.65 GB of memory, and 46.1 MB are free: choose a smaller --model");
+    CHECK(refusal("--n-embd 12") ==
+          "on a GPU n_embd must be a multiple of 8; it is 12: use --n-embd 16");
+    CHECK(refusal("--n-embd 1040 --n-head 4") ==
+          "on a GPU a head has at most 256 channels, and n_embd / n_head is 260: use --n-head 5");
+    CHECK(refusal("--batch-size 40000") ==
+          "on a GPU a batch has at most 65535 heads, and this one has 40000 times 2: use "
+          "--batch-size 32767 or less");
+    CHECK(cuda_on_cpu::buffers().count == buffers);  // nothing was allocated
+    CHECK_FALSE(folder_exists(text.folder + "/out"));
+    cuda_on_cpu::settings() = before;
+}
+#endif
+
+TEST_CASE_TEMPLATE("cuda: the peaks are measured, and leave the memory as it was", Device,
+                   Cuda<float>, CudaTf32, Cuda<bf16>) {
+    Device device;
+    for (int time = 0; time < 2; ++time) {
+        const size_t before = time == 0 ? 0 : device.free_memory();
+        CHECK(device.peak_flops() > 1e6);
+        CHECK(device.peak_bandwidth() > 1e6);
+        if (time == 1) CHECK(device.free_memory() == before);
     }
 }
 

@@ -60,6 +60,7 @@
 #include <charconv>
 #include <chrono>
 #include <cmath>
+#include <compare>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
@@ -670,9 +671,11 @@ struct StepState {
 struct Guards {
     double grad_clip = 1;      // limit of the global norm; 0: none
     double skip_outliers = 0;  // z-score above which an update is skipped; 0: never
+    auto operator<=>(const Guards&) const = default;
 };
 struct AdamW {
     double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1;
+    auto operator<=>(const AdamW&) const = default;
 };
 
 // How the CPU computes matrix products. bf16: operands are rounded to bf16, sums stay fp32.
@@ -700,6 +703,18 @@ struct Cpu {
     bool bf16_products() const { return matmul_options.bf16; }
     double peak_bandwidth() const;  // bytes a second, measured
     void synchronize() {}           // wait until everything asked for is done: here it always is
+    void check_sizes(const Config&, int /*B*/) const {}  // fails for sizes it has no functions for
+
+    // --- a step as one piece of work, and its numbers. A device that works behind the host's back
+    // may do a step while the host prepares the next: it may be kStepsBehind steps late.
+    static constexpr int kStepsBehind = 0;
+    // Does the work. A device may record it, and repeat the recording for an equal key.
+    template <class Key, class Work>
+    void replay(const Key&, Work&& work) {
+        work();
+    }
+    void post(const StepState*) {}  // asks for a copy of the state as it is after all work so far
+    StepState fetch(const StepState* state) { return *state; }  // waits for the oldest such copy
 
     // --- memory
     template <class T>
@@ -1783,6 +1798,27 @@ void set_batch(Gpt2<Device>& model, const Batch& batch) {
     model.device.upload(model.a.order, batch.order.data(), rows);
 }
 
+// One update with the gradients that model.grads holds.
+template <class Device>
+void update(Gpt2<Device>& model, const StepOptions& o) {
+    model.device.gradient_norm(model.state, model.grads, model.layout.size);
+    model.device.judge_step(model.state, o.guards);
+    model.device.adamw(model.weights, model.masters, model.m, model.v, model.grads,
+                       model.layout.size, model.layout.decayed, model.state, o.adamw);
+}
+
+// All that decides which functions a micro-batch calls with which arguments, but for dropout's
+// masks. What changes from step to step (tokens, learning rate, loss) lies in the device's memory.
+struct WorkKey {
+    const void* memory;  // the model's, which no other model has
+    int B, T;
+    double scale;
+    bool first, last;  // of the step's micro-batches
+    AdamW adamw;
+    Guards guards;
+    auto operator<=>(const WorkKey&) const = default;
+};
+
 // Step s (from 0): gradients of all micro-batches, then one update. Afterwards model.state holds
 // the loss and the norm of the batch, both from before the update. micro_batches: the step's
 // batches.
@@ -1799,15 +1835,21 @@ void train_step(Gpt2<Device>& model, const std::vector<Batch>& micro_batches, co
         const Batch& batch = micro_batches[i];
         const uint64_t key = random_key(o.seed, uint64_t(s) * micro_batches.size() + i, 5);
         const Pass pass{batch.B, batch.T, model.config.dropout > 0, key};
+        const bool first = i == 0, last = i + 1 == micro_batches.size();
+        auto work = [&] {
+            forward(model, pass);
+            backward(model, pass, scale, first);
+            device.add_loss(model.state, model.a.losses, batch.B * batch.T, scale);
+            if (last) update(model, o);
+        };
         set_batch(model, batch);
-        forward(model, pass);
-        backward(model, pass, scale, i == 0);
-        device.add_loss(model.state, model.a.losses, batch.B * batch.T, scale);
+        if (pass.dropout)
+            work();  // the masks are new in every step: there is nothing to repeat
+        else
+            device.replay(WorkKey{model.block, batch.B, batch.T, scale, first, last, o.adamw,
+                                  o.guards},
+                          work);
     }
-    device.gradient_norm(model.state, model.grads, model.layout.size);
-    device.judge_step(model.state, o.guards);
-    device.adamw(model.weights, model.masters, model.m, model.v, model.grads, model.layout.size,
-                 model.layout.decayed, model.state, o.adamw);
 }
 
 // =================================================================================================
@@ -4973,7 +5015,7 @@ struct Options {
 
     // Where, and on what.
     std::string config, resume, output, precision;
-    bool override_changes = false, help = false;
+    bool override_changes = false, tune_matmul = false, help = false;
     int64_t seed = 1337;
     int threads = 0;
 
@@ -5111,6 +5153,8 @@ struct OptionTable {
         {"threads", &O::threads, "run", kAll, "[0, 1024]", "0: all cores"},
         {"precision", &O::precision, "run", kBatch | kSample, "fp32|bf16|tf32",
          "not set: the best for this machine"},
+        {"tune-matmul", &O::tune_matmul, "run", kRun | kBench, "0|1",
+         "on a GPU: time matmul kernels once, keep the fastest in data/matmul-plans.txt"},
         {"help", &O::help, "run", kAll, "0|1",
          "this page; after a command, what that command takes"},
 
@@ -5963,7 +6007,7 @@ inline std::string retyped(const Options& o, Command command, const std::string&
 // What the device's matrix products could reach at most, in operations a second: in bf16 they have
 // units of their own, and the multiply-adds of everything else say nothing about those.
 template <class Device>
-double product_peak_flops(const Device& device) {
+double product_peak_flops(Device& device) {
     return device.bf16_products() ? device.bf16_peak_flops() : device.peak_flops();
 }
 
@@ -6025,7 +6069,7 @@ private:
         state_ = state;
         stamps_ = corpus_.stamps();
         steps_ = state_.planned_steps > 0 ? state_.planned_steps : planned_steps();
-        state_.planned_steps = steps_;
+        state_.planned_steps = steps_, queued_ = state_.step;
         peak_flops_ = product_peak_flops(model_.device);
         model_.device.upload(model_.state, &state_.guards, 1);
         // Later checkpoints, of steps that will be made again, must not count as the newest.
@@ -6109,23 +6153,44 @@ private:
         return row;
     }
 
-    // Makes one update; the row has its loss and norm, both from before it. The guards' numbers are
-    // the one thing that comes back from the device, and waiting for them makes the time true. MFU,
+    // Whether anything but the next step needs the model as this step leaves it: then the device
+    // must not be given the next step yet.
+    bool waited_for(int64_t step) const {
+        auto is_due = [](int64_t at, int64_t interval) {
+            return interval > 0 && at % interval == 0;
+        };
+        const int64_t samples = state_.samples + (step - state_.step) * rows_per_step();
+        return step >= steps_ || is_due(step, o_.eval_interval) || is_due(step, o_.save_interval) ||
+               is_due(step, o_.sample_interval) || is_due(step, o_.tensor_stats_interval) ||
+               is_due(step + 1, o_.tensor_stats_interval) ||
+               order_.epoch(samples) > order_.epoch(samples - rows_per_step()) ||
+               stop_asked() != 0 || (o_.max_minutes > 0 && state_.seconds > o_.max_minutes * 60);
+    }
+
+    // Gives the device one more step to do.
+    void queue_step(BatchLoader& loader) {
+        std::vector<Batch> batches;
+        while (int(batches.size()) < o_.grad_accum_steps) batches.push_back(loader.next());
+        if (queued_ == state_.step) began_ = now_seconds();
+        train_step(model_, batches, step_options(), queued_++);
+        model_.device.post(model_.state);
+    }
+
+    // Makes one update; the row has its loss and norm, both from before it. Where the device may be
+    // late (a GPU) it has the step after this one to do while the host waits for the numbers of
+    // this one. They are all that comes back, and waiting for them makes the time true. MFU,
     // model FLOPs utilisation (Chowdhery et al. 2022), is the share of the device's peak that went
     // into operations which the model needs.
     LogRow one_step(BatchLoader& loader) {
-        // The texts of one update, and where tensors are to be compared, the weights before it.
-        std::vector<Batch> batches;
-        while (int(batches.size()) < o_.grad_accum_steps) batches.push_back(loader.next());
         const int64_t stats = o_.tensor_stats_interval;
         const bool wants_stats = stats > 0 && (state_.step + 1) % stats == 0;
         std::vector<typename Device::Real> before;
         if (wants_stats) before = model_.get_weights();
-        // The step itself.
-        const double begin = now_seconds();
-        train_step(model_, batches, step_options(), state_.step);
-        model_.device.download(&state_.guards, model_.state, 1);
-        const double seconds = now_seconds() - begin;
+        while (queued_ == state_.step ||
+               (queued_ - state_.step <= Device::kStepsBehind && !waited_for(queued_)))
+            queue_step(loader);
+        state_.guards = model_.device.fetch(model_.state);
+        const double now = now_seconds(), seconds = now - std::exchange(began_, now);
 
         // Where the run stands now, and what it has learned about this step.
         const StepState& done = state_.guards;
@@ -6190,6 +6255,7 @@ private:
     // Whether the run is over after this step, and why. Ctrl-C counts least: a run that is finished
     // anyway is finished.
     End end_reached() const {
+        if (queued_ > state_.step) return End::none;  // a step is under way: it is waited for first
         if (state_.step >= steps_) return End::finished;
         if (o_.patience > 0 && state_.stale_evals >= o_.patience) return End::plateau;
         if (o_.max_minutes > 0 && state_.seconds > o_.max_minutes * 60) return End::out_of_time;
@@ -6523,8 +6589,10 @@ private:
     TrainerState state_;                          // where the run stands; what a checkpoint keeps
     std::vector<std::array<int64_t, 4>> stamps_;  // of the shards, when they were known to be good
     int64_t steps_ = 0;                           // how many the run will have
-    double peak_flops_ = 0, step_seconds_ = 0;    // the latter smoothed
-    bool warned_ = false;                         // that the log cannot be written
+    int64_t queued_ = 0;  // steps that the device was given; state_.step: whose numbers are known
+    double began_ = 0;    // when the step began that is under way
+    double peak_flops_ = 0, step_seconds_ = 0;  // the latter smoothed
+    bool warned_ = false;                       // that the log cannot be written
     std::vector<CurvePoint> train_curve_, val_curve_;
 };
 
@@ -6813,6 +6881,7 @@ inline int sequence_length(const Options& o, const Config& config, int otherwise
 // before allocating: Linux promises memory that it does not have, and kills who uses it.
 template <class Device>
 void check_memory(const Device& device, const Config& config, int B, int T, Use use) {
+    device.check_sizes(config, B);
     const size_t free = device.free_memory();
     auto need = [&](int rows) { return memory_need<Device>(config, rows, T, use).total(); };
     if (need(B) <= free) return;
@@ -7921,6 +7990,8 @@ inline Cpu<float> make_cpu(const Options& o) {
         fail_usage(
             "--precision tf32 is for GPUs (./train_gpt_cu); a CPU has fp32 and, where it "
             "has bf16 dot products, bf16");
+    if (o.tune_matmul)
+        fail_usage("--tune-matmul is for GPUs (./train_gpt_cu): a CPU has one matmul kernel");
     Cpu<float> device;
     device.matmul_options.bf16 = o.precision == "bf16";
     TINYGPT_CHECK(!device.matmul_options.bf16 || cpu_has_bf16_dot(),

@@ -1238,7 +1238,8 @@ __global__ void round_weights_kernel(bf16* weights, const float* masters, size_t
 // So out = x w, [rows, OC] = [rows, C] [C, OC], is for it out^T = w^T x^T: its A is w, its B is x,
 // and a transpose asked of it undoes one of ours. A product's shape is all it needs to choose a
 // kernel; the choice, a plan, is kept. It is the library's first suggestion, so it is the same in
-// every run.
+// every run. With --tune-matmul it is the fastest of many, found by timing them; then it is written
+// down, and later runs take it from the file, so that they have the same numbers.
 
 // D [m, n] = epilogue(op(A) [m, k] op(B) [k, n] (+ C)), column by column; lda is from one column to
 // the next.
@@ -1264,101 +1265,254 @@ void set_attribute(cublasLtMatmulDesc_t operation, cublasLtMatmulDescAttributes_
     CUDA_CHECK(cublasLtMatmulDescSetAttribute(operation, name, &value, sizeof value));
 }
 
-// What the device keeps between calls: the library's handle, plans, and memory to work in.
-class CudaContext {
-public:
-    cudaStream_t stream = nullptr;
-    bool tf32() const { return compute_ == CUBLAS_COMPUTE_32F_FAST_TF32; }
-
-    explicit CudaContext(cublasComputeType_t compute) : compute_(compute) {
-        CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-        CUDA_CHECK(cublasLtCreate(&library_));
-        CUDA_CHECK(cudaMalloc(&workspace_, kMatmulWorkspace));
+// Seconds that the work takes on the GPU: the best of `times`, after one that is not counted.
+template <class Work>
+double best_seconds(cudaStream_t stream, int times, Work&& work) {
+    cudaEvent_t begin, end;
+    CUDA_CHECK(cudaEventCreate(&begin));
+    CUDA_CHECK(cudaEventCreate(&end));
+    float best = INFINITY, milliseconds = 0;
+    work();
+    for (int i = 0; i < times; ++i, best = std::min(best, milliseconds)) {
+        CUDA_CHECK(cudaEventRecord(begin, stream));
+        work();
+        CUDA_CHECK(cudaEventRecord(end, stream));
+        CUDA_CHECK(cudaEventSynchronize(end));
+        CUDA_CHECK(cudaEventElapsedTime(&milliseconds, begin, end));
     }
-    CudaContext(const CudaContext&) = delete;
-    ~CudaContext() {
+    CUDA_CHECK(cudaEventDestroy(begin));
+    CUDA_CHECK(cudaEventDestroy(end));
+    return std::max(1e-9, double(best) / 1e3);
+}
+
+// The file of tuned plans. A line is a plan: GPU and version of the library, the product, the
+// library's own description of the kernel (which it may be given again, in the same version), and
+// how long it took beside the library's first suggestion. Lines of other GPUs stay as they are.
+class PlanFile {
+public:
+    PlanFile(const std::string& path, const std::string& machine) : path_(path), machine_(machine) {
+        if (!file_exists(path)) return;
+        lines_ = split_at(read_file(path), '\n');
+        if (lines_.back().empty()) lines_.pop_back();
+    }
+    // The kernel for a product, if the file has one.
+    bool find(const std::string& product, cublasLtMatmulAlgo_t& algorithm, std::string& where) {
+        const std::string key = machine_ + " | " + product + " | ";
+        for (size_t i = 0; i < lines_.size(); ++i) {
+            if (lines_[i].compare(0, key.size(), key) != 0) continue;
+            where = path_ + ":" + std::to_string(i + 1);
+            const char* at = lines_[i].c_str() + key.size();
+            for (uint64_t& word : algorithm.data) {
+                char* end = nullptr;
+                word = std::strtoull(at, &end, 16);
+                TINYGPT_CHECK(end == at + 16 && (*end == ' ' || *end == '-'),
+                              "%s is damaged: remove the line, and --tune-matmul makes it again",
+                              where.c_str());
+                at = end + 1;
+            }
+            return true;
+        }
+        return false;
+    }
+    // Adds a plan. The file is written anew as a whole, or not at all.
+    void add(const std::string& product, const cublasLtMatmulAlgo_t& algorithm, double seconds,
+             double first) {
+        std::string words, text;
+        for (uint64_t word : algorithm.data)
+            words += format(words.empty() ? "%016llx" : "-%016llx", (unsigned long long)(word));
+        lines_.push_back(format("%s | %s | %s | %.1f us, first %.1f us", machine_.c_str(),
+                                product.c_str(), words.c_str(), seconds * 1e6, first * 1e6));
+        for (const std::string& line : lines_) text += line + "\n";
+        make_folders(parent_folder(path_));
+        write_file(path_, text);
+    }
+
+private:
+    std::string path_, machine_;
+    std::vector<std::string> lines_;
+};
+
+// All products that were ever asked for, each with its plan.
+class Matmuls {
+public:
+    double tune_from = 1e9;  // operations; smaller products are not worth timing
+
+    Matmuls(cublasComputeType_t compute, cudaStream_t stream) : compute_(compute), stream_(stream) {
+        CUDA_CHECK(cublasLtCreate(&library_));
+    }
+    Matmuls(const Matmuls&) = delete;
+    ~Matmuls() {
         for (auto& [product, plan] : plans_) {
             cublasLtMatmulDescDestroy(plan.operation);
             for (auto layout : {plan.a, plan.b, plan.d}) cublasLtMatrixLayoutDestroy(layout);
         }
         cublasLtDestroy(library_);
-        cudaFree(workspace_), cudaFree(scratch_);
-        cudaStreamDestroy(stream);
+        cudaFree(workspace_);
     }
+    bool tf32() const { return compute_ == CUBLAS_COMPUTE_32F_FAST_TF32; }
 
-    // Memory for one function of the device: valid until the next call. It grows on first use only.
-    template <class T>
-    T* scratch(size_t count) {
-        if (count * sizeof(T) > scratch_bytes_) {
-            CUDA_CHECK(cudaStreamSynchronize(stream));
-            CUDA_CHECK(cudaFree(scratch_));
-            scratch_ = nullptr, scratch_bytes_ = count * sizeof(T);
-            CUDA_CHECK(cudaMalloc(&scratch_, scratch_bytes_));
-        }
-        return static_cast<T*>(scratch_);
+    // From now on plans are tuned, and kept in this file.
+    void tune_into(const std::string& path) {
+        cudaDeviceProp gpu;
+        CUDA_CHECK(cudaGetDeviceProperties(&gpu, 0));
+        file_.emplace(path, format("%s, cuBLASLt %zu", gpu.name, cublasLtGetVersion()));
     }
 
     // Does the product; false if the library has no kernel for it. bias: read by an epilogue with
     // bias, written by one with a bias gradient. aux [m, n]: the GELU's input. c: may be d.
     bool multiply(const Product& product, void* d, const void* a, const void* b,
                   const void* c = nullptr, const void* bias = nullptr, const void* aux = nullptr) {
-        Plan& plan = plan_for(product, bias, aux);
-        if (!plan.possible) return false;
+        if (!workspace_) CUDA_CHECK(cudaMalloc(&workspace_, kMatmulWorkspace));
+        auto [found, fresh] = plans_.try_emplace(product);
+        Plan& plan = found->second;
+        if (fresh) describe(plan, product, aux != nullptr);
         if (bias) set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
         if (aux) set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux);
-        const float one = 1, beta = product.add ? 1 : 0;
-        CUDA_CHECK(cublasLtMatmul(library_, plan.operation, &one, a, plan.a, b, plan.b, &beta,
-                                  product.add ? c : d, plan.d, d, plan.d, &plan.algorithm,
-                                  workspace_, kMatmulWorkspace, stream));
-        return true;
+        const Operands at{d, a, b, product.add ? c : d};
+        if (fresh) choose(plan, product, at);
+        if (plan.possible) CUDA_CHECK(run(plan, plan.algorithm, product, at));
+        return plan.possible;
     }
 
 private:
-    cublasLtHandle_t library_ = nullptr;
-    cublasComputeType_t compute_;
-    void *workspace_ = nullptr, *scratch_ = nullptr;
-    size_t scratch_bytes_ = 0;
-    std::map<Product, Plan> plans_;
+    struct Operands {
+        void* d;
+        const void *a, *b, *c;
+    };
 
-    Plan& plan_for(const Product& p, const void* bias, const void* aux) {
-        auto [found, fresh] = plans_.try_emplace(p);
-        Plan& plan = found->second;
-        if (!fresh) return plan;
+    cublasStatus_t run(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm,
+                       const Product& product, const Operands& at) {
+        const float one = 1, beta = product.add ? 1 : 0;
+        return cublasLtMatmul(library_, plan.operation, &one, at.a, plan.a, at.b, plan.b, &beta,
+                              at.c, plan.d, at.d, plan.d, &algorithm, workspace_, kMatmulWorkspace,
+                              stream_);
+    }
+
+    void describe(Plan& plan, const Product& p, bool aux) {
         CUDA_CHECK(cublasLtMatmulDescCreate(&plan.operation, compute_, CUDA_R_32F));
         set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA,
                       p.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N);
         set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSB,
                       p.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N);
         set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE, p.epilogue);
-        if (bias) set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
-        if (aux) set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux);
         if (aux) set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, p.m);
         const int64_t rows_a = p.transpose_a ? p.k : p.m, columns_a = p.transpose_a ? p.m : p.k;
         const int64_t rows_b = p.transpose_b ? p.n : p.k, columns_b = p.transpose_b ? p.k : p.n;
         CUDA_CHECK(cublasLtMatrixLayoutCreate(&plan.a, p.in, rows_a, columns_a, p.lda));
         CUDA_CHECK(cublasLtMatrixLayoutCreate(&plan.b, p.in, rows_b, columns_b, p.ldb));
         CUDA_CHECK(cublasLtMatrixLayoutCreate(&plan.d, p.out, p.m, p.n, p.ldd));
-        choose_algorithm(plan);
-        return plan;
     }
 
-    void choose_algorithm(Plan& plan) {
+    void choose(Plan& plan, const Product& p, const Operands& at) {
+        const bool tune = file_ && 2.0 * double(p.m) * double(p.n) * double(p.k) >= tune_from;
+        const auto suggested = suggestions(plan, tune ? 16 : 1);
+        plan.possible = !suggested.empty();
+        if (!plan.possible) return;
+        plan.algorithm = suggested[0];
+        if (!tune) return;
+        std::string where, name;
+        for (int64_t x : {p.m, p.n, p.k, p.lda, p.ldb, p.ldd, int64_t(p.transpose_a),
+                          int64_t(p.transpose_b), int64_t(p.add), int64_t(p.epilogue),
+                          int64_t(p.in), int64_t(p.out), int64_t(compute_)})
+            name += (name.empty() ? "" : " ") + std::to_string(x);
+        if (!file_->find(name, plan.algorithm, where))
+            return tune_plan(plan, p, at, suggested, name);
+        TINYGPT_CHECK(fits(plan, plan.algorithm),
+                      "%s: cuBLASLt does not know this plan: remove the line, and --tune-matmul "
+                      "makes it again",
+                      where.c_str());
+    }
+
+    // The library's own choices, best first by its estimate; none if it cannot do the product.
+    std::vector<cublasLtMatmulAlgo_t> suggestions(const Plan& plan, int most) {
+        std::vector<cublasLtMatmulHeuristicResult_t> results(static_cast<size_t>(most));
+        std::vector<cublasLtMatmulAlgo_t> list;
         cublasLtMatmulPreference_t preference;
         CUDA_CHECK(cublasLtMatmulPreferenceCreate(&preference));
         CUDA_CHECK(cublasLtMatmulPreferenceSetAttribute(preference,
                                                         CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                                                         &kMatmulWorkspace,
                                                         sizeof kMatmulWorkspace));
-        cublasLtMatmulHeuristicResult_t result = {};
+        const uint32_t aligned = 16;  // bytes; not 256, which the library takes for granted
+        for (auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+                           CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                           CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+                           CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+            CUDA_CHECK(
+                cublasLtMatmulPreferenceSetAttribute(preference, which, &aligned, sizeof aligned));
         int found = 0;
         const cublasStatus_t code =
             cublasLtMatmulAlgoGetHeuristic(library_, plan.operation, plan.a, plan.b, plan.d, plan.d,
-                                           preference, 1, &result, &found);
+                                           preference, most, results.data(), &found);
         cublasLtMatmulPreferenceDestroy(preference);
-        plan.possible = code == CUBLAS_STATUS_SUCCESS && found > 0;
-        plan.algorithm = result.algo;
-        if (code != CUBLAS_STATUS_NOT_SUPPORTED) CUDA_CHECK(code);
+        if (code == CUBLAS_STATUS_NOT_SUPPORTED) return list;
+        CUDA_CHECK(code);
+        for (int i = 0; i < found; ++i) list.push_back(results[size_t(i)].algo);
+        return list;
     }
+
+    bool fits(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm) {
+        cublasLtMatmulHeuristicResult_t result = {};
+        return cublasLtMatmulAlgoCheck(library_, plan.operation, plan.a, plan.b, plan.d, plan.d,
+                                       &algorithm, &result) == CUBLAS_STATUS_SUCCESS &&
+               result.workspaceSize <= kMatmulWorkspace;
+    }
+
+    // Adds, for a few suggestions, the variants that cut the sum over k into parts. Why: a weight
+    // gradient is a small matrix with a sum over all rows; its tiles alone are too few to occupy
+    // the GPU. The parts are written down and added in order, so results stay the same.
+    void add_split_sums(std::vector<cublasLtMatmulAlgo_t>& list, const Plan& plan) {
+        const size_t few = std::min<size_t>(4, list.size());
+        for (size_t i = 0; i < few; ++i)
+            for (int32_t parts : {2, 3, 4, 6, 8, 12, 16}) {
+                cublasLtMatmulAlgo_t split = list[i];
+                const uint32_t scheme = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+                if (cublasLtMatmulAlgoConfigSetAttribute(&split, CUBLASLT_ALGO_CONFIG_SPLITK_NUM,
+                                                         &parts,
+                                                         sizeof parts) == CUBLAS_STATUS_SUCCESS &&
+                    cublasLtMatmulAlgoConfigSetAttribute(&split,
+                                                         CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME,
+                                                         &scheme,
+                                                         sizeof scheme) == CUBLAS_STATUS_SUCCESS &&
+                    fits(plan, split))
+                    list.push_back(split);
+            }
+    }
+
+    // Times all candidates on the operands themselves, and keeps the fastest. Where the result is
+    // added to what is there, that is put back.
+    void tune_plan(Plan& plan, const Product& p, const Operands& at,
+                   std::vector<cublasLtMatmulAlgo_t> candidates, const std::string& name) {
+        if (p.k >= 4 * std::max(p.m, p.n)) add_split_sums(candidates, plan);
+        const size_t bytes =
+            p.add && at.c == at.d ? size_t(p.n) * size_t(p.ldd) * (p.out == CUDA_R_32F ? 4 : 2) : 0;
+        void* kept = nullptr;
+        if (bytes > 0) CUDA_CHECK(cudaMalloc(&kept, bytes));
+        auto copy = [&](void* to, const void* from) {
+            if (bytes == 0) return;
+            CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream_));
+        };
+        copy(kept, at.d);
+        double first = 0, best = INFINITY;
+        for (const cublasLtMatmulAlgo_t& candidate : candidates) {
+            if (run(plan, candidate, p, at) != CUBLAS_STATUS_SUCCESS) continue;
+            const double seconds =
+                best_seconds(stream_, 5, [&] { CUDA_CHECK(run(plan, candidate, p, at)); });
+            if (first == 0) first = seconds;
+            if (seconds < best) best = seconds, plan.algorithm = candidate;
+        }
+        copy(at.d, kept);
+        CUDA_CHECK(cudaStreamSynchronize(stream_));
+        CUDA_CHECK(cudaFree(kept));
+        file_->add(name, plan.algorithm, best, first);
+    }
+
+    cublasLtHandle_t library_ = nullptr;
+    cublasComputeType_t compute_;
+    cudaStream_t stream_;
+    void* workspace_ = nullptr;
+    std::map<Product, Plan> plans_;
+    std::optional<PlanFile> file_;
 };
 
 // =================================================================================================
@@ -1380,26 +1534,133 @@ void allow_shared(Kernel* kernel, size_t bytes) {
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
 }
 
-// Operations a second by the data sheet, dense: what one multiprocessor does in a clock, times the
-// clock the data sheets count with (NVIDIA's architecture white papers). An unknown GPU counts as
-// the nearest.
-inline double data_sheet_flops(const cudaDeviceProp& gpu, bool bf16, bool tf32) {
-    struct Entry {
-        int capability, bf16, tf32, fp32;
-        double hertz;
-    };
-    const Entry table[] = {{75, 0, 0, 128, 1.59e9},       {80, 2048, 1024, 128, 1.41e9},
-                           {86, 512, 256, 256, 1.70e9},   {89, 512, 256, 256, 2.52e9},
-                           {90, 4096, 2048, 256, 1.83e9}, {100, 8192, 4096, 256, 1.85e9},
-                           {120, 1024, 512, 256, 2.41e9}};
-    const Entry* found = table;
-    for (const Entry& entry : table)
-        if (entry.capability <= gpu.major * 10 + gpu.minor) found = &entry;
-    return double(bf16   ? found->bf16
-                  : tf32 ? found->tf32
-                         : found->fp32) *
-           gpu.multiProcessorCount * found->hertz;
-}
+// Host memory that the GPU reads and writes by itself while the host goes on, and the event that
+// tells when it is done with it.
+struct Pinned {
+    void* data = nullptr;
+    cudaEvent_t done = nullptr;
+    // Waits for the GPU to be done with it, and makes it the first time.
+    void* take(size_t bytes) {
+        if (!data) {
+            CUDA_CHECK(cudaMallocHost(&data, bytes));
+            CUDA_CHECK(cudaEventCreateWithFlags(&done, cudaEventDisableTiming));
+        }
+        CUDA_CHECK(cudaEventSynchronize(done));
+        return data;
+    }
+    void release() {
+        if (data) cudaEventDestroy(done), cudaFreeHost(data);
+    }
+};
+
+// What the device keeps between calls: products' plans, memory to work in, recordings.
+// A recording is a CUDA graph: all kernels of a piece of work with their arguments, started with
+// one call. Why: a step is about 300 kernels, and to start one takes the host longer than a small
+// one runs. Addresses are arguments, so recordings are forgotten where memory is given back.
+class CudaContext {
+public:
+    cudaStream_t stream = nullptr;
+    std::optional<Matmuls> matmuls;
+
+    explicit CudaContext(cublasComputeType_t compute) {
+        CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+        matmuls.emplace(compute, stream);
+    }
+    CudaContext(const CudaContext&) = delete;
+    ~CudaContext() {
+        cudaStreamSynchronize(stream);
+        forget_recordings();
+        matmuls.reset();
+        for (Pinned& piece : staging_) piece.release();
+        for (Pinned& letter : letters_) letter.release();
+        cudaFree(scratch_);
+        cudaStreamDestroy(stream);
+    }
+
+    // Memory for one function of the device: valid until the next call. It grows on first use only.
+    template <class T>
+    T* scratch(size_t count) {
+        if (count * sizeof(T) > scratch_bytes_) {
+            CUDA_CHECK(cudaStreamSynchronize(stream));
+            forget_recordings();
+            CUDA_CHECK(cudaFree(scratch_));
+            scratch_ = nullptr, scratch_bytes_ = count * sizeof(T);
+            CUDA_CHECK(cudaMalloc(&scratch_, scratch_bytes_));
+        }
+        return static_cast<T*>(scratch_);
+    }
+
+    // Copies to the GPU in pieces that pass through pinned memory. Returns as soon as the bytes
+    // were read: the GPU gets them when it comes to that.
+    void upload(void* to, const void* from_host, size_t bytes) {
+        for (size_t at = 0; at < bytes; at += kStagingPiece) {
+            Pinned& piece = staging_[next_piece_++ % kStagingPieces];
+            const size_t n = std::min(kStagingPiece, bytes - at);
+            std::memcpy(piece.take(kStagingPiece), static_cast<const char*>(from_host) + at, n);
+            CUDA_CHECK(cudaMemcpyAsync(static_cast<char*>(to) + at, piece.data, n,
+                                       cudaMemcpyHostToDevice, stream));
+            CUDA_CHECK(cudaEventRecord(piece.done, stream));
+        }
+    }
+    // A copy of the state on its way to the host; two may be under way. next_letter waits.
+    void post(const StepState* state) {
+        Pinned& letter = letters_[posted_++ % 2];
+        CUDA_CHECK(cudaMemcpyAsync(letter.take(sizeof *state), state, sizeof *state,
+                                   cudaMemcpyDeviceToHost, stream));
+        CUDA_CHECK(cudaEventRecord(letter.done, stream));
+    }
+    StepState next_letter() {
+        return *static_cast<const StepState*>(letters_[fetched_++ % 2].take(sizeof(StepState)));
+    }
+
+    // Does the work. The second time it is recorded, and from then on the recording is repeated.
+    // Why not the first time: then matmuls make their plans, and memory grows, which takes calls
+    // that cannot be recorded.
+    template <class Work>
+    void replay(const WorkKey& key, Work&& work) {
+        const auto found = recordings_.find(key);
+        if (found == recordings_.end()) {
+            work();
+            recordings_.emplace(key, nullptr);
+            return;
+        }
+        if (!found->second) found->second = record(work);
+        CUDA_CHECK(cudaGraphLaunch(found->second, stream));
+        ++replays;
+    }
+    void forget_recordings() {
+        for (auto& [key, recording] : recordings_)
+            if (recording) cudaGraphExecDestroy(recording);
+        recordings_.clear();
+    }
+    int64_t replays = 0;  // how many recordings were started
+
+private:
+    void* scratch_ = nullptr;
+    size_t scratch_bytes_ = 0;
+    std::map<WorkKey, cudaGraphExec_t> recordings_;  // null: done once, not recorded yet
+    // A text of 64 x 1024 tokens is one piece; there is room for about 20 batches.
+    static constexpr size_t kStagingPiece = size_t(256) << 10, kStagingPieces = 64;
+    Pinned staging_[kStagingPieces], letters_[2];
+    size_t next_piece_ = 0, posted_ = 0, fetched_ = 0;
+
+    template <class Work>
+    cudaGraphExec_t record(Work&& work) {
+        cudaGraph_t graph = nullptr;
+        cudaGraphExec_t recording = nullptr;
+        CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+        try {
+            work();
+        } catch (...) {
+            cudaStreamEndCapture(stream, &graph);
+            throw;
+        }
+        CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+        CUDA_CHECK(cudaGraphInstantiate(&recording, graph, 0));
+        CUDA_CHECK(cudaGraphDestroy(graph));
+        return recording;
+    }
+};
 
 // As many blocks as the GPU can hold at once, for kernels whose blocks take equal shares of all
 // work: one more would run alone. At most `enough`.
@@ -1427,7 +1688,8 @@ struct Cuda {
         size_t(8) << 30;  // of logits at a time; GPT-2 at B = 64 takes 6.6 GB
 
     std::shared_ptr<CudaContext> context;  // copies of a device are the same device
-    bool fuse = true;  // ask cuBLASLt to do the GELU and bias gradients with the matmul
+    bool fuse = true;    // ask cuBLASLt to do the GELU and bias gradients with the matmul
+    bool record = true;  // repeat recordings of a step instead of starting its kernels one by one
     size_t head_bytes = kHeadBytes;
 
     Cuda(bool tf32 = false)
@@ -1440,62 +1702,79 @@ struct Cuda {
         const cudaDeviceProp gpu = properties();
         return format("%s, %d multiprocessors, %.1f GB, %s", gpu.name, gpu.multiProcessorCount,
                       double(gpu.totalGlobalMem) / 1e9,
-                      kSeparateMasters  ? "bf16"
-                      : context->tf32() ? "tf32"
-                                        : "fp32");
+                      kSeparateMasters           ? "bf16"
+                      : context->matmuls->tf32() ? "tf32"
+                                                 : "fp32");
     }
+    // What a model may take: some is left for matmuls, for kernels' code and for recordings.
     size_t free_memory() const {
         size_t free = 0, total = 0;
         CUDA_CHECK(cudaMemGetInfo(&free, &total));
-        return free;
+        return free - std::min(free, size_t(256) << 20);
     }
-    double peak_flops() const {
-        return data_sheet_flops(properties(), kSeparateMasters, context->tf32());
-    }
-    double bf16_peak_flops() const { return data_sheet_flops(properties(), true, false); }
-    bool bf16_products() const { return kSeparateMasters; }
-    // Measured: the best of a few copies inside the GPU's memory, counting bytes read and written.
-    double peak_bandwidth() const {
-        const size_t bytes = std::min(size_t(1) << 30, free_memory() / 8);
-        void *from = nullptr, *to = nullptr;
-        cudaEvent_t begin, end;
-        CUDA_CHECK(cudaMalloc(&from, bytes));
-        CUDA_CHECK(cudaMalloc(&to, bytes));
-        CUDA_CHECK(cudaMemsetAsync(from, 1, bytes, stream()));
-        CUDA_CHECK(cudaEventCreate(&begin));
-        CUDA_CHECK(cudaEventCreate(&end));
-        float best = INFINITY;
-        for (int trial = 0; trial < 5; ++trial) {
-            float milliseconds = 0;
-            CUDA_CHECK(cudaEventRecord(begin, stream()));
-            CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream()));
-            CUDA_CHECK(cudaEventRecord(end, stream()));
-            CUDA_CHECK(cudaEventSynchronize(end));
-            CUDA_CHECK(cudaEventElapsedTime(&milliseconds, begin, end));
-            best = std::min(best, milliseconds);
+    // The peaks are measured by what comes nearest to them. Operations a second: the largest
+    // product of square matrices of random numbers, as far as memory goes and until it takes a
+    // millisecond, in the precision of this device.
+    double peak_flops() {
+        for (int n = 256;; n *= 2) {
+            const size_t count = size_t(n) * n;
+            A* x = allocate<A>(3 * count);
+            fill_with_noise(x, 2 * count);
+            const Product square{n,     n,     n,     n,     n,
+                                 n,     false, false, false, CUBLASLT_EPILOGUE_DEFAULT,
+                                 kType, kType};
+            const double seconds = best_seconds(
+                [&] { must(context->matmuls->multiply(square, x + 2 * count, x, x + count)); });
+            release(x);
+            if (seconds > 1e-3 || n >= 8192 || 12 * count * sizeof(A) > free_memory())
+                return 2.0 * n * n * n / seconds;
         }
-        CUDA_CHECK(cudaEventDestroy(begin));
-        CUDA_CHECK(cudaEventDestroy(end));
-        CUDA_CHECK(cudaFree(from));
-        CUDA_CHECK(cudaFree(to));
-        return 2 * double(bytes) / (double(best) / 1e3);
+    }
+    // What products of another precision than this device's could reach: not asked for.
+    double bf16_peak_flops() { return 0; }
+    bool bf16_products() const { return false; }
+    // Bytes a second, read and written: a copy inside the GPU's memory.
+    double peak_bandwidth() {
+        const size_t bytes = std::min(size_t(1) << 29, free_memory() / 2) / 2;
+        char *from = allocate<char>(bytes), *to = allocate<char>(bytes);
+        zero(from, bytes);
+        const double seconds = best_seconds([&] {
+            CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream()));
+        });
+        release(from), release(to);
+        return 2 * double(bytes) / seconds;
     }
     void synchronize() { CUDA_CHECK(cudaStreamSynchronize(stream())); }
-    // Memory's speed, measured: 256 MB are copied, read and written. Best of five; bytes a second.
-    double peak_bandwidth() {
-        const size_t bytes = size_t(1) << 28;
-        char *from = allocate<char>(bytes), *to = allocate<char>(bytes);
-        zero(from, bytes), synchronize();
-        double best = 0;
-        for (int trial = 0; trial < 5; ++trial) {
-            const double begin = now_seconds();
-            CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream()));
-            synchronize();
-            best = std::max(best, 2.0 * double(bytes) / (now_seconds() - begin));
-        }
-        release(from), release(to);
-        return best;
+    // Fails for sizes that the kernels are not made for, before any memory is taken.
+    void check_sizes(const Config& config, int B) const {
+        const int C = config.n_embd, NH = config.n_head, most = 65535;
+        int channels = C, heads = NH;  // the next that would do
+        while (channels % 8 || channels % NH) ++channels;
+        while (C / heads > kMaxHeadSize || C % heads) ++heads;
+        TINYGPT_CHECK(C % 8 == 0,
+                      "on a GPU n_embd must be a multiple of 8; it is %d: use --n-embd %d", C,
+                      channels);
+        TINYGPT_CHECK(config.head_size() <= kMaxHeadSize,
+                      "on a GPU a head has at most %d channels, and n_embd / n_head is %d: use "
+                      "--n-head %d",
+                      kMaxHeadSize, config.head_size(), heads);
+        TINYGPT_CHECK(int64_t(B) * NH <= most,
+                      "on a GPU a batch has at most %d heads, and this one has %d times %d: use "
+                      "--batch-size %d or less",
+                      most, B, NH, most / NH);
     }
+    // --- a step as one piece of work, and its numbers
+
+    static constexpr int kStepsBehind = 1;
+    template <class Work>
+    void replay(const WorkKey& key, Work&& work) {
+        if (record)
+            context->replay(key, work);
+        else
+            work();
+    }
+    void post(const StepState* state) { context->post(state); }
+    StepState fetch(const StepState*) { return context->next_letter(); }
 
     // --- memory
 
@@ -1511,6 +1790,7 @@ struct Cuda {
     }
     template <class T>
     void release(T* pointer) {
+        if (pointer) context->forget_recordings();
         cudaFree(pointer);
     }
     template <class T>
@@ -1519,9 +1799,7 @@ struct Cuda {
     }
     template <class T>
     void upload(T* to, const T* from_host, size_t count) {
-        CUDA_CHECK(
-            cudaMemcpyAsync(to, from_host, count * sizeof(T), cudaMemcpyHostToDevice, stream()));
-        CUDA_CHECK(cudaStreamSynchronize(stream()));
+        context->upload(to, from_host, count * sizeof(T));
     }
     template <class T>
     void download(T* to_host, const T* from, size_t count) {
@@ -1541,7 +1819,6 @@ struct Cuda {
 
     void embed_forward(A* out, const int32_t* tokens, const A* wte, const A* wpe, int B, int T,
                        int C, int past, Dropout drop) {
-        check_channels(C);
         embed_forward_kernel<A>
             <<<packs(size_t(B) * T * C), kThreads, 0, stream()>>>(out, tokens, wte, wpe, B * T, T,
                                                                   C, past, drop);
@@ -1586,19 +1863,20 @@ struct Cuda {
     // --- linear layers
 
     void linear_forward(A* out, const A* x, const A* w, const A* b, int rows, int C, int OC) {
-        must(context->multiply(forward_product(rows, C, OC, CUBLASLT_EPILOGUE_BIAS), out, w, x,
-                               nullptr, b));
+        must(context->matmuls->multiply(forward_product(rows, C, OC, CUBLASLT_EPILOGUE_BIAS), out,
+                                        w, x, nullptr, b));
     }
     void linear_backward(A* dx, float* dw, float* db, const A* dout, const A* x, const A* w,
                          int rows, int C, int OC, bool accumulate) {
-        must(context->multiply(input_product(rows, C, OC, CUBLASLT_EPILOGUE_DEFAULT), dx, w, dout));
+        must(context->matmuls->multiply(input_product(rows, C, OC, CUBLASLT_EPILOGUE_DEFAULT), dx,
+                                        w, dout));
         weight_gradient(dw, dout, x, rows, C, OC, accumulate);
         if (db) column_sums(db, const_cast<A*>(dout), nullptr, rows, OC, accumulate);
     }
     void linear_gelu_forward(A* gelu, A* pre, const A* x, const A* w, const A* b, int rows, int C,
                              int OC) {
         const Product fused = forward_product(rows, C, OC, CUBLASLT_EPILOGUE_GELU_AUX_BIAS);
-        if (fuse && context->multiply(fused, gelu, w, x, nullptr, b, pre)) return;
+        if (fuse && context->matmuls->multiply(fused, gelu, w, x, nullptr, b, pre)) return;
         linear_forward(pre, x, w, b, rows, C, OC);
         const size_t count = size_t(rows) * OC;
         gelu_kernel<A><<<packs(count), kThreads, 0, stream()>>>(gelu, pre, count);
@@ -1608,14 +1886,14 @@ struct Cuda {
                               const A* pre, const A* w, int rows, int C, int OC, bool accumulate) {
         const Product fused = input_product(rows, C, OC, CUBLASLT_EPILOGUE_DGELU_BGRAD);
         A* bias_gradient = context->scratch<A>(C);
-        if (fuse && context->multiply(fused, dpre, w, dout, nullptr, bias_gradient, pre)) {
+        if (fuse && context->matmuls->multiply(fused, dpre, w, dout, nullptr, bias_gradient, pre)) {
             take_bias_gradient_kernel<A>
                 <<<blocks_for(C, kThreads), kThreads, 0, stream()>>>(dpre_bias, bias_gradient, C,
                                                                      accumulate);
             CUDA_CHECK(cudaGetLastError());
         } else {
-            must(context->multiply(input_product(rows, C, OC, CUBLASLT_EPILOGUE_DEFAULT), dpre, w,
-                                   dout));
+            must(context->matmuls->multiply(input_product(rows, C, OC, CUBLASLT_EPILOGUE_DEFAULT),
+                                            dpre, w, dout));
             column_sums(dpre_bias, dpre, pre, rows, C, accumulate);
         }
         weight_gradient(dw, dout, gelu, rows, C, OC, accumulate);
@@ -1624,7 +1902,7 @@ struct Cuda {
                                  int rows, int C, int OC, Dropout drop) {
         Product product = forward_product(rows, C, OC, CUBLASLT_EPILOGUE_BIAS);
         product.add = !drop.on();
-        must(context->multiply(product, out, w, x, residual, b));
+        must(context->matmuls->multiply(product, out, w, x, residual, b));
         if (!drop.on()) return;
         const size_t count = size_t(rows) * OC;
         residual_dropout_kernel<A>
@@ -1688,7 +1966,8 @@ struct Cuda {
         const int step = head_rows(rows, V, head_bytes);
         for (int first = 0; first < rows; first += step) {
             const int n = std::min(step, rows - first);
-            must(context->multiply(logits_product(n, C, V), logits, w, x + size_t(first) * C));
+            must(context->matmuls->multiply(logits_product(n, C, V), logits, w,
+                                            x + size_t(first) * C));
             softmax_cross_entropy<false>(losses + first, logits, targets + first, n, V, 0);
         }
     }
@@ -1699,21 +1978,22 @@ struct Cuda {
         for (int first = 0; first < rows; first += step) {
             const int n = std::min(step, rows - first);
             const A* x_rows = x + size_t(first) * C;
-            must(context->multiply(logits_product(n, C, V), logits, w, x_rows));
+            must(context->matmuls->multiply(logits_product(n, C, V), logits, w, x_rows));
             softmax_cross_entropy<true>(losses + first, logits, targets + first, n, V, scale);
             // dx = dlogits w, dw (+)= dlogits^T x
-            must(context->multiply({C, n, V, C, pitch, C, false, false, false,
-                                    CUBLASLT_EPILOGUE_DEFAULT, kType, kType},
-                                   dx + size_t(first) * C, w, logits));
-            must(context->multiply({C, V, n, C, pitch, C, false, true, accumulate || first > 0,
-                                    CUBLASLT_EPILOGUE_DEFAULT, kType, CUDA_R_32F},
-                                   dw, x_rows, logits, dw));
+            must(context->matmuls->multiply({C, n, V, C, pitch, C, false, false, false,
+                                             CUBLASLT_EPILOGUE_DEFAULT, kType, kType},
+                                            dx + size_t(first) * C, w, logits));
+            must(context->matmuls->multiply({C, V, n, C, pitch, C, false, true,
+                                             accumulate || first > 0, CUBLASLT_EPILOGUE_DEFAULT,
+                                             kType, CUDA_R_32F},
+                                            dw, x_rows, logits, dw));
         }
     }
     void head_logits(float* logits, const A* x, const A* w, int rows, int C, int V) {
-        must(context->multiply({V, rows, C, C, C, V, true, false, false, CUBLASLT_EPILOGUE_DEFAULT,
-                                kType, CUDA_R_32F},
-                               logits, w, x));
+        must(context->matmuls->multiply({V, rows, C, C, C, V, true, false, false,
+                                         CUBLASLT_EPILOGUE_DEFAULT, kType, CUDA_R_32F},
+                                        logits, w, x));
     }
 
     // --- the update
@@ -1757,14 +2037,24 @@ private:
         CUDA_CHECK(cudaGetDeviceProperties(&gpu, 0));
         return gpu;
     }
+    // Seconds that the work takes on the GPU, at best, of a few times.
+    template <class Work>
+    double best_seconds(Work&& work) {
+        return tinygpt::best_seconds(stream(), 5, work);
+    }
+    // Random numbers: what lies in memory decides how much power a product takes, and how fast it
+    // is. A few are made, and copied until there are enough.
+    void fill_with_noise(A* to, size_t count) {
+        std::vector<A> noise(std::min<size_t>(count, 1 << 14));
+        for (size_t i = 0; i < noise.size(); ++i) noise[i] = A(float(random_normal(1, i)));
+        upload(to, noise.data(), noise.size());
+        for (size_t done = noise.size(); done < count; done *= 2)
+            CUDA_CHECK(cudaMemcpyAsync(to + done, to, std::min(done, count - done) * sizeof(A),
+                                       cudaMemcpyDeviceToDevice, stream()));
+    }
     static unsigned packs(size_t count) { return blocks_for(count, size_t(kThreads) * kPack<A>); }
     static void must(bool possible) {
         TINYGPT_CHECK(possible, "cuBLASLt has no kernel for a matrix product");
-    }
-    static void check_channels(int C) {
-        TINYGPT_CHECK(C % 8 == 0,
-                      "on a GPU n_embd must be a multiple of 8; it is %d: use --n-embd %d", C,
-                      (C + 7) / 8 * 8);
     }
 
     // out [rows, OC] = x [rows, C] w [C, OC]
@@ -1783,9 +2073,9 @@ private:
     // dw [C, OC] (+)= x^T dout
     void weight_gradient(float* dw, const A* dout, const A* x, int rows, int C, int OC,
                          bool accumulate) {
-        must(context->multiply({OC, C, rows, OC, C, OC, false, true, accumulate,
-                                CUBLASLT_EPILOGUE_DEFAULT, kType, CUDA_R_32F},
-                               dw, dout, x, dw));
+        must(context->matmuls->multiply({OC, C, rows, OC, C, OC, false, true, accumulate,
+                                         CUBLASLT_EPILOGUE_DEFAULT, kType, CUDA_R_32F},
+                                        dw, dout, x, dw));
     }
     // sums [C] (+)= column sums of d [rows, C]; with pre, d becomes d gelu'(pre) first.
     void column_sums(float* sums, A* d, const A* pre, int rows, int C, bool accumulate) {
@@ -1827,9 +2117,6 @@ private:
     template <int E>
     void plain_forward_by(A* out, float* lse, const A* qkv, int B, int past, int n, int NH, int HS,
                           Dropout drop) {
-        TINYGPT_CHECK(HS <= kMaxHeadSize,
-                      "on a GPU a head has at most %d channels; n_embd / n_head is %d",
-                      kMaxHeadSize, HS);
         const dim3 grid(blocks_for(n, kPlainHeld), unsigned(B * NH));
         const size_t shared = plain_shared(HS, 1);
         allow_shared(attention_plain_forward_kernel<A, E>, shared);
@@ -1879,36 +2166,41 @@ private:
     }
 };
 
-}  // namespace tinygpt
-
 // =================================================================================================
 // 7 The driver
 // =================================================================================================
 
+// Runs the command on this machine's first GPU, in the precision asked for or the best it has.
+inline int run_on_gpu(Options options) {
+    int count = 0;
+    const cudaError_t code = cudaGetDeviceCount(&count);
+    if (code != cudaSuccess || count == 0)
+        fail(
+            format("there is no GPU here to train on (%s): type make train_gpt && ./train_gpt to "
+                   "train on the CPU",
+                   cudaGetErrorString(code != cudaSuccess ? code : cudaErrorNoDevice)));
+    cudaDeviceProp gpu;
+    CUDA_CHECK(cudaGetDeviceProperties(&gpu, 0));
+    // bf16 and tf32 came with compute capability 8.0.
+    const bool new_enough = gpu.major >= 8;
+    if (options.precision.empty()) options.precision = new_enough ? "bf16" : "fp32";
+    if (options.precision != "fp32" && !new_enough)
+        fail(
+            format("--precision %s needs a GPU of compute capability 8.0 or later, and %s has "
+                   "%d.%d: use --precision fp32",
+                   options.precision.c_str(), gpu.name, gpu.major, gpu.minor));
+    auto run = [&](auto device) {
+        if (options.tune_matmul) device.context->matmuls->tune_into("data/matmul-plans.txt");
+        return run_command(device, options);
+    };
+    return options.precision == "bf16" ? run(Cuda<bf16>())
+                                       : run(Cuda<float>(options.precision == "tf32"));
+}
+
+}  // namespace tinygpt
+
 #ifndef TRAIN_GPT_CU_NO_MAIN
 int main(int argc, char** argv) {
-    using namespace tinygpt;
-    return program(argc, argv, "train_gpt_cu", [](Options options) {
-        int count = 0;
-        const cudaError_t code = cudaGetDeviceCount(&count);
-        if (code != cudaSuccess || count == 0)
-            fail(format("no GPU to train on (%s): ./train_gpt does the same on the CPU",
-                        cudaGetErrorString(code)));
-        cudaDeviceProp gpu;
-        CUDA_CHECK(cudaGetDeviceProperties(&gpu, 0));
-        // bf16 and tf32 came with compute capability 8.0.
-        const bool new_enough = gpu.major >= 8;
-        const std::string precision = !options.precision.empty() ? options.precision
-                                      : new_enough               ? "bf16"
-                                                                 : "fp32";
-        if (precision != "fp32" && !new_enough)
-            fail(
-                format("--precision %s needs a GPU of compute capability 8.0 or later, and %s has "
-                       "%d.%d: use --precision fp32",
-                       precision.c_str(), gpu.name, gpu.major, gpu.minor));
-        options.precision = precision;  // a checkpoint remembers it
-        if (precision == "bf16") return run_command(Cuda<bf16>(), options);
-        return run_command(Cuda<float>(precision == "tf32"), options);
-    });
+    return tinygpt::program(argc, argv, "train_gpt_cu", tinygpt::run_on_gpu);
 }
 #endif

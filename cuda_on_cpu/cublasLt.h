@@ -186,6 +186,15 @@ inline const char* cublasGetStatusString(cublasStatus_t status) {
 }
 inline size_t cublasLtGetVersion() { return 120000; }
 
+// An algorithm here: data[0] names it; a tag in data[1] shows that it was made by this library.
+namespace cuda_on_cpu {
+constexpr uint64_t kAlgorithms = 3, kAlgorithmTag = 0x6f6e2d637075;  // "on-cpu"
+inline uint64_t split_of(const cublasLtMatmulAlgo_t& algo) { return algo.data[2]; }
+inline cublasLtMatmulAlgo_t algorithm(uint64_t number) {
+    return {{number, kAlgorithmTag, 1, CUBLASLT_REDUCTION_SCHEME_NONE, 0, 0, 0, 0}};
+}
+}  // namespace cuda_on_cpu
+
 // =================================================================================================
 // Handles, layouts, descriptors, preferences
 // =================================================================================================
@@ -318,6 +327,7 @@ struct Matmul {
     const void *a, *b, *c;
     void* d;
     float alpha, beta;
+    cublasLtMatmulAlgo_t algo = algorithm(0);
     uint64_t m() const { return D.rows; }
     uint64_t n() const { return D.cols; }
     uint64_t k() const { return desc.trans_a == CUBLAS_OP_N ? A.cols : A.rows; }
@@ -445,6 +455,25 @@ inline std::string check_alignment(const Matmul& p) {
     return "";
 }
 
+// Algorithms differ in how they cut a sum; where parts are written down, they need memory for it.
+inline size_t workspace_of(const Matmul& p) {
+    return split_of(p.algo) > 1 ? split_of(p.algo) * p.m() * p.n() * sizeof(float) : 0;
+}
+inline std::string check_algorithm(const Matmul& p) {
+    const auto* data = p.algo.data;
+    if (data[0] >= kAlgorithms || data[1] != kAlgorithmTag || data[4] || data[5] || data[6] ||
+        data[7])
+        return "this is no algorithm of this library";
+    if (split_of(p.algo) < 1 || split_of(p.algo) > std::max<uint64_t>(1, p.k() / 4))
+        return text("k = %lu cannot be split into %lu parts", static_cast<unsigned long>(p.k()),
+                    static_cast<unsigned long>(split_of(p.algo)));
+    if (split_of(p.algo) > 1 && data[3] != CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE)
+        return "a split sum needs CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE here";
+    if (split_of(p.algo) > 1 && p.desc.epilogue != CUBLASLT_EPILOGUE_DEFAULT)
+        return "a split sum has no epilogue here";
+    return "";
+}
+
 inline cublasStatus_t check_matmul(const Matmul& p) {
     if (std::string why = check_shapes(p); !why.empty())
         return refuse(CUBLAS_STATUS_INVALID_VALUE, why);
@@ -453,6 +482,8 @@ inline cublasStatus_t check_matmul(const Matmul& p) {
     cublasStatus_t status;
     if (std::string why = check_epilogue(p, status); !why.empty()) return refuse(status, why);
     if (std::string why = check_alignment(p); !why.empty())
+        return refuse(CUBLAS_STATUS_NOT_SUPPORTED, why);
+    if (std::string why = check_algorithm(p); !why.empty())
         return refuse(CUBLAS_STATUS_NOT_SUPPORTED, why);
     return CUBLAS_STATUS_SUCCESS;
 }
@@ -539,10 +570,12 @@ inline std::vector<float> unpack(const Matmul& p, const void* x,
     return out;
 }
 
-// One column of op(A) op(B): sum over l of a[l][i] b[l], in parts of 64 terms that are then added.
-// Why parts: the error of a sum in fp32 grows with its length; a GPU sums in tiles, too.
-inline void multiply_column(float* sum, const float* a, const float* b, uint64_t m, uint64_t k) {
-    constexpr uint64_t terms = 64, width = 64;
+// One column of op(A) op(B): sum over l of a[l][i] b[l], in parts of 64 terms (or 32, or 16, by the
+// algorithm) that are then added. Why parts: the error of a sum in fp32 grows with its length; a
+// GPU sums in tiles, too.
+inline void multiply_part(float* sum, const float* a, const float* b, uint64_t m, uint64_t k,
+                          uint64_t terms) {
+    constexpr uint64_t width = 64;
     for (uint64_t i0 = 0; i0 < m; i0 += width) {
         uint64_t count = std::min(width, m - i0);
         float total[width] = {};
@@ -557,6 +590,20 @@ inline void multiply_column(float* sum, const float* a, const float* b, uint64_t
             for (uint64_t i = 0; i < count; i++) total[i] += part[i];
         }
         std::memcpy(sum + i0, total, count * sizeof(float));
+    }
+}
+
+// The whole column; the parts of a split sum are added in order.
+inline void multiply_column(float* sum, const float* a, const float* b, uint64_t m, uint64_t k,
+                            const cublasLtMatmulAlgo_t& algo) {
+    const uint64_t terms = uint64_t(64) >> algo.data[0], parts = split_of(algo);
+    if (parts == 1) return multiply_part(sum, a, b, m, k, terms);
+    std::vector<float> part(m);
+    std::fill(sum, sum + m, 0.0f);
+    for (uint64_t i = 0; i < parts; i++) {
+        const uint64_t from = k * i / parts, to = k * (i + 1) / parts;
+        multiply_part(part.data(), a + from * m, b + from, m, to - from, terms);
+        for (uint64_t j = 0; j < m; j++) sum[j] += part[j];
     }
 }
 
@@ -661,7 +708,7 @@ inline void run_matmul(const Matmul& p) {
         std::vector<float> sums(m * n);
 #pragma omp parallel for if (m * n * k > 10000)
         for (long j = 0; j < long(n); j++) {
-            multiply_column(&sums[uint64_t(j) * m], a.data(), &b[uint64_t(j) * k], m, k);
+            multiply_column(&sums[uint64_t(j) * m], a.data(), &b[uint64_t(j) * k], m, k, p.algo);
             finish_column(p, &sums[uint64_t(j) * m], uint64_t(j), batch);
         }
         if (p.desc.epilogue == CUBLASLT_EPILOGUE_DGELU_BGRAD)
@@ -682,11 +729,30 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
     *found = 0;
     if (!handle || !desc || !A || !B || !C || !D || !preference || wanted < 1)
         return cuda_on_cpu::refuse(CUBLAS_STATUS_INVALID_VALUE, "null argument");
-    cuda_on_cpu::Matmul p{*desc, *A, *B, *C, *D, nullptr, nullptr, nullptr, nullptr, 1, 0};
+    cuda_on_cpu::Matmul p{*desc, *A, *B, *C, *D, nullptr, nullptr, nullptr, nullptr, 1, 0, {}};
+    p.algo = cuda_on_cpu::algorithm(0);
     if (auto status = cuda_on_cpu::check_matmul(p)) return status;
-    results[0] = cublasLtMatmulHeuristicResult_t{};
-    results[0].wavesCount = 1;
-    *found = 1;
+    for (; *found < std::min(wanted, int(cuda_on_cpu::kAlgorithms)); ++*found) {
+        results[*found] = cublasLtMatmulHeuristicResult_t{};
+        results[*found].algo = cuda_on_cpu::algorithm(uint64_t(*found));
+        results[*found].wavesCount = 1;
+    }
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+// Could this algorithm do the product, and with how much memory?
+inline cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc,
+                                              cublasLtMatrixLayout_t A, cublasLtMatrixLayout_t B,
+                                              cublasLtMatrixLayout_t C, cublasLtMatrixLayout_t D,
+                                              const cublasLtMatmulAlgo_t* algo,
+                                              cublasLtMatmulHeuristicResult_t* result) {
+    if (!handle || !desc || !A || !B || !C || !D || !algo || !result)
+        return cuda_on_cpu::refuse(CUBLAS_STATUS_INVALID_VALUE, "null argument");
+    cuda_on_cpu::Matmul p{*desc, *A, *B, *C, *D, nullptr, nullptr, nullptr, nullptr, 1, 0, *algo};
+    if (auto status = cuda_on_cpu::check_matmul(p)) return status;
+    result->workspaceSize = cuda_on_cpu::workspace_of(p);
+    result->state = CUBLAS_STATUS_SUCCESS;
+    result->wavesCount = 1;
     return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -694,7 +760,7 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc
                                      const void* alpha, const void* a, cublasLtMatrixLayout_t A,
                                      const void* b, cublasLtMatrixLayout_t B, const void* beta,
                                      const void* c, cublasLtMatrixLayout_t C, void* d,
-                                     cublasLtMatrixLayout_t D, const cublasLtMatmulAlgo_t*,
+                                     cublasLtMatrixLayout_t D, const cublasLtMatmulAlgo_t* algo,
                                      void* workspace, size_t workspace_bytes, cudaStream_t stream) {
     if (!handle || !desc || !alpha || !beta || !A || !B || !C || !D)
         return cuda_on_cpu::refuse(CUBLAS_STATUS_INVALID_VALUE, "null argument");
@@ -708,21 +774,41 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc
                           c,
                           d,
                           *static_cast<const float*>(alpha),
-                          *static_cast<const float*>(beta)};
+                          *static_cast<const float*>(beta),
+                          algo ? *algo : cuda_on_cpu::algorithm(0)};
     if (auto status = cuda_on_cpu::check_matmul(p)) return status;
     if (auto status = cuda_on_cpu::check_memory(p)) return status;
     if (workspace_bytes && (!workspace || uintptr_t(workspace) % 16 != 0))
         return cuda_on_cpu::refuse(CUBLAS_STATUS_INVALID_VALUE,
                                    "the workspace is null or not aligned to 16 bytes");
+    if (cuda_on_cpu::workspace_of(p) > workspace_bytes)
+        return cuda_on_cpu::refuse(CUBLAS_STATUS_INVALID_VALUE,
+                                   "the workspace is too small for this algorithm");
     cuda_on_cpu::submit(stream, [p] { cuda_on_cpu::run_matmul(p); });
     return CUBLAS_STATUS_SUCCESS;
 }
 
-inline cublasStatus_t cublasLtMatmulAlgoConfigGetAttribute(const cublasLtMatmulAlgo_t*,
-                                                           cublasLtMatmulAlgoConfigAttributes_t,
-                                                           void* buffer, size_t size,
-                                                           size_t* written) {
-    if (buffer) std::memset(buffer, 0, size);
-    if (written) *written = size;
+inline cublasStatus_t cublasLtMatmulAlgoConfigSetAttribute(
+    cublasLtMatmulAlgo_t* algo, cublasLtMatmulAlgoConfigAttributes_t attribute, const void* buffer,
+    size_t size) {
+    uint32_t value = 0;
+    if (auto status = cuda_on_cpu::set_attribute(value, buffer, size)) return status;
+    if (attribute == CUBLASLT_ALGO_CONFIG_SPLITK_NUM)
+        return algo->data[2] = value, CUBLAS_STATUS_SUCCESS;
+    if (attribute == CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME)
+        return algo->data[3] = value, CUBLAS_STATUS_SUCCESS;
+    return cuda_on_cpu::refuse(CUBLAS_STATUS_INVALID_VALUE,
+                               "this attribute of an algorithm is not known here");
+}
+inline cublasStatus_t cublasLtMatmulAlgoConfigGetAttribute(
+    const cublasLtMatmulAlgo_t* algo, cublasLtMatmulAlgoConfigAttributes_t attribute, void* buffer,
+    size_t size, size_t* written) {
+    const uint32_t value = attribute == CUBLASLT_ALGO_CONFIG_SPLITK_NUM ? uint32_t(algo->data[2])
+                           : attribute == CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME
+                               ? uint32_t(algo->data[3])
+                           : attribute == CUBLASLT_ALGO_CONFIG_ID ? uint32_t(algo->data[0])
+                                                                  : 0;
+    if (buffer && size >= sizeof value) std::memcpy(buffer, &value, sizeof value);
+    if (written) *written = sizeof value;
     return CUBLAS_STATUS_SUCCESS;
 }

@@ -668,6 +668,7 @@ inline cudaError_t release(void* p, bool on_host) {
     const char* what = on_host ? "cudaFreeHost" : "cudaFree";
     if (!p) return cudaSuccess;
     if (any_stream_captures()) return refuse_while_capturing(what);
+    run_all_streams();
     Buffers& all = buffers();
     std::lock_guard lock(all.mutex);
     Buffer* b = all.find(p);
@@ -735,6 +736,8 @@ typedef cuda_on_cpu::Stream* cudaStream_t;
 
 struct cuda_on_cpu_event {
     std::shared_ptr<cuda_on_cpu::Graph> captured_in;  // the capture it was recorded in
+    cuda_on_cpu::Stream* stream = nullptr;            // the late stream it was recorded on,
+    uint64_t number = 0;                              // after this many operations
     std::chrono::steady_clock::time_point time{};
     bool recorded = false;
 };
@@ -771,6 +774,18 @@ enum cudaStreamCaptureStatus {
 namespace cuda_on_cpu {
 
 inline bool captures(cudaStream_t s) { return s && s->capturing; }
+inline bool is_buffer(const void* p) {
+    std::lock_guard lock(buffers().mutex);
+    return buffers().find(p) != nullptr;
+}
+inline cudaError_t wait_for_stream(cudaStream_t stream, const char* what) {
+    if (captures(stream)) return refuse_while_capturing(what);
+    if (stream) stream->run(stream->given);
+    return cudaSuccess;
+}
+inline bool is_done(cudaEvent_t e) {
+    return !e->stream || !streams().count(e->stream) || e->stream->done >= e->number;
+}
 
 inline cudaError_t check_copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
     std::string message;
@@ -807,11 +822,26 @@ inline cudaError_t check_set(void* to, size_t bytes) {
 
 }  // namespace cuda_on_cpu
 
+// Memory that cudaMallocHost did not give out cannot be read or written behind the host's back: a
+// copy from it is staged by the call, a copy to it waits. In a recording it would be read when it
+// may be gone.
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
                                    cudaStream_t stream = nullptr) {
     if (bytes == 0) return cudaSuccess;
     if (cudaError_t e = cuda_on_cpu::check_copy(to, from, bytes, kind)) return e;
+    const bool from_pageable = !cuda_on_cpu::is_buffer(from),
+               to_pageable = !cuda_on_cpu::is_buffer(to);
+    if (cuda_on_cpu::captures(stream) && (from_pageable || to_pageable))
+        return cuda_on_cpu::refuse_while_capturing("cudaMemcpyAsync of pageable host memory");
+    if (from_pageable && stream && cuda_on_cpu::settings().late_streams) {
+        const auto* first = static_cast<const char*>(from);
+        cuda_on_cpu::submit(stream, [to, bytes, kept = std::vector<char>(first, first + bytes)] {
+            cuda_on_cpu::copy_bytes(to, kept.data(), bytes);
+        });
+        return cudaSuccess;
+    }
     cuda_on_cpu::submit(stream, [=] { cuda_on_cpu::copy_bytes(to, from, bytes); });
+    if (to_pageable && stream) stream->run(stream->given);
     return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes,
@@ -846,28 +876,39 @@ cudaError_t cudaMemcpyToSymbol(Symbol& symbol, const void* from, size_t bytes, s
 }
 
 inline cudaError_t cudaDeviceSynchronize() {
-    return cuda_on_cpu::any_stream_captures()
-               ? cuda_on_cpu::refuse_while_capturing("cudaDeviceSynchronize")
-               : cudaSuccess;
+    if (cuda_on_cpu::any_stream_captures())
+        return cuda_on_cpu::refuse_while_capturing("cudaDeviceSynchronize");
+    cuda_on_cpu::run_all_streams();
+    return cudaSuccess;
 }
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
     *stream = new cuda_on_cpu::Stream;
     (*stream)->non_blocking = flags & cudaStreamNonBlocking;
+    cuda_on_cpu::streams().insert(*stream);
     return cudaSuccess;
 }
 inline cudaError_t cudaStreamCreate(cudaStream_t* stream) {
     return cudaStreamCreateWithFlags(stream, cudaStreamDefault);
 }
 inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    if (cuda_on_cpu::captures(stream))
+        return cuda_on_cpu::refuse_while_capturing("cudaStreamDestroy");
+    if (stream) stream->run(stream->given);
+    cuda_on_cpu::streams().erase(stream);
     delete stream;
     return cudaSuccess;
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-    return cuda_on_cpu::captures(stream)
-               ? cuda_on_cpu::refuse_while_capturing("cudaStreamSynchronize")
-               : cudaSuccess;
+    return cuda_on_cpu::wait_for_stream(stream, "cudaStreamSynchronize");
 }
-inline cudaError_t cudaStreamQuery(cudaStream_t stream) { return cudaStreamSynchronize(stream); }
+// A late stream gets on by one operation each time it is asked.
+inline cudaError_t cudaStreamQuery(cudaStream_t stream) {
+    if (cuda_on_cpu::captures(stream))
+        return cuda_on_cpu::refuse_while_capturing("cudaStreamQuery");
+    if (!stream || stream->done == stream->given) return cudaSuccess;
+    stream->run(stream->done + 1);
+    return cudaErrorNotReady;
+}
 
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
     *event = new cuda_on_cpu_event;
@@ -877,21 +918,32 @@ inline cudaError_t cudaEventCreate(cudaEvent_t* event, unsigned flags = 0) {
     return cudaEventCreateWithFlags(event, flags);
 }
 inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    if (!cuda_on_cpu::is_done(event)) event->stream->run(event->number);
     delete event;
     return cudaSuccess;
 }
 inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream = nullptr) {
     event->captured_in = stream ? stream->capturing : nullptr;
     event->recorded = true;
-    event->time = std::chrono::steady_clock::now();
+    event->stream = nullptr;
+    if (event->captured_in) return cudaSuccess;
+    cuda_on_cpu::submit(stream, [event] { event->time = std::chrono::steady_clock::now(); });
+    if (stream) event->stream = stream, event->number = stream->given;
     return cudaSuccess;
 }
 inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-    return event->captured_in ? cuda_on_cpu::refuse_while_capturing("cudaEventSynchronize")
-                              : cudaSuccess;
+    if (event->captured_in) return cuda_on_cpu::refuse_while_capturing("cudaEventSynchronize");
+    if (!cuda_on_cpu::is_done(event)) event->stream->run(event->number);
+    return cudaSuccess;
 }
-inline cudaError_t cudaEventQuery(cudaEvent_t event) { return cudaEventSynchronize(event); }
+inline cudaError_t cudaEventQuery(cudaEvent_t event) {
+    if (event->captured_in) return cuda_on_cpu::refuse_while_capturing("cudaEventQuery");
+    if (cuda_on_cpu::is_done(event)) return cudaSuccess;
+    event->stream->run(event->stream->done + 1);
+    return cudaErrorNotReady;
+}
 inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_t stop) {
+    if (!cuda_on_cpu::is_done(start) || !cuda_on_cpu::is_done(stop)) return cudaErrorNotReady;
     if (!start->recorded || !stop->recorded || start->captured_in || stop->captured_in)
         return cuda_on_cpu::fail_with(cudaErrorInvalidResourceHandle,
                                       "cudaEventElapsedTime: an event was not recorded");
@@ -903,6 +955,10 @@ inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, u
     if (event->captured_in && stream && !stream->capturing) {
         stream->capturing = event->captured_in;
         stream->capturing->streams.push_back(stream);
+    } else if (!cuda_on_cpu::is_done(event) && event->stream != stream) {
+        cuda_on_cpu::submit(stream, [from = event->stream, number = event->number] {
+            if (cuda_on_cpu::streams().count(from)) from->run(number);
+        });
     }
     return cudaSuccess;
 }

@@ -31,11 +31,13 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <exception>
 #include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -155,10 +157,11 @@ struct Settings {
     int major = 9, minor = 0;               // compute capability
     int multiprocessors = 4;                // few, so that grids sized by it stay small
     size_t memory_bytes = size_t(8) << 30;  // what cudaMalloc may hand out in total
+    bool late_streams = false;              // streams do nothing until they are waited for
 };
 
 // CUDA_ON_CPU_ORDER=ascending|descending|random[:seed], CUDA_ON_CPU_DEVICES=n,
-// CUDA_ON_CPU_MEMORY=bytes
+// CUDA_ON_CPU_MEMORY=bytes, CUDA_ON_CPU_CAPABILITY=7.5, CUDA_ON_CPU_STREAMS=late
 inline Settings settings_from_environment() {
     Settings s;
     if (const char* order = std::getenv("CUDA_ON_CPU_ORDER")) {
@@ -175,6 +178,11 @@ inline Settings settings_from_environment() {
     if (const char* count = std::getenv("CUDA_ON_CPU_DEVICES")) s.device_count = std::atoi(count);
     if (const char* bytes = std::getenv("CUDA_ON_CPU_MEMORY"))
         s.memory_bytes = std::strtoull(bytes, nullptr, 10);
+    if (const char* capability = std::getenv("CUDA_ON_CPU_CAPABILITY"))
+        if (std::sscanf(capability, "%d.%d", &s.major, &s.minor) != 2)
+            throw std::runtime_error("CUDA_ON_CPU_CAPABILITY: expected such as 7.5");
+    if (const char* streams = std::getenv("CUDA_ON_CPU_STREAMS"))
+        s.late_streams = std::string(streams) == "late";
     return s;
 }
 inline Settings& settings() {
@@ -1239,7 +1247,9 @@ inline void run_grid(const Launch& l) {
     check_global_damage(l);
 }
 
-// ---- Streams record what they are given while they are being captured into a graph.
+// ---- Streams record what they are given while they are being captured into a graph. Late streams
+// keep what they are given until something waits for them, so that a host that does not wait where
+// it must reads old numbers, or changes memory that was not copied yet.
 struct Stream;
 struct Graph {
     std::vector<std::function<void()>> operations;
@@ -1249,14 +1259,37 @@ struct Stream {
     std::shared_ptr<Graph> capturing;  // null: operations run at once
     bool captures_first = false;       // the stream that cudaStreamBeginCapture was called on
     bool non_blocking = false;
+    std::deque<std::function<void()>> waiting;
+    uint64_t given = 0, done = 0;  // operations of a late stream
+    // Does what was given before number `until`.
+    void run(uint64_t until) {
+        while (done < until) {
+            auto operation = std::move(waiting.front());
+            waiting.pop_front(), done++;
+            operation();
+        }
+    }
 };
-// Runs `operation`, or records it if the stream is being captured.
+inline std::set<Stream*>& streams() {
+    static std::set<Stream*> all;
+    return all;
+}
+inline void run_all_streams(bool but_non_blocking = false) {
+    for (Stream* stream : std::set<Stream*>(streams()))
+        if (!but_non_blocking || !stream->non_blocking) stream->run(stream->given);
+}
+// Runs `operation`, or records it if the stream is being captured, or keeps it if it is late.
 template <typename Operation>
 void submit(Stream* stream, Operation&& operation) {
     if (stream && stream->capturing)
         stream->capturing->operations.push_back(std::forward<Operation>(operation));
-    else
+    else if (stream && settings().late_streams)
+        stream->waiting.push_back(std::forward<Operation>(operation)), stream->given++;
+    else {
+        if (settings().late_streams) run_all_streams(true);  // the default stream waits for them
+        if (stream) stream->run(stream->given);
         operation();
+    }
 }
 
 // A kernel with its <<<...>>>; called with the kernel's arguments.

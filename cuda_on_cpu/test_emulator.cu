@@ -1223,6 +1223,68 @@ TEST_CASE("emulator: a captured graph does nothing until it is launched, then th
     cudaStreamDestroy(stream), cudaStreamDestroy(side);
 }
 
+TEST_CASE("emulator: a recording may not read memory that the host can take away") {
+    cudaStream_t stream = nullptr;
+    REQUIRE(cudaStreamCreate(&stream) == cudaSuccess);
+    Device<int> x(std::vector<int>(8));
+    int pageable[8] = {};
+    cudaGraph_t graph = nullptr;
+    REQUIRE(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess);
+    CHECK(cudaMemcpyAsync(x.data, pageable, 32, cudaMemcpyHostToDevice, stream) ==
+          cudaErrorStreamCaptureUnsupported);
+    CHECK(cudaMemcpyAsync(pageable, x.data, 32, cudaMemcpyDeviceToHost, stream) ==
+          cudaErrorStreamCaptureUnsupported);
+    CHECK(cudaStreamDestroy(stream) == cudaErrorStreamCaptureUnsupported);
+    CHECK(cudaStreamQuery(stream) == cudaErrorStreamCaptureUnsupported);
+    REQUIRE(cudaStreamEndCapture(stream, &graph) == cudaSuccess);
+    cudaGraphDestroy(graph);
+    CHECK(cudaStreamDestroy(stream) == cudaSuccess);
+}
+
+TEST_CASE("emulator: late streams do nothing before they are waited for") {
+    const auto before = cuda_on_cpu::settings();
+    cuda_on_cpu::settings().late_streams = true;
+    cudaStream_t stream = nullptr;
+    cudaEvent_t copied = nullptr, added = nullptr;
+    REQUIRE(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess);
+    REQUIRE((cudaEventCreate(&copied) == cudaSuccess && cudaEventCreate(&added) == cudaSuccess));
+    CHECK(cudaEventSynchronize(copied) == cudaSuccess);  // never recorded: done
+    {
+        Device<int> x(std::vector<int>(8));
+        int *pinned = nullptr, pageable[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+        REQUIRE(cudaMallocHost(&pinned, 32) == cudaSuccess);
+        for (int i = 0; i < 8; i++) pinned[i] = 10;
+        cudaMemcpyAsync(x.data, pinned, 32, cudaMemcpyHostToDevice, stream);
+        cudaEventRecord(copied, stream);
+        add_to<<<1, 8, 0, stream>>>(x.data, 3);
+        cudaEventRecord(added, stream);
+        CHECK(x.host()[0] == 0);
+        CHECK(cudaEventQuery(copied) == cudaErrorNotReady);
+        CHECK(cudaEventSynchronize(copied) == cudaSuccess);
+        CHECK(cudaEventQuery(copied) == cudaSuccess);
+        CHECK(x.host()[0] == 10);  // the kernel comes later
+        pinned[0] = 99;            // it was copied already
+        CHECK(cudaEventSynchronize(added) == cudaSuccess);
+        CHECK(x.host()[0] == 13);
+        // A copy of pageable memory is staged; pinned memory is read when the copy's turn comes.
+        cudaMemcpyAsync(x.data, pageable, 16, cudaMemcpyHostToDevice, stream);
+        cudaMemcpyAsync(x.data + 4, pinned, 16, cudaMemcpyHostToDevice, stream);
+        pageable[0] = 2, pinned[0] = 77;
+        CHECK(cudaStreamSynchronize(stream) == cudaSuccess);
+        CHECK(x.host()[0] == 1);
+        CHECK(x.host()[4] == 77);
+        add_to<<<1, 8, 0, stream>>>(x.data, 1);
+        int host[8];
+        cudaMemcpyAsync(host, x.data, 32, cudaMemcpyDeviceToHost, stream);  // pageable: it waits
+        CHECK(host[0] == 2);
+        add_to<<<1, 8, 0, stream>>>(x.data, 1);
+        CHECK(cudaFreeHost(pinned) == cudaSuccess);  // waits for everything
+        CHECK(x.host()[0] == 3);
+    }
+    cudaEventDestroy(copied), cudaEventDestroy(added), cudaStreamDestroy(stream);
+    cuda_on_cpu::settings() = before;
+}
+
 TEST_CASE("emulator: copies are checked for size, direction and life") {
     Device<int> x(4);
     int h[8] = {};
