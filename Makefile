@@ -10,7 +10,13 @@ SANITIZE ?=
 DOCTEST_DIR ?=
 ifneq ($(SANITIZE),)
 SANFLAGS := -fsanitize=$(SANITIZE) -fno-omit-frame-pointer -fno-sanitize-recover=undefined
-OPT      := -O1 -g
+OPT      := -O1 -g -D_GLIBCXX_ASSERTIONS
+endif
+# The thread sanitizer needs clang, whose OpenMP tells it what barriers order; it knows no emulated GPU.
+ifeq ($(SANITIZE),thread)
+override CXX := clang++
+TEST_PARTS   := cpu
+TEST_ENV     := TSAN_OPTIONS=suppressions=checks/tsan.supp
 endif
 # One folder of objects for each way of building, so that changing a flag never mixes two builds.
 empty    :=
@@ -25,8 +31,7 @@ prepare_data: $(BUILD)/prepare_data
 	@cp $< $@
 $(BUILD)/%: %.cpp tinygpt.hpp | $(BUILD)
 	$(CXX) $(CXXFLAGS) $< -o $@
-$(BUILD):
-	@mkdir -p $@
+$(BUILD): ; @mkdir -p $@
 data/stories/dataset.json: | prepare_data
 	./prepare_data
 
@@ -56,8 +61,9 @@ train_gpt_cu_on_cpu: $(BUILD)/train_gpt_cu.cpp tinygpt.hpp $(EMULATOR)
 
 # The tests, CPU and CUDA in one program. FILTER="matmul*" runs those whose names match.
 test: $(BUILD)/test_gpt
-	OMP_WAIT_POLICY=passive $(BUILD)/test_gpt $(FILTER:%=-tc="%")
-$(BUILD)/test_gpt: $(BUILD)/test_cpu.o $(BUILD)/test_cuda.o
+	OMP_WAIT_POLICY=passive $(TEST_ENV) $(BUILD)/test_gpt $(FILTER:%=-tc="%")
+TEST_PARTS ?= cpu cuda
+$(BUILD)/test_gpt: $(TEST_PARTS:%=$(BUILD)/test_%.o)
 	$(CXX) $(CXXFLAGS) $^ -o $@
 $(BUILD)/test_cpu.o: test_gpt.cpp tinygpt.hpp prepare_data.cpp | $(BUILD)
 	$(CXX) $(CXXFLAGS) $(if $(SANITIZE),,-O2) $(TESTFLAGS) -c $< -o $@
@@ -84,17 +90,11 @@ gpt2: # the published weights of GPT-2 small: 551 MB
 	@checks/fetch.sh "$(or $(URL),$(HUB_URL))/merges.txt" $(VOCAB) data/gpt2/merges.txt 456318
 	@checks/fetch.sh "$(or $(URL),$(HUB_URL))/model.safetensors" $(WEIGHTS) data/gpt2/model.safetensors 548105171
 
-# make experiment NAME=rate      make plot RUNS="out/a out/b"
 experiment: train_gpt prepare_data
 	@checks/experiment.sh $(NAME)
-plot:
-	@RUNS="$(RUNS)" OUT="$(OUT)" checks/plot.sh $(RUNS)
 compare: train_gpt prepare_data
 	@checks/compare.sh
-figures:
-	@checks/figures.sh
-include checks/checks.mk  # check, nightly, torture, fuzz, test_hf, count: what `make test` is too short for
+include checks/checks.mk  # check, nightly, torture, fuzz, tidy, plot, count: what `make test` is too short for
 
-clean:
-	rm -rf build train_gpt train_gpt_cu train_gpt_cu_on_cpu test_gpt_cu prepare_data
-.PHONY: train_gpt prepare_data test test_gpt_cu shakespeare gpt2-vocab gpt2 experiment plot compare figures clean
+clean: ; rm -rf build train_gpt train_gpt_cu train_gpt_cu_on_cpu test_gpt_cu prepare_data
+.PHONY: train_gpt prepare_data test test_gpt_cu shakespeare gpt2-vocab gpt2 experiment compare clean

@@ -3162,7 +3162,7 @@ inline void append_json_string(std::string& out, std::string_view text) {
 inline std::string in_quotes(std::string_view text) {
     std::string out;
     append_json_string(out, text.substr(0, 60));
-    if (out.size() > 130) out = out.substr(0, 120) + '"';  // much of it cannot be printed
+    if (out.size() > 130) out.replace(120, out.npos, "\"");  // much of it cannot be printed
     return text.size() > 60 ? out + "..." : out;
 }
 
@@ -3931,7 +3931,7 @@ inline Tokenizer Tokenizer::load(const std::string& folder) {
                   "encoder.json and vocab.bpe (make gpt2-vocab fetches GPT-2's into data/gpt2)",
                   folder.c_str());
     std::unordered_map<std::string, uint16_t> ids;
-    const Tokenizer tokenizer(read_merges(folder + (ours ? "/merges.txt" : "/vocab.bpe"), ids));
+    Tokenizer tokenizer(read_merges(folder + (ours ? "/merges.txt" : "/vocab.bpe"), ids));
     ids.emplace(kEndOfText, uint16_t(tokenizer.end_of_text()));
     // Its vocabulary must say what the merges say: the same names, with the same ids.
     const std::string path = folder + (ours ? "/vocab.json" : "/encoder.json");
@@ -4427,7 +4427,7 @@ inline std::vector<const StoredTensor*> match_tensors(const SafetensorsFile& fil
 // The file of a folder's weights. A folder that has them in another form gets an answer that helps.
 inline std::string find_weights(const std::string& folder) {
     if (!folder_exists(folder)) fail(folder + ": there is no such folder");
-    const std::string path = folder + "/model.safetensors";
+    std::string path = folder + "/model.safetensors";
     if (file_exists(path)) return path;
     for (const char* other : {"model.safetensors.index.json", "pytorch_model.bin", "tf_model.h5"})
         if (file_exists(folder + "/" + other))
@@ -5612,7 +5612,7 @@ inline std::string describe(const Options& options) {
         std::string text = is_set(options, option) ? shown(value) : "-";
         size_t cut = 67;  // of a long text, the beginning; not cut inside a character
         while (cut < text.size() && (text[cut] & 0xc0) == 0x80) --cut;
-        if (text.size() > 70) text = text.substr(0, cut) + "...";
+        if (text.size() > 70) text.replace(cut, text.npos, "...");
         const char* mark = value != value_text(defaults, option) ? "*" : "";
         if (groups.empty() || groups.back().first != option.group)
             groups.push_back({option.group, {}});
@@ -5762,7 +5762,7 @@ inline std::string bytes_text(double bytes) {
 }
 // The two largest units: "2d 3h", "3h 07m", "7m 05s", "5s".
 inline std::string duration_text(double seconds) {
-    const long long s = (long long)(seconds + 0.5);
+    const long long s = std::llround(seconds);
     if (s >= 86400) return format("%lldd %lldh", s / 86400, s % 86400 / 3600);
     if (s >= 3600) return format("%lldh %02lldm", s / 3600, s % 3600 / 60);
     return s >= 60 ? format("%lldm %02llds", s / 60, s % 60) : format("%llds", s);
@@ -5797,7 +5797,7 @@ inline std::string draw_curve(const std::vector<CurvePoint>& train,
     auto put = [&](double x, double loss, char mark) {
         if (!std::isfinite(loss)) return;
         const double y = std::clamp((top - std::log(loss)) / (top - bottom), 0.0, 1.0);
-        rows[size_t(y * (height - 1) + 0.5)][size_t(x * (width - 1) + 0.5)] = mark;
+        rows[size_t(std::lround(y * (height - 1)))][size_t(std::lround(x * (width - 1)))] = mark;
     };
     for (int c = 0; c < width; ++c) put(c / (width - 1.0), floor, '-');
     for (const CurvePoint& p : train) put(double(p.step) / double(last), p.loss, '.');

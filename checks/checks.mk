@@ -3,6 +3,9 @@
 # Sanitizers, other compilers and machines, the emulator's own tests, the CUDA compile, the README.
 check: test
 	$(MAKE) test SANITIZE=address,undefined
+	$(MAKE) test SANITIZE=thread
+	$(MAKE) tidy
+	$(MAKE) valgrind
 	$(MAKE) test CXX=clang++ OPT=-O2
 	$(MAKE) portable
 	$(MAKE) test_emulator
@@ -71,6 +74,28 @@ nightly: check torture damaged
 	python3 checks/mutate_cuda.py
 	$(MAKE) fuzz SECONDS=1200
 
+# Curves of runs side by side: make plot RUNS="out/a out/b". The figures of README and docs.
+plot:
+	@RUNS="$(RUNS)" OUT="$(OUT)" checks/plot.sh $(RUNS)
+figures:
+	@checks/figures.sh
+
+# What the compilers do not say. Their configurations, with reasons: .clang-tidy, checks/cppcheck.txt.
+tidy:
+	clang-tidy --quiet train_gpt.cpp prepare_data.cpp -- -std=c++20 -fopenmp -march=x86-64-v3
+	cppcheck --std=c++20 --enable=warning,performance,portability --quiet --error-exitcode=1 \
+	    --suppressions-list=checks/cppcheck.txt train_gpt.cpp prepare_data.cpp
+	clang-format --dry-run -Werror *.hpp *.cpp *.cu checks/*.cpp checks/*.hpp cuda_on_cpu/*.h cuda_on_cpu/*.hpp \
+	    cuda_on_cpu/*.cpp cuda_on_cpu/*.cu
+
+# A tiny run under valgrind, built for a CPU that valgrind knows.
+valgrind: data/stories/dataset.json
+	$(MAKE) build/g++-x86-64-v3/train_gpt MARCH=x86-64-v3
+	rm -rf build/valgrind
+	GOMP_SPINCOUNT=0 valgrind --error-exitcode=1 --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite \
+	    build/g++-x86-64-v3/train_gpt --max-steps 2 --n-layer 1 --n-embd 16 --n-head 2 --batch-size 2 --seq-len 16 \
+	    --eval-interval 0 --sample-interval 0 --threads 2 --output build/valgrind
+
 # Lines of code, comments, width: what the size promises are measured by.
 count:
 	@for f in tinygpt.hpp train_gpt.cu prepare_data.cpp test_gpt.cpp; do \
@@ -79,4 +104,4 @@ count:
 	    f,k,c,c/k,w+0}' $$f; done
 	@awk '/^\/\/ What follows is plumbing/{exit} {t=$$0; sub(/^[ \t]+/,"",t); if(t!="" && t!~/^\/\//)k++} \
 	    END{printf "tinygpt.hpp, what a student reads: %d lines of code\n",k}' tinygpt.hpp
-.PHONY: check readme portable test_emulator cuda_compiles torture damaged fuzz test_hf nightly count
+.PHONY: check readme tidy valgrind plot figures portable test_emulator cuda_compiles torture damaged fuzz test_hf nightly count
