@@ -3671,8 +3671,8 @@ public:
                       id, vocab_size());
         return bytes_[size_t(id)];
     }
-    // The text of some tokens, with `end_of_text_mark` for every end of text. Careful: a token may be
-    // half a character, so that a part of a text's tokens need not be valid UTF-8 (see Utf8Stream).
+    // The text of some tokens, with `end_of_text_mark` for every end of text. Careful: a token may
+    // be half a character, so some of a text's tokens need not be valid UTF-8 (see Utf8Stream).
     std::string decode(const std::vector<uint16_t>& tokens,
                        std::string_view end_of_text_mark = "") const {
         std::string text;
@@ -3722,7 +3722,7 @@ class Encoder {
 
 public:
     // The memory is sized for texts of about text_bytes.
-    // Why: a prompt is a few words, and clearing 2 MB for them would take longer than encoding them.
+    // Why: a prompt is a few words, and clearing 2 MB would take longer than encoding them.
     explicit Encoder(const Tokenizer& tokenizer, size_t text_bytes = SIZE_MAX)
         : table_(tokenizer.merge_table()),
           known_(std::bit_ceil(std::clamp<size_t>(text_bytes / 16, 64, kMaxKnown))) {}
