@@ -3098,14 +3098,6 @@ public:
 // So "é", U+00E9, whose bits are 00011 101001, is the bytes c3 a9. Not all bytes are text: a file
 // may hold anything, and a model may write half a character.
 
-// How many bytes a character has that begins with this one; 0 where none does. (c0 and c1 would be
-// ASCII in two bytes; f5 and more, beyond U+10FFFF.)
-inline size_t utf8_length(char first) {
-    const uint8_t lead = uint8_t(first);
-    if (lead < 0x80) return 1;
-    return lead < 0xc2 || lead > 0xf4 ? 0 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : 4;
-}
-
 // The character that a text begins with: how many bytes it has, and its code point. 0 bytes where
 // that is not valid UTF-8 (too long a form, half a surrogate pair, above U+10FFFF, cut short).
 struct Utf8Character {
@@ -3113,10 +3105,12 @@ struct Utf8Character {
     uint32_t code;
 };
 inline Utf8Character utf8_character(std::string_view text) {
-    const size_t bytes = text.empty() ? 0 : utf8_length(text[0]);
-    if (bytes == 1) return {1, uint8_t(text[0])};
+    const uint32_t lead = text.empty() ? 0xff : uint8_t(text[0]);
+    if (lead < 0x80) return {1, lead};
+    // c0 and c1 would be ASCII in two bytes; f5 and more are beyond U+10FFFF.
+    const size_t bytes = lead < 0xc2 || lead > 0xf4 ? 0 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : 4;
     if (bytes == 0 || bytes > text.size()) return {0, 0};
-    uint32_t code = uint8_t(text[0]) & (0x7f >> bytes);
+    uint32_t code = lead & (0x7f >> bytes);
     for (size_t i = 1; i < bytes; i++) {
         if ((text[i] & 0xc0) != 0x80) return {0, 0};
         code = code << 6 | (text[i] & 0x3f);
