@@ -3147,7 +3147,7 @@ inline void append_json_string(std::string& out, std::string_view text) {
         bytes = utf8_character(text.substr(i, 4)).bytes;
         out += c == '"' || c == '\\' ? std::string{'\\', c}
                : c == '\n'           ? "\\n"
-               : c >= 0 && c < 0x20  ? format("\\u%04x", unsigned(c))
+               : uint8_t(c) < 0x20   ? format("\\u%04x", c)
                : bytes == 0          ? "\xef\xbf\xbd"
                                      : std::string(text.substr(i, bytes));
     }
