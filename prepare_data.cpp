@@ -280,10 +280,9 @@ using Job = std::vector<Part>;
 // same pieces as the whole (§12): between a character that is no space and a space, both ASCII.
 inline size_t safe_cut(std::string_view text, size_t at) {
     for (at = std::max<size_t>(at, 1); at < text.size(); ++at) {
-        const bool ascii = !(text[at - 1] & 0x80) && !(text[at] & 0x80);
-        if (ascii && character_at(text, at).kind == kSpace &&
-            character_at(text, at - 1).kind != kSpace)
-            return at;
+        const uint8_t before = uint8_t(text[at - 1]), after = uint8_t(text[at]);
+        const bool ascii = before < 128 && after < 128;
+        if (ascii && kAsciiClass[before] != kSpace && kAsciiClass[after] == kSpace) return at;
     }
     return text.size();
 }

@@ -3095,15 +3095,8 @@ public:
 //     1110xxxx 10xxxxxx 10xxxxxx             up to U+FFFF: nearly all that is written today
 //     11110xxx 10xxxxxx 10xxxxxx 10xxxxxx    up to U+10FFFF: old scripts, emoji
 //
-// Not all bytes are text: a file may hold anything, and a model may write half a character.
-
-// How many bytes a character has that begins with this one; 0 where none does. (c0 and c1 would be
-// ASCII in two bytes; f5 and more, beyond U+10FFFF.)
-inline size_t utf8_length(char first) {
-    const uint8_t lead = uint8_t(first);
-    if (lead < 0x80) return 1;
-    return lead < 0xc2 || lead > 0xf4 ? 0 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : 4;
-}
+// So "é", U+00E9, whose bits are 00011 101001, is the bytes c3 a9. Not all bytes are text: a file
+// may hold anything, and a model may write half a character.
 
 // The character that a text begins with: how many bytes it has, and its code point. 0 bytes where
 // that is not valid UTF-8 (too long a form, half a surrogate pair, above U+10FFFF, cut short).
@@ -3112,10 +3105,12 @@ struct Utf8Character {
     uint32_t code;
 };
 inline Utf8Character utf8_character(std::string_view text) {
-    const size_t bytes = text.empty() ? 0 : utf8_length(text[0]);
-    if (bytes == 1) return {1, uint8_t(text[0])};
+    const uint32_t lead = text.empty() ? 0xff : uint8_t(text[0]);
+    if (lead < 0x80) return {1, lead};
+    // c0 and c1 would be ASCII in two bytes; f5 and more are beyond U+10FFFF.
+    const size_t bytes = lead < 0xc2 || lead > 0xf4 ? 0 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : 4;
     if (bytes == 0 || bytes > text.size()) return {0, 0};
-    uint32_t code = uint8_t(text[0]) & (0x7f >> bytes);
+    uint32_t code = lead & (0x7f >> bytes);
     for (size_t i = 1; i < bytes; i++) {
         if ((text[i] & 0xc0) != 0x80) return {0, 0};
         code = code << 6 | (text[i] & 0x3f);
@@ -3152,7 +3147,7 @@ inline void append_json_string(std::string& out, std::string_view text) {
         bytes = utf8_character(text.substr(i, 4)).bytes;
         out += c == '"' || c == '\\' ? std::string{'\\', c}
                : c == '\n'           ? "\\n"
-               : c >= 0 && c < 0x20  ? format("\\u%04x", unsigned(c))
+               : uint8_t(c) < 0x20   ? format("\\u%04x", c)
                : bytes == 0          ? "\xef\xbf\xbd"
                                      : std::string(text.substr(i, bytes));
     }
@@ -3166,7 +3161,7 @@ inline std::string in_quotes(std::string_view text) {
     return text.size() > 60 ? out + "..." : out;
 }
 
-// What a text may ask of the parser.
+// What a text may ask of the parser; a file that asks for more is refused before memory runs out.
 struct JsonLimits {
     int depth = 64;              // arrays and objects inside one another
     size_t values = 10'000'000;  // of any kind, keys not counted
@@ -3216,7 +3211,8 @@ struct Json {
         return names[size_t(kind)];
     }
 
-    // Sets a member, at its old place or the end. Linear: fill large objects through `members`.
+    // Sets a member, at its old place or the end. Careful: it looks through all of them; a large
+    // object is filled through `members`.
     Json& set(std::string_view key, Json value) {
         for (auto& [name, old] : members)
             if (name == key) return old = std::move(value), *this;
@@ -3479,7 +3475,15 @@ inline void Json::write_to(std::string& out, int indent, int depth) const {
 // to another.
 enum CharClass : uint8_t { kOther, kLetter, kNumber, kSpace };
 
-// What Unicode says of a code point: "é" is a letter and "½" a number, U+3000 is white space. The
+// The classes of ASCII. Why a table: one look-up a character, with nothing to branch on.
+inline constexpr std::array<CharClass, 128> kAsciiClass = [] {
+    std::array<CharClass, 128> classes{};  // all of them kOther
+    for (size_t c = 'A'; c <= 'Z'; ++c) classes[c] = classes[c | 0x20] = kLetter;
+    for (size_t c = '0'; c <= '9'; ++c) classes[c] = kNumber;
+    for (char c : {' ', '\t', '\n', '\v', '\f', '\r'}) classes[size_t(c)] = kSpace;
+    return classes;
+}();
+// What Unicode says of any code point: "é" is a letter, "½" a number, U+3000 white space. That
 // table, long and dull, is at the end of this section.
 inline CharClass class_of(uint32_t code);
 
@@ -3494,15 +3498,12 @@ struct Character {
     const Utf8Character c = utf8_character(text);
     return c.bytes ? Character{c.bytes, class_of(c.code)} : Character{1, kOther};
 }
-// The character at text[at], for at < text.size(). Bytes below 128 are ASCII: the classes of those
-// are written out here.
+// The character at text[at], for at < text.size().
 inline Character character_at(std::string_view text, size_t at) {
-    const unsigned c = uint8_t(text[at]);
-    if (c >= 128) [[unlikely]]
+    const uint8_t first = uint8_t(text[at]);
+    if (first >= 128) [[unlikely]]
         return character_beyond_ascii(text.substr(at));
-    if ((c | 0x20) - 'a' < 26) return {1, kLetter};
-    if (c - '0' < 10) return {1, kNumber};
-    return {1, c == ' ' || c - '\t' < 5 ? kSpace : kOther};
+    return {1, kAsciiClass[first]};
 }
 
 // How many of the eight bytes at `text`, from the first on, are ASCII letters.
@@ -3525,7 +3526,9 @@ inline size_t run_end(std::string_view text, size_t at, CharClass kind, size_t* 
     while (kind == kLetter && at + 8 <= text.size()) {
         const size_t letters = leading_letters(text.data() + at);
         at += letters;
-        if (letters < 8) break;
+        if (letters == 8) continue;
+        if (!(text[at] & 0x80)) return at;
+        break;  // there may be letters beyond ASCII
     }
     while (at < text.size()) {
         const Character c = character_at(text, at);
@@ -3662,7 +3665,8 @@ public:
                       id, vocab_size());
         return bytes_[size_t(id)];
     }
-    // The text of some tokens, with `end_of_text_mark` for every end of text.
+    // The text of some tokens, with `end_of_text_mark` for every end of text. Careful: a token may
+    // be half a character, so some of a text's tokens need not be valid UTF-8 (see Utf8Stream).
     std::string decode(const std::vector<uint16_t>& tokens,
                        std::string_view end_of_text_mark = "") const {
         std::string text;
@@ -3693,8 +3697,12 @@ class Encoder {
 
     // A piece and its tokens. The key is the piece's bytes, zeros, and in its last byte the length.
     // Why so small: two fill a line of cache, and a key is compared in two steps.
+    struct Key {
+        uint64_t low = 0, high = 0;
+        bool operator==(const Key&) const = default;
+    };
     struct Known {
-        std::array<uint64_t, 2> key = {0, 0};  // zero: nothing here, as no piece is empty
+        Key key;  // zero: nothing here, as no piece is empty
         uint16_t count = 0, tokens[kMaxTokens] = {};
     };
     // A token of a long piece, and the places of its neighbours; kNone where there is none.
@@ -3708,6 +3716,7 @@ class Encoder {
 
 public:
     // The memory is sized for texts of about text_bytes.
+    // Why: a prompt is a few words, and clearing 2 MB would take longer than encoding them.
     explicit Encoder(const Tokenizer& tokenizer, size_t text_bytes = SIZE_MAX)
         : table_(tokenizer.merge_table()),
           known_(std::bit_ceil(std::clamp<size_t>(text_bytes / 16, 64, kMaxKnown))) {}
@@ -3738,13 +3747,13 @@ private:
     size_t recall(std::string_view piece, uint16_t* to) {
         // Why: copying 16 bytes and clearing those behind the piece takes a few instructions, where
         // copying as many as it has is a call.
-        std::array<uint64_t, 2> key;
-        std::memcpy(key.data(), piece.data(), sizeof key);
+        Key key;
+        std::memcpy(&key, piece.data(), sizeof key);
         const size_t low = std::min<size_t>(piece.size(), 8), high = piece.size() - low;
-        key[0] &= ~uint64_t(0) >> (64 - 8 * low);
-        key[1] &= (uint64_t(1) << (8 * high)) - 1;
-        key[1] |= uint64_t(piece.size()) << 56;
-        const uint64_t mixed = (key[0] ^ (key[1] * 0xbf58476d1ce4e5b9ull)) * 0x9e3779b97f4a7c15ull;
+        key.low &= ~uint64_t(0) >> (64 - 8 * low);
+        key.high &= (uint64_t(1) << (8 * high)) - 1;
+        key.high |= uint64_t(piece.size()) << 56;
+        const uint64_t mixed = (key.low ^ (key.high * 0xbf58476d1ce4e5b9ull)) * 0x9e3779b97f4a7c15;
         Known& known = known_[size_t(mixed >> 40) & (known_.size() - 1)];
         if (known.key != key) {
             const size_t count = merge(piece, to);
@@ -3765,6 +3774,7 @@ private:
     // GPT-2's vocabulary, where "er" is token 263, " l" is 300, "ow" 322, "ower" 789:
     //     (blank) l o w e r  ->  (blank) l o w er  ->  " l" o w er  ->  " l" ow er  ->  " l" ower
     // and " lower" is token 2793.
+    // Why not merge_long for all: encoding a text would take a third longer.
     size_t merge_short(std::string_view piece, uint16_t* to) const {
         size_t n = piece.size();
         uint32_t merged[kShort];  // what token i and the one after it make: looked up once only
