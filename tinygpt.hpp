@@ -7443,7 +7443,7 @@ int info_command(Device device, const Options& o) {
 
 // ---- The peak of bf16 products on a CPU ------------------------------------------------------
 
-// What the tiles of §4.3 reach when their panels lie in the first cache and nothing has to be
+// What the tiles of §10 reach when their panels lie in the first cache and nothing has to be
 // packed: operations a second of one thread, the best of eight. It is the yardstick for whole
 // products: what they lose, they lose on packing, on the caches, and on ragged edges. A packed
 // element is a pair of numbers, so it is two multiply-adds, four operations.
