@@ -5727,6 +5727,50 @@ TEST_CASE("run: bad input ends with a clear line or two, and nothing is written"
     CHECK(snapshot(place.folder) == before);
 }
 
+TEST_CASE("run: the report says what the run was, and what it says to type next can be typed") {
+    using namespace run_test;
+    struct Case {
+        std::string verdict, purpose;
+        Arguments more;
+    };
+    const std::vector<Case> cases = {
+        {"overfitting: ", "dropout", {"--max-steps", "300", "--learning-rate", "0.01"}},
+        {"still improving: ", "longer", {"--max-steps", "40", "--learning-rate", "0.001"}},
+        {"the training loss jumped", "gentler", {"--max-steps", "40", "--learning-rate", "1"}},
+        {"too short a run", "longer", {"--max-steps", "4", "--epochs", "9"}},
+    };
+    for (const Case& c : cases) {
+        CAPTURE(c.verdict);
+        Place place;
+        Arguments all = {"--data",         place.data(), "--output",        place.out(),
+                         "--n-layer",      "1",          "--n-embd",        "32",
+                         "--n-head",       "2",          "--n-positions",   "32",
+                         "--seq-len",      "16",         "--batch-size",    "8",
+                         "--threads",      "1",          "--eval-interval", "20",
+                         "--warmup-steps", "0"};
+        all.insert(all.end(), c.more.begin(), c.more.end());
+        const Outcome outcome = run(all);
+        REQUIRE_MESSAGE(outcome.status == 0, outcome.err);
+        CHECK_MESSAGE(outcome.out.find(c.verdict) != std::string::npos, outcome.out);
+        int typed = 0;
+        for (const std::string& line : split_at(outcome.out, '\n')) {
+            const size_t at = line.find("./train_gpt ");
+            if (at == std::string::npos) continue;
+            Arguments words = split_at(line.substr(at + 12), ' ');
+            for (std::string& word : words) std::erase(word, '"');
+            const bool trains = words[0].starts_with("--");
+            if (trains) CHECK(line.starts_with(c.purpose + " "));
+            if (trains) CHECK(line.find("--epochs") == std::string::npos);
+            if (trains) words.insert(words.end(), {"--max-steps", "2"});
+            const Outcome next = run(words);
+            CHECK_MESSAGE(next.status == 0, line, next.err);
+            ++typed;
+        }
+        CHECK(typed == 3);
+        CHECK(folder_exists(place.out("out-" + c.purpose)));
+    }
+}
+
 TEST_CASE("run: folders with any name can be read") {
     using namespace run_test;
     Place place;

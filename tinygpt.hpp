@@ -6009,6 +6009,13 @@ inline void warn(const std::string& message) {
     std::fprintf(stderr, "%swarning: %s\n", live ? "\n" : "", message.c_str());
 }
 
+// Prints a line for the user: what it is about, and what there is to say. More lines of the text
+// stand below its first.
+inline void say(std::string label, const std::string& text) {
+    for (const std::string& line : split_at(text, '\n'))
+        std::printf("%-10s %s\n", std::exchange(label, "").c_str(), line.c_str());
+}
+
 // What the loop needs of §18.
 inline std::atomic<int64_t>& stop_asked();  // when the user asked the run to stop; 0: not yet
 inline std::string shell_word(const std::string& text);
@@ -6084,12 +6091,12 @@ private:
         model_.device.upload(model_.state, &state_.guards, 1);
         // Later checkpoints, of steps that will be made again, must not count as the newest.
         for (const std::string& name : set_aside_later(o_.output, from.empty() ? -1 : state_.step))
-            std::printf("set aside  %s, as %s.set-aside\n", name.c_str(), name.c_str());
+            say("set aside", name + ", as " + name + ".set-aside");
         restore_log(from);
-        std::printf("run        %s steps of %s tokens (%.2f epochs) into %s\n\n",
-                    with_commas(steps_).c_str(), with_commas(rows_per_step() * T_).c_str(),
-                    double(steps_ * rows_per_step()) / order_.blocks_per_epoch(),
-                    o_.output.c_str());
+        const double epochs = double(steps_ * rows_per_step()) / order_.blocks_per_epoch();
+        say("run", with_commas(steps_) + " steps of " + with_commas(rows_per_step() * T_) +
+                       " tokens" + format(" (%.2f epochs) into ", epochs) + o_.output);
+        std::printf("\n");
         if (!from.empty()) return;
         LogRow row = row_now();
         if (o_.eval_interval > 0) evaluate_into(row);
@@ -6108,12 +6115,14 @@ private:
             steps = std::min(steps, int64_t(std::clamp(wanted, 1.0, 1e15)));
         }
         if (steps < no_limit) return steps;
-        // A step takes about three times as long as the forward pass of an evaluation, and a tenth
-        // more for the update. The first batch is there to warm up.
-        evaluate_fixed(1);
-        const double begin = now_seconds();
-        evaluate_fixed(1);
-        const double a_step = (now_seconds() - begin) * 3.3 * o_.grad_accum_steps;
+        // A step takes about as long as three evaluations of its batch (backward is twice forward),
+        // and a tenth more for the update. The first one is there to warm up.
+        double begin = 0;
+        for (int i = 0; i < 4; ++i) {
+            if (i == 1) begin = now_seconds();
+            evaluate_fixed(1);
+        }
+        const double a_step = (now_seconds() - begin) * 1.1 * o_.grad_accum_steps;
         return std::max<int64_t>(1, int64_t(o_.max_minutes * 60 / a_step));
     }
 
@@ -6528,13 +6537,15 @@ private:
     Verdict show_verdict() const {
         const double ratio = state_.val_loss / corpus_.floor;  // NaN where either is not known
         const bool evaluated = std::isfinite(state_.val_loss);
-        if (evaluated)
-            std::printf("val loss   %.4f, best %.4f at step %ld", state_.val_loss, state_.best_loss,
-                        state_.best_step);
-        else
-            std::printf("train loss %.4f", loss_at(train_curve_, state_.step, state_.step / 8.0));
+        std::string losses = format("%.4f, best %.4f at step %ld", state_.val_loss,
+                                    state_.best_loss, state_.best_step);
         if (std::isfinite(ratio))
-            std::printf("; the floor is %.4f, so the ratio is %.4f", corpus_.floor, ratio);
+            losses += format("; the floor is %.4f, so the ratio is %.4f", corpus_.floor, ratio);
+        if (evaluated)
+            say("val loss", losses);
+        else
+            say("train loss",
+                format("%.4f", loss_at(train_curve_, state_.step, state_.step / 8.0)));
         Verdict v = verdict();
         if (const auto p = jump())
             v = {v.text + format("\nat step %ld the training loss jumped to %.2f: too high a "
@@ -6548,9 +6559,7 @@ private:
                 100 * (ratio - 1));
         if (!evaluated)
             v.text += "\nwithout validation text, learning cannot be told from memorising";
-        const char* label = "\nverdict   ";
-        for (const std::string& line : split_at(v.text, '\n'))
-            std::printf("%s %s\n", std::exchange(label, "          "), line.c_str());
+        say("verdict", v.text);
         return v;
     }
 
@@ -6565,8 +6574,8 @@ private:
         const Verdict v = show_verdict();
         const StepState& g = state_.guards;
         if (g.skipped)
-            std::printf("guards     %ld updates were skipped, %ld of them as outliers\n", g.skipped,
-                        g.outliers);
+            say("guards",
+                format("%ld updates were skipped, %ld of them as outliers", g.skipped, g.outliers));
         write_sample("the model writes:", 100);
         show_next(v);
     }
@@ -6574,19 +6583,18 @@ private:
     // Lines to paste: to see what the model can do, and to make the next run, into a new folder.
     // The user's own options are repeated, or the line would be of another run.
     void show_next(const Verdict& v) const {
-        auto line = [](const std::string& label, const std::string& command) {
-            std::printf("%-10s ./%s%s\n", label.c_str(), Device::kProgram, command.c_str());
-        };
         const std::string best = o_.output + "/best";
         const std::string last = checkpoint_folder(o_.output, state_.step);
         const std::string model = "--init-from " + shell_word(folder_exists(best) ? best : last);
         const char* prompt = corpus_.tokenizer && o_.prompt.empty() ? " --prompt \"Once\"" : "";
-        line("next", " sample" + retyped(o_, kSample, model + prompt));
-        if (corpus_.has_val()) line("", " eval" + retyped(o_, kEval, model));
+        const std::string program = std::string("./") + Device::kProgram;
+        say("next", program + " sample" + retyped(o_, kSample, model + prompt));
+        if (corpus_.has_val()) say("", program + " eval" + retyped(o_, kEval, model));
         if (v.purpose.empty()) return;
         std::string output = o_.output + "-" + v.purpose;
         while (folder_exists(output)) output += "-2";
-        line(v.purpose, retyped(o_, kTrain, v.options + " --output " + shell_word(output)));
+        say(v.purpose,
+            program + retyped(o_, kTrain, v.options + " --output " + shell_word(output)));
     }
 
     const Options& o_;
@@ -6811,19 +6819,15 @@ inline void check_data(const Options& o, const Corpus& corpus, const Config& con
 
 // ---- The model -------------------------------------------------------------------------------
 
-// The options that say how large a model is, with where they and their values are kept.
-struct SizeOption {
-    const char* name;
-    int Options::*asked;  // 0: not asked for
-    int Config::*size;
-};
-inline constexpr SizeOption kSizeOptions[] = {
-    {"n-layer", &Options::n_layer, &Config::n_layer},
-    {"n-head", &Options::n_head, &Config::n_head},
-    {"n-embd", &Options::n_embd, &Config::n_embd},
-    {"n-positions", &Options::n_positions, &Config::n_positions},
-    {"vocab-size", &Options::vocab_size, &Config::vocab_size},
-};
+// Calls visit(name, asked, size) for every option that says how large a model is: its value (0: not
+// asked for) and the size that it sets.
+template <class Asked, class Sizes, class Visit>
+void for_each_size(Asked& o, Sizes& config, Visit&& visit) {
+    visit("n-layer", o.n_layer, config.n_layer), visit("n-head", o.n_head, config.n_head);
+    visit("n-embd", o.n_embd, config.n_embd);
+    visit("n-positions", o.n_positions, config.n_positions);
+    visit("vocab-size", o.vocab_size, config.vocab_size);
+}
 
 // The sizes that the options ask for: those of a preset, some overridden; the vocabulary is the
 // tokenizer's unless it was given. A larger vocabulary than the tokenizer's is allowed: some round
@@ -6834,8 +6838,8 @@ inline Config config_of_options(const Options& o, const Corpus& corpus) {
         if (o.model == preset.name) config = preset.config;
     // What was typed comes last, so it counts most.
     if (corpus.tokenizer) config.vocab_size = corpus.tokenizer->vocab_size();
-    for (const SizeOption& s : kSizeOptions)
-        if (o.*s.asked) config.*s.size = o.*s.asked;
+    for_each_size(o, config,
+                  [](const char*, int asked, int& size) { size = asked ? asked : size; });
     config.untied_head = o.untied_head;
     if (config.n_embd % config.n_head)
         fail_usage(
@@ -6854,7 +6858,7 @@ inline void check_same_sizes(const Options& o, const Config& config, const std::
             fail_usage(format("--%s %d does not fit --init-from: the model in %s has %d", name,
                               asked, folder.c_str(), found));
     };
-    for (const SizeOption& s : kSizeOptions) same(s.name, o.*s.asked, config.*s.size);
+    for_each_size(o, config, same);
     same("untied-head", o.untied_head, config.untied_head);
 }
 
@@ -6924,18 +6928,16 @@ std::unique_ptr<Gpt2<Device>> open_model(Device device, const Config& config, in
 // The table at the start of a run: what the model is made of, and what it takes to train it.
 template <class Device>
 void print_model(const Config& config, int B, int T) {
-    std::printf("model      %d layers, %d heads, %d channels, %d positions, vocabulary %d%s\n",
-                config.n_layer, config.n_head, config.n_embd, config.n_positions, config.vocab_size,
-                config.untied_head ? ", untied head" : "");
-    std::printf("           %s parameters, %.1f MFLOP a token to train\n",
-                with_commas(int64_t(layout_of(config).count)).c_str(),
-                flops_per_token(config, T) / 1e6);
+    say("model", format("%d layers, %d heads, %d channels, %d positions, vocabulary %d%s\n"
+                        "%s parameters, %.1f MFLOP a token to train",
+                        config.n_layer, config.n_head, config.n_embd, config.n_positions,
+                        config.vocab_size, config.untied_head ? ", untied head" : "",
+                        with_commas(int64_t(layout_of(config).count)).c_str(),
+                        flops_per_token(config, T) / 1e6));
     const MemoryNeed need = memory_need<Device>(config, B, T, Use::training);
-    auto text = [](size_t bytes) { return bytes_text(double(bytes)); };
-    std::printf("%s", ("memory     " + text(need.total()) + ": weights " + text(need.weights) +
-                       ", gradients " + text(need.gradients) + ", moments " + text(need.moments) +
-                       ", activations " + text(need.activations) + "\n")
-                          .c_str());
+    say("memory", bytes_text(need.total()) + ": weights " + bytes_text(need.weights) +
+                      ", gradients " + bytes_text(need.gradients) + ", moments " +
+                      bytes_text(need.moments) + ", activations " + bytes_text(need.activations));
 }
 
 // ---- Ctrl-C ----------------------------------------------------------------------------------
@@ -7051,7 +7053,7 @@ inline Start find_start(const Options& o) {
 // and a default that a later version changes does not change a run that is half done.
 template <class Device>
 void settle(Options& o, const Config& config, int T) {
-    for (const SizeOption& s : kSizeOptions) o.*s.asked = config.*s.size;
+    for_each_size(o, config, [](const char*, int& asked, int size) { asked = size; });
     o.untied_head = config.untied_head, o.seq_len = T;
     if (o.precision.empty() && Device::kHostMemory) o.precision = "fp32";
 }
@@ -7089,10 +7091,10 @@ template <class Device>
 void load_start(Gpt2<Device>& model, const Options& o, const Start& start) {
     if (!start.folder.empty()) {
         load_weights(model, start.folder), load_moments(model, start.folder);
-        std::printf("resumed    %s\n", start.folder.c_str());
+        say("resumed", start.folder);
     } else if (!o.init_from.empty()) {
         load_weights(model, o.init_from);
-        std::printf("weights    from %s\n", o.init_from.c_str());
+        say("weights", "from " + o.init_from);
     } else {
         model.initialise(o.seed);
     }
@@ -7135,11 +7137,11 @@ int train_command(Device device, const Options& given) {
     if (!lock) lock.emplace(lock_folder(o.output));
 
     // Say what will be trained on what, load or make the weights, and go.
-    std::printf("tinygpt    %s\n%s", device.describe().c_str(), describe(o).c_str());
-    std::printf("data       %s: %s training tokens, %s for validation\n",
-                corpus.folder.empty() ? "shards" : corpus.folder.c_str(),
-                with_commas(corpus.train->tokens()).c_str(),
-                with_commas(corpus.has_val() ? corpus.val->tokens() : 0).c_str());
+    say("tinygpt", device.describe());
+    std::printf("%s", describe(o).c_str());
+    say("data", (corpus.folder.empty() ? "shards" : corpus.folder) + ": " +
+                    with_commas(corpus.train->tokens()) + " training tokens, " +
+                    with_commas(corpus.has_val() ? corpus.val->tokens() : 0) + " for validation");
     print_model<Device>(config, B, T);
     load_start(*model, o, start);
     if (o.override_changes) start.state.planned_steps = 0;  // the plan may have changed
@@ -7296,8 +7298,8 @@ int hellaswag_command(Device device, const Options& o, const Config& config) {
         const std::array<double, 4> loss = score_endings(*model, e);
         right += std::min_element(loss.begin(), loss.end()) - loss.begin() == e.label;
     }
-    std::printf("hellaswag  %d of %zu right: accuracy %.4f\n", right, examples.size(),
-                right / double(std::max<size_t>(1, examples.size())));
+    say("hellaswag", format("%d of %zu right: accuracy %.4f", right, examples.size(),
+                            right / double(std::max<size_t>(1, examples.size()))));
     return 0;
 }
 
@@ -7321,16 +7323,17 @@ int eval_command(Device device, const Options& o) {
     const double begin = now_seconds();
     const Evaluation e = evaluate(*model, *corpus.val, windows, corpus.token_bytes());
     const double speed = double(e.tokens) / (now_seconds() - begin);
-    std::printf("val loss   %.9g nats a token over %s tokens\nperplexity %.4f\n", e.loss(),
-                with_commas(e.tokens).c_str(), e.perplexity());
-    if (e.bytes > 0) std::printf("bits/byte  %.4f\n", e.bits_per_byte());
+    say("val loss",
+        format("%.9g nats a token over ", e.loss()) + with_commas(e.tokens) + " tokens");
+    say("perplexity", format("%.4f", e.perplexity()));
+    if (e.bytes > 0) say("bits/byte", format("%.4f", e.bits_per_byte()));
     if (std::isfinite(corpus.floor))
-        std::printf("floor      %.6f: the loss is %.2f %% above it\n", corpus.floor,
-                    100 * (e.loss() / corpus.floor - 1));
-    std::printf("speed      %s tokens a second\n", with_commas(int64_t(speed)).c_str());
+        say("floor", format("%.6f: the loss is %.2f %% above it", corpus.floor,
+                            100 * (e.loss() / corpus.floor - 1)));
+    say("speed", with_commas(int64_t(speed)) + " tokens a second");
     if (o.given("eval-batches") && o.eval_batches > 0 && corpus.train && !corpus.train->empty())
-        std::printf("train loss %.9g nats a token over fixed batches\n",
-                    fixed_batches_loss(*model, *corpus.train, o.eval_batches, false));
+        say("train loss", format("%.9g nats a token over fixed batches",
+                                 fixed_batches_loss(*model, *corpus.train, o.eval_batches, false)));
     return 0;
 }
 
@@ -7432,14 +7435,13 @@ int info_command(Device device, const Options& o) {
     row("total", "", layout.count);
     std::printf("\n\n");
     print_model<Device>(config, o.batch_size, T);
-    std::printf("           for --batch-size %d --seq-len %d\n", o.batch_size, T);
+    say("", format("for --batch-size %d --seq-len %d", o.batch_size, T));
     // What a long training would take. No program reaches the peak; half of it is good.
     const double peak = product_peak_flops(device);
     const double seconds = 1e10 * flops_per_token(config, T) / peak;
-    std::printf(
-        "time       10 billion tokens take %s at this machine's measured %.0f GFLOP/s, %s "
-        "at half of it\n",
-        duration_text(seconds).c_str(), peak / 1e9, duration_text(2 * seconds).c_str());
+    say("time", "10 billion tokens take " + duration_text(seconds) +
+                    format(" at this machine's measured %.0f GFLOP/s, ", peak / 1e9) +
+                    duration_text(2 * seconds) + " at half of it");
     return 0;
 }
 
@@ -7451,7 +7453,7 @@ int info_command(Device device, const Options& o) {
 
 // ---- The peak of bf16 products on a CPU ------------------------------------------------------
 
-// What the tiles of §4.3 reach when their panels lie in the first cache and nothing has to be
+// What the tiles of §10 reach when their panels lie in the first cache and nothing has to be
 // packed: operations a second of one thread, the best of eight. It is the yardstick for whole
 // products: what they lose, they lose on packing, on the caches, and on ragged edges. A packed
 // element is a pair of numbers, so it is two multiply-adds, four operations.
