@@ -2559,6 +2559,26 @@ void multiply_row(real* c, View<real> a, View<real> b, int n, int k, bool accumu
     }
 }
 
+// The same for operands of any size: all of a is packed at once above, so a large one goes in parts,
+// which bounds the memory that packing takes (50 MB). The parts end where packed steps of k end, so
+// the sums are the same.
+template <class Tiles, class real, class Finish>
+void multiply_parts(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
+                    bool accumulate, Finish finish) {
+    constexpr int kRows = 288 * kTileRows, kSteps = 8 * kDepth;
+    static_assert(kRows % Tiles::kRows == 0 && kSteps % Tiles::kMost == 0);
+    for (int i = 0; i < m; i += kRows)
+        for (int p = 0; p < k; p += kSteps) {
+            const bool last = p + kSteps >= k;
+            multiply_blocks<Tiles>(c + i * ldc, ldc, a.from(i, p), b.from(p, 0),
+                                   std::min(kRows, m - i), n, std::min(kSteps, k - p),
+                                   accumulate || p > 0,
+                                   [=](int row, int col, int count, real* values) {
+                                       if (last) finish(i + row, col, count, values);
+                                   });
+        }
+}
+
 // The product, the way the shape and the options ask for.
 template <class real, class Finish>
 void matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
@@ -2571,10 +2591,10 @@ void matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, in
                           "(-march=native), "
                           "which this is not: use --precision fp32");
             if (MatrixTiles::usable())
-                return multiply_blocks<MatrixTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
-            return multiply_blocks<PairTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
+                return multiply_parts<MatrixTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
+            return multiply_parts<PairTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
         }
-    multiply_blocks<PlainTiles<real>>(c, ldc, a, b, m, n, k, accumulate, finish);
+    multiply_parts<PlainTiles<real>>(c, ldc, a, b, m, n, k, accumulate, finish);
 }
 
 // --- Attention, forward
