@@ -262,7 +262,7 @@ std::vector<Found> check_layernorm(Device device, int rows, int C, float p, bool
                                   drop.on() ? dbranch.data() : dx, b.gradient.data(), up.data(),
                                   dresidual, s.data(), mean.data(), rstd.data(), weight, rows, C,
                                   drop, add);
-        device.linear_backward(x.gradient.data(), w.gradient.data(), nullptr,
+        device.linear_backward(x.gradient.data(), w.gradient.data(),
                                drop.on() ? dbranch.data() : dx, x, w, rows, IN, C, add);
     }
     return compare({&residual, &x, &w, &b, &weight, &bias}, loss);
@@ -270,14 +270,14 @@ std::vector<Found> check_layernorm(Device device, int rows, int C, float p, bool
 
 template <class Device>
 std::vector<Found> check_linear(Device device, int rows, int C, int OC) {
-    Tensor x("x", size_t(rows) * C, 1), w("w", size_t(C) * OC, 2, 1, true),
-        b("b", size_t(OC), 3, 1, true);
+    Tensor x("x", size_t(rows) * C, 1), w("w", size_t(C) * OC, 2, 1, true);
     std::vector<double> out(size_t(rows) * OC), up = random_vector(out.size(), 4);
+    const std::vector<double> b = random_vector(size_t(OC), 3);
     for (bool add : {false, true})
-        device.linear_backward(x.gradient.data(), w.gradient.data(), b.gradient.data(), up.data(),
-                               x, w, rows, C, OC, add);
-    return compare({&x, &w, &b}, [&] {
-        device.linear_forward(out.data(), x, w, b, rows, C, OC);
+        device.linear_backward(x.gradient.data(), w.gradient.data(), up.data(), x, w, rows, C, OC,
+                               add);
+    return compare({&x, &w}, [&] {
+        device.linear_forward(out.data(), x, w, b.data(), rows, C, OC);
         return dot(out, up);
     });
 }
@@ -307,18 +307,21 @@ template <class Device>
 std::vector<Found> check_attention(Device device, int B, int T, int NH, int HS, float p) {
     const int C = NH * HS;
     const Dropout drop{13, p};
-    Tensor qkv("qkv", size_t(B) * T * 3 * C, 1);
+    Tensor qkv("qkv", size_t(B) * T * 3 * C, 1), bias("bias", size_t(3) * C, 3, 1, true);
     std::vector<double> out(size_t(B) * T * C), lse(size_t(B) * NH * T),
-        up = random_vector(out.size(), 2);
+        up = random_vector(out.size(), 2), sums(qkv.value.size());
     auto loss = [&] {
-        device.attention_forward(out.data(), lse.data(), qkv, B, T, NH, HS, drop);
+        for (size_t i = 0; i < sums.size(); ++i)
+            sums[i] = qkv.value[i] + bias.value[i % bias.value.size()];
+        device.attention_forward(out.data(), lse.data(), sums.data(), B, T, NH, HS, drop);
         return dot(out, up);
     };
     loss();
-    device.attention_backward(qkv.gradient.data(), up.data(), out.data(), lse.data(), qkv, B, T, NH,
-                              HS, drop);
+    for (bool add : {false, true})
+        device.attention_backward(qkv.gradient.data(), bias.gradient.data(), up.data(), out.data(),
+                                  lse.data(), sums.data(), B, T, NH, HS, drop, add);
     // Queries, keys and values are three tensors in one: each is held against its own largest.
-    std::vector<Found> all;
+    std::vector<Found> all = compare({&bias}, loss);
     for (int third = 0; third < 3; ++third) {
         double worst = 0, largest = kSmallest;
         const size_t count = size_t(B) * T * C;
@@ -414,7 +417,6 @@ constexpr const char* kFaults[] = {
     "linear_backward: dx's sign",
     "linear_backward: dx misses the last output",
     "linear_backward: dw's sign",
-    "linear_backward: db misses the last row",
     "linear_backward: adds where it should set",
     "linear_gelu_backward: the derivative without its inner term",
     "linear_gelu_backward: the inner derivative without 3 * 0.044715 x^2",
@@ -427,6 +429,8 @@ constexpr const char* kFaults[] = {
     "attention_backward: dk without 1/sqrt(HS)",
     "attention_backward: dv without the mask",
     "attention_backward: dk misses the last query",
+    "attention_backward: dqkv_bias misses the last row",
+    "attention_backward: adds where it should set",
     "head_forward_backward: without the minus one-hot",
     "head_forward_backward: dx's sign",
     "head_forward_backward: dw without the scale",
@@ -507,11 +511,11 @@ struct Broken : Cpu<double> {
         }
     }
 
-    void linear_backward(double* dx, double* dw, double* db, const double* dout, const double* x,
+    void linear_backward(double* dx, double* dw, const double* dout, const double* x,
                          const double* w, int rows, int C, int OC, bool accumulate) {
         auto bad = [&](const char* what) { return is("linear_backward", what); };
         const bool add = accumulate || bad("adds where it should set");
-        Cpu<double>::linear_backward(dx, dw, db, dout, x, w, rows, C, OC, add);
+        Cpu<double>::linear_backward(dx, dw, dout, x, w, rows, C, OC, add);
         for (int row = 0; row < rows; ++row)
             for (int c = 0; c < C; ++c) {
                 double& d = dx[size_t(row) * C + c];
@@ -522,8 +526,6 @@ struct Broken : Cpu<double> {
                     dw[size_t(c) * OC + o] -=
                         2 * x[size_t(row) * C + c] * dout[size_t(row) * OC + o];
             }
-        for (int o = 0; db && o < OC && bad("db misses the last row"); ++o)
-            db[o] -= dout[size_t(rows - 1) * OC + o];
     }
 
     void linear_gelu_backward(double* dpre, double* dw, double* dpre_bias, const double* dout,
@@ -553,11 +555,16 @@ struct Broken : Cpu<double> {
             }
     }
 
-    void attention_backward(double* dqkv, const double* dout, const double* out, const double* lse,
-                            const double* qkv, int B, int T, int NH, int HS, Dropout drop) {
+    void attention_backward(double* dqkv, double* dqkv_bias, const double* dout, const double* out,
+                            const double* lse, const double* qkv, int B, int T, int NH, int HS,
+                            Dropout drop, bool accumulate) {
         auto bad = [&](const char* what) { return is("attention_backward", what); };
-        Cpu<double>::attention_backward(dqkv, dout, out, lse, qkv, B, T, NH, HS, drop);
+        const bool add = accumulate || bad("adds where it should set");
+        Cpu<double>::attention_backward(dqkv, dqkv_bias, dout, out, lse, qkv, B, T, NH, HS, drop,
+                                        add);
         const int C = NH * HS;
+        for (int c = 0; c < 3 * C && bad("dqkv_bias misses the last row"); ++c)
+            dqkv_bias[c] -= dqkv[size_t(B * T - 1) * 3 * C + c];
         const double scale = 1 / std::sqrt(double(HS));
         auto dot_of = [&](const double* a, const double* b) {
             return std::inner_product(a, a + HS, b, 0.0);
@@ -7117,17 +7124,16 @@ TEST_CASE_TEMPLATE("cuda: linear layers", Device, Cuda<float>, CudaTf32, Cuda<bf
                                                 w.data(), b.data(), rows, C, OC, drop);
                     compare("residual", sum.values(), want_sum, kUnit<Device>, 3, C);
                 }
-                Values dw = random_values<float>(ws, 7), db = random_values<float>(size_t(OC), 8),
+                Values dw = random_values<float>(ws, 7),
                        dpre_bias = random_values<float>(size_t(C), 9);
                 Values dw2 = dw;
-                Array<float> d_dw(dw), d_dw2(dw), d_db(db), d_dpre_bias(dpre_bias);
-                cuda.linear_backward(dx.data, d_dw.data, d_db.data, d_dout.data, d_x.data, d_w.data,
-                                     rows, C, OC, accumulate);
-                cpu.linear_backward(want_dx.data(), dw.data(), db.data(), dout.data(), x.data(),
-                                    w.data(), rows, C, OC, accumulate);
+                Array<float> d_dw(dw), d_dw2(dw), d_dpre_bias(dpre_bias);
+                cuda.linear_backward(dx.data, d_dw.data, d_dout.data, d_x.data, d_w.data, rows, C,
+                                     OC, accumulate);
+                cpu.linear_backward(want_dx.data(), dw.data(), dout.data(), x.data(), w.data(),
+                                    rows, C, OC, accumulate);
                 compare("dx", dx.values(), want_dx, kUnit<Device>, 2, OC);
                 compare("dw", d_dw.values(), dw, product, 2, rows);
-                compare("db", d_db.values(), db, 0x1p-24, 2, rows);
                 cuda.linear_gelu_backward(dx.data, d_dw2.data, d_dpre_bias.data, d_dout.data,
                                           d_x.data, d_pre.data, d_w.data, rows, C, OC, accumulate);
                 cpu.linear_gelu_backward(want_dx.data(), dw2.data(), dpre_bias.data(), dout.data(),
@@ -7162,10 +7168,13 @@ void check_attention(Shape s, Dropout drop, double scale) {
     const double u = kUnit<A> + 0x1p-22 * scale * scale * std::sqrt(double(s.HS));
     compare("out", out.values(), want, u, 3, s.T);
     compare("lse", lse.values(), want_lse, 0x1p-24, 8, s.HS + s.T, 1 + scale * scale);
-    cuda.attention_backward(dqkv.data, d_dout.data, out.data, lse.data, d_qkv.data, s.B, s.T, s.NH,
-                            s.HS, drop);
-    cpu.attention_backward(want_dqkv.data(), dout.data(), want.data(), want_lse.data(), qkv.data(),
-                           s.B, s.T, s.NH, s.HS, drop);
+    Values want_bias = random_values<float>(size_t(3) * s.C(), 5);
+    Array<float> bias(want_bias);
+    const bool accumulate = s.T % 2 == 0;
+    cuda.attention_backward(dqkv.data, bias.data, d_dout.data, out.data, lse.data, d_qkv.data, s.B,
+                            s.T, s.NH, s.HS, drop, accumulate);
+    cpu.attention_backward(want_dqkv.data(), want_bias.data(), dout.data(), want.data(),
+                           want_lse.data(), qkv.data(), s.B, s.T, s.NH, s.HS, drop, accumulate);
     const Values got = dqkv.values();
     for (int part = 0; part < 3; ++part) {
         Values a, b;
@@ -7183,6 +7192,18 @@ void check_attention(Shape s, Dropout drop, double scale) {
                 : part == 1 ? "dk"
                             : "dv",
                 a, b, u, part < 2 ? 5 : 3, s.T + s.HS, part < 2 ? 1 + scale : 1);
+        // The bias gradient is the sum of this part's columns: as wrong as they, together.
+        const auto third = [&](const Values& all) {
+            return Values(all.begin() + part * s.C(), all.begin() + (part + 1) * s.C());
+        };
+        const double size = std::sqrt(std::inner_product(b.begin(), b.end(), b.begin(), 0.0)),
+                     sum = std::sqrt([&] {
+                         double squares = 0;
+                         for (double x : third(want_bias)) squares += x * x;
+                         return squares;
+                     }());
+        compare("bias", third(bias.values()), third(want_bias), u, part < 2 ? 5 : 3, s.T + s.HS,
+                (part < 2 ? 1 + scale : 1) * (1 + size / sum));
     }
     if (drop.on() || s.B > 1) return;
     for (int cut : {0, s.T / 2, s.T - 1}) {
@@ -7206,7 +7227,45 @@ TEST_CASE_TEMPLATE("cuda: attention", A, float, bf16) {
     check_attention<A>({1, 70, 2, 12, 0}, kDrop, 1);
     check_attention<A>({1, 45, 1, 40, 0}, {}, 1);
     check_attention<A>({1, 40, 1, 200, 0}, {}, 1);
+    // Blocks of 128 rows, which a GPU takes where it has enough of them.
+#ifdef CUDA_ON_CPU
+    const int before = std::exchange(cuda_on_cpu::settings().multiprocessors, 1);
+    check_attention<A>({2, 1, 1, 64, 0}, {}, 1);
+    check_attention<A>({1, 200, 2, 64, 0}, {}, 1);
+    check_attention<A>({1, 130, 1, 64, 0}, {}, 6);
+    cuda_on_cpu::settings().multiprocessors = before;
+#else
+    check_attention<A>({16, 130, 20, 64, 0}, {}, 1);
+#endif
 }
+
+#ifdef CUDA_ON_CPU
+TEST_CASE("cuda: attention has the same bits in blocks of 64 and of 128 rows") {
+    const int B = 1, T = 150, NH = 2, HS = 64, C = NH * HS;
+    const Array<bf16> qkv(random_values<bf16>(size_t(B) * T * 3 * C, 1)),
+        dout(random_values<bf16>(size_t(B) * T * C, 2));
+    const auto before = cuda_on_cpu::settings();
+    std::set<Values> results;
+    for (int processors : {1, 1000}) {
+        cuda_on_cpu::settings().multiprocessors = processors;
+        Cuda<bf16> cuda;
+        Array<bf16> out(dout.count), dqkv(qkv.count);
+        Array<float> lse(size_t(B) * NH * T), bias(size_t(3) * C);
+        Values all;
+        again_in_other_orders([&] {
+            cuda.attention_forward(out.data, lse.data, qkv.data, B, T, NH, HS, {});
+            cuda.attention_backward(dqkv.data, bias.data, dout.data, out.data, lse.data, qkv.data,
+                                    B, T, NH, HS, {}, false);
+            all = out.values();
+            for (double x : lse.values()) all.push_back(x);
+            for (double x : dqkv.values()) all.push_back(x);
+            results.insert(all);
+        });
+    }
+    cuda_on_cpu::settings().multiprocessors = before.multiprocessors;
+    CHECK(results.size() == 1);
+}
+#endif
 
 TEST_CASE_TEMPLATE("cuda: head", Device, Cuda<float>, CudaTf32, Cuda<bf16>) {
     using A = typename Device::Activation;
@@ -7720,12 +7779,10 @@ Values some_products(Device& cuda) {
     const Array<A> x(random_values<A>(size_t(rows) * C, 1)), w(random_values<A>(size_t(C) * OC, 2)),
         b(random_values<A>(size_t(OC), 3)), dout(random_values<A>(size_t(rows) * OC, 4));
     Array<A> out(size_t(rows) * OC), dx(size_t(rows) * C);
-    Array<float> dw(random_values<float>(size_t(C) * OC, 5)), db(Values(size_t(OC), 0.0)),
-        logits(size_t(rows) * OC);
+    Array<float> dw(random_values<float>(size_t(C) * OC, 5)), logits(size_t(rows) * OC);
     cuda.linear_forward(out.data, x.data, w.data, b.data, rows, C, OC);
     for (int time = 0; time < 2; ++time)
-        cuda.linear_backward(dx.data, dw.data, db.data, dout.data, x.data, w.data, rows, C, OC,
-                             true);
+        cuda.linear_backward(dx.data, dw.data, dout.data, x.data, w.data, rows, C, OC, true);
     cuda.head_logits(logits.data, dx.data, w.data, 1, C, OC);
     logits.count = size_t(OC);
     Values all;

@@ -748,9 +748,8 @@ struct Cpu {
     // --- linear layers: plain; followed by GELU; added to the residual stream
     void linear_forward(Activation* out, const Activation* x, const Weight* w, const Weight* b,
                         int rows, int C, int OC);
-    void linear_backward(Activation* dx, Gradient* dw, Gradient* db, const Activation* dout,
-                         const Activation* x, const Weight* w, int rows, int C, int OC,
-                         bool accumulate);
+    void linear_backward(Activation* dx, Gradient* dw, const Activation* dout, const Activation* x,
+                         const Weight* w, int rows, int C, int OC, bool accumulate);
     void linear_gelu_forward(Activation* gelu, Activation* pre, const Activation* x,
                              const Weight* w, const Weight* b, int rows, int C, int OC);
     void linear_gelu_backward(Activation* dpre, Gradient* dw, Gradient* dpre_bias,
@@ -763,9 +762,9 @@ struct Cpu {
     // --- causal attention over packed queries, keys and values
     void attention_forward(Activation* out, Real* lse, const Activation* qkv, int B, int T, int NH,
                            int HS, Dropout drop);
-    void attention_backward(Activation* dqkv, const Activation* dout, const Activation* out,
-                            const Real* lse, const Activation* qkv, int B, int T, int NH, int HS,
-                            Dropout drop);
+    void attention_backward(Activation* dqkv, Gradient* dqkv_bias, const Activation* dout,
+                            const Activation* out, const Real* lse, const Activation* qkv, int B,
+                            int T, int NH, int HS, Dropout drop, bool accumulate);
     void attention_cached(Activation* out, const Activation* qkv, int past, int n, int NH, int HS);
 
     // --- head, softmax and cross-entropy in one
@@ -1043,14 +1042,14 @@ void column_sums(real* out, const real* x, int rows, int n, bool accumulate) {
 //   dx_rc = sum_o dout_ro w_co      dx = dout w^T      every output the input fed
 //   dw_co = sum_r x_rc dout_ro      dw = x^T dout      every row the weight served
 //   db_o  = sum_r dout_ro           column sums        every row the bias was added to
-// This is why x must be kept from forward to backward, and why backward takes twice as long.
-// sets dx [rows, C]; sets dw [C, OC] and db [OC], or adds to them if accumulate. db may be null.
+// This is why x must be kept from forward to backward, and why backward takes twice as long. db is
+// made elsewhere: by the function that makes dout, which has its numbers at hand.
+// sets dx [rows, C]; sets dw [C, OC], or adds to it if accumulate.
 template <class real>
-void Cpu<real>::linear_backward(real* dx, real* dw, real* db, const real* dout, const real* x,
-                                const real* w, int rows, int C, int OC, bool accumulate) {
+void Cpu<real>::linear_backward(real* dx, real* dw, const real* dout, const real* x, const real* w,
+                                int rows, int C, int OC, bool accumulate) {
     matmul(dx, C, rows_of(dout, OC), transpose_of(w, OC), rows, C, OC, matmul_options);
     matmul(dw, OC, transpose_of(x, C), rows_of(dout, OC), C, OC, rows, matmul_options, accumulate);
-    if (db) column_sums(db, dout, rows, OC, accumulate);
 }
 
 // --- §4.5 Causal self-attention (Vaswani et al. 2017): every position looks back at all before it
@@ -1117,10 +1116,14 @@ void Cpu<real>::attention_forward(real* out, real* lse, const real* qkv, int B, 
                                   int HS, Dropout drop) {
     tinygpt::attention_forward(out, lse, qkv, B, T, NH, HS, drop);
 }
+// Also sets dqkv_bias [3C], the bias gradient of the layer that made qkv, or adds to it if
+// accumulate.
 template <class real>
-void Cpu<real>::attention_backward(real* dqkv, const real* dout, const real* out, const real* lse,
-                                   const real* qkv, int B, int T, int NH, int HS, Dropout drop) {
+void Cpu<real>::attention_backward(real* dqkv, real* dqkv_bias, const real* dout, const real* out,
+                                   const real* lse, const real* qkv, int B, int T, int NH, int HS,
+                                   Dropout drop, bool accumulate) {
     tinygpt::attention_backward(dqkv, dout, out, lse, qkv, B, T, NH, HS, drop);
+    column_sums(dqkv_bias, dqkv, B * T, 3 * NH * HS, accumulate);
 }
 template <class real>
 void Cpu<real>::attention_cached(real* out, const real* qkv, int past, int n, int NH, int HS) {
@@ -1607,18 +1610,18 @@ void backward(Gpt2<Device>& model, const Pass& pass, double scale, bool first_mi
         // MLP: projection and GELU, then c_fc, then ln_2, which joins dx.
         device.linear_gelu_backward(a.dwide, d.mlp_proj_weight, d.c_fc_bias, dbranch, l.gelu, l.fc,
                                     p.mlp_proj_weight, rows, 4 * C, C, add);
-        device.linear_backward(a.dnarrow, d.c_fc_weight, nullptr, a.dwide, l.ln_2, p.c_fc_weight,
-                               rows, C, 4 * C, add);
+        device.linear_backward(a.dnarrow, d.c_fc_weight, a.dwide, l.ln_2, p.c_fc_weight, rows, C,
+                               4 * C, add);
         device.layernorm_backward(a.dx, d.ln_2_weight, d.ln_2_bias, dbranch, d.attn_proj_bias,
                                   a.dnarrow, a.dx, l.x_mid, l.ln_2_mean, l.ln_2_rstd, p.ln_2_weight,
                                   rows, C, drop(3 * i + 2), add);
         // Attention: projection, attention itself (dwide serves as dqkv), c_attn, then ln_1.
-        device.linear_backward(a.dnarrow, d.attn_proj_weight, nullptr, dbranch, l.att,
-                               p.attn_proj_weight, rows, C, C, add);
-        device.attention_backward(a.dwide, a.dnarrow, l.att, l.lse, l.qkv, B, T, NH, HS,
-                                  drop(3 * i + 1));
-        device.linear_backward(a.dnarrow, d.c_attn_weight, d.c_attn_bias, a.dwide, l.ln_1,
-                               p.c_attn_weight, rows, C, 3 * C, add);
+        device.linear_backward(a.dnarrow, d.attn_proj_weight, dbranch, l.att, p.attn_proj_weight,
+                               rows, C, C, add);
+        device.attention_backward(a.dwide, d.c_attn_bias, a.dnarrow, l.att, l.lse, l.qkv, B, T, NH,
+                                  HS, drop(3 * i + 1), add);
+        device.linear_backward(a.dnarrow, d.c_attn_weight, a.dwide, l.ln_1, p.c_attn_weight, rows,
+                               C, 3 * C, add);
         device.layernorm_backward(a.dx, d.ln_1_weight, d.ln_1_bias, dbranch, bias_below(i),
                                   a.dnarrow, a.dx, input_of(i), l.ln_1_mean, l.ln_1_rstd,
                                   p.ln_1_weight, rows, C, i > 0 ? drop(3 * i) : Dropout{}, add);
@@ -7561,7 +7564,6 @@ private:
     using Gradient = typename Device::Gradient;
     using Real = typename Device::Real;
     static constexpr double kA = sizeof(Activation), kW = sizeof(Weight), kR = sizeof(Real);
-    static constexpr Gradient* kNoBias = nullptr;
     static constexpr int kMostRows = 4096;
 
     // The batch size to reserve room for: that of the largest table, where there is memory for it.
@@ -7724,8 +7726,8 @@ private:
                                    w.mlp_proj_weight, n, 4 * C, C, false);
         });
         layer_row("d linear c_fc", 1, product(C, 4 * C, 2), [&](auto& l, auto& w, auto& g) {
-            d.linear_backward(a.dnarrow, g.c_fc_weight, kNoBias, a.dwide, l.ln_2, w.c_fc_weight, n,
-                              C, 4 * C, false);
+            d.linear_backward(a.dnarrow, g.c_fc_weight, a.dwide, l.ln_2, w.c_fc_weight, n, C, 4 * C,
+                              false);
         });
         layer_row("d layernorm", 2, stream(4), [&](auto& l, auto& w, auto& g) {
             d.layernorm_backward(a.dx, g.ln_1_weight, g.ln_1_bias, a.dx, g.mlp_proj_bias, a.dnarrow,
@@ -7733,17 +7735,18 @@ private:
                                  false);
         });
         layer_row("d linear attn.c_proj", 1, product(C, C, 2), [&](auto& l, auto& w, auto& g) {
-            d.linear_backward(a.dnarrow, g.attn_proj_weight, kNoBias, a.dx, l.att,
-                              w.attn_proj_weight, n, C, C, false);
+            d.linear_backward(a.dnarrow, g.attn_proj_weight, a.dx, l.att, w.attn_proj_weight, n, C,
+                              C, false);
         });
         // Five products are made: the scores once more, dv, dp, dq, dk.
         const Work scores = {5.0 * C * (T_ + 1) * n, 8 * kA * n * C, false};
-        layer_row("d attention", 1, scores, [&](auto& l, auto&, auto&) {
-            d.attention_backward(a.dwide, a.dnarrow, l.att, l.lse, l.qkv, B_, T_, NH, HS, {});
+        layer_row("d attention", 1, scores, [&](auto& l, auto&, auto& g) {
+            d.attention_backward(a.dwide, g.c_attn_bias, a.dnarrow, l.att, l.lse, l.qkv, B_, T_, NH,
+                                 HS, {}, false);
         });
         layer_row("d linear c_attn", 1, product(C, 3 * C, 2), [&](auto& l, auto& w, auto& g) {
-            d.linear_backward(a.dnarrow, g.c_attn_weight, g.c_attn_bias, a.dwide, l.ln_1,
-                              w.c_attn_weight, n, C, 3 * C, false);
+            d.linear_backward(a.dnarrow, g.c_attn_weight, a.dwide, l.ln_1, w.c_attn_weight, n, C,
+                              3 * C, false);
         });
         row("d embed", 1, stream(3), [&](int) {
             d.embed_backward(model_->g.wte, model_->g.wpe, a.dx, a.inputs, a.order, B_, T_, C, {});

@@ -711,17 +711,21 @@ __device__ inline bf16* chunk_at(bf16* tile, int row, int chunk) {
     return tile + row * HS + stored * 8;
 }
 
-// Starts copying rows first .. first + kRows - 1 of a table with T rows; rows past the end become
-// 0.
+constexpr int kTileThreads = 128;  // of a block of these kernels: 4 warps
+
+// Starts copying rows first .. first + kRows - 1 of a table with T rows; rows past the end become 0.
+// A thread copies one chunk of every 16th row (HS = 64). Why not any rows: these all have the same
+// place in the swizzle, so that a copy costs a few instructions.
 template <int HS, int kRows>
-__device__ inline void copy_tile(bf16* tile, const bf16* from, size_t stride, int first, int T) {
-    constexpr int kChunks = HS / 8;
-    for (int i = threadIdx.x; i < kRows * kChunks; i += blockDim.x) {
-        const int row = i / kChunks, chunk = i % kChunks;
-        const bool valid = first + row < T;
-        copy_async_16(chunk_at<HS>(tile, row, chunk),
-                      from + size_t(valid ? first + row : 0) * stride + chunk * 8, valid);
-    }
+__device__ inline void copy_tile(bf16* tile, const bf16* from, int stride, int first, int T) {
+    constexpr int kChunks = HS / 8, kStep = kTileThreads / kChunks;
+    static_assert(kStep % 8 == 0 && kRows % kStep == 0);
+    const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+    bf16* to = chunk_at<HS>(tile, row, chunk);
+    from += unsigned(first + row) * unsigned(stride) + chunk * 8;  // check_sizes: below 2^32
+#pragma unroll
+    for (int i = 0; i < kRows; i += kStep)
+        copy_async_16(to + i * HS, from + i * stride, first + row + i < T);
 }
 
 // Left operands [16, HS]: rows row.. of a tile.
@@ -788,14 +792,14 @@ __device__ inline void add_columns_product(float (&d)[kM][HS / 8][4],
 // Rows mine.. (16 of them) of a table with T rows become factor[row half] * d, a warp's results
 // [16, HS].
 template <int HS>
-__device__ inline void store_rows(bf16* to, size_t stride, int mine, int T,
+__device__ inline void store_rows(bf16* to, int stride, int mine, int T,
                                   const float (&d)[HS / 8][4], float upper_factor,
                                   float lower_factor) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = mine + result_row(2 * half);
         const float factor = half == 0 ? upper_factor : lower_factor;
-        bf16* out = to + row * stride + result_column(0, 0);
+        bf16* out = to + int64_t(row) * stride + result_column(0, 0);
         if (row >= T) continue;
 #pragma unroll
         for (int n = 0; n < HS / 8; ++n)
@@ -806,18 +810,22 @@ __device__ inline void store_rows(bf16* to, size_t stride, int mine, int T,
 
 // Which head a block works on, and where its rows of packed queries, keys and values lie.
 struct Head {
-    int b, h, C;
-    size_t bh_T, stride;  // (b NH + h) T; from one packed row to the next
+    int b, h, C, stride;  // stride: from one packed row to the next
+    size_t bh_T;          // (b NH + h) T
     const bf16 *q, *k, *v;
     __device__ Head(const bf16* qkv, int T, int NH, int HS)
-        : b(blockIdx.y / NH), h(blockIdx.y % NH), C(NH * HS), bh_T(size_t(blockIdx.y) * T),
-          stride(3 * size_t(C)) {
+        : b(blockIdx.y / NH), h(blockIdx.y % NH), C(NH * HS), stride(3 * C),
+          bh_T(size_t(blockIdx.y) * T) {
         q = qkv + size_t(b) * T * stride + h * HS, k = q + C, v = k + C;
     }
     // The head's channels of row t of a table [B * T, C].
     template <class Pointer>
     __device__ Pointer row(Pointer table, int T, int HS, int t) const {
         return table + (size_t(b) * T + t) * C + h * HS;
+    }
+    // Where this block's share of the column sums of dqkv lies, in a table [B * blocks, 3C].
+    __device__ float* partial(float* table, int HS) const {
+        return table + (size_t(b) * gridDim.x + blockIdx.x) * stride + h * HS;
     }
 };
 
@@ -848,14 +856,18 @@ __device__ inline void softmax_step(float (&s)[kScores][4], float (&o)[kOut][4],
     }
 }
 
-// Takes the keys that come after a query out of a warp's scores [16 queries, keys].
-template <int kScores>
+// Takes the keys that come after a query out of a warp's scores [16 queries, keys], or, kForKeys,
+// [16 keys, queries].
+template <bool kForKeys = false, int kScores>
 __device__ inline void mask_scores(float (&s)[kScores][4], int query, int key) {
 #pragma unroll
     for (int n = 0; n < kScores; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e)
-            if (key + result_column(n, e) > query + result_row(e)) s[n][e] = -INFINITY;
+        for (int e = 0; e < 4; ++e) {
+            const int down = result_row(e), across = result_column(n, e);
+            if (key + (kForKeys ? down : across) > query + (kForKeys ? across : down))
+                s[n][e] = -INFINITY;
+        }
 }
 // Puts the mask of dropout on a warp's p [16 queries, keys].
 template <int kScores>
@@ -868,10 +880,11 @@ __device__ inline void drop_scores(float (&s)[kScores][4], Dropout drop, uint64_
             s[n][e] *= drop.scale((bh_T + query + result_row(e)) * T + key + result_column(n, e));
 }
 
-// One block: 4 warps, kM times 16 queries each, of one head; keys in tiles of 64.
+// One block: 4 warps, kM times 16 queries each, of one head; keys in tiles of 64. kM = 2 reads a
+// tile from shared memory for twice as many products, and needs all registers; kDrop: with dropout.
 // Operations: 4 HS for each pair of T^2 / 2. Moves: reads 3, writes 1 row of C for each row.
-template <int HS, int kM>
-__global__ void __launch_bounds__(128)
+template <int HS, int kM, bool kDrop>
+__global__ void __launch_bounds__(kTileThreads)
     attention_forward_kernel(bf16* out, float* lse, const bf16* qkv, int T, int NH, Dropout drop) {
     constexpr int kQueries = 64 * kM, kKeys = 64;
     extern __shared__ bf16 attention_tiles[];
@@ -909,7 +922,7 @@ __global__ void __launch_bounds__(128)
             const int query = mine + 16 * i;
             if (key + kKeys - 1 > query) mask_scores(s[i], query, key);
             softmax_step(s[i], o[i], highest[i], total[i], scale2);
-            if (drop.on()) drop_scores(s[i], drop, head.bh_T, query, key, T);
+            if constexpr (kDrop) drop_scores(s[i], drop, head.bh_T, query, key, T);
         }
         add_columns_product<HS, kM, kKeys>(o, s, v_tiles + tile % 2 * kKeys * HS);
     }
@@ -928,25 +941,52 @@ __global__ void __launch_bounds__(128)
     }
 }
 
-// What both backward kernels do with a warp's tile of s and dp [16, 8 kScores] (queries down and
-// keys across, or the other way round): s becomes p w, dp becomes ds without its factor 1 /
-// sqrt(HS).
-//   p = 2^(scale2 s - lse2), 0 where the key comes after the query    ds = p (w dp - delta)
-// lse2, delta: of the query of an element; its place in the mask is bh_T T + query T + key.
+// What both backward kernels do with an element of a warp's s and dp: s becomes p w, dp becomes ds
+// without its factor 1 / sqrt(HS).
+//   p = 2^(scale2 s - lse2), so 0 where s is masked    ds = p (w dp - delta)
+// lse2, delta: of the element's query; `place` is the element's place in dropout's mask.
+template <bool kDrop>
 __device__ inline void backward_element(float& s, float& dp, float lse2, float delta, float scale2,
-                                        int query, int key, Dropout drop, uint64_t bh_T, int T) {
-    const float p = key <= query ? exp2_approx(s * scale2 - lse2) : 0;
-    const float w = drop.on() ? drop.scale((bh_T + query) * T + key) : 1;
+                                        Dropout drop, uint64_t place) {
+    const float p = exp2_approx(s * scale2 - lse2), w = kDrop ? drop.scale(place) : 1;
     dp = p * (w * dp - delta);
     s = p * w;
 }
 
-// delta = out . dout of a warp's 16 rows, for results' rows g and g + 8 in subtract[0] and [1]; the
-// row `mine` + i goes to delta[i], rows from T on excepted. Two lanes share a row; its dout lies in
-// a tile.
+// partial[column] = the sums over a block's rows of its warps' results factor * d [16 kM, HS] each:
+// what this block adds to a bias gradient. All threads of the block take part.
+template <int HS, int kM>
+__device__ inline void block_column_sums(float* partial, const float (&d)[kM][HS / 8][4],
+                                         float factor) {
+    __shared__ float sums[kTileThreads / kWarp][HS];
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    __syncthreads();  // the sums before were read
+#pragma unroll
+    for (int n = 0; n < HS / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            float sum = 0;
+#pragma unroll
+            for (int i = 0; i < kM; ++i) sum += d[i][n][e] + d[i][n][e + 2];
+            for (int step = 4; step < kWarp; step *= 2)  // the lanes that hold other rows
+                sum += __shfl_xor_sync(0xffffffffu, sum, step);
+            if (lane < 4) sums[warp][result_column(n, e)] = sum;
+        }
+    __syncthreads();
+    for (int d = threadIdx.x; d < HS; d += kTileThreads) {
+        float total = 0;
+        for (int w = 0; w < kTileThreads / kWarp; ++w) total += sums[w][d];
+        partial[d] = factor * total;
+    }
+}
+
+// delta = out . dout of a warp's 16 rows, for results' rows g and g + 8 in subtract[0] and [1].
+// statistics[i] of row `mine` + i becomes (lse in base 2, delta), rows from T on excepted. Two lanes
+// share a row; its dout lies in a tile.
 template <int HS>
-__device__ inline void warp_delta(float (&subtract)[2], float* delta, const bf16* out,
-                                  size_t stride, bf16* d_tile, int tile_row, int mine, int T) {
+__device__ inline void warp_delta(float (&subtract)[2], float2* statistics, const float* lse,
+                                  const bf16* out, int stride, bf16* d_tile, int tile_row, int mine,
+                                  int T) {
     const int lane = threadIdx.x % kWarp, row = lane / 2;
     float sum = 0;
     if (mine + row < T)
@@ -960,27 +1000,27 @@ __device__ inline void warp_delta(float (&subtract)[2], float* delta, const bf16
             for (int j = 0; j < 8; ++j) sum += x[j] * y[j];
         }
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    if (lane % 2 == 0 && mine + row < T) delta[row] = sum;
+    if (lane % 2 == 0 && mine + row < T) statistics[row] = make_float2(lse[row] * kLog2E, sum);
 #pragma unroll
     for (int half = 0; half < 2; ++half)
         subtract[half] = __shfl_sync(0xffffffffu, sum, 2 * result_row(2 * half));
 }
 
-// dq, and delta for the kernel below. One block: 64 queries of one head, 16 for each of 4 warps;
-// keys in tiles of 64. Operations: 6 HS for each pair of T^2 / 2. Moves: reads 5, writes 1 row of
-// C.
-template <int HS>
-__global__ void __launch_bounds__(128)
-    attention_backward_queries_kernel(bf16* dqkv, float* delta, const bf16* dout, const bf16* out,
-                                      const float* lse, const bf16* qkv, int T, int NH,
-                                      Dropout drop) {
-    constexpr int kQueries = 64, kKeys = 64;
+// dq, and statistics [B * NH, T] for the kernel below. One block: 4 warps, kM times 16 queries each, of one head;
+// keys are copied in tiles of 64 and worked on 32 at a time. Operations: 6 HS for each pair of
+// T^2 / 2. Moves: reads 5, writes 1 row of C.
+template <int HS, int kM, bool kDrop>
+__global__ void __launch_bounds__(kTileThreads)
+    attention_backward_queries_kernel(bf16* dqkv, float* partial, float2* statistics,
+                                      const bf16* dout, const bf16* out, const float* lse,
+                                      const bf16* qkv, int T, int NH, Dropout drop) {
+    constexpr int kQueries = 64 * kM, kKeys = 64, kSlice = 32;
     extern __shared__ bf16 attention_tiles[];
     bf16 *q_tile = attention_tiles, *d_tile = q_tile + kQueries * HS;
     bf16 *k_tiles = d_tile + kQueries * HS, *v_tiles = k_tiles + 2 * kKeys * HS;
     const Head head(qkv, T, NH, HS);
     const int first = (gridDim.x - 1 - blockIdx.x) * kQueries,
-              mine = first + threadIdx.x / kWarp * 16;
+              mine = first + threadIdx.x / kWarp * 16 * kM;
     const int tiles = (min(first + kQueries, T) + kKeys - 1) / kKeys;
     auto copy_keys = [&](int tile) {
         copy_tile<HS, kKeys>(k_tiles + tile % 2 * kKeys * HS, head.k, head.stride, tile * kKeys, T);
@@ -991,53 +1031,69 @@ __global__ void __launch_bounds__(128)
     copy_tile<HS, kQueries>(d_tile, head.row(dout, T, HS, 0), head.C, first, T);
     copy_keys(0);
     const float scale = 1 / sqrtf(float(HS)), scale2 = scale * kLog2E;
-    float dq[1][HS / 8][4] = {}, lse2[2], subtract[2];
-    unsigned queries[1][HS / 16][4], douts[1][HS / 16][4];
+    float dq[kM][HS / 8][4] = {}, lse2[kM][2], subtract[kM][2];
+    unsigned queries[kM][HS / 16][4], douts[kM][HS / 16][4];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int query = mine + result_row(2 * half);
-        lse2[half] = query < T ? lse[head.bh_T + query] * kLog2E : INFINITY;  // p = 0
+    for (int i = 0; i < 2 * kM; ++i) {
+        const int query = mine + i / 2 * 16 + result_row(i % 2 * 2);
+        lse2[i / 2][i % 2] = query < T ? lse[head.bh_T + query] * kLog2E : INFINITY;  // p = 0
     }
     for (int tile = 0; tile < tiles; ++tile) {
         copy_async_wait<0>();
         __syncthreads();
         if (tile + 1 < tiles) copy_keys(tile + 1);
-        bf16 *k_tile = k_tiles + tile % 2 * kKeys * HS, *v_tile = v_tiles + tile % 2 * kKeys * HS;
         if (tile == 0)
-            warp_delta<HS>(subtract, delta + head.bh_T + mine, head.row(out, T, HS, mine), head.C,
-                           d_tile, mine - first, mine, T);
-        float s[1][kKeys / 8][4] = {}, dp[1][kKeys / 8][4] = {};
-        left_operands<HS>(queries[0], q_tile, mine - first);
-        add_rows_product<HS, 1, kKeys>(s, queries, k_tile);
-        left_operands<HS>(douts[0], d_tile, mine - first);
-        add_rows_product<HS, 1, kKeys>(dp, douts, v_tile);
 #pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n)
+            for (int i = 0; i < kM; ++i) {
+                const int row = mine + 16 * i;
+                left_operands<HS>(queries[i], q_tile, row - first);
+                left_operands<HS>(douts[i], d_tile, row - first);
+                warp_delta<HS>(subtract[i], statistics + head.bh_T + row, lse + head.bh_T + row,
+                               head.row(out, T, HS, row), head.C, d_tile, row - first, row, T);
+            }
+        for (int slice = 0; slice < kKeys; slice += kSlice) {
+            const int key = tile * kKeys + slice, at = (tile % 2 * kKeys + slice) * HS;
+            if (key >= mine + 16 * kM) break;  // all keys come after all of this warp's queries
+            float s[kM][kSlice / 8][4] = {}, dp[kM][kSlice / 8][4] = {};
+            add_rows_product<HS, kM, kSlice>(s, queries, k_tiles + at);
+            add_rows_product<HS, kM, kSlice>(dp, douts, v_tiles + at);
 #pragma unroll
-            for (int e = 0; e < 4; ++e)
-                backward_element(s[0][n][e], dp[0][n][e], lse2[e / 2], subtract[e / 2], scale2,
-                                 mine + result_row(e), tile * kKeys + result_column(n, e), drop,
-                                 head.bh_T, T);
-        add_columns_product<HS, 1, kKeys>(dq, dp, k_tile);
+            for (int i = 0; i < kM; ++i) {
+                const int query = mine + 16 * i;
+                if (key + kSlice - 1 > query) mask_scores(s[i], query, key);
+#pragma unroll
+                for (int n = 0; n < kSlice / 8; ++n)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e)
+                        backward_element<kDrop>(s[i][n][e], dp[i][n][e], lse2[i][e / 2],
+                                                subtract[i][e / 2], scale2, drop,
+                                                (head.bh_T + query + result_row(e)) * T + key +
+                                                    result_column(n, e));
+            }
+            add_columns_product<HS, kM, kSlice>(dq, dp, k_tiles + at);
+        }
     }
-    store_rows<HS>(dqkv + (head.q - qkv), head.stride, mine, T, dq[0], scale, scale);
+#pragma unroll
+    for (int i = 0; i < kM; ++i)
+        store_rows<HS>(dqkv + (head.q - qkv), head.stride, mine + 16 * i, T, dq[i], scale, scale);
+    block_column_sums<HS, kM>(head.partial(partial, HS), dq, scale);
 }
 
-// dk and dv. One block: 64 keys of one head, 16 for each of 4 warps; queries in tiles of kQueries.
-// The scores are made transposed, s^T = k q^T, so that p^T and ds^T are left operands as they are.
-// Operations: 8 HS for each pair of T^2 / 2. Moves: reads 4, writes 2 rows of C.
-template <int HS, int kQueries>
-__global__ void __launch_bounds__(128)
-    attention_backward_keys_kernel(bf16* dqkv, const bf16* dout, const float* lse,
-                                   const float* delta, const bf16* qkv, int T, int NH,
-                                   Dropout drop) {
-    constexpr int kKeys = 64;
+// dk and dv. One block: 4 warps, kM times 16 keys each, of one head; queries are copied in tiles
+// and worked on kSlice at a time. The scores are made transposed, s^T = k q^T, so that p^T and ds^T
+// are left operands as they are. Operations: 8 HS for each pair of T^2 / 2. Moves: reads 4, writes
+// 2 rows of C.
+template <int HS, int kM, bool kDrop>
+__global__ void __launch_bounds__(kTileThreads)
+    attention_backward_keys_kernel(bf16* dqkv, float* partial, const float2* statistics,
+                                   const bf16* dout, const bf16* qkv, int T, int NH, Dropout drop) {
+    constexpr int kKeys = 64 * kM, kQueries = 64, kSlice = 16;
     extern __shared__ bf16 attention_tiles[];
-    __shared__ float2 statistics[2][kQueries];  // of each query of a tile: lse in base 2, delta
+    __shared__ float lse2_of[2 * kQueries], delta_of[2 * kQueries];  // of the tiles' queries
     bf16 *k_tile = attention_tiles, *v_tile = k_tile + kKeys * HS;
     bf16 *q_tiles = v_tile + kKeys * HS, *d_tiles = q_tiles + 2 * kQueries * HS;
     const Head head(qkv, T, NH, HS);
-    const int first = blockIdx.x * kKeys, mine = first + threadIdx.x / kWarp * 16;
+    const int first = blockIdx.x * kKeys, mine = first + threadIdx.x / kWarp * 16 * kM;
     const int tiles = (T + kQueries - 1) / kQueries, first_tile = first / kQueries;
     auto copy_queries = [&](int tile) {
         const int begin = tile * kQueries, query = begin + threadIdx.x;
@@ -1046,43 +1102,59 @@ __global__ void __launch_bounds__(128)
                                 head.C, begin, T);
         copy_async_commit();
         if (threadIdx.x >= kQueries) return;
-        const size_t at = head.bh_T + (query < T ? query : 0);
-        statistics[tile % 2][threadIdx.x] = query < T ? make_float2(lse[at] * kLog2E, delta[at])
-                                                      : make_float2(INFINITY, 0);  // p = 0
+        const float2 of = query < T ? statistics[head.bh_T + query] : make_float2(INFINITY, 0);
+        lse2_of[tile % 2 * kQueries + threadIdx.x] = of.x;  // infinity: p = 0
+        delta_of[tile % 2 * kQueries + threadIdx.x] = of.y;
     };
     copy_tile<HS, kKeys>(k_tile, head.k, head.stride, first, T);
     copy_tile<HS, kKeys>(v_tile, head.v, head.stride, first, T);
     copy_queries(first_tile);
     const float scale = 1 / sqrtf(float(HS)), scale2 = scale * kLog2E;
-    float dk[1][HS / 8][4] = {}, dv[1][HS / 8][4] = {};
-    unsigned keys[1][HS / 16][4], values[1][HS / 16][4];
+    float dk[kM][HS / 8][4] = {}, dv[kM][HS / 8][4] = {};
+    unsigned keys[kM][HS / 16][4], values[kM][HS / 16][4];
     for (int tile = first_tile; tile < tiles; ++tile) {
         copy_async_wait<0>();
         __syncthreads();
         if (tile + 1 < tiles) copy_queries(tile + 1);
-        bf16 *q_tile = q_tiles + tile % 2 * kQueries * HS,
-             *d_tile = d_tiles + tile % 2 * kQueries * HS;
-        const int begin = tile * kQueries;
-        if (begin + kQueries <= mine) continue;  // all queries come before all of this warp's keys
-        float s[1][kQueries / 8][4] = {}, dp[1][kQueries / 8][4] = {};
-        left_operands<HS>(keys[0], k_tile, mine - first);
-        add_rows_product<HS, 1, kQueries>(s, keys, q_tile);
-        left_operands<HS>(values[0], v_tile, mine - first);
-        add_rows_product<HS, 1, kQueries>(dp, values, d_tile);
+        if (tile == first_tile)
 #pragma unroll
-        for (int n = 0; n < kQueries / 8; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const float2 of_query = statistics[tile % 2][result_column(n, e)];
-                backward_element(s[0][n][e], dp[0][n][e], of_query.x, of_query.y, scale2,
-                                 begin + result_column(n, e), mine + result_row(e), drop, head.bh_T,
-                                 T);
+            for (int i = 0; i < kM; ++i) {
+                left_operands<HS>(keys[i], k_tile, mine - first + 16 * i);
+                left_operands<HS>(values[i], v_tile, mine - first + 16 * i);
             }
-        add_columns_product<HS, 1, kQueries>(dv, s, d_tile);
-        add_columns_product<HS, 1, kQueries>(dk, dp, q_tile);
+        for (int slice = 0; slice < kQueries; slice += kSlice) {
+            const int query = tile * kQueries + slice, at = (tile % 2 * kQueries + slice) * HS;
+            if (query + kSlice <= mine) continue;  // all of them come before all of its keys
+            float s[kM][kSlice / 8][4] = {}, dp[kM][kSlice / 8][4] = {};
+            const float *lse2 = lse2_of + at / HS, *delta = delta_of + at / HS;
+            add_rows_product<HS, kM, kSlice>(s, keys, q_tiles + at);
+            add_rows_product<HS, kM, kSlice>(dp, values, d_tiles + at);
+#pragma unroll
+            for (int i = 0; i < kM; ++i) {
+                const int key = mine + 16 * i;
+                if (key + 15 > query) mask_scores<true>(s[i], query, key);
+#pragma unroll
+                for (int n = 0; n < kSlice / 8; ++n)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        const int column = result_column(n, e);
+                        backward_element<kDrop>(s[i][n][e], dp[i][n][e], lse2[column],
+                                                delta[column], scale2, drop,
+                                                (head.bh_T + query + column) * T + key +
+                                                    result_row(e));
+                    }
+            }
+            add_columns_product<HS, kM, kSlice>(dv, s, d_tiles + at);
+            add_columns_product<HS, kM, kSlice>(dk, dp, q_tiles + at);
+        }
     }
-    store_rows<HS>(dqkv + (head.k - qkv), head.stride, mine, T, dk[0], scale, scale);
-    store_rows<HS>(dqkv + (head.v - qkv), head.stride, mine, T, dv[0], 1, 1);
+#pragma unroll
+    for (int i = 0; i < kM; ++i) {
+        store_rows<HS>(dqkv + (head.k - qkv), head.stride, mine + 16 * i, T, dk[i], scale, scale);
+        store_rows<HS>(dqkv + (head.v - qkv), head.stride, mine + 16 * i, T, dv[i], 1, 1);
+    }
+    block_column_sums<HS, kM>(head.partial(partial, HS) + head.C, dk, scale);
+    block_column_sums<HS, kM>(head.partial(partial, HS) + 2 * head.C, dv, 1);
 }
 
 // --- 4.6 The head: softmax, cross-entropy and the gradient, in place on the logits
@@ -1758,6 +1830,9 @@ struct Cuda {
                       "on a GPU a head has at most %d channels, and n_embd / n_head is %d: use "
                       "--n-head %d",
                       kMaxHeadSize, config.head_size(), heads);
+        TINYGPT_CHECK(int64_t(config.n_positions) * 3 * C < int64_t(1) << 32,
+                      "on a GPU n_positions times 3 n_embd must be below 2^32; it is %d times %d",
+                      config.n_positions, 3 * C);
         TINYGPT_CHECK(int64_t(B) * NH <= most,
                       "on a GPU a batch has at most %d heads, and this one has %d times %d: use "
                       "--batch-size %d or less",
@@ -1866,12 +1941,11 @@ struct Cuda {
         must(context->matmuls->multiply(forward_product(rows, C, OC, CUBLASLT_EPILOGUE_BIAS), out,
                                         w, x, nullptr, b));
     }
-    void linear_backward(A* dx, float* dw, float* db, const A* dout, const A* x, const A* w,
-                         int rows, int C, int OC, bool accumulate) {
+    void linear_backward(A* dx, float* dw, const A* dout, const A* x, const A* w, int rows, int C,
+                         int OC, bool accumulate) {
         must(context->matmuls->multiply(input_product(rows, C, OC, CUBLASLT_EPILOGUE_DEFAULT), dx,
                                         w, dout));
         weight_gradient(dw, dout, x, rows, C, OC, accumulate);
-        if (db) column_sums(db, const_cast<A*>(dout), nullptr, rows, OC, accumulate);
     }
     void linear_gelu_forward(A* gelu, A* pre, const A* x, const A* w, const A* b, int rows, int C,
                              int OC) {
@@ -1915,33 +1989,37 @@ struct Cuda {
     void attention_forward(A* out, float* lse, const A* qkv, int B, int T, int NH, int HS,
                            Dropout drop) {
         if constexpr (kSeparateMasters) {
-            if (HS == 32) return tensor_forward<32, 2>(out, lse, qkv, B, T, NH, drop);
-            if (HS == 64) return tensor_forward<64, 2>(out, lse, qkv, B, T, NH, drop);
-            if (HS == 128) return tensor_forward<128, 1>(out, lse, qkv, B, T, NH, drop);
+            if (HS == 32) return tensor_forward<32, false>(out, lse, qkv, B, T, NH, drop);
+            if (HS == 64) return tensor_forward<64, true>(out, lse, qkv, B, T, NH, drop);
+            if (HS == 128) return tensor_forward<128, false>(out, lse, qkv, B, T, NH, drop);
         }
         plain_forward(out, lse, qkv, B, 0, T, NH, HS, drop);
     }
-    void attention_backward(A* dqkv, const A* dout, const A* out, const float* lse, const A* qkv,
-                            int B, int T, int NH, int HS, Dropout drop) {
-        float* delta = context->scratch<float>(size_t(B) * NH * T);
+    void attention_backward(A* dqkv, float* dqkv_bias, const A* dout, const A* out,
+                            const float* lse, const A* qkv, int B, int T, int NH, int HS,
+                            Dropout drop, bool accumulate) {
+        const TensorBackward all{dqkv, dqkv_bias, dout, out, lse, qkv, B, T, NH, drop, accumulate};
         if constexpr (kSeparateMasters) {
-            if (HS == 32)
-                return tensor_backward<32, 64>(dqkv, delta, dout, out, lse, qkv, B, T, NH, drop);
-            if (HS == 64)
-                return tensor_backward<64, 64>(dqkv, delta, dout, out, lse, qkv, B, T, NH, drop);
-            if (HS == 128)
-                return tensor_backward<128, 32>(dqkv, delta, dout, out, lse, qkv, B, T, NH, drop);
+            if (HS == 32) return tensor_backward<32, false>(all);
+            if (HS == 64) return tensor_backward<64, true>(all);
+            if (HS == 128) return tensor_backward<128, false>(all);
         }
+        float* delta = context->scratch<float>(size_t(B) * NH * T);
         attention_delta_kernel<A>
             <<<blocks_for(size_t(B) * T * NH, kThreads / kWarp), kThreads, 0, stream()>>>(delta,
                                                                                           out, dout,
                                                                                           B * T, T,
                                                                                           NH, HS);
         CUDA_CHECK(cudaGetLastError());
-        if (HS <= 32) return plain_backward<1>(dqkv, dout, lse, delta, qkv, B, T, NH, HS, drop);
-        if (HS <= 64) return plain_backward<2>(dqkv, dout, lse, delta, qkv, B, T, NH, HS, drop);
-        if (HS <= 128) return plain_backward<4>(dqkv, dout, lse, delta, qkv, B, T, NH, HS, drop);
-        plain_backward<8>(dqkv, dout, lse, delta, qkv, B, T, NH, HS, drop);
+        if (HS <= 32)
+            plain_backward<1>(dqkv, dout, lse, delta, qkv, B, T, NH, HS, drop);
+        else if (HS <= 64)
+            plain_backward<2>(dqkv, dout, lse, delta, qkv, B, T, NH, HS, drop);
+        else if (HS <= 128)
+            plain_backward<4>(dqkv, dout, lse, delta, qkv, B, T, NH, HS, drop);
+        else
+            plain_backward<8>(dqkv, dout, lse, delta, qkv, B, T, NH, HS, drop);
+        column_sums(dqkv_bias, dqkv, nullptr, B * T, 3 * NH * HS, accumulate);
     }
     void attention_cached(A* out, const A* qkv, int past, int n, int NH, int HS) {
         plain_forward(out, nullptr, qkv, 1, past, n, NH, HS, Dropout{});
@@ -2140,29 +2218,66 @@ private:
                                                               HS, drop);
         CUDA_CHECK(cudaGetLastError());
     }
-    template <int HS, int kM>
+    // Whether a block takes 128 rows of a head, not 64: where there are enough of them to give each
+    // multiprocessor two, and no dropout, whose arithmetic needs the registers.
+    bool wide_blocks(int B, int T, int NH, Dropout drop) const {
+        int processors = 0;
+        CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, 0));
+        return !drop.on() && size_t(B) * NH * blocks_for(T, 128) >= 2 * size_t(processors);
+    }
+    template <int HS, bool kMayBeWide>
     void tensor_forward(A* out, float* lse, const A* qkv, int B, int T, int NH, Dropout drop) {
+        if constexpr (kMayBeWide)
+            if (wide_blocks(B, T, NH, drop))
+                return tensor_forward_by<HS, 2, false>(out, lse, qkv, B, T, NH, drop);
+        if (drop.on()) return tensor_forward_by<HS, 1, true>(out, lse, qkv, B, T, NH, drop);
+        tensor_forward_by<HS, 1, false>(out, lse, qkv, B, T, NH, drop);
+    }
+    template <int HS, int kM, bool kDrop>
+    void tensor_forward_by(A* out, float* lse, const A* qkv, int B, int T, int NH, Dropout drop) {
         const dim3 grid(blocks_for(T, 64 * kM), unsigned(B * NH));
         const size_t shared = (64 * kM + 4 * 64) * HS * sizeof(A);
-        allow_shared(attention_forward_kernel<HS, kM>, shared);
-        attention_forward_kernel<HS, kM>
-            <<<grid, 128, shared, stream()>>>(out, lse, qkv, T, NH, drop);
+        allow_shared(attention_forward_kernel<HS, kM, kDrop>, shared);
+        attention_forward_kernel<HS, kM, kDrop>
+            <<<grid, kTileThreads, shared, stream()>>>(out, lse, qkv, T, NH, drop);
         CUDA_CHECK(cudaGetLastError());
     }
-    template <int HS, int kQueries>
-    void tensor_backward(A* dqkv, float* delta, const A* dout, const A* out, const float* lse,
-                         const A* qkv, int B, int T, int NH, Dropout drop) {
-        const dim3 grid(blocks_for(T, 64), unsigned(B * NH));
-        const size_t shared_q = 6 * 64 * HS * sizeof(A),
-                     shared_k = (2 * 64 + 4 * kQueries) * HS * sizeof(A);
-        allow_shared(attention_backward_queries_kernel<HS>, shared_q);
-        attention_backward_queries_kernel<HS>
-            <<<grid, 128, shared_q, stream()>>>(dqkv, delta, dout, out, lse, qkv, T, NH, drop);
+    struct TensorBackward {
+        A* dqkv;
+        float* dqkv_bias;
+        const A *dout, *out;
+        const float* lse;
+        const A* qkv;
+        int B, T, NH;
+        Dropout drop;
+        bool accumulate;
+    };
+    template <int HS, bool kMayBeWide>
+    void tensor_backward(const TensorBackward& a) {
+        if constexpr (kMayBeWide)
+            if (wide_blocks(a.B, a.T, a.NH, a.drop)) return tensor_backward_by<HS, 2, false>(a);
+        if (a.drop.on()) return tensor_backward_by<HS, 1, true>(a);
+        tensor_backward_by<HS, 1, false>(a);
+    }
+    template <int HS, int kM, bool kDrop>
+    void tensor_backward_by(const TensorBackward& a) {
+        const dim3 grid(blocks_for(a.T, 64 * kM), unsigned(a.B * a.NH));
+        const int parts = a.B * int(grid.x), width = 3 * a.NH * HS;
+        float2* statistics =
+            context->scratch<float2>(size_t(a.B) * a.NH * a.T + size_t(parts) * width / 2);
+        float* partial = reinterpret_cast<float*>(statistics + size_t(a.B) * a.NH * a.T);
+        const size_t shared = (2 * 64 * kM + 4 * 64) * HS * sizeof(A);
+        allow_shared(attention_backward_queries_kernel<HS, kM, kDrop>, shared);
+        attention_backward_queries_kernel<HS, kM, kDrop>
+            <<<grid, kTileThreads, shared, stream()>>>(a.dqkv, partial, statistics, a.dout, a.out,
+                                                       a.lse, a.qkv, a.T, a.NH, a.drop);
         CUDA_CHECK(cudaGetLastError());
-        allow_shared(attention_backward_keys_kernel<HS, kQueries>, shared_k);
-        attention_backward_keys_kernel<HS, kQueries>
-            <<<grid, 128, shared_k, stream()>>>(dqkv, dout, lse, delta, qkv, T, NH, drop);
+        allow_shared(attention_backward_keys_kernel<HS, kM, kDrop>, shared);
+        attention_backward_keys_kernel<HS, kM, kDrop>
+            <<<grid, kTileThreads, shared, stream()>>>(a.dqkv, partial, statistics, a.dout, a.qkv,
+                                                       a.T, a.NH, a.drop);
         CUDA_CHECK(cudaGetLastError());
+        sum_partials({{a.dqkv_bias, nullptr, nullptr}}, 1, partial, parts, width, a.accumulate);
     }
 };
 

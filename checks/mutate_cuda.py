@@ -71,22 +71,27 @@ softmax_step | attention<*bf16 | term | o[n][2 * half + 1] *= shrink | o[n][2 * 
 drop_scores | attention<*bf16 | term | query + result_row(e) | query + 0 * e
 attention_forward_kernel | attention<*bf16 | sign | highest[i][half] * scale + logf(total[i][half]) | highest[i][half] * scale - logf(total[i][half])
 attention_forward_kernel | attention<*bf16 | term | highest[i][half] * scale + logf(total[i][half]) | logf(total[i][half])
-mask_scores | attention<*bf16 | term | key + result_column(n, e) > query + result_row(e) | key + result_column(n, e) > query + result_row(e) + 1
+mask_scores | attention<*bf16 | term | query + (kForKeys ? across : down) | query + (kForKeys ? across : down) + 1
 attention_forward_kernel | attention<*bf16 | term | if (key >= mine + 16 * kM) | if (key > 0 && key >= mine)
 attention_forward_kernel | attention<*bf16 | term | if (key + kKeys - 1 > query) | if (key + kKeys - 1 > query + 16)
 backward_element | attention<*bf16 | sign | s * scale2 - lse2 | s * scale2 + lse2
 backward_element | attention<*bf16 | sign | w * dp - delta | w * dp + delta
 backward_element | attention<*bf16 | term | w * dp - delta | dp - delta
 backward_element | attention<*bf16 | term | p * w | p
-backward_element | attention<*bf16 | term | key <= query | key <= query + 1
 warp_delta | attention<*bf16 | sign | x[j] * y[j] | -x[j] * y[j]
 warp_delta | attention<*bf16 | term | x[j] * y[j] | (j == 3 ? 0 : x[j] * y[j])
+warp_delta | attention<*bf16 | sign | lse[row] * kLog2E | -lse[row] * kLog2E
+block_column_sums | attention<*bf16 | sign | d[i][n][e] + d[i][n][e + 2] | d[i][n][e] - d[i][n][e + 2]
+block_column_sums | attention<*bf16 | term | factor * total | total
 store_rows | attention<*bf16 | term | factor * d[n][2 * half] | d[n][2 * half]
 attention_backward_queries_kernel | attention<*bf16 | sign | lse[head.bh_T + query] * kLog2E | -lse[head.bh_T + query] * kLog2E
-attention_backward_queries_kernel | attention<*bf16 | term | add_columns_product<HS, 1, kKeys>(dq, dp, k_tile) | add_columns_product<HS, 1, kKeys>(dq, s, k_tile)
-attention_backward_keys_kernel | attention<*bf16 | sign | lse[at] * kLog2E | -lse[at] * kLog2E
-attention_backward_keys_kernel | attention<*bf16 | term | add_columns_product<HS, 1, kQueries>(dv, s, d_tile) | add_columns_product<HS, 1, kQueries>(dv, s, q_tile)
-attention_backward_keys_kernel | attention<*bf16 | term | if (begin + kQueries <= mine) | if (begin <= mine)
+attention_backward_queries_kernel | attention<*bf16 | term | add_columns_product<HS, kM, kSlice>(dq, dp, k_tiles + at) | add_columns_product<HS, kM, kSlice>(dq, s, k_tiles + at)
+attention_backward_queries_kernel | attention<*bf16 | term | if (key >= mine + 16 * kM) | if (key > 0 && key >= mine)
+attention_backward_queries_kernel | attention<*bf16 | term | if (key + kSlice - 1 > query) | if (key + kSlice - 1 > query + 16)
+attention_backward_keys_kernel | attention<*bf16 | sign | lse2[column] | -lse2[column]
+attention_backward_keys_kernel | attention<*bf16 | term | add_columns_product<HS, kM, kSlice>(dv, s, d_tiles + at) | add_columns_product<HS, kM, kSlice>(dv, s, q_tiles + at)
+attention_backward_keys_kernel | attention<*bf16 | term | if (query + kSlice <= mine) | if (query <= mine)
+attention_backward_keys_kernel | attention<*bf16 | term | if (key + 15 > query) | if (key + 15 > query + 16)
 softmax_cross_entropy_kernel | head | sign | logf(sum) + top - at_target | logf(sum) + top + at_target
 softmax_cross_entropy_kernel | head | term | logf(sum) + top - at_target | logf(sum) - at_target
 softmax_cross_entropy_kernel | head | term | begin + i == target ? one : 0 | 0.0f
@@ -170,7 +175,7 @@ def kernels_without_mutants(source, mutants):
     for name, _, kind, _, _ in mutants:
         kinds.setdefault(name, set()).add(kind)
     lacking = []
-    for name in re.findall(r"__global__ void\s+(?:__launch_bounds__\(\d+\)\s+)?(\w+)\(", source):
+    for name in re.findall(r"__global__ void\s+(?:__launch_bounds__\(\w+\)\s+)?(\w+)\(", source):
         if kinds.get(name, set()) != {"sign", "term"}:
             lacking.append(name)
     return lacking
