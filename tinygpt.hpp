@@ -879,7 +879,7 @@ constexpr double kLayernormEps = 1e-5;
 template <class real>
 void Cpu<real>::layernorm_forward(real* out, real* mean, real* rstd, const real* x,
                                   const real* weight, const real* bias, int rows, int C) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows > 1)
     for (int row = 0; row < rows; ++row) {
         const real* in = x + size_t(row) * C;
         real* o = out + size_t(row) * C;
@@ -2528,37 +2528,52 @@ real dot(const real* a, const real* b, int k) {
     return sum;
 }
 
+// sum[n] = rows first..last-1 of b, each times its number in x; four at a time.
+template <class real>
+void add_rows(real* sum, const real* x, View<real> b, int n, int first, int last) {
+    std::fill(sum, sum + n, real(0));
+    for (int p = first; p < last; p += 4) {
+        const real* rows[4];
+        real scale[4];
+        for (int i = 0; i < 4; ++i) {
+            rows[i] = &b.data[std::min(p + i, last - 1) * b.row];
+            scale[i] = p + i < last ? x[p + i] : real(0);
+        }
+        for (int j = 0; j < n; ++j)
+            sum[j] += (scale[0] * rows[0][j] + scale[1] * rows[1][j]) +
+                      (scale[2] * rows[2][j] + scale[3] * rows[3][j]);
+    }
+}
+
 // c[1, n] of one row a, as in generation. Every number of b is used once, so nothing is packed, and
-// memory sets the speed. Where b is row-major a thread goes down its own columns.
+// memory sets the speed: each thread should read one stretch of it from start to end. Where b is
+// row-major those are stripes of rows, a fixed number of them, whose sums are added in order; where
+// it is a transpose they are columns, each a dot product.
 template <class real, class Finish>
 void multiply_row(real* c, View<real> a, View<real> b, int n, int k, bool accumulate,
                   Finish finish) {
-    constexpr int kMost = 1024;
-    static thread_local Scratch scratch;
-    real* x = scratch.get<real>(k);
+    static thread_local Scratch scratch_x, scratch_sums;
+    real *x = scratch_x.get<real>(k), *sums = scratch_sums.get<real>(size_t(kStripes) * n);
     for (int p = 0; p < k; ++p) x[p] = a(0, p);
-    const int threads = omp_get_max_threads();
-    const int pieces = (n + kMost * threads - 1) / (kMost * threads) * threads;
-    const int width = std::min(kMost, ((n + pieces - 1) / pieces + 15) / 16 * 16);
-#pragma omp parallel for schedule(static)
-    for (int j0 = 0; j0 < n; j0 += width) {
-        const int count = std::min(width, n - j0);
-        real sums[kMost] = {};
-        for (int p = 0; b.col == 1 && p < k; p += 4) {
-            const real* rows[4];
-            real scale[4];
-            for (int i = 0; i < 4; ++i) {
-                rows[i] = &b.data[std::min(p + i, k - 1) * b.row + j0];
-                scale[i] = p + i < k ? x[p + i] : real(0);
-            }
-            for (int j = 0; j < count; ++j)
-                sums[j] += (scale[0] * rows[0][j] + scale[1] * rows[1][j]) +
-                           (scale[2] * rows[2][j] + scale[3] * rows[3][j]);
+    constexpr int kSome = 256;
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (int stripe = 0; stripe < (b.col == 1 ? kStripes : 0); ++stripe)
+            add_rows(sums + size_t(stripe) * n, x, b, n, stripe_begin(k, stripe),
+                     stripe_begin(k, stripe + 1));
+#pragma omp for schedule(static)
+        for (int j0 = 0; j0 < n; j0 += kSome) {
+            const int count = std::min(kSome, n - j0);
+            real out[kSome] = {};
+            if (b.col == 1)
+                for (int stripe = 0; stripe < kStripes; ++stripe)
+                    for (int j = 0; j < count; ++j) out[j] += sums[size_t(stripe) * n + j0 + j];
+            else
+                for (int j = 0; j < count; ++j) out[j] = dot(x, &b.data[(j0 + j) * b.col], k);
+            for (int j = 0; j < count; ++j) c[j0 + j] = accumulate ? c[j0 + j] + out[j] : out[j];
+            finish(0, j0, count, c + j0);
         }
-        for (int j = 0; b.col != 1 && j < count; ++j)
-            sums[j] = dot(x, &b.data[(j0 + j) * b.col], k);
-        for (int j = 0; j < count; ++j) c[j0 + j] = accumulate ? c[j0 + j] + sums[j] : sums[j];
-        finish(0, j0, count, c + j0);
     }
 }
 
