@@ -6813,6 +6813,15 @@ TEST_CASE("hf: a model with more tokens than its tokenizer can be sampled") {
 // The walk-through: what the header's comments quote is what the program prints
 // =================================================================================================
 
+TEST_CASE("readme: the training step it shows is the header's") {
+    const std::string readme = tinygpt::read_file("README.md");
+    const size_t begin = readme.find("```cpp\n"), end = readme.find("```", begin + 7);
+    REQUIRE(end != std::string::npos);
+    const std::string shown = readme.substr(begin + 7, end - begin - 7);
+    CHECK(shown.find("train_step") != std::string::npos);
+    CHECK(tinygpt::read_file("tinygpt.hpp").find(shown) != std::string::npos);
+}
+
 TEST_CASE("walk: every line that the header quotes is printed") {
     const std::string walk = tinygpt::Walk().text();
     const std::string header = tinygpt::read_file("tinygpt.hpp");

@@ -1801,22 +1801,29 @@ void set_batch(Gpt2<Device>& model, const Batch& batch) {
     model.device.upload(model.a.order, batch.order.data(), rows);
 }
 
-// One update with the gradients that model.grads holds.
+// One micro-batch, and after the last of the step the update.
 template <class Device>
-void update(Gpt2<Device>& model, const StepOptions& o) {
-    model.device.gradient_norm(model.state, model.grads, model.layout.size);
-    model.device.judge_step(model.state, o.guards);
-    model.device.adamw(model.weights, model.masters, model.m, model.v, model.grads,
-                       model.layout.size, model.layout.decayed, model.state, o.adamw);
+void micro_step(Gpt2<Device>& model, const Pass& pass, double scale, bool first, bool last,
+                const AdamW& adamw, const Guards& guards) {
+    Device& device = model.device;
+    forward(model, pass);
+    backward(model, pass, scale, first);
+    device.add_loss(model.state, model.a.losses, pass.B * pass.T, scale);
+    if (!last) return;
+    device.gradient_norm(model.state, model.grads, model.layout.size);
+    device.judge_step(model.state, guards);
+    device.adamw(model.weights, model.masters, model.m, model.v, model.grads, model.layout.size,
+                 model.layout.decayed, model.state, adamw);
 }
 
-// All that decides which functions a micro-batch calls with which arguments, but for dropout's
-// masks. What changes from step to step (tokens, learning rate, loss) lies in the device's memory.
+// All that decides which functions a micro-batch calls with which arguments. Everything else that
+// changes from step to step (tokens, learning rate, loss) lies in the device's memory, so a GPU may
+// record the calls once and repeat them; but for dropout, whose masks are new in every step.
 struct WorkKey {
     const void* memory;  // the model's, which no other model has
     int B, T;
     double scale;
-    bool first, last;  // of the step's micro-batches
+    bool first, last, dropout;
     AdamW adamw;
     Guards guards;
     auto operator<=>(const WorkKey&) const = default;
@@ -1828,30 +1835,22 @@ struct WorkKey {
 template <class Device>
 void train_step(Gpt2<Device>& model, const std::vector<Batch>& micro_batches, const StepOptions& o,
                 int64_t s) {
-    Device& device = model.device;
     int64_t scored = 0;
     for (const Batch& batch : micro_batches) scored += batch.scored;
     const double scale = 1.0 / double(std::max<int64_t>(1, scored));
+    const size_t n = micro_batches.size();
 
-    device.begin_step(model.state, learning_rate(o.rate, s));
-    for (size_t i = 0; i < micro_batches.size(); ++i) {
+    model.device.begin_step(model.state, learning_rate(o.rate, s));
+    for (size_t i = 0; i < n; ++i) {
         const Batch& batch = micro_batches[i];
-        const uint64_t key = random_key(o.seed, uint64_t(s) * micro_batches.size() + i, 5);
-        const Pass pass{batch.B, batch.T, model.config.dropout > 0, key};
-        const bool first = i == 0, last = i + 1 == micro_batches.size();
-        auto work = [&] {
-            forward(model, pass);
-            backward(model, pass, scale, first);
-            device.add_loss(model.state, model.a.losses, batch.B * batch.T, scale);
-            if (last) update(model, o);
-        };
+        const bool first = i == 0, last = i + 1 == n, dropout = model.config.dropout > 0;
+        const Pass pass{batch.B, batch.T, dropout, random_key(o.seed, uint64_t(s) * n + i, 5)};
         set_batch(model, batch);
-        if (pass.dropout)
-            work();  // the masks are new in every step: there is nothing to repeat
-        else
-            device.replay(WorkKey{model.block, batch.B, batch.T, scale, first, last, o.adamw,
-                                  o.guards},
-                          work);
+        model.device.replay(WorkKey{model.block, batch.B, batch.T, scale, first, last, dropout,
+                                    o.adamw, o.guards},
+                            [&] {
+                                micro_step(model, pass, scale, first, last, o.adamw, o.guards);
+                            });
     }
 }
 

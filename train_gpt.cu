@@ -1843,7 +1843,7 @@ struct Cuda {
     static constexpr int kStepsBehind = 1;
     template <class Work>
     void replay(const WorkKey& key, Work&& work) {
-        if (record)
+        if (record && !key.dropout)
             context->replay(key, work);
         else
             work();
