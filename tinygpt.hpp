@@ -3517,7 +3517,7 @@ inline constexpr std::array<CharClass, 128> kAsciiClass = [] {
     std::array<CharClass, 128> classes{};  // all of them kOther
     for (size_t c = 'A'; c <= 'Z'; ++c) classes[c] = classes[c | 0x20] = kLetter;
     for (size_t c = '0'; c <= '9'; ++c) classes[c] = kNumber;
-    for (char c : {' ', '\t', '\n', '\v', '\f', '\r'}) classes[size_t(c)] = kSpace;
+    for (unsigned char c : std::string_view(" \t\n\v\f\r")) classes[c] = kSpace;
     return classes;
 }();
 // What Unicode says of any code point: "é" is a letter, "½" a number, U+3000 white space. That
@@ -6878,7 +6878,7 @@ inline Config config_of_options(const Options& o, const Corpus& corpus) {
     for_each_size(o, config,
                   [](const char*, int asked, int& size) { size = asked ? asked : size; });
     config.untied_head = o.untied_head;
-    if (config.n_embd % config.n_head)
+    if (config.n_head < 1 || config.n_embd % config.n_head)
         fail_usage(
             format("--n-head %d does not divide --n-embd %d: each head takes an equal share "
                    "of the channels",

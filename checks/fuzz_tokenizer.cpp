@@ -35,6 +35,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     std::string shown = stream.add(parts[2].substr(0, parts[2].size() / 2));
     shown += stream.add(parts[2].substr(parts[2].size() / 2)) + stream.finish();
     for (size_t at = 0, n; at < shown.size(); at += n)
-        check((n = utf8_character(std::string_view(shown).substr(at, 4)).bytes) > 0, "shows only UTF-8");
+        check((n = utf8_character(std::string_view(shown).substr(at, 4)).bytes) > 0,
+              "shows only UTF-8");
     return 0;
 }

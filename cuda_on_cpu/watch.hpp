@@ -345,14 +345,19 @@ CUDA_ON_CPU_UNWATCHED inline void on_access(const void* p, size_t bytes, const v
         __attribute__((used, weak)) void __tsan_##kind##name##bytes(void* p) { \
         cuda_on_cpu::on_access<write>(p, bytes, __builtin_return_address(0));  \
     }
-#define CUDA_ON_CPU_HOOKS(kind)                                                           \
-    CUDA_ON_CPU_HOOK(kind, read, 1, false)                                                \
-    CUDA_ON_CPU_HOOK(kind, read, 2, false)                                                \
-    CUDA_ON_CPU_HOOK(kind, read, 4, false)                                                \
-    CUDA_ON_CPU_HOOK(kind, read, 8, false) CUDA_ON_CPU_HOOK(kind, read, 16, false)        \
-        CUDA_ON_CPU_HOOK(kind, write, 1, true) CUDA_ON_CPU_HOOK(kind, write, 2, true)     \
-            CUDA_ON_CPU_HOOK(kind, write, 4, true) CUDA_ON_CPU_HOOK(kind, write, 8, true) \
-                CUDA_ON_CPU_HOOK(kind, write, 16, true)
+// clang-format off
+#define CUDA_ON_CPU_HOOKS(kind)            \
+    CUDA_ON_CPU_HOOK(kind, read, 1, false) \
+    CUDA_ON_CPU_HOOK(kind, read, 2, false) \
+    CUDA_ON_CPU_HOOK(kind, read, 4, false) \
+    CUDA_ON_CPU_HOOK(kind, read, 8, false) \
+    CUDA_ON_CPU_HOOK(kind, read, 16, false) \
+    CUDA_ON_CPU_HOOK(kind, write, 1, true) \
+    CUDA_ON_CPU_HOOK(kind, write, 2, true) \
+    CUDA_ON_CPU_HOOK(kind, write, 4, true) \
+    CUDA_ON_CPU_HOOK(kind, write, 8, true) \
+    CUDA_ON_CPU_HOOK(kind, write, 16, true)
+// clang-format on
 CUDA_ON_CPU_HOOKS()
 CUDA_ON_CPU_HOOKS(unaligned_)
 CUDA_ON_CPU_HOOKS(volatile_)
@@ -418,8 +423,8 @@ CUDA_ON_CPU_PLAIN void __tsan_atomic_signal_fence(int) {}
     CUDA_ON_CPU_FETCH(bits, type, fetch_add)                                                      \
     CUDA_ON_CPU_FETCH(bits, type, fetch_sub)                                                      \
     CUDA_ON_CPU_FETCH(bits, type, fetch_and)                                                      \
-    CUDA_ON_CPU_FETCH(bits, type, fetch_or) CUDA_ON_CPU_FETCH(bits, type, fetch_xor)              \
-        CUDA_ON_CPU_FETCH(bits, type, fetch_nand)
+    CUDA_ON_CPU_FETCH(bits, type, fetch_or)                                                       \
+    CUDA_ON_CPU_FETCH(bits, type, fetch_xor) CUDA_ON_CPU_FETCH(bits, type, fetch_nand)
 CUDA_ON_CPU_ATOMICS(8, char)
 CUDA_ON_CPU_ATOMICS(16, short)
 CUDA_ON_CPU_ATOMICS(32, int)
