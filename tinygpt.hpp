@@ -3536,7 +3536,8 @@ struct Character {
     return c.bytes ? Character{c.bytes, class_of(c.code)} : Character{1, kOther};
 }
 // The character at text[at], for at < text.size().
-inline Character character_at(std::string_view text, size_t at) {
+// Why by reference: a copy goes through memory (g++ 12), which makes cutting pieces 15 % slower.
+inline Character character_at(const std::string_view& text, size_t at) {
     const uint8_t first = uint8_t(text[at]);
     if (first >= 128) [[unlikely]]
         return character_beyond_ascii(text.substr(at));
