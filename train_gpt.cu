@@ -1404,6 +1404,12 @@ private:
     std::vector<std::string> lines_;
 };
 
+// A kernel as the library describes it. Why not the library's own type: it has no name, and nvcc
+// 13.0 breaks down at a vector of such.
+struct Algorithm : cublasLtMatmulAlgo_t {
+    Algorithm(const cublasLtMatmulAlgo_t& same = {}) : cublasLtMatmulAlgo_t(same) {}
+};
+
 // All products that were ever asked for, each with its plan.
 class Matmuls {
 public:
@@ -1496,9 +1502,9 @@ private:
     }
 
     // The library's own choices, best first by its estimate; none if it cannot do the product.
-    std::vector<cublasLtMatmulAlgo_t> suggestions(const Plan& plan, int most) {
-        std::vector<cublasLtMatmulHeuristicResult_t> results(static_cast<size_t>(most));
-        std::vector<cublasLtMatmulAlgo_t> list;
+    std::vector<Algorithm> suggestions(const Plan& plan, int most) {
+        cublasLtMatmulHeuristicResult_t results[16] = {};  // most <= 16
+        std::vector<Algorithm> list;
         cublasLtMatmulPreference_t preference;
         CUDA_CHECK(cublasLtMatmulPreferenceCreate(&preference));
         CUDA_CHECK(cublasLtMatmulPreferenceSetAttribute(preference,
@@ -1515,7 +1521,7 @@ private:
         int found = 0;
         const cublasStatus_t code =
             cublasLtMatmulAlgoGetHeuristic(library_, plan.operation, plan.a, plan.b, plan.d, plan.d,
-                                           preference, most, results.data(), &found);
+                                           preference, most, results, &found);
         cublasLtMatmulPreferenceDestroy(preference);
         if (code == CUBLAS_STATUS_NOT_SUPPORTED) return list;
         CUDA_CHECK(code);
@@ -1533,7 +1539,7 @@ private:
     // Adds, for a few suggestions, the variants that cut the sum over k into parts. Why: a weight
     // gradient is a small matrix with a sum over all rows; its tiles alone are too few to occupy
     // the GPU. The parts are written down and added in order, so results stay the same.
-    void add_split_sums(std::vector<cublasLtMatmulAlgo_t>& list, const Plan& plan) {
+    void add_split_sums(std::vector<Algorithm>& list, const Plan& plan) {
         const size_t few = std::min<size_t>(4, list.size());
         for (size_t i = 0; i < few; ++i)
             for (int32_t parts : {2, 3, 4, 6, 8, 12, 16}) {
@@ -1554,7 +1560,7 @@ private:
     // Times all candidates on the operands themselves, and keeps the fastest. Where the result is
     // added to what is there, that is put back.
     void tune_plan(Plan& plan, const Product& p, const Operands& at,
-                   std::vector<cublasLtMatmulAlgo_t> candidates, const std::string& name) {
+                   std::vector<Algorithm> candidates, const std::string& name) {
         if (p.k >= 4 * std::max(p.m, p.n)) add_split_sums(candidates, plan);
         const size_t bytes =
             p.add && at.c == at.d ? size_t(p.n) * size_t(p.ldd) * (p.out == CUDA_R_32F ? 4 : 2) : 0;
@@ -1566,7 +1572,7 @@ private:
         };
         copy(kept, at.d);
         double first = 0, best = INFINITY;
-        for (const cublasLtMatmulAlgo_t& candidate : candidates) {
+        for (const Algorithm& candidate : candidates) {
             if (run(plan, candidate, p, at) != CUBLAS_STATUS_SUCCESS) continue;
             const double seconds =
                 best_seconds(stream_, 5, [&] { CUDA_CHECK(run(plan, candidate, p, at)); });
