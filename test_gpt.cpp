@@ -7001,8 +7001,12 @@ TEST_CASE_TEMPLATE("cuda: embedding", A, float, bf16) {
     Cuda<A> cuda;
     Cpu<double> cpu;
     for (Dropout drop : {Dropout{}, kDrop})
-        for (auto [B, T, C, V, past] :
-             Sizes<5>{{1, 1, 8, 3, 0}, {3, 7, 24, 5, 2}, {2, 5, 264, 2, 0}, {40, 1, 8, 1, 1}}) {
+        for (auto [B, T, C, V, past] : Sizes<5>{{1, 1, 8, 3, 0},
+                                                {3, 7, 24, 5, 2},
+                                                {2, 5, 264, 2, 0},
+                                                {40, 1, 8, 1, 1},
+                                                {256, 1, 8, 1, 0},
+                                                {2, 300, 16, 2, 0}}) {
             const std::string at = place_of(
                 {{"B", double(B)}, {"T", double(T)}, {"C", double(C)}, {"drop.p", double(drop.p)}});
             CAPTURE(at);

@@ -73,22 +73,6 @@ __device__ inline void mma_bf16_16x8x16(float (&d)[4], const unsigned (&a)[4],
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-// d [16, 8] += a [16, 8] b [8, 8], in tf32 with fp32 sums. Here a lane holds single elements:
-// a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4); b: (t, g), (t + 4, g); d as above.
-__device__ inline void mma_tf32_16x8x8(float (&d)[4], const unsigned (&a)[4],
-                                       const unsigned (&b)[2]) {
-    TINYGPT_PTX(
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-// The nearest tf32: a float with 10 bits behind the binary point.
-__device__ inline unsigned to_tf32(float x) {
-    unsigned bits = 0;
-    TINYGPT_PTX("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-    return bits;
-}
 __device__ inline void load_matrix_x4(unsigned (&r)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -148,7 +132,6 @@ __device__ inline void load_pack(float (&x)[4], const float* from) {
 __device__ inline void load_pack(float (&x)[8], const bf16* from) {
     const uint4 raw = *reinterpret_cast<const uint4*>(from);
     const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
     for (int i = 0; i < 4; ++i) {
         x[2 * i] = __uint_as_float(words[i] << 16);  // a bf16 is the upper half of a float
         x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
@@ -166,12 +149,10 @@ __device__ inline void store_pack(bf16* to, const float (&x)[8]) {
 // in both of two lanes, so all lanes end with the same bits.
 template <class T>
 __device__ inline T warp_sum(T x) {
-#pragma unroll
     for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
     return x;
 }
 __device__ inline float warp_max(float x) {
-#pragma unroll
     for (int step = kWarp / 2; step > 0; step /= 2)
         x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
     return x;
@@ -217,37 +198,51 @@ __global__ void embed_forward_kernel(A* out, const int32_t* tokens, const A* wte
     float token[N], place[N];
     load_pack(token, wte + size_t(tokens[row]) * C + c);
     load_pack(place, wpe + size_t(past + row % T) * C + c);
-#pragma unroll
     for (int i = 0; i < N; ++i) token[i] += place[i];
     if (drop.on())
         for (int i = 0; i < N; ++i) token[i] *= drop.scale(at + i);
     store_pack(out + at, token);
 }
 
-// dwte[token] += the rows of drop(dout) at which the token stands. `order` has the rows sorted by
-// token, so all rows of a token lie side by side in it. Block i: if order[i] is the first row of
-// its token, it sums the token's rows, 32 packs of columns at a time: 8 warps take every eighth
-// row, then add up in order. Moves: reads dout once, reads and writes the rows of dwte that occur.
+// starts [count] = the places in `order` at which another token begins than before. `order` has the
+// rows sorted by token, so all rows of a token lie side by side in it. Careful: the starts come in
+// any order, so only work that does not depend on it may follow them; *count begins as 0.
+__global__ void token_starts_kernel(int32_t* starts, int32_t* count, const int32_t* tokens,
+                                    const int32_t* order, int rows) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= rows || (i > 0 && tokens[order[i]] == tokens[order[i - 1]])) return;
+    starts[atomicAdd(count, 1)] = i;
+}
+
+// dwte[token] += the rows of drop(dout) at which the token stands. A block takes 32 packs of
+// columns of one token at a time: it counts the token's rows, then 8 warps take every eighth of
+// them, and add up in order. Why counting first: a frequent token has thousands of rows, whose
+// loads must not wait for each other. Moves: reads dout once, reads and writes the rows of dwte
+// that occur.
 template <class A>
 __global__ void embed_backward_tokens_kernel(float* dwte, const A* dout, const int32_t* tokens,
-                                             const int32_t* order, int rows, int C, Dropout drop) {
+                                             const int32_t* order, const int32_t* starts,
+                                             const int32_t* count, int rows, int C, Dropout drop) {
     constexpr int N = kPack<A>, kWarps = kThreads / kWarp;
     __shared__ float sums[kWarps][kWarp * N];
-    const int first = blockIdx.x, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    const int token = tokens[order[first]];
-    if (first > 0 && tokens[order[first - 1]] == token) return;
-    for (int begin = 0; begin < C; begin += kWarp * N) {
-        const int c = begin + lane * N;
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int stripes = (C + kWarp * N - 1) / (kWarp * N);
+    for (int piece = blockIdx.x; piece < *count * stripes; piece += gridDim.x) {
+        const int first = starts[piece / stripes], token = tokens[order[first]];
+        const int begin = piece % stripes * kWarp * N, c = begin + lane * N;
+        int end = first;
+        for (int found = kThreads; found == kThreads; end += found) {
+            const int i = end + threadIdx.x;
+            found = __syncthreads_count(i < rows && tokens[order[i]] == token);
+        }
         float sum[N] = {};
-        for (int i = first + warp; i < rows && tokens[order[i]] == token && c < C; i += kWarps) {
+#pragma unroll 4
+        for (int i = first + warp; i < end && c < C; i += kWarps) {
             const size_t at = size_t(order[i]) * C + c;
             float d[N];
             load_pack(d, dout + at);
-#pragma unroll
             for (int j = 0; j < N; ++j) sum[j] += drop.on() ? d[j] * drop.scale(at + j) : d[j];
         }
-        __syncthreads();  // the sums before were read
-#pragma unroll
         for (int j = 0; j < N; ++j) sums[warp][lane * N + j] = sum[j];
         __syncthreads();
         for (int i = threadIdx.x; i < kWarp * N && begin + i < C; i += kThreads) {
@@ -255,6 +250,7 @@ __global__ void embed_backward_tokens_kernel(float* dwte, const A* dout, const i
             for (int w = 0; w < kWarps; ++w) total += sums[w][i];
             dwte[size_t(token) * C + begin + i] = total;
         }
+        __syncthreads();  // the sums were read
     }
 }
 
@@ -267,16 +263,13 @@ __global__ void embed_backward_places_kernel(float* dwpe, const A* dout, int B, 
     const size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
     if (at >= size_t(T) * C) return;
     float sum[N];
-#pragma unroll
     for (int i = 0; i < N; ++i) sum[i] = dwpe[at + i];
     for (int b = 0; b < B; ++b) {
         const size_t from = size_t(b) * T * C + at;
         float d[N];
         load_pack(d, dout + from);
-#pragma unroll
         for (int i = 0; i < N; ++i) sum[i] += drop.on() ? d[i] * drop.scale(from + i) : d[i];
     }
-#pragma unroll
     for (int i = 0; i < N; ++i) dwpe[at + i] = sum[i];
 }
 
@@ -294,20 +287,17 @@ __global__ void layernorm_forward_kernel(A* out, float* mean, float* rstd, const
     float values[N], sum = 0, squares = 0;
     for (int c = lane * N; c < C; c += kWarp * N) {
         load_pack(values, in + c);
-#pragma unroll
         for (int i = 0; i < N; ++i) sum += values[i];
     }
     const float m = warp_sum(sum) / C;
     for (int c = lane * N; c < C; c += kWarp * N) {
         load_pack(values, in + c);
-#pragma unroll
         for (int i = 0; i < N; ++i) squares += (values[i] - m) * (values[i] - m);
     }
     const float r = 1 / sqrtf(warp_sum(squares) / C + float(kLayernormEps));
     for (int c = lane * N; c < C; c += kWarp * N) {
         float w[N], b[N];
         load_pack(values, in + c), load_pack(w, weight + c), load_pack(b, bias + c);
-#pragma unroll
         for (int i = 0; i < N; ++i) values[i] = (values[i] - m) * r * w[i] + b[i];
         store_pack(out + size_t(row) * C + c, values);
     }
@@ -350,7 +340,6 @@ __global__ void __launch_bounds__(128)
         for (int c = lane * N; c < C; c += kWarp * N) {
             float in[N], d[N], w[N];
             load_pack(in, x + start + c), load_pack(d, dout + start + c), load_pack(w, weight + c);
-#pragma unroll
             for (int i = 0; i < N; ++i) {
                 mean_g += d[i] * w[i];
                 mean_gn += d[i] * w[i] * ((in[i] - m) * r);
@@ -362,7 +351,6 @@ __global__ void __launch_bounds__(128)
             float* sums = mine + (c - lane * N);
             load_pack(in, x + start + c), load_pack(d, dout + start + c), load_pack(w, weight + c);
             if (dresidual) load_pack(joined, dresidual + start + c);
-#pragma unroll
             for (int i = 0; i < N; ++i) {
                 const float n = (in[i] - m) * r;
                 joined[i] += r * (d[i] * w[i] - mean_g - n * mean_gn);
@@ -374,7 +362,6 @@ __global__ void __launch_bounds__(128)
                 for (int i = 0; i < N; ++i) joined[i] *= drop.scale(start + c + i);
                 store_pack(dbranch + start + c, joined);
             }
-#pragma unroll
             for (int i = 0; i < N; ++i) sums[2 * places + i * kWarp] += joined[i];
         }
     }
@@ -433,7 +420,6 @@ __global__ void gelu_kernel(A* gelu, const A* pre, size_t count) {
     if (at >= count) return;
     float x[N];
     load_pack(x, pre + at);
-#pragma unroll
     for (int i = 0; i < N; ++i) x[i] = gelu_of(x[i]);
     store_pack(gelu + at, x);
 }
@@ -454,14 +440,11 @@ __global__ void column_sums_kernel(float* partial, A* d, const A* pre, int rows,
         load_pack(x, d + at);
         if (pre) {
             load_pack(before, pre + at);
-#pragma unroll
             for (int i = 0; i < N; ++i) x[i] *= gelu_slope(before[i]);
             store_pack(d + at, x);
         }
-#pragma unroll
         for (int i = 0; i < N; ++i) sum[i] += x[i];
     }
-#pragma unroll
     for (int i = 0; i < N; ++i) sums[warp][lane * N + i] = sum[i];
     __syncthreads();
     for (int i = threadIdx.x; i < kWarp * N; i += kThreads) {
@@ -713,9 +696,9 @@ __device__ inline bf16* chunk_at(bf16* tile, int row, int chunk) {
 
 constexpr int kTileThreads = 128;  // of a block of these kernels: 4 warps
 
-// Starts copying rows first .. first + kRows - 1 of a table with T rows; rows past the end become 0.
-// A thread copies one chunk of every 16th row (HS = 64). Why not any rows: these all have the same
-// place in the swizzle, so that a copy costs a few instructions.
+// Starts copying rows first .. first + kRows - 1 of a table with T rows; rows past the end become
+// 0. A thread copies one chunk of every 16th row (HS = 64). Why not any rows: these all have the
+// same place in the swizzle, so that a copy costs a few instructions.
 template <int HS, int kRows>
 __device__ inline void copy_tile(bf16* tile, const bf16* from, int stride, int first, int T) {
     constexpr int kChunks = HS / 8, kStep = kTileThreads / kChunks;
@@ -981,8 +964,8 @@ __device__ inline void block_column_sums(float* partial, const float (&d)[kM][HS
 }
 
 // delta = out . dout of a warp's 16 rows, for results' rows g and g + 8 in subtract[0] and [1].
-// statistics[i] of row `mine` + i becomes (lse in base 2, delta), rows from T on excepted. Two lanes
-// share a row; its dout lies in a tile.
+// statistics[i] of row `mine` + i becomes (lse in base 2, delta), rows from T on excepted. Two
+// lanes share a row; its dout lies in a tile.
 template <int HS>
 __device__ inline void warp_delta(float (&subtract)[2], float2* statistics, const float* lse,
                                   const bf16* out, int stride, bf16* d_tile, int tile_row, int mine,
@@ -1006,9 +989,9 @@ __device__ inline void warp_delta(float (&subtract)[2], float2* statistics, cons
         subtract[half] = __shfl_sync(0xffffffffu, sum, 2 * result_row(2 * half));
 }
 
-// dq, and statistics [B * NH, T] for the kernel below. One block: 4 warps, kM times 16 queries each, of one head;
-// keys are copied in tiles of 64 and worked on 32 at a time. Operations: 6 HS for each pair of
-// T^2 / 2. Moves: reads 5, writes 1 row of C.
+// dq, and statistics [B * NH, T] for the kernel below. One block: 4 warps, kM times 16 queries
+// each, of one head; keys are copied in tiles of 64 and worked on 32 at a time. Operations: 6 HS
+// for each pair of T^2 / 2. Moves: reads 5, writes 1 row of C.
 template <int HS, int kM, bool kDrop>
 __global__ void __launch_bounds__(kTileThreads)
     attention_backward_queries_kernel(bf16* dqkv, float* partial, float2* statistics,
@@ -1177,7 +1160,6 @@ __global__ void softmax_cross_entropy_kernel(float* losses, A* logits, const int
     const float at_target = scored ? float(l[target]) : 0;
     float highest = -INFINITY, sum = 0, x[kBatch][N];
     auto load_batch = [&](int begin) {
-#pragma unroll
         for (int j = 0; j < kBatch; ++j)
             if (begin + j * step < whole)
                 load_pack(x[j], l + begin + j * step);
@@ -1207,10 +1189,8 @@ __global__ void softmax_cross_entropy_kernel(float* losses, A* logits, const int
     const float factor = scored ? scale / sum : 0, one = scored ? scale : 0;
     for (int v = threadIdx.x * N; v < whole; v += kBatch * step) {
         load_batch(v);
-#pragma unroll
         for (int j = 0; j < kBatch; ++j) {
             const int begin = v + j * step;
-#pragma unroll
             for (int i = 0; i < N; ++i)
                 x[j][i] = factor * exp2_approx(x[j][i] * kLog2E - offset) -
                           (begin + i == target ? one : 0);
@@ -1241,7 +1221,6 @@ __global__ void sum_of_squares_kernel(double* sums, const float* grads, size_t c
     for (size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 4; i < count; i += step) {
         float g[4];
         load_pack(g, grads + i);
-#pragma unroll
         for (int j = 0; j < 4; ++j) sum += double(g[j]) * double(g[j]);
     }
     sum = block_sum(sum);
@@ -1285,7 +1264,6 @@ __global__ void adamw_kernel(Weight* weights, float* masters, float* m, float* v
         load_pack(w4, masters + i), load_pack(m4, m + i), load_pack(v4, v + i),
             load_pack(g4, grads + i);
         const float decay = i < decayed ? float(hyper.weight_decay) : 0;
-#pragma unroll
         for (int j = 0; j < 4; ++j)
             adamw_element(w4[j], m4[j], v4[j], g4[j] * clip, lr, m_scale, v_scale, beta1, beta2,
                           eps, decay);
@@ -1337,15 +1315,15 @@ void set_attribute(cublasLtMatmulDesc_t operation, cublasLtMatmulDescAttributes_
     CUDA_CHECK(cublasLtMatmulDescSetAttribute(operation, name, &value, sizeof value));
 }
 
-// Seconds that the work takes on the GPU: the best of `times`, after one that is not counted.
+// Seconds that the work takes on the GPU: the best of 5 times, after one that is not counted.
 template <class Work>
-double best_seconds(cudaStream_t stream, int times, Work&& work) {
+double best_seconds(cudaStream_t stream, Work&& work) {
     cudaEvent_t begin, end;
     CUDA_CHECK(cudaEventCreate(&begin));
     CUDA_CHECK(cudaEventCreate(&end));
     float best = INFINITY, milliseconds = 0;
     work();
-    for (int i = 0; i < times; ++i, best = std::min(best, milliseconds)) {
+    for (int i = 0; i < 5; ++i, best = std::min(best, milliseconds)) {
         CUDA_CHECK(cudaEventRecord(begin, stream));
         work();
         CUDA_CHECK(cudaEventRecord(end, stream));
@@ -1575,7 +1553,7 @@ private:
         for (const Algorithm& candidate : candidates) {
             if (run(plan, candidate, p, at) != CUBLAS_STATUS_SUCCESS) continue;
             const double seconds =
-                best_seconds(stream_, 5, [&] { CUDA_CHECK(run(plan, candidate, p, at)); });
+                best_seconds(stream_, [&] { CUDA_CHECK(run(plan, candidate, p, at)); });
             if (first == 0) first = seconds;
             if (seconds < best) best = seconds, plan.algorithm = candidate;
         }
@@ -1698,6 +1676,8 @@ public:
     void replay(const WorkKey& key, Work&& work) {
         const auto found = recordings_.find(key);
         if (found == recordings_.end()) {
+            // A shard's last, shorter text makes work of its own: rarely, but often in a long run.
+            if (recordings_.size() >= kMostRecordings) forget_recordings();
             work();
             recordings_.emplace(key, nullptr);
             return;
@@ -1717,6 +1697,7 @@ private:
     void* scratch_ = nullptr;
     size_t scratch_bytes_ = 0;
     std::map<WorkKey, cudaGraphExec_t> recordings_;  // null: done once, not recorded yet
+    static constexpr size_t kMostRecordings = 16;
     // A text of 64 x 1024 tokens is one piece; there is room for about 20 batches.
     static constexpr size_t kStagingPiece = size_t(256) << 10, kStagingPieces = 64;
     Pinned staging_[kStagingPieces], letters_[2];
@@ -1756,14 +1737,14 @@ template <class A>
 struct Cuda {
     using Real = float;
     using Weight = A;
-    using Gradient =
-        float;  // Why: sums over a batch, and over micro-batches, want more than 8 bits
+    // Why fp32: sums over a batch, and over micro-batches, want more than 8 bits.
+    using Gradient = float;
     using Activation = A;
     static constexpr bool kSeparateMasters = !std::is_same_v<A, float>;
     static constexpr bool kHostMemory = false;
     static constexpr const char* kProgram = "train_gpt_cu";
-    static constexpr size_t kHeadBytes =
-        size_t(8) << 30;  // of logits at a time; GPT-2 at B = 64 takes 6.6 GB
+    // Of logits at a time; GPT-2 at B = 64 takes 6.6 GB.
+    static constexpr size_t kHeadBytes = size_t(8) << 30;
 
     std::shared_ptr<CudaContext> context;  // copies of a device are the same device
     bool fuse = true;    // ask cuBLASLt to do the GELU and bias gradients with the matmul
@@ -1777,7 +1758,8 @@ struct Cuda {
     // --- the machine
 
     std::string describe() const {
-        const cudaDeviceProp gpu = properties();
+        cudaDeviceProp gpu;
+        CUDA_CHECK(cudaGetDeviceProperties(&gpu, 0));
         return format("%s, %d multiprocessors, %.1f GB, %s", gpu.name, gpu.multiProcessorCount,
                       double(gpu.totalGlobalMem) / 1e9,
                       kSeparateMasters           ? "bf16"
@@ -1801,8 +1783,8 @@ struct Cuda {
             const Product square{n,     n,     n,     n,     n,
                                  n,     false, false, false, CUBLASLT_EPILOGUE_DEFAULT,
                                  kType, kType};
-            const double seconds = best_seconds(
-                [&] { must(context->matmuls->multiply(square, x + 2 * count, x, x + count)); });
+            const double seconds =
+                best_seconds(stream(), [&] { multiply(square, x + 2 * count, x, x + count); });
             release(x);
             if (seconds > 1e-3 || n >= 8192 || 12 * count * sizeof(A) > free_memory())
                 return 2.0 * n * n * n / seconds;
@@ -1816,7 +1798,7 @@ struct Cuda {
         const size_t bytes = std::min(size_t(1) << 29, free_memory() / 2) / 2;
         char *from = allocate<char>(bytes), *to = allocate<char>(bytes);
         zero(from, bytes);
-        const double seconds = best_seconds([&] {
+        const double seconds = best_seconds(stream(), [&] {
             CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream()));
         });
         release(from), release(to);
@@ -1907,8 +1889,18 @@ struct Cuda {
     }
     void embed_backward(float* dwte, float* dwpe, const A* dout, const int32_t* tokens,
                         const int32_t* order, int B, int T, int C, Dropout drop) {
-        embed_backward_tokens_kernel<A>
-            <<<B * T, kThreads, 0, stream()>>>(dwte, dout, tokens, order, B * T, C, drop);
+        const int rows = B * T, stripes = (C + kWarp * kPack<A> - 1) / (kWarp * kPack<A>);
+        int32_t *count = context->scratch<int32_t>(size_t(rows) + 1), *starts = count + 1;
+        zero(count, 1);
+        token_starts_kernel<<<blocks_for(rows, kThreads), kThreads, 0, stream()>>>(starts, count,
+                                                                                   tokens, order,
+                                                                                   rows);
+        CUDA_CHECK(cudaGetLastError());
+        const int blocks =
+            resident_blocks(embed_backward_tokens_kernel<A>, kThreads, 0, size_t(rows) * stripes);
+        embed_backward_tokens_kernel<A><<<blocks, kThreads, 0, stream()>>>(dwte, dout, tokens,
+                                                                           order, starts, count,
+                                                                           rows, C, drop);
         CUDA_CHECK(cudaGetLastError());
         embed_backward_places_kernel<A>
             <<<packs(size_t(T) * C), kThreads, 0, stream()>>>(dwpe, dout, B, T, C, drop);
@@ -1944,13 +1936,11 @@ struct Cuda {
     // --- linear layers
 
     void linear_forward(A* out, const A* x, const A* w, const A* b, int rows, int C, int OC) {
-        must(context->matmuls->multiply(forward_product(rows, C, OC, CUBLASLT_EPILOGUE_BIAS), out,
-                                        w, x, nullptr, b));
+        multiply(forward_product(rows, C, OC, CUBLASLT_EPILOGUE_BIAS), out, w, x, nullptr, b);
     }
     void linear_backward(A* dx, float* dw, const A* dout, const A* x, const A* w, int rows, int C,
                          int OC, bool accumulate) {
-        must(context->matmuls->multiply(input_product(rows, C, OC, CUBLASLT_EPILOGUE_DEFAULT), dx,
-                                        w, dout));
+        multiply(input_product(rows, C, OC, CUBLASLT_EPILOGUE_DEFAULT), dx, w, dout);
         weight_gradient(dw, dout, x, rows, C, OC, accumulate);
     }
     void linear_gelu_forward(A* gelu, A* pre, const A* x, const A* w, const A* b, int rows, int C,
@@ -1972,8 +1962,7 @@ struct Cuda {
                                                                      accumulate);
             CUDA_CHECK(cudaGetLastError());
         } else {
-            must(context->matmuls->multiply(input_product(rows, C, OC, CUBLASLT_EPILOGUE_DEFAULT),
-                                            dpre, w, dout));
+            multiply(input_product(rows, C, OC, CUBLASLT_EPILOGUE_DEFAULT), dpre, w, dout);
             column_sums(dpre_bias, dpre, pre, rows, C, accumulate);
         }
         weight_gradient(dw, dout, gelu, rows, C, OC, accumulate);
@@ -1982,7 +1971,7 @@ struct Cuda {
                                  int rows, int C, int OC, Dropout drop) {
         Product product = forward_product(rows, C, OC, CUBLASLT_EPILOGUE_BIAS);
         product.add = !drop.on();
-        must(context->matmuls->multiply(product, out, w, x, residual, b));
+        multiply(product, out, w, x, residual, b);
         if (!drop.on()) return;
         const size_t count = size_t(rows) * OC;
         residual_dropout_kernel<A>
@@ -1994,38 +1983,55 @@ struct Cuda {
 
     void attention_forward(A* out, float* lse, const A* qkv, int B, int T, int NH, int HS,
                            Dropout drop) {
-        if constexpr (kSeparateMasters) {
-            if (HS == 32) return tensor_forward<32, false>(out, lse, qkv, B, T, NH, drop);
-            if (HS == 64) return tensor_forward<64, true>(out, lse, qkv, B, T, NH, drop);
-            if (HS == 128) return tensor_forward<128, false>(out, lse, qkv, B, T, NH, drop);
-        }
-        plain_forward(out, lse, qkv, B, 0, T, NH, HS, drop);
+        const bool done = on_tensor_cores(B, T, NH, HS, drop, [&](auto size, auto m, auto dropped) {
+            constexpr int kHS = decltype(size)::value, kM = decltype(m)::value;
+            constexpr bool kDrop = decltype(dropped)::value;
+            const dim3 grid(blocks_for(T, 64 * kM), unsigned(B * NH));
+            const size_t shared = (64 * kM + 4 * 64) * kHS * sizeof(A);
+            allow_shared(attention_forward_kernel<kHS, kM, kDrop>, shared);
+            attention_forward_kernel<kHS, kM, kDrop>
+                <<<grid, kTileThreads, shared, stream()>>>(out, lse, qkv, T, NH, drop);
+            CUDA_CHECK(cudaGetLastError());
+        });
+        if (!done) plain_forward(out, lse, qkv, B, 0, T, NH, HS, drop);
     }
     void attention_backward(A* dqkv, float* dqkv_bias, const A* dout, const A* out,
                             const float* lse, const A* qkv, int B, int T, int NH, int HS,
                             Dropout drop, bool accumulate) {
-        const TensorBackward all{dqkv, dqkv_bias, dout, out, lse, qkv, B, T, NH, drop, accumulate};
-        if constexpr (kSeparateMasters) {
-            if (HS == 32) return tensor_backward<32, false>(all);
-            if (HS == 64) return tensor_backward<64, true>(all);
-            if (HS == 128) return tensor_backward<128, false>(all);
-        }
-        float* delta = context->scratch<float>(size_t(B) * NH * T);
+        const size_t heads = size_t(B) * NH * T;
+        const int width = 3 * NH * HS;
+        const bool done = on_tensor_cores(B, T, NH, HS, drop, [&](auto size, auto m, auto dropped) {
+            constexpr int kHS = decltype(size)::value, kM = decltype(m)::value;
+            constexpr bool kDrop = decltype(dropped)::value;
+            const dim3 grid(blocks_for(T, 64 * kM), unsigned(B * NH));
+            const size_t parts = size_t(B) * grid.x;
+            const size_t shared = (2 * 64 * kM + 4 * 64) * kHS * sizeof(A);
+            float2* statistics = context->scratch<float2>(heads + parts * width / 2);
+            float* partial = reinterpret_cast<float*>(statistics + heads);
+            allow_shared(attention_backward_queries_kernel<kHS, kM, kDrop>, shared);
+            attention_backward_queries_kernel<kHS, kM, kDrop>
+                <<<grid, kTileThreads, shared, stream()>>>(dqkv, partial, statistics, dout, out,
+                                                           lse, qkv, T, NH, drop);
+            CUDA_CHECK(cudaGetLastError());
+            allow_shared(attention_backward_keys_kernel<kHS, kM, kDrop>, shared);
+            attention_backward_keys_kernel<kHS, kM, kDrop>
+                <<<grid, kTileThreads, shared, stream()>>>(dqkv, partial, statistics, dout, qkv, T,
+                                                           NH, drop);
+            CUDA_CHECK(cudaGetLastError());
+            sum_partials({{dqkv_bias, nullptr, nullptr}}, 1, partial, int(parts), width,
+                         accumulate);
+        });
+        if (done) return;
+        float* delta = context->scratch<float>(heads);
+        const unsigned blocks = blocks_for(heads, kThreads / kWarp);
         attention_delta_kernel<A>
-            <<<blocks_for(size_t(B) * T * NH, kThreads / kWarp), kThreads, 0, stream()>>>(delta,
-                                                                                          out, dout,
-                                                                                          B * T, T,
-                                                                                          NH, HS);
+            <<<blocks, kThreads, 0, stream()>>>(delta, out, dout, B * T, T, NH, HS);
         CUDA_CHECK(cudaGetLastError());
-        if (HS <= 32)
-            plain_backward<1>(dqkv, dout, lse, delta, qkv, B, T, NH, HS, drop);
-        else if (HS <= 64)
-            plain_backward<2>(dqkv, dout, lse, delta, qkv, B, T, NH, HS, drop);
-        else if (HS <= 128)
-            plain_backward<4>(dqkv, dout, lse, delta, qkv, B, T, NH, HS, drop);
-        else
-            plain_backward<8>(dqkv, dout, lse, delta, qkv, B, T, NH, HS, drop);
-        column_sums(dqkv_bias, dqkv, nullptr, B * T, 3 * NH * HS, accumulate);
+        with_lane_channels(HS, [&](auto channels) {
+            plain_backward<decltype(channels)::value>(dqkv, dout, lse, delta, qkv, B, T, NH, HS,
+                                                      drop);
+        });
+        column_sums(dqkv_bias, dqkv, nullptr, B * T, width, accumulate);
     }
     void attention_cached(A* out, const A* qkv, int past, int n, int NH, int HS) {
         plain_forward(out, nullptr, qkv, 1, past, n, NH, HS, Dropout{});
@@ -2033,13 +2039,11 @@ struct Cuda {
 
     // --- head
 
-    static int head_pitch(int V) {
-        return (V + 7) / 8 * 8;
-    }  // rows of logits start at multiples of 16 bytes
-    static int head_rows(int rows, int V, size_t bytes) {  // of one block of logits
-        const size_t all = size_t(rows) * head_pitch(V) * sizeof(A),
-                     blocks = (all + bytes - 1) / bytes;
-        return int((size_t(rows) + blocks - 1) / blocks);
+    // Rows of logits start at multiples of 16 bytes.
+    static int head_pitch(int V) { return (V + 7) / 8 * 8; }
+    // How many rows of logits are made at a time.
+    static int head_rows(int rows, int V, size_t bytes) {
+        return int(blocks_for(rows, blocks_for(size_t(rows) * head_pitch(V) * sizeof(A), bytes)));
     }
     static size_t head_workspace(int rows, int V) {
         return size_t(head_rows(rows, V, kHeadBytes)) * head_pitch(V);
@@ -2050,8 +2054,7 @@ struct Cuda {
         const int step = head_rows(rows, V, head_bytes);
         for (int first = 0; first < rows; first += step) {
             const int n = std::min(step, rows - first);
-            must(context->matmuls->multiply(logits_product(n, C, V), logits, w,
-                                            x + size_t(first) * C));
+            multiply(logits_product(n, C, V), logits, w, x + size_t(first) * C);
             softmax_cross_entropy<false>(losses + first, logits, targets + first, n, V, 0);
         }
     }
@@ -2062,22 +2065,21 @@ struct Cuda {
         for (int first = 0; first < rows; first += step) {
             const int n = std::min(step, rows - first);
             const A* x_rows = x + size_t(first) * C;
-            must(context->matmuls->multiply(logits_product(n, C, V), logits, w, x_rows));
+            multiply(logits_product(n, C, V), logits, w, x_rows);
             softmax_cross_entropy<true>(losses + first, logits, targets + first, n, V, scale);
             // dx = dlogits w, dw (+)= dlogits^T x
-            must(context->matmuls->multiply({C, n, V, C, pitch, C, false, false, false,
-                                             CUBLASLT_EPILOGUE_DEFAULT, kType, kType},
-                                            dx + size_t(first) * C, w, logits));
-            must(context->matmuls->multiply({C, V, n, C, pitch, C, false, true,
-                                             accumulate || first > 0, CUBLASLT_EPILOGUE_DEFAULT,
-                                             kType, CUDA_R_32F},
-                                            dw, x_rows, logits, dw));
+            multiply({C, n, V, C, pitch, C, false, false, false, CUBLASLT_EPILOGUE_DEFAULT, kType,
+                      kType},
+                     dx + size_t(first) * C, w, logits);
+            multiply({C, V, n, C, pitch, C, false, true, accumulate || first > 0,
+                      CUBLASLT_EPILOGUE_DEFAULT, kType, CUDA_R_32F},
+                     dw, x_rows, logits, dw);
         }
     }
     void head_logits(float* logits, const A* x, const A* w, int rows, int C, int V) {
-        must(context->matmuls->multiply({V, rows, C, C, C, V, true, false, false,
-                                         CUBLASLT_EPILOGUE_DEFAULT, kType, CUDA_R_32F},
-                                        logits, w, x));
+        multiply({V, rows, C, C, C, V, true, false, false, CUBLASLT_EPILOGUE_DEFAULT, kType,
+                  CUDA_R_32F},
+                 logits, w, x);
     }
 
     // --- the update
@@ -2116,16 +2118,6 @@ private:
     static constexpr cudaDataType_t kType = kSeparateMasters ? CUDA_R_16BF : CUDA_R_32F;
 
     cudaStream_t stream() const { return context->stream; }
-    static cudaDeviceProp properties() {
-        cudaDeviceProp gpu;
-        CUDA_CHECK(cudaGetDeviceProperties(&gpu, 0));
-        return gpu;
-    }
-    // Seconds that the work takes on the GPU, at best, of a few times.
-    template <class Work>
-    double best_seconds(Work&& work) {
-        return tinygpt::best_seconds(stream(), 5, work);
-    }
     // Random numbers: what lies in memory decides how much power a product takes, and how fast it
     // is. A few are made, and copied until there are enough.
     void fill_with_noise(A* to, size_t count) {
@@ -2137,8 +2129,11 @@ private:
                                        cudaMemcpyDeviceToDevice, stream()));
     }
     static unsigned packs(size_t count) { return blocks_for(count, size_t(kThreads) * kPack<A>); }
-    static void must(bool possible) {
-        TINYGPT_CHECK(possible, "cuBLASLt has no kernel for a matrix product");
+    // A product that there must be a kernel for.
+    void multiply(const Product& product, void* d, const void* a, const void* b,
+                  const void* c = nullptr, const void* bias = nullptr) {
+        TINYGPT_CHECK(context->matmuls->multiply(product, d, a, b, c, bias),
+                      "cuBLASLt has no kernel for a matrix product");
     }
 
     // out [rows, OC] = x [rows, C] w [C, OC]
@@ -2157,9 +2152,9 @@ private:
     // dw [C, OC] (+)= x^T dout
     void weight_gradient(float* dw, const A* dout, const A* x, int rows, int C, int OC,
                          bool accumulate) {
-        must(context->matmuls->multiply({OC, C, rows, OC, C, OC, false, true, accumulate,
-                                         CUBLASLT_EPILOGUE_DEFAULT, kType, CUDA_R_32F},
-                                        dw, dout, x, dw));
+        multiply({OC, C, rows, OC, C, OC, false, true, accumulate, CUBLASLT_EPILOGUE_DEFAULT, kType,
+                  CUDA_R_32F},
+                 dw, dout, x, dw);
     }
     // sums [C] (+)= column sums of d [rows, C]; with pre, d becomes d gelu'(pre) first.
     void column_sums(float* sums, A* d, const A* pre, int rows, int C, bool accumulate) {
@@ -2186,26 +2181,30 @@ private:
         CUDA_CHECK(cudaGetLastError());
     }
 
-    void plain_forward(A* out, float* lse, const A* qkv, int B, int past, int n, int NH, int HS,
-                       Dropout drop) {
-        if (HS <= 32) return plain_forward_by<1>(out, lse, qkv, B, past, n, NH, HS, drop);
-        if (HS <= 64) return plain_forward_by<2>(out, lse, qkv, B, past, n, NH, HS, drop);
-        if (HS <= 128) return plain_forward_by<4>(out, lse, qkv, B, past, n, NH, HS, drop);
-        plain_forward_by<8>(out, lse, qkv, B, past, n, NH, HS, drop);
+    // Calls run(channels of a lane) for the plain kernels.
+    template <class Run>
+    static void with_lane_channels(int HS, Run&& run) {
+        if (HS <= 32) return run(std::integral_constant<int, 1>());
+        if (HS <= 64) return run(std::integral_constant<int, 2>());
+        if (HS <= 128) return run(std::integral_constant<int, 4>());
+        run(std::integral_constant<int, 8>());
     }
     static size_t plain_shared(int HS, int held_tables) {
         const size_t padded = padded_head(HS);
         return sizeof(float) * (held_tables * kPlainHeld * padded + 2 * 32 * (padded + 1) +
                                 size_t(held_tables) * kPlainHeld * 32);
     }
-    template <int E>
-    void plain_forward_by(A* out, float* lse, const A* qkv, int B, int past, int n, int NH, int HS,
-                          Dropout drop) {
+    void plain_forward(A* out, float* lse, const A* qkv, int B, int past, int n, int NH, int HS,
+                       Dropout drop) {
         const dim3 grid(blocks_for(n, kPlainHeld), unsigned(B * NH));
         const size_t shared = plain_shared(HS, 1);
-        allow_shared(attention_plain_forward_kernel<A, E>, shared);
-        attention_plain_forward_kernel<A, E>
-            <<<grid, kPlainWarps * kWarp, shared, stream()>>>(out, lse, qkv, past, n, NH, HS, drop);
+        with_lane_channels(HS, [&](auto channels) {
+            constexpr int E = decltype(channels)::value;
+            allow_shared(attention_plain_forward_kernel<A, E>, shared);
+            attention_plain_forward_kernel<A, E>
+                <<<grid, kPlainWarps * kWarp, shared, stream()>>>(out, lse, qkv, past, n, NH, HS,
+                                                                  drop);
+        });
         CUDA_CHECK(cudaGetLastError());
     }
     template <int E>
@@ -2224,66 +2223,29 @@ private:
                                                               HS, drop);
         CUDA_CHECK(cudaGetLastError());
     }
-    // Whether a block takes 128 rows of a head, not 64: where there are enough of them to give each
-    // multiprocessor two, and no dropout, whose arithmetic needs the registers.
-    bool wide_blocks(int B, int T, int NH, Dropout drop) const {
-        int processors = 0;
-        CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, 0));
-        return !drop.on() && size_t(B) * NH * blocks_for(T, 128) >= 2 * size_t(processors);
-    }
-    template <int HS, bool kMayBeWide>
-    void tensor_forward(A* out, float* lse, const A* qkv, int B, int T, int NH, Dropout drop) {
-        if constexpr (kMayBeWide)
-            if (wide_blocks(B, T, NH, drop))
-                return tensor_forward_by<HS, 2, false>(out, lse, qkv, B, T, NH, drop);
-        if (drop.on()) return tensor_forward_by<HS, 1, true>(out, lse, qkv, B, T, NH, drop);
-        tensor_forward_by<HS, 1, false>(out, lse, qkv, B, T, NH, drop);
-    }
-    template <int HS, int kM, bool kDrop>
-    void tensor_forward_by(A* out, float* lse, const A* qkv, int B, int T, int NH, Dropout drop) {
-        const dim3 grid(blocks_for(T, 64 * kM), unsigned(B * NH));
-        const size_t shared = (64 * kM + 4 * 64) * HS * sizeof(A);
-        allow_shared(attention_forward_kernel<HS, kM, kDrop>, shared);
-        attention_forward_kernel<HS, kM, kDrop>
-            <<<grid, kTileThreads, shared, stream()>>>(out, lse, qkv, T, NH, drop);
-        CUDA_CHECK(cudaGetLastError());
-    }
-    struct TensorBackward {
-        A* dqkv;
-        float* dqkv_bias;
-        const A *dout, *out;
-        const float* lse;
-        const A* qkv;
-        int B, T, NH;
-        Dropout drop;
-        bool accumulate;
-    };
-    template <int HS, bool kMayBeWide>
-    void tensor_backward(const TensorBackward& a) {
-        if constexpr (kMayBeWide)
-            if (wide_blocks(a.B, a.T, a.NH, a.drop)) return tensor_backward_by<HS, 2, false>(a);
-        if (a.drop.on()) return tensor_backward_by<HS, 1, true>(a);
-        tensor_backward_by<HS, 1, false>(a);
-    }
-    template <int HS, int kM, bool kDrop>
-    void tensor_backward_by(const TensorBackward& a) {
-        const dim3 grid(blocks_for(a.T, 64 * kM), unsigned(a.B * a.NH));
-        const int parts = a.B * int(grid.x), width = 3 * a.NH * HS;
-        float2* statistics =
-            context->scratch<float2>(size_t(a.B) * a.NH * a.T + size_t(parts) * width / 2);
-        float* partial = reinterpret_cast<float*>(statistics + size_t(a.B) * a.NH * a.T);
-        const size_t shared = (2 * 64 * kM + 4 * 64) * HS * sizeof(A);
-        allow_shared(attention_backward_queries_kernel<HS, kM, kDrop>, shared);
-        attention_backward_queries_kernel<HS, kM, kDrop>
-            <<<grid, kTileThreads, shared, stream()>>>(a.dqkv, partial, statistics, a.dout, a.out,
-                                                       a.lse, a.qkv, a.T, a.NH, a.drop);
-        CUDA_CHECK(cudaGetLastError());
-        allow_shared(attention_backward_keys_kernel<HS, kM, kDrop>, shared);
-        attention_backward_keys_kernel<HS, kM, kDrop>
-            <<<grid, kTileThreads, shared, stream()>>>(a.dqkv, partial, statistics, a.dout, a.qkv,
-                                                       a.T, a.NH, a.drop);
-        CUDA_CHECK(cudaGetLastError());
-        sum_partials({{a.dqkv_bias, nullptr, nullptr}}, 1, partial, parts, width, a.accumulate);
+    // Calls run(head size, times 16 rows of a warp, dropout) with numbers known to the compiler;
+    // false where the tensor cores have no kernel for this head size or type. A block takes 128
+    // rows of a head, not 64, where there are enough of them to give each multiprocessor two
+    // blocks, and no dropout, whose arithmetic needs the registers.
+    template <class Run>
+    bool on_tensor_cores(int B, int T, int NH, int HS, Dropout drop, Run&& run) {
+        auto with_size = [&](auto size) {
+            const std::integral_constant<int, 1> one;
+            const std::integral_constant<int, 2> two;
+            const size_t blocks = size_t(B) * NH * blocks_for(T, 128);
+            int processors = 0;
+            CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, 0));
+            if (drop.on()) return run(size, one, std::true_type());
+            if constexpr (decltype(size)::value == 64)
+                if (blocks >= 2 * size_t(processors)) return run(size, two, std::false_type());
+            run(size, one, std::false_type());
+        };
+        if constexpr (kSeparateMasters) {
+            if (HS == 32) return with_size(std::integral_constant<int, 32>()), true;
+            if (HS == 64) return with_size(std::integral_constant<int, 64>()), true;
+            if (HS == 128) return with_size(std::integral_constant<int, 128>()), true;
+        }
+        return false;
     }
 };
 

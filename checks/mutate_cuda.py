@@ -17,6 +17,8 @@ MUTANTS = """
 embed_forward_kernel | embedding | sign | token[i] += place[i] | token[i] -= place[i]
 embed_forward_kernel | embedding | term | past + row % T | row % T
 embed_forward_kernel | embedding | term | token[i] *= drop.scale(at + i) | token[i] *= 1
+token_starts_kernel | embedding | sign | tokens[order[i]] == tokens[order[i - 1]] | tokens[order[i]] != tokens[order[i - 1]]
+token_starts_kernel | embedding | term | starts[atomicAdd(count, 1)] = i | starts[atomicAdd(count, 1)] = i + (i > 2)
 embed_backward_tokens_kernel | embedding | sign | total += sums[w][i] | total -= sums[w][i]
 embed_backward_tokens_kernel | embedding | term | d[j] * drop.scale(at + j) | d[j]
 embed_backward_places_kernel | embedding | sign | d[i] * drop.scale(from + i) | -d[i] * drop.scale(from + i)
