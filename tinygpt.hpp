@@ -15,7 +15,7 @@
 //   §1  ground rules      errors with a message; random numbers that can be asked for in any order
 //   §2  one batch         shards, and the same text shifted by one
 //   §3  the model         sizes, and the one list of parameters
-//   §4  the layers        embed, layernorm, matmul, attention, GELU, residual, dropout, head and loss
+//   §4  the layers        embed, layernorm, matmul, attention, GELU, residual, head and loss
 //   §5  forward           GPT-2 on one screen
 //   §6  backward          the same lines upside down
 //   §7  the update        schedule, clip, guards, AdamW
@@ -31,6 +31,21 @@
 // running fastest. A function's comment says what it sets and what it adds to; outputs come first.
 // "Why:" gives a reason, "Careful:" marks a trap, "walk>" quotes a line that ./train_gpt walk
 // prints.
+//
+// For a reader who comes from Python, the C++ that is everywhere here:
+//   const real* x           an array that is only read: the address of its first number; how many
+//                           there are is said beside it, and nothing checks it
+//   x + size_t(row) * C     the address of a row, as x[row] of a NumPy array with C columns. size_t
+//                           holds 64 bits; an int ends at 2^31, which a count of logits may pass
+//   template <class real>   written once for any type: the compiler makes a copy for float, to
+//                           train, and one for double, to check gradients
+//   [&](int i) { ... }      a lambda, which sees the variables around it; with [=] it has copies
+//   auto& y = x             another name for x, not a copy
+//   std::vector<float>      a list that owns its numbers; std::string_view: a slice of a text
+//   #pragma omp parallel for   the turns of the next loop are shared out among the threads
+//   #pragma omp simd        several turns of it are made at once, in one register
+//   ~Name()                 runs when an object's scope ends, as __exit__ at the end of a `with`
+// What else looks strange (inline, explicit, noexcept, [[...]]) is for the compiler: read past it.
 //
 // To use it in a program of your own: C++20, -fopenmp, one #include. Everything is in namespace
 // tinygpt and may be included from several files. Licence: MIT, see LICENSE.
@@ -115,7 +130,8 @@ struct Error : std::runtime_error {
     Error(int status, const std::string& message) : std::runtime_error(message), status(status) {}
 };
 
-// printf into a string.
+// printf into a string: format("%d of %s", 3, "x") is "3 of x". vsnprintf runs twice, the first
+// time into nothing, to learn the length.
 [[gnu::format(printf, 1, 2)]] inline std::string format(const char* pattern, ...) {
     va_list args, again;
     va_start(args, pattern);
@@ -132,6 +148,7 @@ struct Error : std::runtime_error {
 
 // A check that stays on in every build. The message (printf style) says what was expected, what was
 // found, where, and what to do. It is evaluated only when the check fails.
+// Why do ... while (0): it makes one statement of it, so that it can stand behind an `if`.
 #define TINYGPT_CHECK(condition, ...)                                      \
     do {                                                                   \
         if (!(condition)) ::tinygpt::fail(::tinygpt::format(__VA_ARGS__)); \
@@ -141,7 +158,8 @@ struct Error : std::runtime_error {
 struct bf16 {
     uint16_t bits;
     bf16() = default;
-    // Round to nearest, ties to even; a NaN stays a NaN.
+    // Round to nearest, ties to even; a NaN stays a NaN. Adding 0x7fff, and one more where the bit
+    // that stays last is odd, carries into the upper half just where the value must be rounded up.
     TINYGPT_HD explicit bf16(float value) {
         uint32_t u;
         std::memcpy(&u, &value, 4);
@@ -158,12 +176,16 @@ struct bf16 {
 
 // Random numbers are a pure function of where they are used: random_bits(key, i) is the i-th number
 // of the stream `key`. Nothing is drawn "next", so threads, restarts and GPUs all see the same
-// ones. The mixer is the finaliser of SplitMix64 (Steele, Lea, Flood 2014).
+// ones. The mixer is the finaliser of SplitMix64 (Steele, Lea, Flood 2014). Each of its steps can
+// be undone, so different numbers stay different, and lets every bit change more of the others.
 TINYGPT_HD inline uint64_t mix_bits(uint64_t x) {
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
     return x ^ (x >> 31);
 }
+// The stream of one use. `place` says which, so that no two share a stream: 1 the order of the
+// blocks, 2 where cutting begins (§2), 3 initial weights (§3), 4 dropout masks (§5), 5 one
+// micro-batch of training (§8), 6 generation (§9). `step` numbers within it: the epoch, the tensor.
 TINYGPT_HD inline uint64_t random_key(uint64_t seed, uint64_t step, uint64_t place) {
     return mix_bits(mix_bits(mix_bits(seed + 0x9e3779b97f4a7c15ull) + step) + place);
 }
@@ -174,7 +196,8 @@ TINYGPT_HD inline uint64_t random_bits(uint64_t key, uint64_t i) {
 TINYGPT_HD inline double random_uniform(uint64_t key, uint64_t i) {
     return double(random_bits(key, i) >> 11) * 0x1.0p-53;
 }
-// Standard normal, by Box and Muller: two uniforms make one.
+// Standard normal (Box, Muller 1958): a point at distance sqrt(-2 log u) and angle 2 pi v, with u
+// and v uniform, is normal in both coordinates. Why 1 - ...: u must not be 0, for its logarithm.
 inline double random_normal(uint64_t key, uint64_t i) {
     double u = 1.0 - random_uniform(key, 2 * i), v = random_uniform(key, 2 * i + 1);
     return std::sqrt(-2.0 * std::log(u)) * std::cos(2.0 * M_PI * v);
@@ -190,13 +213,21 @@ inline double random_normal(uint64_t key, uint64_t i) {
 //   targets         cat   sat   on   the                 the same text, one token later
 //
 // So every row holds T questions, not one: after "the" comes?, after "the cat" comes?, and so on.
-// Text comes as shards:
-//   256 x int32 header: 20240520, version 1, number of tokens, zeros; then the tokens as uint16.
-// The same layout is used by the public FineWeb shards for GPT-2, so those work as they are.
+// Text comes as shards, files of tokens. All numbers are little-endian, the lowest byte first:
+//
+//   byte     0  88 d8 34 01   20240520: this is a shard
+//            4  01 00 00 00   version 1
+//            8  31 a3 13 00   1,287,985 tokens follow the header
+//           12  zeros, up to byte 1023
+//         1024  9f 03         token 927, the end of a text, which stands before every text
+//         1026  51 01         token 337, and so on: two bytes each, to the end of the file
+//
+// The same layout is used by the public FineWeb shards for GPT-2, so those work as they are. Why
+// two bytes: GPT-2's 50,257 tokens fit, and a text takes half the room and half the reading.
 
 constexpr int kShardHeaderBytes = 1024;
 constexpr int32_t kShardMagic = 20240520;
-constexpr int32_t kIgnore = -1;  // a target that is not scored
+constexpr int32_t kIgnore = -1;  // a target that is not scored: no loss, no gradient
 
 // What one training step reads. Row b predicts targets[b][t] from inputs[b][0..t], where
 // targets[b][t] is the token that follows inputs[b][t] in the text: the shift by one.
@@ -207,11 +238,13 @@ struct Batch {
     std::vector<int32_t> inputs, targets;  // [B, T] each
     std::vector<int32_t> order;            // the rows 0 .. B*T-1 sorted by input token (for §4.1)
     int64_t scored = 0;                    // targets that are not kIgnore
+    // An empty batch [rows, columns]: tokens 0, and nothing to score.
     void resize(int rows, int columns) {
         B = rows, T = columns, scored = 0;
         inputs.assign(size_t(B) * T, 0);
         targets.assign(size_t(B) * T, kIgnore);
     }
+    // Sets order. Why stable: rows of the same token stay in order, so their sum has one order too.
     void sort_rows() {
         order.resize(inputs.size());
         std::iota(order.begin(), order.end(), 0);
@@ -221,7 +254,8 @@ struct Batch {
     }
 };
 
-// One open shard. Reads with pread, so that a file that shrinks is an error and not a signal.
+// One open shard. Reads with pread ("read at this place"), so that a file that shrinks is an error:
+// a file mapped into memory would end the program by a signal.
 class Shard {
 public:
     // Opens and validates `path`: magic, version, and a length that agrees with the count.
@@ -257,6 +291,7 @@ public:
     }
 
     // Reads tokens [begin, begin + count) into out. Fails if the file has been cut short since.
+    // One call may give less than it is asked for. (In the message, 512 = the header in tokens.)
     void read(uint16_t* out, int64_t begin, int64_t count) const {
         char* to = reinterpret_cast<char*>(out);
         int64_t left = 2 * count, at = kShardHeaderBytes + 2 * begin;
@@ -296,6 +331,7 @@ public:
     const std::vector<Shard>& files() const { return shards_; }
 
     // Reads every token once; fails at the first that the vocabulary does not have.
+    // Why before training: such a token would be a row of wte that does not exist, hours later.
     void check_tokens(int vocab_size) const {
         std::vector<uint16_t> buffer(1 << 14);
         for (const Shard& shard : shards_)
@@ -321,8 +357,12 @@ private:
     int64_t tokens_ = 0;
 };
 
-// A permutation of 0..n-1 that needs no memory: four Feistel rounds on the next even number of
-// bits, walking on while the result is not below n. Bijective because every round can be undone.
+// Where i goes when 0..n-1 are shuffled: a permutation that needs no list. i is cut into two halves
+// of as many bits, and each round mixes one into the other (Feistel's cipher):
+//   (left, right) -> (right, left ^ mix(right))     undone by     (l, r) -> (r ^ mix(l), l)
+// What can be undone sends no two numbers to the same place, so it is a permutation, of 4^half >= n
+// numbers. One that lands at n or above is sent on until it lands below (Black, Rogaway 2002),
+// which keeps it one; 4^half < 4n for n > 1, so that takes fewer than four tries on average.
 inline uint64_t shuffled(uint64_t i, uint64_t n, uint64_t key) {
     int half = 1;
     while (half < 32 && (uint64_t(1) << (2 * half)) < n) ++half;
@@ -344,6 +384,9 @@ inline uint64_t shuffled(uint64_t i, uint64_t n, uint64_t key) {
 // may be short: its missing targets are kIgnore. With shuffle, every epoch has a fresh order of the
 // blocks and a fresh offset at which the cutting begins (the shard is taken as a ring), so blocks
 // do not always begin at the same words. Everything is a function of (seed, i): nothing to save.
+// With 10 tokens, so 9 predictions (each reads its own token and is scored by the next), and T = 4:
+//   plain       0 1 2 3 | 4 5 6 7 | 8            in this order, every epoch
+//   shuffled    6 7 8 0 | 1 2 3 4 | 5            say, from offset 6; and the three in any order
 class DataOrder {
 public:
     DataOrder() = default;
@@ -360,10 +403,11 @@ public:
         int shard = 0;
         // first prediction of the block, on the ring of the shard's predictions
         int64_t begin = 0;
-        int64_t length = 0;  // how many of its T predictions exist
+        int64_t length = 0;  // how many of its T predictions exist: fewer in the last block
     };
     int64_t blocks_per_epoch() const { return blocks_; }
     int64_t epoch(int64_t sample) const { return sample / blocks_; }
+    // How many predictions a shard has: the length of its ring.
     int64_t ring(int shard) const { return lengths_[size_t(shard)]; }
 
     // The place of sample number i, counted from the start of training.
@@ -393,7 +437,9 @@ private:
     std::vector<int64_t> lengths_, first_block_;
 };
 
-// Fills one batch with samples first .. first + B - 1. Fails on a token outside the vocabulary.
+// Fills one batch with samples first .. first + B - 1, and sorts it. This is where inputs and
+// targets part: both are copied from the same text, the targets from one token later. What a short
+// block leaves empty keeps kIgnore. Fails on a token outside the vocabulary.
 inline void fill_batch(Batch& batch, const Shards& shards, const DataOrder& order, int64_t first,
                        int vocab_size) {
     std::vector<uint16_t> text(size_t(batch.T) + 1);
@@ -419,7 +465,8 @@ inline void fill_batch(Batch& batch, const Shards& shards, const DataOrder& orde
 }
 
 // Reads the batches of a run in order, one ahead of the step: while the model computes, a thread
-// reads what comes next, so reading never shows in the time of a step.
+// reads what comes next, so reading never shows in the time of a step. std::async starts a function
+// on a thread and returns a future; its get() waits for the result (as Python's executor.submit).
 class BatchLoader {
 public:
     BatchLoader(const Shards& shards, DataOrder order, int B, int T, int vocab_size,
@@ -472,10 +519,15 @@ private:
 //
 // The last line uses the embedding's own table again (the "tied head"): the vector by which a token
 // is read is the vector by which it is predicted. Nearly all parameters are in the layers' four
-// matrices, 12 C^2 a layer, and in wte, V C: 124,439,808 in all for GPT-2 small. Dimensions:
+// matrices and in wte: for GPT-2 small, with C = 768, L = 12, V = 50257, P = 1024,
+//   a layer   3 C^2 (c_attn) + C^2 (attn's c_proj) + 4 C^2 (c_fc) + 4 C^2 (mlp's c_proj) = 12 C^2,
+//             and 13 C of biases and norms: 7,087,872
+//   in all    V C + P C + 12 * 7,087,872 + 2 C (ln_f) = 124,439,808
+// Dimensions:
 //   B batch   T sequence   C channels (n_embd)   NH heads   HS = C / NH head size
 //   L layers  V vocabulary  P positions
 
+// L, NH, C, P, V under Hugging Face's names. C must be a multiple of NH.
 struct Config {
     int n_layer = 0, n_head = 0, n_embd = 0, n_positions = 0, vocab_size = 0;
     bool untied_head = false;  // true: lm_head.weight is a tensor of its own, not wte.weight
@@ -491,6 +543,7 @@ struct Preset {
 // et al. 2019; sizes as in the published configurations).
 inline const std::vector<Preset>& presets() {
     static const std::vector<Preset> list = {
+        // n_layer, n_head, n_embd, n_positions, vocab_size
         {"tiny", {2, 4, 128, 128, 1024}},
         {"gpt2", {12, 12, 768, 1024, 50257}},
         {"gpt2-medium", {24, 16, 1024, 1024, 50257}},
@@ -500,7 +553,8 @@ inline const std::vector<Preset>& presets() {
     return list;
 }
 
-// Every tensor of the model by name. T is what an element is: a weight, a gradient, a moment.
+// Every tensor of the model by name: pointers only, into flat arrays that somebody else owns. T is
+// what an element is: a weight, or its gradient, which has the same name in another such struct.
 template <class T>
 struct Parameters {
     struct Block {
@@ -514,11 +568,14 @@ struct Parameters {
     T* lm_head;  // the tied head is wte itself
 };
 
+// What a tensor holds before training.
 enum class Init { zeros, ones, normal, residual };  // residual: normal, scaled by 1/sqrt(2L)
 
 // The one list. Calls visit(name, pointer, shape, init) once for every tensor, in the order of the
 // text's way through the model. Allocation, initialisation, weight decay, checkpoints, the
 // parameter table and the gradient test all come from here, so none of them can forget a tensor.
+// `visit` is any function of these four arguments: the compiler writes the list out for each. It
+// gets the pointer itself (p.wte, not a copy of it), and so may also set it: see point_into.
 // Names and shapes are Hugging Face's for GPT-2: linear weights are [in, out], y = x W + b.
 template <class T, class Visit>
 void for_each_tensor(const Config& config, Parameters<T>& p, Visit&& visit) {
@@ -560,13 +617,16 @@ struct TensorInfo {
 // loop, and so is saving. First all tensors that decay (the matrices and the two embeddings), then
 // all that do not (biases, layernorms): "does element i decay" is one comparison, i < decayed.
 // Why not all: decay pulls weights towards 0; a bias or a scale has no reason to be small.
-// Each tensor starts at a multiple of 64 elements.
+// Each tensor starts at a multiple of 64 elements, so at the start of a cache line, of whatever
+// type they are. The padding between two is 0, its gradient too, and so it stays.
 struct Layout {
     std::vector<TensorInfo> tensors;  // in the order of the list
     size_t size = 0, decayed = 0;     // elements with padding; how many of them decay
     size_t count = 0;                 // parameters, without padding
 };
 
+// Where every tensor of such a model lies. It visits the list twice, so to say: first for the
+// shapes (the pointers of `none` are not looked at), then over the result, to give out the places.
 inline Layout layout_of(const Config& config) {
     Layout layout;
     Parameters<char> none;
@@ -587,7 +647,8 @@ inline Layout layout_of(const Config& config) {
     return layout;
 }
 
-// Points every tensor of p into the flat array at base.
+// Points every tensor of p into the flat array at base. `T*& pointer` is a reference: to assign to
+// it is to assign to p.wte, p.h[0].ln_1_weight, and so on, in the order of the list.
 template <class T>
 void point_into(Parameters<T>& p, T* base, const Config& config, const Layout& layout) {
     p.h.resize(size_t(config.n_layer));
@@ -599,11 +660,13 @@ void point_into(Parameters<T>& p, T* base, const Config& config, const Layout& l
     if (!config.untied_head) p.lm_head = p.wte;
 }
 
-// Fresh weights: N(0, 0.02), the two projections that write into the residual stream scaled down by
-// 1/sqrt(2L) so that 2L additions keep its variance (Radford et al. 2019, §2.3), biases 0, norms
-// 1.
+// Fresh weights: normal, mean 0, deviation 0.02; biases 0, the norms' scales 1. The two projections
+// of a layer that write into the residual stream are scaled down by 1/sqrt(2L) (Radford et al.
+// 2019,
+// §2.3). Why: variances of independent numbers add up. After 2L additions of variance s^2 the
+// stream has 2L s^2, growing with depth; of variance s^2/(2L) each, it has s^2 at any depth.
 // sets weights[layout.size]; padding is 0. Element i of a tensor depends on (seed, tensor, i)
-// alone.
+// alone, so threads may share out a tensor in any way.
 template <class real>
 void initialise(real* weights, const Config& config, const Layout& layout, uint64_t seed) {
     std::fill(weights, weights + layout.size, real(0));
@@ -632,21 +695,26 @@ void initialise(real* weights, const Config& config, const Layout& layout, uint6
 //
 // Backward is the chain rule, and nothing else. If the loss depends on out, and out on x, then
 //   dx_i = sum over j of dout_j (d out_j / d x_i)
-// Each backward function is that sum written out for one layer, with dout given. What a layer gets
-// from two places, its gradient gets from two: gradients of a value that was used twice are added.
+// Each backward function is that sum written out for one layer, with dout given: dx_i, by how much
+// the loss grows for a little more of x_i, is made of all the ways by which x_i reaches the loss.
+// So gradients of a value that was used twice are added, and those of a weight, which serves every
+// row, are summed over the rows. dx has the shape of x, and no Jacobian matrix is ever made.
 //
 // A device is a struct with the functions below. Cpu<real> has them as loops, Cuda as kernels;
 // model, training and generation (§5-9) are written once, over any device, and never ask which one
 // it is. For the reader: in every function outputs come first, d means "the gradient of the loss
-// with respect to", and a backward function stands directly below its forward.
+// with respect to", and a backward function stands directly below its forward. `accumulate` says
+// whether a parameter's gradient is set (first micro-batch of a step) or added to (those after it).
 
 // Dropout multiplies every element by 0 with probability p, otherwise by 1/(1-p), so that the mean
-// stays (Srivastava et al. 2014). Which is decided by the element's index alone: the backward pass
-// makes the mask again instead of storing it, and the GPU makes the same one.
+// stays: (1-p) x/(1-p) = x (Srivastava et al. 2014). Which is decided by the element's index alone:
+// the backward pass makes the mask again instead of storing it, and the GPU makes the same one.
+// With mask m_i, 0 or 1/(1-p):  out_i = m_i x_i,  so  dx_i = m_i dout_i: the same mask, once more.
 struct Dropout {
     uint64_t key = 0;
     float p = 0;  // 0: off
     TINYGPT_HD bool on() const { return p > 0; }
+    // m_i: a random number of 32 bits, held against p 2^32.
     TINYGPT_HD float scale(uint64_t i) const {
         return double(random_bits(key, i) >> 32) < double(p) * 4294967296.0 ? 0.0f
                                                                             : 1.0f / (1.0f - p);
@@ -683,7 +751,8 @@ struct MatmulOptions {
     bool bf16 = false;
 };
 
-// The CPU. `real` is float for training and double for checking gradients.
+// The CPU. `real` is float for training and double for checking gradients. Here is what it can do;
+// how follows below, under `void Cpu<real>::...`: the body of a method outside of its class.
 template <class real>
 struct Cpu {
     using Real = real;        // masters, moments, statistics, losses
@@ -788,8 +857,8 @@ struct Cpu {
 // --- memory: one aligned block; the host is the device
 
 // Uninitialised memory for count elements, at a multiple of 64 bytes. Fails when there is none.
-// Large blocks ask for large pages: fewer of them to look up when the packing below jumps from row
-// to row.
+// Large blocks ask for large pages: the processor has fewer of them to look up when the packing of
+// §10 jumps from row to row.
 template <class real>
 template <class T>
 T* Cpu<real>::allocate(size_t count) {
@@ -825,16 +894,22 @@ void Cpu<real>::download(T* to_host, const T* from, size_t count) {
     std::memcpy(static_cast<void*>(to_host), from, count * sizeof(T));
 }
 
-// A sum over rows must not depend on the number of threads. So the rows are cut into a fixed number
-// of stripes, each stripe is summed by one thread, and the stripes are added in order.
+// A sum over rows must not depend on the number of threads: (a + b) + c and a + (b + c) differ in
+// their last bit. So the rows are cut into a fixed number of stripes, each stripe is summed by one
+// thread, and the stripes are added in order.
 constexpr int kStripes = 32;
 inline int stripe_begin(int rows, int stripe) { return int(int64_t(rows) * stripe / kStripes); }
 
 // --- §4.1 Embedding: every position gets the vector of its token plus the vector of its place
 //   out[b,t] = drop(wte[tokens[b,t]] + wpe[past + t])
+// It is a product with one-hot rows, out = onehot(tokens) wte, of which only the look-up is left.
+// The place is added because attention alone would not know who came first (Vaswani et al. 2017,
+// §3.5).
 //   walk> embedded     [8,  8]   -0.0054  -0.0335   0.1426   0.0302  -0.0398  -0.0485 ...
 
-// out [B*T, C], tokens [B*T], wte [V, C], wpe [P, C]. past: position of the first column.
+// sets out [B*T, C] from tokens [B*T], wte [V, C], wpe [P, C]. past: position of the first column,
+// 0 but in generation. Tokens must be below V, and past + T at most P: both are checked long
+// before.
 template <class real>
 void Cpu<real>::embed_forward(real* out, const int32_t* tokens, const real* wte, const real* wpe,
                               int B, int T, int C, int past, Dropout drop) {
@@ -849,8 +924,10 @@ void Cpu<real>::embed_forward(real* out, const int32_t* tokens, const real* wte,
     }
 }
 
-// The output is a plain sum, so its gradient goes to both addends as it is: each row of dout is
-// added to its token's row of dwte and to its place's row of dwpe. Adds to both.
+// The output is a plain sum, so its gradient goes to both addends as it is. With d = mask dout:
+//   dwte[v] = sum over all rows whose token is v of d[row]      dwpe[t] = sum over b of d[b,t]
+// A token that is not in the batch gets nothing: most rows of dwte stay as they are.
+// adds to dwte [V, C] and dwpe [P, C]; reads dout [B*T, C], tokens [B*T].
 // Threads share the channels, not the rows: two rows may hold the same token. `order` (the rows
 // sorted by token) is for devices that share out tokens instead.
 template <class real>
@@ -872,10 +949,13 @@ void Cpu<real>::embed_backward(real* dwte, real* dwpe, const real* dout, const i
 
 // --- §4.2 Layernorm (Ba et al. 2016): each row is shifted to mean 0 and scaled to variance 1
 //   m = mean(x)   r = 1/sqrt(mean((x - m)^2) + 1e-5)   n = (x - m) r   out = n weight + bias
+// Every layer reads the stream through one, so it always meets numbers of about the same size,
+// however much has been added before. 1e-5 keeps r finite for a row of equal numbers.
 //   walk>   ln_1       [8,  8]   -0.4404  -0.7322   1.0990  -0.0701  -0.7977  -0.8881 ...
 constexpr double kLayernormEps = 1e-5;
 
-// out, x [rows, C]; mean, rstd [rows]: kept for backward.
+// sets out [rows, C], and mean and rstd (m and r) [rows], which are kept for backward, from x
+// [rows, C], weight and bias [C]. Two passes: x^2 - m^2 in one would lose digits where m is large.
 template <class real>
 void Cpu<real>::layernorm_forward(real* out, real* mean, real* rstd, const real* x,
                                   const real* weight, const real* bias, int rows, int C) {
@@ -898,18 +978,20 @@ void Cpu<real>::layernorm_forward(real* out, real* mean, real* rstd, const real*
 // With g = dout * weight, the gradient of the normalised n:
 //   dx_j = sum_i g_i dn_i/dx_j,   n_i = (x_i - m) r
 //   dm/dx_j = 1/C,  dr/dx_j = -r^2 n_j / C  (the variance's derivative is 2 (x_j - m) / C)
-//   dn_i/dx_j = r [i=j] - r/C - n_i n_j r / C
+//   dn_i/dx_j = r [i=j] - r/C - n_i n_j r / C       ([i=j]: 1 where i is j, else 0)
+//   dx_j = r g_j - r (sum_i g_i)/C - r n_j (sum_i g_i n_i)/C
 // so  dx = r (g - mean(g) - n mean(g n)): three terms, for x itself, for the mean, for the scale.
-// Why the last two: adding a constant to the row, or stretching it, does not change n. So moving x
-// that way cannot change the loss, and the gradient must have no part in these two directions.
+// Why the last two: adding a constant to the row, or stretching it, does not change n (but for the
+// 1e-5). So moving x that way cannot change the loss, and the gradient has no part in these two
+// directions. And out_i = n_i weight_i + bias_i in every row, so
+//   dweight_i = sum over rows of dout_i n_i      dbias_i = sum over rows of dout_i
 // Layernorm reads the residual stream, which also flows on past it; dx joins both gradients:
-//   dx = dresidual + the above        (dresidual may be null: nothing else read x; may be dx
-//   itself)
+//   dx = dresidual + the above        (dresidual: null where nothing else read x; may be dx itself)
 // What was added to the stream just below came from a branch, x = residual + drop(branch), with a
 // bias. Its gradients ride along, since dx is at hand:
 //   dbranch = drop(dx) (written only when drop is on)   dbranch_bias = column sums of dbranch
-// dweight = column sums of dout n, dbias = column sums of dout. dbranch_bias may be null.
-// sets dx and dbranch; sets dweight, dbias, dbranch_bias [C], or adds to them if accumulate.
+// reads dout, dresidual, x [rows, C], mean, rstd [rows], weight [C]. sets dx and dbranch [rows, C];
+// sets dweight, dbias, dbranch_bias [C], or adds to them if accumulate. dbranch_bias may be null.
 template <class real>
 void Cpu<real>::layernorm_backward(real* dx, real* dweight, real* dbias, real* dbranch,
                                    real* dbranch_bias, const real* dout, const real* dresidual,
@@ -943,6 +1025,7 @@ void Cpu<real>::layernorm_backward(real* dx, real* dweight, real* dbias, real* d
             for (int c = 0; c < C; ++c) sum_branch[c] += branch[at + c];
         }
     }
+    // The stripes in order: which = 0, 1, 2 for dweight, dbias, dbranch_bias.
     auto add_up = [&](real* to, int which) {
         for (int c = 0; to && c < C; ++c) {
             real total = accumulate ? to[c] : real(0);
@@ -957,7 +1040,8 @@ void Cpu<real>::layernorm_backward(real* dx, real* dweight, real* dbias, real* d
 // --- §4.3 Products of matrices: where nearly all the arithmetic is
 
 // A matrix in memory: element (i, j) is data[i * row + j * col]. One of the two steps is 1. So a
-// transpose costs nothing: it is the same numbers, walked the other way.
+// transpose costs nothing: it is the same numbers, walked the other way. (NumPy's and PyTorch's
+// arrays have strides too; ptrdiff_t is a 64-bit integer with a sign.) Nothing is owned or copied.
 template <class real>
 struct View {
     const real* data;
@@ -977,7 +1061,7 @@ View<real> transpose_of(const real* data, ptrdiff_t stride) {
 }
 
 // The definition: c[m, n] = a[m, k] b[k, n]. That is all a product is: m n dot products of length
-// k, so 2 m n k operations. c is row-major, its rows ldc apart.
+// k, so 2 m n k operations. c is row-major, its rows ldc apart ("leading dimension").
 template <class real>
 void matmul_definition(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k) {
     for (int i = 0; i < m; ++i)
@@ -998,14 +1082,16 @@ struct KeepSums {
 // definition by a test, and nothing before §10 needs to know how it works:
 //   c = finish(a b)      or, if accumulate,      c = finish(c + a b)
 // finish(row, col, count, values) may change `count` finished sums of a row, from column col, where
-// they lie in c, while they are still in the cache: that is where bias, GELU and residual go.
+// they lie in c, while they are still in the cache: that is where bias, GELU and residual go. It is
+// a struct with an operator(), which makes it callable as __call__ does in Python.
 template <class real, class Finish = KeepSums>
 void matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
             MatmulOptions options = {}, bool accumulate = false, Finish finish = {});
 
 // --- §4.4 The linear layer: every output is a weighted sum of all inputs, plus a bias
 //   out = x w + bias        x [rows, C], bias [OC]
-// w is [C, OC], that is [in, out], as Hugging Face stores GPT-2.
+// w is [C, OC], that is [in, out], as Hugging Face stores GPT-2; PyTorch's nn.Linear has it
+// the other way round.
 
 template <class real>
 struct AddBias {
@@ -1015,7 +1101,7 @@ struct AddBias {
     }
 };
 
-// out [rows, OC] = x w + b.
+// sets out [rows, OC] = x w + b, from x [rows, C], w [C, OC], b [OC].
 template <class real>
 void Cpu<real>::linear_forward(real* out, const real* x, const real* w, const real* b, int rows,
                                int C, int OC) {
@@ -1057,7 +1143,10 @@ void Cpu<real>::linear_backward(real* dx, real* dw, const real* dout, const real
 // HS neighbouring channels, C = NH*HS. For each head, for query t and keys t2 <= t:
 //   s[t,t2] = q[t].k[t2] / sqrt(HS)    p[t,t2] = e^s[t,t2] / sum of e^s[t,.]
 //   out[t] = sum over t2 of p[t,t2] v[t2]
-// 1/sqrt(HS) keeps the variance of s near 1 at any head size: q.k is a sum of HS products.
+// In words: a query says what position t looks for, a key what t2 offers, a value what t2 hands
+// over; p[t,.] sums to 1, so out[t] is a mean of the values, weighted by how well the keys fit.
+// 1/sqrt(HS): where the entries of q and k have variance 1, q.k, a sum of HS products, has variance
+// HS; divided by sqrt(HS) it has 1 at any head size, and the softmax is not all on one key.
 // The mask (t2 <= t) makes it causal: no position sees what it is to predict. It costs nothing: the
 // scores behind it are not made at all, which halves the work, but for tiles on the diagonal.
 // lse[t] = log of that sum of e^s: all that the backward pass needs to make p again, so that no
@@ -1066,7 +1155,8 @@ void Cpu<real>::linear_backward(real* dx, real* dw, const real* dout, const real
 //   walk> att of t=0 is its own value, qkv[16..23], since it sees nobody else:
 
 // The definition, of one head: q, k, v with rows `stride` apart, out [T, HS] with rows out_stride
-// apart. place: b NH + h.
+// apart. place: b NH + h. Careful: e^s itself overflows at s = 709, in float at 88. Where it counts
+// (§10) the row's maximum is taken out of all s first. p, a quotient, stays the same.
 template <class real>
 void attention_definition(real* out, ptrdiff_t out_stride, const real* q, const real* k,
                           const real* v, ptrdiff_t stride, int T, int HS, Dropout drop,
@@ -1092,22 +1182,26 @@ template <class real>
 void attention_forward(real* out, real* lse, const real* qkv, int B, int T, int NH, int HS,
                        Dropout drop);
 
-// Backward goes the three lines of forward upside down. dout is the gradient of out.
+// Backward goes the three lines of forward upside down. dout is the gradient of out, dp and ds
+// those of p and s (in dp_j/ds_i they are plain differentials); z is the sum of e^s. A key is seen
+// by the queries t >= t2: sums over t are over those.
 //   out[t] = sum p[t,t2] v[t2]:  dv[t2] = sum over t of p[t,t2] dout[t],   dp[t,t2] = dout[t].v[t2]
-//   p = softmax(s), of one row:  dp_j/ds_i = p_j ([i=j] - p_i),  so
+//   p = softmax(s), of one row:  p_j = e^s_j / z and z' = e^s_i, by the quotient rule
+//                                dp_j/ds_i = [i=j] e^s_j/z - e^s_j e^s_i/z^2 = p_j ([i=j] - p_i)
 //                                ds_i = sum_j dp_j p_j ([i=j] - p_i) = p_i (dp_i - D)
 //                                D = sum_j p_j dp_j = dout . sum_j p_j v_j = dout . out
 //   s = q k^T / sqrt(HS):        dq[t] = sum over t2 of ds[t,t2] k[t2] / sqrt(HS)
 //                                dk[t2] = sum over t of ds[t,t2] q[t] / sqrt(HS)
-// D is one number a row, from dout and out alone; p is made again from q, k and lse. Dropout's mask
-// multiplies p in the first line and dp in the second.
+// D is one number a row, from dout and out alone; p = e^(s - lse) is made again from q, k and lse
+// (Dao et al. 2022). With dropout out[t] = sum m p v, so dv has m p for p, and dp = m (dout.v);
+// then D = sum_j p_j dp_j = dout . sum_j m_j p_j v_j, which is dout . out as before.
 // Sets dqkv [B*T, 3C] from dout, out [B*T, C], lse [B, NH, T] and qkv [B*T, 3C].
 template <class real>
 void attention_backward(real* dqkv, const real* dout, const real* out, const real* lse,
                         const real* qkv, int B, int T, int NH, int HS, Dropout drop);
 
-// Generation: out [n, C] for positions past..past+n-1 of one sequence, whose qkv rows 0..past+n-1
-// are the cache of keys and values.
+// Generation: sets out [n, C] for positions past..past+n-1 of one sequence, whose qkv rows
+// 0..past+n-1 are the cache of keys and values. The queries of the rows before are not looked at.
 template <class real>
 void attention_cached(real* out, const real* qkv, int past, int n, int NH, int HS);
 
@@ -1132,14 +1226,20 @@ void Cpu<real>::attention_cached(real* out, const real* qkv, int past, int n, in
 
 // --- §4.6 The MLP's first layer: linear, then GELU with tanh (Hendrycks and Gimpel 2016)
 //   gelu(x) = x/2 (1 + tanh u),   u = sqrt(2/pi) (x + 0.044715 x^3)
-// and (1 + tanh u)/2 = 1/(1 + e^(-2u)) = s, the logistic function: gelu(x) = x s, one exponential.
-// Its derivative: ds/du = 2 s (1 - s), so gelu'(x) = s + x 2 s (1 - s) du/dx.
+// Without it two linear layers would be one. It passes large x on, holds negative ones back, and
+// has a slope everywhere. tanh u = (1 - e^(-2u)) / (1 + e^(-2u)), so
+//   (1 + tanh u)/2 = 1/(1 + e^(-2u)) = s, the logistic function:  gelu(x) = x s, one exponential
+//   ds/du = 2 e^(-2u) / (1 + e^(-2u))^2 = 2 s (1 - s)
+//   gelu'(x) = s + x ds/dx = s + x s (1 - s) 2 du/dx,   2 du/dx = 2 sqrt(2/pi) (1 + 3*0.044715 x^2)
+// Below, 1.5957691216057308 = 2 sqrt(2/pi), inner = -2u, slope = 2 du/dx.
+//   walk>   gelu       [8, 32]   -0.1343  -0.0577   0.6315  -0.0934   0.0724  -0.0707 ...
 
 // e^x of one number, in §10: float's within 2 units in the last place, double's the library's.
 inline float exp_fast(float x);
 inline double exp_fast(double x);
 
-// Careful: at -10 the true value is -1e-37; stopping there keeps -infinity * 0 away.
+// Careful: at -10 the true value is -1e-37; stopping there keeps -infinity * 0 away. For the same
+// reason the derivative stops at both ends, where it is 0 and 1 but for 1e-35.
 template <class real>
 real gelu(real x) {
     x = x < -10 ? real(-10) : x;
@@ -1169,7 +1269,8 @@ struct AddBiasGelu {
     }
 };
 
-// gelu [rows, OC] = GELU(pre), pre = x w + b. Both are kept.
+// sets pre [rows, OC] = x w + b and gelu [rows, OC] = GELU(pre). Both are kept: pre for the slope
+// of the GELU, gelu as the next layer's input. x [rows, C], w [C, OC], b [OC].
 template <class real>
 void Cpu<real>::linear_gelu_forward(real* gelu, real* pre, const real* x, const real* w,
                                     const real* b, int rows, int C, int OC) {
@@ -1205,8 +1306,10 @@ void Cpu<real>::linear_gelu_backward(real* dpre, real* dw, real* dpre_bias, cons
 
 // --- §4.7 The residual stream: a branch ends in a linear layer whose output is added to x
 //   out = x + drop(branch w + bias)
-// The sum passes its gradient on unchanged to both sides. That is what lets a deep model learn: the
-// gradient of the loss reaches every layer by a path without a single multiplication.
+// The sum passes its gradient on unchanged to both sides (He et al. 2016):
+//   dx = dout + what the branch itself sends back      dbias = column sums of drop(dout)
+// That is what lets a deep model learn: from ln_f down, the gradient reaches every layer by a path
+// without a single multiplication.
 
 template <class real>
 struct AddBiasResidual {
@@ -1222,8 +1325,9 @@ struct AddBiasResidual {
     }
 };
 
-// out [rows, OC] = residual + drop(x w + b). Its backward is linear_backward of drop(dout); the
-// residual's gradient is dout itself (see layernorm_backward, which makes both).
+// sets out [rows, OC] = residual + drop(x w + b), from residual [rows, OC], x [rows, C], w [C, OC],
+// b [OC]. Its backward is linear_backward of drop(dout); the residual's gradient is dout itself
+// (see layernorm_backward, which makes both).
 template <class real>
 void Cpu<real>::linear_residual_forward(real* out, const real* residual, const real* x,
                                         const real* w, const real* b, int rows, int C, int OC,
@@ -1236,14 +1340,14 @@ void Cpu<real>::linear_residual_forward(real* out, const real* residual, const r
 //   logits = x w^T,  w [V, C]      p = softmax(logits)      loss = -log p[target]
 // Every token gets a score, and the loss is how surprised the softmax is by the one that came: 0 if
 // it was certain of it, log V if it knows nothing. e^loss, the perplexity, is the number of tokens
-// among which it seems to be guessing.
+// among which it seems to be guessing. x [rows, C] is ln_f, and w is wte where the head is tied.
 //   walk> loss of the batch: the mean of 8 such = 2.433049; knowing nothing is log 11 = 2.3979
 //   walk> cat     -0.8429       0.4305        0.0351   <- the target
 //   walk> sum of exp 12.2585; loss = log(sum) - logit of the target = 2.5062 - -0.8429 = 3.3491
 // logits [rows, V] is by far the largest thing in the model (0.8 GB for 4 x 1024 rows of GPT-2), so
 // it is made a block of rows at a time, and used for everything it is needed for while it is there.
 
-constexpr int kHeadRows = 1024;  // of one block
+constexpr int kHeadRows = 1024;  // of one block: enough for a fast product
 template <class real>
 size_t Cpu<real>::head_workspace(int rows, int V) {
     return size_t(std::min(rows, kHeadRows)) * size_t(V);
@@ -1265,10 +1369,13 @@ real maximum(const real* x, int n) {
 template <class real>
 real exp_and_sum(real* x, real shift, int count);
 
-// Loss of each row: log(sum exp(logits)) - logits[target], with the maximum taken out so that exp
-// cannot overflow. With scale > 0 the row of logits becomes its own gradient:
+// Loss of each row: -log p[target] = log(sum exp(logits)) - logits[target], with the maximum taken
+// out so that exp cannot overflow: log sum e^l = h + log sum e^(l - h). With scale > 0 the row of
+// logits becomes its own gradient. The log of the sum has the slope e^l_v / sum = p_v, and the
+// target's logit stands in the loss itself, with a minus:
 //   dloss/dlogits_v = d/dlogits_v (log sum_u exp(logits_u) - logits_target) = p_v - [v = target]
-// softmax minus one-hot, times scale (1/8 in the walk, and -0.1206 = (0.0351 - 1) / 8):
+// softmax minus one-hot: push every token down by the probability it was given, and the target up
+// by what it lacked. Times scale (1/8 in the walk, and -0.1206 = (0.0351 - 1) / 8):
 //   walk> dlogits of the first row, (p - [target]) / 8:  0.0094 -0.1206  0.0051  0.0179  0.0290
 // A row whose target is kIgnore has loss 0 and gradient 0.
 // sets losses [rows]; logits [rows, V] in place.
@@ -1295,7 +1402,8 @@ void softmax_cross_entropy(real* losses, real* logits, const int32_t* targets, i
     }
 }
 
-// sets losses [rows]. x [rows, C], w [V, C]; logits is workspace.
+// sets losses [rows], in nats, 0 where the target is kIgnore. x [rows, C], w [V, C], targets
+// [rows]; logits [head_workspace(rows, V)] is workspace.
 template <class real>
 void Cpu<real>::head_forward(real* losses, real* logits, const real* x, const real* w,
                              const int32_t* targets, int rows, int C, int V) {
@@ -1306,8 +1414,12 @@ void Cpu<real>::head_forward(real* losses, real* logits, const real* x, const re
     }
 }
 
-// As head_forward, and the gradients of scale * (sum of losses):
-//   dx = dlogits w      dw = dlogits^T x
+// As head_forward, and the gradients of scale * (sum of losses). logits_rv = sum_c x_rc w_vc, a
+// linear layer with w transposed, so
+//   dx_rc = sum_v dlogits_rv w_vc     dx = dlogits w
+//   dw_vc = sum_r dlogits_rv x_rc     dw = dlogits^T x
+// Where the head is tied w is wte, which is used twice, so its gradient is a sum: this dw, and what
+// embed_backward adds to it.
 // sets losses [rows], dx [rows, C]; sets dw [V, C], or adds to it if accumulate.
 template <class real>
 void Cpu<real>::head_forward_backward(real* losses, real* dx, real* dw, real* logits, const real* x,
@@ -1325,7 +1437,7 @@ void Cpu<real>::head_forward_backward(real* losses, real* dx, real* dw, real* lo
     }
 }
 
-// logits [rows, V] = x w^T: for generation, which wants the scores themselves.
+// sets logits [rows, V] = x w^T. By itself for generation, which wants the scores themselves.
 template <class real>
 void Cpu<real>::head_logits(real* logits, const real* x, const real* w, int rows, int C, int V) {
     matmul(logits, V, rows_of(x, C), transpose_of(w, C), rows, V, C, matmul_options);
@@ -1340,9 +1452,12 @@ void Cpu<real>::head_logits(real* logits, const real* x, const real* w, int rows
 //   x (twice), mean, rstd     the input of each layernorm, and what it was normalised by
 //   qkv, att, lse             attention makes its probabilities again from these
 //   fc                        the GELU's derivative is taken at its input
-// That is 16 C numbers a position and layer. Attention's T x T probabilities and the logits of more
-// than 1024 rows are never kept, and one set of gradients of activations serves all layers.
+// That is 16 C numbers a position and layer: 2.4 GB for GPT-2 small and 4 x 1024 tokens in fp32.
+// Attention's T x T probabilities and the logits of more than 1024 rows are never kept, and one set
+// of gradients of activations serves all layers.
 
+// Pointers into one block of memory, by name; place() below sets them. (typename Device::Real is
+// the type that the device calls Real; `typename` tells the compiler that it is a type.)
 template <class Device>
 struct Activations {
     using Activation = typename Device::Activation;
@@ -1362,7 +1477,8 @@ struct Activations {
     Real* losses;                 // [rows]
     Real* next_logits;            // [V], of one row, for generation
     // Gradients of activations. One set serves all layers: each is used up before the next needs
-    // it.
+    // it. dx is the stream's; dbranch, what enters a branch from above (dx itself without dropout);
+    // dnarrow and dwide, what is on its way through one.
     Activation *dx, *dbranch, *dwide, *dnarrow;  // [rows, C], [rows, C], [rows, 4C], [rows, C]
 };
 
@@ -1371,7 +1487,7 @@ struct Activations {
 enum class Use { training, evaluation, generation };
 
 // Hands out aligned pieces of one block; with no block it only counts, which is how the memory a
-// run will need is known before any is taken.
+// run will need is known before any is taken. take<float>(n) has room for n floats.
 struct Arena {
     char* base = nullptr;
     size_t used = 0;
@@ -1383,7 +1499,9 @@ struct Arena {
     }
 };
 
-// Places every buffer of `a` into the arena.
+// Places every buffer of `a` into the arena: the second list of this program, beside §3's.
+// training keeps every layer's activations until backward has read them, evaluation only one
+// layer's, generation one layer's and the qkv of all. What a use does not need stays unset.
 template <class Device>
 void place(Activations<Device>& a, Arena& arena, const Config& config, int B, int T, Use use) {
     using Activation = typename Device::Activation;
@@ -1420,7 +1538,8 @@ void place(Activations<Device>& a, Arena& arena, const Config& config, int B, in
 }
 
 // A model on a device: the parameters, what training adds to them, and the activations of one
-// batch.
+// batch. It owns all its memory, and so cannot be copied. (device.template allocate<Weight>(n) is
+// device.allocate<Weight>(n): the word tells the compiler that < is no comparison.)
 template <class Device>
 struct Gpt2 {
     using Real = typename Device::Real;
@@ -1459,6 +1578,7 @@ struct Gpt2 {
     }
 
     // Makes room for batches of up to B x T. For training also for gradients and moments, set to 0.
+    // place() runs twice: into no block, to learn its size, then into the block.
     void reserve(int rows, int columns, Use use) {
         device.release(std::exchange(block, nullptr));
         Arena arena;
@@ -1474,7 +1594,7 @@ struct Gpt2 {
         point_into(g, grads, config, layout);
     }
 
-    // Takes masters [layout.size] from the host.
+    // Takes masters [layout.size] from the host; the weights are rounded from them.
     void set_weights(const Real* host) {
         device.upload(masters, host, layout.size);
         device.weights_from_masters(weights, masters, layout.size);
@@ -1484,6 +1604,7 @@ struct Gpt2 {
         device.download(host.data(), masters, layout.size);
         return host;
     }
+    // Fresh weights. Made on the host, so that every device begins with the same.
     void initialise(uint64_t seed) {
         std::vector<Real> host(layout.size);
         tinygpt::initialise(host.data(), config, layout, seed);
@@ -1491,7 +1612,8 @@ struct Gpt2 {
     }
 };
 
-// Bytes that a model will take on its device, by what they are for.
+// Bytes that a model will take on its device, by what they are for. In fp32, training takes 16
+// bytes a parameter (weight, gradient, two moments) before the first activation.
 struct MemoryNeed {
     size_t weights = 0, gradients = 0, moments = 0, activations = 0;
     size_t total() const { return weights + gradients + moments + activations; }
@@ -1528,6 +1650,7 @@ inline Dropout dropout_at(const Config& config, const Pass& pass, int place) {
 }
 
 // tokens a.inputs [B, T] -> a.ln_f [B*T, C], from which the head makes logits. The whole of GPT-2.
+// reads the weights; sets all activations of the pass (the table above says which backward reads).
 template <class Device>
 void forward(Gpt2<Device>& model, const Pass& pass) {
     const Config& config = model.config;
@@ -1544,6 +1667,7 @@ void forward(Gpt2<Device>& model, const Pass& pass) {
         auto& l = a.layers[size_t(i)];
         const auto& p = w.h[size_t(i)];
         auto* qkv = l.qkv + size_t(pass.past) * 3 * C;  // new rows go behind the cached ones
+        // x_mid = x + proj(attention(c_attn(ln_1(x))))
         device.layernorm_forward(l.ln_1, l.ln_1_mean, l.ln_1_rstd, x, p.ln_1_weight, p.ln_1_bias,
                                  rows, C);
         device.linear_forward(qkv, l.ln_1, p.c_attn_weight, p.c_attn_bias, rows, C, 3 * C);
@@ -1553,6 +1677,7 @@ void forward(Gpt2<Device>& model, const Pass& pass) {
             device.attention_forward(l.att, l.lse, qkv, B, T, NH, HS, drop(3 * i + 1));
         device.linear_residual_forward(l.x_mid, x, l.att, p.attn_proj_weight, p.attn_proj_bias,
                                        rows, C, C, drop(3 * i + 2));
+        // x_out = x_mid + proj(gelu(c_fc(ln_2(x_mid))))
         device.layernorm_forward(l.ln_2, l.ln_2_mean, l.ln_2_rstd, l.x_mid, p.ln_2_weight,
                                  p.ln_2_bias, rows, C);
         device.linear_gelu_forward(l.gelu, l.fc, l.ln_2, p.c_fc_weight, p.c_fc_bias, rows, C,
@@ -1573,14 +1698,21 @@ void forward(Gpt2<Device>& model, const Pass& pass) {
 // of forward has its mirror image, last first. dx is the gradient of the residual stream; since
 // x_out = x_mid + branch, it goes to the branch as it is and past it as it is, and layernorm's
 // backward joins the two again. Read it beside forward, from the bottom: each call has its partner
-// there, with d's added.
+// there, with d's added. A layer's second half, for one:
+//
+//   forward                                        backward, from below
+//   ln_2  = layernorm(x_mid)                       dx      = dx + layernorm'(dnarrow)
+//   gelu  = GELU(ln_2 c_fc + bias)                 dnarrow = dwide c_fc^T,  dc_fc = ln_2^T dwide
+//   x_out = x_mid + drop(gelu proj + bias)         dwide   = (dbranch proj^T) gelu'(fc)
+//                                                  dbranch = drop(dx),  dx of x_out comes in
+//
 //   walk> wte.weight                  -0.50763749  -0.50763749
 //   walk> h.0.attn.c_attn.weight       0.00059701   0.00059701
 // (Backward's gradient of one weight, and the slope found by moving that weight a little.)
 
-// sets (first micro-batch) or adds to every parameter gradient; sets a.losses. `scale` is 1 /
-// (number of scored targets of the whole step): the loss of a step is the mean over all its
-// micro-batches.
+// sets (first micro-batch) or adds to every parameter gradient; sets a.losses, not scaled. reads
+// a.targets, a.order and what forward with the same pass has left. `scale` is 1 / (number of scored
+// targets of the whole step): the loss of a step is the mean over all its micro-batches.
 template <class Device>
 void backward(Gpt2<Device>& model, const Pass& pass, double scale, bool first_micro_batch) {
     const Config& config = model.config;
@@ -1598,7 +1730,8 @@ void backward(Gpt2<Device>& model, const Pass& pass, double scale, bool first_mi
 
     device.head_forward_backward(a.losses, a.dnarrow, g.lm_head, a.logits, a.ln_f, w.lm_head,
                                  a.targets, rows, C, V, typename Device::Real(scale), add);
-    // The projection's bias gradient of the layer below rides on each layernorm's backward.
+    // The projection's bias gradient of the layer below rides on each layernorm's backward: that
+    // layernorm's input is x_mid + drop(gelu w + bias) of the layer below, so dx is what it needs.
     auto bias_below = [&](int i) { return i > 0 ? g.h[size_t(i - 1)].mlp_proj_bias : nullptr; };
     device.layernorm_backward(a.dx, g.ln_f_weight, g.ln_f_bias, dbranch, bias_below(L), a.dnarrow,
                               nullptr, input_of(L), a.ln_f_mean, a.ln_f_rstd, w.ln_f_weight, rows,
@@ -1626,7 +1759,8 @@ void backward(Gpt2<Device>& model, const Pass& pass, double scale, bool first_mi
                                   a.dnarrow, a.dx, input_of(i), l.ln_1_mean, l.ln_1_rstd,
                                   p.ln_1_weight, rows, C, i > 0 ? drop(3 * i) : Dropout{}, add);
     }
-    // The embeddings are only ever added to: wpe, and wte where the head has not set it already.
+    // The embeddings are only ever added to: so they begin at 0, but for a tied wte, where the head
+    // has set its own share of the gradient above.
     if (first_micro_batch) device.zero(g.wpe, size_t(config.n_positions) * C);
     if (first_micro_batch && config.untied_head) device.zero(g.wte, size_t(V) * C);
     device.embed_backward(g.wte, g.wpe, a.dx, a.inputs, a.order, B, T, C, drop(0));
@@ -1642,12 +1776,17 @@ void backward(Gpt2<Device>& model, const Pass& pass, double scale, bool first_mi
 // Schedules. Warm-up: at the start the moments of AdamW are estimates from a few batches, and the
 // model changes fast; small steps do no harm. Decay: near the end, the noise of single batches is
 // what keeps the loss up, and smaller steps average it away.
+//
+//            cosine            linear            constant          wsd
+//   peak     /``-.             /`-.              /-----------      /-------.
+//           /     `.          /    `-.          /                 /         `.
+//   lo     /        `-..     /        `-.      /                 /            `-.
 
 enum class Schedule { cosine, linear, constant, wsd };
 struct LearningRate {
     Schedule schedule = Schedule::cosine;
-    double peak = 1e-3, min_fraction = 0.1;
-    int64_t warmup = 0, steps = 1;  // warm-up steps; N, all steps
+    double peak = 1e-3, min_fraction = 0.1;  // the end of the decay, as a fraction of the peak
+    int64_t warmup = 0, steps = 1;           // warm-up steps; N, all steps
 };
 
 // The rate of step s = 0 .. N-1. Warm-up: peak (s+1)/warmup. Then, with r from 0 towards 1 and
@@ -1670,7 +1809,7 @@ inline double learning_rate(const LearningRate& rate, int64_t s) {
     return lo + (peak - lo) * (1 - std::sqrt(std::min(1.0, (double(s) - stable) / (N - stable))));
 }
 
-// How many standard deviations `value` lies above the mean of the last `count` values.
+// How many standard deviations `value` lies above the mean of window[count]; 0 where all are equal.
 TINYGPT_HD inline double z_score(const double* window, int64_t count, double value) {
     double mean = 0, squares = 0;
     for (int64_t i = 0; i < count; ++i) mean += window[i];
@@ -1681,9 +1820,11 @@ TINYGPT_HD inline double z_score(const double* window, int64_t count, double val
 }
 
 // Decides about the step in `state` from its loss and norm: sets broken, skip and clip_scale,
-// counts, and remembers good values. A NaN or an infinity always skips: it must never reach the
-// weights. Clipping: a norm above the limit scales the gradient by limit / norm (Pascanu et al.
-// 2013).
+// counts, and remembers both unless they are broken. A NaN or an infinity always skips: it must
+// never reach the weights. An outlier, a loss or norm more than skip_outliers deviations above the
+// last 128, skips too: bad text, say. Clipping: a norm above the limit scales the gradient by limit
+// / norm (Pascanu et al. 2013), after which its norm is the limit. All of it is scaled by one
+// number, so it gets shorter and points the same way.
 TINYGPT_HD inline void judge(StepState& state, const Guards& guards) {
     const int64_t window = StepState::kWindow;
     const double limit = 1.7976931348623157e308;  // comparisons with a NaN are false
@@ -1706,13 +1847,17 @@ TINYGPT_HD inline void judge(StepState& state, const Guards& guards) {
 // AdamW (Loshchilov, Hutter 2019). m remembers which way the gradient went lately, v how large it
 // was (its square). The step m / sqrt(v) has no unit: about 1 for a weight whose gradient always
 // points the same way, about 0 for one whose gradient only jitters, however large either is. So
-// every weight moves by about lr at most. m and v start at 0, so early on they are too small by
-// 1 - beta^t, and are divided by that. The decay is not part of the gradient: it shrinks the weight
-// itself, and only that of matrices (§3).
+// every weight moves by about lr at most. m and v start at 0, so early on they are too small:
+//   m_t = (1-beta1) (g_t + beta1 g_(t-1) + ... + beta1^(t-1) g_1)
+// whose factors sum to 1 - beta1^t (a geometric series), not to 1. Divided by that, m is a weighted
+// mean of the gradients so far, and v one of their squares: the bias correction. The decay is not
+// part of the gradient, where sqrt(v) would divide it too: it shrinks the weight itself, and only
+// that of matrices (§3). With beta2 = 0.95, v looks back on some 20 steps (Brown et al. 2020).
 // One element, t = number of this update, from 1:
 //   m <- beta1 m + (1-beta1) g        v <- beta2 v + (1-beta2) g^2
 //   w <- w - lr (m/(1-beta1^t) / (sqrt(v/(1-beta2^t)) + eps) + weight_decay w)
-// m_scale = 1/(1-beta1^t), v_scale = 1/(1-beta2^t). decay is 0 for vectors.
+// m_scale = 1/(1-beta1^t), v_scale = 1/(1-beta2^t). decay is 0 for vectors. eps stands outside of
+// the root; it keeps 0/0 away where a weight has never had a gradient. In the walk:
 //   walk> g  = -0.507637 * 0.196058 = -0.099526
 //   walk> w  = 0.141984 - 0.1 (-0.099526 / (sqrt(0.009905) + 1e-8) + 0.1 * 0.141984) = 0.240565
 template <class real>
@@ -1723,12 +1868,13 @@ TINYGPT_HD inline void adamw_element(real& w, real& m, real& v, real g, real lr,
     w -= lr * (m * m_scale / (std::sqrt(v * v_scale) + eps) + decay * w);
 }
 
+// Sets the step's learning rate, and its loss to 0, to be added to.
 template <class real>
 void Cpu<real>::begin_step(StepState* state, double lr) {
     state->lr = lr, state->loss = 0;
 }
 
-// state.loss += scale * sum of losses [rows].
+// state.loss += scale * sum of losses [rows]. In double, and by one thread in order: it is quick.
 template <class real>
 void Cpu<real>::add_loss(StepState* state, const real* losses, int rows, double scale) {
     double sum = 0;
@@ -1736,7 +1882,8 @@ void Cpu<real>::add_loss(StepState* state, const real* losses, int rows, double 
     state->loss += scale * sum;
 }
 
-// state.grad_norm = the length of the whole gradient as one vector. Fixed pieces, added in order.
+// state.grad_norm = the length of the whole gradient [count] as one vector: sqrt(sum of squares).
+// Fixed pieces, added in order. Padding is 0 and adds nothing.
 template <class real>
 void Cpu<real>::gradient_norm(StepState* state, const real* grads, size_t count) {
     const size_t piece = 1 << 14, pieces = (count + piece - 1) / piece;
@@ -1758,7 +1905,9 @@ void Cpu<real>::judge_step(StepState* state, Guards guards) {
     judge(*state, guards);
 }
 
-// Updates masters, m and v [count] from grads, unless state.skip. Elements below `decayed` decay.
+// Updates masters, m and v [count] from grads times clip_scale, unless state.skip. The elements
+// below `decayed` decay (the matrices, see Layout), those above do not. The first argument, the
+// weights that the layers read, is for devices that keep them apart from the masters.
 template <class real>
 void Cpu<real>::adamw(real*, real* masters, real* m, real* v, const real* grads, size_t count,
                       size_t decayed, const StepState* state, AdamW hyper) {
@@ -1782,8 +1931,13 @@ void Cpu<real>::adamw(real*, real* masters, real* m, real* v, const real* grads,
 // =================================================================================================
 // We hold everything. A step is: for each micro-batch forward, backward, then one update.
 // Gradients of the micro-batches add up, and each is scaled by 1 / (targets of the whole step): k
-// micro-batches of B rows make the same update as one of k B rows, in a k-th of the memory.
+// micro-batches of B rows make the same update as one of k B rows, in a k-th of the memory. With
+// n_j targets in micro-batch j and n = sum of n_j, the step's loss is (1/n) sum over all targets,
+// so
+//   gradient = sum over j of (1/n) d(sum of losses of micro-batch j)
+// Careful: the mean of the micro-batches' means would be another number where the n_j differ.
 
+// What all steps of a run have in common.
 struct StepOptions {
     int grad_accum_steps = 1;
     uint64_t seed = 0;
@@ -1792,7 +1946,7 @@ struct StepOptions {
     Guards guards;
 };
 
-// Puts a batch where the model reads it.
+// Puts a batch where the model reads it: a.inputs, a.targets, a.order. Needs reserve(>= B, >= T).
 template <class Device>
 void set_batch(Gpt2<Device>& model, const Batch& batch) {
     const size_t rows = batch.inputs.size();
@@ -1819,6 +1973,7 @@ void micro_step(Gpt2<Device>& model, const Pass& pass, double scale, bool first,
 // All that decides which functions a micro-batch calls with which arguments. Everything else that
 // changes from step to step (tokens, learning rate, loss) lies in the device's memory, so a GPU may
 // record the calls once and repeat them; but for dropout, whose masks are new in every step.
+// operator<=> = default: two keys are equal, or ordered, member by member, as tuples in Python.
 struct WorkKey {
     const void* memory;  // the model's, which no other model has
     int B, T;
@@ -1857,7 +2012,11 @@ void train_step(Gpt2<Device>& model, const std::vector<Batch>& micro_batches, co
 // =================================================================================================
 // §9 Evaluate and generate
 // =================================================================================================
-// We hold a model that trains. How good is it on text it has not seen, and what does it write?
+// We hold a model that trains. How good is it on text it has not seen, and what does it write? Both
+// are forward passes only, without dropout. The loss is a mean over tokens, in nats; other units
+// are
+//   perplexity = e^loss            bits per byte = (sum of losses) / log 2 / (bytes of the text)
+// Careful: only the last compares models of different tokenizers. A token of more bytes is harder.
 
 // A window of T predictions, the first `skip` of which are context only and not scored.
 struct Window {
@@ -1869,7 +2028,10 @@ struct Window {
 // Windows that score every prediction of the shards exactly once. Plainly, they lie end to end.
 // With document_start >= 0 (the end-of-text token), each window starts at the start of a document
 // instead, and tokens that were scored already are skipped: then every token is predicted from the
-// whole of its document so far, which is what the floor of the default corpus assumes.
+// whole of its document so far, which is what the floor of the default corpus assumes. With T = 8
+// and documents (each a capital, then its letters) Abcdef Ghij Klmno:
+//   inputs of window 0     A b c d e f G h        all 8 are scored: the answers are b ... i
+//             window 1     G h i j K l m n        2 are context, and 6 are scored: j ... o
 inline std::vector<Window> evaluation_windows(const Shards& shards, int T, int document_start) {
     std::vector<Window> windows;
     for (int s = 0; s < int(shards.files().size()); ++s) {
@@ -1910,6 +2072,7 @@ inline void fill_windows(Batch& batch, const Shards& shards, const std::vector<W
     batch.sort_rows();
 }
 
+// Sums over what has been scored, and the figures made of them.
 struct Evaluation {
     double total = 0;               // sum of -log p, in nats
     int64_t tokens = 0, bytes = 0;  // scored; what they decode to
@@ -1935,7 +2098,8 @@ std::vector<typename Device::Real> batch_losses(Gpt2<Device>& model, const Batch
     return losses;
 }
 
-// Scores every window. token_bytes[id]: how many bytes a token stands for; may be empty.
+// Scores every window, model.B of them at a time. token_bytes[id]: how many bytes a token stands
+// for; empty where nobody asks for bits per byte.
 template <class Device>
 Evaluation evaluate(Gpt2<Device>& model, const Shards& shards, const std::vector<Window>& windows,
                     const std::vector<int>& token_bytes) {
@@ -1957,7 +2121,10 @@ Evaluation evaluate(Gpt2<Device>& model, const Shards& shards, const std::vector
 // --- Generation: predict one token, append it, predict the next
 // The key/value cache: a new token changes nothing about the ones before it, because none of them
 // can look ahead. So their keys and values are kept, and only the new row is computed: one pass
-// over the weights for one token, which is why memory, not arithmetic, sets the speed.
+// over the weights for one token, which is why memory, not arithmetic, sets the speed. For "the
+// cat":
+//   pass 1   reads "the cat"   T = 2, past = 0   rows 0, 1 of every layer's qkv   -> " sat", say
+//   pass 2   reads " sat"      T = 1, past = 2   row 2                            -> " on"
 
 struct SampleOptions {
     int max_new_tokens = 50;
@@ -1975,7 +2142,9 @@ struct Candidate {
 
 // The softmax of logits / temperature, likeliest first (equal ones by id), cut to the top_k
 // likeliest and then to the fewest whose probabilities reach top_p (nucleus sampling, Holtzman et
-// al. 2020); what is left is scaled to sum 1.
+// al. 2020); what is left is scaled to sum 1. A temperature below 1 makes the likely likelier,
+// since e^(l/t) = (e^l)^(1/t). From probabilities .5 .3 .15 .05, top_k = 3 leaves .5 .3 .15; of
+// those top_p = .8 needs two, as .5 + .3 >= .8 * .95; so .625 and .375 are left to pick from.
 inline std::vector<Candidate> candidates(const std::vector<float>& logits, double temperature,
                                          int top_k, double top_p) {
     const double highest = double(*std::max_element(logits.begin(), logits.end()));
@@ -2000,7 +2169,8 @@ inline std::vector<Candidate> candidates(const std::vector<float>& logits, doubl
     return list;
 }
 
-// Picks by a uniform number u in [0, 1).
+// Picks by a uniform number u in [0, 1): goes through the list until its probabilities exceed u.
+// Why the last line: rounding may leave them a little short of 1.
 inline int pick(const std::vector<Candidate>& list, double u) {
     for (const Candidate& c : list)
         if ((u -= c.probability) < 0) return c.token;
