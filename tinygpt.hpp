@@ -217,7 +217,7 @@ inline double random_normal(uint64_t key, uint64_t i) {
 //
 //   byte     0  88 d8 34 01   20240520: this is a shard
 //            4  01 00 00 00   version 1
-//            8  31 a3 13 00   1,287,985 tokens follow the header
+//            8  31 a3 13 00   1,286,961 tokens follow the header
 //           12  zeros, up to byte 1023
 //         1024  9f 03         token 927, the end of a text, which stands before every text
 //         1026  51 01         token 337, and so on: two bytes each, to the end of the file
@@ -258,7 +258,9 @@ struct Batch {
 // a file mapped into memory would end the program by a signal.
 class Shard {
 public:
-    // Opens and validates `path`: magic, version, and a length that agrees with the count.
+    // Opens and validates `path`: magic, version, and a length that agrees with the count. (fd_ is
+    // the system's number for the open file. The destructor closes it; but an object whose
+    // constructor throws has no destructor, so there it is closed by hand.)
     explicit Shard(std::string file)
         : path(std::move(file)), fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
         TINYGPT_CHECK(fd_ >= 0, "cannot open the shard %s: %s", path.c_str(), std::strerror(errno));
@@ -284,6 +286,7 @@ public:
                        (long long)info.st_size));
         }
     }
+    // Takes the file over from another, which is left with none: so a list of shards can grow.
     Shard(Shard&& other) noexcept
         : path(std::move(other.path)), tokens(other.tokens), fd_(std::exchange(other.fd_, -1)) {}
     ~Shard() {
@@ -315,7 +318,8 @@ private:
 // All shards of one split, and a check that every token is below the vocabulary's size.
 class Shards {
 public:
-    // Opens every file that matches the pattern, in name order.
+    // Opens every file that matches the pattern (as a shell would: *, ?, [...]), in name order.
+    // None is no error here: the caller knows what it means.
     explicit Shards(const std::string& pattern) : pattern_(pattern) {
         glob_t found{};
         int status = ::glob(pattern.c_str(), 0, nullptr, &found);
@@ -341,6 +345,7 @@ public:
                 check_range(shard, buffer.data(), at, count, vocab_size);
             }
     }
+    // Checks tokens [count], which are those from `at` on: the message names the place in the file.
     static void check_range(const Shard& shard, const uint16_t* tokens, int64_t at, int64_t count,
                             int vocab_size) {
         for (int64_t i = 0; i < count; ++i)
@@ -410,13 +415,16 @@ public:
     // How many predictions a shard has: the length of its ring.
     int64_t ring(int shard) const { return lengths_[size_t(shard)]; }
 
-    // The place of sample number i, counted from the start of training.
+    // The place of sample number i, counted from the start of training: i / blocks is its epoch.
+    // With overfit_batch the samples are the first B blocks of the first shard, in order, again and
+    // again.
     Place place(int64_t i) const {
         if (overfit_) return {0, (i % B_) * T_, T_};
         int64_t epoch = i / blocks_, block = i % blocks_;
         if (shuffle_)
             block = int64_t(shuffled(uint64_t(block), uint64_t(blocks_),
                                      random_key(seed_, uint64_t(epoch), 1)));
+        // The last shard whose first block is not behind this one: a binary search.
         size_t shard = size_t(std::upper_bound(first_block_.begin(), first_block_.end(), block) -
                               first_block_.begin() - 1);
         // an empty shard shares its first block with the next
@@ -469,6 +477,8 @@ inline void fill_batch(Batch& batch, const Shards& shards, const DataOrder& orde
 // on a thread and returns a future; its get() waits for the result (as Python's executor.submit).
 class BatchLoader {
 public:
+    // Careful: keeps a reference to `shards`, which must outlive it. first_sample: 0, or where an
+    // interrupted run goes on.
     BatchLoader(const Shards& shards, DataOrder order, int B, int T, int vocab_size,
                 int64_t first_sample)
         : shards_(shards), order_(std::move(order)), B_(B), T_(T), vocab_size_(vocab_size),
@@ -499,7 +509,8 @@ private:
     DataOrder order_;
     int B_, T_, vocab_size_;
     int64_t sample_;
-    // Why shared: an error stays. Careful: last, so that it is waited for before the rest goes.
+    // Why shared: an error stays, so that every next() throws it. Careful: the last member, since
+    // members are destroyed last first: the thread is waited for before what it uses goes.
     std::shared_future<Batch> ahead_;
 };
 
@@ -1446,8 +1457,14 @@ void Cpu<real>::head_logits(real* logits, const real* x, const real* w, int rows
 // =================================================================================================
 // §5 Forward: GPT-2 on one screen
 // =================================================================================================
-// We hold every layer; now they are put together. Memory is what limits training, so only what
-// backward cannot do without is kept, for each layer:
+// We hold every layer; now they are put together, for B rows of T tokens:
+//
+//   inputs [B, T] -> embedded [rows, C]
+//   each layer    -> ln_1 [rows, C] -> qkv [rows, 3C] -> att [rows, C]  -> x_mid [rows, C]
+//                 -> ln_2 [rows, C] -> fc [rows, 4C]  -> gelu [rows, 4C] -> x_out [rows, C]
+//   at the end    -> ln_f [rows, C] -> logits [rows, V], a block of rows at a time
+//
+// Memory is what limits training, so only what backward cannot do without is kept, for each layer:
 //   ln_1, att, ln_2, gelu     the input of each matmul: its weight gradient is input^T dout
 //   x (twice), mean, rstd     the input of each layernorm, and what it was normalised by
 //   qkv, att, lse             attention makes its probabilities again from these
@@ -1634,7 +1651,8 @@ MemoryNeed memory_need(const Config& config, int B, int T, Use use) {
     return need;
 }
 
-// How one pass is made. Dropout acts when pass.dropout is set: in training, never in evaluation.
+// How one pass is made; B and T at most what is reserved. Dropout acts when pass.dropout is set: in
+// training, never in evaluation. With cached, the tokens are those after `past` earlier ones.
 struct Pass {
     int B = 0, T = 0;
     bool dropout = false;
@@ -1643,7 +1661,8 @@ struct Pass {
     bool cached = false;
 };
 
-// The mask at one place of the model: place 0 follows the embedding, then three in every layer.
+// The mask at one place of the model: place 0 follows the embedding, then three in every layer i:
+// 3i + 1 on attention's probabilities, 3i + 2 and 3i + 3 on the two branches before they are added.
 inline Dropout dropout_at(const Config& config, const Pass& pass, int place) {
     if (!pass.dropout) return {};
     return {random_key(pass.dropout_key, uint64_t(place), 4), config.dropout};
@@ -2013,8 +2032,8 @@ void train_step(Gpt2<Device>& model, const std::vector<Batch>& micro_batches, co
 // §9 Evaluate and generate
 // =================================================================================================
 // We hold a model that trains. How good is it on text it has not seen, and what does it write? Both
-// are forward passes only, without dropout. The loss is a mean over tokens, in nats; other units
-// are
+// are forward passes only, without dropout. The loss is a mean over tokens, in nats (natural
+// logarithms); made of it are
 //   perplexity = e^loss            bits per byte = (sum of losses) / log 2 / (bytes of the text)
 // Careful: only the last compares models of different tokenizers. A token of more bytes is harder.
 
@@ -2121,8 +2140,8 @@ Evaluation evaluate(Gpt2<Device>& model, const Shards& shards, const std::vector
 // --- Generation: predict one token, append it, predict the next
 // The key/value cache: a new token changes nothing about the ones before it, because none of them
 // can look ahead. So their keys and values are kept, and only the new row is computed: one pass
-// over the weights for one token, which is why memory, not arithmetic, sets the speed. For "the
-// cat":
+// over the weights for one token, which is why memory, not arithmetic, sets the speed. An
+// example:
 //   pass 1   reads "the cat"   T = 2, past = 0   rows 0, 1 of every layer's qkv   -> " sat", say
 //   pass 2   reads " sat"      T = 1, past = 2   row 2                            -> " on"
 
@@ -3042,7 +3061,8 @@ inline int ask_file_fault(const char* call, const std::string& path) {
 }
 
 // Makes a system call, unless the hook makes it fail: file_call("fsync", path, ::fsync, fd). As the
-// call itself would, it returns -1 where it fails, and errno says why.
+// call itself would, it returns -1 where it fails, and errno says why. (Arguments... are any number
+// of arguments, passed on as they are: Python's *args.)
 template <class Call, class... Arguments>
 int file_call(const char* name, const std::string& path, Call call, Arguments... arguments) {
     const int fault = ask_file_fault(name, path);
@@ -3051,7 +3071,9 @@ int file_call(const char* name, const std::string& path, Call call, Arguments...
     return -1;
 }
 
-// Writes all the bytes, in as many calls as it takes: one may be interrupted, or come up short.
+// Writes all the bytes, in as many calls as it takes: one may be interrupted by a signal (EINTR),
+// or come up short, as on a disk that is nearly full; the next call then says why. A call that
+// writes nothing and names no error counts as a full disk, or the loop would never end.
 // Returns how many were written; where they are fewer, errno says why.
 inline size_t write_all(int fd, const std::string& path, const void* data, size_t bytes) {
     const char* from = static_cast<const char*>(data);
@@ -3072,8 +3094,8 @@ inline size_t write_all(int fd, const std::string& path, const void* data, size_
 // What the rest of the program asks of a disk. Each of these does all that it says, or fails with a
 // FileError that names the path and the reason.
 
-// An open file, closed at the end of its scope. It can be moved, but not copied: it must be closed
-// once only.
+// An open file, closed at the end of its scope, also where an error is thrown through it. It can be
+// moved, which leaves the other with none (-1), but not copied: it must be closed once only.
 struct FileHandle {
     int fd;
     explicit FileHandle(int fd) : fd(fd) {}
@@ -3102,7 +3124,8 @@ inline std::string parent_folder(std::string path) {
     return slash == 0 ? "/" : path.substr(0, slash);
 }
 
-// The names in a folder, sorted, without "." and "..".
+// The names in a folder, sorted, without "." and "..". Careful: readdir returns null at the end as
+// for an error. Only errno tells them apart, so it is cleared first.
 inline std::vector<std::string> list_folder(const std::string& path) {
     std::unique_ptr<DIR, int (*)(DIR*)> folder(::opendir(path.c_str()), ::closedir);
     if (!folder) fail_file("list folder", path, errno);
@@ -3115,6 +3138,7 @@ inline std::vector<std::string> list_folder(const std::string& path) {
     return names;
 }
 
+// O_CLOEXEC, here as everywhere: a program that this one starts does not get the open file.
 inline FileHandle open_to_read(const std::string& path) {
     FileHandle file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
     if (file.fd < 0) fail_file("read", path, errno);
@@ -3129,7 +3153,8 @@ inline size_t read_some(const FileHandle& file, const std::string& path, char* t
     }
 }
 
-// The whole file. Pipes are fine too; more than max_bytes is an error before it is read.
+// The whole file. Pipes are fine too: their length is not known beforehand, so the room grows, and
+// the end is where nothing more comes. More than max_bytes is an error before it is read.
 inline std::string read_file(const std::string& path, size_t max_bytes = SIZE_MAX) {
     const FileHandle file = open_to_read(path);
     struct stat info;
@@ -3154,8 +3179,9 @@ inline std::string read_file(const std::string& path, size_t max_bytes = SIZE_MA
     return bytes;
 }
 
-// Makes the names in a folder survive a power cut. Careful: some network file systems cannot
-// (EINVAL, ENOTSUP); there is nothing to be done about those, so they count as done.
+// Makes the names in a folder survive a power cut. A folder is a file of names: to sync what a name
+// stands for does not sync the name, which may still be in memory only. Careful: some network file
+// systems cannot (EINVAL, ENOTSUP); there is nothing to be done about those, so they count as done.
 inline void sync_folder(const std::string& path) {
     const FileHandle folder(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
     if (folder.fd < 0) fail_file("open folder", path, errno);
@@ -3164,6 +3190,7 @@ inline void sync_folder(const std::string& path) {
 }
 
 // Creates a folder and those above it, and makes their names last; those that exist are left alone.
+// From the top down: a/b/c needs a/b. Each new name is in the folder above, so that one is synced.
 inline void make_folders(const std::string& path) {
     if (path.empty() || folder_exists(path)) return;
     const std::string parent = parent_folder(path);
@@ -3207,11 +3234,18 @@ inline void remove_folder(const std::string& path) {
 // commit() makes the last three. Without it the temporary is removed, and the old file, if there
 // was one, stays as it was. After a commit() that failed at its very last step the new file is
 // there, whole, but may not survive a power cut.
+// Each step is needed. What a kill or a power cut could leave without it:
+//     temporary name    half of the new file under the real name, and the old one gone
+//     first fsync       the new name with an empty file: names and bytes go to the disk separately,
+//                       and nothing says in which order
+//     last fsync        the old file, although the program went on as if it had saved
+// The temporary must lie in the same folder: between two disks a rename is a copy.
 class FileWriter {
     std::string path_, temporary_;
     FileHandle file_{-1};  // of the temporary name; -1 before and after
 
 public:
+    // Opens the temporary. O_EXCL: fails rather than write into a file that somebody else made.
     explicit FileWriter(const std::string& path)
         : path_(path), temporary_(path + format(".tmp-%d", int(::getpid()))) {
         const mode_t old = mode_of(path);  // a rename over /dev/null would be a surprise
@@ -3230,7 +3264,8 @@ public:
         if (write_all(file_.fd, temporary_, data, bytes) < bytes) fail_file("write", path_, errno);
     }
     // Careful: the order is the promise. Were the name synced before the data, a power cut could
-    // leave the name with an empty file.
+    // leave the name with an empty file. Why fsync's answer matters: a disk may report here, and
+    // only here, that an earlier write was lost.
     void commit() {
         if (file_call("fsync", temporary_, ::fsync, file_.fd) != 0)
             fail_file("write (fsync)", path_, errno);
@@ -3256,6 +3291,8 @@ inline void write_file(const std::string& path, std::string_view bytes) {
 // Each of these can be undone, for a fixed word as for a fixed lane: so two files of one length
 // that differ only within one word, by a single bit, say, always have different checksums. Others
 // escape with a chance of about 2^-64. K and K' are the multipliers of mix_bits.
+//     bytes   0-7  8-15  16-23  24-31  32-39  40-47 ...   the last block filled up with zeros
+//     lane     0     1     2      3      0      1   ...   then length and lanes become one number
 // Why four lanes: the processor works on all of them at once; one alone is half as fast.
 class Checksum {
     uint64_t lanes_[4] = {1, 2, 3, 4}, length_ = 0;
@@ -3302,8 +3339,9 @@ public:
 //     1110xxxx 10xxxxxx 10xxxxxx             up to U+FFFF: nearly all that is written today
 //     11110xxx 10xxxxxx 10xxxxxx 10xxxxxx    up to U+10FFFF: old scripts, emoji
 //
-// So "é", U+00E9, whose bits are 00011 101001, is the bytes c3 a9. Not all bytes are text: a file
-// may hold anything, and a model may write half a character.
+// So "é", U+00E9, whose bits are 00011 101001, is the bytes c3 a9, and "€", U+20AC or 0010 000010
+// 101100, is e2 82 ac. A byte tells by itself whether a character begins there: 10xxxxxx never
+// does. Not all bytes are text: a file may hold anything, and a model may write half a character.
 
 // The character that a text begins with: how many bytes it has, and its code point. 0 bytes where
 // that is not valid UTF-8 (too long a form, half a surrogate pair, above U+10FFFF, cut short).
@@ -3312,6 +3350,7 @@ struct Utf8Character {
     uint32_t code;
 };
 inline Utf8Character utf8_character(std::string_view text) {
+    // The first byte says how many there are; each of the others adds six bits.
     const uint32_t lead = text.empty() ? 0xff : uint8_t(text[0]);
     if (lead < 0x80) return {1, lead};
     // c0 and c1 would be ASCII in two bytes; f5 and more are beyond U+10FFFF.
@@ -3391,6 +3430,7 @@ struct Json {
     explicit Json(Kind kind) : kind(kind) {}
     Json(bool value) : kind(Kind::boolean), boolean(value) {}
     Json(double value) : kind(Kind::number), number(value) {}
+    // Whole numbers of any width, and no other type: `requires` is a condition on it.
     template <class Integer>
     requires std::is_integral_v<Integer> Json(Integer n)
         : kind(Kind::number), integral(true), integer(int64_t(n)), number(double(n)) {}
@@ -3401,7 +3441,8 @@ struct Json {
 
     // `where` (a file's name) begins every error's message.
     static Json parse(std::string_view text, const std::string& where, JsonLimits limits = {});
-    // One line with indent 0; otherwise a line for each member, and for each item of an array.
+    // The value as text. One line with indent 0; otherwise a line for each member, and for each
+    // item of an array. Fails at NaN and infinity, for which JSON has no words.
     std::string write(int indent = 0) const {
         std::string out;
         write_to(out, indent, 0);
@@ -3463,7 +3504,10 @@ private:
 // Text to a value: a recursive descent, with a function for each rule of the grammar. Each of them
 // reads its thing at text[at] and moves `at` behind it, or fails with the place where the text
 // breaks the rule. A hostile text costs no more than others: depth is bounded, and time and memory
-// are linear in its length but for the sort that finds a key that is there twice.
+// are linear in its length but for the sort that finds a key that is there twice. For {"a": [1,
+// 2]}:
+//     document > value { > object > string "a", value [ > array > value 1, value 2
+// Why not a library: it would be one more package to install.
 struct JsonParser {
     std::string_view text;
     const std::string& where;
@@ -3547,6 +3591,7 @@ struct JsonParser {
         Json out = 0.0;
         if (std::from_chars(begin, end, out.number).ec != std::errc())
             error(start, "number out of range");
+        // -0 is a number that no integer is; 1e3 and 1.0 were not written as integers.
         const bool minus_zero = out.number == 0 && *begin == '-';
         out.integral = whole == at && !minus_zero &&
                        std::from_chars(begin, end, out.integer).ec == std::errc();
@@ -3578,7 +3623,8 @@ struct JsonParser {
         if (which != names.npos) return at++, meanings[which];
         if (!accept("u")) wrong("an escape sequence");
         uint32_t code = hex4();
-        // Above U+FFFF there are two units, a high and a low surrogate, with ten bits each.
+        // Above U+FFFF there are two units, a high and a low surrogate, with ten bits each of what
+        // is above 0x10000: U+1F600, a grin, is \ud83d\ude00, as 0xf600 is 0x3d << 10 | 0x200.
         if (code >> 10 == 0xd800 >> 10 && accept("\\u")) {
             const uint32_t low = hex4();
             if (low >> 10 == 0xdc00 >> 10) code = 0x10000 + ((code & 0x3ff) << 10 | (low & 0x3ff));
@@ -3586,6 +3632,7 @@ struct JsonParser {
         if (code >> 11 == 0xd800 >> 11) error(start, "half a surrogate pair");
         return code;
     }
+    // Four hexadecimal digits: from_chars says where it stopped, which must be behind the fourth.
     uint32_t hex4() {
         uint32_t code = 0;
         const char *begin = text.data() + at, *end = text.data() + std::min(at + 4, text.size());
@@ -3679,7 +3726,7 @@ inline void Json::write_to(std::string& out, int indent, int depth) const {
 
 // Merging never crosses from one piece to the next: else "dog.", "dog!" and "dog?" would each be a
 // token, and one would be spent on " of the". A piece ends where one class of characters gives way
-// to another.
+// to another. It also keeps merging cheap: a word has a few bytes, a text has millions.
 enum CharClass : uint8_t { kOther, kLetter, kNumber, kSpace };
 
 // The classes of ASCII. Why a table: one look-up a character, with nothing to branch on.
@@ -3717,7 +3764,9 @@ inline Character character_at(const std::string_view& text, size_t at) {
 // How many of the eight bytes at `text`, from the first on, are ASCII letters.
 // Why: a word at a time instead of a letter at a time makes encoding an eighth faster. All eight
 // comparisons are done at once in one register: adding 128 - c to a byte below 128 sets its top bit
-// just where it is c or more.
+// just where it is c or more. ("a" is 0x61, and 0x61 + 0x1f = 0x80; "`" is 0x60, and makes 0x7f.)
+// The bit 0x20 turns capitals into small letters; a byte of 128 or more is ruled out by its own top
+// bit.
 inline size_t leading_letters(const char* text) {
     constexpr uint64_t kEach = 0x0101010101010101, kTop = 0x80 * kEach;
     uint64_t bytes;
@@ -3752,6 +3801,13 @@ inline size_t run_end(std::string_view text, size_t at, CharClass kind, size_t* 
 // (openai/gpt-2, src/encoder.py) as a scanner: the first alternative that fits is the piece. \p{L}
 // is a letter, \p{N} a number, \s white space; (?!\S) leaves the last space before a word over.
 //   "It costs $20, isn't it?" is "It" | " costs" | " $" | "20" | "," | " isn" | "'t" | " it" | "?"
+// One alternative at a time:
+//   's|'t|'re|'ve|'m|'ll|'d   "we'll" is "we" | "'ll"    but "WE'LL" is "WE" | "'" | "LL"
+//    ?\p{L}+                  " costs"; "naïve" is one   "x2y" is "x" | "2" | "y"
+//    ?\p{N}+                  " 1999", "½"               "3.14" is "3" | "." | "14"
+//    ?[^\s\p{L}\p{N}]+        " $", "?!", emoji          the blank before it is U+0020, no other
+//   \s+(?!\S)                "a   b" is "a" | "  " | " b", and the spaces at a text's end are one
+//   \s+                      "a\nb" is "a" | "\n" | "b": a line end joins no word
 inline std::string_view next_piece(std::string_view text, size_t at) {
     // An ending after an apostrophe, in lower case only.
     if (text[at] == '\'')
@@ -3772,12 +3828,18 @@ inline std::string_view next_piece(std::string_view text, size_t at) {
 // ---- The vocabulary ----------------------------------------------------------------------------
 // A vocabulary is a list of merges, in the order in which they were learnt, and nothing else: the
 // bytes come first, then what each merge makes, then the end of a text. GPT-2's has 256 + 50,000 +
-// 1 = 50,257 tokens.
+// 1 = 50,257 tokens. A toy one, learnt from "low low lower", say:
+//   merge 0   l o      token 256, "lo"          merge 2   (blank) low    token 258, " low"
+//   merge 1   lo w     token 257, "low"         merge 3   e r            token 259, "er"
+// Its tokens of " lower lot": " low" "er" | (blank) "lo" t, five for ten bytes. Text that it was
+// not learnt from costs more tokens, but there is none that it cannot write.
 
 // GPT-2 writes bytes as characters that can be seen. The 188 bytes that are visible in Latin-1
 // stand for themselves; the other 68, in order, are written as U+0100, U+0101, ... ("Ġ" is the
 // blank). So a vocabulary's file is text, and no token in it holds a blank or a line end. The ids
-// of the bytes follow the same order: first the 188, then the 68.
+// of the bytes follow the same order: first the 188, then the 68. So "!", byte 33, is token 0, and
+// the blank, byte 32 and the 33rd of the 68, is U+0120 and token 188 + 32 = 220.
+// (constexpr: the tables are made by the compiler, and the program begins with them.)
 struct ByteAlphabet {
     uint8_t byte_of_id[256] = {};
     uint16_t id_of_byte[256] = {}, code_of_byte[256] = {};
@@ -3810,7 +3872,8 @@ class MergeTable {
 public:
     static constexpr uint32_t kNone = UINT32_MAX;
     explicit MergeTable(size_t merges) : entries_(std::bit_ceil(2 * merges + 2)) {}
-    // The token that left and right become, or kNone. The smaller the token, the earlier its merge.
+    // The token that left and right become, or kNone. The smaller the token, the earlier its merge:
+    // so the token is all that has to be remembered of one. Both ids must be below 65,536.
     uint32_t find(uint32_t left, uint32_t right) const {
         return entries_[place_of(left << 16 | right)].token;
     }
@@ -3903,7 +3966,8 @@ class Encoder {
     static constexpr size_t kShort = 32;                     // up to here, merge_short is faster
     static constexpr uint32_t kNone = MergeTable::kNone;
 
-    // A piece and its tokens. The key is the piece's bytes, zeros, and in its last byte the length.
+    // A piece and its tokens. The key is the piece's bytes, zeros, and in its last byte the length:
+    //     " lower"     20 6c 6f 77 65 72 00 00 | 00 00 00 00 00 00 00 06
     // Why so small: two fill a line of cache, and a key is compared in two steps.
     struct Key {
         uint64_t low = 0, high = 0;
@@ -4005,7 +4069,14 @@ private:
 
     // The same in n log n steps: a piece may be a megabyte without a space. The tokens are a linked
     // list, and every pair that has a merge waits in a heap, which gives out the earliest merge
-    // first and, of the same merge, the leftmost place: aaa becomes (aa)a.
+    // first and, of the same merge, the leftmost place: aaa becomes (aa)a. With merges a a -> A and
+    // A A -> B, of the five letters aaaaa:
+    //     symbols       waiting (the smallest first)      taken
+    //     a a a a a     A at 0, A at 1, A at 2, A at 3    A at 0
+    //     A . a a a     A at 1, A at 2, A at 3            A at 1: that a is gone, pass over
+    //     A . a a a     A at 2, A at 3                    A at 2, and its neighbour A offers B at 0
+    //     A . A . a     A at 3, B at 0                    A at 3: gone; then B at 0
+    //     B . . . a     nothing                           the tokens are B and a
     size_t merge_long(std::string_view piece, uint16_t* to) {
         TINYGPT_CHECK(piece.size() < kNone, "a word of %zu bytes is too long to encode",
                       piece.size());
@@ -4064,8 +4135,9 @@ inline std::vector<uint16_t> Tokenizer::encode(std::string_view text) const {
 //                   Ġ a                                    "<|endoftext|>": 50256}
 //
 // The vocabulary follows from the merges alone. A vocab.json that says otherwise is refused: its
-// model would see other tokens.
+// model would see other tokens. (Ġ is the blank, so "Ġ t" merges it with a t, and makes token 256.)
 
+// A token as the files write it: every byte as its visible character.
 inline std::string Tokenizer::name_of(int id) const {
     if (id == end_of_text()) return std::string(kEndOfText);
     std::string name;
@@ -4073,6 +4145,7 @@ inline std::string Tokenizer::name_of(int id) const {
     return name;
 }
 
+// merges.txt: a first line with the format's version, then a merge a line, in order.
 inline std::string Tokenizer::merges_text() const {
     std::string text = "#version: 0.2\n";
     for (auto [left, right] : merges_) text += name_of(left) + ' ' + name_of(right) + '\n';
@@ -4096,6 +4169,7 @@ inline std::string Tokenizer::vocab_json() const {
     return json + "}";
 }
 
+// Writes vocab.json and merges.txt, each whole or not at all; makes the folder where it is missing.
 inline void Tokenizer::save(const std::string& folder) const {
     make_folders(folder);
     write_file(folder + "/vocab.json", vocab_json());
@@ -4243,6 +4317,16 @@ inline CharClass class_of(uint32_t code) {
 //     the rest       the tensors' bytes, in C order, at those offsets: each byte belongs to one
 //                    tensor, none is left over
 //
+// (github.com/huggingface/safetensors, README and tensor.rs.) The smallest that is of any use, the
+// numbers 1 and 2 under the name "a", as it is written here:
+//
+//     byte   0  58 00 00 00 00 00 00 00   N = 88
+//            8  {"__metadata__":{"format":"pt"},
+//               "a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}   (in one line)
+//           93  20 20 20                  three spaces: the data begins at a multiple of 8
+//           96  00 00 80 3f               1, at offset 0 of the data
+//          100  00 00 00 40               2; the file ends at byte 104
+//
 // Files come from the internet, and copies are cut short. So the reader checks every rule above
 // before it allocates anything of a size that the file names, and all weights for NaN: a damaged or
 // hostile file is refused with one line that names it and the rule.
@@ -4265,6 +4349,8 @@ inline size_t dtype_bytes(std::string_view dtype) {
 }
 
 // IEEE half precision: one bit of sign, five of exponent, ten of significand. It is only read.
+//     3c00 = 0 01111 0000000000 is 1: its exponent is 15, the bias. Moved by 13 bits it is 07800000,
+//     a float with the exponent 15, where 127 is the bias: 2^-112, and times 2^112 it is 1 again
 struct f16 {
     uint16_t bits;
     // Exact. A float's exponent is biased by 127, a half's by 15: moved to their places in a float,
@@ -4291,9 +4377,9 @@ size_t first_not_finite(const real* x, size_t n) {
 }
 
 // ---- Reading ------------------------------------------------------------------------------------
-// Opening a file reads its header, a few thousand bytes, and then knows where every tensor lies.
-// The weights follow one tensor at a time, straight to where the model keeps them: a model of any
-// size takes its memory once.
+// Opening a file reads its header, some 15,000 bytes for GPT-2, and then knows where every tensor
+// lies. The weights follow one tensor at a time, straight to where the model keeps them: a model of
+// any size takes its memory once.
 
 // A file of known length, of which several threads read different parts at once.
 struct InputFile {
@@ -4344,7 +4430,8 @@ void for_each_piece(size_t count, Use&& use) {
         if (error) std::rethrow_exception(error);
 }
 
-// A tensor of a file, by its name. One that was found in a file has the bytes [begin, end) of it.
+// A tensor of a file, by its name. One that was found in a file has the bytes [begin, end) of it:
+// the first of them and the one after the last, so end - begin is how many.
 // One to be written has fill(out, first, n), which sets out[n] to the elements from `first` on. Why
 // a function: they may come from an array, or a piece at a time from a GPU.
 struct StoredTensor {
@@ -4460,7 +4547,9 @@ private:
         for (auto& [key, text] : metadata.members)
             require(text.is_string(), "__metadata__ " + in_quotes(key) + " must be a string");
         // Every byte of the data belongs to exactly one tensor: in the order of their bytes, each
-        // begins where the one before it ends, and the last ends with the file.
+        // begins where the one before it ends, and the last ends with the file. Why so strict: a
+        // million tensors could share the same bytes and ask for a million times the file's size in
+        // memory, and what no tensor covers can hide anything. Order in the header means nothing.
         std::stable_sort(tensors.begin(), tensors.end(), [](auto& a, auto& b) {
             return std::pair(a.begin, a.end) < std::pair(b.begin, b.end);
         });
@@ -4491,7 +4580,9 @@ private:
         tensor.dtype = value.get_string("dtype", where);
         size_t size = dtype_bytes(tensor.dtype);
         rule(size > 0, "unknown dtype " + in_quotes(tensor.dtype));
-        // Careful: a product that wraps around to a small number is the classic way in.
+        // Careful: a product that wraps around to a small number is the classic way in: 2^32 * 2^32
+        // is 0 in 64 bits, so a huge tensor would take no bytes of the file, and be read all the
+        // same.
         tensor.shape = parse_sizes(value, "shape", where);
         bool wraps = false;
         for (int64_t n : tensor.shape) wraps |= __builtin_mul_overflow(size, size_t(n), &size);
@@ -4521,7 +4612,8 @@ private:
 };
 
 // ---- Writing ------------------------------------------------------------------------------------
-// Always F32 from a run, since that is what it trains in; BF16 for models converted from elsewhere.
+// Always F32 from a run, since that is what it keeps its masters in; BF16 for models converted from
+// elsewhere.
 
 // The numbers or texts of a list as a JSON array.
 template <class List>
@@ -4552,8 +4644,9 @@ inline std::string safetensors_header(const std::vector<StoredTensor>& tensors) 
 }
 
 // Writes the file, whole or not at all. The order is that of the reference writer, which keeps
-// every tensor aligned: wide types first, then by name. NaN and infinities are refused: they must
-// not reach a checkpoint.
+// every tensor aligned: wide types first, then by name. So the same weights always make the same
+// file. NaN and infinities are refused: they must not reach a checkpoint. The
+// tensors pass through a piece of 1 MB: a model is never in memory twice.
 inline void write_safetensors(const std::string& path, std::vector<StoredTensor> tensors) {
     std::sort(tensors.begin(), tensors.end(), [](auto& a, auto& b) {
         const size_t wide_a = dtype_bytes(a.dtype), wide_b = dtype_bytes(b.dtype);
@@ -4659,7 +4752,9 @@ inline std::string find_weights(const std::string& folder) {
 //     {"model_type": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024,
 //      "vocab_size": 50257, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-05, ...}
 // Its members can describe many models that this program is not, and whose weights have the same
-// names and shapes. To read such weights all the same would give wrong numbers without a word.
+// names and shapes. To read such weights all the same would give wrong numbers without a word. An
+// example: "activation_function": "gelu" is the exact GELU, which differs from the tanh form (§4.6)
+// by up to 0.0005.
 
 // What config.json says that matters here.
 struct HfConfig {
@@ -4737,8 +4832,12 @@ inline std::string hf_config_text(const Config& model, int64_t end_of_text,
     return json.write(2) + "\n";
 }
 
-// All that a folder has beside the weights: config.json, generation_config.json and the tokenizer's
-// files. transformers opens it with them as it opens the public GPT-2.
+// All that a folder has beside the weights: transformers opens it with them as it opens the public
+// GPT-2. tokenizer: null where there is none (a run on ids).
+//     config.json              the model's sizes        GPT2LMHeadModel.from_pretrained(folder)
+//     generation_config.json   where a text ends        model.generate(...)
+//     vocab.json merges.txt    the vocabulary (§12)     GPT2Tokenizer.from_pretrained(folder)
+//     tokenizer_config.json    its kind and its limit   AutoTokenizer.from_pretrained(folder)
 inline void write_model_description(const std::string& folder, const Config& config,
                                     const Tokenizer* tokenizer, const std::string& dtype) {
     const int64_t end = tokenizer ? tokenizer->end_of_text() : -1;
@@ -4771,6 +4870,10 @@ inline void write_model_description(const std::string& folder, const Config& con
 // written under a temporary name, synced to the disk, and renamed. And what is loaded is what was
 // saved: the state, written last, holds the checksums of all the other files, so a folder whose
 // state verifies is complete and unchanged.
+//
+// Why is that all? A run is a function of its weights, its moments, the step and the position in
+// the data. There is no generator of random numbers whose state would have to be kept (§1), and no
+// order of the data (§2). So a run that was resumed makes the same numbers, to the bit.
 
 // ---- The state of a run -------------------------------------------------------------------------
 // trainer_state.json is text, to be read by people too:
@@ -4781,8 +4884,7 @@ inline void write_model_description(const std::string& folder, const Config& con
 //      "checksums": {"config.json": "6dd9eb60222ef55e", ...},
 //      "own_checksum": "96d1f042752586eb"}
 
-// What a run is, apart from weights and moments. The random numbers have no state to keep: they are
-// a function of the seed and the step.
+// What a run is, apart from weights and moments.
 struct TrainerState {
     int64_t planned_steps = 0;  // N; 0: not known yet
     int64_t step = 0;           // updates tried: the next step is this one, counted from 0
@@ -4822,8 +4924,9 @@ inline double number_or(const Json& json, const char* key, double otherwise) {
 }
 
 // The visitor of that list: carries a field into JSON, or out of it. There is a function for each
-// type of field, with both ways side by side, so that what is written is what is read. A member
-// that is missing, or of another kind, is an error that names it.
+// type of field, with both ways side by side, so that what is written is what is read; the compiler
+// picks the one for the field's type. A member that is missing, or of another kind, is an error
+// that names it.
 struct FieldCarrier {
     const Json* from = nullptr;  // null: fields go to `to`
     std::string where = {};      // the name of the file that is read, for messages
@@ -4869,6 +4972,7 @@ struct FieldCarrier {
     }
 };
 
+// The state as JSON, without checksums: they are added when the other files are there.
 inline Json state_to_json(TrainerState state) {
     FieldCarrier writer;
     for_each_field(state, writer);
@@ -4885,9 +4989,15 @@ inline TrainerState state_from_json(const Json& json, const std::string& where) 
 // ---- Checksums: nothing that changed on the disk is used unnoticed ------------------------------
 // Disks lose bits, copies break off, and people edit files. What went into a checkpoint is written
 // down in its state; what comes out is compared with that, every byte of it.
+//
+//     trainer_state.json
+//       "checksums"      every other file of the folder, each as a whole
+//       "own_checksum"   every byte of this file up to the line's own comma: so the list above, too
+//     checked by         --resume: all of it; --init-from, eval and sample: all but the moments
+//     not covered        a file that is added to the folder; log.csv and samples.txt outside of it
 
-// The checksum of a file: that of the checksums of its pieces. A single flipped bit always changes
-// the one of its piece.
+// The checksum of a file: that of the checksums of its pieces of 65,536 bytes, as text. A single
+// flipped bit always changes the one of its piece.
 // Why pieces: all threads can work on them. Opening a model waits for this, and one thread alone
 // would take as long as all the rest together.
 inline std::string file_checksum(const std::string& path) {
@@ -5008,7 +5118,11 @@ inline void move_folder(const std::string& from, const std::string& to) {
 }
 
 // Gives a finished folder its name. Where one of that name is there already, the two change places
-// in one step (Linux), and the old one is removed: at no moment is there none.
+// in one step (Linux), and the old one is removed: at no moment is there none. For best/:
+//     before          best.tmp new     best old
+//     exchange        best.tmp old     best new      both names in one step: a kill finds the line
+//     remove                           best new      above or this one, and best/ is whole in both
+// Why not rename alone: it replaces a file, but no folder that has something in it.
 inline void replace_folder(const std::string& temporary, const std::string& folder) {
     if (!folder_exists(folder)) return rename_path(temporary, folder);
     const bool exchanged = file_call("exchange", folder, ::renameat2, AT_FDCWD, temporary.c_str(),
@@ -5035,9 +5149,15 @@ inline void replace_folder(const std::string& temporary, const std::string& fold
 
 // Writes the checkpoint `folder`, whole or not at all; the folder it is in must exist. Without
 // moments it can be opened and sampled but not resumed. An error of the disk is a FileError.
-// Careful: the order. The state comes last, and only then the name. So a kill at any moment leaves
-//     checkpoint-500.tmp/    while the files are written: the next run removes it
-//     checkpoint-500/        from the rename on: whole, with a state that verifies
+// Careful: the order. The state comes last, and only then the name:
+//   1  mkdir checkpoint-500.tmp
+//   2  each file in it: write, fsync, rename, fsync of the folder (FileWriter)
+//   3  read them all again, for their checksums; write the state in the same way
+//   4  rename to checkpoint-500, fsync of the folder above
+// So a kill at any moment leaves
+//     checkpoint-500.tmp/    before 4, while the files are written: the next run removes it
+//     checkpoint-500/        from 4 on: whole, with a state that verifies
+// The name says that 1 to 3 are on the disk, since each was synced before the next began.
 template <class Device>
 void save_checkpoint(Gpt2<Device>& model, const std::string& folder, const Tokenizer* tokenizer,
                      const TrainerState& state, bool with_moments) {
@@ -5066,7 +5186,9 @@ void save_checkpoint(Gpt2<Device>& model, const std::string& folder, const Token
 }
 
 // ---- Opening ------------------------------------------------------------------------------------
-// First what the folder claims to be, then, when there is memory for it, the weights.
+// First what the folder claims to be, then, when there is memory for it, the weights. Nothing that
+// a file says is believed before it has been checked against something else: its length against the
+// disk's, its shapes against config.json's, config.json's sizes against the options' bounds.
 
 // The model that a Hugging Face folder describes; dropout is the run's choice. Whatever is wrong
 // with the folder is found here, but for weights that are no numbers, before memory is taken for
@@ -5110,12 +5232,13 @@ void read_arrays(const std::string& path, Gpt2<Device>& model, bool moments) {
         }
     }
 }
-// Sets the model's weights from a Hugging Face folder, and AdamW's moments from a checkpoint.
+// Sets the model's weights from a Hugging Face folder (masters, and what the layers read of them).
 template <class Device>
 void load_weights(Gpt2<Device>& model, const std::string& folder) {
     read_arrays(find_weights(folder), model, false);
     model.device.weights_from_masters(model.weights, model.masters, model.layout.size);
 }
+// Sets AdamW's moments from a checkpoint. Needs reserve(..., Use::training) before.
 template <class Device>
 void load_moments(Gpt2<Device>& model, const std::string& folder) {
     read_arrays(folder + "/optimizer.safetensors", model, true);
@@ -5125,6 +5248,10 @@ void load_moments(Gpt2<Device>& model, const std::string& folder) {
 // A run's folder has checkpoint-<step>/, several of them, and best/. Their names say all: which is
 // the newest, and which were unfinished (.tmp) or about to be replaced (.old) when the program was
 // killed.
+//     out/stories/   checkpoint-2000/  checkpoint-2500/   to resume from; --keep says how many
+//                    best/                                lowest validation loss so far, no moments
+//                    log.csv  samples.txt                 what a run leaves for people (§16)
+//                    lock                                 held while a run writes here (§18)
 
 // The folder of the checkpoint after that many steps.
 inline std::string checkpoint_folder(const std::string& output, int64_t step) {
