@@ -404,6 +404,7 @@ public:
         }
         if (overfit_) blocks_ = B;
     }
+    // Where one block of text lies.
     struct Place {
         int shard = 0;
         // first prediction of the block, on the ring of the shard's predictions
@@ -416,8 +417,7 @@ public:
     int64_t ring(int shard) const { return lengths_[size_t(shard)]; }
 
     // The place of sample number i, counted from the start of training: i / blocks is its epoch.
-    // With overfit_batch the samples are the first B blocks of the first shard, in order, again and
-    // again.
+    // With overfit_batch the samples are the first B blocks of the first shard, over and over.
     Place place(int64_t i) const {
         if (overfit_) return {0, (i % B_) * T_, T_};
         int64_t epoch = i / blocks_, block = i % blocks_;
@@ -673,8 +673,7 @@ void point_into(Parameters<T>& p, T* base, const Config& config, const Layout& l
 
 // Fresh weights: normal, mean 0, deviation 0.02; biases 0, the norms' scales 1. The two projections
 // of a layer that write into the residual stream are scaled down by 1/sqrt(2L) (Radford et al.
-// 2019,
-// §2.3). Why: variances of independent numbers add up. After 2L additions of variance s^2 the
+// 2019, §2.3). Why: variances of independent numbers add up. After 2L additions of variance s^2 the
 // stream has 2L s^2, growing with depth; of variance s^2/(2L) each, it has s^2 at any depth.
 // sets weights[layout.size]; padding is 0. Element i of a tensor depends on (seed, tensor, i)
 // alone, so threads may share out a tensor in any way.
@@ -914,13 +913,11 @@ inline int stripe_begin(int rows, int stripe) { return int(int64_t(rows) * strip
 // --- §4.1 Embedding: every position gets the vector of its token plus the vector of its place
 //   out[b,t] = drop(wte[tokens[b,t]] + wpe[past + t])
 // It is a product with one-hot rows, out = onehot(tokens) wte, of which only the look-up is left.
-// The place is added because attention alone would not know who came first (Vaswani et al. 2017,
-// §3.5).
+// The place is added because a score of attention does not depend on how far apart two tokens are.
 //   walk> embedded     [8,  8]   -0.0054  -0.0335   0.1426   0.0302  -0.0398  -0.0485 ...
 
 // sets out [B*T, C] from tokens [B*T], wte [V, C], wpe [P, C]. past: position of the first column,
-// 0 but in generation. Tokens must be below V, and past + T at most P: both are checked long
-// before.
+// 0 but in generation. Tokens must be below V and past + T at most P: checked where they come from.
 template <class real>
 void Cpu<real>::embed_forward(real* out, const int32_t* tokens, const real* wte, const real* wpe,
                               int B, int T, int C, int past, Dropout drop) {
@@ -1164,6 +1161,8 @@ void Cpu<real>::linear_backward(real* dx, real* dw, const real* dout, const real
 // T x T matrix is ever kept. Dropout, where it is on, multiplies p by a mask, of index
 // ((b NH + h) T + t) T + t2, after the sum.
 //   walk> att of t=0 is its own value, qkv[16..23], since it sees nobody else:
+//   walk>   v of t=0   [1,  8]   -0.1347   1.1790  -0.1055   0.5021   0.3746  -0.3026 ...
+//   walk>   att        [8,  8]   -0.1347   1.1790  -0.1055   0.5021   0.3746  -0.3026 ...
 
 // The definition, of one head: q, k, v with rows `stride` apart, out [T, HS] with rows out_stride
 // apart. place: b NH + h. Careful: e^s itself overflows at s = 709, in float at 88. Where it counts
@@ -1611,7 +1610,8 @@ struct Gpt2 {
         point_into(g, grads, config, layout);
     }
 
-    // Takes masters [layout.size] from the host; the weights are rounded from them.
+    // Takes masters [layout.size] from the host; the weights are rounded from them where they are
+    // kept apart.
     void set_weights(const Real* host) {
         device.upload(masters, host, layout.size);
         device.weights_from_masters(weights, masters, layout.size);
@@ -1844,6 +1844,7 @@ TINYGPT_HD inline double z_score(const double* window, int64_t count, double val
 // last 128, skips too: bad text, say. Clipping: a norm above the limit scales the gradient by limit
 // / norm (Pascanu et al. 2013), after which its norm is the limit. All of it is scaled by one
 // number, so it gets shorter and points the same way.
+//   walk> norm of all gradients 2.550270; the limit is 0.5, so each is multiplied by 0.196058
 TINYGPT_HD inline void judge(StepState& state, const Guards& guards) {
     const int64_t window = StepState::kWindow;
     const double limit = 1.7976931348623157e308;  // comparisons with a NaN are false
@@ -1951,8 +1952,7 @@ void Cpu<real>::adamw(real*, real* masters, real* m, real* v, const real* grads,
 // We hold everything. A step is: for each micro-batch forward, backward, then one update.
 // Gradients of the micro-batches add up, and each is scaled by 1 / (targets of the whole step): k
 // micro-batches of B rows make the same update as one of k B rows, in a k-th of the memory. With
-// n_j targets in micro-batch j and n = sum of n_j, the step's loss is (1/n) sum over all targets,
-// so
+// n_j targets in micro-batch j, n in all, the step's loss is 1/n times the sum of all losses:
 //   gradient = sum over j of (1/n) d(sum of losses of micro-batch j)
 // Careful: the mean of the micro-batches' means would be another number where the n_j differ.
 
@@ -2091,7 +2091,7 @@ inline void fill_windows(Batch& batch, const Shards& shards, const std::vector<W
     batch.sort_rows();
 }
 
-// Sums over what has been scored, and the figures made of them.
+// Sums over what has been scored, and what is made of them.
 struct Evaluation {
     double total = 0;               // sum of -log p, in nats
     int64_t tokens = 0, bytes = 0;  // scored; what they decode to
@@ -2140,8 +2140,7 @@ Evaluation evaluate(Gpt2<Device>& model, const Shards& shards, const std::vector
 // --- Generation: predict one token, append it, predict the next
 // The key/value cache: a new token changes nothing about the ones before it, because none of them
 // can look ahead. So their keys and values are kept, and only the new row is computed: one pass
-// over the weights for one token, which is why memory, not arithmetic, sets the speed. An
-// example:
+// over the weights for one token, which is why memory, not arithmetic, sets the speed.
 //   pass 1   reads "the cat"   T = 2, past = 0   rows 0, 1 of every layer's qkv   -> " sat", say
 //   pass 2   reads " sat"      T = 1, past = 2   row 2                            -> " on"
 
@@ -3504,8 +3503,8 @@ private:
 // Text to a value: a recursive descent, with a function for each rule of the grammar. Each of them
 // reads its thing at text[at] and moves `at` behind it, or fails with the place where the text
 // breaks the rule. A hostile text costs no more than others: depth is bounded, and time and memory
-// are linear in its length but for the sort that finds a key that is there twice. For {"a": [1,
-// 2]}:
+// are linear in its length but for the sort that finds a key that is there twice. The
+// text {"a": [1, 2]} goes through
 //     document > value { > object > string "a", value [ > array > value 1, value 2
 // Why not a library: it would be one more package to install.
 struct JsonParser {
@@ -3765,8 +3764,7 @@ inline Character character_at(const std::string_view& text, size_t at) {
 // Why: a word at a time instead of a letter at a time makes encoding an eighth faster. All eight
 // comparisons are done at once in one register: adding 128 - c to a byte below 128 sets its top bit
 // just where it is c or more. ("a" is 0x61, and 0x61 + 0x1f = 0x80; "`" is 0x60, and makes 0x7f.)
-// The bit 0x20 turns capitals into small letters; a byte of 128 or more is ruled out by its own top
-// bit.
+// The bit 0x20 makes capitals small; a byte of 128 or more is ruled out by its own top bit.
 inline size_t leading_letters(const char* text) {
     constexpr uint64_t kEach = 0x0101010101010101, kTop = 0x80 * kEach;
     uint64_t bytes;
@@ -4349,8 +4347,8 @@ inline size_t dtype_bytes(std::string_view dtype) {
 }
 
 // IEEE half precision: one bit of sign, five of exponent, ten of significand. It is only read.
-//     3c00 = 0 01111 0000000000 is 1: its exponent is 15, the bias. Moved by 13 bits it is 07800000,
-//     a float with the exponent 15, where 127 is the bias: 2^-112, and times 2^112 it is 1 again
+//     3c00 = 0 01111 0000000000 is 1: its exponent is 15, the bias. 13 bits further up it is
+//     07800000, a float with the exponent 15, where 127 is the bias: 2^-112; times 2^112, 1 again
 struct f16 {
     uint16_t bits;
     // Exact. A float's exponent is biased by 127, a half's by 15: moved to their places in a float,
@@ -4581,8 +4579,7 @@ private:
         size_t size = dtype_bytes(tensor.dtype);
         rule(size > 0, "unknown dtype " + in_quotes(tensor.dtype));
         // Careful: a product that wraps around to a small number is the classic way in: 2^32 * 2^32
-        // is 0 in 64 bits, so a huge tensor would take no bytes of the file, and be read all the
-        // same.
+        // is 0 in 64 bits, so a huge tensor would take no bytes of the file, and pass.
         tensor.shape = parse_sizes(value, "shape", where);
         bool wraps = false;
         for (int64_t n : tensor.shape) wraps |= __builtin_mul_overflow(size, size_t(n), &size);
@@ -4645,8 +4642,8 @@ inline std::string safetensors_header(const std::vector<StoredTensor>& tensors) 
 
 // Writes the file, whole or not at all. The order is that of the reference writer, which keeps
 // every tensor aligned: wide types first, then by name. So the same weights always make the same
-// file. NaN and infinities are refused: they must not reach a checkpoint. The
-// tensors pass through a piece of 1 MB: a model is never in memory twice.
+// file. NaN and infinities are refused: they must not reach a checkpoint. The tensors pass through
+// a piece of 1 MB: a model is never in memory twice.
 inline void write_safetensors(const std::string& path, std::vector<StoredTensor> tensors) {
     std::sort(tensors.begin(), tensors.end(), [](auto& a, auto& b) {
         const size_t wide_a = dtype_bytes(a.dtype), wide_b = dtype_bytes(b.dtype);
