@@ -143,6 +143,7 @@ struct Error : std::runtime_error {
     return out;
 }
 
+// The two ways to give up: something went wrong, or the user asked for something that is not so.
 [[noreturn]] inline void fail(const std::string& message) { throw Error(1, message); }
 [[noreturn]] inline void fail_usage(const std::string& message) { throw Error(2, message); }
 
@@ -189,6 +190,8 @@ TINYGPT_HD inline uint64_t mix_bits(uint64_t x) {
 TINYGPT_HD inline uint64_t random_key(uint64_t seed, uint64_t step, uint64_t place) {
     return mix_bits(mix_bits(mix_bits(seed + 0x9e3779b97f4a7c15ull) + step) + place);
 }
+// Number i of a stream: 64 bits. The multiplier is 2^64 divided by the golden ratio, which spreads
+// i = 0, 1, 2, ... evenly over all numbers before they are mixed.
 TINYGPT_HD inline uint64_t random_bits(uint64_t key, uint64_t i) {
     return mix_bits(key + i * 0x9e3779b97f4a7c15ull);
 }
@@ -542,7 +545,7 @@ private:
 struct Config {
     int n_layer = 0, n_head = 0, n_embd = 0, n_positions = 0, vocab_size = 0;
     bool untied_head = false;  // true: lm_head.weight is a tensor of its own, not wte.weight
-    float dropout = 0;         // training only
+    float dropout = 0;         // the share of elements set to 0 (§4), in training only
     int head_size() const { return n_embd / n_head; }
 };
 
@@ -751,6 +754,7 @@ struct Guards {
     double skip_outliers = 0;  // z-score above which an update is skipped; 0: never
     auto operator<=>(const Guards&) const = default;
 };
+// The optimizer's (§7), with GPT-3's numbers where none are given (Brown et al. 2020, appendix B).
 struct AdamW {
     double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1;
     auto operator<=>(const AdamW&) const = default;
@@ -883,6 +887,8 @@ T* Cpu<real>::allocate(size_t count) {
 #endif
     return static_cast<T*>(pointer);
 }
+// The other four are what a GPU needs calls of its own for: to give memory back, to set count
+// elements to zero bytes, and to copy count elements to the device and from it.
 template <class real>
 template <class T>
 void Cpu<real>::release(T* pointer) {
@@ -1321,6 +1327,7 @@ void Cpu<real>::linear_gelu_backward(real* dpre, real* dw, real* dpre_bias, cons
 // That is what lets a deep model learn: from ln_f down, the gradient reaches every layer by a path
 // without a single multiplication.
 
+// What is done to the finished sums: the bias first, then dropout, then the residual.
 template <class real>
 struct AddBiasResidual {
     const real *bias, *residual;
@@ -1358,6 +1365,7 @@ void Cpu<real>::linear_residual_forward(real* out, const real* residual, const r
 // it is made a block of rows at a time, and used for everything it is needed for while it is there.
 
 constexpr int kHeadRows = 1024;  // of one block: enough for a fast product
+// Elements of `logits` that the functions below need: one block.
 template <class real>
 size_t Cpu<real>::head_workspace(int rows, int V) {
     return size_t(std::min(rows, kHeadRows)) * size_t(V);
@@ -1616,6 +1624,7 @@ struct Gpt2 {
         device.upload(masters, host, layout.size);
         device.weights_from_masters(weights, masters, layout.size);
     }
+    // The masters, on the host.
     std::vector<Real> get_weights() {
         std::vector<Real> host(layout.size);
         device.download(host.data(), masters, layout.size);
@@ -1635,6 +1644,7 @@ struct MemoryNeed {
     size_t weights = 0, gradients = 0, moments = 0, activations = 0;
     size_t total() const { return weights + gradients + moments + activations; }
 };
+// For batches of B x T. Takes no memory: it counts what the constructor and reserve() would take.
 template <class Device>
 MemoryNeed memory_need(const Config& config, int B, int T, Use use) {
     const size_t n = layout_of(config).size;
@@ -1802,6 +1812,7 @@ void backward(Gpt2<Device>& model, const Pass& pass, double scale, bool first_mi
 //   lo     /        `-..     /        `-.      /                 /            `-.
 
 enum class Schedule { cosine, linear, constant, wsd };
+// What is asked for. The rate itself is a function of this and the step, below: nothing to save.
 struct LearningRate {
     Schedule schedule = Schedule::cosine;
     double peak = 1e-3, min_fraction = 0.1;  // the end of the decay, as a fraction of the peak
@@ -1872,7 +1883,7 @@ TINYGPT_HD inline void judge(StepState& state, const Guards& guards) {
 // whose factors sum to 1 - beta1^t (a geometric series), not to 1. Divided by that, m is a weighted
 // mean of the gradients so far, and v one of their squares: the bias correction. The decay is not
 // part of the gradient, where sqrt(v) would divide it too: it shrinks the weight itself, and only
-// that of matrices (§3). With beta2 = 0.95, v looks back on some 20 steps (Brown et al. 2020).
+// that of matrices (§3). With beta2 = 0.95, v looks back on some 20 steps: 1/(1-beta2).
 // One element, t = number of this update, from 1:
 //   m <- beta1 m + (1-beta1) g        v <- beta2 v + (1-beta2) g^2
 //   w <- w - lr (m/(1-beta1^t) / (sqrt(v/(1-beta2^t)) + eps) + weight_decay w)
@@ -1920,6 +1931,7 @@ void Cpu<real>::gradient_norm(StepState* state, const real* grads, size_t count)
     state->grad_norm = std::sqrt(std::accumulate(sums.begin(), sums.end(), 0.0));
 }
 
+// Where the state lies is the device's business, so the judgement is made there.
 template <class real>
 void Cpu<real>::judge_step(StepState* state, Guards guards) {
     judge(*state, guards);
@@ -2144,6 +2156,7 @@ Evaluation evaluate(Gpt2<Device>& model, const Shards& shards, const std::vector
 //   pass 1   reads "the cat"   T = 2, past = 0   rows 0, 1 of every layer's qkv   -> " sat", say
 //   pass 2   reads " sat"      T = 1, past = 2   row 2                            -> " on"
 
+// How tokens are picked (see candidates), and how many.
 struct SampleOptions {
     int max_new_tokens = 50;
     double temperature = 0.8;  // 0: always the likeliest token
@@ -2153,6 +2166,7 @@ struct SampleOptions {
     int end_of_text = -1;  // stops there; -1: never
 };
 
+// A token that may come next.
 struct Candidate {
     int token;
     double probability;
@@ -3208,6 +3222,7 @@ inline void rename_path(const std::string& from, const std::string& to) {
     sync_folder(parent_folder(to));
 }
 
+// Removes a file; one that is not there is no error.
 inline void remove_file(const std::string& path) {
     if (file_call("unlink", path, ::unlink, path.c_str()) != 0 && errno != ENOENT)
         fail_file("remove", path, errno);
@@ -5018,6 +5033,7 @@ inline std::string state_seal(std::string_view body) {
     sum.add(body.data(), body.size());
     return ",\n  \"own_checksum\": \"" + sum.hex() + "\"\n}\n";
 }
+// Writes the state, sealed, whole or not at all.
 inline void write_sealed(const std::string& path, const Json& json) {
     std::string body = json.write(2);
     body.resize(body.size() - 2);  // the closing "\n}" is part of the seal
