@@ -1387,10 +1387,10 @@ real maximum(const real* x, int n) {
 template <class real>
 real exp_and_sum(real* x, real shift, int count);
 
-// Loss of each row: -log p[target] = log(sum exp(logits)) - logits[target], with the maximum taken
-// out so that exp cannot overflow: log sum e^l = h + log sum e^(l - h). With scale > 0 the row of
-// logits becomes its own gradient. The log of the sum has the slope e^l_v / sum = p_v, and the
-// target's logit stands in the loss itself, with a minus:
+// Loss of each row: -log p[target] = log(sum exp(logits)) - logits[target], with the maximum h
+// taken out so that exp cannot overflow: log sum e^l = h + log sum e^(l - h). With scale > 0 the
+// row of logits becomes its own gradient. The log of the sum has the slope e^l_v / sum = p_v, and
+// the target's logit stands in the loss itself, with a minus:
 //   dloss/dlogits_v = d/dlogits_v (log sum_u exp(logits_u) - logits_target) = p_v - [v = target]
 // softmax minus one-hot: push every token down by the probability it was given, and the target up
 // by what it lacked. Times scale (1/8 in the walk, and -0.1206 = (0.0351 - 1) / 8):
