@@ -186,7 +186,7 @@ TINYGPT_HD inline uint64_t mix_bits(uint64_t x) {
 }
 // The stream of one use. `place` says which, so that no two share a stream: 1 the order of the
 // blocks, 2 where cutting begins (§2), 3 initial weights (§3), 4 dropout masks (§5), 5 one
-// micro-batch of training (§8), 6 generation (§9). `step` numbers within it: the epoch, the tensor.
+// micro-batch of training (§8), 6 generation (§9). `step` counts within it: epochs, tensors.
 TINYGPT_HD inline uint64_t random_key(uint64_t seed, uint64_t step, uint64_t place) {
     return mix_bits(mix_bits(mix_bits(seed + 0x9e3779b97f4a7c15ull) + step) + place);
 }
@@ -676,8 +676,8 @@ void point_into(Parameters<T>& p, T* base, const Config& config, const Layout& l
 
 // Fresh weights: normal, mean 0, deviation 0.02; biases 0, the norms' scales 1. The two projections
 // of a layer that write into the residual stream are scaled down by 1/sqrt(2L) (Radford et al.
-// 2019, §2.3). Why: variances of independent numbers add up. After 2L additions of variance s^2 the
-// stream has 2L s^2, growing with depth; of variance s^2/(2L) each, it has s^2 at any depth.
+// 2019, §2.3). Why: variances of independent numbers add up. 2L additions of variance s^2 give the
+// stream 2L s^2, growing with depth; of variance s^2/(2L) each, they give it s^2 at any depth.
 // sets weights[layout.size]; padding is 0. Element i of a tensor depends on (seed, tensor, i)
 // alone, so threads may share out a tensor in any way.
 template <class real>
@@ -3353,7 +3353,7 @@ public:
 //     1110xxxx 10xxxxxx 10xxxxxx             up to U+FFFF: nearly all that is written today
 //     11110xxx 10xxxxxx 10xxxxxx 10xxxxxx    up to U+10FFFF: old scripts, emoji
 //
-// So "é", U+00E9, whose bits are 00011 101001, is the bytes c3 a9, and "€", U+20AC or 0010 000010
+// So "é", U+00E9, whose bits are 00011 101001, is the bytes c3 a9, and "€", U+20AC, 0010 000010
 // 101100, is e2 82 ac. A byte tells by itself whether a character begins there: 10xxxxxx never
 // does. Not all bytes are text: a file may hold anything, and a model may write half a character.
 
@@ -4148,7 +4148,7 @@ inline std::vector<uint16_t> Tokenizer::encode(std::string_view text) const {
 //                   Ġ a                                    "<|endoftext|>": 50256}
 //
 // The vocabulary follows from the merges alone. A vocab.json that says otherwise is refused: its
-// model would see other tokens. (Ġ is the blank, so "Ġ t" merges it with a t, and makes token 256.)
+// model would see other tokens. (Ġ is the blank, so "Ġ t" merges it with a t, as token 256.)
 
 // A token as the files write it: every byte as its visible character.
 inline std::string Tokenizer::name_of(int id) const {
@@ -4765,8 +4765,8 @@ inline std::string find_weights(const std::string& folder) {
 //      "vocab_size": 50257, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-05, ...}
 // Its members can describe many models that this program is not, and whose weights have the same
 // names and shapes. To read such weights all the same would give wrong numbers without a word. An
-// example: "activation_function": "gelu" is the exact GELU, which differs from the tanh form (§4.6)
-// by up to 0.0005.
+// example: "activation_function": "gelu" is the exact GELU; the tanh form (§4.6) differs from it by
+// up to 0.0005.
 
 // What config.json says that matters here.
 struct HfConfig {
