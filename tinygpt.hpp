@@ -2177,27 +2177,39 @@ struct Candidate {
 // al. 2020); what is left is scaled to sum 1. A temperature below 1 makes the likely likelier,
 // since e^(l/t) = (e^l)^(1/t). From probabilities .5 .3 .15 .05, top_k = 3 leaves .5 .3 .15; of
 // those top_p = .8 needs two, as .5 + .3 >= .8 * .95; so .625 and .375 are left to pick from.
+// A caller that needs no more of the list than its first tokens, up to a probability `enough` in
+// all, says so: sorting fifty thousand tokens takes longer than a tenth of a pass.
 inline std::vector<Candidate> candidates(const std::vector<float>& logits, double temperature,
-                                         int top_k, double top_p) {
+                                         int top_k, double top_p, double enough = 1) {
     const double highest = double(*std::max_element(logits.begin(), logits.end()));
     const double scale = temperature > 0 ? 1 / temperature : 1;
     std::vector<Candidate> list(logits.size());
     for (size_t i = 0; i < logits.size(); ++i)
         list[i] = {int(i), std::exp((double(logits[i]) - highest) * scale)};
-    auto likelier = [](const Candidate& a, const Candidate& b) {
-        return a.probability != b.probability ? a.probability > b.probability : a.token < b.token;
-    };
     if (temperature <= 0) top_k = 1;
     const size_t keep = top_k > 0 ? std::min(list.size(), size_t(top_k)) : list.size();
-    std::partial_sort(list.begin(), list.begin() + ptrdiff_t(keep), list.end(), likelier);
-    list.resize(keep);
+    size_t sorted = 0;
+    auto sort_until = [&](size_t end) {
+        auto likelier = [](const Candidate& a, const Candidate& b) {
+            return a.probability != b.probability ? a.probability > b.probability
+                                                  : a.token < b.token;
+        };
+        const auto from = list.begin() + ptrdiff_t(sorted), to = list.begin() + ptrdiff_t(end);
+        std::nth_element(from, to, list.end(), likelier);  // the likeliest come before `to`
+        std::sort(from, to, likelier);
+        sorted = end;
+    };
+    if (keep < list.size()) sort_until(keep);
     double total = 0, reached = 0;
-    for (const Candidate& c : list) total += c.probability;
+    for (size_t i = 0; i < keep; ++i) total += list[i].probability;
+    const double wanted = total * (top_p < 1 ? top_p : std::min(1.0, enough + 1e-9));
     size_t count = 0;
-    while (count < list.size() && (count == 0 || reached < top_p * total))
+    while (count < keep && (count == 0 || reached < wanted)) {
+        if (count == sorted) sort_until(std::min(keep, 8 * sorted + 64));
         reached += list[count++].probability;
+    }
     list.resize(count);
-    for (Candidate& c : list) c.probability /= reached;
+    for (Candidate& c : list) c.probability /= top_p < 1 ? reached : total;
     return list;
 }
 
@@ -2244,8 +2256,8 @@ int generate(Gpt2<Device>& model, std::vector<int32_t> tokens, const SampleOptio
         const std::vector<int32_t> fresh(tokens.begin() + cached, tokens.end());
         const std::vector<float> logits = next_logits(model, fresh, cached);
         cached = int(tokens.size());
-        const int token = pick(candidates(logits, o.temperature, o.top_k, o.top_p),
-                               random_uniform(key, uint64_t(i)));
+        const double u = random_uniform(key, uint64_t(i));
+        const int token = pick(candidates(logits, o.temperature, o.top_k, o.top_p, u), u);
         if (token == o.end_of_text || !on_token(token)) break;
         tokens.push_back(token);
     }
@@ -2311,6 +2323,7 @@ void store(real* to, V v) {
 // Within 2 units in the last place for -87.3 < x < 88.3; 0 below, infinity above; NaN stays NaN.
 template <class V>
 V exp_float(V x) {
+    // int32_t for a float; for a vector what its comparisons give, which is a vector of int32_t.
     using Bits = std::conditional_t<std::is_same_v<V, float>, int32_t, decltype(x < x)>;
     x = x < -88.0f ? -88.0f : x;
     x = x > 89.0f ? 89.0f : x;
@@ -2320,6 +2333,7 @@ V exp_float(V x) {
     const V q =
         (((1.38138782e-3f * r + 8.36906396e-3f) * r + 4.16684225e-2f) * r + 1.66665182e-1f) * r +
         0.49999994f;
+    // 2^n as a float has n + 127 in its exponent, which begins at bit 23, and no other bit.
     const Bits power = (std::bit_cast<Bits>(shifted) << 23) + (127 << 23);
     return ((r * r) * q + r + 1.0f) * std::bit_cast<V>(power);
 }
@@ -2349,59 +2363,74 @@ real exp_and_sum(real* x, real shift, int count) {
     return sum;
 }
 
+inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+inline int round_up(int a, int b) { return ceil_div(a, b) * b; }
+
 // --- The fast product
 //
-//             n                    b, kDepth rows at a time, is cut into panels of kTileCols
-//        +---------+               columns, each copied so that it is read from start to end.
-//      k | b  |p|  |
-//        +---------+               a, the same: panels of kTileRows rows.
-//   k
-// +-----+ +---------+              A tile of c is one panel of a times one panel of b. Its sums
-// |     | |    | |  |              stay in registers for kDepth steps; every step reads one
-// |  a  | |    | |  |              column of a's panel and one row of b's panel, and does
-// |=====| |----[]---| <- tile      kTileRows * kTileCols multiply-adds with them.
-// |     | |         |
-// +-----+ +---------+
+//              n                   b, kDepth rows at a time, is cut into panels of kTileCols
+//         +---------+              columns, each copied so that it is read from start to end.
+//  kDepth |  | |b|  |
+//         +---------+              a is copied too, kDepth columns at a time: its rows stay rows,
+//         |  | | |  |              kStride apart.
 //
-// One panel of a, in the first cache, meets the panels of b in turn, which come from the second: c
-// is walked along its rows, which is how memory likes it. That is the blocking of Goto and van de
-// Geijn (2008) and of BLIS, with the parts of the two operands exchanged. Ragged edges: panels are
-// filled up with zeros, and there is a micro-kernel for each number of rows.
-constexpr int kTileRows = kVectorRegisters == 32 ? 14 : 6;  // sums and operands fill the registers
+//   a          c                   A tile of c is kTileRows rows of a times one panel of b. Its
+// +---+---+ +---------+            sums stay in registers for kDepth steps; every step takes one
+// |   |   | |         |            number of each row of a and one row of b's panel, and does
+// |===|===| |--- [] --| <- tile    kTileRows * kTileCols multiply-adds with them.
+// |   |   | |         |
+// +---+---+ +---------+
+//
+// The rows of a of one tile, in the first cache, meet the panels of b in turn, which come from the
+// second: c is walked along its rows, which is how memory likes it. That is the blocking of Goto
+// and van de Geijn (2008) and of BLIS, with the parts of the two operands exchanged. Ragged edges:
+// panels are filled up with zeros, and there is a micro-kernel for each number of rows.
+// Two registers of sums a row, two for b's row, one for a's number: 2 * 14 + 3 of 32, or 2 * 6 + 3
+// of 16.
+constexpr int kTileRows = kVectorRegisters == 32 ? 14 : 6;
 template <class real>
 constexpr int kTileCols = 2 * kLanes<real>;
-constexpr int kDepth = 384;      // steps of k packed at a time: a's panel stays in the first cache
+constexpr int kDepth = 384;      // steps of k packed at a time: a's rows stay in the first cache
 constexpr int kBlockCols = 512;  // columns of b packed at a time: they stay in the second
+// Careful: rows 384 numbers apart would share an eighth of the first cache's places, and evict each
+// other where a is read downwards.
+constexpr int kStride = kDepth + 16;
 
 // One step of the product: sum += a b, a number a beside a vector b.
 template <class real>
 void multiply_add(Vec<real>& sum, real a, Vec<real> b) {
     sum += a * b;
 }
-// In bf16 a packed element is a pair, two neighbouring steps of k, and one instruction does both:
-// sum += a.low b.low + a.high b.high, in fp32.
+
+// In bf16 (below) a packed element is a pair of numbers, two neighbouring steps of k, and one
+// instruction adds both products: sum += a.low b.low + a.high b.high, in fp32.
 #ifdef __AVX512BF16__
 inline bool cpu_has_bf16_dot() { return true; }
 inline void multiply_add(Vec<float>& sum, uint32_t a, Vec<uint32_t> b) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(b), "v"(Vec<uint32_t>{} + a));
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(b), "v"(Vec<uint32_t>{} + a));  // a in every lane
 }
 #else
 inline bool cpu_has_bf16_dot() { return false; }
 inline void multiply_add(Vec<float>&, uint32_t, Vec<uint32_t>) {}  // refused before it gets here
 #endif
 
-// Tile [rows, kTileCols] (+)= panel of a [k, kTileRows] * panel of b [k, kTileCols].
-template <int rows, class real, class Packed>
+// Tile [rows, kTileCols] (+)= a [rows, k] * panel of b [k, kTileCols]; the tile's rows are `stride`
+// apart. down: a is given as its transpose, [k, rows]. Both have rows kStride apart. rows and down
+// are template arguments because only then does the compiler know how many sums there are, and
+// gives each a register.
+template <int rows, bool down, class real, class Packed>
 void micro_kernel(real* tile, ptrdiff_t stride, const Packed* a, const Packed* b, int k, bool add) {
     constexpr int L = kLanes<real>;
     Vec<real> left[rows], right[rows];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) left[i] = right[i] = Vec<real>{};
-    for (int p = 0; p < k; ++p, a += kTileRows, b += 2 * L) {
+    for (int p = 0; p < k; ++p, a += down ? kStride : 1, b += 2 * L) {
         const Vec<Packed> b0 = load(b), b1 = load(b + L);
 #pragma GCC unroll 16
-        for (int i = 0; i < rows; ++i)
-            multiply_add(left[i], a[i], b0), multiply_add(right[i], a[i], b1);
+        for (int i = 0; i < rows; ++i) {
+            const Packed x = a[down ? i : i * kStride];
+            multiply_add(left[i], x, b0), multiply_add(right[i], x, b1);
+        }
     }
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
@@ -2411,18 +2440,14 @@ void micro_kernel(real* tile, ptrdiff_t stride, const Packed* a, const Packed* b
     }
 }
 
-// Runs the micro-kernel for tiles of `rows` rows, 1 to kTileRows.
-template <class real, class Packed, int... i>
-void run_kernel(int rows, real* tile, ptrdiff_t stride, const Packed* a, const Packed* b, int k,
-                bool add, std::integer_sequence<int, i...>) {
-    using Kernel = void (*)(real*, ptrdiff_t, const Packed*, const Packed*, int, bool);
-    static constexpr Kernel kernels[] = {micro_kernel<i + 1, real, Packed>...};
-    kernels[rows - 1](tile, stride, a, b, k, add);
-}
-template <class real, class Packed>
-void multiply_tile(real* tile, ptrdiff_t stride, const Packed* a, const Packed* b, int rows, int k,
+// Runs the micro-kernel for tiles of m rows, 1 to kTileRows: tries 14, then 13, and so on.
+template <bool down = false, class real, class Packed, int rows = kTileRows>
+void multiply_tile(real* tile, ptrdiff_t stride, const Packed* a, const Packed* b, int m, int k,
                    bool add) {
-    run_kernel(rows, tile, stride, a, b, k, add, std::make_integer_sequence<int, kTileRows>());
+    if constexpr (rows > 1)
+        if (m < rows)
+            return multiply_tile<down, real, Packed, rows - 1>(tile, stride, a, b, m, k, add);
+    micro_kernel<rows, down>(tile, stride, a, b, k, add);
 }
 
 // Memory that its owner keeps and that grows on demand; large pages where it is large.
@@ -2446,7 +2471,8 @@ public:
 };
 
 // One step of a transpose: exchanges the lanes of a that have bit `step` set with those of b that
-// do not.
+// do not. With step 1 and four lanes, a0 a1 a2 a3 and b0 b1 b2 b3 become a0 b0 a2 b2 and a1 b1 a3
+// b3: both 2 by 2 squares are transposed. With step 2, next, the squares change places.
 template <int step, class V, int... lane>
 [[gnu::always_inline]] inline void exchange_lanes(V& a, V& b, std::integer_sequence<int, lane...>) {
     constexpr int L = sizeof...(lane);
@@ -2461,7 +2487,8 @@ template <int step, class V, int... lane>
 #endif
 }
 
-// v[i][j] = v[j][i], in registers, for kLanes vectors of kLanes numbers.
+// v[i][j] = v[j][i], in registers, for kLanes vectors of kLanes numbers: first within squares of 2
+// by 2, then of 4 by 4, and so on.
 template <class real, int step = 1>
 [[gnu::always_inline]] inline void transpose_square(Vec<real>* v) {
     constexpr int L = kLanes<real>;
@@ -2474,175 +2501,67 @@ template <class real, int step = 1>
     }
 }
 
-// Packs one panel of a matrix whose rows are whole in memory: out[p][i] = from(i, p) for p < k, and
-// 0 for i >= rows. A panel that is not a whole number of squares wide is written from its end, so
-// that what one store puts too far the next puts right; but for the very last.
-template <int width, class real>
-void pack_transposed(real* out, View<real> from, int rows, int k) {
+// out[i][j] = from(i, j) for i < rows and j < cols, out's rows `stride` apart: a copy where from's
+// rows are whole in memory, else a transpose. One of from's steps is 1.
+template <class real>
+void pack(real* out, ptrdiff_t stride, View<real> from, int rows, int cols) {
     constexpr int L = kLanes<real>;
-    const int whole = from.col == 1 ? k / L * L : 0;
-    for (int p = 0; p < whole; p += L)
-        for (int i = (width - 1) / L * L; i >= 0; i -= L) {
+    const bool copy = from.col == 1;
+    const int whole_rows = copy ? rows : rows / L * L, whole_cols = cols / L * L;
+    for (int i = 0; copy && i < rows; ++i)
+        for (int j = 0; j < whole_cols; j += L)
+            store(out + i * stride + j, load(from.data + i * from.row + j));
+    for (int i = 0; !copy && i < whole_rows; i += L)
+        for (int j = 0; j < whole_cols; j += L) {
             Vec<real> square[L];
 #pragma GCC unroll 16
-            for (int j = 0; j < L; ++j)
-                square[j] = i + j < rows ? load(&from.data[(i + j) * from.row + p]) : Vec<real>{};
+            for (int p = 0; p < L; ++p) square[p] = load(&from.data[i + (j + p) * from.col]);
             transpose_square<real>(square);
 #pragma GCC unroll 16
-            for (int j = 0; j < L; ++j)
-                if (i + L <= width || p + j + 1 < k)
-                    store(out + size_t(p + j) * width + i, square[j]);
-                else
-                    std::memcpy(out + size_t(p + j) * width + i, &square[j],
-                                width % L * sizeof(real));
+            for (int p = 0; p < L; ++p) store(out + (i + p) * stride + j, square[p]);
         }
-    for (size_t p = whole; p < size_t(k); ++p)
-        for (int i = 0; i < width; ++i) out[p * width + i] = i < rows ? from(i, p) : real(0);
+    for (int i = 0; i < rows; ++i)
+        for (int j = i < whole_rows ? whole_cols : 0; j < cols; ++j)
+            out[i * stride + j] = from(i, j);
 }
 
-// Packs panels: with w = i / width, out[w][p][i % width] = from(i, p) for p < k and i < count, and
-// 0 up to a whole panel. One of from's steps is 1.
-template <int width, class real>
-void pack_panels(real* out, View<real> from, int count, int k) {
-    const size_t panel = size_t(width) * k;
-    if (from.row != 1) {
-        for (int i = 0; i < count; i += width, out += panel)
-            pack_transposed<width>(out, from.from(i, 0), std::min(width, count - i), k);
-        return;
+// The left operand of a tile: rows [rows, depth], kStride apart.
+template <class real>
+void pack_left(real* out, View<real> a, int rows, int depth) {
+    pack(out, kStride, a, rows, depth);
+}
+// The right operand, b [depth, cols], in panels of N columns: out[j / N][p][j % N] = b(p, j), and 0
+// up to a whole panel.
+template <int N, class real>
+void pack_right(real* out, View<real> b, int depth, int cols) {
+    const int whole = cols / N * N;
+    for (int p = 0; b.col == 1 && p < depth; ++p)  // a row is read whole, and dealt out to panels
+        for (int j = 0; j < whole; j += N)
+            std::memcpy(out + size_t(j) * depth + p * N, b.data + p * b.row + j, N * sizeof(real));
+    for (int j = b.col == 1 ? whole : 0; j < cols; j += N) {
+        real* panel = out + size_t(j) * depth;
+        if (j == whole) std::fill_n(panel, size_t(N) * depth, real(0));
+        pack(panel, N, b.from(0, j), depth, std::min(N, cols - j));
     }
-    for (int p = 0; p < k; ++p)  // whole rows are copied, to all panels side by side
-        for (int i = 0; i < count; i += width) {
-            real* to = out + i / width * panel + size_t(p) * width;
-            const real* row = &from.data[i + p * from.col];
-            if (i + width <= count)
-                std::memcpy(to, row, width * sizeof(real));
-            else
-                for (int j = 0; j < width; ++j) to[j] = i + j < count ? row[j] : real(0);
-        }
 }
 
-// --- Three ways to compute a tile. Each says what its panels hold, how many rows and columns a
-// tile has, how many packed steps `depth` steps of k become, how panels are packed, and computes a
-// tile.
-
-// Numbers as they are.
+// What multiply_blocks needs to know of a way to compute tiles. This one takes numbers as they are.
 template <class real>
 struct PlainTiles {
     using Packed = real;
-    static constexpr int kRows = kTileRows, kCols = kTileCols<real>, kMost = kDepth;
-    static constexpr bool kAnyRows = true;  // tile() writes `rows` rows, else all kRows
-    static int steps(int depth) { return depth; }
-    static void pack_a(Packed* out, View<real> a, int m, int k) {
-        pack_panels<kRows>(out, a, m, k);
-    }
-    static void pack_b(Packed* out, View<real> b, int n, int k) {
-        pack_panels<kCols>(out, b.transposed(), n, k);
-    }
-    static void tile(real* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int rows, int k,
+    static constexpr int kRows = kTileRows, kCols = kTileCols<real>;
+    static constexpr int kNumbers = 1;             // that a packed element holds
+    static constexpr bool kAnyRows = true;         // tile() writes `rows` rows, else all kRows
+    static int steps(int depth) { return depth; }  // packed elements that `depth` numbers become
+    static void tile(real* c, ptrdiff_t ldc, const real* a, const real* b, int rows, int k,
                      bool add) {
         multiply_tile(c, ldc, a, b, rows, k, add);
     }
 };
 
-// bf16 in pairs, with the vector unit's dot product. k is filled up with zeros to a multiple of 32.
-struct PairTiles {
-    using Packed = uint32_t;
-    static constexpr int kRows = kTileRows, kCols = kTileCols<float>, kMost = 2 * kDepth;
-    static constexpr bool kAnyRows = true;
-    static int steps(int depth) { return (depth + 31) / 32 * 16; }
-    template <int width>
-    static void pack(Packed* out, View<float> from, int count, int k) {
-        static thread_local Scratch scratch;
-        const int pairs = steps(k);
-        float* panel = scratch.get<float>(size_t(width) * 2 * pairs);
-        for (int i = 0; i < count; i += width) {
-            pack_panels<width>(panel, from.from(i, 0), std::min(width, count - i), k);
-            std::fill(panel + size_t(width) * k, panel + size_t(width) * 2 * pairs, 0.0f);
-            for (int p = 0; p < pairs; ++p, out += width)
-                for (int j = 0; j < width; ++j)
-                    out[j] = bf16(panel[2 * p * width + j]).bits |
-                             uint32_t(bf16(panel[(2 * p + 1) * width + j]).bits) << 16;
-        }
-    }
-    static void pack_a(Packed* out, View<float> a, int m, int k) { pack<kRows>(out, a, m, k); }
-    static void pack_b(Packed* out, View<float> b, int n, int k) {
-        pack<kCols>(out, b.transposed(), n, k);
-    }
-    static void tile(float* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int rows, int k,
-                     bool add) {
-        multiply_tile(c, ldc, a, b, rows, k, add);
-    }
-};
-
-// bf16 in the matrix unit, where the CPU has one (AMX; Intel 64 manual, volume 1, chapter 18): a
-// tile register holds 16 rows of 64 bytes, and one instruction multiplies 16 x 32 by 32 x 16
-// numbers.
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
-struct MatrixTiles : PairTiles {
-    static constexpr int kRows = 32, kCols = 32, kMost = 512;
-    static constexpr bool kAnyRows = false;
-    // Linux lends the unit to a process that asks: ARCH_REQ_XCOMP_PERM, for tile data.
-    static bool usable() {
-        static const bool lent = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-        return lent;
-    }
-    // A panel is [k / 32][kRows][32]: pack_panels makes that, with rows and steps exchanged.
-    static void pack_a(Packed* out, View<float> a, int m, int k) {
-        static thread_local Scratch scratch;
-        float* panel = scratch.get<float>(size_t(kRows) * 2 * steps(k));
-        for (int i = 0; i < m; i += kRows) {
-            const int rows = std::min(kRows, m - i);
-            pack_panels<32>(panel, a.from(i, 0).transposed(), k, rows);
-            for (int chunk = 0; chunk < steps(k) / 16; ++chunk, out += kRows * 16) {
-                bf16* to = reinterpret_cast<bf16*>(out);
-                for (int j = 0; j < rows * 32; ++j) to[j] = bf16(panel[chunk * rows * 32 + j]);
-                for (int j = rows * 32; j < kRows * 32; ++j) to[j].bits = 0;
-            }
-        }
-    }
-    static void pack_b(Packed* out, View<float> b, int n, int k) {
-        pack<kCols>(out, b.transposed(), n, k);
-    }
-    // Registers 0 to 3 are the four quarters of c; 4, 5 two of a, below each other; 6, 7 two of b.
-    static void tile(float* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int, int k,
-                     bool add) {
-        float* low = c + 16 * ldc;
-        const ptrdiff_t c_row = 4 * ldc, a_row = 64, b_row = 128;  // bytes
-        asm volatile(
-            "tileloadd (%0,%2), %%tmm0; tileloadd 64(%0,%2), %%tmm1;"
-            "tileloadd (%1,%2), %%tmm2; tileloadd 64(%1,%2), %%tmm3" ::"r"(c),
-            "r"(low), "r"(c_row)
-            : "memory");
-        if (!add) asm volatile("tilezero %tmm0; tilezero %tmm1; tilezero %tmm2; tilezero %tmm3");
-        for (int p = 0; p < k; p += 16, a += 16 * 32, b += 16 * 32)
-            asm volatile(
-                "tileloadd (%0,%2), %%tmm4; tileloadd 1024(%0,%2), %%tmm5;"
-                "tileloadd (%1,%3), %%tmm6; tileloadd 64(%1,%3), %%tmm7;"
-                "tdpbf16ps %%tmm6, %%tmm4, %%tmm0; tdpbf16ps %%tmm7, %%tmm4, %%tmm1;"
-                "tdpbf16ps %%tmm6, %%tmm5, %%tmm2; tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::"r"(a),
-                "r"(b), "r"(a_row), "r"(b_row)
-                : "memory");
-        asm volatile(
-            "tilestored %%tmm0, (%0,%2); tilestored %%tmm1, 64(%0,%2);"
-            "tilestored %%tmm2, (%1,%2); tilestored %%tmm3, 64(%1,%2)" ::"r"(c),
-            "r"(low), "r"(c_row)
-            : "memory");
-    }
-    // While one of these lives, its thread's registers are set up: 8 of 16 rows of 64 bytes.
-    MatrixTiles() {
-        alignas(64) uint8_t setup[64] = {1};
-        for (int i = 0; i < 8; ++i) setup[16 + 2 * i] = 64, setup[48 + i] = 16;
-        asm volatile("ldtilecfg %0" ::"m"(setup));
-    }
-    ~MatrixTiles() { asm volatile("tilerelease"); }
-};
-#else
-struct MatrixTiles : PairTiles {
-    static bool usable() { return false; }
-};
-#endif
-
-// c[rows, cols] = finish of one tile, at row i0 and column j0 of the whole, from its two panels.
+// c[rows, cols] (+)= a b of one tile, from operands of `steps` packed steps; add: to what is there.
+// If these are the last steps of k, finish is called for each row; i0, j0: where the tile lies in
+// the whole. A tile that is cut off by the edge of c is made beside it.
 template <class Tiles, class real, class Packed, class Finish>
 void finish_tile(real* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int i0, int j0, int rows,
                  int cols, int steps, bool add, bool last, Finish finish) {
@@ -2672,40 +2591,43 @@ template <class Tiles, class real, class Finish>
 void multiply_blocks(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
                      bool accumulate, Finish finish) {
     using Packed = typename Tiles::Packed;
-    constexpr int R = Tiles::kRows, N = Tiles::kCols, kMost = Tiles::kMost;
+    constexpr int R = Tiles::kRows, N = Tiles::kCols, kMaxDepth = Tiles::kNumbers * kDepth;
+    constexpr int kSome = 64;  // rows of a that a thread packs at a time
     static thread_local Scratch scratch_a;
-    const int rows = (m + R - 1) / R * R, threads = omp_get_max_threads();
-    const int wanted = ((n + kBlockCols - 1) / kBlockCols + threads - 1) / threads * threads;
-    const int width = std::max(4, ((n + wanted - 1) / wanted + N - 1) / N) * N;  // equal blocks
-    const int blocks = (n + width - 1) / width;
+    const int rows = round_up(m, R), threads = omp_get_max_threads();
+    // Blocks of about kBlockCols columns: as many for each thread, all as wide, four panels or
+    // more.
+    const int wanted = round_up(ceil_div(n, kBlockCols), threads);
+    const int width = std::max(4 * N, round_up(ceil_div(n, wanted), N)),
+              blocks = ceil_div(n, width);
+    // With fewer blocks than threads, the rows are shared out too.
     const int stretches = blocks < threads ? std::min(2 * threads / blocks, rows / R) : 1;
-    const int stretch = (rows / R + stretches - 1) / stretches * R;
-    Packed* packed_a = scratch_a.get<Packed>(size_t(rows) * Tiles::steps(k + kMost));
+    const int stretch = round_up(ceil_div(rows, stretches), R);
+    const size_t strip = size_t(rows) * kStride;  // kMaxDepth columns of a, packed
+    Packed* packed_a = scratch_a.get<Packed>(strip * ceil_div(k, kMaxDepth));
 #pragma omp parallel
     {
-        [[maybe_unused]] Tiles setup{};
+        [[maybe_unused]] Tiles setup{};         // what a thread needs first: see MatrixTiles
         static thread_local Scratch scratch_b;  // Careful: here, so that every thread makes its own
-        Packed* packed_b = scratch_b.get<Packed>(size_t(width) * Tiles::steps(std::min(k, kMost)));
-        for (int k0 = 0; k0 < k; k0 += kMost) {
-            const int depth = std::min(kMost, k - k0);
-            Packed* to = packed_a + size_t(rows) * Tiles::steps(k0);
+        Packed* packed_b =
+            scratch_b.get<Packed>(size_t(width) * Tiles::steps(std::min(k, kMaxDepth)));
+        for (int k0 = 0; k0 < k; k0 += kMaxDepth)
 #pragma omp for schedule(static) nowait
-            for (int i = 0; i < m; i += 4 * R)
-                Tiles::pack_a(to + size_t(i) * Tiles::steps(depth), a.from(i, k0),
-                              std::min(4 * R, m - i), depth);
-        }
+            for (int i = 0; i < m; i += kSome)
+                pack_left(packed_a + k0 / kMaxDepth * strip + size_t(i) * kStride, a.from(i, k0),
+                          std::min(kSome, m - i), std::min(kMaxDepth, k - k0));
 #pragma omp barrier
 #pragma omp for schedule(dynamic)
         for (int unit = 0; unit < blocks * stretches; ++unit) {
             const int j0 = unit / stretches * width, cols = std::min(width, n - j0);
             const int i0 = unit % stretches * stretch, end = std::min(m, i0 + stretch);
-            for (int k0 = 0; k0 < k; k0 += kMost) {
-                const int depth = std::min(kMost, k - k0), steps = Tiles::steps(depth);
-                const Packed* left = packed_a + size_t(rows) * Tiles::steps(k0);
-                Tiles::pack_b(packed_b, b.from(k0, j0), cols, depth);
+            for (int k0 = 0; k0 < k; k0 += kMaxDepth) {
+                const int depth = std::min(kMaxDepth, k - k0), steps = Tiles::steps(depth);
+                const Packed* left = packed_a + k0 / kMaxDepth * strip;
+                pack_right<N>(packed_b, b.from(k0, j0), depth, cols);
                 for (int i = i0; i < end; i += R)
                     for (int j = 0; j < cols; j += N)
-                        finish_tile<Tiles>(c + i * ldc + j0 + j, ldc, left + size_t(i) * steps,
+                        finish_tile<Tiles>(c + i * ldc + j0 + j, ldc, left + size_t(i) * kStride,
                                            packed_b + size_t(j) * steps, i, j0 + j,
                                            std::min(R, m - i), std::min(N, cols - j), steps,
                                            k0 > 0 || accumulate, k0 + depth == k, finish);
@@ -2714,83 +2636,18 @@ void multiply_blocks(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, 
     }
 }
 
-// a.b of k numbers: four vectors of partial sums, then their lanes, then what is left over.
-template <class real>
-real dot(const real* a, const real* b, int k) {
-    constexpr int L = kLanes<real>;
-    Vec<real> sums[4] = {};
-    int p = 0;
-    for (; p + 4 * L <= k; p += 4 * L)
-        for (int i = 0; i < 4; ++i) sums[i] += load(a + p + i * L) * load(b + p + i * L);
-    const Vec<real> lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    real sum = 0;
-    for (int i = 0; i < L; ++i) sum += lanes[i];
-    for (; p < k; ++p) sum += a[p] * b[p];
-    return sum;
-}
-
-// sum[n] = rows first..last-1 of b, each times its number in x; four at a time.
-template <class real>
-void add_rows(real* sum, const real* x, View<real> b, int n, int first, int last) {
-    std::fill(sum, sum + n, real(0));
-    for (int p = first; p < last; p += 4) {
-        const real* rows[4];
-        real scale[4];
-        for (int i = 0; i < 4; ++i) {
-            rows[i] = &b.data[std::min(p + i, last - 1) * b.row];
-            scale[i] = p + i < last ? x[p + i] : real(0);
-        }
-        for (int j = 0; j < n; ++j)
-            sum[j] += (scale[0] * rows[0][j] + scale[1] * rows[1][j]) +
-                      (scale[2] * rows[2][j] + scale[3] * rows[3][j]);
-    }
-}
-
-// c[1, n] of one row a, as in generation. Every number of b is used once, so nothing is packed, and
-// memory sets the speed: each thread should read one stretch of it from start to end. Where b is
-// row-major those are stripes of rows, a fixed number of them, whose sums are added in order; where
-// it is a transpose they are columns, each a dot product.
-template <class real, class Finish>
-void multiply_row(real* c, View<real> a, View<real> b, int n, int k, bool accumulate,
-                  Finish finish) {
-    static thread_local Scratch scratch_x, scratch_sums;
-    real *x = scratch_x.get<real>(k), *sums = scratch_sums.get<real>(size_t(kStripes) * n);
-    for (int p = 0; p < k; ++p) x[p] = a(0, p);
-    constexpr int kSome = 256;
-#pragma omp parallel
-    {
-#pragma omp for schedule(static)
-        for (int stripe = 0; stripe < (b.col == 1 ? kStripes : 0); ++stripe)
-            add_rows(sums + size_t(stripe) * n, x, b, n, stripe_begin(k, stripe),
-                     stripe_begin(k, stripe + 1));
-#pragma omp for schedule(static)
-        for (int j0 = 0; j0 < n; j0 += kSome) {
-            const int count = std::min(kSome, n - j0);
-            real out[kSome] = {};
-            if (b.col == 1)
-                for (int stripe = 0; stripe < kStripes; ++stripe)
-                    for (int j = 0; j < count; ++j) out[j] += sums[size_t(stripe) * n + j0 + j];
-            else
-                for (int j = 0; j < count; ++j) out[j] = dot(x, &b.data[(j0 + j) * b.col], k);
-            for (int j = 0; j < count; ++j) c[j0 + j] = accumulate ? c[j0 + j] + out[j] : out[j];
-            finish(0, j0, count, c + j0);
-        }
-    }
-}
-
-// The same for operands of any size: all of a is packed at once above, so a large one goes in parts,
-// which bounds the memory that packing takes (50 MB). The parts end where packed steps of k end, so
-// the sums are the same.
+// multiply_blocks packs all of a at once; here a large one goes in parts, which bounds the memory
+// that packing takes (50 MB). The parts end where packed steps of k end, so the sums are the same.
 template <class Tiles, class real, class Finish>
 void multiply_parts(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
                     bool accumulate, Finish finish) {
-    constexpr int kRows = 288 * kTileRows, kSteps = 8 * kDepth;
-    static_assert(kRows % Tiles::kRows == 0 && kSteps % Tiles::kMost == 0);
-    for (int i = 0; i < m; i += kRows)
-        for (int p = 0; p < k; p += kSteps) {
-            const bool last = p + kSteps >= k;
+    constexpr int kMostRows = 288 * kTileRows, kMostSteps = 8 * kDepth;
+    static_assert(kMostRows % Tiles::kRows == 0 && kMostSteps % (Tiles::kNumbers * kDepth) == 0);
+    for (int i = 0; i < m; i += kMostRows)
+        for (int p = 0; p < k; p += kMostSteps) {
+            const bool last = p + kMostSteps >= k;
             multiply_blocks<Tiles>(c + i * ldc, ldc, a.from(i, p), b.from(p, 0),
-                                   std::min(kRows, m - i), n, std::min(kSteps, k - p),
+                                   std::min(kMostRows, m - i), n, std::min(kMostSteps, k - p),
                                    accumulate || p > 0,
                                    [=](int row, int col, int count, real* values) {
                                        if (last) finish(i + row, col, count, values);
@@ -2798,7 +2655,178 @@ void multiply_parts(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, i
         }
 }
 
-// The product, the way the shape and the options ask for.
+// --- One row, as in generation
+// How far ahead (in numbers) operands that come from memory are asked for.
+constexpr int kAhead = 384;
+
+// a.b of k numbers: four vectors of partial sums, then their lanes, then what is left over.
+template <class real>
+real dot(const real* a, const real* b, int k) {
+    constexpr int L = kLanes<real>;
+    Vec<real> sums[4] = {};
+    int p = 0;
+    for (; p + 4 * L <= k; p += 4 * L)
+        for (int i = 0; i < 4; ++i) {
+            __builtin_prefetch(b + p + i * L + kAhead);
+            sums[i] += load(a + p + i * L) * load(b + p + i * L);
+        }
+    const Vec<real> lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    real sum = 0;
+    for (int i = 0; i < L; ++i) sum += lanes[i];
+    for (; p < k; ++p) sum += a[p] * b[p];
+    return sum;
+}
+
+// sum[n] = rows first..last-1 of b, each times its number in x.
+template <class real>
+void add_rows(real* sum, const real* x, View<real> b, int n, int first, int last) {
+    constexpr int L = kLanes<real>;
+    std::fill(sum, sum + n, real(0));
+    for (int p = first; p < last; ++p) {
+        const real* row = &b.data[p * b.row];
+        int j = 0;
+        for (; j + L <= n; j += L) {
+            __builtin_prefetch(row + j + kAhead);
+            store(sum + j, load(sum + j) + x[p] * load(row + j));
+        }
+        for (; j < n; ++j) sum[j] += x[p] * row[j];
+    }
+}
+
+// c[1, n] of one row a. Every number of b is used once, so nothing is packed, and memory sets the
+// speed: each thread should read one stretch of it from start to end. Where b is row-major those
+// are stripes of rows, a fixed number of them, whose sums are added in order; where it is a
+// transpose they are columns, each a dot product.
+template <class real, class Finish>
+void multiply_row(real* c, View<real> a, View<real> b, int n, int k, bool accumulate,
+                  Finish finish) {
+    static thread_local Scratch scratch_x, scratch_sums;
+    const bool row_major = b.col == 1;
+    real *x = scratch_x.get<real>(k), *sums = scratch_sums.get<real>(size_t(kStripes) * n);
+    for (int p = 0; p < k; ++p) x[p] = a(0, p);
+    constexpr int kSome = 256;
+#pragma omp parallel
+    {
+        if (row_major) {
+#pragma omp for schedule(static)
+            for (int stripe = 0; stripe < kStripes; ++stripe)
+                add_rows(sums + size_t(stripe) * n, x, b, n, stripe_begin(k, stripe),
+                         stripe_begin(k, stripe + 1));
+        }
+#pragma omp for schedule(static)
+        for (int j0 = 0; j0 < n; j0 += kSome) {
+            const int count = std::min(kSome, n - j0);
+            real out[kSome] = {};
+            for (int stripe = 0; row_major && stripe < kStripes; ++stripe)
+                for (int j = 0; j < count; ++j) out[j] += sums[size_t(stripe) * n + j0 + j];
+            for (int j = 0; !row_major && j < count; ++j)
+                out[j] = dot(x, &b.data[(j0 + j) * b.col], k);
+            for (int j = 0; j < count; ++j) c[j0 + j] = accumulate ? c[j0 + j] + out[j] : out[j];
+            finish(0, j0, count, c + j0);
+        }
+    }
+}
+
+// --- Two ways to do the same in bf16
+// A packed element is a pair: two neighbouring steps of k. Numbers are rounded while they are
+// packed; sums stay fp32.
+
+// Pairs that `depth` numbers become: zeros are added up to a multiple of 32 numbers.
+inline int pairs(int depth) { return round_up(depth, 32) / 2; }
+inline uint32_t pair(float low, float high) {
+    return bf16(low).bits | uint32_t(bf16(high).bits) << 16;
+}
+
+inline void pack_left(uint32_t* out, View<float> a, int rows, int depth) {
+    constexpr int kSome = 16;
+    static thread_local Scratch scratch;
+    const int width = 2 * pairs(depth);
+    float* part = scratch.get<float>(size_t(kSome) * width);
+    std::fill_n(part, kSome * width, 0.0f);
+    for (int i = 0; i < rows; ++i, out += kStride) {
+        if (i % kSome == 0) pack(part, width, a.from(i, 0), std::min(kSome, rows - i), depth);
+        const float* row = part + i % kSome * width;
+        for (int p = 0; p < width / 2; ++p) out[p] = pair(row[2 * p], row[2 * p + 1]);
+    }
+}
+template <int N>
+void pack_right(uint32_t* out, View<float> b, int depth, int cols) {
+    static thread_local Scratch scratch;
+    const int steps = pairs(depth);
+    float* panel = scratch.get<float>(size_t(N) * 2 * steps);
+    for (int j = 0; j < cols; j += N) {
+        pack_right<N>(panel, b.from(0, j), depth, std::min(N, cols - j));
+        std::fill(panel + N * depth, panel + N * 2 * steps, 0.0f);
+        for (int p = 0; p < steps; ++p, out += N)
+            for (int i = 0; i < N; ++i)
+                out[i] = pair(panel[2 * p * N + i], panel[(2 * p + 1) * N + i]);
+    }
+}
+
+// With the vector unit's dot product.
+struct PairTiles {
+    using Packed = uint32_t;
+    static constexpr int kRows = kTileRows, kCols = kTileCols<float>, kNumbers = 2;
+    static constexpr bool kAnyRows = true;
+    static int steps(int depth) { return pairs(depth); }
+    static void tile(float* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int rows, int k,
+                     bool add) {
+        multiply_tile(c, ldc, a, b, rows, k, add);
+    }
+};
+
+// With the matrix unit, where the CPU has one (AMX; Intel 64 manual, volume 1, chapter 18): a tile
+// register holds 16 rows of 64 bytes, and one instruction multiplies 16 x 32 by 32 x 16 numbers.
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
+struct MatrixTiles : PairTiles {
+    static constexpr int kRows = 32, kCols = 32;
+    static constexpr bool kAnyRows = false;
+    // Linux lends the unit to a process that asks: ARCH_REQ_XCOMP_PERM, for tile data.
+    static bool usable() {
+        static const bool lent = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+        return lent;
+    }
+    // Registers 0 to 3 are the four quarters of c; 4, 5 two of a, below each other; 6, 7 two of b.
+    static void tile(float* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int, int k,
+                     bool add) {
+        float* low = c + 16 * ldc;
+        const ptrdiff_t c_row = 4 * ldc, a_row = 4 * kStride, b_row = 4 * kCols;  // bytes
+        asm volatile(
+            "tileloadd (%0,%2), %%tmm0; tileloadd 64(%0,%2), %%tmm1;"
+            "tileloadd (%1,%2), %%tmm2; tileloadd 64(%1,%2), %%tmm3" ::"r"(c),
+            "r"(low), "r"(c_row)
+            : "memory");
+        if (!add) asm volatile("tilezero %tmm0; tilezero %tmm1; tilezero %tmm2; tilezero %tmm3");
+        for (int p = 0; p < k; p += 16, a += 16, b += 16 * kCols)
+            asm volatile(
+                "tileloadd (%0,%3), %%tmm4; tileloadd (%1,%3), %%tmm5;"
+                "tileloadd (%2,%4), %%tmm6; tileloadd 64(%2,%4), %%tmm7;"
+                "tdpbf16ps %%tmm6, %%tmm4, %%tmm0; tdpbf16ps %%tmm7, %%tmm4, %%tmm1;"
+                "tdpbf16ps %%tmm6, %%tmm5, %%tmm2; tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::"r"(a),
+                "r"(a + 16 * kStride), "r"(b), "r"(a_row), "r"(b_row)
+                : "memory");
+        asm volatile(
+            "tilestored %%tmm0, (%0,%2); tilestored %%tmm1, 64(%0,%2);"
+            "tilestored %%tmm2, (%1,%2); tilestored %%tmm3, 64(%1,%2)" ::"r"(c),
+            "r"(low), "r"(c_row)
+            : "memory");
+    }
+    // While one of these lives, its thread's registers are set up: 8 of 16 rows of 64 bytes.
+    MatrixTiles() {
+        alignas(64) uint8_t setup[64] = {1};
+        for (int i = 0; i < 8; ++i) setup[16 + 2 * i] = 64, setup[48 + i] = 16;
+        asm volatile("ldtilecfg %0" ::"m"(setup));
+    }
+    ~MatrixTiles() { asm volatile("tilerelease"); }
+};
+#else
+struct MatrixTiles : PairTiles {
+    static bool usable() { return false; }
+};
+#endif
+
+// The product, the way the shape and the options ask for. One row in bf16 is made in fp32: its
+// speed is that of reading b, which is fp32 either way.
 template <class real, class Finish>
 void matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
             MatmulOptions options, bool accumulate, Finish finish) {
@@ -2807,8 +2835,7 @@ void matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, in
         if (options.bf16) {
             TINYGPT_CHECK(cpu_has_bf16_dot(),
                           "bf16 products need a CPU with avx512_bf16 and a build for it "
-                          "(-march=native), "
-                          "which this is not: use --precision fp32");
+                          "(-march=native), which this is not: use --precision fp32");
             if (MatrixTiles::usable())
                 return multiply_parts<MatrixTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
             return multiply_parts<PairTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
@@ -2817,51 +2844,48 @@ void matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, in
 }
 
 // --- Attention, forward
-// The scores are made transposed, keys down and queries across: then a running softmax is a vector
-// of maxima and one of sums, a lane for each query, and p^T [keys, queries] is already the packed
-// right operand of out^T = v^T p^T. For each block of keys (Milakov and Gimelshein 2018):
+// A tile of queries meets the keys in blocks; scores and weights of one block are all that is ever
+// kept, and they stay in the first cache. The softmax runs along (Milakov and Gimelshein 2018):
 //   new max = max(old max, s)    p = e^(s - new max)    old sums shrink by e^(old max - new max)
-// Keys behind the last query of a tile are never touched: that is the causal half.
+// Keys later than the last query of a tile are not touched: that is the causal half.
 
-// out [m, kTileCols] (+)= left [m, k] * right [k, kTileCols], packed; left's panels are `panel`
-// apart.
-template <class real>
-void multiply_packed(real* out, const real* left, size_t panel, const real* right, int m, int k,
-                     bool add) {
+// c [m, n] (+)= a [m, k] b [k, n], packed; n counts up to a whole panel. a is `strip` further on
+// every kDepth of k; b's panels are `panel` apart.
+template <bool down = false, class real>
+void multiply_packed(real* c, ptrdiff_t ldc, const real* a, size_t strip, const real* b,
+                     size_t panel, int m, int n, int k, bool add) {
     constexpr int R = kTileRows, N = kTileCols<real>;
-    for (int i = 0; i < m; i += R)
-        multiply_tile(out + i * N, N, left + i / R * panel, right, std::min(R, m - i), k, add);
+    for (int k0 = 0; k0 < k; k0 += kDepth, a += strip)
+        for (int i = 0; i < m; i += R)
+            for (int j = 0; j < n; j += N)
+                multiply_tile<down>(c + i * ldc + j, ldc, a + i * (down ? 1 : kStride),
+                                    b + j / N * panel + k0 * N, std::min(R, m - i),
+                                    std::min(kDepth, k - k0), add || k0 > 0);
 }
 
-// out[j][i] = tile[i][j]: a transposed tile of kTileCols columns back into rows.
+// A left operand of any depth, as multiply_packed reads it.
 template <class real>
-void unpack_tile(real* out, ptrdiff_t stride, const real* tile, int count, int HS) {
-    for (int j = 0; j < count; ++j)
-        for (int i = 0; i < HS; ++i) out[j * stride + i] = tile[i * kTileCols<real> + j];
+void pack_strips(real* out, size_t strip, View<real> a, int rows, int depth) {
+    for (int k0 = 0; k0 < depth; k0 += kDepth, out += strip)
+        pack_left(out, a.from(0, k0), rows, std::min(kDepth, depth - k0));
 }
 
-// One step of the running softmax, for a block of scores s [keys, kTileCols], which become p.
-// Updates each query's maximum and sum of p, and shrinks sums [HS, kTileCols].
+// One step of the running softmax, for one query: scores s[count] become p, with count a multiple
+// of kLanes; max and total are brought up to date, and so are sums[HS].
 template <class real>
-void softmax_block(real* s, real* max, real* total, real* sums, int keys, int HS) {
-    constexpr int N = kTileCols<real>, L = kLanes<real>;
-    for (int lane = 0; lane < N; lane += L) {
-        const Vec<real> old_max = load(max + lane);
-        Vec<real> top = old_max;
-        for (int i = 0; i < keys; ++i) {
-            const Vec<real> x = load(s + i * N + lane);
-            top = x > top ? x : top;
-        }
-        const Vec<real> shrink = exp_fast(old_max - top);
-        Vec<real> sum = load(total + lane) * shrink;
-        for (int i = 0; i < keys; ++i) {
-            const Vec<real> p = exp_fast(load(s + i * N + lane) - top);
-            store(s + i * N + lane, p);
-            sum += p;
-        }
-        store(max + lane, top), store(total + lane, sum);
-        for (int i = 0; i < HS; ++i) store(sums + i * N + lane, load(sums + i * N + lane) * shrink);
+void running_softmax(real* s, int count, real& max, real& total, real* sums, int HS) {
+    constexpr int L = kLanes<real>;
+    Vec<real> most = load(s);
+    for (int j = L; j < count; j += L) {
+        const Vec<real> x = load(s + j);
+        most = x > most ? x : most;
     }
+    real top = max;
+    for (int i = 0; i < L; ++i) top = std::max(top, most[i]);
+    const real shrink = exp_fast(max - top);
+    total = total * shrink + exp_and_sum(s, top, count);
+    max = top;
+    for (int j = 0; j < HS; ++j) sums[j] *= shrink;
 }
 
 // One head: queries first..last-1 over keys 0..last-1. qkv: the head's query of row 0, rows 3C
@@ -2869,38 +2893,46 @@ void softmax_block(real* s, real* max, real* total, real* sums, int keys, int HS
 template <class real>
 void attend(real* out, real* lse, const real* qkv, int first, int last, int C, int HS, Dropout drop,
             uint64_t place, int T) {
-    constexpr int R = kTileRows, N = kTileCols<real>, kKeys = 8 * R;
+    constexpr int R = kTileRows, N = kTileCols<real>, L = kLanes<real>;
     constexpr real kNever = -std::numeric_limits<real>::infinity();
     static thread_local Scratch room[5];
     const View<real> q = rows_of(qkv, 3 * ptrdiff_t(C)), k = q.from(0, C), v = q.from(0, 2 * C);
-    real* keys = room[0].get<real>(size_t(last + R) * HS);    // panels of keys, [HS][R] each
-    real* values = room[1].get<real>(size_t(HS + R) * last);  // panels of channels, [last][R] each
-    real* queries = room[2].get<real>(size_t(HS) * N);        // [HS][N]
-    real* sums = room[3].get<real>(size_t(HS) * N);           // [HS][N]: out^T
-    real* p = room[4].get<real>(size_t(kKeys) * N);           // [keys][N]: scores, then p
-    pack_panels<R>(keys, k, last, HS);
-    pack_panels<R>(values, v.transposed(), HS, last);
-    for (int t = first; t < last; t += N) {
-        const int count = std::min(N, last - t), end = t + count;
-        alignas(64) real max[N], total[N] = {};
-        std::fill(max, max + N, kNever);
-        std::fill(sums, sums + HS * N, real(0));
-        pack_panels<N>(queries, q.from(t, 0), count, HS);
-        for (int i = 0; i < HS * N; ++i) queries[i] *= 1 / std::sqrt(real(HS));
-        for (int k0 = 0; k0 < end; k0 += kKeys) {
-            const int n = std::min(kKeys, end - k0);
-            multiply_packed(p, keys + size_t(k0) * HS, size_t(R) * HS, queries, n, HS, false);
-            for (int i = std::max(0, t - k0); i < n; ++i)  // a key behind the query is not seen
-                std::fill(p + i * N, p + i * N + std::min(N, k0 + i - t), kNever);
-            softmax_block(p, max, total, sums, n, HS);
-            for (int i = 0; drop.on() && i < n; ++i)
-                for (int j = 0; j < count; ++j)
-                    p[i * N + j] *= drop.scale((place * T + t + j) * T + k0 + i);
-            multiply_packed(sums, values + size_t(k0) * R, size_t(R) * last, p, HS, n, true);
+    const int wide = round_up(HS, N);  // HS, up to a whole panel
+    const size_t strip = size_t(R) * kStride;
+    real* keys = room[0].get<real>(size_t(last + N) * HS);  // k^T: panels [HS][N]
+    real* values = room[1].get<real>(size_t(last) * wide);  // v: panels [last][N]
+    real* queries = room[2].get<real>(strip * (HS / kDepth + 1));
+    real* p = room[3].get<real>(strip);                // scores, then p
+    real* sums = room[4].get<real>(size_t(R) * wide);  // of p v, not yet divided by total
+    pack_right<N>(keys, k.transposed(), HS, last);
+    for (size_t i = 0; i < size_t(round_up(last, N)) * HS; ++i) keys[i] *= 1 / std::sqrt(real(HS));
+    pack_right<N>(values, v, last, HS);
+    for (int t = first; t < last; t += R) {
+        const int count = std::min(R, last - t), end = t + count;
+        real max[R], total[R] = {};
+        std::fill(max, max + R, kNever);
+        std::fill_n(sums, R * wide, real(0));
+        pack_strips(queries, strip, q.from(t, 0), count, HS);
+        for (int k0 = 0; k0 < end; k0 += kDepth) {
+            const int n = std::min(kDepth, end - k0), whole = round_up(n, L);
+            multiply_packed(p, kStride, queries, strip, keys + size_t(k0) * HS, size_t(N) * HS,
+                            count, n, HS, false);
+            for (int i = 0; i < count; ++i) {
+                real* row = p + i * kStride;
+                const int seen = std::clamp(t + i + 1 - k0, 0, n);
+                std::fill(row + seen, row + whole, kNever);  // keys later than the query
+                running_softmax(row, whole, max[i], total[i], sums + i * wide, HS);
+                for (int j = 0; drop.on() && j < seen; ++j)
+                    row[j] *= drop.scale((place * T + t + i) * T + k0 + j);
+            }
+            multiply_packed(sums, wide, p, 0, values + size_t(k0) * N, size_t(last) * N, count, HS,
+                            n, true);
         }
-        for (int i = 0; i < HS * N; ++i) sums[i] /= total[i % N];
-        unpack_tile(out + (t - first) * ptrdiff_t(C), C, sums, count, HS);
-        for (int j = 0; lse && j < count; ++j) lse[t - first + j] = max[j] + std::log(total[j]);
+        for (int i = 0; i < count; ++i) {
+            for (int j = 0; j < HS; ++j)
+                out[(t - first + i) * ptrdiff_t(C) + j] = sums[i * wide + j] / total[i];
+            if (lse) lse[t - first + i] = max[i] + std::log(total[i]);
+        }
     }
 }
 
@@ -2945,31 +2977,25 @@ void attention_cached(real* out, const real* qkv, int past, int n, int NH, int H
             attend(out + at, static_cast<real*>(nullptr), qkv + at, past, past + n, C, HS,
                    Dropout{}, 0, past + n);
 }
-
 // --- Attention, backward
-// For each block of keys the scores of all later queries are made again, p = e^(s - lse), this time
-// queries down and keys across: p and ds are then the right operands of dv^T and dk^T as they are.
+// The scores are made again, block by block, and p = e^(s - lse). Then dp = dout v^T and
+// ds = p (dp - D); p and ds are the left operand of dq = ds k as they are, and read downwards that
+// of dv = p^T dout and dk = ds^T q.
 
-// Scores p and products ds = dout v^T, [queries, kTileCols], of queries t.. and keys k0.. become p
-// (times the mask) and ds / sqrt(HS). lse, D: of query t.
+// One query: scores p[count] and products ds = dout v^T become p (times the mask) and
+// ds / sqrt(HS), zero from `seen` on.
 template <class real>
-void softmax_block_backward(real* p, real* ds, const real* lse, const real* D, int t, int k0,
-                            int queries, int T, int HS, Dropout drop, uint64_t place) {
-    constexpr int N = kTileCols<real>;
+void softmax_row_backward(real* p, real* ds, real lse, real D, int count, int seen, int HS,
+                          Dropout drop, uint64_t place) {
     const real scale = 1 / std::sqrt(real(HS));
-    for (int i = 0; i < queries; ++i, ++t, p += N, ds += N) {
-        for (int j = 0; j < N; ++j) p[j] = exp_fast(p[j] * scale - lse[i]);
-        for (int j = std::max(0, t + 1 - k0); j < N; ++j) p[j] = 0;  // keys behind the query
-        if (!drop.on()) {
-            for (int j = 0; j < N; ++j) ds[j] = p[j] * (ds[j] - D[i]) * scale;
-            continue;
-        }
-        for (int j = 0; j < N; ++j) {
-            const real mask = drop.scale((place * T + t) * T + k0 + j);
-            ds[j] = p[j] * (ds[j] * mask - D[i]) * scale;
-            p[j] *= mask;
-        }
+    real mask[kDepth];
+    for (int j = 0; drop.on() && j < seen; ++j) ds[j] *= mask[j] = drop.scale(place + j);
+    for (int j = 0; j < seen; j += kLanes<real>) {
+        const Vec<real> e = exp_fast(load(p + j) * scale - lse);
+        store(p + j, e), store(ds + j, e * (load(ds + j) - D) * scale);
     }
+    for (int j = 0; drop.on() && j < seen; ++j) p[j] *= mask[j];
+    std::fill(p + seen, p + count, real(0)), std::fill(ds + seen, ds + count, real(0));
 }
 
 // One head; rows of dqkv and qkv are 3C apart, those of dout and out C. Sets dqkv.
@@ -2977,51 +3003,65 @@ template <class real>
 void attend_backward(real* dqkv, const real* dout, const real* out, const real* lse,
                      const real* qkv, int T, int C, int HS, Dropout drop, uint64_t place) {
     constexpr int R = kTileRows, N = kTileCols<real>, kQueries = 8 * R;
-    static thread_local Scratch room[13];
+    static thread_local Scratch room[12];
     const ptrdiff_t stride = 3 * ptrdiff_t(C);
     const View<real> q = rows_of(qkv, stride), k = q.from(0, C), v = q.from(0, 2 * C),
                      d = rows_of(dout, C);
-    const size_t by_rows = size_t(T + R) * HS, by_cols = size_t(HS + R) * T,
-                 tile = size_t(HS + N) * N;
-    real *q_rows = room[0].get<real>(by_rows), *dout_rows = room[1].get<real>(by_rows);
-    real *q_cols = room[2].get<real>(by_cols), *dout_cols = room[3].get<real>(by_cols);
-    real *k_right = room[4].get<real>(tile), *v_right = room[5].get<real>(tile);  // [HS][N]
-    real *dk = room[6].get<real>(tile), *dv = room[7].get<real>(tile);            // [HS][N]
-    real* k_wide = room[8].get<real>(tile);  // [HS / N][keys][N]
-    real *p = room[9].get<real>(kQueries * N),
-         *ds = room[10].get<real>(kQueries * N);               // [queries][N]
-    real* ds_left = room[11].get<real>(size_t(kQueries) * N);  // panels of queries, [keys][R] each
-    const int wide = (HS + N - 1) / N;
-    real *dq = room[12].get<real>((size_t(wide) * N + 1) * T), *D = dq + size_t(wide) * T * N;
-    std::fill(dq, D, real(0));  // [HS / N][T][N]
+    const int wide = round_up(HS, N);
+    const size_t strip = size_t(kQueries) * kStride, across = size_t(kDepth) * HS,
+                 down = size_t(T) * wide, block = size_t(kDepth) * wide;
+    real *k_across = room[0].get<real>(across), *v_across = room[1].get<real>(across);  // [HS][N]
+    real *q_right = room[2].get<real>(down), *d_right = room[3].get<real>(down);        // [T][N]
+    real* k_right = room[4].get<real>(block);                                           // [keys][N]
+    real* q_left = room[5].get<real>(strip * (HS / kDepth + 1));
+    real* d_left = room[6].get<real>(strip * (HS / kDepth + 1));
+    real *p = room[7].get<real>(strip), *ds = room[8].get<real>(strip);    // [queries][keys]
+    real *dk = room[9].get<real>(block), *dv = room[10].get<real>(block);  // [keys][wide]
+    real *dq = room[11].get<real>(down + T), *D = dq + down;               // [T][wide], [T]
+    std::fill_n(dq, down, real(0));
     for (int t = 0; t < T; ++t) D[t] = dot(dout + ptrdiff_t(t) * C, out + ptrdiff_t(t) * C, HS);
-    pack_panels<R>(q_rows, q, T, HS), pack_panels<R>(dout_rows, d, T, HS);
-    pack_panels<R>(q_cols, q.transposed(), HS, T), pack_panels<R>(dout_cols, d.transposed(), HS, T);
-    for (int k0 = 0; k0 < T; k0 += N) {
-        const int keys = std::min(N, T - k0);
-        pack_panels<N>(k_right, k.from(k0, 0), keys, HS),
-            pack_panels<N>(v_right, v.from(k0, 0), keys, HS);
-        pack_panels<N>(k_wide, k.from(k0, 0).transposed(), HS, keys);
-        std::fill(dk, dk + tile, real(0)), std::fill(dv, dv + tile, real(0));
-        for (int t = k0 / R * R; t < T; t += kQueries) {
-            const int n = std::min(kQueries, T - t);
-            multiply_packed(p, q_rows + size_t(t) * HS, size_t(R) * HS, k_right, n, HS, false);
-            multiply_packed(ds, dout_rows + size_t(t) * HS, size_t(R) * HS, v_right, n, HS, false);
-            softmax_block_backward(p, ds, lse + t, D + t, t, k0, n, T, HS, drop, place);
-            multiply_packed(dv, dout_cols + size_t(t) * R, size_t(R) * T, p, HS, n, true);
-            multiply_packed(dk, q_cols + size_t(t) * R, size_t(R) * T, ds, HS, n, true);
-            pack_panels<R>(ds_left, rows_of(ds, N), n, keys);
-            for (int w = 0; w < wide; ++w)
-                multiply_packed(dq + (size_t(w) * T + t) * N, ds_left, size_t(R) * keys,
-                                k_wide + size_t(w) * keys * N, n, keys, true);
+    pack_right<N>(q_right, q, T, HS), pack_right<N>(d_right, d, T, HS);
+    for (int k0 = 0; k0 < T; k0 += kDepth) {
+        const int keys = std::min(kDepth, T - k0);
+        pack_right<N>(k_across, k.from(k0, 0).transposed(), HS, keys);
+        pack_right<N>(v_across, v.from(k0, 0).transposed(), HS, keys);
+        pack_right<N>(k_right, k.from(k0, 0), keys, HS);
+        std::fill_n(dk, block, real(0)), std::fill_n(dv, block, real(0));
+        for (int t = k0; t < T; t += kQueries) {
+            const int queries = std::min(kQueries, T - t);
+            pack_strips(q_left, strip, q.from(t, 0), queries, HS);
+            pack_strips(d_left, strip, d.from(t, 0), queries, HS);
+            for (int i0 = 0; i0 < queries; i0 += R) {
+                const int rows = std::min(R, queries - i0), n = std::min(keys, t + i0 + rows - k0);
+                const size_t at = size_t(i0) * kStride;
+                multiply_packed(p + at, kStride, q_left + at, strip, k_across, size_t(N) * HS, rows,
+                                n, HS, false);
+                multiply_packed(ds + at, kStride, d_left + at, strip, v_across, size_t(N) * HS,
+                                rows, n, HS, false);
+                for (int i = i0; i < i0 + rows; ++i)
+                    softmax_row_backward(p + i * kStride, ds + i * kStride, lse[t + i], D[t + i],
+                                         keys, std::min(keys, t + i + 1 - k0), HS, drop,
+                                         (place * T + t + i) * T + k0);
+                multiply_packed(dq + size_t(t + i0) * wide, wide, ds + at, 0, k_right,
+                                size_t(keys) * N, rows, HS, n, true);
+            }
+            for (int j = 0; j < keys; j += R) {
+                const int first = std::max(0, k0 + j - t);  // the first query that sees key j
+                if (first >= queries) break;
+                const size_t at = first * size_t(kStride) + j, right = size_t(t + first) * N;
+                const int rows = std::min(R, keys - j);
+                multiply_packed<true>(dv + j * wide, wide, p + at, 0, d_right + right,
+                                      size_t(T) * N, rows, HS, queries - first, true);
+                multiply_packed<true>(dk + j * wide, wide, ds + at, 0, q_right + right,
+                                      size_t(T) * N, rows, HS, queries - first, true);
+            }
         }
-        unpack_tile(dqkv + k0 * stride + C, stride, dk, keys, HS);
-        unpack_tile(dqkv + k0 * stride + 2 * C, stride, dv, keys, HS);
+        for (int j = 0; j < keys; ++j) {
+            std::copy_n(dk + j * wide, HS, dqkv + (k0 + j) * stride + C);
+            std::copy_n(dv + j * wide, HS, dqkv + (k0 + j) * stride + 2 * C);
+        }
     }
-    for (int i = 0; i < HS; i += N)
-        for (int t = 0; t < T; ++t)
-            std::copy_n(dq + size_t(i) * T + size_t(t) * N, std::min(N, HS - i),
-                        dqkv + t * stride + i);
+    for (int t = 0; t < T; ++t) std::copy_n(dq + size_t(t) * wide, HS, dqkv + t * stride);
 }
 
 template <class real>
@@ -7873,7 +7913,7 @@ public:
         std::printf("whole step        %s tokens a second, %.1f GFLOP/s, %.1f %% of the peak\n",
                     with_commas(int64_t(rows_ / step)).c_str(), flops / step / 1e9,
                     100 * flops / step / product_peak_flops(device_));
-        for (int rows : {256, 1024, kMostRows}) {
+        for (int rows : {256, 1024, kMaxDepthRows}) {
             if (rows < T_ || rows / T_ > most_B_) continue;
             set_batch_size(rows / T_);
             forward(*model_, Pass{B_, T_});  // so that there are numbers in all rows
@@ -7889,11 +7929,11 @@ private:
     using Gradient = typename Device::Gradient;
     using Real = typename Device::Real;
     static constexpr double kA = sizeof(Activation), kW = sizeof(Weight), kR = sizeof(Real);
-    static constexpr int kMostRows = 4096;
+    static constexpr int kMaxDepthRows = 4096;
 
     // The batch size to reserve room for: that of the largest table, where there is memory for it.
     static int room_for(const Device& device, const Config& config, int B, int T) {
-        const int most = std::max(B, kMostRows / T);
+        const int most = std::max(B, kMaxDepthRows / T);
         const size_t need = memory_need<Device>(config, most, T, Use::training).total();
         return need < device.free_memory() ? most : B;
     }
