@@ -2385,6 +2385,7 @@ inline int round_up(int a, int b) { return ceil_div(a, b) * b; }
 // second: c is walked along its rows, which is how memory likes it. That is the blocking of Goto
 // and van de Geijn (2008) and of BLIS, with the parts of the two operands exchanged. Ragged edges:
 // panels are filled up with zeros, and there is a micro-kernel for each number of rows.
+
 // Two registers of sums a row, two for b's row, one for a's number: 2 * 14 + 3 of 32, or 2 * 6 + 3
 // of 16.
 constexpr int kTileRows = kVectorRegisters == 32 ? 14 : 6;

@@ -79,30 +79,30 @@ BEGIN {
     box(cx, cy + row, N, high, "#FBEBC8", dark); box(cx + col, cy + row, wide, high, red, dark)
     line(ax + K, ay + row + high / 2, cx + col - 3, cy + row + high / 2, orange, "head")
     line(bx + col + wide / 2, by + K, cx + col + wide / 2, cy + row - 3, blue, "head")
-    # One step: a column of the one panel, a row of the other.
+    # One step: a column of a's rows, a row of b's panel.
     box(ax + d0 + 40, ay + row, 5, high, "#7A4E00", "#7A4E00")
     box(bx + col, by + d0 + 40, wide, 5, "#003E66", "#003E66")
     text(ax + K / 2, ay + M + 18, "a  [m, k]", 12, "center")
     text(bx - 12, by + 14, "b  [k, n]", 12, "right")
     text(cx + N / 2, cy + M + 18, "c  [m, n]", 12, "center")
-    text(ax + d0 + d / 2, ay - 10, "kDepth = 256 steps of k", 10, "center", blue)
+    text(ax + d0 + d / 2, ay - 10, "kDepth = 384 steps of k", 10, "center", blue)
     x = 668
     box(x, 262, 14, 14, red, dark)
     text(x + 22, 269, "the tile of c: kTileRows x kTileCols", 11)
     text(x + 22, 286, "14 x 32 sums with AVX-512 (6 x 16", 10, "left", dark)
-    text(x + 22, 301, "with AVX2), in registers for 256 steps", 10, "left", dark)
+    text(x + 22, 301, "with AVX2), in registers for 384 steps", 10, "left", dark)
     box(x, 325, 14, 14, orange, dark)
-    text(x + 22, 332, "panel of a: 14 rows, in the first cache", 11)
-    text(x + 22, 349, "14 KB; it meets the panels of b in turn", 10, "left", dark)
+    text(x + 22, 332, "14 rows of a, in the first cache", 11)
+    text(x + 22, 349, "21 KB; they meet the panels of b in turn", 10, "left", dark)
     box(x, 373, 14, 14, sky, dark)
-    text(x + 22, 380, "panel of b: 32 columns, 32 KB", 11)
-    text(x + 22, 397, "up to 1024 columns of them, 1 MB,", 10, "left", dark)
+    text(x + 22, 380, "panel of b: 32 columns, 48 KB", 11)
+    text(x + 22, 397, "up to 512 columns of them, 0.8 MB,", 10, "left", dark)
     text(x + 22, 412, "stay in the second cache", 10, "left", dark)
     box(x, 436, 6, 14, "#7A4E00", "#7A4E00"); box(x + 8, 436, 6, 14, "#003E66", "#003E66")
     text(x + 22, 443, "one step reads 14 + 32 numbers and", 11)
     text(x + 22, 460, "does 14 x 32 = 448 multiply-adds", 11)
-    text(450, 545, "Panels are copies, made once for each block: they are read from start to " \
-         "end, whatever the matrix's own layout.", 11, "center", dark)
+    text(450, 545, "Both are copies, made once for each block: they lie together, whatever the " \
+         "matrix's own layout.", 11, "center", dark)
 }
 END
 
@@ -115,7 +115,7 @@ function lower_half(x, y, s) {
 BEGIN {
     n = 16; s = 28; x0 = 70; y0 = 70; T = 1024; tile = T / n
     text(450, 24, "Causal attention: which scores are computed (one head, T = 1024, tiles of 64 " \
-         "x 64)", 15, "center")
+         "x 64 as on the GPU)", 15, "center")
     for (i = 0; i < n; i++)
         for (j = 0; j < n; j++) {
             x = x0 + j * s; y = y0 + i * s
@@ -151,7 +151,7 @@ BEGIN {
     text(x, y + 54, "and the weighted sum of values. The T x T", 11, "left", red)
     text(x, y + 72, "square is never in memory.", 11, "left", red)
     text(450, 545, "Rows below have more work than rows above: blocks of queries are handed out " \
-         "longest first.", 11, "center", dark)
+         "longest first. On the CPU a tile is 14 queries by 32 keys.", 11, "center", dark)
 }
 END
 
