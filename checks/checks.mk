@@ -41,8 +41,8 @@ cuda_compiles: | $(BUILD)
 	! grep -A1 "attention" $(BUILD)/ptxas-90a.txt | grep -E "[1-9][0-9]* bytes spill"
 
 # Kills, interrupts, full disks and flipped bits: about five minutes, a table at the end.
-torture: $(BUILD)/torture
-	$< $(ARGS)
+torture: $(BUILD)/torture train_gpt_cu_on_cpu
+	$< --cuda ./train_gpt_cu_on_cpu $(ARGS)
 $(BUILD)/torture: checks/torture.cpp tinygpt.hpp | $(BUILD)
 	$(CXX) $(CXXFLAGS) $< -o $@
 
@@ -50,16 +50,18 @@ $(BUILD)/torture: checks/torture.cpp tinygpt.hpp | $(BUILD)
 damaged: $(BUILD)/test_gpt $(BUILD)/train_gpt
 	TRAIN_GPT=$(BUILD)/train_gpt $< --no-skip -tc="damaged*"
 
-# libFuzzer on every parser: make fuzz SECONDS=60
+# libFuzzer on every parser: make fuzz SECONDS=60. What it finds stays in build/.../corpus and is where
+# the next one begins. The time limit of an input is long: it is of the clock, and a machine may stand still.
 SECONDS ?= 30
 FUZZERS := $(patsubst checks/%.cpp,%,$(filter-out %seeds.cpp,$(wildcard checks/fuzz_*.cpp)))
 $(BUILD)/fuzz_seeds: checks/fuzz_seeds.cpp tinygpt.hpp | $(BUILD)
 	$(CXX) $(CXXFLAGS) $< -o $@
 $(BUILD)/fuzz_%: checks/fuzz_%.cpp checks/fuzz.hpp tinygpt.hpp | $(BUILD)
-	clang++ -std=c++20 -O1 -g -fopenmp -fsanitize=fuzzer,address $< -o $@
+	clang++ -std=c++20 -O2 -g -fopenmp -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined $< -o $@
 fuzz: $(FUZZERS:%=$(BUILD)/%) $(BUILD)/fuzz_seeds
 	$(BUILD)/fuzz_seeds $(BUILD)/corpus
-	for f in $(FUZZERS); do $(BUILD)/$$f -max_total_time=$(SECONDS) -rss_limit_mb=256 -timeout=10 \
+	for f in $(FUZZERS); do OMP_NUM_THREADS=1 ASAN_OPTIONS=quarantine_size_mb=8 $(BUILD)/$$f \
+	    -max_total_time=$(SECONDS) -runs=10000000 -max_len=4096 -rss_limit_mb=256 -malloc_limit_mb=256 -timeout=120 \
 	    -print_final_stats=1 $(BUILD)/corpus/$${f#fuzz_} || exit 1; done
 
 # Against transformers, both ways. Needs Python with torch and transformers; PYTHON=... names it.
