@@ -7920,7 +7920,9 @@ TEST_CASE("cuda: resumed at every step, it is the same run to the bit") {
     const int64_t end = checkpoint_steps(straight)[0];
     CHECK_MESSAGE((end > 15 && end < 30), "patience ended the run at step ", end);
     // Saving waits for the device after every step; a run that does not is the same.
-    REQUIRE(text.train(Cuda<bf16>(), "seldom", all + "0") == 0);
+    const Cuda<bf16> device;
+    REQUIRE(text.train(device, "seldom", all + "0") == 0);
+    CHECK(device.context->replays >= end / 2);
     check_same_end(straight, text.run("seldom"));
     for (int64_t step = 1; step < end; ++step) {
         CAPTURE(step);
@@ -7959,7 +7961,7 @@ Values some_products(Device& cuda) {
 
 TEST_CASE_TEMPLATE("cuda: a tuned matmul is chosen once, written down, and the same ever after",
                    Device, Cuda<float>, CudaTf32, Cuda<bf16>) {
-    const TextFolder place(10);
+    const TextFolder place({10});
     const std::string path = place.folder + "/deeper/plans.txt";
     auto tuned = [&](double from = 0) {
         Device cuda;
@@ -8013,7 +8015,7 @@ TEST_CASE_TEMPLATE("cuda: a tuned matmul is chosen once, written down, and the s
 
 #ifdef CUDA_ON_CPU
 TEST_CASE("cuda: no GPU, an old one, a small one, sizes it has no kernels for: a line says so") {
-    const TextFolder text(400'000);
+    const TextFolder text({400'000});
     const auto before = cuda_on_cpu::settings();
     auto refusal = [&](const std::string& line) {
         const int quiet = ::dup(1), nowhere = ::open("/dev/null", O_WRONLY);
