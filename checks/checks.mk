@@ -63,6 +63,13 @@ fuzz: $(FUZZERS:%=$(BUILD)/%) $(BUILD)/fuzz_seeds
 	for f in $(FUZZERS); do OMP_NUM_THREADS=1 ASAN_OPTIONS=quarantine_size_mb=8 $(BUILD)/$$f \
 	    -max_total_time=$(SECONDS) -runs=10000000 -max_len=4096 -rss_limit_mb=256 -malloc_limit_mb=256 -timeout=120 \
 	    -print_final_stats=1 $(BUILD)/corpus/$${f#fuzz_} || exit 1; done
+# The lines of every parser that what make fuzz has found reaches: at least 90 %.
+fuzz_coverage:
+	clang++ -std=c++20 -O1 -fopenmp -fprofile-instr-generate -fcoverage-mapping checks/corpus_coverage.cpp \
+	    -o $(BUILD)/corpus_coverage
+	OMP_NUM_THREADS=1 LLVM_PROFILE_FILE=$(BUILD)/corpus.raw $(BUILD)/corpus_coverage $(BUILD)/corpus
+	llvm-profdata merge -sparse $(BUILD)/corpus.raw -o $(BUILD)/corpus.profile
+	python3 checks/fuzz_coverage.py $(BUILD)/corpus_coverage $(BUILD)/corpus.profile
 
 # Against transformers, both ways. Needs Python with torch and transformers; PYTHON=... names it.
 PYTHON ?= python3
@@ -75,6 +82,7 @@ $(BUILD)/hf_logits: checks/hf_logits.cpp tinygpt.hpp | $(BUILD)
 nightly: check torture damaged
 	python3 checks/mutate_cuda.py
 	$(MAKE) fuzz SECONDS=1200
+	$(MAKE) fuzz_coverage
 
 # Curves of runs side by side: make plot RUNS="out/a out/b". The figures of README and docs.
 plot:
@@ -112,4 +120,4 @@ count:
 	    f,k,c,c/k,w+0}' $$f; done
 	@awk '/^\/\/ What follows is plumbing/{exit} {t=$$0; sub(/^[ \t]+/,"",t); if(t!="" && t!~/^\/\//)k++} \
 	    END{printf "tinygpt.hpp, what a student reads: %d lines of code\n",k}' tinygpt.hpp
-.PHONY: check readme tidy grammar valgrind plot figures portable test_emulator cuda_compiles torture damaged fuzz test_hf nightly count
+.PHONY: check readme tidy grammar valgrind plot figures portable test_emulator cuda_compiles torture damaged fuzz fuzz_coverage test_hf nightly count
