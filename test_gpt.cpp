@@ -7801,7 +7801,8 @@ struct TextFolder {
         header[0] = kShardMagic, header[1] = 1, header[2] = length;
         std::vector<uint16_t> tokens(static_cast<size_t>(length));
         for (size_t i = 0; i < tokens.size(); ++i)
-            tokens[i] = uint16_t(random_bits(3, i) % 5 ? "the cat sat "[i % 12] : 'a' + i % 26);
+            tokens[i] = uint16_t(random_bits(uint64_t(length), i) % 5 ? "the cat sat "[i % 12]
+                                                                      : 'a' + i % 26);
         std::ofstream(folder + "/" + name, std::ios::binary)
             .write(reinterpret_cast<const char*>(header.data()), 1024)
             .write(reinterpret_cast<const char*>(tokens.data()), std::streamsize(2 * length));
@@ -7906,33 +7907,39 @@ TEST_CASE("cuda: a run whose numbers come a step late is the same run") {
 }
 
 // Shards of unequal lengths, shuffling, accumulation, dropout and early stopping; in bf16, so that
-// the masters have to come back, too. A resumed run begins without recordings and with nothing
-// under way, where the straight run was in the middle of replaying them.
+// the masters have to come back, too. Dropout's steps are not recorded, so some are resumed without
+// it: such a run begins with no recording, where the straight run was in the middle of using its.
 TEST_CASE("cuda: resumed at every step, it is the same run to the bit") {
     namespace fs = std::filesystem;
     const TextFolder text({700, 131, 1, 2, 333}, 40);
-    const std::string all =
-        "--grad-accum-steps 2 --dropout 0.1 --max-steps 30 --learning-rate 0.1 --warmup-steps 16 "
-        "--min-lr-fraction 0.5 --eval-interval 2 --patience 3 --keep 100 --save-interval ";
+    const std::string resumed = text.run("resumed");
     const LateStreams late;
-    REQUIRE(text.train(Cuda<bf16>(), "straight", all + "1") == 0);
-    const std::string straight = text.run("straight"), resumed = text.run("resumed");
-    const int64_t end = checkpoint_steps(straight)[0];
-    CHECK_MESSAGE((end > 15 && end < 30), "patience ended the run at step ", end);
-    // Saving waits for the device after every step; a run that does not is the same.
-    const Cuda<bf16> device;
-    REQUIRE(text.train(device, "seldom", all + "0") == 0);
-    CHECK(device.context->replays >= end / 2);
-    check_same_end(straight, text.run("seldom"));
-    for (int64_t step = 1; step < end; ++step) {
-        CAPTURE(step);
-        make_folders(resumed);
-        fs::copy(checkpoint_folder(straight, step), checkpoint_folder(resumed, step));
-        fs::copy(straight + "/log.csv", resumed + "/log.csv");
-        REQUIRE(text.train(Cuda<bf16>(), "resumed", all + "0 --resume auto") == 0);
-        if (!folder_exists(resumed + "/best")) fs::copy(straight + "/best", resumed + "/best");
-        check_same_end(straight, resumed);
-        fs::remove_all(resumed);
+    for (bool dropout : {true, false}) {
+        const std::string all = format(
+            "--grad-accum-steps 2 --dropout %g --max-steps 30 --learning-rate 0.1 "
+            "--min-lr-fraction 0.5 --warmup-steps %d --eval-interval %d --patience 3 "
+            "--keep 100 --save-interval ",
+            dropout ? 0.1 : 0.0, dropout ? 16 : 8, dropout ? 2 : 3);
+        const std::string straight = text.run(dropout ? "dropout" : "none");
+        REQUIRE(text.train(Cuda<bf16>(), straight.substr(text.folder.size() + 1), all + "1") == 0);
+        const int64_t end = checkpoint_steps(straight)[0];
+        CHECK_MESSAGE((end > 10 && end < 30), "patience ended the run at step ", end);
+        for (int64_t step = 0; step < end; step += dropout || step == 0 ? 1 : 6) {
+            CAPTURE(dropout);
+            CAPTURE(step);
+            // Step 0: from the start. Saving waits for the device; a run that does not is the same.
+            make_folders(resumed);
+            if (step > 0) {
+                fs::copy(checkpoint_folder(straight, step), checkpoint_folder(resumed, step));
+                fs::copy(straight + "/log.csv", resumed + "/log.csv");
+            }
+            const Cuda<bf16> device;
+            REQUIRE(text.train(device, "resumed", all + "0 --resume auto") == 0);
+            if (step == 0) CHECK((device.context->replays > 0) == !dropout);
+            if (!folder_exists(resumed + "/best")) fs::copy(straight + "/best", resumed + "/best");
+            check_same_end(straight, resumed);
+            fs::remove_all(resumed);
+        }
     }
 }
 
