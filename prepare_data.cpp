@@ -554,15 +554,14 @@ inline void check_output_folder(const std::string& folder) {
 // dataset.json last. Whatever fails in the first half leaves the old data as it was.
 inline void write_dataset(const std::string& folder, const Dataset& data, int64_t shard_tokens) {
     const std::string incoming = folder + "/" + kIncoming;
+    const FolderToFill to_fill(folder);
     struct Cleaner {
-        std::string incoming, folder;
-        bool made_folder;
+        std::string incoming;
         ~Cleaner() {
             std::error_code ignored;
             std::filesystem::remove_all(incoming, ignored);
-            if (made_folder) ::rmdir(folder.c_str());  // only if it is empty: nothing came of it
         }
-    } cleaner{incoming, folder, !folder_exists(folder)};
+    } cleaner{incoming};
     if (folder_exists(incoming)) remove_folder(incoming);
     make_folders(incoming);
     for (size_t at = 0, shard = 1; at < data.train.size(); at += size_t(shard_tokens), ++shard)
@@ -1354,7 +1353,7 @@ inline void convert_llmc(const PrepareOptions& o) {
                       tokenizer->vocab_size(), model.config.vocab_size);
         tokenizer.reset();
     }
-    make_folders(o.output);
+    const FolderToFill to_fill(o.output);
     write_safetensors(o.output + "/model.safetensors", llmc_tensors(model));
     write_model_description(o.output, model.config, tokenizer ? &*tokenizer : nullptr,
                             model.dtype == "F32" ? "float32" : "bfloat16");

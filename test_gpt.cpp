@@ -2918,6 +2918,9 @@ TEST_CASE("prepare_data: a model of llm.c becomes a Hugging Face folder") {
         CHECK(contains(error(file.substr(0, file.size() - 1)), "is damaged"));
         CHECK(contains(error(file.substr(0, 10)), "impossible sizes"));
         CHECK(contains(error(""), "no model of llm.c"));
+        std::string nan = file;  // the last element's high bytes
+        nan[nan.size() - 1] = '\x7f', nan[nan.size() - 2] = '\xff';
+        CHECK(contains(error(nan), "ln_f.bias"));
         CHECK(contains(error("x" + file), "no model of llm.c"));
         file[20] = 3;
         CHECK(contains(error(file), "impossible sizes"));
@@ -5093,18 +5096,35 @@ TEST_CASE("run: an interrupt finishes the step, saves and exits 130; the rest is
             CHECK(place.train(name, {"--resume", "auto"}).status == 0);
             check_same_end(place.out("straight"), place.out(name));
         }
-    // The second request ends the process at once; two within a moment are one.
-    for (auto [pause, expected] : {std::pair{80'000u, 130}, {0u, 7}}) {
+    // The second request ends the process at once; two within 50 ms are one. On a clock that only
+    // this test moves: a process may be held up for longer than that between two signals.
+    static int64_t clock;
+    auto exit_status = [](std::initializer_list<int64_t> pauses, int64_t (*now)()) {
         const pid_t child = ::fork();
         if (child == 0) {
             catch_signals();
-            ::raise(SIGINT), ::usleep(pause), ::raise(SIGTERM);
+            stop_clock = now, clock = 1;
+            ::raise(SIGINT);
+            for (int64_t pause : pauses) clock += pause, ::raise(SIGTERM);
             ::_exit(7);
         }
         int status = 0;
         REQUIRE(::waitpid(child, &status, 0) == child);
-        CHECK(WEXITSTATUS(status) == expected);
-    }
+        CHECK(WIFEXITED(status));
+        return WEXITSTATUS(status);
+    };
+    auto moved_here = [] { return clock; };
+    CHECK(exit_status({}, moved_here) == 7);
+    CHECK(exit_status({0}, moved_here) == 7);
+    CHECK(exit_status({50'000'000}, moved_here) == 7);
+    CHECK(exit_status({50'000'001}, moved_here) == 130);
+    CHECK(exit_status({20'000'000, 20'000'000}, moved_here) == 7);
+    CHECK(exit_status({20'000'000, 40'000'000}, moved_here) == 130);
+    // The real clock counts nanoseconds, forwards.
+    const int64_t before = steady_nanoseconds();
+    ::usleep(2000);
+    CHECK(steady_nanoseconds() - before >= 2'000'000);
+    CHECK(stop_clock == steady_nanoseconds);
 }
 
 TEST_CASE("run: a finished run is left alone, and a folder with a run is not written over") {
@@ -5725,6 +5745,9 @@ TEST_CASE("run: bad input ends with a clear line or two, and nothing is written"
     CHECK(file.status == 1);
     CHECK(file.says("cannot create folder"));
     ::unlink(place.out().c_str());
+    const Outcome deep = place.train("new/deep/" + std::string(300, 'x'));
+    CHECK(deep.status == 1);
+    CHECK(deep.says("cannot create folder"));
     const Outcome huge =
         place.train("bad", {"--n-layer", "1000", "--n-embd", "65536", "--n-head", "1",
                             "--n-positions", "1048576", "--vocab-size", "65536"});
@@ -5732,6 +5755,82 @@ TEST_CASE("run: bad input ends with a clear line or two, and nothing is written"
     CHECK_MESSAGE(huge.says("of memory, and"), huge.err);
     CHECK(!folder_exists(place.out("bad")));
     CHECK(snapshot(place.folder) == before);
+    CHECK(!folder_exists(place.out("new")));
+}
+
+TEST_CASE("run: refused however late, a run leaves no folder behind") {
+    using namespace run_test;
+    Place place;
+    REQUIRE(place.train("good", {"--max-steps", "4", "--patience", "0"}).status == 0);
+    const std::string checkpoint = place.out("good") + "/checkpoint-4";
+    auto names = [&] {
+        std::set<std::string> found;
+        for (auto& entry : std::filesystem::recursive_directory_iterator(place.folder))
+            found.insert(entry.path().string());
+        return found;
+    };
+    // Weights that load but for what is in them: NaN, a byte too few, another shape.
+    const std::string weights = read_file(checkpoint + "/model.safetensors");
+    auto model_with = [&](const std::string& name, const std::string& bytes) {
+        make_folders(place.out(name));
+        for (const char* file : {"config.json", "vocab.json", "merges.txt"})
+            copy(checkpoint + "/" + file, place.out(name) + "/" + file);
+        files_test::put_file(place.out(name) + "/model.safetensors", bytes);
+        return Arguments{"--init-from", place.out(name)};
+    };
+    std::string nan = weights, renamed = weights;
+    nan.replace(nan.size() - 4, 4, "\xff\xff\xff\x7f");
+    renamed.replace(renamed.find("ln_f"), 4, "ln_g");
+    struct Case {
+        Arguments arguments;
+        std::string says;
+    };
+    const std::vector<Case> cases = {
+        {model_with("nan", nan), "nan"},
+        {model_with("cut", weights.substr(0, weights.size() - 1)), "cut"},
+        {model_with("renamed", renamed), "ln_g"},
+        {model_with("none", ""), "none"},
+    };
+    auto before = names();
+    for (const Case& c : cases) {
+        CAPTURE(c.says);
+        Arguments arguments = {"--data",       place.data(), "--output",  place.out("new/run"),
+                               "--batch-size", "2",          "--seq-len", "8"};
+        arguments.insert(arguments.end(), c.arguments.begin(), c.arguments.end());
+        const Outcome outcome = run(arguments);
+        CHECK_MESSAGE(outcome.status == 1, outcome.err);
+        CHECK_MESSAGE(outcome.says(c.says), outcome.err);
+        CHECK(outcome.out == "");
+        CHECK(names() == before);
+    }
+    // Each operation on files that comes before the log's own name fails, in a new folder and in
+    // one that is there already.
+    int failed = 0;
+    for (const char* name : {"new/run", "there"}) {
+        if (name == std::string("there")) make_folders(place.out(name)), before = names();
+        for (int call = 0, done = 0; !done; call++) {
+            int count = 0;
+            bool has_log = false;
+            file_fault() = [&](const char* what, const std::string& path) {
+                if (count++ == call) return EIO;
+                has_log |= std::string(what) == "rename" && ends_with(path, "/log.csv");
+                return 0;
+            };
+            const Outcome outcome =
+                place.train(name, {"--resume", "auto", "--max-steps", "1", "--patience", "0"});
+            CAPTURE(call);
+            done = has_log;
+            if (done) break;
+            CHECK_MESSAGE(outcome.status == 1, outcome.err);
+            CHECK(outcome.lines() == 1);
+            std::set<std::string> found = names();
+            found.erase(place.out("there/lock"));
+            CHECK(found == before);
+            ++failed;
+        }
+        std::filesystem::remove_all(place.out(name));
+    }
+    CHECK(failed >= 8);
 }
 
 TEST_CASE("run: the report says what the run was, and what it says to type next can be typed") {
@@ -5745,6 +5844,9 @@ TEST_CASE("run: the report says what the run was, and what it says to type next 
         {"still improving: ", "longer", {"--max-steps", "40", "--learning-rate", "0.001"}},
         {"the training loss jumped", "gentler", {"--max-steps", "40", "--learning-rate", "1"}},
         {"too short a run", "longer", {"--max-steps", "4", "--epochs", "9"}},
+        {"without evaluation (--eval-interval 0), learning cannot be told",
+         "longer",
+         {"--max-steps", "4", "--eval-interval", "0"}},
     };
     for (const Case& c : cases) {
         CAPTURE(c.verdict);
@@ -7686,9 +7788,11 @@ TEST_CASE("cuda: dropout's masks are new in every step, recordings or not") {
 // A folder with a little text to train on.
 struct TextFolder {
     std::string folder = "/tmp/tinygpt-cuda-XXXXXX";
-    explicit TextFolder(int length) {
+    explicit TextFolder(std::initializer_list<int> lengths, int val_length = 150) {
         REQUIRE(::mkdtemp(folder.data()) != nullptr);
-        put("train_000000.bin", length), put("val_000000.bin", 150);
+        int number = 0;
+        for (int length : lengths) put(format("train_%06d.bin", number++), length);
+        put("val_000000.bin", val_length);
         Tokenizer::bytes().save(folder);
     }
     ~TextFolder() { std::filesystem::remove_all(folder); }
@@ -7697,7 +7801,8 @@ struct TextFolder {
         header[0] = kShardMagic, header[1] = 1, header[2] = length;
         std::vector<uint16_t> tokens(static_cast<size_t>(length));
         for (size_t i = 0; i < tokens.size(); ++i)
-            tokens[i] = uint16_t(random_bits(3, i) % 5 ? "the cat sat "[i % 12] : 'a' + i % 26);
+            tokens[i] = uint16_t(random_bits(uint64_t(length), i) % 5 ? "the cat sat "[i % 12]
+                                                                      : 'a' + i % 26);
         std::ofstream(folder + "/" + name, std::ios::binary)
             .write(reinterpret_cast<const char*>(header.data()), 1024)
             .write(reinterpret_cast<const char*>(tokens.data()), std::streamsize(2 * length));
@@ -7711,6 +7816,22 @@ struct TextFolder {
                          "--log-interval 0 --eval-batches 0 " +
                          line,
                      ' '));
+    }
+    std::string run(const std::string& name) const { return folder + "/" + name; }
+
+    // Trains into run(name), printing nothing; returns the exit status.
+    template <class Device>
+    int train(Device device, const std::string& name, const std::string& more) const {
+        struct Quiet {
+            int kept = (std::fflush(stdout), ::dup(1));
+            FileHandle nowhere{::open("/dev/null", O_WRONLY)};
+            Quiet() { ::dup2(nowhere.fd, 1); }
+            ~Quiet() {
+                std::fflush(stdout), ::dup2(kept, 1), ::close(kept);
+                for (int number : {SIGINT, SIGTERM, SIGHUP}) ::signal(number, SIG_DFL);
+            }
+        } quiet;
+        return run_command(device, options("--output " + run(name) + " " + more));
     }
 };
 
@@ -7731,29 +7852,37 @@ inline std::string log_of(const std::string& output) {
     return rows;
 }
 
+// Two runs ended with the same log, weights, moments and best model.
+inline void check_same_end(const std::string& a, const std::string& b) {
+    CHECK(log_of(a) == log_of(b));
+    const std::vector<int64_t> steps = checkpoint_steps(a), found = checkpoint_steps(b);
+    REQUIRE((!steps.empty() && !found.empty() && steps[0] == found[0]));
+    const std::string last = format("/checkpoint-%ld", steps[0]);
+    for (const std::string& file : {last + "/model.safetensors", last + "/optimizer.safetensors",
+                                    std::string("/best/model.safetensors")})
+        CHECK(read_file(a + file) == read_file(b + file));
+}
+
+// Within its scope the device is as late as it may be: nothing is done before it is waited for.
+struct LateStreams {
+#ifdef CUDA_ON_CPU
+    LateStreams() { cuda_on_cpu::settings().late_streams = true; }
+    ~LateStreams() { cuda_on_cpu::settings().late_streams = false; }
+#endif
+};
+
 TEST_CASE("cuda: a run whose numbers come a step late is the same run") {
-    const TextFolder text(700);
-    const int quiet = ::dup(1), nowhere = ::open("/dev/null", O_WRONLY);
+    const TextFolder text({700});
     auto train = [&](auto device, const std::string& name, const std::string& more) {
-        std::fflush(stdout), ::dup2(nowhere, 1);
-        const int status =
-            run_command(device, text.options("--output " + text.folder + "/" + name + " " + more));
-        std::fflush(stdout), ::dup2(quiet, 1);
-        for (int number : {SIGINT, SIGTERM, SIGHUP}) ::signal(number, SIG_DFL);
-        return status;
+        return text.train(device, name, more);
     };
     auto check_same = [&](const std::string& a, const std::string& b) {
-        CHECK(log_of(text.folder + "/" + a) == log_of(text.folder + "/" + b));
-        for (const char* file : {"checkpoint-24/model.safetensors", "best/model.safetensors",
-                                 "checkpoint-24/optimizer.safetensors"})
-            CHECK(read_file(text.folder + "/" + a + "/" + file) ==
-                  read_file(text.folder + "/" + b + "/" + file));
+        check_same_end(text.run(a), text.run(b));
     };
     const std::string often = "--eval-interval 5 --save-interval 7 --grad-accum-steps 2";
     CHECK(train(CudaStepByStep(), "straight", often) == 0);
-#ifdef CUDA_ON_CPU
-    cuda_on_cpu::settings().late_streams = true;
-#endif
+    CHECK(checkpoint_steps(text.run("straight"))[0] == 24);
+    const LateStreams late;
     CHECK(train(Cuda<float>(), "late", often) == 0);
     check_same("straight", "late");
     // Interrupted in the middle: the step that is under way is finished and kept, too.
@@ -7775,10 +7904,43 @@ TEST_CASE("cuda: a run whose numbers come a step late is the same run") {
                             "--learning-rate 100 --grad-clip 0 "
                             "--warmup-steps 0 --max-steps 500"),
                       doctest::Contains("training has diverged"));
-    std::fflush(stdout), ::dup2(quiet, 1), ::close(quiet), ::close(nowhere);
-#ifdef CUDA_ON_CPU
-    cuda_on_cpu::settings().late_streams = false;
-#endif
+}
+
+// Shards of unequal lengths, shuffling, accumulation, dropout and early stopping; in bf16, so that
+// the masters have to come back, too. Dropout's steps are not recorded, so some are resumed without
+// it: such a run begins with no recording, where the straight run was in the middle of using its.
+TEST_CASE("cuda: resumed at every step, it is the same run to the bit") {
+    namespace fs = std::filesystem;
+    const TextFolder text({700, 131, 1, 2, 333}, 40);
+    const std::string resumed = text.run("resumed");
+    const LateStreams late;
+    for (bool dropout : {true, false}) {
+        const std::string all = format(
+            "--grad-accum-steps 2 --dropout %g --max-steps 30 --learning-rate 0.1 "
+            "--min-lr-fraction 0.5 --warmup-steps %d --eval-interval %d --patience 3 "
+            "--keep 100 --save-interval ",
+            dropout ? 0.1 : 0.0, dropout ? 16 : 8, dropout ? 2 : 3);
+        const std::string straight = text.run(dropout ? "dropout" : "none");
+        REQUIRE(text.train(Cuda<bf16>(), straight.substr(text.folder.size() + 1), all + "1") == 0);
+        const int64_t end = checkpoint_steps(straight)[0];
+        CHECK_MESSAGE((end > 10 && end < 30), "patience ended the run at step ", end);
+        for (int64_t step = 0; step < end; step += dropout || step == 0 ? 1 : 6) {
+            CAPTURE(dropout);
+            CAPTURE(step);
+            // Step 0: from the start. Saving waits for the device; a run that does not is the same.
+            make_folders(resumed);
+            if (step > 0) {
+                fs::copy(checkpoint_folder(straight, step), checkpoint_folder(resumed, step));
+                fs::copy(straight + "/log.csv", resumed + "/log.csv");
+            }
+            const Cuda<bf16> device;
+            REQUIRE(text.train(device, "resumed", all + "0 --resume auto") == 0);
+            if (step == 0) CHECK((device.context->replays > 0) == !dropout);
+            if (!folder_exists(resumed + "/best")) fs::copy(straight + "/best", resumed + "/best");
+            check_same_end(straight, resumed);
+            fs::remove_all(resumed);
+        }
+    }
 }
 
 // --- Tuned matmuls
@@ -7806,7 +7968,7 @@ Values some_products(Device& cuda) {
 
 TEST_CASE_TEMPLATE("cuda: a tuned matmul is chosen once, written down, and the same ever after",
                    Device, Cuda<float>, CudaTf32, Cuda<bf16>) {
-    const TextFolder place(10);
+    const TextFolder place({10});
     const std::string path = place.folder + "/deeper/plans.txt";
     auto tuned = [&](double from = 0) {
         Device cuda;
@@ -7860,7 +8022,7 @@ TEST_CASE_TEMPLATE("cuda: a tuned matmul is chosen once, written down, and the s
 
 #ifdef CUDA_ON_CPU
 TEST_CASE("cuda: no GPU, an old one, a small one, sizes it has no kernels for: a line says so") {
-    const TextFolder text(400'000);
+    const TextFolder text({400'000});
     const auto before = cuda_on_cpu::settings();
     auto refusal = [&](const std::string& line) {
         const int quiet = ::dup(1), nowhere = ::open("/dev/null", O_WRONLY);

@@ -3245,16 +3245,40 @@ inline void sync_folder(const std::string& path) {
 
 // Creates a folder and those above it, and makes their names last; those that exist are left alone.
 // From the top down: a/b/c needs a/b. Each new name is in the folder above, so that one is synced.
-inline void make_folders(const std::string& path) {
-    if (path.empty() || folder_exists(path)) return;
-    const std::string parent = parent_folder(path);
-    make_folders(parent);
-    if (file_call("mkdir", path, ::mkdir, path.c_str(), 0777) != 0) {
-        const int code = errno;  // somebody else may have made it meanwhile: that is as good
-        if (code != EEXIST || !folder_exists(path)) fail_file("create folder", path, code);
+// Returns those that it made, the deepest first. Where it fails, none of them is left.
+inline std::vector<std::string> make_folders(const std::string& path) {
+    std::vector<std::string> made;
+    for (std::string p = path; !p.empty() && !folder_exists(p); p = parent_folder(p))
+        made.push_back(p);
+    size_t at = made.size();
+    try {
+        while (at-- > 0) {
+            const std::string folder = made[at];
+            if (file_call("mkdir", folder, ::mkdir, folder.c_str(), 0777) != 0) {
+                const int code = errno;
+                // Somebody else may have made it meanwhile: that is as good.
+                if (code != EEXIST || !folder_exists(folder))
+                    fail_file("create folder", folder, code);
+                made.erase(made.begin() + ptrdiff_t(at));
+            }
+            sync_folder(parent_folder(folder));
+        }
+    } catch (const Error&) {
+        for (; at < made.size(); ++at) ::rmdir(made[at].c_str());
+        throw;
     }
-    sync_folder(parent);
+    return made;
 }
+// A folder to write into, made where it is not there. At the end of the scope those of the folders
+// made that are still empty go again: nothing came of them, and nothing is left behind.
+struct FolderToFill {
+    std::vector<std::string> made;
+    explicit FolderToFill(const std::string& path) : made(make_folders(path)) {}
+    FolderToFill(const FolderToFill&) = delete;
+    ~FolderToFill() {
+        for (const std::string& folder : made) ::rmdir(folder.c_str());
+    }
+};
 
 // Gives a file or folder another name, and makes the new name last. Replaces a file of that name.
 inline void rename_path(const std::string& from, const std::string& to) {
@@ -6481,7 +6505,7 @@ private:
         // Later checkpoints, of steps that will be made again, must not count as the newest.
         for (const std::string& name : set_aside_later(o_.output, from.empty() ? -1 : state_.step))
             say("set aside", name + ", as " + name + ".set-aside");
-        restore_log(from);
+        if (!from.empty()) restore_log(from);
         const double epochs = double(steps_ * rows_per_step()) / order_.blocks_per_epoch();
         say("run", with_commas(steps_) + " steps of " + with_commas(rows_per_step() * T_) +
                        " tokens" + format(" (%.2f epochs) into ", epochs) + o_.output);
@@ -6489,6 +6513,7 @@ private:
         if (!from.empty()) return;
         LogRow row = row_now();
         if (o_.eval_interval > 0) evaluate_into(row);
+        restore_log(from);  // only now: where the text cannot be read there is no run
         show(row, true);
         write_row(row);
     }
@@ -6947,7 +6972,9 @@ private:
                 "the text",
                 100 * (ratio - 1));
         if (!evaluated)
-            v.text += "\nwithout validation text, learning cannot be told from memorising";
+            v.text += std::string(corpus_.has_val() ? "\nwithout evaluation (--eval-interval 0)"
+                                                    : "\nwithout validation text") +
+                      ", learning cannot be told from memorising";
         say("verdict", v.text);
         return v;
     }
@@ -7341,11 +7368,15 @@ inline std::atomic<int64_t>& stop_asked() {
     static_assert(std::atomic<int64_t>::is_always_lock_free, "a signal handler must not wait");
     return when;
 }
-// Careful: nothing in here may lock or allocate.
-inline void on_stop_signal(int) {
+inline int64_t steady_nanoseconds() {
     timespec now{};
     ::clock_gettime(CLOCK_MONOTONIC, &now);
-    const int64_t nanoseconds = int64_t(now.tv_sec) * 1'000'000'000 + now.tv_nsec + 1;
+    return int64_t(now.tv_sec) * 1'000'000'000 + now.tv_nsec + 1;
+}
+inline std::atomic<int64_t (*)()> stop_clock{steady_nanoseconds};  // a test has a clock of its own
+// Careful: nothing in here may lock or allocate.
+inline void on_stop_signal(int) {
+    const int64_t nanoseconds = stop_clock.load()();
     int64_t first = 0;
     if (stop_asked().compare_exchange_strong(first, nanoseconds)) return;
     // Why: `timeout` and a closing terminal send two signals at once and mean one.
@@ -7478,16 +7509,23 @@ inline void check_same_run(const Options& o, const Start& start, const Corpus& c
 // Sets the model's weights, and when it resumes its moments, to where the run begins.
 template <class Device>
 void load_start(Gpt2<Device>& model, const Options& o, const Start& start) {
-    if (!start.folder.empty()) {
+    if (!start.folder.empty())
         load_weights(model, start.folder), load_moments(model, start.folder);
-        say("resumed", start.folder);
-    } else if (!o.init_from.empty()) {
+    else if (!o.init_from.empty())
         load_weights(model, o.init_from);
-        say("weights", "from " + o.init_from);
-    } else {
+    else
         model.initialise(o.seed);
-    }
 }
+
+// The folder of a run. Where the run ends before it has a log, it was refused after all: its lock
+// goes too, so that a folder which was made for it is empty and goes.
+struct RunFolder : FolderToFill {
+    using FolderToFill::FolderToFill;
+    ~RunFolder() {
+        if (made.empty() || file_exists(made[0] + "/log.csv")) return;
+        ::unlink((made[0] + "/lock").c_str());
+    }
+};
 
 // Trains. Everything that can be refused is refused before anything is printed or written: data,
 // then the output folder, then the checkpoint, the sizes, the options against the checkpoint's, and
@@ -7520,24 +7558,28 @@ int train_command(Device device, const Options& given) {
                     start.state.step);
         return 0;
     }
-    // Is there room for it? From here on things are made.
+    // Is there room for it, and can all be read that it begins with?
     const auto model = open_model(device, config, B, T, Use::training);
-    make_folders(o.output);
+    load_start(*model, o, start);
+    if (o.override_changes) start.state.planned_steps = 0;  // the plan may have changed
+    start.state.options = options_that_change_numbers(o);
+    start.state.data = corpus.fingerprint(), start.state.program = Device::kProgram;
+    Trainer<Device> trainer(o, corpus, *model);
+    // From here on things are made.
+    const RunFolder folder(o.output);
     if (!lock) lock.emplace(lock_folder(o.output));
 
-    // Say what will be trained on what, load or make the weights, and go.
+    // Say what will be trained on what, and go.
     say("tinygpt", device.describe());
     std::printf("%s", describe(o).c_str());
     say("data", (corpus.folder.empty() ? "shards" : corpus.folder) + ": " +
                     with_commas(corpus.train->tokens()) + " training tokens, " +
                     with_commas(corpus.has_val() ? corpus.val->tokens() : 0) + " for validation");
     print_model<Device>(config, B, T);
-    load_start(*model, o, start);
-    if (o.override_changes) start.state.planned_steps = 0;  // the plan may have changed
-    start.state.options = options_that_change_numbers(o);
-    start.state.data = corpus.fingerprint(), start.state.program = Device::kProgram;
+    if (resumed) say("resumed", start.folder);
+    if (!resumed && !o.init_from.empty()) say("weights", "from " + o.init_from);
     catch_signals();
-    return Trainer<Device>(o, corpus, *model).run(start.state, start.folder);
+    return trainer.run(start.state, start.folder);
 }
 
 // ---- What to type next -----------------------------------------------------------------------

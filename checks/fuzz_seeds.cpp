@@ -13,8 +13,9 @@ static std::string with_zeros(const std::vector<std::string>& parts) {
     for (size_t i = 0; i < parts.size(); i++) bytes += (i ? std::string(1, '\0') : "") + parts[i];
     return bytes;
 }
+// As fuzz_shard.cpp takes it: without the zeros behind the header's three numbers.
 static std::string shard(const std::vector<uint16_t>& tokens) {
-    int32_t header[256] = {kShardMagic, 1, int32_t(tokens.size())};
+    int32_t header[3] = {kShardMagic, 1, int32_t(tokens.size())};
     std::string bytes(reinterpret_cast<const char*>(header), sizeof header);
     return bytes.append(reinterpret_cast<const char*>(tokens.data()), 2 * tokens.size());
 }
@@ -139,5 +140,5 @@ int main(int, char** argv) {
     seed("shard", shard({0, 5, 6, 7, 0, 8, 9, 10, 11, 12, 13, 0, 1})), seed("shard", shard({}));
     seed("shard", shard({1})), seed("shard", shard({0, 65535, 300, 2, 2, 2, 0})),
         seed("shard", "x");
-    seed("shard", shard({1, 2, 3}) + "x"), seed("shard", shard({1, 2, 3}).substr(0, 1028));
+    seed("shard", shard({1, 2, 3}) + "x"), seed("shard", shard({1, 2, 3}).substr(0, 16));
 }

@@ -1,7 +1,13 @@
-// Shards: whatever passes the header's checks can be read to the end, in any order.
+// Shards: whatever passes the header's checks can be read to the end, in any order. An input is the
+// header's three numbers and the tokens; the zeros between them are put in here, so that no input
+// is spent on changing bytes that nobody reads. An input too short for three numbers is the file.
 #include "fuzz.hpp"
 
-extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* input, size_t input_size) {
+    std::string bytes(reinterpret_cast<const char*>(input), input_size);
+    if (input_size >= 12) bytes.insert(12, kShardHeaderBytes - 12, '\0');
+    const uint8_t* data = reinterpret_cast<const uint8_t*>(bytes.data());
+    const size_t size = bytes.size();
     const MemoryFile memory(data, size), second(data, size / 2);
     accepts([&] { Shard shard(second.path()); });
     accepts([&] {

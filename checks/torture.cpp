@@ -1,9 +1,11 @@
 // torture: kills, interrupts and starves small runs, and compares what comes out of them with a run
 // that nobody disturbed. `make torture` builds and runs it: about five minutes, a table at the end,
-// exit status 0 if nothing was lost. Options: --seed N, --part NAME, --scale F (0.1: a tenth).
+// exit status 0 if nothing was lost. Options: --seed N, --part NAME, --scale F (0.1: a tenth),
+// --cuda PROGRAM (train_gpt_cu_on_cpu, or on a GPU train_gpt_cu).
 //
 // The trainer runs in a child process of this program (fork, without exec), so that the hook of
 // every file operation, file_fault(), can slow writes down, fail them, and say where the child is.
+// Only what is resumed on the CUDA device is a program of its own.
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
@@ -30,11 +32,13 @@ struct Child {
     int fail_at = -1;              // this call of the run fails ...
     int code = 0;                  // ... with this errno, or comes up short (-1)
     rlim_t limit = RLIM_INFINITY;  // of every file's size
+    std::string program = "";      // to be run instead of this one's trainer
 };
 
 class Torture {
 public:
-    Torture(uint64_t seed, double scale) : seed_(seed), scale_(scale) {
+    Torture(uint64_t seed, double scale, const std::string& cuda)
+        : seed_(seed), scale_(scale), cuda_(cuda) {
         // In memory where that is possible: thousands of saves wait for every fsync.
         const char* base = std::getenv("TMPDIR");
         folder_ = base && *base ? base : ::access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp";
@@ -62,7 +66,7 @@ private:
     [[noreturn]] void be_child(const Child& child);
     int finish(pid_t pid);
     std::string said() const { return read_file(path("stderr")); }
-    bool same(const std::string& output) const;
+    bool same(const std::string& output, const std::string& straight = "straight") const;
     void end_row(const std::string& what, int tries, const std::string& note, int wrong);
     // Waits until the child is saving (or has ended).
     bool wait_for_save(pid_t pid);
@@ -72,12 +76,12 @@ private:
     void full_disk();
     void flipped_bits();
     void failing_calls();
-    void every_step();
+    void every_step(const std::string& program, int max_threads);
 
     uint64_t seed_, drawn_ = 0;
     double scale_, began_ = now_seconds();
     int wrong_ = 0;
-    std::string folder_;
+    std::string folder_, cuda_;
     Progress* progress_;
 };
 
@@ -179,9 +183,14 @@ void Torture::be_child(const Child& child) {
         return child.code;
     };
     std::vector<std::string> words = child.arguments;
-    words.insert(words.begin(), "train_gpt");
+    words.insert(words.begin(), child.program.empty() ? "train_gpt" : child.program);
     std::vector<char*> argv;
     for (std::string& word : words) argv.push_back(word.data());
+    if (!child.program.empty()) {
+        argv.push_back(nullptr);
+        ::execv(argv[0], argv.data());
+        ::_exit(127);
+    }
     const int status = program(int(argv.size()), argv.data(), "train_gpt",
                                [](const Options& o) { return run_command(make_cpu(o), o); });
     std::fflush(nullptr);
@@ -220,8 +229,8 @@ static std::string rows_of(const std::string& output) {
 }
 
 // The finished run has the undisturbed run's log, weights, moments and best model.
-bool Torture::same(const std::string& output) const {
-    const std::string a = path("straight"), b = path(output);
+bool Torture::same(const std::string& output, const std::string& straight) const {
+    const std::string a = path(straight), b = path(output);
     const auto steps = checkpoint_steps(a), found = checkpoint_steps(b);
     if (found.empty() || steps[0] != found[0] || rows_of(a) != rows_of(b)) return false;
     for (const char* name : {"model.safetensors", "optimizer.safetensors"})
@@ -381,32 +390,45 @@ void Torture::failing_calls() {
             format("%d calls x 3 ways, %d stopped", last - first, stopped), wrong);
 }
 
-// A run of which every step is a checkpoint, resumed at each of them, on 1, 2 and 3 threads.
-void Torture::every_step() {
+// A run of which every step is a checkpoint, resumed at each of them, on 1, 2, ... threads.
+void Torture::every_step(const std::string& program, int max_threads) {
     int tries = 0, wrong = 0;
-    finish(start({arguments("steps", {"--save-interval", "1", "--keep", "100"})}));
+    auto child = [&](const std::string& output, const Arguments& more) {
+        return Child{arguments(output, more), 0, -1, 0, RLIM_INFINITY, program};
+    };
+    finish(start(child("steps", {"--save-interval", "1", "--keep", "100"})));
+    TINYGPT_CHECK(folder_exists(path("steps") + "/best"), "the run of every step fails: %s",
+                  said().c_str());
     const int64_t end = checkpoint_steps(path("steps"))[0];
-    for (int threads = 1; threads <= 3; threads++)
+    for (int threads = 1; threads <= max_threads; threads++)
         for (int64_t step = 1; step < end; step += scale_ < 1 ? 5 : 1, tries++) {
             make_folders(path("again"));
             fs::copy(checkpoint_folder(path("steps"), step), checkpoint_folder(path("again"), step),
                      fs::copy_options::recursive);
             fs::copy(path("steps") + "/log.csv", path("again") + "/log.csv");
             fs::copy(path("steps") + "/best", path("again") + "/best");
-            const int status =
-                finish(start({arguments("again", {"--threads", format("%d", threads)})}));
-            if (status != 0 || !same("again")) ++wrong;
+            const int status = finish(start(child("again", {"--threads", format("%d", threads)})));
+            if (status != 0 || !same("again", "steps")) ++wrong;
             fs::remove_all(path("again"));
         }
-    end_row("resumed at every step", tries,
-            format("ends at %lld (patience), 1-3 threads", (long long)end), wrong);
+    // How often a run saves does not matter either.
+    if (finish(start(child("seldom", {}))) != 0 || !same("seldom", "steps")) ++wrong;
+    fs::remove_all(path("steps")), fs::remove_all(path("seldom"));
+    end_row(program.empty() ? "resumed at every step" : "the same, on the CUDA device", tries,
+            format("ends at %lld (patience), %s", (long long)end,
+                   program.empty() ? format("1-%d threads", max_threads).c_str() : "bf16"),
+            wrong);
 }
 
 bool Torture::all(const std::string& only) {
     std::printf("seed %llu, in %s\n\n%-34s %6s  %-34s %5s  %8s\n", (unsigned long long)seed_,
                 folder_.c_str(), "what was done", "times", "", "lost", "time");
     const std::vector<std::pair<std::string, std::function<void()>>> parts = {
-        {"steps", [&] { every_step(); }},
+        {"steps", [&] { every_step("", 3); }},
+        {"cuda",
+         [&] {
+             if (!cuda_.empty()) every_step(cuda_, 1);
+         }},
         {"kill", [&] { kills(); }},
         {"int", [&] { interrupts(SIGINT, "SIGINT"); }},
         {"term", [&] { interrupts(SIGTERM, "SIGTERM"); }},
@@ -425,7 +447,7 @@ int main(int argc, char** argv) {
     omp_set_num_threads(1);  // a child of fork() must not inherit threads that it does not have
     uint64_t seed = 1;
     double scale = 1;
-    std::string part;
+    std::string part, cuda;
     for (int i = 1; i + 1 < argc; i += 2) {
         const std::string name = argv[i];
         if (name == "--seed")
@@ -434,9 +456,11 @@ int main(int argc, char** argv) {
             scale = std::strtod(argv[i + 1], nullptr);
         else if (name == "--part")
             part = argv[i + 1];
+        else if (name == "--cuda")
+            cuda = argv[i + 1];
     }
     try {
-        return Torture(seed, scale).all(part) ? 0 : 1;
+        return Torture(seed, scale, cuda).all(part) ? 0 : 1;
     } catch (const std::exception& e) {
         std::fprintf(stderr, "error: %s\n", e.what());
         return 1;

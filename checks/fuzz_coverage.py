@@ -1,0 +1,58 @@
+"""How many lines of each parser the fuzz corpora reach: make fuzz_coverage, after make fuzz.
+
+    fuzz_coverage.py PROGRAM PROFILE     built from corpus_coverage.cpp; merged by llvm-profdata
+"""
+import json
+import re
+import subprocess
+import sys
+
+PARSERS = {  # by the names of their functions and classes; a class stands for all its functions
+    "json": "JsonParser Json append_json_string in_quotes append_utf8 utf8_character",
+    "safetensors": "SafetensorsFile InputFile f16 dtype_bytes shape_text match_tensors without_prefix",
+    "checkpoint: config.json": "read_hf_config hf_config_text",
+    "checkpoint: trainer_state.json": "state_from_json FieldCarrier number_or read_sealed state_seal",
+    "checkpoint: HellaSwag": "read_hellaswag",
+    "checkpoint: log.csv": "read_log_rows log_field",
+    "options": "parse_options split_arguments find_option find_command check_together assign shown "
+               "edit_distance name_distance nearest command_name range_text",
+    "config": "parse_config read_config",
+    "tokenizer": "read_merges Tokenizer MergeTable Encoder class_of character_at leading_letters "
+                 "run_end next_piece",
+    "shard": "Shard Shards DataOrder shuffled fill_batch evaluation_windows fill_windows",
+}
+
+
+def export(form):
+    command = ["llvm-cov", "export", "-format=" + form, sys.argv[1], "-instr-profile=" + sys.argv[2]]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+# Of every line of tinygpt.hpp that is code, whether it was run.
+run, here = {}, False
+for line in export("lcov").splitlines():
+    if line.startswith("SF:"):
+        here = line.endswith("tinygpt.hpp")
+    elif here and line.startswith("DA:"):
+        number, count = map(int, line[3:].split(",")[:2])
+        run[number] = run.get(number, False) or count > 0
+functions = [f for f in json.loads(export("text"))["data"][0]["functions"]
+             if f["filenames"][0].endswith("tinygpt.hpp")]
+worst = 1
+for parser, names in PARSERS.items():
+    lines = set()
+    for name in names.split():
+        # tinygpt::name, as the linker knows it; Z+ for what is inside, such as a lambda.
+        mangled = re.compile("_Z+NK?7tinygpt%d%s" % (len(name), name))
+        found = [f for f in functions if mangled.match(f["name"])]
+        if not found:
+            sys.exit("fuzz_coverage: there is no %s any more" % name)
+        for f in found:
+            first, _, last = f["regions"][0][:3]
+            lines |= {n for n in range(first, last + 1) if n in run}
+    missed = sorted(n for n in lines if not run[n])
+    worst = min(worst, 1 - len(missed) / len(lines))
+    print("%-31s %4d of %4d lines (%5.1f %%)  missed: %s" % (
+        parser, len(lines) - len(missed), len(lines), 100 - 100 * len(missed) / len(lines),
+        " ".join(map(str, missed)) or "none"))
+sys.exit(worst < 0.9)
