@@ -7811,7 +7811,7 @@ TEST_CASE_TEMPLATE("cuda: a tuned matmul is chosen once, written down, and the s
     auto tuned = [&](double from = 0) {
         Device cuda;
         cuda.context->matmuls->tune_from = from;
-        cuda.context->matmuls->tune_into(path);
+        cuda.context->matmuls->tune_into(path, cuda.context->gpu.name);
         return some_products(cuda);
     };
     Device plain;
@@ -7892,6 +7892,10 @@ TEST_CASE("cuda: no GPU, an old one, a small one, sizes it has no kernels for: a
               std::string("--precision ") + precision +
                   " needs a GPU of compute capability 8.0 or later, and CUDA on CPU has 7.5: use "
                   "--precision fp32");
+    // Its blocks have 64 KB of shared memory: heads are narrower, and so is layernorm's backward.
+    CHECK(refusal("--n-embd 128 --n-head 1") ==
+          "on a GPU a head has at most 108 channels, and n_embd / n_head is 128: use --n-head 2");
+    CHECK(refusal("--n-embd 2048") == "on this GPU n_embd is at most 1280; it is 2048");
     cuda_on_cpu::settings() = before;
 
     // 300 MB, of which 256 are left for cuBLASLt, code and recordings.

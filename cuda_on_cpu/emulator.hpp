@@ -744,11 +744,20 @@ inline void warp_operation(unsigned mask, void* data, WarpFunction function, boo
 // -------------------------------------------------------------------------------------------------
 // Shared memory, as a kernel sees it
 
-inline constexpr size_t shared_limit_plain = 48 << 10, shared_limit_opted = 227 << 10;
+inline constexpr size_t shared_limit_plain = 48 << 10;
+// What a block may have if it asks: Programming Guide, "Compute Capabilities".
+inline size_t shared_limit_opted() {
+    const int capability = 10 * settings().major + settings().minor;
+    if (capability < 75) return 96 << 10;
+    if (capability < 80) return 64 << 10;
+    if (capability == 80 || capability == 87) return 163 << 10;
+    if (capability < 90 || capability >= 120) return 99 << 10;
+    return 227 << 10;
+}
 
 inline void check_shared_size(Worker& w) {
     size_t total = w.static_bytes + w.launch->shared_bytes;
-    size_t limit = w.launch->shared_opted ? shared_limit_opted : shared_limit_plain;
+    size_t limit = w.launch->shared_opted ? shared_limit_opted() : shared_limit_plain;
     if (w.static_bytes > shared_limit_plain)
         report(Mistake::launch, text("the __shared__ arrays of one kernel take %zu bytes; 49152 is "
                                      "the limit. Use extern __shared__",
@@ -1170,7 +1179,7 @@ inline void check_launch(const Launch& l) {
     if (l.shared_bytes > l.shared_limit)
         refuse_launch(l, text("%zu bytes of dynamic shared memory; %zu is the limit%s",
                               l.shared_bytes, l.shared_limit,
-                              l.shared_bytes <= shared_limit_opted
+                              l.shared_bytes <= shared_limit_opted()
                                   ? ". Allow more with cudaFuncSetAttribute(kernel, "
                                     "cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)"
                                   : ""));
