@@ -7239,6 +7239,7 @@ TEST_CASE_TEMPLATE("cuda: attention", A, float, bf16) {
     check_attention<A>({3, 16, 2, 8, 0}, {}, 1);
     check_attention<A>({1, 70, 2, 12, 0}, kDrop, 1);
     check_attention<A>({1, 45, 1, 40, 0}, {}, 1);
+    check_attention<A>({1, 37, 8, 5, 0}, {}, 1);  // heads that start and end anywhere
     check_attention<A>({1, 40, 1, 200, 0}, {}, 1);
     // Blocks of 128 rows, which a GPU takes where it has enough of them.
 #ifdef CUDA_ON_CPU
