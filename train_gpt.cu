@@ -131,7 +131,7 @@ __host__ __device__ inline unsigned blocks_for(size_t count, size_t per_block) {
 template <class A>
 constexpr int kPack = 16 / int(sizeof(A));
 template <class A>
-constexpr int kStripe = kWarp* kPack<A>;  // the columns that a warp reads at once
+constexpr int kStripe = kWarp*(16 / int(sizeof(A)));  // the columns that a warp reads at once
 
 __device__ inline void load_pack(float (&x)[4], const float* from) {
     const float4 raw = *reinterpret_cast<const float4*>(from);
@@ -200,8 +200,7 @@ constexpr int kThreads = 256, kOneBlock = 1024;  // of a block, and of one that 
 // --- 4.1 Embedding
 
 // out[row] = drop(wte[tokens[row]] + wpe[past + row % T]). One thread makes one pack.
-// Moves: reads 1 row of C for each row, gathered, and writes 1; wpe stays in the cache. Expect 80
-// %.
+// Moves: gathers 1 row of C for each row and writes 1; wpe stays in the cache. Expect 80 %.
 template <class A>
 __global__ void embed_forward_kernel(A* out, const int32_t* tokens, const A* wte, const A* wpe,
                                      int rows, int T, int C, int past, Dropout drop) {
@@ -577,7 +576,7 @@ template <class A, int E>
 __global__ void __launch_bounds__(kHeadThreads)
     attention_plain_forward_kernel(A* out, float* lse, const A* qkv, int past, int n, int NH,
                                    int HS, Dropout drop) {
-    extern __shared__ float plain_tiles[];
+    extern __shared__ __align__(16) float plain_tiles[];
     const int padded = padded_head(HS), pitch = padded + 1, length = past + n;
     float *q_rows = plain_tiles, *k_tile = q_rows + kPlainHeld * padded,
           *v_tile = k_tile + 32 * pitch;
@@ -649,7 +648,7 @@ template <class A, int E, bool kForKeys>
 __global__ void __launch_bounds__(kHeadThreads)
     attention_plain_backward_kernel(A* dqkv, const A* dout, const float* lse, const float* delta,
                                     const A* qkv, int T, int NH, int HS, Dropout drop) {
-    extern __shared__ float plain_tiles[];
+    extern __shared__ __align__(16) float plain_tiles[];
     const int padded = padded_head(HS), pitch = padded + 1;
     float *held_0 = plain_tiles, *held_1 = held_0 + kPlainHeld * padded;
     float *streamed_0 = held_1 + kPlainHeld * padded, *streamed_1 = streamed_0 + 32 * pitch;
@@ -711,7 +710,8 @@ __global__ void __launch_bounds__(kHeadThreads)
 // about 620 a millisecond on an H100 (wgmma 800): 0.17 ms; 403 million exponentials: 0.11 ms; 4
 // rows of C: 0.13 ms. They share the issue slots, so expect 230 to 290 TFLOP/s forward. Backward is
 // counted as 258 GFLOP and does 361, because both its kernels make the scores: expect 170 to 250 as
-// counted. Careful: a lane's arrays must lie in registers, so every loop over one must be unrolled.
+// counted.
+// Careful: a lane's arrays must lie in registers, so every loop over one must be unrolled.
 // nvcc does that by itself where a loop is short and its length fixed, and is told where the body
 // is long; `make cuda_compiles` fails if an array of these kernels ended up in memory.
 
@@ -866,7 +866,7 @@ template <int HS, int kM, bool kDrop>
 __global__ void __launch_bounds__(kHeadThreads)
     attention_forward_kernel(bf16* out, float* lse, const bf16* qkv, int T, int NH, Dropout drop) {
     constexpr int kQueries = 64 * kM, kKeys = 64;
-    extern __shared__ bf16 attention_tiles[];
+    extern __shared__ __align__(16) bf16 attention_tiles[];
     bf16 *q_tile = attention_tiles, *k_tiles = q_tile + kQueries * HS,
          *v_tiles = k_tiles + 2 * kKeys * HS;
     const Head<bf16> head(qkv, T, NH, HS);
@@ -981,7 +981,7 @@ __global__ void __launch_bounds__(kHeadThreads)
                                       const bf16* dout, const bf16* out, const float* lse,
                                       const bf16* qkv, int T, int NH, Dropout drop) {
     constexpr int kQueries = 64 * kM, kKeys = 64, kSlice = 32;
-    extern __shared__ bf16 attention_tiles[];
+    extern __shared__ __align__(16) bf16 attention_tiles[];
     bf16 *q_tile = attention_tiles, *d_tile = q_tile + kQueries * HS;
     bf16 *k_tiles = d_tile + kQueries * HS, *v_tiles = k_tiles + 2 * kKeys * HS;
     const Head<bf16> head(qkv, T, NH, HS);
@@ -1045,7 +1045,7 @@ __global__ void __launch_bounds__(kHeadThreads)
     attention_backward_keys_kernel(bf16* dqkv, float* partial, const float2* statistics,
                                    const bf16* dout, const bf16* qkv, int T, int NH, Dropout drop) {
     constexpr int kKeys = 64 * kM, kQueries = 64, kSlice = 16;
-    extern __shared__ bf16 attention_tiles[];
+    extern __shared__ __align__(16) bf16 attention_tiles[];
     __shared__ float lse2_of[2 * kQueries], delta_of[2 * kQueries];  // of the tiles' queries
     bf16 *k_tile = attention_tiles, *v_tile = k_tile + kKeys * HS;
     bf16 *q_tiles = v_tile + kKeys * HS, *d_tiles = q_tiles + 2 * kQueries * HS;
@@ -1593,7 +1593,7 @@ struct Pinned {
         CUDA_CHECK(cudaEventSynchronize(done));
         return data;
     }
-    void release() {
+    ~Pinned() {
         if (data) cudaEventDestroy(done), cudaFreeHost(data);
     }
 };
@@ -1618,8 +1618,6 @@ public:
         cudaStreamSynchronize(stream);
         forget_recordings();
         matmuls.reset();
-        for (Pinned& piece : staging_) piece.release();
-        for (Pinned& letter : letters_) letter.release();
         cudaFree(scratch_);
         cudaStreamDestroy(stream);
     }

@@ -45,7 +45,7 @@ warp_sum | update | term | step > 0 | step > 1
 warp_max | head | sign | fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step)) | fminf(x, __shfl_xor_sync(0xffffffffu, x, step))
 over_block | update | term | lane < warps ? parts[lane] : nothing | lane < 1 ? parts[lane] : nothing
 block_max | head | sign | warp_max(y) | -warp_max(y)
-block_sum | update | sign | warp_sum(y) | -warp_sum(y)
+block_sum | update | term | warp_sum(y) | y
 load_pack | layernorm<*bf16 | term | words[i] << 16 | words[i]
 load_pack | layernorm<*float | term | x[2] = raw.z | x[2] = raw.y
 store_pack | layernorm<*bf16 | term | pack_bf16(x[6], x[7]) | pack_bf16(x[6], x[6])
