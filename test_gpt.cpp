@@ -6854,10 +6854,10 @@ TEST_CASE("walk: every line that the header quotes is printed") {
 // =================================================================================================
 // Both devices get the same inputs: random numbers, rounded to the activation type. What comes back
 // is held against double arithmetic. The tolerance is counted, not tuned: u is the rounding unit of
-// the activation type (2^-9 for bf16, 2^-24 for fp32; 2^-11 where a matmul rounds to tf32, 2^-10 on a
-// GPU, whose tensor cores cut a float off), n the length of the longest sum behind an element, and
-// `stages` how many times a value is rounded on its way. Random roundings of a sum of n terms in fp32
-// add up to sqrt(n) 2^-24 of the result's size, so with
+// the activation type (2^-9 for bf16, 2^-24 for fp32; 2^-11 where a matmul rounds to tf32, 2^-10 on
+// a GPU, whose tensor cores cut a float off), n the length of the longest sum behind an element,
+// and `stages` how many times a value is rounded on its way. Random roundings of a sum of n terms
+// in fp32 add up to sqrt(n) 2^-24 of the result's size, so with
 //   unit = stages (u + sqrt(n) 2^-24)
 // the relative error of the whole array, as a vector, must stay below unit, and the error of every
 // element below 4 unit times the largest element. A term left out, or a sign turned, errs by about
@@ -6902,9 +6902,9 @@ Values random_values(size_t count, uint64_t seed, double scale = 1, double mean 
     return values;
 }
 
-// An array on the device. Fresh ones hold NaN, so that what a kernel leaves out is seen. Careful: the
-// default stream, in which they are filled, and the device's own stream do not wait for each other,
-// and a copy may still be on its way when its call returns.
+// An array on the device. Fresh ones hold NaN, so that what a kernel leaves out is seen. Careful:
+// the default stream, in which they are filled, and the device's own stream do not wait for each
+// other, and a copy may still be on its way when its call returns.
 template <class T>
 struct Array {
     T* data = nullptr;
@@ -6997,7 +6997,8 @@ const Dropout kDrop{77, 0.3f};
 template <class Work>
 void again_in_other_orders(Work&& work) {
 #ifdef CUDA_ON_CPU
-    for (auto order : {cuda_on_cpu::Order::descending, cuda_on_cpu::Order::random}) {
+    for (auto order :
+         {cuda_on_cpu::Order::descending, cuda_on_cpu::Order::random, cuda_on_cpu::Order::warps}) {
         cuda_on_cpu::set_order(order, 5);
         work();
     }
@@ -7050,8 +7051,8 @@ TEST_CASE_TEMPLATE("cuda: embedding", A, float, bf16) {
 TEST_CASE_TEMPLATE("cuda: layernorm", A, float, bf16) {
     Cuda<A> cuda;
     Cpu<double> cpu;
-    // The first: more partial sums than a block has rows of threads. The last: a variance of the size
-    // of the epsilon that is added to it.
+    // The first: more partial sums than a block has rows of threads. The last: a variance of the
+    // size of the epsilon that is added to it.
     for (auto [rows, C, mean, thousandths] : Sizes<4>{{300, 8, 0, 2000},
                                                       {1, 8, 0, 2000},
                                                       {3, 24, 0, 2000},
@@ -7299,8 +7300,11 @@ TEST_CASE_TEMPLATE("cuda: head", Device, Cuda<float>, CudaTf32, Cuda<bf16>) {
     const double product = kProductUnit<Device>;
     Cpu<double> cpu;
     for (size_t bytes : {size_t(1) << 30, size_t(1500)})
-        for (auto [rows, C, V, scale] :
-             Sizes<4>{{1, 8, 1, 1}, {5, 16, 61, 1}, {9, 24, 1003, 6}, {3, 8, 8200, 1}})
+        for (auto [rows, C, V, scale] : Sizes<4>{{1, 8, 1, 1},
+                                                 {5, 16, 61, 1},
+                                                 {9, 24, 1003, 6},
+                                                 {4, 8, 700, 0},
+                                                 {3, 8, 8200, 1}})
             for (bool accumulate : {false, true}) {
                 const std::string at = place_of({{"rows", double(rows)},
                                                  {"C", double(C)},

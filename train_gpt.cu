@@ -167,8 +167,8 @@ __device__ inline float warp_max(float x) {
 }
 // The same over the block, called by all threads of a block of whole warps. A warp's results meet
 // in shared memory, and every warp combines them in the same order.
-template <class T, class Combine>
-__device__ inline T over_block(T x, T nothing, Combine&& over_warp) {
+template <class T>
+__device__ inline T over_block(T x, T nothing, T (*over_warp)(T)) {
     __shared__ T parts[kWarp];
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
     x = over_warp(x);
@@ -179,11 +179,9 @@ __device__ inline T over_block(T x, T nothing, Combine&& over_warp) {
 }
 template <class T>
 __device__ inline T block_sum(T x) {
-    return over_block(x, T(0), [](T y) { return warp_sum(y); });
+    return over_block(x, T(0), warp_sum<T>);
 }
-__device__ inline float block_max(float x) {
-    return over_block(x, -INFINITY, [](float y) { return warp_max(y); });
-}
+__device__ inline float block_max(float x) { return over_block(x, -INFINITY, warp_max); }
 
 // =================================================================================================
 // 4 Kernels
@@ -246,7 +244,7 @@ __global__ void embed_backward_tokens_kernel(float* dwte, const A* dout, const i
         const int begin = piece % stripes * kStripe<A>, c = begin + lane * N;
         int end = first;
         for (int found = kThreads; found == kThreads; end += found) {
-            const int i = end + threadIdx.x;
+            const int i = end + threadIdx.x;  // and the sums before were read
             found = __syncthreads_count(i < rows && tokens[order[i]] == token);
         }
         float sum[N] = {};
@@ -264,7 +262,6 @@ __global__ void embed_backward_tokens_kernel(float* dwte, const A* dout, const i
             for (int w = 0; w < kWarps; ++w) total += sums[w][i];
             dwte[size_t(token) * C + begin + i] = total;
         }
-        __syncthreads();  // the sums were read
     }
 }
 
@@ -589,7 +586,7 @@ __global__ void __launch_bounds__(kHeadThreads)
     for (int r = 0; r < kPlainRows; ++r) highest[r] = -INFINITY;
     const float scale = 1 / sqrtf(float(HS));
     for (int begin = 0; begin <= last; begin += 32) {
-        __syncthreads();  // the tiles were read
+        __syncthreads();  // the tiles, and p, were read
         copy_rows(k_tile, pitch, head.k, head.stride, begin, length, HS);
         copy_rows(v_tile, pitch, head.v, head.stride, begin, length, HS);
         __syncthreads();
@@ -609,7 +606,6 @@ __global__ void __launch_bounds__(kHeadThreads)
         }
         __syncwarp();
         plain_add<E>(o, p, v_tile, HS);
-        __syncwarp();
     }
 #pragma unroll
     for (int r = 0; r < kPlainRows; ++r) {
@@ -686,7 +682,6 @@ __global__ void __launch_bounds__(kHeadThreads)
         __syncwarp();
         plain_add<E>(sum_0, ds, streamed_0, HS);
         if (kForKeys) plain_add<E>(sum_1, pw, streamed_1, HS);
-        __syncwarp();
     }
 #pragma unroll
     for (int r = 0; r < kPlainRows; ++r) {

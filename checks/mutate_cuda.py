@@ -43,9 +43,10 @@ sum_partials_kernel | layernorm | term | blockIdx.y * C + c | c
 sum_partials_kernel | linear | term | part += blockDim.y | part += blockDim.y + 1
 warp_sum | update | term | step > 0 | step > 1
 warp_max | head | sign | fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step)) | fminf(x, __shfl_xor_sync(0xffffffffu, x, step))
+over_block | head | term | parts[warp] = x | parts[warp] = x + x
 over_block | update | term | lane < warps ? parts[lane] : nothing | lane < 1 ? parts[lane] : nothing
-block_max | head | sign | warp_max(y) | -warp_max(y)
-block_sum | update | term | warp_sum(y) | y
+block_max | head | sign | over_block(x, -INFINITY, warp_max) | -over_block(x, -INFINITY, warp_max)
+block_sum | update | sign | over_block(x, T(0), warp_sum<T>) | -over_block(x, T(0), warp_sum<T>)
 load_pack | layernorm<*bf16 | term | words[i] << 16 | words[i]
 load_pack | layernorm<*float | term | x[2] = raw.z | x[2] = raw.y
 store_pack | layernorm<*bf16 | term | pack_bf16(x[6], x[7]) | pack_bf16(x[6], x[6])
@@ -287,7 +288,7 @@ def main():
         if wanted not in name:
             continue
         # A missing barrier shows where the threads' order makes it matter.
-        orders = ["ascending", "descending", "random:7"] if kind == "barrier" else ["ascending"]
+        orders = ["ascending", "warps", "warps:7", "descending", "random:7"] if kind == "barrier" else ["ascending"]
         alive = all(passes(root, work, number, tests, order)[0] for order in orders)
         print("%-9s %-8s %s: %s -> %s" % ("SURVIVED" if alive else "caught", kind, name, original, broken), flush=True)
         if alive:
