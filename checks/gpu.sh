@@ -1,30 +1,39 @@
 #!/bin/bash
-# checks/gpu.sh: everything that wants a real GPU, in one call of less than ten minutes, on a bare
-# machine without a network: an H100 or H200, nvcc, a C++ compiler, doctest. With PyTorch there it is
-# measured beside. Every step has a limit of time and goes on after the failure of another; the table
-# at the end has what was asked for, what came, and a verdict.
+# checks/gpu.sh: everything that wants a real GPU, on a bare machine without a network: an H100 or
+# H200, nvcc, a C++ compiler, doctest. With PyTorch there it is measured beside. Each call takes less
+# than ten minutes (BUDGET seconds, 585): what no longer fits is named in the table, and another call
+# with that part alone gets it. Every step has a limit of time and goes on after the failure of
+# another. The table has what was asked for, what came, and a verdict, and grows as it goes.
 #
-#     checks/gpu.sh            all of it
-#     checks/gpu.sh check      is it right? without the measurements of speed
-#     checks/gpu.sh measure    is it fast? without the checks
+#     checks/gpu.sh            all parts, in this order:
+#     checks/gpu.sh proof      is it right? all tests, the sanitizers, GPT-2 trains, resumes, samples
+#     checks/gpu.sh speed      GPT-2 at B=64, every kernel, beside PyTorch and the card's ceilings
+#     checks/gpu.sh sizes      B=8, B=1, 350M, 774M, tf32, fp32 beside PyTorch; SIZES="b1 774m": these
+#     checks/gpu.sh curves     losses beside the CPU's and PyTorch's; two runs bit for bit
 #     checks/gpu.sh pack       on a machine that has them: copies doctest and the peer into out/carry
-#     checks/gpu.sh dry        no GPU: the same steps at toy sizes, with the kernels run by the CPU
+#     checks/gpu.sh dry [...]  no GPU: the same steps at toy sizes, with the kernels run by the CPU
 #
-# $OUT (default out/gpu) gets table.txt, log.txt (all output of all steps), curves.csv and the tuned
-# plans. Doctest and the peer (torch_gpt2.py) are taken from out/carry, DOCTEST_DIR, PEER, the system,
-# ../shared/peers. PYTHON names a Python with torch. BUDGET: seconds, 585.
+# $OUT (default out/gpu) gets table.txt, log.txt (all output of all steps), curves.csv, kernels.txt,
+# peer.jsonl and the tuned plans. Doctest and the peer (torch_gpt2.py) are taken from out/carry,
+# DOCTEST_DIR, PEER, the system, ../shared/peers. PYTHON names a Python with torch.
 set -u
 cd "$(dirname "$0")/.." || exit 1
-mode=${1:-all}
-OUT=${OUT:-out/gpu} PYTHON=${PYTHON:-python3} BUDGET=${BUDGET:-585}
+dry=
+[ "${1:-}" = dry ] && dry=yes && shift
+parts=" ${*:-proof speed sizes curves} "
+OUT=${OUT:-out/gpu} PYTHON=${PYTHON:-python3} BUDGET=${BUDGET:-585} SIZES=${SIZES:-b8 b1 350m 774m b8-tf32 b8-fp32}
 work=out/gpu-work
 began=$SECONDS
+wants() { [[ "$parts" == *" $1 "* ]]; }
 
-if [ "$mode" = pack ]; then
+if wants pack; then
     mkdir -p out/carry
     cp -r "${DOCTEST_DIR:-/usr/include}/doctest" out/carry/ && cp "${PEER:-../shared/peers/torch_gpt2.py}" out/carry/
     exit
 fi
+for part in $parts; do
+    case $part in proof | speed | sizes | curves) ;; *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
+done
 for place in "${PEER:-}" out/carry/torch_gpt2.py ../shared/peers/torch_gpt2.py; do
     [ -f "$place" ] && peer=$place && break
 done
@@ -35,7 +44,7 @@ for file in table.txt log.txt curves.csv peer.jsonl; do : > "$OUT/$file" || exit
 
 # ---- Rows, judgements, attempts -----------------------------------------------------------------
 # row WHAT ASKED FOUND VERDICT
-row() { printf '%-40s %-22s %-38s %s\n' "$1" "$2" "$3" "$4" | tee -a "$OUT/table.txt"; }
+row() { printf '%-42s %-22s %-44s %s\n' "$1" "$2" "$3" "$4" | tee -a "$OUT/table.txt"; }
 # judge WHAT FOUND RELATION ASKED UNIT: RELATION is >= or <=
 judge() {
     if [ -z "$2" ]; then row "$1" "$3 $4 $5" "no figure" MISSED; return; fi
@@ -67,8 +76,6 @@ have() { command -v "$1" > /dev/null 2>&1; }
 torch_is_here() { [ -n "$peer" ] && "$PYTHON" -c 'import torch' > /dev/null 2>&1; }
 
 # ---- Sizes ---------------------------------------------------------------------------------------
-dry=
-[ "$mode" = dry ] && dry=yes
 if [ -n "$dry" ]; then
     cu=./train_gpt_cu_on_cpu tests="build/nothing" steps=4 skip=1 seq=16 device=cpu curve_steps=12
     size=(--n-layer 1 --n-head 2 --n-embd 16 --n-positions 16 --vocab-size 1024)
@@ -87,27 +94,30 @@ quiet=(--sample-interval 0 --eval-batches 0 --log-interval 0)
 # ---- Build ---------------------------------------------------------------------------------------
 # Where nvcc does not find cuBLASLt, PyTorch brought one along.
 find_cublaslt() {
-    echo 'int main() {}' > "$work/empty.cu"
-    nvcc "$work/empty.cu" -o "$work/empty" -lcublasLt > /dev/null 2>&1 && return
-    local lib
+    printf '#include <cublasLt.h>\nint main() { return cublasLtGetVersion() == 0; }\n' > "$work/probe.cu"
+    nvcc "$work/probe.cu" -o "$work/probe" -lcublasLt > "$work/probe.log" 2>&1 && return
+    local lib header
     lib=$(find / -name 'libcublasLt.so*' -not -path '/proc/*' 2> /dev/null | sort | tail -1)
-    [ -n "$lib" ] || return
+    header=$(find / -name cublasLt.h -not -path '/proc/*' -not -path '*/cuda_on_cpu/*' 2> /dev/null | sort | tail -1)
+    [ -n "$lib" ] && [ -n "$header" ] || { row "cuBLASLt" "" "$(tail -1 "$work/probe.log" | cut -c1-100)" FAILED; return; }
     mkdir -p "$work/lib" && ln -sf "$lib" "$work/lib/libcublasLt.so"
     export LIBRARY_PATH=$PWD/$work/lib:${LIBRARY_PATH:-}
     LD_LIBRARY_PATH=$(dirname "$lib"):${LD_LIBRARY_PATH:-}
     export LD_LIBRARY_PATH
-    CPATH=$(dirname "$(find / -name cublasLt.h -not -path '/proc/*' -not -path '*/cuda_on_cpu/*' 2> /dev/null | head -1)")
+    CPATH=$(dirname "$header")
     export CPATH
 }
 build() {
     if [ -n "$dry" ]; then
-        attempt build 580 make train_gpt train_gpt_cu_on_cpu prepare_data
+        attempt build "$BUDGET" make train_gpt train_gpt_cu_on_cpu prepare_data
         return
     fi
+    have nvcc || PATH=$PATH:/usr/local/cuda/bin
     find_cublaslt
-    local targets=(train_gpt train_gpt_cu prepare_data)
-    [ "$mode" = measure ] || targets+=(build/test_gpt_cu)
-    attempt build 280 make -j8 "${targets[@]}"  # for the GPU that is here: 9.0 becomes sm_90a
+    local targets=(train_gpt_cu prepare_data)
+    wants curves && targets+=(train_gpt)
+    wants proof && targets+=(build/test_gpt_cu)
+    attempt build 300 make -j8 "${targets[@]}"  # for the GPU that is here: 9.0 becomes sm_90a
 }
 
 # ---- Is it right? --------------------------------------------------------------------------------
@@ -133,6 +143,7 @@ sanitize() { # TOOL PRECISION
         --eval-interval 0 --output "$work/$1-$2" && row "compute-sanitizer $1, $2" clean "$(tail -1 "$work/$1-$2.log")" ok
 }
 check_curves() {
+    train ./train_gpt cpu 240 "${stories[@]}" "${default_run[@]}" --precision fp32
     for precision in fp32 tf32 bf16; do
         train $cu "$precision" 60 "${stories[@]}" "${default_run[@]}" --precision $precision || continue
         [ $precision = tf32 ] && continue
@@ -193,10 +204,9 @@ check_equal_work() {
             <(cut -d, -f2 "$work/torch-$precision.csv" | tail -n +2) | sed "s/^/$precision,/" >> "$OUT/curves.csv"
     done
 }
-check() {
-    # The CPU's run and the sanitizers take their time beside the rest: nothing is timed here.
-    train ./train_gpt cpu 240 "${stories[@]}" "${default_run[@]}" --precision fp32 &
-    local cpu=$! tools=()
+proof() {
+    # The sanitizers take their time beside the rest: nothing is timed here.
+    local tools=()
     if [ -z "$dry" ] && have compute-sanitizer; then
         for tool in memcheck racecheck initcheck synccheck; do
             { sanitize $tool fp32; sanitize $tool bf16; } &
@@ -205,13 +215,14 @@ check() {
     else
         row compute-sanitizer clean "not here" SKIPPED
     fi
-    [ -z "$dry" ] && attempt tests 240 $tests &&
+    [ -z "$dry" ] && attempt tests 280 $tests &&
         row "CUDA checks, fp32, tf32, bf16" "all pass" "$(grep 'test cases' "$work/tests.log" | cut -c10-60)" ok
-    wait $cpu
-    check_curves
-    check_equal_work
     check_gpt2
     [ ${#tools[@]} = 0 ] || wait "${tools[@]}"
+}
+curves() {
+    check_curves
+    check_equal_work
 }
 
 # ---- Is it fast? ---------------------------------------------------------------------------------
@@ -238,7 +249,11 @@ ours() {
     rate=$(awk -F, -v skip=$skip '$1 > skip && $11 != "" { print $11 }' "$work/$name/log.csv" 2> /dev/null | sort -g |
         awk '{ v[NR] = $1 } END { if (NR) printf "%.0f", v[int((NR + 1) / 2)] }')
     { echo "==== $name: $precision, B=$batch $*: ${rate:-no} tokens/s, peak $peak MiB"; cat "$work/$name.log"; } >> "$OUT/log.txt"
-    [ -n "$rate" ] || row "$name" "" "$(grep -m1 -i error "$work/$name.log" | cut -c1-100)" FAILED
+    if [ -z "$rate" ]; then
+        peak=0
+        row "$name" "" "$(grep -m1 -i error "$work/$name.log" | cut -c1-100)" FAILED
+    fi
+    cp "$work/$name/log.csv" "$work/$name.csv" 2> /dev/null
     rm -rf "${work:?}/$name"
 }
 # theirs NAME DTYPE BATCH OPTION...: the peer; sets $best, the most tokens a second of its variants.
@@ -255,16 +270,18 @@ theirs() {
 against() {
     local times
     times=$(awk -v a="$rate" -v b="$best" 'BEGIN { if (a && b) printf "%.2f", a / b }')
-    row "$1: tokens/s" "" "ours ${rate:-?}, PyTorch ${best:-?}" ""
+    row "$1: tokens/s" "" "ours ${rate:-?}, PyTorch ${best:-?}" "$([ -n "$best" ] || echo SKIPPED)"
     [ -z "$best" ] || judge "$1: ours over PyTorch's best" "$times" '>=' "$2" times
 }
-# What the peer compiles is kept in a cache: that is filled while other things are built and checked.
+# What the peer compiles is kept in a cache: that is filled while other things are built, as far as it
+# goes. Nothing runs beside what is timed.
 warm_peer() {
     torch_is_here || return
-    [ -n "$dry" ] && return
-    local all=("bf16 64" "bf16 8" "bf16 1" "tf32 8" "fp32 8" "bf16 32 --layers 24 --heads 16 --channels 1024"
-               "bf16 16 --layers 36 --heads 20 --channels 1280")
+    local all=()
+    wants speed && all+=("bf16 64")
+    for one in $SIZES; do wants sizes && all+=("$(peer_size "$one")"); done
     for one in "${all[@]}"; do
+        [ -f "$work/built" ] && break
         # shellcheck disable=SC2086  # words on purpose
         set -- $one
         timeout 100 "$PYTHON" "$peer" --device cuda --dtype "$1" --batch "$2" --seq $seq --steps 1 --warmup 1 --compile "${@:3}"
@@ -278,24 +295,36 @@ matmul() {
     local mine theirs
     mine=$(gflops "$1")
     theirs=$(grep -F "\"ceiling\": \"$2\"" "$work/ceilings.log" 2> /dev/null | grep -oE '"TFLOP_s": [0-9.]+' | awk '{ print $2 }')
+    if [ -z "$theirs" ]; then row "$1 over '$2'" ">= 95 % of the ceiling" "ours ${mine:-?} GFLOP/s, no ceiling" SKIPPED; return; fi
     judge "$1 over '$2'" "$(awk -v a="$mine" -v b="$theirs" 'BEGIN { if (a && b) printf "%.1f", a / 10 / b }')" '>=' 95 '% of the ceiling'
 }
+# same A B: are losses and norms of two runs the same in all steps that both have?
+same() {
+    paste -d, <(cut -d, -f1,4,10 "$work/$1.csv" 2> /dev/null) <(cut -d, -f1,4,10 "$work/$2.csv" 2> /dev/null) |
+        awk -F, 'NR > 1 && $1 != "" && $4 != "" { seen++; if ($1 != $4 || $2 != $5 || $3 != $6) { print "step " $1 " differs"; bad = 1; exit } }
+            END { if (!bad) print (seen > 3 ? "equal in " seen " steps" : "no figure") }'
+}
 headline() {
-    local batch=64 tuned
+    local batch=64 tuned asked=560000 equal
     [ -n "$dry" ] && batch=2
-    theirs b64 bf16 $batch --sweep
-    local best64=$best
+    nvidia-smi -L 2> /dev/null | grep -q H200 && asked=588000
     ours b64-fixed-plans bf16 $batch --model gpt2
     row "B=64, fixed plans: tokens/s" "" "${rate:-?}" ""
     ours b64 bf16 $batch --model gpt2 --tune-matmul
-    best=$best64 tuned=$rate
-    against "B=64 T=1024 bf16" 1.2
-    local asked=560000
-    nvidia-smi -L 2> /dev/null | grep -q H200 && asked=588000
+    tuned=$rate
+    cp data/matmul-plans.txt "$OUT/" 2> /dev/null
     judge "B=64 T=1024 bf16: tokens/s" "$tuned" '>=' $asked tokens/s
     judge "B=64: peak memory" "$(awk -v m="$peak" 'BEGIN { if (m > 0) printf "%.1f", m * 1048576 / 1e9 }')" '<=' 32 GB
-    row "B=64: memory said before the run" "" "$(grep -m1 '^memory' "$work/b64.log" | cut -c12-22)" ""
-    cp data/matmul-plans.txt "$OUT/" 2> /dev/null
+    row "B=64: memory said before the run" "" "$(awk '$1 == "memory" { print $2, $3; exit }' "$work/b64.log" | tr -d :)" ""
+    ours b64-again bf16 $batch --model gpt2 --tune-matmul
+    equal=$(same b64 b64-again)
+    row "B=64: two runs, losses and norms" "equal to the digit" "$equal" "$([[ $equal == equal* ]] && echo ok || echo MISSED)"
+    rate=$tuned
+}
+# PyTorch's eager and compiled, with each attention, against the rate that headline left.
+against_headline() {
+    theirs b64 bf16 "$([ -n "$dry" ] && echo 2 || echo 64)" --sweep
+    against "B=64 T=1024 bf16" 1.2
 }
 layers() {
     local batch=64
@@ -314,7 +343,9 @@ layers() {
     judge "layernorm backward" "$(percent "d layernorm")" '>=' 90 '% of a copy'
     judge "adamw" "$(percent "adamw")" '>=' 90 '% of a copy'
     row "bench, sum against step" "" "$(grep -m1 '^sum of the above' "$work/bench-b64.log" | cut -c19-)" ""
-    # Every kernel by name, from the hardware's counters: one step, before it is recorded.
+}
+# Every kernel by name, from the hardware's counters: one step, before it is recorded.
+kernels() {
     if [ -z "$dry" ] && have ncu; then
         attempt kernels 90 ncu --clock-control none --csv --log-file "$work/kernels.csv" --metrics gpu__time_duration.sum,dram__bytes.sum $cu "${shards[@]}" "${size[@]}" \
             --model gpt2 --precision bf16 --batch-size 64 --seq-len 1024 "${quiet[@]}" --eval-interval 0 --max-steps 1 \
@@ -345,36 +376,49 @@ PY
         row "each kernel's time (ncu)" "" "not here" SKIPPED
     fi
 }
-others() {
-    if [ -n "$dry" ]; then
-        ours b1 fp32 1 && theirs b1 fp32 1 && against "B=1" 1
-        return
-    fi
-    ours b8 bf16 8 --model gpt2 --tune-matmul;           theirs b8 bf16 8 --compile;  against "B=8 T=1024 bf16" 1
-    ours b1 bf16 1 --model gpt2 --tune-matmul;           theirs b1 bf16 1 --compile;  against "B=1 T=1024 bf16" 1
-    ours b8-tf32 tf32 8 --model gpt2 --tune-matmul;      theirs b8-tf32 tf32 8 --compile; against "B=8 T=1024 tf32" 1
-    ours b8-fp32 fp32 8 --model gpt2 --tune-matmul;      theirs b8-fp32 fp32 8 --compile; against "B=8 T=1024 fp32" 1
-    ours 350m bf16 32 --model gpt2-medium --tune-matmul
-    theirs 350m bf16 32 --compile --layers 24 --heads 16 --channels 1024; against "350M, B=32 T=1024 bf16" 1
-    ours 774m bf16 16 --model gpt2-large --tune-matmul
-    theirs 774m bf16 16 --compile --layers 36 --heads 20 --channels 1280; against "774M, B=16 T=1024 bf16" 1
+# The peer's options for a size.
+peer_size() {
+    case $1 in
+        b8) echo bf16 8 ;; b1) echo bf16 1 ;; b8-tf32) echo tf32 8 ;; b8-fp32) echo fp32 8 ;;
+        350m) echo bf16 32 --layers 24 --heads 16 --channels 1024 ;;
+        774m) echo bf16 16 --layers 36 --heads 20 --channels 1280 ;;
+    esac
+}
+sizes() {
+    for one in $SIZES; do
+        local model=gpt2
+        [ "$one" = 350m ] && model="gpt2-medium"
+        [ "$one" = 774m ] && model="gpt2-large"
+        # shellcheck disable=SC2046  # words on purpose
+        set -- $(peer_size "$one")
+        if [ $# = 0 ]; then row "$one" "" "no such size: b8 b1 350m 774m b8-tf32 b8-fp32" FAILED; continue; fi
+        if [ -n "$dry" ]; then
+            [ "$one" = b1 ] || continue
+            ours "$one" fp32 1
+            theirs "$one" fp32 1
+        else
+            ours "$one" "$1" "$2" --model $model --tune-matmul
+            theirs "$one" "$1" "$2" --compile "${@:3}"
+        fi
+        against "$one, $1 B=$2 T=1024" 1
+    done
 }
 
 # ---- All of it -----------------------------------------------------------------------------------
 row machine "" "$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2> /dev/null | head -1)" ""
 row compiler "" "$(nvcc --version 2> /dev/null | tail -1)" ""
 row source "" "$(git log -1 --format='%h %cs' 2> /dev/null || echo 'no git') $(date -u +%FT%TZ)" ""
-[ "$mode" = check ] || { warm_peer & warm=$!; }
+[ -n "$dry" ] || { warm_peer & warm=$!; }
 if build; then
-    [ -z "$dry" ] || [ -f data/stories/dataset.json ] || ./prepare_data > /dev/null
-    [ "$mode" = measure ] || check
-    if [ "$mode" != check ]; then
-        [ -z "${warm:-}" ] || wait "$warm"
-        headline
-        layers
-        others
-    fi
+    touch "$work/built"
+    [ -f data/stories/dataset.json ] || attempt corpus 120 ./prepare_data
+    wants proof && proof
+    [ -z "${warm:-}" ] || wait "$warm"
+    wants speed && { headline; layers; against_headline; kernels; }
+    wants sizes && sizes
+    wants curves && curves
 fi
+kill "${warm:-}" 2> /dev/null
 row "lines of code in train_gpt.cu" "<= about 1800" "$(make -s count 2> /dev/null | grep -m1 train_gpt.cu | grep -oE '[0-9]+ lines of code')" ""
 row "all of it" "<= 600 s" "$((SECONDS - began)) s" ""
 printf '\n'

@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
 # checks/mutate_cuda.py: would the CUDA tests see it if a kernel were wrong? In every kernel of
-# train_gpt.cu one sign and one term are broken in turn, and a test must fail each time.
+# train_gpt.cu one sign and one term are broken in turn, and every barrier is left out in turn; a test
+# must fail each time. A pattern that train_gpt.cu no longer has, and a kernel or helper without a
+# mutant, end it at once.
 #
 #     checks/mutate_cuda.py            about four minutes; needs g++ and doctest, no GPU
-#     checks/mutate_cuda.py layernorm  the mutants of kernels whose name contains that
+#     checks/mutate_cuda.py layernorm  the mutants of functions whose name contains that
+#     checks/mutate_cuda.py --list     the mutants, nothing built
 #
-# All mutants are built into one program: the expression `original` of a kernel becomes
+# All mutants are built into one program: the expression `original` of a function becomes
 # (kMutant == number ? (broken) : (original)), and the environment chooses the number.
 import os
 import re
@@ -36,6 +39,37 @@ layernorm_backward_kernel | layernorm | sign | sums[places + i * kWarp] += d[i] 
 layernorm_backward_kernel | layernorm | sign | sums[2 * places + i * kWarp] += joined[i] | sums[2 * places + i * kWarp] -= joined[i]
 sum_partials_kernel | layernorm | sign | total += sums[i][threadIdx.x] | total -= sums[i][threadIdx.x]
 sum_partials_kernel | layernorm | term | accumulate ? to[c] : 0 | 0.0f
+sum_partials_kernel | layernorm | term | blockIdx.y * C + c | c
+sum_partials_kernel | linear | term | part += blockDim.y | part += blockDim.y + 1
+warp_sum | update | term | step > 0 | step > 1
+warp_max | head | sign | fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step)) | fminf(x, __shfl_xor_sync(0xffffffffu, x, step))
+over_block | head | term | parts[warp] = x | parts[warp] = x + x
+over_block | update | term | lane < warps ? parts[lane] : nothing | lane < 1 ? parts[lane] : nothing
+block_max | head | sign | over_block(x, -INFINITY, warp_max) | -over_block(x, -INFINITY, warp_max)
+block_sum | update | sign | over_block(x, T(0), warp_sum<T>) | -over_block(x, T(0), warp_sum<T>)
+load_pack | layernorm<*bf16 | term | words[i] << 16 | words[i]
+load_pack | layernorm<*float | term | x[2] = raw.z | x[2] = raw.y
+store_pack | layernorm<*bf16 | term | pack_bf16(x[6], x[7]) | pack_bf16(x[6], x[6])
+store_pack | layernorm<*float | term | make_float4(x[0], x[1], x[2], x[3]) | make_float4(x[0], x[1], x[2], x[2])
+sum_place | layernorm | term | c % N * kWarp | c % N
+blocks_for | layernorm | term | (count + per_block - 1) / per_block | count / per_block
+Head | attention<*bf16 | term | q = qkv + size_t(b) * T * stride + h * HS | q = qkv + size_t(b) * T * stride
+Head | attention<*float | term | (size_t(b) * T + t) * C + h * HS | (size_t(b) * T + t) * C
+Head | attention<*bf16 | term | (size_t(b) * gridDim.x + blockIdx.x) * stride + h * HS | size_t(b) * gridDim.x * stride + h * HS
+padded_head | attention<*float | term | (HS + 3) / 4 * 4 | HS / 4 * 4
+copy_rows | attention<*float | term | first + row < end && d < HS | first + row < end
+copy_rows | attention<*float | term | float(from[size_t(first + row) * stride + d]) | float(from[size_t(row) * stride + d])
+copy_tile | attention<*bf16 | term | first + row + i < T | first + i < T
+copy_keys | attention<*bf16 | term | tile % 2 * 64 * HS | 0 * tile
+chunk_at | attention<*bf16 | term | tile + row * HS + stored * 8 | tile + row * HS + stored * 4
+left_operands | attention<*bf16 | term | 2 * k + lane / 16 | 2 * k
+result_operand | attention<*bf16 | term | pack_bf16(right[0], right[1]) | pack_bf16(left[0], left[1])
+mma_pair | attention<*bf16 | term | mma_bf16_16x8x16(right, a, b_right) | mma_bf16_16x8x16(right, a, b_left)
+result_row | attention<*bf16 | term | (e >> 1) * 8 | (e >> 2) * 8
+result_column | attention<*bf16 | term | (e & 1) | (e & 0)
+add_rows_product | attention<*bf16 | term | 2 * k + side | 2 * k
+add_columns_product | attention<*bf16 | term | k * 16 + lane % 16 | lane % 16
+store_weights | update<*bf16 | term | pack_bf16(w[2], w[3]) | pack_bf16(w[2], w[2])
 gelu_of | linear | sign | 1 + tanhf(kGeluScale * (x + kGeluCube * x * x * x)) | 1 - tanhf(kGeluScale * (x + kGeluCube * x * x * x))
 gelu_of | linear | term | 1 + tanhf(kGeluScale * (x + kGeluCube * x * x * x)) | 1 + tanhf(kGeluScale * x)
 gelu_slope | linear | sign | 1 - t * t | 1 + t * t
@@ -44,8 +78,6 @@ gelu_kernel | linear | sign | gelu_of(x[i]) | -gelu_of(x[i])
 gelu_kernel | linear | term | gelu_of(x[i]) | x[i]
 column_sums_kernel | linear | sign | sum[i] += x[i] | sum[i] -= x[i]
 column_sums_kernel | linear | term | x[i] *= gelu_slope(before[i]) | x[i] *= 1
-take_bias_gradient_kernel | linear | sign | float(from[i]) | -float(from[i])
-take_bias_gradient_kernel | linear | term | accumulate ? to[i] : 0 | 0.0f
 residual_dropout_kernel | linear | sign | branch[i] * drop.scale(at + i) | -branch[i] * drop.scale(at + i)
 residual_dropout_kernel | linear | term | branch[i] * drop.scale(at + i) | branch[i]
 plain_dots | attention<*float | sign | x0 * y.x + x1 * y.y + x2 * y.z + x3 * y.w | x0 * y.x + x1 * y.y - x2 * y.z + x3 * y.w
@@ -122,16 +154,18 @@ def fail(message):
     sys.exit("mutate_cuda: " + message)
 
 
-def function_at(source, name):
-    """Where the definition of `name` starts and ends: from its name to the brace in column 0."""
+def functions_at(source, name):
+    """Where definitions of `name` start and end: from the name to the brace in column 0."""
+    found_at = []
     for found in re.finditer(r"\b%s\(" % name, source):
         start, line = found.start(), source[source.rfind("\n", 0, found.start()) + 1:found.start()]
         # Its line, or where it is too long the line before, says that it is a function of the GPU.
         before = source[:found.start() - len(line)].rstrip("\n").rsplit("\n", 1)[-1]
         if "__global__" in line or "__device__" in line or (not line.strip() and "__global__" in before):
             one_line = source[start:source.index("\n", start)]
-            return start, source.index("\n", start) if one_line.endswith("}") else source.index("\n}", start)
-    fail("there is no function %s in train_gpt.cu" % name)
+            end = source.index("\n", start) if re.search(r"}\s*(//.*)?$", one_line) else source.index("\n}", start)
+            found_at.append((start, end))
+    return found_at or fail("there is no function %s in train_gpt.cu" % name)
 
 
 def places_of(text, source, start, end):
@@ -140,22 +174,38 @@ def places_of(text, source, start, end):
     return [(m.start(), m.end()) for m in re.compile(pattern).finditer(source, start, end)]
 
 
+def barriers_of(source, mutants):
+    """Every barrier of the functions that have mutants, as a mutant of its own, and where it stands."""
+    tests, found = {}, []
+    for name, test, _, _, _ in mutants:
+        tests.setdefault(name, []).append(test)
+    for name in tests:
+        for start, end in functions_at(source, name):
+            for m in re.compile(r"(__syncthreads|__syncwarp|copy_async_wait<0>|copy_async_commit)\(\)").finditer(source, start, end):
+                line = source.count("\n", 0, m.start()) + 1
+                mutant = (name, sorted(set(tests[name])), "barrier", m.group() + " in line %d" % line, "left out")
+                found.append((mutant, m.start(), m.end(), m.group()))
+    return sorted(found, key=lambda barrier: barrier[1])
+
+
 def plant(source, mutants):
-    """The source with all mutants in it, to be chosen by kMutant."""
+    """The source with all mutants in it, to be chosen by kMutant, and the list of all, barriers last."""
     edits = {}
     for number, (name, _, _, original, broken) in enumerate(mutants, 1):
-        start, end = function_at(source, name)
-        places = places_of(original, source, start, end)
+        places = [place for start, end in functions_at(source, name) for place in places_of(original, source, start, end)]
         if len(places) != 1:
             fail("%s has %d times, not once: %s" % (name, len(places), original))
         edits.setdefault(places[0] + (original,), []).append((number, broken))
+    barriers = barriers_of(source, mutants)
+    for number, (_, start, end, text) in enumerate(barriers, len(mutants) + 1):
+        edits[(start, end, text)] = [(number, "0")]
     order = sorted(edits)
     for (_, end, text), (start, _, other) in zip(order, order[1:]):
         if end > start:
             fail("two mutants overlap: %s and %s" % (text, other))
     for start, end, original in reversed(order):
         source = source[:start] + chosen(original, edits[(start, end, original)]) + source[end:]
-    return source
+    return source, [(name, [tests], kind, *rest) for name, tests, kind, *rest in mutants] + [b[0] for b in barriers]
 
 
 def chosen(original, choices):
@@ -163,7 +213,8 @@ def chosen(original, choices):
     condition = original.startswith("if (")
     strip = (lambda text: text[4:-1]) if condition else (lambda text: text)
     # Assignments and calls of functions without a result have no value to choose.
-    void = re.search(r"[^=!<>]=[^=]", original) or re.match(r"(add_columns_product|store_weights|load_pack|judge)\b", original)
+    void = re.search(r"[^=!<>]=[^=]", original) or re.match(
+        r"(add_columns_product|store_weights|load_pack|judge|mma_bf16_16x8x16|__sync\w+|copy_async_\w+)\b", original)
     kind = "bool" if condition else "(void)" if void else ""
     result = kind + "(" + strip(original) + ")"
     for number, broken in choices:
@@ -171,16 +222,16 @@ def chosen(original, choices):
     return "if (" + result + ")" if condition else result
 
 
-def kernels_without_mutants(source, mutants):
-    """The kernels that lack a broken sign or a broken term."""
+def without_mutants(source, mutants):
+    """The kernels that lack a broken sign or a broken term, and the helpers that lack any mutant."""
     kinds = {}
     for name, _, kind, _, _ in mutants:
         kinds.setdefault(name, set()).add(kind)
-    lacking = []
-    for name in re.findall(r"__global__ void\s+(?:__launch_bounds__\(\w+\)\s+)?(\w+)\(", source):
-        if kinds.get(name, set()) != {"sign", "term"}:
-            lacking.append(name)
-    return lacking
+    kernels = re.findall(r"__global__ void\s+(?:__launch_bounds__\(\w+\)\s+)?(\w+)\(", source)
+    # The words of PTX are checked against NVIDIA's tables by cuda_on_cpu/test_emulator.cu.
+    helpers = re.findall(r"__device__ (?:inline )?(?:\w+\*? )?(\w+)\(", source[source.index("// PTX wrappers end"):])
+    return [name for name in kernels if not {"sign", "term"} <= kinds.get(name, set())] + \
+        [name for name in helpers if name not in kinds and name not in ("row", "partial")]
 
 
 def build(root, work, source):
@@ -202,10 +253,11 @@ def build(root, work, source):
         subprocess.run(command, check=True)
 
 
-def passes(root, work, number, tests):
+def passes(root, work, number, tests, order="ascending"):
+    environment = dict(os.environ, MUTANT=str(number), CUDA_ON_CPU_ORDER=order)
     try:
-        run = subprocess.run([work + "/mutants", "-tc=cuda: %s*" % tests, "--abort-after=1"], cwd=root, timeout=120,
-                             capture_output=True, text=True, env=dict(os.environ, MUTANT=str(number)))
+        run = subprocess.run([work + "/mutants", "-tc=" + ",".join("cuda: %s*" % test for test in tests), "--abort-after=1"],
+                             cwd=root, timeout=120, capture_output=True, text=True, env=environment)
     except subprocess.TimeoutExpired:
         return False, "it hangs"
     return run.returncode == 0, run.stdout
@@ -213,28 +265,35 @@ def passes(root, work, number, tests):
 
 def main():
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    mutants = [tuple(part.strip() for part in line.split(" | ")) for line in MUTANTS.strip().splitlines()]
+    table = [tuple(part.strip() for part in line.split(" | ")) for line in MUTANTS.strip().splitlines()]
     with open(root + "/train_gpt.cu") as file:
         source = file.read()
-    lacking = kernels_without_mutants(source, mutants)
+    lacking = without_mutants(source, table)
     if lacking:
         fail("no broken sign or no broken term for: " + ", ".join(lacking))
+    planted, mutants = plant(source, table)
+    wanted, survivors = sys.argv[1] if len(sys.argv) > 1 else "", []
+    if wanted == "--list":
+        for name, tests, kind, original, broken in mutants:
+            print("%-34s %-8s %s -> %s" % (name, kind, original, broken))
+        sys.exit()
     work = root + "/build/mutants"
     os.makedirs(work, exist_ok=True)
-    build(root, work, plant(source, mutants))
-    for tests in sorted({tests for _, tests, _, _, _ in mutants}):
-        good, output = passes(root, work, 0, tests)
+    build(root, work, planted)
+    for tests in sorted({tests for _, tests, _, _, _ in table}):
+        good, output = passes(root, work, 0, [tests])
         if not good:
             fail("the tests of %s fail without any mutant:\n%s" % (tests, output))
-    wanted, survivors = sys.argv[1] if len(sys.argv) > 1 else "", []
     for number, (name, tests, kind, original, broken) in enumerate(mutants, 1):
         if wanted not in name:
             continue
-        alive, _ = passes(root, work, number, tests)
-        print("%-9s %s: %s -> %s" % ("SURVIVED" if alive else "caught", name, original, broken), flush=True)
+        # A missing barrier shows where the threads' order makes it matter.
+        orders = ["ascending", "warps", "warps:7", "descending", "random:7"] if kind == "barrier" else ["ascending"]
+        alive = all(passes(root, work, number, tests, order)[0] for order in orders)
+        print("%-9s %-8s %s: %s -> %s" % ("SURVIVED" if alive else "caught", kind, name, original, broken), flush=True)
         if alive:
             survivors.append(name)
-    print("%d survived%s" % (len(survivors), ": " + ", ".join(survivors) if survivors else ""))
+    print("%d mutants, %d survived%s" % (len(mutants), len(survivors), ": " + ", ".join(survivors) if survivors else ""))
     sys.exit(1 if survivors else 0)
 
 

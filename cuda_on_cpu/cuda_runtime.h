@@ -575,8 +575,8 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
     std::snprintf(p->name, sizeof p->name, "CUDA on CPU");
     p->totalGlobalMem = s.memory_bytes;
     p->sharedMemPerBlock = cuda_on_cpu::shared_limit_plain;
-    p->sharedMemPerBlockOptin = cuda_on_cpu::shared_limit_opted;
-    p->sharedMemPerMultiprocessor = cuda_on_cpu::shared_limit_opted + 1024;
+    p->sharedMemPerBlockOptin = cuda_on_cpu::shared_limit_opted();
+    p->sharedMemPerMultiprocessor = cuda_on_cpu::shared_limit_opted() + 1024;
     p->regsPerBlock = p->regsPerMultiprocessor = 65536;
     p->warpSize = 32;
     p->maxThreadsPerBlock = 1024;
@@ -1029,11 +1029,11 @@ enum cudaFuncAttribute {
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute,
                                         int value) {
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-    if (value < 0 || size_t(value) > cuda_on_cpu::shared_limit_opted)
+    if (value < 0 || size_t(value) > cuda_on_cpu::shared_limit_opted())
         return cuda_on_cpu::fail_with(cudaErrorInvalidValue,
                                       cuda_on_cpu::text("a block can have at most %zu bytes of "
                                                         "shared memory, not %d",
-                                                        cuda_on_cpu::shared_limit_opted, value));
+                                                        cuda_on_cpu::shared_limit_opted(), value));
     std::lock_guard lock(cuda_on_cpu::kernel_list().mutex);
     cuda_on_cpu::kernel_list().dynamic_limit[kernel] = size_t(value);
     return cudaSuccess;

@@ -142,12 +142,15 @@ inline std::string text(const Site& s) { return text("%s (%s:%d)", s.what, s.fil
 // Settings: the order of threads, the device that is pretended
 // =================================================================================================
 
-enum class Order { ascending, descending, random };
+// The first three run all threads in turn, so that no warp gets far ahead of another. In the last,
+// a warp runs alone for as long as it can, seed 1: the first one that can, other seeds: any.
+enum class Order { ascending, descending, random, warps };
 
 inline const char* text(Order order) {
     return order == Order::ascending    ? "ascending"
            : order == Order::descending ? "descending"
-                                        : "random";
+           : order == Order::random     ? "random"
+                                        : "warps";
 }
 
 struct Settings {
@@ -160,7 +163,7 @@ struct Settings {
     bool late_streams = false;              // streams do nothing until they are waited for
 };
 
-// CUDA_ON_CPU_ORDER=ascending|descending|random[:seed], CUDA_ON_CPU_DEVICES=n,
+// CUDA_ON_CPU_ORDER=ascending|descending|random[:seed]|warps[:seed], CUDA_ON_CPU_DEVICES=n,
 // CUDA_ON_CPU_MEMORY=bytes, CUDA_ON_CPU_CAPABILITY=7.5, CUDA_ON_CPU_STREAMS=late
 inline Settings settings_from_environment() {
     Settings s;
@@ -170,10 +173,15 @@ inline Settings settings_from_environment() {
             s.order = Order::descending;
         else if (value.rfind("random", 0) == 0)
             s.order = Order::random;
+        else if (value.rfind("warps", 0) == 0)
+            s.order = Order::warps;
         else if (value != "ascending")
             throw std::runtime_error(
-                "CUDA_ON_CPU_ORDER: expected ascending, descending or random:seed, found " + value);
-        if (value.rfind("random:", 0) == 0) s.seed = std::strtoull(value.c_str() + 7, nullptr, 10);
+                "CUDA_ON_CPU_ORDER: expected ascending, descending, random:seed or warps:seed, "
+                "found " +
+                value);
+        const size_t colon = value.find(':');
+        if (colon != value.npos) s.seed = std::strtoull(value.c_str() + colon + 1, nullptr, 10);
     }
     if (const char* count = std::getenv("CUDA_ON_CPU_DEVICES")) s.device_count = std::atoi(count);
     if (const char* bytes = std::getenv("CUDA_ON_CPU_MEMORY"))
@@ -744,11 +752,20 @@ inline void warp_operation(unsigned mask, void* data, WarpFunction function, boo
 // -------------------------------------------------------------------------------------------------
 // Shared memory, as a kernel sees it
 
-inline constexpr size_t shared_limit_plain = 48 << 10, shared_limit_opted = 227 << 10;
+inline constexpr size_t shared_limit_plain = 48 << 10;
+// What a block may have if it asks: Programming Guide, "Compute Capabilities".
+inline size_t shared_limit_opted() {
+    const int capability = 10 * settings().major + settings().minor;
+    if (capability < 75) return 96 << 10;
+    if (capability < 80) return 64 << 10;
+    if (capability == 80 || capability == 87) return 163 << 10;
+    if (capability < 90 || capability >= 120) return 99 << 10;
+    return 227 << 10;
+}
 
 inline void check_shared_size(Worker& w) {
     size_t total = w.static_bytes + w.launch->shared_bytes;
-    size_t limit = w.launch->shared_opted ? shared_limit_opted : shared_limit_plain;
+    size_t limit = w.launch->shared_opted ? shared_limit_opted() : shared_limit_plain;
     if (w.static_bytes > shared_limit_plain)
         report(Mistake::launch, text("the __shared__ arrays of one kernel take %zu bytes; 49152 is "
                                      "the limit. Use extern __shared__",
@@ -984,10 +1001,23 @@ inline Worker& this_worker() {
     return *mine;
 }
 
+// The threads of one warp that can run; none if no thread of the block can.
+inline void choose_warp(Worker& w) {
+    const uint64_t seed = settings().seed, warps = (w.threads.size() + 31) / 32;
+    const uint64_t first = seed == 1 ? 0 : mix(mix(seed) + blockIdx.x) % warps;
+    w.order.clear();
+    for (uint64_t i = 0; i < warps && w.order.empty(); i++)
+        for (uint64_t lane = 0, rank = (first + i) % warps * 32; lane < 32; lane++, rank++)
+            if (rank < w.threads.size() && (w.threads[rank].state == State::unstarted ||
+                                            w.threads[rank].state == State::ready))
+                w.order.push_back(unsigned(rank));
+}
+
 // Puts the ranks into the chosen order; a random one is new in every sweep.
 inline void choose_order(Worker& w, uint64_t sweep) {
     const Settings& s = settings();
     size_t n = w.threads.size();
+    if (s.order == Order::warps) return choose_warp(w);
     if (sweep > 0 && s.order != Order::random) return;
     w.order.resize(n);
     for (size_t i = 0; i < n; i++)
@@ -1170,7 +1200,7 @@ inline void check_launch(const Launch& l) {
     if (l.shared_bytes > l.shared_limit)
         refuse_launch(l, text("%zu bytes of dynamic shared memory; %zu is the limit%s",
                               l.shared_bytes, l.shared_limit,
-                              l.shared_bytes <= shared_limit_opted
+                              l.shared_bytes <= shared_limit_opted()
                                   ? ". Allow more with cudaFuncSetAttribute(kernel, "
                                     "cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)"
                                   : ""));
@@ -1362,7 +1392,8 @@ struct Output {
 };
 
 // Calls `run`, which must set up its inputs anew and launch, with the threads of each block taking
-// turns in ascending, descending and random orders. Throws unless all outputs agree bit for bit.
+// turns in ascending, descending, random and warps' orders. Throws unless all outputs agree bit for
+// bit.
 inline void check_orders(const std::function<void()>& run, const std::vector<Output>& outputs,
                          uint64_t seed = 1) {
     struct Restore {
@@ -1370,10 +1401,9 @@ inline void check_orders(const std::function<void()>& run, const std::vector<Out
         ~Restore() { settings().order = before.order, settings().seed = before.seed; }
     } restore;
     std::vector<std::vector<char>> first;
-    const std::pair<Order, uint64_t> turns[] = {{Order::ascending, 0},
-                                                {Order::descending, 0},
-                                                {Order::random, seed},
-                                                {Order::random, seed + 1}};
+    const std::pair<Order, uint64_t> turns[] = {{Order::ascending, 0}, {Order::descending, 0},
+                                                {Order::random, seed}, {Order::random, seed + 1},
+                                                {Order::warps, 1},     {Order::warps, seed + 2}};
     for (auto [order, turn_seed] : turns) {
         set_order(order, turn_seed);
         run();
