@@ -22,7 +22,7 @@
 //   §8  one step          all of it, on one screen
 //   §9  evaluate, generate
 //   ----  plumbing from here on: the model is done
-//   §10 the CPU at full speed     §11 files, JSON     §12 tokenizer     §13 Hugging Face folders
+//   §10 the CPU at full speed    §11 files, JSON     §12 tokenizer     §13 Hugging Face folders
 //   §14 checkpoints     §15 options     §16 log, terminal     §17 the training loop
 //   §18 the commands     §19 bench, walk     §20 main
 //
@@ -2346,6 +2346,20 @@ inline Vec<double> exp_fast(Vec<double> x) {
     return x;
 }
 
+// All lanes joined into one number: halves, then halves of those.
+template <class real, class Join>
+real join_lanes(Vec<real> v, Join join) {
+    real lanes[kLanes<real>];
+    store(lanes, v);
+    for (int half = kLanes<real> / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) lanes[i] = join(lanes[i], lanes[i + half]);
+    return lanes[0];
+}
+template <class real>
+real sum_of_lanes(Vec<real> v) {
+    return join_lanes<real>(v, [](real a, real b) { return a + b; });
+}
+
 // Whole vectors first, then what is left over: the order of additions is fixed.
 template <class real>
 real exp_and_sum(real* x, real shift, int count) {
@@ -2357,8 +2371,7 @@ real exp_and_sum(real* x, real shift, int count) {
         store(x + j, e);
         sums += e;
     }
-    real sum = 0;
-    for (int i = 0; i < L; ++i) sum += sums[i];
+    real sum = sum_of_lanes<real>(sums);
     for (; j < count; ++j) sum += x[j] = exp_fast(x[j] - shift);
     return sum;
 }
@@ -2671,9 +2684,7 @@ real dot(const real* a, const real* b, int k) {
             __builtin_prefetch(b + p + i * L + kAhead);
             sums[i] += load(a + p + i * L) * load(b + p + i * L);
         }
-    const Vec<real> lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    real sum = 0;
-    for (int i = 0; i < L; ++i) sum += lanes[i];
+    real sum = sum_of_lanes<real>((sums[0] + sums[1]) + (sums[2] + sums[3]));
     for (; p < k; ++p) sum += a[p] * b[p];
     return sum;
 }
@@ -2881,8 +2892,8 @@ void running_softmax(real* s, int count, real& max, real& total, real* sums, int
         const Vec<real> x = load(s + j);
         most = x > most ? x : most;
     }
-    real top = max;
-    for (int i = 0; i < L; ++i) top = std::max(top, most[i]);
+    const real top =
+        std::max(max, join_lanes<real>(most, [](real a, real b) { return a > b ? a : b; }));
     const real shrink = exp_fast(max - top);
     total = total * shrink + exp_and_sum(s, top, count);
     max = top;
