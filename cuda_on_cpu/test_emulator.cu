@@ -50,10 +50,9 @@ struct Device {
 // Runs `test` with the threads of a block in each order.
 template <typename Test>
 void in_every_order(Test test) {
-    const std::pair<Order, uint64_t> turns[] = {{Order::ascending, 0},
-                                                {Order::descending, 0},
-                                                {Order::random, 1},
-                                                {Order::random, 2}};
+    const std::pair<Order, uint64_t> turns[] = {{Order::ascending, 0}, {Order::descending, 0},
+                                                {Order::random, 1},    {Order::random, 2},
+                                                {Order::warps, 1},     {Order::warps, 3}};
     for (auto& turn : turns) {
         cuda_on_cpu::set_order(turn.first, turn.second);
         CAPTURE(std::string(cuda_on_cpu::text(turn.first)));
@@ -423,6 +422,21 @@ __global__ void sum_block(float* out, const float* in) {
     if (!Bug) __syncthreads();
     out[threadIdx.x] = part[0] + part[1] + part[2] + part[3];
 }
+// Sums a block's numbers twice; with Bug a warp that is ahead writes over what others have not read.
+// Where all threads take turns it is never ahead: shuffles hold it up.
+template <bool Bug>
+__global__ void sum_block_twice(float* out, const float* in) {
+    __shared__ float part[4];
+    float s = in[threadIdx.x];
+    for (int time = 0; time < 2; time++) {
+        for (int o = 16; o > 0; o >>= 1) s += __shfl_xor_sync(0xffffffffu, s, o);
+        if (!Bug) __syncthreads();
+        if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = s;
+        __syncthreads();
+        s = part[0] + part[1] + part[2] + part[3];
+    }
+    out[threadIdx.x] = s;
+}
 // Moves numbers by one place within shared memory; with Bug nobody waits before writing.
 template <bool Bug>
 __global__ void shift_block(float* x) {
@@ -439,15 +453,16 @@ __global__ void shift_block(float* x) {
 TEST_CASE("emulator catches: a missing barrier") {
     std::vector<float> numbers(128);
     for (size_t i = 0; i < 128; i++) numbers[i] = std::sin(float(i));
-    Device<float> in(numbers), out(128), x(128);
+    Device<float> in(numbers), out(128), twice(128), x(128);
     auto restore = [&] {
         REQUIRE(cudaMemcpy(x.data, numbers.data(), 512, cudaMemcpyHostToDevice) == cudaSuccess);
     };
-    std::vector<cuda_on_cpu::Output> outputs{{out.data, 512}, {x.data, 512}};
+    std::vector<cuda_on_cpu::Output> outputs{{out.data, 512}, {x.data, 512}, {twice.data, 512}};
     cuda_on_cpu::check_orders(
         [&] {
             restore();
             sum_block<false><<<1, 128>>>(out.data, in.data);
+            sum_block_twice<false><<<1, 128>>>(twice.data, in.data);
             shift_block<false><<<1, 128>>>(x.data);
         },
         outputs);
@@ -457,6 +472,11 @@ TEST_CASE("emulator catches: a missing barrier") {
                                   {outputs[0]});
     });
     CHECK((e.mistake == expected || e.mistake == Mistake::uninitialised));
+    e = mistake_of([&] {
+        cuda_on_cpu::check_orders([&] { sum_block_twice<true><<<1, 128>>>(twice.data, in.data); },
+                                  {outputs[2]});
+    });
+    CHECK(e.mistake == expected);
     e = mistake_of([&] {
         cuda_on_cpu::check_orders(
             [&] {
