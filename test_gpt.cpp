@@ -4424,7 +4424,7 @@ TEST_CASE("options: no two options share a member") {
         if (value == before) value = "0";
         if (entry.range.is_number() && !entry.range.contains(std::stod(value)))
             value = entry.range.low > 0 ? "2" : "0.5";
-        assign(o, {&entry, value, ""});
+        assign(o, {&entry, value});
         const Options defaults;
         for (const Option& other : option_table())
             CHECK_MESSAGE((value_text(o, other) != value_text(defaults, other)) ==

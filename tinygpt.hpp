@@ -5420,11 +5420,21 @@ inline std::vector<std::string> set_aside_later(const std::string& output, int64
 //
 // What happens to --batch-size 4:
 //
+//   parse_options     sees no command before it, so this is train, which takes such an option
 //   split_arguments   finds the row "batch-size" and pairs it with the text "4": an Assignment
 //   assign            reads 4, sees that it is in [1, 1000000], and sets options.batch_size
 //   check_together    looks at it beside the others: batch and length must fit into an int
 //
 // Whatever is wrong ends in fail_usage, exit status 2, before anything is printed or written.
+// Where an option is said twice the last counts, and the command line counts before a config file:
+//
+//   ./train_gpt --seed 2 --config run.conf      has seed 2, whatever run.conf says
+
+// TINYGPT_CHECK (§1) for what the user can put right on the command line: exit status 2, not 1.
+#define TINYGPT_USAGE(condition, ...)                                            \
+    do {                                                                         \
+        if (!(condition)) ::tinygpt::fail_usage(::tinygpt::format(__VA_ARGS__)); \
+    } while (0)
 
 // ---- What the user asked for --------------------------------------------------------------------
 
@@ -5504,9 +5514,9 @@ inline void join(std::string& list, const char* separator, const std::string& it
     list += (list.empty() ? "" : separator) + item;
 }
 
-// Which values an option takes, as help shows them. "[1, 1000]" or "(0, 1]" is a number between two
-// bounds, a round bracket leaving its bound out; "0|1" is a switch; "stop|skip" is one of these
-// words; capitals ("DIR") stand for any text.
+// Which values an option takes: the text that help shows is also what checks them. "[1, 1000]" or
+// "(0, 1]" is a number between two bounds, a round bracket leaving its bound out; "0|1" is a
+// switch; "stop|skip" is one of these words; capitals ("DIR") stand for any text.
 struct Range {
     std::string text;
     double low = 0, high = 0;  // of a number
@@ -5517,6 +5527,7 @@ struct Range {
     bool is_choice() const { return std::islower(text[0]); }
     bool is_text() const { return std::isupper(text[0]); }
     std::vector<std::string> words() const { return split_at(text, '|'); }
+    // Whether a number lies within the bounds.
     bool contains(double x) const {
         return (text[0] == '(' ? x > low : x >= low) && (text.back() == ')' ? x < high : x <= high);
     }
@@ -5536,6 +5547,7 @@ struct Option {
     std::string help;  // what it means
 };
 
+// "tiny|gpt2|...": what --model may be.
 inline std::string preset_names() {
     std::string names;
     for (const Preset& preset : presets()) join(names, "|", preset.name);
@@ -5685,8 +5697,8 @@ inline const std::vector<CommandName>& command_table() {
 
 // What the user typed: as it is where it is short and plain, else quoted and cut.
 inline std::string shown(const std::string& text) {
-    const bool plain =
-        std::all_of(text.begin(), text.end(), [](char c) { return c > ' ' && c < 127; });
+    auto is_plain = [](char c) { return c > ' ' && c < 127; };
+    const bool plain = std::all_of(text.begin(), text.end(), is_plain);
     return plain && !text.empty() && text.size() <= 60 ? text : in_quotes(text);
 }
 
@@ -5719,9 +5731,8 @@ inline double name_distance(const std::string& typed, const std::string& name) {
 }
 
 // The entry of a table (of options, of commands) whose name is nearest to `typed`.
-template <class Entry>
-const Entry& nearest(const std::vector<Entry>& table, const std::string& typed) {
-    return *std::min_element(table.begin(), table.end(), [&](const Entry& a, const Entry& b) {
+const auto& nearest(const auto& table, const std::string& typed) {
+    return *std::min_element(table.begin(), table.end(), [&](auto& a, auto& b) {
         return name_distance(typed, a.name) < name_distance(typed, b.name);
     });
 }
@@ -5779,23 +5790,23 @@ inline bool is_set(const Options& options, const Option& option) {
                                     : !text.empty();
 }
 
-// An option and its value, as typed. where: "" or "file:line: ".
+// An option and its value, as typed.
 struct Assignment {
     const Option* option;
-    std::string value, where;
+    std::string value;
 };
 
-// "run.conf:3: --top-p must be in (0, 1], got 1.5". kind: "a number ", where the value is none.
+// "--top-p must be in (0, 1], got 1.5". kind: "a number ", where the value is none.
 [[noreturn]] inline void fail_value(const Assignment& a, const std::string& kind = "") {
-    fail_usage(a.where + "--" + a.option->name + " must be " + kind + range_text(a.option->range) +
-               ", got " + shown(a.value));
+    fail_usage("--" + a.option->name + " must be " + kind + range_text(a.option->range) + ", got " +
+               shown(a.value));
 }
 
 // "--data needs a value: DIR; ...". The hint is for a text: "--data --x" is two options.
-[[noreturn]] inline void fail_no_value(const Option& option, const std::string& where) {
+[[noreturn]] inline void fail_no_value(const Option& option) {
     const std::string name = "--" + option.name;
     const bool text = option.range.is_text();
-    fail_usage(where + name + " needs a value: " + range_text(option.range) +
+    fail_usage(name + " needs a value: " + range_text(option.range) +
                (text ? "; one that begins with -- is written " + name + "=--..." : ""));
 }
 
@@ -5818,7 +5829,7 @@ T parse_number(const Assignment& a) {
 // an empty file name a mistake.
 inline void assign(Options& options, const Assignment& a) {
     const Range& range = a.option->range;
-    if (a.value.empty() && range.text != "TEXT") fail_no_value(*a.option, a.where);
+    if (a.value.empty() && range.text != "TEXT") fail_no_value(*a.option);
     const std::vector<std::string> words = range.words();
     const size_t place = size_t(std::find(words.begin(), words.end(), a.value) - words.begin());
     if ((range.is_switch() || range.is_choice()) && place == words.size()) fail_value(a);
@@ -5849,17 +5860,16 @@ inline Command find_command(const std::string& typed) {
                nearest(command_table(), typed).name + "? The commands are " + command_name(~0u));
 }
 
-// The option of that name, which `command` must take. '-' and '_' are the same. where: as in an
-// Assignment.
-inline const Option& find_option(std::string name, Command command, const std::string& where) {
+// The option of that name, which `command` must take. '-' and '_' are the same.
+inline const Option& find_option(std::string name, Command command) {
     std::replace(name.begin(), name.end(), '_', '-');
     for (const Option& option : option_table()) {
         if (name != option.name) continue;
         if (option.commands & command) return option;
-        fail_usage(where + command_name(command) + " takes no option --" + name + "; it is for " +
+        fail_usage(command_name(command) + " takes no option --" + name + "; it is for " +
                    command_name(option.commands));
     }
-    fail_usage(where + "unknown option " + shown("--" + name) + "; did you mean --" +
+    fail_usage("unknown option " + shown("--" + name) + "; did you mean --" +
                nearest(option_table(), name).name + "? (--help lists all options)");
 }
 
@@ -5874,7 +5884,7 @@ inline std::vector<Assignment> split_arguments(const std::vector<std::string>& a
             fail_usage("expected an option such as --data, found " + shown(arg) +
                        " (--help lists all options)");
         const size_t equals = arg.find('=');
-        const Option& option = find_option(arg.substr(2, equals - 2), command, "");
+        const Option& option = find_option(arg.substr(2, equals - 2), command);
         const bool is_switch = option.range.is_switch();
         const bool stands_alone = i + 1 == args.size() || args[i + 1].starts_with("--") ||
                                   (is_switch && args[i + 1] == "-h");
@@ -5884,47 +5894,56 @@ inline std::vector<Assignment> split_arguments(const std::vector<std::string>& a
         else if (!stands_alone)
             value = args[++i];
         else if (!is_switch)
-            fail_no_value(option, "");
-        all.push_back({&option, value, ""});
+            fail_no_value(option);
+        all.push_back({&option, value});
     }
     return all;
 }
 
-// The assignments in the text of a config file, all checked. A line is empty, `name = value`, or a
-// comment; a '#' at its start or after a space begins one, so "C#" is a value. Names are those of
-// the command line, with or without "--". path is for messages only.
-inline std::vector<Assignment> parse_config(std::string_view text, const std::string& path,
-                                            Command command) {
-    const std::string spaces = " \t\r";
-    const auto trim = [&](std::string s) {
+// The assignment in a line of a config file; none where the line is empty or a comment. A '#' at
+// its start or after a space begins a comment, so "C#" is a value. Names are those of the command
+// line, with or without "--".
+inline std::optional<Assignment> parse_config_line(std::string line, Command command) {
+    const auto trim = [spaces = " \t\r"](std::string s) {
         s.erase(0, s.find_first_not_of(spaces));
         return s.erase(s.find_last_not_of(spaces) + 1);
     };
+    for (char c : line)  // a picture or a program, given by mistake
+        TINYGPT_USAGE(!std::iscntrl(uint8_t(c)) || c == '\t' || c == '\r', "this is not text");
+    for (size_t at = 0; (at = line.find('#', at)) != line.npos; ++at)
+        if (at == 0 || line[at - 1] == ' ' || line[at - 1] == '\t') line.resize(at);
+    line = trim(line);
+    if (line.empty()) return {};
+
+    const size_t equals = line.find('=');
+    TINYGPT_USAGE(equals != line.npos, "expected `name = value`, found %s", shown(line).c_str());
+    std::string name = trim(line.substr(0, equals));
+    if (name.starts_with("--")) name.erase(0, 2);
+    TINYGPT_USAGE(name != "config" && name != "help", "a config file cannot hold --%s",
+                  name.c_str());
+    return Assignment{&find_option(name, command), trim(line.substr(equals + 1))};
+}
+
+// The assignments in the text of a config file, in its order. All are checked, so that carrying
+// them out cannot fail: a bad value is refused even where a later one counts. Errors begin with the
+// path and the line: "run.conf:3: --top-p must be in (0, 1], got 1.5".
+//   # a small GPT-2 on a book
+//   data = data/book
+//   n-layer = 4     # the other sizes are the preset's
+inline std::vector<Assignment> parse_config(std::string_view text, const std::string& path,
+                                            Command command) {
     std::vector<Assignment> all;
-    Options
-        checked;  // takes every value, so that a bad one is refused even where a later one counts
+    Options checked;
     int number = 0;
     if (text.starts_with("\xef\xbb\xbf")) text.remove_prefix(3);  // a byte order mark
-    for (std::string line : split_at(text, '\n')) {
-        const std::string where = format("%s:%d: ", path.c_str(), ++number);  // of messages
-        for (char c : line)  // a picture or a program, given by mistake
-            if (std::iscntrl(uint8_t(c)) && c != '\t' && c != '\r')
-                fail_usage(where + "this is not text");
-        // Cut off a comment, and the space around what is left.
-        for (size_t at = 0; (at = line.find('#', at)) != line.npos; ++at)
-            if (at == 0 || line[at - 1] == ' ' || line[at - 1] == '\t') line.resize(at);
-        line = trim(line);
-        if (line.empty()) continue;
-
-        const size_t equals = line.find('=');
-        if (equals == line.npos)
-            fail_usage(where + "expected `name = value`, found " + shown(line));
-        std::string name = trim(line.substr(0, equals));
-        if (name.starts_with("--")) name.erase(0, 2);
-        if (name == "config" || name == "help")
-            fail_usage(where + "a config file cannot hold --" + name);
-        all.push_back({&find_option(name, command, where), trim(line.substr(equals + 1)), where});
-        assign(checked, all.back());
+    for (const std::string& line : split_at(text, '\n')) {
+        ++number;
+        try {
+            const std::optional<Assignment> a = parse_config_line(line, command);
+            if (a) assign(checked, *a), all.push_back(*a);
+        } catch (const Error& error) {
+            fail_usage(format("%s:%d: ", path.c_str(), number) + error.what());
+        }
     }
     return all;
 }
@@ -5942,19 +5961,18 @@ inline std::vector<Assignment> read_config(const std::string& path, Command comm
 
 // Refuses options that do not go together: nothing the user types may be silently ignored.
 inline void check_together(const Options& o) {
-    auto both = [&](const char* a, const char* b) {
-        if (o.given(a) && o.given(b)) fail_usage(format("--%s and --%s exclude each other", a, b));
-    };
-    both("data", "train-shards"), both("data", "val-shards"), both("prompt", "prompt-file");
-    if (o.command == kTrain && o.given("val-shards") && !o.given("train-shards"))
-        fail_usage("--val-shards needs --train-shards too: --train-shards GLOB --val-shards GLOB");
-    if (o.override_changes && o.resume.empty())
-        fail_usage("--override needs --resume DIR or --resume auto");
-    if (o.patience > 0 && o.eval_interval == 0)
-        fail_usage("--patience counts evaluations: it needs an --eval-interval above 0");
-    if (int64_t(o.batch_size) * std::max(o.seq_len, 1) > INT32_MAX)
-        fail_usage(format("--batch-size %d times --seq-len %d must be below 2147483648 tokens",
-                          o.batch_size, o.seq_len));
+    for (auto [a, b] :
+         {std::pair{"data", "train-shards"}, {"data", "val-shards"}, {"prompt", "prompt-file"}})
+        TINYGPT_USAGE(!o.given(a) || !o.given(b), "--%s and --%s exclude each other", a, b);
+    TINYGPT_USAGE(o.command != kTrain || !o.given("val-shards") || o.given("train-shards"),
+                  "--val-shards needs --train-shards too: --train-shards GLOB --val-shards GLOB");
+    TINYGPT_USAGE(!o.override_changes || !o.resume.empty(),
+                  "--override needs --resume DIR or --resume auto");
+    TINYGPT_USAGE(o.patience == 0 || o.eval_interval > 0,
+                  "--patience counts evaluations: it needs an --eval-interval above 0");
+    TINYGPT_USAGE(int64_t(o.batch_size) * std::max(o.seq_len, 1) <= INT32_MAX,
+                  "--batch-size %d times --seq-len %d must be below 2147483648 tokens",
+                  o.batch_size, o.seq_len);
 }
 
 // The options in the arguments (without the program's name), all checked. Bad usage throws Error
@@ -5984,8 +6002,8 @@ inline Options parse_options(const std::vector<std::string>& args) {
 
 // ---- Showing them -------------------------------------------------------------------------------
 
-// `line` and the words after it, in lines of at most 100 columns. The words begin at column
-// `indent`; a word that is longer than a line has one to itself.
+// `line` and the words after it, in lines of at most 100 columns, each with its line end. The words
+// begin at column `indent`; a word that is longer than a line has one to itself.
 inline std::string wrap(std::string line, const std::vector<std::string>& words, size_t indent) {
     std::string lines;
     line.resize(std::max(line.size(), indent), ' ');
@@ -6020,47 +6038,50 @@ inline std::string option_help(const Option& option) {
 // What --help prints: all options, or only those of the command that was written out.
 inline std::string help_text(const Options& options, const std::string& program) {
     const unsigned commands = options.command_given ? unsigned(options.command) : ~0u;
-    std::string group,
-        text = "usage: " + program + " [command] [--name value | --name=value | --switch] ...\n\n";
+    std::string text = "usage: " + program;
+    text += " [command] [--name value | --name=value | --switch] ...\n\n";
     for (const CommandName& c : command_table())
         if (commands & c.command) text += format("  %-8s %s\n", c.name, c.help);
+    std::string group;
     for (const Option& option : option_table()) {
         if (!(option.commands & commands)) continue;
         if (group != option.group) text += "\n" + (group = option.group) + "\n";
         text += option_help(option);
     }
     return text +
-           "\nA switch is --name or --name 0|1. In names - and _ are the same. Given twice, the "
-           "last counts.\n";
+           "\nA switch is --name or --name 0|1. In names - and _ are the same. "
+           "Given twice, the last counts.\n";
 }
 
 // The echo at the start of a run: every option the command takes, in lines of at most 100 columns,
-// so that a log on paper says how the run was made.
+// so that a log on paper says how the run was made. A long text is shown by its beginning.
 //   length    *max-steps=300 epochs=- max-minutes=-
 inline std::string describe(const Options& options) {
     const Options defaults;
-    std::vector<std::pair<std::string, std::vector<std::string>>> groups;
+    std::string text = "options (* not the default, - not set)\n", group;
+    std::vector<std::string> words;
+    auto end_group = [&] {
+        if (!words.empty()) text += wrap("  " + group, words, 12);
+        words.clear();
+    };
     for (const Option& option : option_table()) {
         if (!(option.commands & options.command) || option.name == "help") continue;
+        if (group != option.group) end_group(), group = option.group;
         const std::string value = value_text(options, option);
-        std::string text = is_set(options, option) ? shown(value) : "-";
+        std::string word = is_set(options, option) ? shown(value) : "-";
         size_t cut = 67;  // of a long text, the beginning; not cut inside a character
-        while (cut < text.size() && (text[cut] & 0xc0) == 0x80) --cut;
-        if (text.size() > 70) text.replace(cut, text.npos, "...");
+        while (cut < word.size() && (word[cut] & 0xc0) == 0x80) --cut;
+        if (word.size() > 70) word.replace(cut, word.npos, "...");
         const char* mark = value != value_text(defaults, option) ? "*" : "";
-        if (groups.empty() || groups.back().first != option.group)
-            groups.push_back({option.group, {}});
-        groups.back().second.push_back(mark + option.name + "=" + text);
+        words.push_back(mark + option.name + "=" + word);
     }
-    std::string text = "options (* not the default, - not set)\n";
-    for (const auto& [group, words] : groups) text += wrap("  " + group, words, 12);
+    end_group();
     return text;
 }
 
 // Name and value of every option that must be the same for a resumed run to be the same run: a
 // checkpoint holds them, and resuming compares.
-inline std::vector<std::pair<std::string, std::string>> options_that_change_numbers(
-    const Options& options) {
+inline auto options_that_change_numbers(const Options& options) {
     std::vector<std::pair<std::string, std::string>> all;
     for (const Option& option : option_table())
         if (option.commands & OptionTable::kNumbers)
@@ -6068,13 +6089,43 @@ inline std::vector<std::pair<std::string, std::string>> options_that_change_numb
     return all;
 }
 
+// One word of a shell's command line that means this text. Within single quotes everything but a
+// single quote means itself; that one is written '\'' between two quoted parts.
+inline std::string shell_word(const std::string& text) {
+    auto plain = [](char c) { return std::isalnum(uint8_t(c)) || std::strchr("_-+=:,./@%", c); };
+    if (!text.empty() && std::all_of(text.begin(), text.end(), plain)) return text;
+    std::string word = "'";
+    for (char c : text) word += c == '\'' ? "'\\''" : std::string(1, c);
+    return word + "'";
+}
+
+// The options that the user set and `command` takes, typed again, and `others`, which replace those
+// of the same name. --max-steps replaces whatever says how long a run is. What is of one run only
+// (its folder, how it was resumed) is left out: this is for the line of another run.
+//   retyped(o, kTrain, "--max-steps 600")     " --data data/book --n-layer 4 --max-steps 600"
+inline std::string retyped(const Options& o, Command command, const std::string& others) {
+    const std::set<std::string> of_one_run = {"config", "help", "output", "resume", "override"};
+    const bool length = others.find("--max-steps ") != others.npos;
+    std::string line;
+    for (const Option& option : option_table()) {
+        const std::string name = "--" + option.name, value = value_text(o, option);
+        const bool taken = option.commands & command && o.given(option.name);
+        const bool new_length = length && option.group == "length";
+        const bool replaced = new_length || others.find(name + " ") != others.npos;
+        if (taken && !replaced && !of_one_run.count(option.name))
+            line += " " + name + (value.starts_with("--") ? "=" : " ") + shell_word(value);
+    }
+    return line + " " + others;
+}
+
 // =================================================================================================
 // §16 Log and terminal: what a run leaves behind, what it shows, and what it runs on
 // =================================================================================================
 //
-// The reader now holds the options, checked. Before the loop, what it writes: log.csv, a row for
-// every step, which plots and the drawn curve are made from; numbers and text as a person reads
-// them on a terminal; and what the machine can do at best, to hold a run's speed against.
+// The reader now holds the options, checked. Before the loop, what it needs around it: log.csv, a
+// row for every step, which plots and the drawn curve are made from; numbers and text as a person
+// reads them on a terminal; Ctrl-C, which must lose nothing; and what the machine can do at best,
+// to hold a run's speed against.
 
 // ---- The log: one row for every step ------------------------------------------------------------
 
@@ -6095,16 +6146,15 @@ constexpr const char* kLogHeader =
 
 // The row as a line of the file. Nine digits give a float back exactly.
 inline std::string log_line(const LogRow& row) {
-    std::string line =
-        format("%lld,%.6g,%lld", (long long)row.step, row.epoch, (long long)row.tokens);
-    auto field = [&](const std::optional<double>& value, int digits, const char* pattern) {
+    std::string line = format("%ld,%.6g,%ld", row.step, row.epoch, row.tokens);
+    auto field = [&](const std::optional<double>& value, const char* pattern) {
         // Why: printf writes some NaNs as "-nan", and two equal runs must have equal logs.
-        line += !value ? "," : std::isnan(*value) ? ",nan" : format(pattern, digits, *value);
+        line += !value ? "," : std::isnan(*value) ? ",nan" : format(pattern, *value);
     };
     for (auto* value : {&row.train_loss, &row.eval_train_loss, &row.val_loss, &row.perplexity,
                         &row.floor, &row.lr, &row.grad_norm})
-        field(*value, 9, ",%.*g");
-    field(row.tokens_per_s, 1, ",%.*f"), field(row.mfu, 4, ",%.*f"), field(row.seconds, 3, ",%.*f");
+        field(*value, ",%.9g");
+    field(row.tokens_per_s, ",%.1f"), field(row.mfu, ",%.4f"), field(row.seconds, ",%.3f");
     return line + "\n";
 }
 
@@ -6165,13 +6215,15 @@ private:
             write_all(fd_.fd, path_, waiting_.data() + written_, waiting_.size() - written_);
         if (written_ < waiting_.size()) return false;
         if (!sync) return true;
-        const int code = file_call("fsync", path_, ::fsync, fd_.fd) == 0 ? 0 : errno;
-        if (code == 0)
-            synced_ += int64_t(waiting_.size()), waiting_.clear(), written_ = 0;
-        else if (::ftruncate(fd_.fd, synced_) == 0)
-            written_ = 0;
+        if (file_call("fsync", path_, ::fsync, fd_.fd) == 0) {
+            synced_ += int64_t(waiting_.size());
+            waiting_.clear(), written_ = 0;
+            return true;
+        }
+        const int code = errno;
+        if (::ftruncate(fd_.fd, synced_) == 0) written_ = 0;
         errno = code;
-        return code == 0;
+        return false;
     }
 
     std::string path_;
@@ -6182,6 +6234,20 @@ private:
 };
 
 // ---- What the terminal shows --------------------------------------------------------------------
+
+// Tells the user of something that is wrong but does not end the run.
+inline void warn(const std::string& message) {
+    std::fflush(stdout);
+    const bool live = ::isatty(STDOUT_FILENO);  // then there may be a line that is not finished
+    std::fprintf(stderr, "%swarning: %s\n", live ? "\n" : "", message.c_str());
+}
+
+// Prints a line for the user: what it is about, and what there is to say. More lines of the text
+// stand below its first.
+inline void say(std::string label, const std::string& text) {
+    for (const std::string& line : split_at(text, '\n'))
+        std::printf("%-10s %s\n", std::exchange(label, "").c_str(), line.c_str());
+}
 
 // A count: 1234567 -> "1,234,567"
 inline std::string with_commas(int64_t n) {
@@ -6202,32 +6268,32 @@ inline std::string duration_text(double seconds) {
     return s >= 60 ? format("%lldm %02llds", s / 60, s % 60) : format("%llds", s);
 }
 
-// One point of a curve.
+// One point of a curve: a loss, in nats a token, after so many updates.
 struct CurvePoint {
     int64_t step;
     double loss;
 };
 
 // Draws train (.), validation (o) and floor (-) into a box of text. Losses are on a log scale, on
-// which the long tail of a run is still seen to fall. Losses that are not finite are left out, and
-// so is a floor that is; where nothing is left, the picture is empty text.
+// which the long tail of a run is still seen to fall. What is not finite is left out; where nothing
+// is left, the picture is empty text.
 inline std::string draw_curve(const std::vector<CurvePoint>& train,
-                              const std::vector<CurvePoint>& val, double floor, int width = 76,
-                              int height = 16) {
-    const bool has_floor = std::isfinite(floor);
-    double low = has_floor ? floor : INFINITY, high = 0;
+                              const std::vector<CurvePoint>& val, double floor) {
+    constexpr int width = 76, height = 16;
+    double low = std::isfinite(floor) ? floor : INFINITY, high = 0;
     int64_t last = 1;
     for (auto* curve : {&train, &val})
-        for (const CurvePoint& p : *curve)
-            if (std::isfinite(p.loss))
-                low = std::min(low, p.loss), high = std::max(high, p.loss),
-                last = std::max(last, p.step);
+        for (const CurvePoint& p : *curve) {
+            if (!std::isfinite(p.loss)) continue;
+            low = std::min(low, p.loss), high = std::max(high, p.loss);
+            last = std::max(last, p.step);
+        }
     if (low <= 0 || high <= 0) return "";
     // A little room below, and never a box so flat that noise fills it.
     const double bottom = std::log(low * 0.98), top = std::log(std::max(high, low * 1.1));
 
     // x runs from 0 to 1 over the steps, y from 0 at the top to 1. Later marks cover earlier ones.
-    std::vector<std::string> rows(size_t(height), std::string(size_t(width), ' '));
+    std::vector<std::string> rows(height, std::string(width, ' '));
     auto put = [&](double x, double loss, char mark) {
         if (!std::isfinite(loss)) return;
         const double y = std::clamp((top - std::log(loss)) / (top - bottom), 0.0, 1.0);
@@ -6241,13 +6307,13 @@ inline std::string draw_curve(const std::vector<CurvePoint>& train,
     std::string out;
     for (int r = 0; r < height; ++r) {
         const double loss = std::exp(top - (top - bottom) * r / (height - 1));
-        out += (r % 5 == 0 || r == height - 1 ? format("%8.3f |", loss) : "         |") +
-               rows[size_t(r)] + "\n";
+        out += r % 5 == 0 || r == height - 1 ? format("%8.3f |", loss) : "         |";
+        out += rows[size_t(r)] + "\n";
     }
-    out += "         +" + std::string(size_t(width), '-') + "\n";
-    out += format("          0%*lld\n", width - 1, (long long)last);
-    out += "          loss over steps: . train" + std::string(val.empty() ? "" : "   o validation");
-    return out + (has_floor ? format("   --- floor %.4f\n", floor) : "\n");
+    out += "         +" + std::string(width, '-') + "\n";
+    out += format("          0%*ld\n", width - 1, last) + "          loss over steps: . train";
+    out += val.empty() ? "" : "   o validation";
+    return out + (std::isfinite(floor) ? format("   --- floor %.4f\n", floor) : "\n");
 }
 
 // Text as it is sampled, in pieces. A token may end inside a UTF-8 character, of which the terminal
@@ -6255,10 +6321,12 @@ inline std::string draw_curve(const std::vector<CurvePoint>& train,
 // character is shown as U+FFFD, byte by byte.
 class Utf8Stream {
 public:
+    // Returns what can be shown now of this piece and those before it.
     std::string add(std::string_view bytes) {
         held_ += bytes;
         return take(false);
     }
+    // What is still held back when the text has ended.
     std::string finish() { return take(true); }
 
 private:
@@ -6284,6 +6352,47 @@ private:
     }
     std::string held_;
 };
+
+// ---- Ctrl-C -------------------------------------------------------------------------------------
+
+// A signal comes in the middle of anything, even of an allocation, so its handler may do next to
+// nothing: it notes the time. The loop looks at the note after every step.
+
+// When the run was asked to stop, in nanoseconds of a clock that does not jump; 0: it was not. The
+// first time it finishes the step, saves and exits 130; the second time it exits at once, which
+// harms nothing: files are whole or not there.
+inline std::atomic<int64_t>& stop_asked() {
+    static std::atomic<int64_t> when{0};
+    static_assert(std::atomic<int64_t>::is_always_lock_free, "a signal handler must not wait");
+    return when;
+}
+inline int64_t steady_nanoseconds() {
+    timespec now{};
+    ::clock_gettime(CLOCK_MONOTONIC, &now);
+    return int64_t(now.tv_sec) * 1'000'000'000 + now.tv_nsec + 1;
+}
+inline std::atomic<int64_t (*)()> stop_clock{steady_nanoseconds};  // a test has a clock of its own
+// Careful: nothing in here may lock or allocate.
+inline void on_stop_signal(int) {
+    const int64_t nanoseconds = stop_clock.load()();
+    int64_t first = 0;
+    if (stop_asked().compare_exchange_strong(first, nanoseconds)) return;
+    // Why: `timeout` and a closing terminal send two signals at once and mean one.
+    if (nanoseconds - first > 50'000'000) ::_exit(130);
+}
+// Ctrl-C, `kill` and a closed terminal ask the run to stop. A closed pipe and a file-size limit are
+// no deaths: the write that met them fails, and says so.
+inline void catch_signals() {
+    stop_asked() = 0;
+    struct sigaction action = {}, before = {};
+    action.sa_handler = on_stop_signal;
+    for (int number : {SIGINT, SIGTERM}) ::sigaction(number, &action, nullptr);
+    // Under nohup a closed terminal is to be ignored, so we do.
+    ::sigaction(SIGHUP, nullptr, &before);
+    if (before.sa_handler != SIG_IGN) ::sigaction(SIGHUP, &action, nullptr);
+    ::signal(SIGPIPE, SIG_IGN);
+    ::signal(SIGXFSZ, SIG_IGN);
+}
 
 // ---- The machine --------------------------------------------------------------------------------
 
@@ -6321,47 +6430,89 @@ inline double flops_per_token(const Config& config, int T) {
     return 6 * (12 * C * C * L + V * C) + 6 * C * (T + 1.0) * L;
 }
 
-// From a clock that is never set; only differences mean something.
+// Seconds, from a clock that is never set; only differences mean something.
 inline double now_seconds() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
         .count();
 }
 
-// Multiplies and adds in registers, nothing else. Returns the operations a second of one thread,
-// the best of eight trials. Why 12 sums: a core begins one or two of these operations a cycle and
-// ends each four or so later; sums that do not wait for each other keep it busy.
+// The least seconds that f takes, of so many runs: what disturbs a run makes it longer, never
+// shorter.
+double least_seconds(int runs, auto&& f) {
+    double least = INFINITY;
+    for (int run = 0; run < runs; ++run) {
+        const double begin = now_seconds();
+        f();
+        least = std::min(least, now_seconds() - begin);
+    }
+    return least;
+}
+
+// Multiplies and adds in registers, nothing else. Returns the operations a second of one thread.
+// Why 12 sums: a core begins one or two of these operations a cycle and ends each four or so later;
+// sums that do not wait for each other keep it busy.
 template <class real>
 double registers_only_flops() {
     constexpr int kSums = 12, kRounds = 20000;
-    Vec<real> sums[kSums], factor = Vec<real>{} + real(1.0000001),
-                           addend = Vec<real>{} + real(1e-7);
+    Vec<real> sums[kSums], factor = Vec<real>{} + real(1.0000001);
+    const Vec<real> addend = Vec<real>{} + real(1e-7);
     for (int i = 0; i < kSums; ++i) sums[i] = Vec<real>{} + real(i);
-    double least = INFINITY;
-    for (int trial = 0; trial < 8; ++trial) {
-        const double begin = now_seconds();
+    const double seconds = least_seconds(8, [&] {
         for (int round = 0; round < kRounds; ++round)
 #pragma GCC unroll 12
             for (int i = 0; i < kSums; ++i) sums[i] = sums[i] * factor + addend;
-        least = std::min(least, now_seconds() - begin);
-    }
+    });
     volatile real sink = 0;  // so that the sums are needed
     for (int i = 0; i < kSums; ++i) sink = sink + sums[i][0];
-    return 2.0 * kSums * kLanes<real> * kRounds / least;
+    return 2.0 * kSums * kLanes<real> * kRounds / seconds;
 }
 
-// All threads at once: cores that share a power budget, or an arithmetic unit, are slower together.
-// Careful: the work is a function of its own because GCC 12 leaves it out where it stands inside
-// the parallel region.
-template <class real>
-double Cpu<real>::peak_flops() const {
+// What the bf16 tiles of §10 reach when their panels lie in the first cache and nothing has to be
+// packed: operations a second of one thread. It is the yardstick for whole products: what they
+// lose, they lose on packing, on the caches, and on ragged edges. A packed element is a pair of
+// numbers, so it is two multiply-adds, four operations.
+template <class Tiles>
+double pair_tile_flops() {
+    constexpr int R = Tiles::kRows, N = Tiles::kCols, kSteps = 128, kCalls = 500;
+    [[maybe_unused]] Tiles setup{};
+    alignas(64) float c[R * N] = {};
+    Scratch scratch_a, scratch_b;
+    uint32_t* a = scratch_a.get<uint32_t>(R * kSteps);
+    uint32_t* b = scratch_b.get<uint32_t>(N * kSteps);
+    std::fill(a, a + R * kSteps, 0x3f803f80u), std::fill(b, b + N * kSteps, 0x3f803f80u);  // ones
+    const double seconds = least_seconds(8, [&] {
+        for (int call = 0; call < kCalls; ++call) Tiles::tile(c, N, a, b, R, kSteps, true);
+    });
+    [[maybe_unused]] volatile float sink = c[0];  // so that the sums are needed
+    return 4.0 * R * N * kSteps * kCalls / seconds;
+}
+
+// The sum of f() over all threads at once: cores that share a power budget, or an arithmetic unit,
+// are slower together. Why f is a function: GCC 12 leaves work out that stands in the region.
+inline double on_all_threads(double (*f)()) {
     double total = 0;
 #pragma omp parallel reduction(+ : total)
-    total += registers_only_flops<real>();
+    total += f();
     return total;
 }
+template <class real>
+double Cpu<real>::peak_flops() const {
+    return on_all_threads(registers_only_flops<real>);
+}
+// 0 where the CPU has no bf16 products.
+template <class real>
+double Cpu<real>::bf16_peak_flops() const {
+    if (MatrixTiles::usable()) return on_all_threads(pair_tile_flops<MatrixTiles>);
+    return cpu_has_bf16_dot() ? on_all_threads(pair_tile_flops<PairTiles>) : 0;
+}
+// What the device's matrix products could reach at most, in operations a second: in bf16 they have
+// units of their own, and the multiply-adds of everything else say nothing about those.
+double product_peak_flops(auto& device) {
+    return device.bf16_products() ? device.bf16_peak_flops() : device.peak_flops();
+}
 
-// Memory's speed, measured: all threads read 256 MB, far more than any cache holds. Best of five.
-// Why whole numbers: the compiler may add those in any order, and so a register full at a time.
+// Memory's speed, in bytes a second: all threads read 256 MB, far more than any cache holds. Why
+// whole numbers: the compiler may add those in any order, and so a register full at a time.
 template <class real>
 double Cpu<real>::peak_bandwidth() const {
     const size_t count = size_t(1) << 26;
@@ -6369,25 +6520,24 @@ double Cpu<real>::peak_bandwidth() const {
     // Why in parallel: memory lies near the thread that first writes it.
 #pragma omp parallel for schedule(static)
     for (size_t i = 0; i < count; ++i) data[i] = 1;
-    double least = INFINITY;
-    for (int trial = 0; trial < 5; ++trial) {
+    [[maybe_unused]] volatile uint32_t sink = 0;  // so that the sum is needed
+    const double seconds = least_seconds(5, [&] {
         uint32_t total = 0;
-        const double begin = now_seconds();
 #pragma omp parallel for schedule(static) reduction(+ : total)
         for (size_t i = 0; i < count; ++i) total += data[i];
-        if (total == count) least = std::min(least, now_seconds() - begin);
-    }
+        sink = total;
+    });
     std::free(data);
-    return double(count * sizeof(uint32_t)) / least;
+    return double(count * sizeof(uint32_t)) / seconds;
 }
 
 // =================================================================================================
 // §17 The training loop
 // =================================================================================================
-// We hold a step (§8), an evaluation (§9), checkpoints, options and a log. A run is the step,
-// made again and again, and what has to be done between two steps: look whether the numbers are
-// sound, evaluate, write the log, save, show. That is Trainer::run, the loop; what it calls stands
-// below it, in the order in which it is called.
+// The reader now holds a step (§8), an evaluation (§9), checkpoints, options and a log. A run is
+// the step, made again and again, and what has to be done between two steps: look whether the
+// numbers are sound, evaluate, write the log, save, show. That is Trainer::run, the loop; what it
+// calls stands below it, in the order in which it is called.
 //
 // What the user sees, and who prints it:
 //   run        2,500 steps of 1,024 tokens ...     begin
@@ -6396,6 +6546,12 @@ double Cpu<real>::peak_bandwidth() const {
 //   done: 2500 steps in 55s, and the curve         report
 //   verdict    still improving: ...                verdict: what the run's own numbers say
 //   next       ./train_gpt sample ...              show_next: lines to paste
+//
+// The three numbers of the live line to watch. loss: in nats a token; e^loss is the perplexity,
+// among how many tokens the model hesitates. norm: the length of the gradient; a jump tells of a
+// batch, or a rate, that throws the weights off. MFU: which share of what the machine can compute
+// went into the model; half is good.
+//
 // What is written into the run's folder:
 //   log.csv             row 0: the evaluation before training. Row s: the loss and the norm of the
 //                       batch of update s, taken before it, and the evaluation made after it
@@ -6408,51 +6564,139 @@ double Cpu<real>::peak_bandwidth() const {
 // of how many samples were read before it (§2). Nothing that is broken is saved, and a full disk
 // is waited for.
 
-// What a run learns from, and what it is judged by. open_corpus (§18) makes one.
+// ---- What a run learns from, and what it is judged by -------------------------------------------
+
+// The checksum of a shard's tokens, as hexadecimal digits. Of more than 64 million, only the ends
+// are read: a run must not begin with minutes of reading.
+inline std::string checksum_of(const Shard& shard) {
+    Checksum sum;
+    std::vector<uint16_t> buffer(1 << 16);
+    const int64_t piece = int64_t(buffer.size()), all = shard.tokens;
+    const int64_t stride = all <= 64'000'000 ? piece : std::max(piece, all - piece);
+    for (int64_t at = 0; at < all; at += stride) {
+        const int64_t count = std::min(piece, all - at);
+        shard.read(buffer.data(), at, count);
+        sum.add(buffer.data(), 2 * size_t(count));
+    }
+    return sum.hex();
+}
+
+// A data folder, or shards that were named one by one. open_corpus (§18) makes one.
 struct Corpus {
-    std::string folder;                  // empty where shards were named one by one
+    std::string folder;                  // empty where shards were named
+    Shards train, val;                   // either may have no files
     std::optional<Tokenizer> tokenizer;  // none: tokens are shown as numbers
-    std::optional<Shards> train, val;    // either may be missing, or have no files
     double floor = NAN;  // nats a token that no model can get below, where the corpus knows it
 
-    bool has_val() const { return val && !val->empty(); }
+    explicit Corpus(const std::string& train_glob = "", const std::string& val_glob = "")
+        : train(train_glob), val(val_glob) {}
+
+    // The token between documents; -1: not known.
     int end_of_text() const { return tokenizer ? tokenizer->end_of_text() : -1; }
     // The token at which evaluation windows begin (§9); -1: at any. The floor is that of documents
     // read from their start.
     int document_start() const { return std::isfinite(floor) ? end_of_text() : -1; }
-    std::vector<int> token_bytes() const;  // by token; empty without a tokenizer
-    std::string text_of(int token) const;
-    std::vector<std::array<int64_t, 4>> stamps() const;  // another one after a write to a shard
-    std::vector<std::string> fingerprint() const;        // to know the data again, wherever it lies
+    // By token, how many bytes it stands for; empty without a tokenizer. With it a loss in nats a
+    // token becomes one in bits a byte, which can be compared between tokenizers.
+    std::vector<int> token_bytes() const {
+        std::vector<int> bytes;
+        for (int id = 0; tokenizer && id < tokenizer->vocab_size(); ++id)
+            bytes.push_back(int(tokenizer->bytes_of(id).size()));
+        return bytes;
+    }
+    // Of each shard's file: its number, its size, and when it was last written to. If none of it
+    // has changed, neither has the file.
+    std::vector<std::array<int64_t, 4>> stamps() const {
+        std::vector<std::array<int64_t, 4>> stamps;
+        for (const auto* split : {&train, &val})
+            for (const Shard& shard : split->files()) {
+                struct stat s {};
+                ::stat(shard.path.c_str(), &s);
+                stamps.push_back(
+                    {int64_t(s.st_ino), s.st_size, s.st_mtim.tv_sec, s.st_mtim.tv_nsec});
+            }
+        return stamps;
+    }
+    // The tokenizer, and of each shard its length and its checksum, but no path: a checkpoint
+    // remembers this, and data that was moved is the same data.
+    std::vector<std::string> fingerprint() const {
+        std::vector<std::string> list;
+        if (tokenizer) {
+            Checksum sum;
+            const std::string merges = tokenizer->merges_text();
+            sum.add(merges.data(), merges.size());
+            list.push_back(
+                format("tokenizer: %d tokens, %s", tokenizer->vocab_size(), sum.hex().c_str()));
+        }
+        for (const auto* split : {&train, &val})
+            for (const Shard& shard : split->files())
+                list.push_back(format("%s: %ld tokens, %s", split == &train ? "train" : "val",
+                                      shard.tokens, checksum_of(shard).c_str()));
+        return list;
+    }
 };
 
-// Tells the user of something that is wrong but does not end the run.
-inline void warn(const std::string& message) {
-    std::fflush(stdout);
-    const bool live = ::isatty(STDOUT_FILENO);  // then there may be a line that is not finished
-    std::fprintf(stderr, "%swarning: %s\n", live ? "\n" : "", message.c_str());
+// A token as text; without a tokenizer its number. A model may have more tokens than its tokenizer:
+// those are shown as <number>.
+inline std::string text_of_token(const std::optional<Tokenizer>& tokenizer, int token) {
+    if (!tokenizer) return std::to_string(token) + " ";
+    if (token >= tokenizer->vocab_size()) return "<" + std::to_string(token) + ">";
+    return std::string(tokenizer->bytes_of(token));
 }
 
-// Prints a line for the user: what it is about, and what there is to say. More lines of the text
-// stand below its first.
-inline void say(std::string label, const std::string& text) {
-    for (const std::string& line : split_at(text, '\n'))
-        std::printf("%-10s %s\n", std::exchange(label, "").c_str(), line.c_str());
+// The tokens of a prompt; without a tokenizer, the numbers in it, which must be below vocab_size.
+// May be none.
+inline std::vector<int32_t> prompt_tokens(const std::string& text,
+                                          const std::optional<Tokenizer>& tokenizer,
+                                          int vocab_size) {
+    std::vector<int32_t> tokens;
+    if (tokenizer) {
+        for (uint16_t token : tokenizer->encode(text)) tokens.push_back(token);
+        return tokens;
+    }
+    for (const std::string& word : split_at(text, ' ')) {
+        if (word.empty()) continue;
+        int id = -1;
+        const char* end = word.data() + word.size();
+        const auto [stop, error] = std::from_chars(word.data(), end, id);
+        TINYGPT_USAGE(error == std::errc() && stop == end && id >= 0 && id < vocab_size,
+                      "there is no tokenizer: give the prompt as token numbers below %d, not %s",
+                      vocab_size, shown(word).c_str());
+        tokens.push_back(id);
+    }
+    return tokens;
 }
 
-// What the loop needs of §18.
-inline std::atomic<int64_t>& stop_asked();  // when the user asked the run to stop; 0: not yet
-inline std::string shell_word(const std::string& text);
-inline std::string retyped(const Options& o, Command command, const std::string& others);
-
-// What the device's matrix products could reach at most, in operations a second: in bf16 they have
-// units of their own, and the multiply-adds of everything else say nothing about those.
-template <class Device>
-double product_peak_flops(Device& device) {
-    return device.bf16_products() ? device.bf16_peak_flops() : device.peak_flops();
+// The mean loss, in nats a token, of the same `count` batches of training text every time, or of
+// all the text where that is less. Without dropout, and with a seed of its own, so it is comparable
+// between runs.
+double fixed_batches_loss(auto& model, const Shards& shards, int64_t count, bool overfit_batch) {
+    const DataOrder order(shards, model.B, model.T, 0, !overfit_batch, overfit_batch);
+    count = std::min(count, (order.blocks_per_epoch() + model.B - 1) / model.B);
+    double total = 0;
+    int64_t scored = 0;
+    Batch batch;
+    for (int64_t i = 0; i < count; ++i) {
+        batch.resize(model.B, model.T);
+        fill_batch(batch, shards, order, i * model.B, model.config.vocab_size);
+        for (auto loss : batch_losses(model, batch)) total += double(loss);
+        scored += batch.scored;
+    }
+    return total / std::max<int64_t>(1, scored);
 }
 
-// One run. Members end in an underscore, so that in the loop one sees what outlives a step.
+// ---- The run ------------------------------------------------------------------------------------
+
+// Where a run begins: afresh, or at a checkpoint that verifies.
+struct Start {
+    std::string folder;  // of the checkpoint; empty: afresh
+    TrainerState state;
+};
+
+// One run. Members end in an underscore, so that in the loop one sees what outlives a step. It
+// writes into options.output, whose lock the caller holds, and prints. A disk that fails (not one
+// that is full) and a training that diverged end it with an Error, after which --resume auto goes
+// on.
 template <class Device>
 class Trainer {
 public:
@@ -6460,20 +6704,16 @@ public:
     // begins.
     Trainer(const Options& options, const Corpus& corpus, Gpt2<Device>& model)
         : o_(options), corpus_(corpus), model_(model), B_(o_.batch_size), T_(model.T),
-          order_(*corpus.train, B_, T_, o_.seed, o_.shuffle, o_.overfit_batch) {
-        if (corpus.has_val())
-            windows_ = evaluation_windows(*corpus.val, T_, corpus.document_start());
-    }
+          order_(corpus.train, B_, T_, o_.seed, o_.shuffle, o_.overfit_batch),
+          windows_(evaluation_windows(corpus.val, T_, corpus.document_start())) {}
 
-    // Trains from state.step to the end; returns the exit status. from: the checkpoint that the
-    // state is of, or empty where the run begins.
+    // Trains from start.state.step to the end; returns the exit status.
     // The order within a step: the row is in the log before anything may fail; what ends the run is
     // decided once, and everything after it follows that; the checkpoint comes after best/, so that
     // a run which goes on from it finds the best model that it remembers.
-    int run(const TrainerState& state, const std::string& from) {
-        begin(state, from);
-        BatchLoader loader(*corpus_.train, order_, B_, T_, model_.config.vocab_size,
-                           state_.samples);
+    int run(const Start& start) {
+        begin(start);
+        BatchLoader loader(corpus_.train, order_, B_, T_, model_.config.vocab_size, state_.samples);
         End end = state_.step < steps_ ? End::none : End::finished;
         while (end == End::none) {
             const int64_t epoch = order_.epoch(state_.samples);
@@ -6506,25 +6746,26 @@ private:
     // model that knows nothing has a loss of log V, and a first row that is far from it tells of a
     // mistake before an hour is spent. The plan is kept in the state, because the learning rate of
     // every step depends on how many there will be.
-    void begin(const TrainerState& state, const std::string& from) {
-        state_ = state;
+    void begin(const Start& start) {
+        const bool resumed = !start.folder.empty();
+        state_ = start.state;
         stamps_ = corpus_.stamps();
         steps_ = state_.planned_steps > 0 ? state_.planned_steps : planned_steps();
         state_.planned_steps = steps_, queued_ = state_.step;
         peak_flops_ = product_peak_flops(model_.device);
         model_.device.upload(model_.state, &state_.guards, 1);
         // Later checkpoints, of steps that will be made again, must not count as the newest.
-        for (const std::string& name : set_aside_later(o_.output, from.empty() ? -1 : state_.step))
+        for (const std::string& name : set_aside_later(o_.output, resumed ? state_.step : -1))
             say("set aside", name + ", as " + name + ".set-aside");
-        if (!from.empty()) restore_log(from);
+        if (resumed) restore_log(start.folder);
         const double epochs = double(steps_ * rows_per_step()) / order_.blocks_per_epoch();
         say("run", with_commas(steps_) + " steps of " + with_commas(rows_per_step() * T_) +
                        " tokens" + format(" (%.2f epochs) into ", epochs) + o_.output);
         std::printf("\n");
-        if (!from.empty()) return;
+        if (resumed) return;
         LogRow row = row_now();
         if (o_.eval_interval > 0) evaluate_into(row);
-        restore_log(from);  // only now: where the text cannot be read there is no run
+        restore_log(start.folder);  // only now: where the text cannot be read there is no run
         show(row, true);
         write_row(row);
     }
@@ -6542,11 +6783,9 @@ private:
         if (steps < no_limit) return steps;
         // A step takes about as long as three evaluations of its batch (backward is twice forward),
         // and a tenth more for the update. The first one is there to warm up.
-        double begin = 0;
-        for (int i = 0; i < 4; ++i) {
-            if (i == 1) begin = now_seconds();
-            evaluate_fixed(1);
-        }
+        evaluate_fixed(1);
+        const double begin = now_seconds();
+        for (int i = 0; i < 3; ++i) evaluate_fixed(1);
         const double a_step = (now_seconds() - begin) * 1.1 * o_.grad_accum_steps;
         return std::max<int64_t>(1, int64_t(o_.max_minutes * 60 / a_step));
     }
@@ -6563,12 +6802,10 @@ private:
                 warn(format("%s has %zu of the %ld rows up to step %ld", path.c_str(), rows.size(),
                             state_.step + 1, state_.step));
         }
-        for (const std::string& row : rows) {
-            const int64_t step = std::strtoll(row.c_str(), nullptr, 10);
-            const double train_loss = log_field(row, 3), val_loss = log_field(row, 5);
-            if (!std::isnan(train_loss)) train_curve_.push_back({step, train_loss});
-            if (!std::isnan(val_loss)) val_curve_.push_back({step, val_loss});
-        }
+        for (const std::string& row : rows)
+            for (auto [column, curve] : {std::pair{3, &train_curve_}, {5, &val_curve_}})
+                if (const double loss = log_field(row, size_t(column)); !std::isnan(loss))
+                    curve->push_back({std::strtoll(row.c_str(), nullptr, 10), loss});
         log_.emplace(o_.output + "/log.csv", rows);
     }
 
@@ -6576,8 +6813,12 @@ private:
 
     // Rows of text that one update is made of.
     int64_t rows_per_step() const { return int64_t(B_) * o_.grad_accum_steps; }
-    // Whether what is done every `interval` steps is to be done after this one; 0: never.
-    bool due(int64_t interval) const { return interval > 0 && state_.step % interval == 0; }
+    // Whether what is done every `interval` steps is to be done after that one, or after the one
+    // made last; 0: never.
+    static bool due(int64_t interval, int64_t step) { return interval > 0 && step % interval == 0; }
+    bool due(int64_t interval) const { return due(interval, state_.step); }
+    // Why not the clock: of a resumed run, the minutes before it count too.
+    bool time_is_up() const { return o_.max_minutes > 0 && state_.seconds > o_.max_minutes * 60; }
 
     // The options as a step wants them.
     StepOptions step_options() const {
@@ -6588,7 +6829,8 @@ private:
                 {o_.grad_clip, o_.skip_outliers}};
     }
 
-    // A row that knows where the run stands, and nothing measured yet.
+    // A row that knows where the run stands, and nothing measured yet. epoch: how often the
+    // training text has been read, a fraction; tokens: how many were read in all.
     LogRow row_now() const {
         LogRow row;
         row.step = state_.step;
@@ -6600,15 +6842,13 @@ private:
     // Whether anything but the next step needs the model as this step leaves it: then the device
     // must not be given the next step yet.
     bool waited_for(int64_t step) const {
-        auto is_due = [](int64_t at, int64_t interval) {
-            return interval > 0 && at % interval == 0;
-        };
+        for (int64_t interval :
+             {o_.eval_interval, o_.save_interval, o_.sample_interval, o_.tensor_stats_interval})
+            if (due(interval, step)) return true;
         const int64_t samples = state_.samples + (step - state_.step) * rows_per_step();
-        return step >= steps_ || is_due(step, o_.eval_interval) || is_due(step, o_.save_interval) ||
-               is_due(step, o_.sample_interval) || is_due(step, o_.tensor_stats_interval) ||
-               is_due(step + 1, o_.tensor_stats_interval) ||
-               order_.epoch(samples) > order_.epoch(samples - rows_per_step()) ||
-               stop_asked() != 0 || (o_.max_minutes > 0 && state_.seconds > o_.max_minutes * 60);
+        const bool new_epoch = order_.epoch(samples) > order_.epoch(samples - rows_per_step());
+        return step >= steps_ || new_epoch || due(o_.tensor_stats_interval, step + 1) ||
+               stop_asked() != 0 || time_is_up();
     }
 
     // Gives the device one more step to do.
@@ -6626,8 +6866,7 @@ private:
     // model FLOPs utilisation (Chowdhery et al. 2022), is the share of the device's peak that went
     // into operations which the model needs.
     LogRow one_step(BatchLoader& loader) {
-        const int64_t stats = o_.tensor_stats_interval;
-        const bool wants_stats = stats > 0 && (state_.step + 1) % stats == 0;
+        const bool wants_stats = due(o_.tensor_stats_interval, state_.step + 1);
         std::vector<typename Device::Real> before;
         if (wants_stats) before = model_.get_weights();
         while (queued_ == state_.step ||
@@ -6675,23 +6914,21 @@ private:
     }
 
     // Where the update was not made, because of a NaN, an infinity or an outlier (§7): says so.
-    // With
-    // --on-nan stop one of the former ends the run: the row is logged, nothing of the step is kept.
-    // Why stop: a loss that is no number comes again, and the hours after it would be wasted.
+    // With --on-nan stop one of the former ends the run: the row is logged, nothing of the step is
+    // kept. Why stop: a loss that is no number comes again, and the hours after it would be wasted.
     void check_broken(LogRow& row) {
         const StepState& g = state_.guards;
         if (!g.skip) return;
-        if (g.broken && o_.on_nan == "stop") {
-            write_row(row);
-            fail(
-                format("step %ld: the loss is %g and the gradient's norm %g: training has "
-                       "diverged. Nothing of this step was saved. Go on from the last checkpoint "
-                       "with a lower --learning-rate, --resume auto and --override, or pass over "
-                       "such steps with --on-nan skip",
-                       state_.step, g.loss, g.grad_norm));
-        }
-        const bool power_of_two = (g.skipped & (g.skipped - 1)) == 0;
-        if (g.skipped <= 4 || power_of_two)  // the more there are, the less is said
+        const bool stop = g.broken && o_.on_nan == "stop";
+        if (stop) write_row(row);
+        TINYGPT_CHECK(!stop,
+                      "step %ld: the loss is %g and the gradient's norm %g: training has diverged. "
+                      "Nothing of this step was saved. Go on from the last checkpoint with a lower "
+                      "--learning-rate, --resume auto and --override, or pass over such steps with "
+                      "--on-nan skip",
+                      state_.step, g.loss, g.grad_norm);
+        // The more there are, the less is said.
+        if (g.skipped <= 4 || std::has_single_bit(uint64_t(g.skipped)))
             warn(format("step %ld was skipped: loss %g, norm %g (%s; %ld so far)", state_.step,
                         g.loss, g.grad_norm, g.broken ? "not a number" : "an outlier", g.skipped));
     }
@@ -6702,7 +6939,7 @@ private:
         if (queued_ > state_.step) return End::none;  // a step is under way: it is waited for first
         if (state_.step >= steps_) return End::finished;
         if (o_.patience > 0 && state_.stale_evals >= o_.patience) return End::plateau;
-        if (o_.max_minutes > 0 && state_.seconds > o_.max_minutes * 60) return End::out_of_time;
+        if (time_is_up()) return End::out_of_time;
         return stop_asked() != 0 ? End::interrupted : End::none;
     }
 
@@ -6712,15 +6949,16 @@ private:
     // same ones. Why both: the gap between them is what the model has learned by heart.
     void evaluate_into(LogRow& row) {
         if (!windows_.empty()) {
-            const Evaluation e = evaluate(model_, *corpus_.val, windows_, corpus_.token_bytes());
+            const Evaluation e = evaluate(model_, corpus_.val, windows_, corpus_.token_bytes());
             row.val_loss = state_.val_loss = e.loss(), row.perplexity = e.perplexity();
             if (std::isfinite(corpus_.floor)) row.floor = corpus_.floor;
             val_curve_.push_back({state_.step, e.loss()});
         }
         if (o_.eval_batches > 0) row.eval_train_loss = evaluate_fixed(o_.eval_batches);
     }
+    // The mean loss of so many fixed batches of the training text.
     double evaluate_fixed(int64_t batches) {
-        return fixed_batches_loss(model_, *corpus_.train, batches, o_.overfit_batch);
+        return fixed_batches_loss(model_, corpus_.train, batches, o_.overfit_batch);
     }
 
     // Is this the best evaluation so far? Counts those without progress, for --patience. Without
@@ -6760,9 +6998,9 @@ private:
         std::fflush(stdout);
     }
 
-    // What to write above a sample that is due after this step; empty: none is. Where an epoch has
-    // ended its mean loss is said, and summing begins anew; epochs of a few steps come too fast to
-    // say anything.
+    // What to write above a sample that is due after this step; empty: none is. epoch: the one that
+    // the step was in. Where it has ended its mean loss is said, and summing begins anew; epochs of
+    // a few steps come too fast to say anything.
     std::string sample_title(int64_t epoch) {
         std::string title;
         if (due(o_.sample_interval)) title = format("sample at step %ld", state_.step);
@@ -6781,18 +7019,15 @@ private:
     void write_sample(const std::string& title, int count) {
         // What the model reads first: the start of a document, and the prompt.
         const int end = corpus_.end_of_text();
-        std::vector<int32_t> tokens =
-            prompt_tokens(o_.prompt, corpus_.tokenizer, model_.config.vocab_size);
+        auto tokens = prompt_tokens(o_.prompt, corpus_.tokenizer, model_.config.vocab_size);
         if (end >= 0) tokens.insert(tokens.begin(), end);
         if (tokens.empty()) tokens.push_back(0);
-        // What it writes. Characters that are cut in two by the last token are made whole.
+        // What it writes. A character of which the last token brought only a part is U+FFFD.
         SampleOptions s;
         s.max_new_tokens = count, s.seed = o_.seed, s.end_of_text = end;
         std::string text = o_.prompt + (o_.prompt.empty() || end >= 0 ? "" : " ");
-        generate(model_, tokens, s, [&](int token) {
-            text += corpus_.text_of(token);
-            return true;
-        });
+        generate(model_, tokens, s,
+                 [&](int token) { return text += text_of_token(corpus_.tokenizer, token), true; });
         Utf8Stream stream;
         const std::string whole = stream.add(text), shown = whole + stream.finish();
         std::printf("\n%s\n%s\n\n", title.c_str(), shown.c_str());
@@ -6817,8 +7052,7 @@ private:
                       "saved at step %ld. Restore the data and go on from the last checkpoint with "
                       "--resume auto",
                       state_.step);
-        stamps_ =
-            stamps;  // touched, or replaced by a new file: what we have open is still the same
+        stamps_ = stamps;  // touched, or replaced by a new file: what we have open is the same
     }
 
     // Saves under the run's folder; returns whether it did. A full disk is a warning: the last good
@@ -6830,13 +7064,11 @@ private:
             format("; %s was not saved at step %ld, ", name.c_str(), state_.step);
         try {
             log_->sync();  // first, so that no checkpoint is ahead of its log
-            save_checkpoint(model_, o_.output + "/" + name,
-                            corpus_.tokenizer ? &*corpus_.tokenizer : nullptr, state_,
-                            with_moments);
+            const Tokenizer* tokenizer = corpus_.tokenizer ? &*corpus_.tokenizer : nullptr;
+            save_checkpoint(model_, o_.output + "/" + name, tokenizer, state_, with_moments);
             return true;
         } catch (const FileError& e) {
-            const bool full = e.code == ENOSPC || e.code == EDQUOT || e.code == EFBIG;
-            if (!full)
+            if (e.code != ENOSPC && e.code != EDQUOT && e.code != EFBIG)
                 fail(e.what() + not_saved +
                      "and training stops, because the next save would fail too. Checkpoints that "
                      "are in " +
@@ -6983,9 +7215,10 @@ private:
                 "the text",
                 100 * (ratio - 1));
         if (!evaluated)
-            v.text += std::string(corpus_.has_val() ? "\nwithout evaluation (--eval-interval 0)"
-                                                    : "\nwithout validation text") +
-                      ", learning cannot be told from memorising";
+            v.text +=
+                std::string(corpus_.val.empty() ? "\nwithout validation text"
+                                                : "\nwithout evaluation (--eval-interval 0)") +
+                ", learning cannot be told from memorising";
         say("verdict", v.text);
         return v;
     }
@@ -7016,7 +7249,7 @@ private:
         const char* prompt = corpus_.tokenizer && o_.prompt.empty() ? " --prompt \"Once\"" : "";
         const std::string program = std::string("./") + Device::kProgram;
         say("next", program + " sample" + retyped(o_, kSample, model + prompt));
-        if (corpus_.has_val()) say("", program + " eval" + retyped(o_, kEval, model));
+        if (!corpus_.val.empty()) say("", program + " eval" + retyped(o_, kEval, model));
         if (v.purpose.empty()) return;
         std::string output = o_.output + "-" + v.purpose;
         while (folder_exists(output)) output += "-2";
@@ -7028,8 +7261,8 @@ private:
     const Corpus& corpus_;
     Gpt2<Device>& model_;
     int B_, T_;
-    DataOrder order_;
-    std::vector<Window> windows_;  // of the validation text; empty: there is none
+    const DataOrder order_;
+    const std::vector<Window> windows_;  // of the validation text; empty: there is none
     std::optional<Log> log_;
     TrainerState state_;                          // where the run stands; what a checkpoint keeps
     std::vector<std::array<int64_t, 4>> stamps_;  // of the shards, when they were known to be good
@@ -7041,103 +7274,23 @@ private:
     std::vector<CurvePoint> train_curve_, val_curve_;
 };
 
-// The mean loss of the same `count` batches of training text every time, or of all the text where
-// that is less. Without dropout, and with a seed of its own, so it is comparable between runs.
-template <class Device>
-double fixed_batches_loss(Gpt2<Device>& model, const Shards& shards, int64_t count,
-                          bool overfit_batch) {
-    const DataOrder order(shards, model.B, model.T, 0, !overfit_batch, overfit_batch);
-    count = std::min(count, (order.blocks_per_epoch() + model.B - 1) / model.B);
-    double total = 0;
-    int64_t scored = 0;
-    Batch batch;
-    for (int64_t i = 0; i < count; ++i) {
-        batch.resize(model.B, model.T);
-        fill_batch(batch, shards, order, i * model.B, model.config.vocab_size);
-        for (auto loss : batch_losses(model, batch)) total += double(loss);
-        scored += batch.scored;
-    }
-    return total / std::max<int64_t>(1, scored);
-}
-
 // =================================================================================================
 // §18 The commands: train, eval, sample, info
 // =================================================================================================
-// We hold the loop. What is left is to find what it works on: the data, the sizes of the model, and
-// the place to begin; and to refuse, before anything is printed or written, what cannot work. Every
-// message says what was expected, what was found, and what to type instead. fail_usage (exit status
-// 2) is for what the user can put right on the command line, fail and TINYGPT_CHECK (1) for the
-// rest.
+// The reader now holds the loop. What is left is to find what it works on: the data, the sizes of
+// the model, and the place to begin; and to refuse, before anything is printed or written, what
+// cannot work. Every message says what was expected, what was found, and what to type instead.
+// fail_usage and TINYGPT_USAGE (exit status 2) are for what the user can put right on the command
+// line, fail and TINYGPT_CHECK (1) for the rest.
+//
+// A command is a function of a device and the options, and returns the exit status:
+//
+//   train    open_corpus, find_start, config_for, the checks, open_model, Trainer::run
+//   eval     the same data and model, without a run: evaluate (§9) once
+//   sample   no data: the tokenizer is in the model's folder; generate (§9)
+//   info     no model either: only its sizes
 
 // ---- The data --------------------------------------------------------------------------------
-
-// A token as text; without a tokenizer its number. A model may have more tokens than its tokenizer:
-// those are shown as <number>.
-inline std::string text_of_token(const std::optional<Tokenizer>& tokenizer, int token) {
-    if (!tokenizer) return std::to_string(token) + " ";
-    if (token >= tokenizer->vocab_size()) return "<" + std::to_string(token) + ">";
-    return std::string(tokenizer->bytes_of(token));
-}
-
-inline std::string Corpus::text_of(int token) const { return text_of_token(tokenizer, token); }
-
-// How many bytes each token stands for: with it a loss in nats a token becomes one in bits a byte,
-// which can be compared between tokenizers.
-inline std::vector<int> Corpus::token_bytes() const {
-    std::vector<int> bytes;
-    for (int id = 0; tokenizer && id < tokenizer->vocab_size(); ++id)
-        bytes.push_back(int(tokenizer->bytes_of(id).size()));
-    return bytes;
-}
-
-// Of each shard's file: its number, its size, and when it was last written to. If none of it has
-// changed, neither has the file.
-inline std::vector<std::array<int64_t, 4>> Corpus::stamps() const {
-    std::vector<std::array<int64_t, 4>> stamps;
-    for (const auto* split : {&train, &val})
-        for (size_t i = 0; *split && i < (*split)->files().size(); ++i) {
-            struct stat s {};
-            ::stat((*split)->files()[i].path.c_str(), &s);
-            stamps.push_back({int64_t(s.st_ino), int64_t(s.st_size), int64_t(s.st_mtim.tv_sec),
-                              int64_t(s.st_mtim.tv_nsec)});
-        }
-    return stamps;
-}
-
-// The checksum of a shard's tokens. Of more than 64 million, only the ends are read: a run must not
-// begin with minutes of reading.
-inline std::string checksum_of(const Shard& shard) {
-    Checksum sum;
-    std::vector<uint16_t> buffer(1 << 16);
-    const int64_t piece = int64_t(buffer.size()), all = shard.tokens;
-    const int64_t stride = all <= 64'000'000 ? piece : std::max(piece, all - piece);
-    for (int64_t at = 0; at < all; at += stride) {
-        const int64_t count = std::min(piece, all - at);
-        shard.read(buffer.data(), at, count);
-        sum.add(buffer.data(), 2 * size_t(count));
-    }
-    return sum.hex();
-}
-
-// The tokenizer, and of each shard its length and its checksum, but no path: a checkpoint remembers
-// this, and data that was moved is the same data.
-inline std::vector<std::string> Corpus::fingerprint() const {
-    std::vector<std::string> list;
-    if (tokenizer) {
-        Checksum sum;
-        const std::string merges = tokenizer->merges_text();
-        sum.add(merges.data(), merges.size());
-        list.push_back(
-            format("tokenizer: %d tokens, %s", tokenizer->vocab_size(), sum.hex().c_str()));
-    }
-    for (auto& [name, split] : {std::pair{"train", &train}, {"val", &val}})
-        for (size_t i = 0; *split && i < (*split)->files().size(); ++i) {
-            const Shard& shard = (*split)->files()[i];
-            list.push_back(
-                format("%s: %ld tokens, %s", name, shard.tokens, checksum_of(shard).c_str()));
-        }
-    return list;
-}
 
 // A folder's name in a glob pattern: every character means itself.
 inline std::string glob_escaped(const std::string& path) {
@@ -7149,20 +7302,20 @@ inline std::string glob_escaped(const std::string& path) {
     return pattern;
 }
 
-// The shards that --train-shards and --val-shards name.
+// The shards that --train-shards and --val-shards name. There is no tokenizer then, and no floor.
 inline Corpus open_shards(const Options& o, bool needs_train) {
-    Corpus corpus;
-    auto open = [](std::optional<Shards>& split, const std::string& pattern) {
-        if (!pattern.empty()) split.emplace(pattern);
-        TINYGPT_CHECK(!split || !split->empty(), "no file matches %s", pattern.c_str());
-    };
-    open(corpus.train, o.train_shards), open(corpus.val, o.val_shards);
-    TINYGPT_CHECK(!needs_train || corpus.train,
+    Corpus corpus(o.train_shards, o.val_shards);
+    for (const Shards* split : {&corpus.train, &corpus.val})
+        TINYGPT_CHECK(split->pattern().empty() || !split->empty(), "no file matches %s",
+                      split->pattern().c_str());
+    TINYGPT_CHECK(!needs_train || !corpus.train.empty(),
                   "--train-shards is missing: there is nothing to train on");
     return corpus;
 }
 
-// The data that the options name. Fails when there is none, saying how to make some.
+// The data that the options name: opens every shard and reads the tokenizer and dataset.json, but
+// no token yet. Fails when there is none, saying how to make some. needs_train: it fails too where
+// there is no training text.
 inline Corpus open_corpus(const Options& o, bool needs_train) {
     if (!o.train_shards.empty() || !o.val_shards.empty()) return open_shards(o, needs_train);
     const char* data = o.data.c_str();
@@ -7170,14 +7323,13 @@ inline Corpus open_corpus(const Options& o, bool needs_train) {
                   "there is no data folder %s: make the default one with ./prepare_data, or one of "
                   "your own with ./prepare_data --input book.txt --output %s",
                   data, data);
-    Corpus corpus;
-    corpus.folder = o.data;
-    corpus.train.emplace(glob_escaped(o.data) + "/train_*.bin");
-    corpus.val.emplace(glob_escaped(o.data) + "/val_*.bin");
-    TINYGPT_CHECK(!needs_train || !corpus.train->empty(),
+    const std::string folder = glob_escaped(o.data);
+    Corpus corpus(folder + "/train_*.bin", folder + "/val_*.bin");
+    TINYGPT_CHECK(!needs_train || !corpus.train.empty(),
                   "%s holds no train_*.bin: make shards with ./prepare_data --input FILE --output "
                   "%s",
                   data, data);
+    corpus.folder = o.data;
     corpus.tokenizer = tokenizer_of(o.data);
     const std::string about = o.data + "/dataset.json";
     if (file_exists(about))
@@ -7195,146 +7347,108 @@ inline void check_same_tokenizer(const Corpus& corpus, const std::string& model_
                   corpus.folder.c_str(), model_folder.c_str(), model_folder.c_str());
 }
 
-// The tokens of a prompt; without a tokenizer, the numbers in it. May be none.
-inline std::vector<int32_t> prompt_tokens(const std::string& text,
-                                          const std::optional<Tokenizer>& tokenizer,
-                                          int vocab_size) {
-    std::vector<int32_t> tokens;
-    if (tokenizer) {
-        for (uint16_t token : tokenizer->encode(text)) tokens.push_back(token);
-        return tokens;
-    }
-    for (const std::string& word : split_at(text, ' ')) {
-        if (word.empty()) continue;
-        int id = -1;
-        const char* end = word.data() + word.size();
-        const auto [stop, error] = std::from_chars(word.data(), end, id);
-        if (error != std::errc() || stop != end || id < 0 || id >= vocab_size)
-            fail_usage("there is no tokenizer: give the prompt as token numbers below " +
-                       std::to_string(vocab_size) + ", not " + shown(word));
-        tokens.push_back(id);
-    }
-    return tokens;
-}
-
-// Refuses training data that is too short, or that holds tokens which the model does not have.
+// Refuses training data that is too short for one batch of --batch-size x T, or that holds tokens
+// which the model does not have, and with it options that this data cannot serve. Reads every token
+// of a split that has at most 200 million.
 inline void check_data(const Options& o, const Corpus& corpus, const Config& config, int T) {
     const int64_t batch = int64_t(o.batch_size) * T;
-    int64_t predictions = 0;
-    for (const Shard& shard : corpus.train->files())
+    int64_t predictions = 0;  // a shard of N tokens has N - 1
+    for (const Shard& shard : corpus.train.files())
         predictions += std::max<int64_t>(0, shard.tokens - 1);
-    // Enough text for one batch. A shard of N tokens has N - 1 predictions.
-    if (predictions < batch)
-        fail_usage(
-            format("the training data has %s tokens, but one batch of %d x %d needs %s (one "
-                   "more than its size): take a smaller --batch-size or --seq-len, or more "
-                   "text",
-                   with_commas(corpus.train->tokens()).c_str(), o.batch_size, T,
-                   with_commas(batch + 1).c_str()));
-    if (o.overfit_batch && corpus.train->files()[0].tokens < batch + 1)
-        fail_usage(
-            "--overfit-batch takes its batch from the first shard, which is too short for "
-            "it");
-    if (o.patience > 0 && !corpus.has_val() && o.eval_batches == 0)
-        fail_usage("--patience needs something to evaluate: validation data, or --eval-batches");
+    TINYGPT_USAGE(predictions >= batch,
+                  "the training data has %s tokens, but one batch of %d x %d needs %s (one more "
+                  "than its size): take a smaller --batch-size or --seq-len, or more text",
+                  with_commas(corpus.train.tokens()).c_str(), o.batch_size, T,
+                  with_commas(batch + 1).c_str());
+    TINYGPT_USAGE(!o.overfit_batch || corpus.train.files()[0].tokens > batch,
+                  "--overfit-batch takes its batch from the first shard, which is too short for "
+                  "it");
+    TINYGPT_USAGE(o.patience == 0 || !corpus.val.empty() || o.eval_batches > 0,
+                  "--patience needs something to evaluate: validation data, or --eval-batches");
     // A prompt that can be read, and tokens that the model has: better now than at step 500.
     prompt_tokens(o.prompt, corpus.tokenizer, config.vocab_size);
     const int64_t quick = 200'000'000;  // tokens; more are checked as they are read
-    for (const auto* split : {&corpus.train, &corpus.val})
-        if (*split && (*split)->tokens() <= quick) (*split)->check_tokens(config.vocab_size);
+    for (const Shards* split : {&corpus.train, &corpus.val})
+        if (split->tokens() <= quick) split->check_tokens(config.vocab_size);
 }
 
 // ---- The model -------------------------------------------------------------------------------
 
-// Calls visit(name, asked, size) for every option that says how large a model is: its value (0: not
-// asked for) and the size that it sets.
-template <class Asked, class Sizes, class Visit>
-void for_each_size(Asked& o, Sizes& config, Visit&& visit) {
+// Calls visit(name, asked, size) for every option that says how large a model is: its value and the
+// member of the config that it sets.
+void for_each_size(auto& o, auto& config, auto&& visit) {
     visit("n-layer", o.n_layer, config.n_layer), visit("n-head", o.n_head, config.n_head);
     visit("n-embd", o.n_embd, config.n_embd);
     visit("n-positions", o.n_positions, config.n_positions);
     visit("vocab-size", o.vocab_size, config.vocab_size);
+    visit("untied-head", o.untied_head, config.untied_head);
 }
 
-// The sizes that the options ask for: those of a preset, some overridden; the vocabulary is the
-// tokenizer's unless it was given. A larger vocabulary than the tokenizer's is allowed: some round
+// The sizes of the model: those of a preset, with the tokenizer's vocabulary; or, with --init-from,
+// those of the folder that its weights come from (`weights`, where a run is resumed). What was
+// typed comes last, so it counts most. A folder's sizes are what they are: options that ask for
+// others are refused, not ignored. A larger vocabulary than the tokenizer's is allowed: some round
 // it up for speed.
-inline Config config_of_options(const Options& o, const Corpus& corpus) {
-    Config config;
-    for (const Preset& preset : presets())
-        if (o.model == preset.name) config = preset.config;
-    // What was typed comes last, so it counts most.
-    if (corpus.tokenizer) config.vocab_size = corpus.tokenizer->vocab_size();
-    for_each_size(o, config,
-                  [](const char*, int asked, int& size) { size = asked ? asked : size; });
-    config.untied_head = o.untied_head;
-    if (config.n_head < 1 || config.n_embd % config.n_head)
-        fail_usage(
-            format("--n-head %d does not divide --n-embd %d: each head takes an equal share "
-                   "of the channels",
-                   config.n_head, config.n_embd));
-    return config;
-}
-
-// A checkpoint's sizes are what they are: options that ask for others are refused, not ignored.
-inline void check_same_sizes(const Options& o, const Config& config, const std::string& folder) {
-    if (o.given("model"))
-        fail_usage("--model and --init-from exclude each other: " + folder + " has its own sizes");
-    auto same = [&](const char* name, int asked, int found) {
-        if (o.given(name) && asked != found)
-            fail_usage(format("--%s %d does not fit --init-from: the model in %s has %d", name,
-                              asked, folder.c_str(), found));
-    };
-    for_each_size(o, config, same);
-    same("untied-head", o.untied_head, config.untied_head);
-}
-
-// The model of a run: that of the folder which its weights come from, or what the options say.
 inline Config config_for(const Options& o, const Corpus& corpus, const std::string& weights = "") {
+    const bool given_weights = !o.init_from.empty();
+    const std::string folder = weights.empty() ? o.init_from : weights;
+    const int tokens = corpus.tokenizer ? corpus.tokenizer->vocab_size() : 0;
     Config config;
-    if (o.init_from.empty()) {
-        config = config_of_options(o, corpus);
-    } else {
-        const std::string folder = weights.empty() ? o.init_from : weights;
+    if (given_weights) {
         config = config_of_folder(folder);
-        check_same_sizes(o, config, folder);
+    } else {
+        for (const Preset& preset : presets())
+            if (o.model == preset.name) config = preset.config;
+        if (tokens) config.vocab_size = tokens;
     }
+    TINYGPT_USAGE(!given_weights || !o.given("model"),
+                  "--model and --init-from exclude each other: %s has its own sizes",
+                  folder.c_str());
+    for_each_size(o, config, [&](const char* name, auto asked, auto& size) {
+        if (!o.given(name)) return;
+        TINYGPT_USAGE(!given_weights || asked == size,
+                      "--%s %d does not fit --init-from: the model in %s has %d", name, asked,
+                      folder.c_str(), size);
+        size = asked;
+    });
     config.dropout = float(o.dropout);
-    if (corpus.tokenizer && config.vocab_size < corpus.tokenizer->vocab_size())
-        fail_usage(format("the vocabulary of %d is smaller than the tokenizer's %d in %s",
-                          config.vocab_size, corpus.tokenizer->vocab_size(),
-                          corpus.folder.c_str()));
+    TINYGPT_USAGE(config.n_head >= 1 && config.n_embd % config.n_head == 0,
+                  "--n-head %d does not divide --n-embd %d: each head takes an equal share of the "
+                  "channels",
+                  config.n_head, config.n_embd);
+    TINYGPT_USAGE(config.vocab_size >= tokens,
+                  "the vocabulary of %d is smaller than the tokenizer's %d in %s",
+                  config.vocab_size, tokens, corpus.folder.c_str());
     return config;
 }
 
-// --seq-len, or where it is not set `otherwise`, if the model has as many positions.
+// How many tokens of a text the model reads at once: --seq-len, or where it is not set `otherwise`,
+// if the model has as many positions. Why not simply all of them: attention's cost grows with the
+// square of T.
 inline int sequence_length(const Options& o, const Config& config, int otherwise = 128) {
     if (o.seq_len == 0) return std::min(otherwise, config.n_positions);
-    if (o.seq_len > config.n_positions)
-        fail_usage(
-            format("--seq-len %d is longer than the model's %d positions: shorten it, or "
-                   "raise --n-positions",
-                   o.seq_len, config.n_positions));
+    TINYGPT_USAGE(o.seq_len <= config.n_positions,
+                  "--seq-len %d is longer than the model's %d positions: shorten it, or raise "
+                  "--n-positions",
+                  o.seq_len, config.n_positions);
     return o.seq_len;
 }
 
-// Refuses sizes that the device cannot hold, saying how much they need and what would fit. Why
-// before allocating: Linux promises memory that it does not have, and kills who uses it.
+// Refuses sizes that the device cannot hold, saying how much they need and what would fit: the
+// batch can be made smaller at no loss, since the same step can be made of several. Why before
+// allocating: Linux promises memory that it does not have, and kills who uses it.
 template <class Device>
 void check_memory(const Device& device, const Config& config, int B, int T, Use use) {
     device.check_sizes(config, B);
     const size_t free = device.free_memory();
     auto need = [&](int rows) { return memory_need<Device>(config, rows, T, use).total(); };
     if (need(B) <= free) return;
-    // Would half as many texts fit, or a quarter? The step can be the same: its batch is then the
-    // sum of several.
+    // Would half as many texts fit, or a quarter?
     int fits = B / 2;
     while (fits > 0 && need(fits) > free) fits /= 2;
-    const std::string advice =
-        fits == 0 ? "choose a smaller --model"
-                  : format(
-                        "--batch-size %d would fit (with --grad-accum-steps %d for the same "
-                        "step)",
+    std::string advice = "choose a smaller --model";
+    if (fits > 0)
+        advice = format("--batch-size %d would fit (with --grad-accum-steps %d for the same step)",
                         fits, (B + fits - 1) / fits);
     fail("these sizes need " + bytes_text(double(need(B))) + " of memory, and " +
          bytes_text(double(free)) + " are free: " + advice);
@@ -7352,7 +7466,9 @@ std::unique_ptr<Gpt2<Device>> open_model(Device device, const Config& config, in
     return model;
 }
 
-// The table at the start of a run: what the model is made of, and what it takes to train it.
+// Two lines at the start of a run: what the model is made of, and what it takes to train it. The
+// weights are the smaller part: gradients and AdamW's two moments have a number for each of them,
+// and activations grow with B and T.
 template <class Device>
 void print_model(const Config& config, int B, int T) {
     say("model", format("%d layers, %d heads, %d channels, %d positions, vocabulary %d%s\n"
@@ -7365,46 +7481,6 @@ void print_model(const Config& config, int B, int T) {
     say("memory", bytes_text(need.total()) + ": weights " + bytes_text(need.weights) +
                       ", gradients " + bytes_text(need.gradients) + ", moments " +
                       bytes_text(need.moments) + ", activations " + bytes_text(need.activations));
-}
-
-// ---- Ctrl-C ----------------------------------------------------------------------------------
-// A signal comes in the middle of anything, even of an allocation, so its handler may do next to
-// nothing: it notes the time. The loop looks at the note after every step.
-
-// When the run was asked to stop, in nanoseconds of a clock that does not jump; 0: it was not. The
-// first time it finishes the step, saves and exits 130; the second time it exits at once, which
-// harms nothing: files are whole or not there.
-inline std::atomic<int64_t>& stop_asked() {
-    static std::atomic<int64_t> when{0};
-    static_assert(std::atomic<int64_t>::is_always_lock_free, "a signal handler must not wait");
-    return when;
-}
-inline int64_t steady_nanoseconds() {
-    timespec now{};
-    ::clock_gettime(CLOCK_MONOTONIC, &now);
-    return int64_t(now.tv_sec) * 1'000'000'000 + now.tv_nsec + 1;
-}
-inline std::atomic<int64_t (*)()> stop_clock{steady_nanoseconds};  // a test has a clock of its own
-// Careful: nothing in here may lock or allocate.
-inline void on_stop_signal(int) {
-    const int64_t nanoseconds = stop_clock.load()();
-    int64_t first = 0;
-    if (stop_asked().compare_exchange_strong(first, nanoseconds)) return;
-    // Why: `timeout` and a closing terminal send two signals at once and mean one.
-    if (nanoseconds - first > 50'000'000) ::_exit(130);
-}
-// Ctrl-C, `kill` and a closed terminal ask the run to stop. A closed pipe and a file-size limit are
-// no deaths: the write that met them fails, and says so.
-inline void catch_signals() {
-    stop_asked() = 0;
-    struct sigaction action = {}, before = {};
-    action.sa_handler = on_stop_signal;
-    for (int number : {SIGINT, SIGTERM}) ::sigaction(number, &action, nullptr);
-    // Under nohup a closed terminal is to be ignored, so we do.
-    ::sigaction(SIGHUP, nullptr, &before);
-    if (before.sa_handler != SIG_IGN) ::sigaction(SIGHUP, &action, nullptr);
-    ::signal(SIGPIPE, SIG_IGN);
-    ::signal(SIGXFSZ, SIG_IGN);
 }
 
 // ---- train: where a run begins, and whether it may -------------------------------------------
@@ -7420,7 +7496,9 @@ inline std::string output_folder(const Options& o) {
     return "out/" + (name.empty() || name == "." || name == ".." ? "run" : name);
 }
 
-// One run in a folder at a time. The lock is the kernel's: it goes when the process goes.
+// One run in a folder at a time. The lock is held while the returned handle lives; it is the
+// kernel's, so it goes when the process goes, however it dies. Fails where another run holds it; a
+// file system that knows no locks is only warned of.
 inline FileHandle lock_folder(const std::string& folder) {
     const std::string path = folder + "/lock";
     FileHandle file(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666));
@@ -7436,8 +7514,7 @@ inline FileHandle lock_folder(const std::string& folder) {
 
 // Whether two paths lead to one folder.
 inline bool same_folder(const std::string& a, const std::string& b) {
-    struct stat x {};
-    struct stat y {};
+    struct stat x = {}, y = {};
     return ::stat(a.c_str(), &x) == 0 && ::stat(b.c_str(), &y) == 0 && x.st_dev == y.st_dev &&
            x.st_ino == y.st_ino;
 }
@@ -7453,14 +7530,9 @@ inline void check_output(const Options& o) {
                   o.output.c_str());
 }
 
-// Where a run begins: afresh, or at a checkpoint that verifies.
-struct Start {
-    std::string folder;  // of the checkpoint; empty: afresh
-    TrainerState state;
-};
-
-// The checkpoint that was named, or the newest that verifies; then says which were passed over, and
-// why.
+// With --resume DIR that checkpoint, which must verify. With --resume auto the newest that does;
+// those passed over are named on standard error, with the reason. Why: a checkpoint on a disk that
+// was failing may be damaged, and the one before it is an hour's work, not the run's.
 inline Start find_start(const Options& o) {
     if (o.resume.empty()) return {};
     if (o.resume != "auto") return {o.resume, verify_checkpoint(o.resume)};
@@ -7480,46 +7552,42 @@ inline Start find_start(const Options& o) {
     return {};
 }
 
-// What was left to the program to choose, as if the user had said so: a checkpoint remembers it,
-// and a default that a later version changes does not change a run that is half done.
-template <class Device>
-void settle(Options& o, const Config& config, int T) {
-    for_each_size(o, config, [](const char*, int& asked, int size) { asked = size; });
-    o.untied_head = config.untied_head, o.seq_len = T;
-    if (o.precision.empty() && Device::kHostMemory) o.precision = "fp32";
-}
-
 // A resumed run must be the run that was interrupted: names what has changed. Why not the paths:
 // data that was moved is the same data, and is known by its checksums; weights that the run once
 // began with have become the checkpoint's.
 inline void check_same_run(const Options& o, const Start& start, const Corpus& corpus,
                            const std::string& program) {
+    auto refuse = [](const std::string& found, const char* wanted) {
+        fail_usage(found + ": resume with " + wanted + ", or say --override to go on all the same");
+    };
     const std::string& folder = start.folder;
-    const std::string advice = ", or say --override to go on all the same";
+    // The options, one by one.
     const std::set<std::string> paths = {"data", "train-shards", "val-shards", "init-from"};
     auto value = [](const std::string& text) { return text.empty() ? "(not set)" : text; };
-    // The options, one by one.
     for (auto& [name, now] : options_that_change_numbers(o))
         for (auto& [saved_name, saved] : start.state.options)
             if (name == saved_name && now != saved && !paths.count(name))
-                fail_usage(folder + " was made with --" + name + " " + value(saved) +
-                           ", now it is " + value(now) + ": resume with the same options" + advice);
+                refuse(folder + " was made with --" + name + " " + value(saved) + ", now it is " +
+                           value(now),
+                       "the same options");
     // The program: a GPU adds up in another order.
     if (start.state.program != program)
-        fail_usage(folder + " was made by ./" + start.state.program +
-                   ", whose sums are rounded differently: resume with that" + advice);
+        refuse(folder + " was made by ./" + start.state.program +
+                   ", whose sums are rounded differently",
+               "that");
     // The data.
     std::vector<std::string> now = corpus.fingerprint(), saved = start.state.data;
     now.resize(std::max(now.size(), saved.size()), "none"), saved.resize(now.size(), "none");
     for (size_t i = 0; i < now.size(); ++i)
         if (now[i] != saved[i])
-            fail_usage("the data has changed since " + folder + " was saved (" + saved[i] +
-                       "; now " + now[i] + "): resume with the same data" + advice);
+            refuse("the data has changed since " + folder + " was saved (" + saved[i] + "; now " +
+                       now[i] + ")",
+                   "the same data");
 }
 
-// Sets the model's weights, and when it resumes its moments, to where the run begins.
-template <class Device>
-void load_start(Gpt2<Device>& model, const Options& o, const Start& start) {
+// Sets the model's weights, and when it resumes AdamW's moments, to where the run begins: those of
+// the checkpoint, or of --init-from (fine-tuning: the weights only), or new random ones.
+void load_start(auto& model, const Options& o, const Start& start) {
     if (!start.folder.empty())
         load_weights(model, start.folder), load_moments(model, start.folder);
     else if (!o.init_from.empty())
@@ -7560,11 +7628,16 @@ int train_command(Device device, const Options& given) {
     // Does it fit together?
     const Config config = config_for(o, corpus, start.folder);
     const int B = o.batch_size, T = sequence_length(o, config);
-    settle<Device>(o, config, T);
+    // What was left to the program to choose, as if the user had said so: a checkpoint remembers
+    // it, and a default that a later version changes does not change a run that is half done.
+    for_each_size(o, config, [](const char*, auto& asked, auto size) { asked = size; });
+    o.seq_len = T;
+    if (o.precision.empty() && Device::kHostMemory) o.precision = "fp32";
     if (!o.init_from.empty() && !resumed) check_same_tokenizer(corpus, o.init_from);
     check_data(o, corpus, config, T);
-    if (resumed && !o.override_changes) check_same_run(o, start, corpus, Device::kProgram);
-    if (resumed && !o.override_changes && start.state.finished) {
+    const bool same_run = resumed && !o.override_changes;
+    if (same_run) check_same_run(o, start, corpus, Device::kProgram);
+    if (same_run && start.state.finished) {
         std::printf("%s is finished: %ld steps. Nothing to do\n", o.output.c_str(),
                     start.state.step);
         return 0;
@@ -7584,64 +7657,34 @@ int train_command(Device device, const Options& given) {
     say("tinygpt", device.describe());
     std::printf("%s", describe(o).c_str());
     say("data", (corpus.folder.empty() ? "shards" : corpus.folder) + ": " +
-                    with_commas(corpus.train->tokens()) + " training tokens, " +
-                    with_commas(corpus.has_val() ? corpus.val->tokens() : 0) + " for validation");
+                    with_commas(corpus.train.tokens()) + " training tokens, " +
+                    with_commas(corpus.val.tokens()) + " for validation");
     print_model<Device>(config, B, T);
     if (resumed) say("resumed", start.folder);
     if (!resumed && !o.init_from.empty()) say("weights", "from " + o.init_from);
     catch_signals();
-    return trainer.run(start.state, start.folder);
-}
-
-// ---- What to type next -----------------------------------------------------------------------
-
-// One word of a shell's command line that means this text. Within single quotes everything but a
-// single quote means itself; that one is written '\'' between two quoted parts.
-inline std::string shell_word(const std::string& text) {
-    auto plain = [](char c) { return std::isalnum(uint8_t(c)) || std::strchr("_-+=:,./@%", c); };
-    if (!text.empty() && std::all_of(text.begin(), text.end(), plain)) return text;
-    std::string word = "'";
-    for (char c : text) word += c == '\'' ? "'\\''" : std::string(1, c);
-    return word + "'";
-}
-
-// The options that the user set and `command` takes, typed again, and `others`, which replace those
-// of the same name. --max-steps replaces whatever says how long a run is.
-inline std::string retyped(const Options& o, Command command, const std::string& others) {
-    const std::set<std::string> of_one_run = {"config", "help", "output", "resume", "override"};
-    const bool length = others.find("--max-steps ") != others.npos;
-    std::string line;
-    for (const Option& option : option_table()) {
-        const std::string name = std::string("--") + option.name, value = value_text(o, option);
-        if (!(option.commands & command) || !o.given(option.name) || of_one_run.count(option.name))
-            continue;
-        if (others.find(name + " ") != others.npos ||
-            (length && option.group == std::string("length")))
-            continue;
-        line += " " + name + (value.starts_with("--") ? "=" : " ") + shell_word(value);
-    }
-    return line + " " + others;
+    return trainer.run(start);
 }
 
 // ---- eval ------------------------------------------------------------------------------------
 
-// The folder of the model that a command is about.
+// The folder of the model that a command is about; it must be named.
 inline const std::string& need_init_from(const Options& o) {
-    if (o.init_from.empty())
-        fail_usage("--init-from is missing: name the folder of a model, such as out/stories/best");
+    TINYGPT_USAGE(!o.init_from.empty(),
+                  "--init-from is missing: name the folder of a model, such as out/stories/best");
     return o.init_from;
 }
 
 // HellaSwag (Zellers et al. 2019): which of four endings fits? The ending of the lowest mean loss
-// is the model's answer, so a quarter is right by luck. The file is llm.c's (facts in its
+// is the model's answer, so a quarter is right by luck, and GPT-2 small is right in about 3 of 10.
+// Why the mean: a sum would prefer whatever ending is short. The file is llm.c's (facts in its
 // dev/data/hellaswag.py): a header of 256 int32, of which 20240522, 1, the number of examples and
 // the longest; then each example as uint16:
 //   65535, its bytes, its index, the label, 4, then a length and so many tokens for the context and
 //   for each of the four endings
 struct HellaswagExample {
     int label = 0;  // which ending is right
-    std::vector<uint16_t> context;
-    std::vector<uint16_t> endings[4];
+    std::vector<uint16_t> context, endings[4];
 };
 
 // All examples of a file; fails where it is damaged, or of another vocabulary.
@@ -7697,8 +7740,7 @@ inline std::vector<HellaswagExample> read_hellaswag(const std::string& path, int
 
 // The mean loss of each ending after its context; a text too long for T loses its beginning. The
 // four texts are the rows of one batch; only targets within the endings are scored.
-template <class Device>
-std::array<double, 4> score_endings(Gpt2<Device>& model, const HellaswagExample& e) {
+std::array<double, 4> score_endings(auto& model, const HellaswagExample& e) {
     // No longer a batch than the texts need: most are short.
     size_t longest = 0;
     for (const auto& ending : e.endings)
@@ -7729,9 +7771,8 @@ std::array<double, 4> score_endings(Gpt2<Device>& model, const HellaswagExample&
     return mean;
 }
 
-// How many examples the model answers right.
-template <class Device>
-int hellaswag_command(Device device, const Options& o, const Config& config) {
+// Prints how many examples the model answers right.
+int hellaswag_command(auto device, const Options& o, const Config& config) {
     const auto examples = read_hellaswag(o.hellaswag, config.vocab_size);
     const int T = sequence_length(o, config, config.n_positions);
     const auto model = open_model(device, config, 4, T, Use::evaluation, o.init_from);
@@ -7745,25 +7786,27 @@ int hellaswag_command(Device device, const Options& o, const Config& config) {
     return 0;
 }
 
-// The loss of a model on the validation text, every token of it once: in nats a token, as a
-// perplexity (e^loss: among how many tokens it hesitates), and in bits a byte of text.
-template <class Device>
-int eval_command(Device device, const Options& o) {
+// The loss of a model on the validation text, every token of it once, in three units.
+//   val loss    nats a token: the mean of -log p of the token that came
+//   perplexity  e^loss: among how many tokens, all equally likely, it might as well hesitate
+//   bits/byte   what the text would take, compressed by this model. Careful: the other two depend
+//               on the tokenizer; only this one compares models that cut text differently
+int eval_command(auto device, const Options& o) {
     const Config config = config_of_folder(need_init_from(o));
     if (!o.hellaswag.empty()) return hellaswag_command(device, o, config);
     const Corpus corpus = open_corpus(o, false);
     check_same_tokenizer(corpus, o.init_from);
-    TINYGPT_CHECK(corpus.has_val(),
+    TINYGPT_CHECK(!corpus.val.empty(),
                   "there is no validation data: make some with ./prepare_data --val-fraction, or "
                   "name shards with --val-shards");
     const int T = sequence_length(o, config);
     const auto model = open_model(device, config, o.batch_size, T, Use::evaluation, o.init_from);
-    const auto windows = evaluation_windows(*corpus.val, T, corpus.document_start());
+    const auto windows = evaluation_windows(corpus.val, T, corpus.document_start());
     TINYGPT_CHECK(!windows.empty(),
                   "the validation data is too short: at least two tokens are needed");
     // Score it, then print it in the units that others use.
     const double begin = now_seconds();
-    const Evaluation e = evaluate(*model, *corpus.val, windows, corpus.token_bytes());
+    const Evaluation e = evaluate(*model, corpus.val, windows, corpus.token_bytes());
     const double speed = double(e.tokens) / (now_seconds() - begin);
     say("val loss",
         format("%.9g nats a token over ", e.loss()) + with_commas(e.tokens) + " tokens");
@@ -7773,23 +7816,16 @@ int eval_command(Device device, const Options& o) {
         say("floor", format("%.6f: the loss is %.2f %% above it", corpus.floor,
                             100 * (e.loss() / corpus.floor - 1)));
     say("speed", with_commas(int64_t(speed)) + " tokens a second");
-    if (o.given("eval-batches") && o.eval_batches > 0 && corpus.train && !corpus.train->empty())
+    if (o.given("eval-batches") && o.eval_batches > 0 && !corpus.train.empty())
         say("train loss", format("%.9g nats a token over fixed batches",
-                                 fixed_batches_loss(*model, *corpus.train, o.eval_batches, false)));
+                                 fixed_batches_loss(*model, corpus.train, o.eval_batches, false)));
     return 0;
 }
 
 // ---- sample ----------------------------------------------------------------------------------
 
-// The prompt's text: --prompt, or a file, or standard input.
-inline std::string prompt_text(const Options& o) {
-    if (o.prompt_file.empty()) return o.prompt;
-    return read_file(o.prompt_file == "-" ? "/dev/stdin" : o.prompt_file, size_t(1) << 26);
-}
-
 // The likeliest next tokens, with their probabilities: what the softmax says, before any sampling.
-template <class Device>
-void show_top(Gpt2<Device>& model, const std::vector<int32_t>& tokens,
+void show_top(auto& model, const std::vector<int32_t>& tokens,
               const std::optional<Tokenizer>& tokenizer, int count) {
     // Of a prompt that is too long, the end counts.
     const size_t context = size_t(std::min(model.config.n_positions, model.T));
@@ -7806,8 +7842,7 @@ void show_top(Gpt2<Device>& model, const std::vector<int32_t>& tokens,
 
 // One text, shown while it is made. What is not text goes to standard error, so that a file of
 // samples holds nothing else. It stops when nobody reads any more (head closes the pipe).
-template <class Device>
-void write_text(Gpt2<Device>& model, const std::vector<int32_t>& tokens,
+void write_text(auto& model, const std::vector<int32_t>& tokens,
                 const std::optional<Tokenizer>& tokenizer, const SampleOptions& options) {
     Utf8Stream stream;
     int64_t count = 0;
@@ -7829,15 +7864,16 @@ void write_text(Gpt2<Device>& model, const std::vector<int32_t>& tokens,
                      model.config.n_positions, slides);
 }
 
-// --num-samples texts, each with a seed of its own; or, with --show-top, the likeliest next tokens.
-template <class Device>
-int sample_command(Device device, const Options& o) {
+// --num-samples texts, each behind the prompt and with a seed of its own; or, with --show-top, the
+// likeliest next tokens. Without a prompt a text begins where a document does.
+int sample_command(auto device, const Options& o) {
     const Config config = config_of_folder(need_init_from(o));
     const std::optional<Tokenizer> tokenizer = tokenizer_of(o.init_from);
     if (tokenizer && tokenizer->vocab_size() > config.vocab_size)
         fail(o.init_from + ": its tokenizer has more tokens than its model");
     const int end_of_text = tokenizer ? tokenizer->end_of_text() : -1;
-    const std::string prompt = prompt_text(o);
+    const std::string file = o.prompt_file == "-" ? "/dev/stdin" : o.prompt_file;
+    const std::string prompt = file.empty() ? o.prompt : read_file(file, size_t(1) << 26);
     std::vector<int32_t> tokens = prompt_tokens(prompt, tokenizer, config.vocab_size);
     if (tokens.empty()) tokens.push_back(std::max(0, end_of_text));
     const auto model =
@@ -7855,8 +7891,9 @@ int sample_command(Device device, const Options& o) {
 
 // ---- info ------------------------------------------------------------------------------------
 
-// Every tensor, and what memory and time the model takes. Nothing is allocated: also for models
-// that this machine could never train.
+// Every tensor, and what memory and time the model takes. share: of all parameters; decays: whether
+// AdamW pulls it towards 0. Nothing is allocated: also for models that this machine could never
+// train.
 template <class Device>
 int info_command(Device device, const Options& o) {
     const Corpus corpus = o.given("data") ? open_corpus(o, false) : Corpus();
@@ -7890,46 +7927,9 @@ int info_command(Device device, const Options& o) {
 // =================================================================================================
 // §19 bench and walk: how fast it is, and what it does
 // =================================================================================================
-// We hold a program that trains. Two commands look inside: bench times every layer against what the
-// machine can do, walk prints all numbers of one step that is small enough to follow by hand.
-
-// ---- The peak of bf16 products on a CPU ------------------------------------------------------
-
-// What the tiles of §10 reach when their panels lie in the first cache and nothing has to be
-// packed: operations a second of one thread, the best of eight. It is the yardstick for whole
-// products: what they lose, they lose on packing, on the caches, and on ragged edges. A packed
-// element is a pair of numbers, so it is two multiply-adds, four operations.
-template <class Tiles>
-double pair_tile_flops() {
-    constexpr int R = Tiles::kRows, N = Tiles::kCols, kSteps = 128, kCalls = 500;
-    [[maybe_unused]] Tiles setup{};
-    alignas(64) float c[R * N] = {};
-    Scratch scratch_a, scratch_b;
-    uint32_t* a = scratch_a.get<uint32_t>(R * kSteps);
-    uint32_t* b = scratch_b.get<uint32_t>(N * kSteps);
-    std::fill(a, a + R * kSteps, 0x3f803f80u), std::fill(b, b + N * kSteps, 0x3f803f80u);  // ones
-    double best = 0;
-    for (int trial = 0; trial < 8; ++trial) {
-        const double begin = now_seconds();
-        for (int call = 0; call < kCalls; ++call) Tiles::tile(c, N, a, b, R, kSteps, true);
-        best = std::max(best, 4.0 * R * N * kSteps * kCalls / (now_seconds() - begin));
-    }
-    volatile float sink = c[0];  // so that the sums are needed
-    (void)sink;
-    return best;
-}
-
-// On all threads at once; 0 where the CPU has no bf16 products.
-template <class real>
-double Cpu<real>::bf16_peak_flops() const {
-    double total = 0;
-#pragma omp parallel reduction(+ : total)
-    if (MatrixTiles::usable())
-        total += pair_tile_flops<MatrixTiles>();
-    else if (cpu_has_bf16_dot())
-        total += pair_tile_flops<PairTiles>();
-    return total;
-}
+// The reader now holds a program that trains. Two commands look inside: bench times every layer
+// against what the machine can do, walk prints all numbers of one step that is small enough to
+// follow by hand.
 
 // ---- bench -----------------------------------------------------------------------------------
 // The functions are those the model calls, on the buffers it calls them with, packing included.
@@ -7941,33 +7941,42 @@ double Cpu<real>::bf16_peak_flops() const {
 // to and from memory. Each takes a least time at the machine's peak; the longer one binds, and the
 // last column says what share of its peak was reached (the roofline model; Williams et al. 2009).
 //   linear c_attn  12 calls  3.990 ms a call  227.0 GFLOP/s  0.9 GB/s   61.4 % of FLOP/s
-// First all functions of a step, at the batch size that was asked for, and the step itself. Then
-// the forward pass at 256, 1024 and 4096 rows (--seq-len of which make a text): of --model gpt2
-// those are the products to which the literature's figures refer.
+// Large products should come near their peak, and most of a step's time should be theirs.
+// Embedding, layernorm, the norm and AdamW do little with each number they touch: GB/s binds them,
+// and faster arithmetic would not help. What is far below both peaks is what to look at: too little
+// work for all cores (try more rows), or a function that could be better.
+//
+// First all functions of a step, at the batch size that was asked for, and the step itself: a step
+// that takes much longer than their sum loses its time between them. Then the forward pass at 256,
+// 1024 and 4096 rows (--seq-len of which make a text): of --model gpt2 those are the products to
+// which the literature's figures refer.
 
 template <class Device>
 class Bench {
 public:
-    // Makes a model with random weights, and a batch of random tokens.
+    // Makes a model with random weights, and a batch of random tokens: speed does not depend on
+    // what the numbers are.
     Bench(const Device& device, const Config& config, int B, int T)
-        : config_(config), T_(T), most_B_(room_for(device, config, B, T)),
+        : config_(config), C(config.n_embd), V(config.vocab_size), NH(config.n_head),
+          HS(config.head_size()), T_(T), most_B_(room_for(device, config, B, T)),
           model_(open_model(device, config, most_B_, T, Use::training)), device_(model_->device) {
         model_->initialise(1);
         set_batch_size(B);
     }
 
+    // Measures and prints all tables; half a second for every row.
     void run() {
         show_machine();
         const double step = step_seconds();
         title("function");
         forward_layers(), backward_layers(), update();
-        const double flops = flops_per_token(config_, T_) * rows_;
+        const double flops = flops_per_token(config_, T_) * rows_ / step;
         std::printf("\nsum of the above  %.2f ms; a whole step takes %.2f ms\n", total_ * 1e3,
                     step * 1e3);
         std::printf("whole step        %s tokens a second, %.1f GFLOP/s, %.1f %% of the peak\n",
-                    with_commas(int64_t(rows_ / step)).c_str(), flops / step / 1e9,
-                    100 * flops / step / product_peak_flops(device_));
-        for (int rows : {256, 1024, kMaxDepthRows}) {
+                    with_commas(int64_t(rows_ / step)).c_str(), flops / 1e9,
+                    100 * flops / product_peak_flops(device_));
+        for (int rows : {256, 1024, kMostRows}) {
             if (rows < T_ || rows / T_ > most_B_) continue;
             set_batch_size(rows / T_);
             forward(*model_, Pass{B_, T_});  // so that there are numbers in all rows
@@ -7978,16 +7987,15 @@ public:
     }
 
 private:
-    using Activation = typename Device::Activation;
-    using Weight = typename Device::Weight;
-    using Gradient = typename Device::Gradient;
     using Real = typename Device::Real;
-    static constexpr double kA = sizeof(Activation), kW = sizeof(Weight), kR = sizeof(Real);
-    static constexpr int kMaxDepthRows = 4096;
+    static constexpr double kA = sizeof(typename Device::Activation), kR = sizeof(Real),
+                            kW = sizeof(typename Device::Weight),
+                            kG = sizeof(typename Device::Gradient);
+    static constexpr int kMostRows = 4096;
 
     // The batch size to reserve room for: that of the largest table, where there is memory for it.
     static int room_for(const Device& device, const Config& config, int B, int T) {
-        const int most = std::max(B, kMaxDepthRows / T);
+        const int most = std::max(B, kMostRows / T);
         const size_t need = memory_need<Device>(config, most, T, Use::training).total();
         return need < device.free_memory() ? most : B;
     }
@@ -7996,30 +8004,32 @@ private:
     void set_batch_size(int B) {
         B_ = B, rows_ = B * T_;
         batch_.resize(B, T_);
-        const uint64_t V = uint64_t(config_.vocab_size);
         for (size_t i = 0; i < size_t(rows_); ++i) {
-            batch_.inputs[i] = int32_t(random_bits(7, i) % V);
-            batch_.targets[i] = int32_t(random_bits(8, i) % V);
+            batch_.inputs[i] = int32_t(random_bits(7, i) % uint64_t(V));
+            batch_.targets[i] = int32_t(random_bits(8, i) % uint64_t(V));
         }
         batch_.scored = rows_;
         batch_.sort_rows();
         set_batch(*model_, batch_);
     }
 
-    // What a function must at least do: operations, and bytes to and from memory. product: it is
-    // a matrix product, which has a peak of its own.
+    // What a function must at least do: operations (a multiply-add is two), and bytes to and from
+    // memory if everything it is given is read once and everything it makes written once. product:
+    // it is a matrix product, which has a peak of its own.
     struct Work {
         double flops = 0, bytes = 0;
         bool product = false;
     };
-    // A linear layer [rows, in] x [in, out]: one product, or several of its size.
+    // A linear layer [rows, in] x [in, out]: one product, or several of its size. Forward is one;
+    // backward two, for dx and for dw; the head both ways all three.
     Work product(double in, double out, int times = 1) const {
         const double n = rows_;
         return {times * 2 * n * in * out, times * (kA * n * (in + out) + kW * in * out), true};
     }
-    // [rows, C], read or written so many times.
-    Work stream(int times) const { return {0, times * kA * rows_ * config_.n_embd, false}; }
+    // [rows, C], read or written so many times. What little is computed on the way is not counted.
+    Work stream(int times) const { return {0, times * kA * rows_ * C, false}; }
 
+    // The yardsticks first: what is measured here is what all rows are held against.
     void show_machine() {
         const double bf16_peak = device_.bf16_peak_flops();
         peak_bytes_ = device_.peak_bandwidth();
@@ -8029,16 +8039,16 @@ private:
         std::printf("%.1f GB/s\n", peak_bytes_ / 1e9);
         std::printf(
             "model             %d layers, %d heads, %d channels, vocabulary %d; B=%d T=%d\n\n",
-            config_.n_layer, config_.n_head, config_.n_embd, config_.vocab_size, B_, T_);
+            config_.n_layer, NH, C, V, B_, T_);
     }
     static void title(const char* first) {
         std::printf("%-22s %6s %10s %12s %12s %10s\n", first, "calls", "ms a call", "GFLOP/s",
                     "GB/s", "of peak");
     }
 
-    // Median seconds of f; runs it for about half a second, but at least three times.
-    template <class F>
-    double median_seconds(F&& f) {
+    // Median seconds of f; runs it for about half a second, but at least three times. Why not the
+    // least, as for the peaks: a step is made of usual calls, not of lucky ones.
+    double median_seconds(auto&& f) {
         std::vector<double> times;
         f(), device_.synchronize();
         const double end = now_seconds() + 0.5;
@@ -8054,8 +8064,7 @@ private:
 
     // Times f(i) for every i below `calls`, such as all layers, and prints a row. What binds it is
     // the resource that it would need longer for.
-    template <class F>
-    void row(const std::string& name, int calls, Work work, F&& f) {
+    void row(const char* name, int calls, Work work, auto&& f) {
         const double seconds = median_seconds([&] {
             for (int i = 0; i < calls; ++i) f(i);
         });
@@ -8065,13 +8074,13 @@ private:
         // The least seconds by either resource, against those it took.
         const double each = seconds / calls;
         const double least_flops = work.flops / peak, least_bytes = work.bytes / peak_bytes_;
-        std::printf("%-22s %6d %10.3f %12.1f %12.1f %8.1f %% of %s\n", name.c_str(), calls,
-                    each * 1e3, work.flops / each / 1e9, work.bytes / each / 1e9,
+        std::printf("%-22s %6d %10.3f %12.1f %12.1f %8.1f %% of %s\n", name, calls, each * 1e3,
+                    work.flops / each / 1e9, work.bytes / each / 1e9,
                     100 * std::max(least_flops, least_bytes) / each,
                     least_flops > least_bytes ? "FLOP/s" : "GB/s");
     }
 
-    // A whole training step, of one batch.
+    // Seconds of a whole training step, of one batch: forward, backward, guards and update.
     double step_seconds() {
         StepOptions options;
         options.rate.peak = 1e-5;
@@ -8081,18 +8090,18 @@ private:
     }
 
     // Times f(layer, weights, gradients) over all layers, each of them `each` times.
-    template <class F>
-    void layer_row(const char* name, int each, Work work, F&& f) {
+    void layer_row(const char* name, int each, Work work, auto&& f) {
         row(name, each * config_.n_layer, work, [&](int i) {
             const size_t l = size_t(i % config_.n_layer);
             f(model_->a.layers[l], model_->w.h[l], model_->g.h[l]);
         });
     }
 
+    // The rows of a forward pass: in every layer the call that forward (§5) makes there.
     void forward_layers() {
         Device& d = device_;
         auto& a = model_->a;
-        const int n = rows_, C = config_.n_embd, NH = config_.n_head, HS = config_.head_size();
+        const int n = rows_;
         row("embed", 1, stream(3), [&](int) {
             d.embed_forward(a.embedded, a.inputs, model_->w.wte, model_->w.wpe, B_, T_, C, 0, {});
         });
@@ -8121,21 +8130,21 @@ private:
         });
     }
 
-    // The head alone: that of an evaluation.
+    // The head forward only: that of an evaluation. With GPT-2's vocabulary it is by far the
+    // largest product.
     void head() {
         auto& a = model_->a;
-        const int C = config_.n_embd, V = config_.vocab_size;
         row("head", 1, product(C, V), [&](int) {
             device_.head_forward(a.losses, a.logits, a.ln_f, model_->w.lm_head, a.targets, rows_, C,
                                  V);
         });
     }
 
+    // The rows of a backward pass (§6), from the head down. Gradients are set, not added to.
     void backward_layers() {
         Device& d = device_;
         auto& a = model_->a;
-        const int n = rows_, C = config_.n_embd, V = config_.vocab_size, NH = config_.n_head,
-                  HS = C / NH;
+        const int n = rows_;
         row("head, both ways", 1, product(C, V, 3), [&](int) {
             d.head_forward_backward(a.losses, a.dnarrow, model_->g.lm_head, a.logits, a.ln_f,
                                     model_->w.lm_head, a.targets, n, C, V, Real(1.0 / n), false);
@@ -8172,10 +8181,11 @@ private:
         });
     }
 
+    // The rows of the update (§7): all parameters at once, so memory's speed is all that counts.
     void update() {
         auto& m = *model_;
         const size_t size = m.layout.size;
-        const double gradient_bytes = sizeof(Gradient) * double(size);
+        const double gradient_bytes = kG * double(size);
         row("gradient norm", 1, {0, gradient_bytes},
             [&](int) { device_.gradient_norm(m.state, m.grads, size); });
         // Reads gradients, masters and both moments; writes the last three, and working weights.
@@ -8186,18 +8196,19 @@ private:
         });
     }
 
-    Config config_;
-    int T_, most_B_, B_ = 0, rows_ = 0;  // rows_: B T
+    const Config config_;
+    const int C, V, NH, HS, T_, most_B_;
+    int B_ = 0, rows_ = 0;  // rows_: B T
     std::unique_ptr<Gpt2<Device>> model_;
     Device& device_;
     Batch batch_;
     double peak_bytes_ = 1, total_ = 0;
 };
 
-template <class Device>
-int bench_command(Device device, const Options& o) {
+// --model and its sizes, with random weights: no data and no checkpoint are needed.
+int bench_command(auto device, const Options& o) {
     const Config config = config_for(o, Corpus());
-    Bench<Device>(device, config, o.batch_size, sequence_length(o, config)).run();
+    Bench(device, config, o.batch_size, sequence_length(o, config)).run();
     return 0;
 }
 
@@ -8205,10 +8216,12 @@ int bench_command(Device device, const Options& o) {
 // B = 2 rows of T = 4 tokens, C = 8 channels, 2 heads, 2 layers, a vocabulary of 11 words, in
 // double: a step small enough to follow with a pocket calculator. It goes the way of §2-8 (batch,
 // forward, loss, backward, update), and their comments quote lines of what this prints ("walk>"); a
-// test holds them to it. Beside every result stands how to get it by hand.
+// test holds them to it. Beside every result stands how to get it by hand. The numbers are the same
+// on every machine: random weights are a function of the seed (§1).
 
 class Walk {
 public:
+    // Makes the model and the batch: two layers, two heads.
     Walk() : model_({2, 2, kC, kT, kV}) {
         model_.initialise(1);
         // Ten times the usual weights: so small a model would show nothing but zeros.
@@ -8224,7 +8237,8 @@ public:
         set_batch(model_, batch_);
     }
 
-    // The whole walk, as text.
+    // The whole walk, as text. Careful: the order counts, as each part works on what the one before
+    // it left in the model.
     std::string text() {
         show_batch(), show_forward(), show_loss(), show_backward();
         show_update(), show_dropout(), show_effect();
@@ -8246,11 +8260,13 @@ private:
         for (int i = 0; i < std::min(columns, 6); ++i) out_ += format(" %8.4f", x[i]);
         out_ += columns > 6 ? " ...\n" : "\n";
     }
+    // The mean loss of the batch, in nats a token. Runs forward, so it sets all activations.
     double loss() {
         const std::vector<double> losses = batch_losses(model_, batch_);
         return std::accumulate(losses.begin(), losses.end(), 0.0) / kRows;
     }
 
+    // Row 1 goes on where row 0 ends, so the last target of row 0 is the first input of row 1.
     void show_batch() {
         title("The batch: two rows of four tokens; the targets are the same text, one later");
         for (int i = 0; i < kRows; ++i)
@@ -8258,6 +8274,8 @@ private:
                            kText[i], kWords[kText[i]], kText[i + 1], kWords[kText[i + 1]]);
     }
 
+    // Every buffer is [8, ...]: one row for each of the 8 tokens. x_mid and x_out are the residual
+    // stream: compare them with embedded, to which each layer has only added.
     void show_forward() {
         title("Forward: shapes, and the first numbers of the first row");
         forward(model_, pass_);
@@ -8275,6 +8293,7 @@ private:
         show("  v of t=0", a.layers[0].qkv + 2 * kC, kC, 1);
     }
 
+    // Nothing is learned yet, so the mean loss is near log 11, that of a guess among 11 words.
     void show_loss() {
         title("The loss of the first row, by hand");
         // Logits, their softmax, and minus the logarithm of the target's share.
@@ -8290,12 +8309,13 @@ private:
         out_ +=
             format("sum of exp %.4f; loss = log(sum) - logit of the target = %.4f - %.4f = %.4f\n",
                    total, std::log(total), logits[target], std::log(total) - logits[target]);
-        out_ += format(
-            "loss of the batch: the mean of 8 such = %.6f; knowing nothing is log 11 = "
-            "%.4f\n",
-            loss(), std::log(11.0));
+        out_ += format("loss of the batch: the mean of 8 such = %.6f; ", loss());
+        out_ += format("knowing nothing is log 11 = %.4f\n", std::log(11.0));
     }
 
+    // What backward says the slope of the loss is, and what the slope is found to be by moving one
+    // weight: this is how the tests know that every formula of §4 is right. The error of the
+    // difference is about h^2, and what rounding leaves is divided by 2h: h = 1e-5 is between both.
     void show_backward() {
         title("Backward: gradients, beside (loss(w + h) - loss(w - h)) / 2h with h = 1e-5");
         forward(model_, pass_);
@@ -8316,6 +8336,9 @@ private:
         }
     }
 
+    // Why m and v are divided: they begin at 0, so after one step they hold only a tenth of g and a
+    // twentieth of g^2. Corrected, m is g and v is g^2, and g / |g| is 1: the first step moves
+    // every weight by the rate, however small its gradient (and decay by a little more).
     void show_update() {
         title("The update: clip, then AdamW, of the first weight of wte");
         Cpu<double>& device = model_.device;
@@ -8342,10 +8365,11 @@ private:
         out_ += format("and the program has %.6f\n", model_.weights[0]);
     }
 
+    // Why doubled: the mean of what the next layer reads stays what it is without dropout.
     void show_dropout() {
         title(
-            "Dropout 0.5 of the embedding: training zeroes half, doubles half; evaluation does "
-            "not");
+            "Dropout 0.5 of the embedding: training zeroes half, doubles half; "
+            "evaluation does not");
         double x[kRows * kC];
         for (bool training : {true, false}) {
             const Dropout drop{random_key(1, 2, 3), training ? 0.5f : 0.0f};
@@ -8359,10 +8383,11 @@ private:
     std::vector<Candidate> likeliest() {
         return candidates(next_logits(model_, {0, 1, 2, 3}, 0), 1, 0, 1);
     }
+    // One step on eight tokens is enough to see the right word gain.
     void show_effect() {
         title(
-            "What the step changed: the likeliest words after \"the cat sat on\" (the text has: "
-            "the)");
+            "What the step changed: the likeliest words after \"the cat sat on\" "
+            "(the text has: the)");
         const std::vector<Candidate> after = likeliest();
         out_ += "before            after one step\n";
         for (size_t i = 0; i < 5; ++i)
@@ -8381,12 +8406,12 @@ private:
 // =================================================================================================
 // §20 main
 // =================================================================================================
-// What a driver needs. train_gpt.cpp is one line of this: its main hands `program` a function that
-// makes a device of the options and gives both to run_command. train_gpt.cu is the other.
+// The reader now holds every command. What a driver adds is the device: its main hands `program` a
+// function that makes one of the options and gives both to run_command. train_gpt.cpp is no more
+// than that; train_gpt.cu is that and the kernels.
 
 // Runs the command on a device; returns the exit status.
-template <class Device>
-int run_command(Device device, const Options& o) {
+int run_command(auto device, const Options& o) {
     switch (o.command) {
         case kTrain: return train_command(device, o);
         case kEval: return eval_command(device, o);
@@ -8417,8 +8442,7 @@ inline void wait_politely(char** argv) {
 // Reads the command line, hands the options to `run`, and turns errors into a line on standard
 // error and an exit status. This is the only place that catches all of them: whatever fails below
 // throws, and destructors put things in order on the way here.
-template <class Run>
-int program(int argc, char** argv, const char* name, Run&& run) {
+int program(int argc, char** argv, const char* name, auto&& run) {
     auto failed = [](int status, const std::string& message) {
         std::fflush(stdout);
         std::fprintf(stderr, "error: %s\n", message.c_str());
@@ -8438,14 +8462,13 @@ int program(int argc, char** argv, const char* name, Run&& run) {
     }
 }
 
-// The CPU device that the options ask for.
+// The CPU device that the options ask for. Fails where this CPU cannot multiply as asked.
 inline Cpu<float> make_cpu(const Options& o) {
-    if (o.precision == "tf32")
-        fail_usage(
-            "--precision tf32 is for GPUs (./train_gpt_cu); a CPU has fp32 and, where it "
-            "has bf16 dot products, bf16");
-    if (o.tune_matmul)
-        fail_usage("--tune-matmul is for GPUs (./train_gpt_cu): a CPU has one matmul kernel");
+    TINYGPT_USAGE(o.precision != "tf32",
+                  "--precision tf32 is for GPUs (./train_gpt_cu); a CPU has fp32 and, where it has "
+                  "bf16 dot products, bf16");
+    TINYGPT_USAGE(!o.tune_matmul,
+                  "--tune-matmul is for GPUs (./train_gpt_cu): a CPU has one matmul kernel");
     Cpu<float> device;
     device.matmul_options.bf16 = o.precision == "bf16";
     TINYGPT_CHECK(!device.matmul_options.bf16 || cpu_has_bf16_dot(),
