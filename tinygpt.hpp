@@ -781,7 +781,8 @@ struct Cpu {
     static constexpr const char* kProgram = "train_gpt";
     std::string describe() const;    // one line
     size_t free_memory() const;      // bytes
-    double peak_flops() const;       // operations a second, measured
+    double peak_flops() const;       // operations a second, measured in registers alone
+    double tile_peak_flops() const;  // likewise, of the fp32 product's tiles in the first cache
     double bf16_peak_flops() const;  // likewise, of matrix products in bf16; 0: it has none
     bool bf16_products() const { return matmul_options.bf16; }
     double peak_bandwidth() const;  // bytes a second, measured
@@ -1970,7 +1971,6 @@ void Cpu<real>::adamw(real*, real* masters, real* m, real* v, const real* grads,
 
 // What all steps of a run have in common.
 struct StepOptions {
-    int grad_accum_steps = 1;
     uint64_t seed = 0;
     LearningRate rate;
     AdamW adamw;
@@ -6467,24 +6467,25 @@ double registers_only_flops() {
     return 2.0 * kSums * kLanes<real> * kRounds / seconds;
 }
 
-// What the bf16 tiles of §10 reach when their panels lie in the first cache and nothing has to be
+// What the tiles of §10 reach when their operands lie in the first cache and nothing has to be
 // packed: operations a second of one thread. It is the yardstick for whole products: what they
-// lose, they lose on packing, on the caches, and on ragged edges. A packed element is a pair of
-// numbers, so it is two multiply-adds, four operations.
+// lose, they lose on packing, on the caches, and on ragged edges. In fp32 it lies below what
+// registers alone reach, because every step has to load as well.
 template <class Tiles>
-double pair_tile_flops() {
+double tile_flops() {
+    using Packed = typename Tiles::Packed;
     constexpr int R = Tiles::kRows, N = Tiles::kCols, kSteps = 128, kCalls = 500;
     [[maybe_unused]] Tiles setup{};
     alignas(64) float c[R * N] = {};
     Scratch scratch_a, scratch_b;
-    uint32_t* a = scratch_a.get<uint32_t>(R * kSteps);
-    uint32_t* b = scratch_b.get<uint32_t>(N * kSteps);
-    std::fill(a, a + R * kSteps, 0x3f803f80u), std::fill(b, b + N * kSteps, 0x3f803f80u);  // ones
+    Packed *a = scratch_a.get<Packed>(R * kStride), *b = scratch_b.get<Packed>(N * kSteps);
+    std::memset(a, 0x3f, sizeof(Packed) * R * kStride);  // about 0.75, in fp32 as in bf16
+    std::memset(b, 0x3f, sizeof(Packed) * N * kSteps);
     const double seconds = least_seconds(8, [&] {
         for (int call = 0; call < kCalls; ++call) Tiles::tile(c, N, a, b, R, kSteps, true);
     });
     [[maybe_unused]] volatile float sink = c[0];  // so that the sums are needed
-    return 4.0 * R * N * kSteps * kCalls / seconds;
+    return 2.0 * Tiles::kNumbers * R * N * kSteps * kCalls / seconds;
 }
 
 // The sum of f() over all threads at once: cores that share a power budget, or an arithmetic unit,
@@ -6499,11 +6500,15 @@ template <class real>
 double Cpu<real>::peak_flops() const {
     return on_all_threads(registers_only_flops<real>);
 }
+template <class real>
+double Cpu<real>::tile_peak_flops() const {
+    return on_all_threads(tile_flops<PlainTiles<float>>);
+}
 // 0 where the CPU has no bf16 products.
 template <class real>
 double Cpu<real>::bf16_peak_flops() const {
-    if (MatrixTiles::usable()) return on_all_threads(pair_tile_flops<MatrixTiles>);
-    return cpu_has_bf16_dot() ? on_all_threads(pair_tile_flops<PairTiles>) : 0;
+    if (MatrixTiles::usable()) return on_all_threads(tile_flops<MatrixTiles>);
+    return cpu_has_bf16_dot() ? on_all_threads(tile_flops<PairTiles>) : 0;
 }
 // What the device's matrix products could reach at most, in operations a second: in bf16 they have
 // units of their own, and the multiply-adds of everything else say nothing about those.
@@ -6822,8 +6827,7 @@ private:
 
     // The options as a step wants them.
     StepOptions step_options() const {
-        return {o_.grad_accum_steps,
-                uint64_t(o_.seed),
+        return {uint64_t(o_.seed),
                 {o_.schedule, o_.learning_rate, o_.min_lr_fraction, o_.warmup_steps, steps_},
                 {o_.beta1, o_.beta2, o_.eps, o_.weight_decay},
                 {o_.grad_clip, o_.skip_outliers}};
@@ -8035,6 +8039,9 @@ private:
         peak_bytes_ = device_.peak_bandwidth();
         std::printf("machine           %s\n", device_.describe().c_str());
         std::printf("measured peaks    %.1f GFLOP/s, ", device_.peak_flops() / 1e9);
+        if constexpr (requires { device_.tile_peak_flops(); })
+            std::printf("%.1f with operands from the first cache, ",
+                        device_.tile_peak_flops() / 1e9);
         if (bf16_peak > 0) std::printf("%.1f GFLOP/s in bf16 products, ", bf16_peak / 1e9);
         std::printf("%.1f GB/s\n", peak_bytes_ / 1e9);
         std::printf(
@@ -8421,6 +8428,20 @@ int run_command(auto device, const Options& o) {
         case kWalk: return std::printf("%s", Walk().text().c_str()), 0;
     }
     return 2;
+}
+
+// Numbers below 1.2e-38 count as zero from here on, in this thread and in those it starts. They come
+// up by the thousand where a softmax is sure of itself or training has gone astray, they mean
+// nothing, and arithmetic with them takes the CPU about a hundred cycles each: such a run would be
+// five times slower.
+inline void flush_tiny_numbers() {
+#if defined(__SSE__)
+    __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | 0x8040);  // FTZ and DAZ: results, operands
+#elif defined(__aarch64__)
+    uint64_t control;
+    asm volatile("mrs %0, fpcr" : "=r"(control));
+    asm volatile("msr fpcr, %0" ::"r"(control | 1 << 24));  // FZ
+#endif
 }
 
 // Threads that wait should not burn a core for long that others could use: on a busy machine that

@@ -5,6 +5,7 @@
 int main(int argc, char** argv) {
     using namespace tinygpt;
     wait_politely(argv);
+    flush_tiny_numbers();
     return program(argc, argv, "train_gpt",
                    [](const Options& options) { return run_command(make_cpu(options), options); });
 }
