@@ -5093,7 +5093,8 @@ TEST_CASE("run: numbers too small to mean anything count as zero, in threads beg
         tinygpt::flush_tiny_numbers();
         after = product();
         std::thread([&] { later = product(); }).join();
-    }).join();
+    })
+        .join();
     CHECK(before > 0);
     CHECK(after == 0);
     CHECK(later == 0);
