@@ -854,6 +854,14 @@ __device__ inline void drop_scores(float (&s)[kScores][4], Dropout drop, uint64_
             s[n][e] *= drop.scale((bh_T + query + result_row(e)) * T + key + result_column(n, e));
 }
 
+// Whether a warp keeps its queries in registers. For 8.x the compiler finds 28 bytes too few; there
+// they are read from shared memory again for every tile of keys.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kKeepQueries = false;
+#else
+constexpr bool kKeepQueries = true;
+#endif
+
 // One block: 4 warps, kM times 16 queries each, of one head; keys in tiles of 64. kM = 2 reads a
 // tile from shared memory for twice as many products, and needs all registers; kDrop: with dropout.
 // Operations: 4 HS and an exponential for each pair of T^2 / 2. Moves: reads 3, writes 1 row of C.
@@ -878,7 +886,7 @@ __global__ void __launch_bounds__(kHeadThreads)
         copy_async_wait<0>();
         __syncthreads();  // this tile is there for all, and all are done with the one before
         if (tile + 1 < tiles) copy_keys<HS>(k_tiles, v_tiles, head, tile + 1, T);
-        if (tile == 0)
+        if (tile == 0 || !kKeepQueries)
             for (int i = 0; i < kM; ++i)
                 left_operands<HS>(queries[i], q_tile, mine - first + 16 * i);
         const int key = tile * kKeys;

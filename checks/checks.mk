@@ -38,7 +38,7 @@ cuda_compiles: | $(BUILD)
 	    -diag-suppress 1675 -Xcompiler -fopenmp,-Wall,-Wextra,-Wno-restrict -c train_gpt.cu -o $(BUILD)/train_gpt_cu.o \
 	    > $(BUILD)/ptxas-$$a.txt 2>&1 || { cat $(BUILD)/ptxas-$$a.txt; exit 1; }; done
 	! grep -i "warning" $(BUILD)/ptxas-80.txt $(BUILD)/ptxas-90a.txt
-	! grep -A1 "attention" $(BUILD)/ptxas-90a.txt | grep -E "[1-9][0-9]* bytes (spill|stack)"
+	! grep -h -A1 "attention" $(BUILD)/ptxas-80.txt $(BUILD)/ptxas-90a.txt | grep -E "[1-9][0-9]* bytes (spill|stack)"
 
 # Kills, interrupts, full disks and flipped bits: about five minutes, a table at the end.
 torture: $(BUILD)/torture train_gpt_cu_on_cpu
