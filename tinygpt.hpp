@@ -8433,8 +8433,8 @@ int run_command(auto device, const Options& o) {
     return 2;
 }
 
-// Numbers below 1.2e-38 count as zero from here on, in this thread and in those it starts. They come
-// up by the thousand where a softmax is sure of itself or training has gone astray, they mean
+// Numbers below 1.2e-38 count as zero from here on, in this thread and in those it starts. They
+// come up by the thousand where a softmax is sure of itself or training has gone astray, they mean
 // nothing, and arithmetic with them takes the CPU about a hundred cycles each: such a run would be
 // five times slower.
 inline void flush_tiny_numbers() {
