@@ -2527,7 +2527,7 @@ void pack(real* out, ptrdiff_t stride, View<real> from, int rows, int cols) {
             store(out + i * stride + j, load(from.data + i * from.row + j));
     for (int i = 0; !copy && i < whole_rows; i += L)
         for (int j = 0; j < whole_cols; j += L) {
-            Vec<real> square[L];
+            Vec<real> square[L] = {};
 #pragma GCC unroll 16
             for (int p = 0; p < L; ++p) square[p] = load(&from.data[i + (j + p) * from.col]);
             transpose_square<real>(square);
