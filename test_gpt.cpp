@@ -7920,7 +7920,7 @@ TEST_CASE("cuda: a run whose numbers come a step late is the same run") {
     const std::string often = "--eval-interval 5 --save-interval 7 --grad-accum-steps 2";
     CHECK(train(CudaStepByStep(), "straight", often) == 0);
     CHECK(checkpoint_steps(text.run("straight"))[0] == 24);
-    const LateStreams late;
+    [[maybe_unused]] const LateStreams late;
     CHECK(train(Cuda<float>(), "late", often) == 0);
     check_same("straight", "late");
     // Interrupted in the middle: the step that is under way is finished and kept, too.
@@ -7951,7 +7951,7 @@ TEST_CASE("cuda: resumed at every step, it is the same run to the bit") {
     namespace fs = std::filesystem;
     const TextFolder text({700, 131, 1, 2, 333}, 40);
     const std::string resumed = text.run("resumed");
-    const LateStreams late;
+    [[maybe_unused]] const LateStreams late;
     for (bool dropout : {true, false}) {
         const std::string all = format(
             "--grad-accum-steps 2 --dropout %g --max-steps 30 --learning-rate 0.1 "
