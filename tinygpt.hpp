@@ -2181,13 +2181,10 @@ struct Candidate {
 // all, says so: sorting fifty thousand tokens takes longer than a tenth of a pass.
 inline std::vector<Candidate> candidates(const std::vector<float>& logits, double temperature,
                                          int top_k, double top_p, double enough = 1) {
-    const double highest = double(*std::max_element(logits.begin(), logits.end()));
-    const double scale = temperature > 0 ? 1 / temperature : 1;
-    std::vector<Candidate> list(logits.size());
-    for (size_t i = 0; i < logits.size(); ++i)
-        list[i] = {int(i), std::exp((double(logits[i]) - highest) * scale)};
     if (temperature <= 0) top_k = 1;
-    const size_t keep = top_k > 0 ? std::min(list.size(), size_t(top_k)) : list.size();
+    const size_t keep = top_k > 0 ? std::min(logits.size(), size_t(top_k)) : logits.size();
+    std::vector<Candidate> list(logits.size());  // first with logits, whose order is the same
+    for (size_t i = 0; i < logits.size(); ++i) list[i] = {int(i), double(logits[i])};
     size_t sorted = 0;
     auto sort_until = [&](size_t end) {
         auto likelier = [](const Candidate& a, const Candidate& b) {
@@ -2199,9 +2196,12 @@ inline std::vector<Candidate> candidates(const std::vector<float>& logits, doubl
         std::sort(from, to, likelier);
         sorted = end;
     };
-    if (keep < list.size()) sort_until(keep);
+    if (keep < list.size()) sort_until(keep), list.resize(keep);
+    const double highest = double(*std::max_element(logits.begin(), logits.end()));
     double total = 0, reached = 0;
-    for (size_t i = 0; i < keep; ++i) total += list[i].probability;
+    for (Candidate& c : list)
+        total += c.probability =
+            std::exp((c.probability - highest) / (temperature > 0 ? temperature : 1));
     const double wanted = total * (top_p < 1 ? top_p : std::min(1.0, enough + 1e-9));
     size_t count = 0;
     while (count < keep && (count == 0 || reached < wanted)) {
@@ -2670,8 +2670,12 @@ void multiply_parts(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, i
 }
 
 // --- One row, as in generation
-// How far ahead (in numbers) operands that come from memory are asked for.
-constexpr int kAhead = 384;
+// Asks for an operand that comes from memory some 8 KB before it is needed, into the second cache:
+// the first can wait for far fewer at a time.
+template <class real>
+void ask_ahead(const real* from) {
+    __builtin_prefetch(from + 8192 / sizeof(real), 0, 2);
+}
 
 // a.b of k numbers: four vectors of partial sums, then their lanes, then what is left over.
 template <class real>
@@ -2681,7 +2685,7 @@ real dot(const real* a, const real* b, int k) {
     int p = 0;
     for (; p + 4 * L <= k; p += 4 * L)
         for (int i = 0; i < 4; ++i) {
-            __builtin_prefetch(b + p + i * L + kAhead);
+            ask_ahead(b + p + i * L);
             sums[i] += load(a + p + i * L) * load(b + p + i * L);
         }
     real sum = sum_of_lanes<real>((sums[0] + sums[1]) + (sums[2] + sums[3]));
@@ -2698,7 +2702,7 @@ void add_rows(real* sum, const real* x, View<real> b, int n, int first, int last
         const real* row = &b.data[p * b.row];
         int j = 0;
         for (; j + L <= n; j += L) {
-            __builtin_prefetch(row + j + kAhead);
+            ask_ahead(row + j);
             store(sum + j, load(sum + j) + x[p] * load(row + j));
         }
         for (; j < n; ++j) sum[j] += x[p] * row[j];
@@ -7854,7 +7858,9 @@ void write_text(auto& model, const std::vector<int32_t>& tokens,
     Utf8Stream stream;
     int64_t count = 0;
     const double begin = now_seconds();
+    double first = begin;  // when the prompt had been read, and the first token was there
     const int slides = generate(model, tokens, options, [&](int token) {
+        if (count == 0) first = now_seconds();
         const std::string text = text_of_token(tokenizer, token);
         std::fputs((tokenizer ? stream.add(text) : text).c_str(), stdout);
         std::fflush(stdout);
@@ -7862,8 +7868,11 @@ void write_text(auto& model, const std::vector<int32_t>& tokens,
     });
     std::printf("%s\n", stream.finish().c_str());
     std::fflush(stdout);
-    std::fprintf(stderr, "[%ld tokens, %.1f a second]\n", count,
-                 double(count) / (now_seconds() - begin));
+    std::fprintf(stderr, "[%zu tokens read in %.2f s, %ld written", tokens.size(), first - begin,
+                 count);
+    if (count > 1)
+        std::fprintf(stderr, ", %.1f a second", double(count - 1) / (now_seconds() - first));
+    std::fprintf(stderr, "]\n");
     if (slides)
         std::fprintf(stderr,
                      "[the text outgrew the model's %d positions: %d times its older half was "
