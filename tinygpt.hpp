@@ -2651,11 +2651,11 @@ void multiply_blocks(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, 
 }
 
 // multiply_blocks packs all of a at once; here a large one goes in parts, which bounds the memory
-// that packing takes (50 MB). The parts end where packed steps of k end, so the sums are the same.
+// that packing takes (55 MB). The parts end where packed steps of k end, so the sums are the same.
 template <class Tiles, class real, class Finish>
 void multiply_parts(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
                     bool accumulate, Finish finish) {
-    constexpr int kMostRows = 288 * kTileRows, kMostSteps = 8 * kDepth;
+    constexpr int kMostRows = 304 * kTileRows, kMostSteps = 8 * kDepth;
     static_assert(kMostRows % Tiles::kRows == 0 && kMostSteps % (Tiles::kNumbers * kDepth) == 0);
     for (int i = 0; i < m; i += kMostRows)
         for (int p = 0; p < k; p += kMostSteps) {

@@ -10,7 +10,9 @@
 #     checks/gpu.sh speed      GPT-2 at B=64, every kernel, beside PyTorch and the card's ceilings
 #     checks/gpu.sh sizes      B=8, B=1, 350M, 774M, tf32, fp32 beside PyTorch; SIZES="b1 774m": these
 #     checks/gpu.sh curves     losses beside the CPU's and PyTorch's; two runs bit for bit
-#     checks/gpu.sh pack       on a machine that has them: copies doctest and the peer into out/carry
+#     checks/gpu.sh gpt2       2,000 steps of GPT-2 124M, ours and PyTorch's, each twice
+#     checks/gpu.sh pack       on a machine that has them: copies doctest, the peer and 20 million
+#                              tokens of English (from TEXT, by ./prepare_data) into out/carry
 #     checks/gpu.sh dry [...]  no GPU: the same steps at toy sizes, with the kernels run by the CPU
 #
 # $OUT (default out/gpu) gets table.txt, log.txt (all output of all steps), curves.csv, kernels.txt,
@@ -20,7 +22,7 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 dry=
 [ "${1:-}" = dry ] && dry=yes && shift
-parts=" ${*:-proof speed sizes curves} "
+parts=" ${*:-proof speed sizes curves gpt2} "
 OUT=${OUT:-out/gpu} PYTHON=${PYTHON:-python3} BUDGET=${BUDGET:-585} SIZES=${SIZES:-b8 b1 350m 774m b8-tf32 b8-fp32}
 work=out/gpu-work
 began=$SECONDS
@@ -28,11 +30,18 @@ wants() { [[ "$parts" == *" $1 "* ]]; }
 
 if wants pack; then
     mkdir -p out/carry
-    cp -r "${DOCTEST_DIR:-/usr/include}/doctest" out/carry/ && cp "${PEER:-../shared/peers/torch_gpt2.py}" out/carry/
-    exit
+    cp -r "${DOCTEST_DIR:-/usr/include}/doctest" out/carry/ && cp "${PEER:-../shared/peers/torch_gpt2.py}" out/carry/ || exit
+    # Without GPT-2's vocabulary the default corpus is trained on instead.
+    [ -f data/gpt2/vocab.bpe ] && make -s prepare_data || exit 0
+    find "${TEXT:-/usr/share/doc}" -type f \( -name '*.txt' -o -name copyright -o -name '*.html' -o -name '*.gz' \) -print0 | sort -z |
+        xargs -0 zcat -f 2> /dev/null | tr -cd '\11\12\40-\176' | head -c 60000000 > out/carry/english.txt
+    ./prepare_data --tokenizer gpt2 --input out/carry/english.txt --output out/carry/english --val-fraction 0.02
+    status=$?
+    rm -f out/carry/english.txt
+    exit $status
 fi
 for part in $parts; do
-    case $part in proof | speed | sizes | curves) ;; *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
+    case $part in proof | speed | sizes | curves | gpt2) ;; *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
 done
 for place in "${PEER:-}" out/carry/torch_gpt2.py ../shared/peers/torch_gpt2.py; do
     [ -f "$place" ] && peer=$place && break
@@ -203,6 +212,48 @@ check_equal_work() {
         paste -d, <(cut -d, -f1,4 "$work/equal-$precision/log.csv" | tail -n +3) \
             <(cut -d, -f2 "$work/torch-$precision.csv" | tail -n +2) | sed "s/^/$precision,/" >> "$OUT/curves.csv"
     done
+}
+# The same at GPT-2's size: ours with fixed and with tuned plans, PyTorch's twice (its backward adds
+# in any order). How far the two of each lie apart is what a difference has to be measured by.
+check_gpt2_curve() {
+    torch_is_here || { row "GPT-2: loss after $curve_steps steps against PyTorch" "" "there is no PyTorch here" SKIPPED; return; }
+    local from=out/carry/english shape=(--batch 8 --seq 1024) rate=6e-4
+    [ -f $from/train_000001.bin ] || from=data/stories
+    local own=(--model gpt2) precision=bf16
+    [ -n "$dry" ] && shape=(--batch 2 --seq 16) own=() precision=fp32 from=data/stories
+    local options=(--data "$from" "${own[@]}" "${size[@]}" --seq-len "${shape[3]}" --batch-size "${shape[1]}" --shuffle 0
+        --learning-rate "$rate" --warmup-steps 100 --eval-interval 0)
+    train $cu gpt2-init 60 "${options[@]}" --precision fp32 --max-steps 1 --learning-rate 0 || return
+    local init=$work/gpt2-init/checkpoint-1 losses=() one folder
+    for one in ours ours-tuned torch torch-again; do
+        case $one in
+            ours*)
+                folder=$work/gpt2-$one/checkpoint-$curve_steps
+                local plans=()
+                [ -n "$dry" ] || [ $one = ours ] || plans=(--tune-matmul)
+                train $cu "gpt2-$one" 120 "${options[@]}" --init-from "$init" --precision $precision --max-steps "$curve_steps" "${plans[@]}"
+                ;;
+            torch*)
+                folder=$work/gpt2-$one
+                attempt "gpt2-$one" 200 "$PYTHON" checks/torch_curve.py --weights "$init" --device $device --dtype $precision \
+                    --shard $from/train_000001.bin "${shape[@]}" --steps "$curve_steps" --lr $rate --warmup 100 \
+                    --log "$work/gpt2-$one.csv" --save "$folder"
+                ;;
+        esac || { losses+=(""); continue; }
+        attempt "gpt2-eval-$one" 60 $cu eval --data $from --init-from "$folder" --precision fp32 --seq-len "${shape[3]}" \
+            --batch-size "${shape[1]}" --eval-batches 0
+        losses+=("$(awk '/^val loss/ { print $3 }' "$work/gpt2-eval-$one.log" 2> /dev/null)")
+        [ $one = ours ] && cp "$work/gpt2-ours/log.csv" "$OUT/gpt2-ours.csv"
+        [ $one = torch ] && cp "$work/gpt2-torch.csv" "$OUT/gpt2-torch.csv"
+        rm -rf "${folder:?}"
+    done
+    row "GPT-2 B=${shape[1]} T=${shape[3]}, val loss, step $curve_steps" "equal within noise" "ours ${losses[0]:-?} ${losses[1]:-?}, PyTorch ${losses[2]:-?} ${losses[3]:-?}" \
+        "$(awk -v a="${losses[0]:-}" -v b="${losses[1]:-}" -v c="${losses[2]:-}" -v d="${losses[3]:-}" 'function abs(x) { return x < 0 ? -x : x }
+            BEGIN {
+                if (a == "" || b == "" || c == "" || d == "") { print "MISSED"; exit }
+                noise = abs(a - b) + abs(c - d)
+                print abs(a + b - c - d) / 2 <= (noise > 0.005 ? noise : 0.005) ? "ok" : "MISSED"
+            }')"
 }
 proof() {
     # The sanitizers take their time beside the rest: nothing is timed here.
@@ -417,6 +468,7 @@ if build; then
     wants speed && { headline; layers; against_headline; kernels; }
     wants sizes && sizes
     wants curves && curves
+    wants gpt2 && check_gpt2_curve
 fi
 kill "${warm:-}" 2> /dev/null
 row "lines of code in train_gpt.cu" "<= about 1800" "$(make -s count 2> /dev/null | grep -m1 train_gpt.cu | grep -oE '[0-9]+ lines of code')" ""

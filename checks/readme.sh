@@ -19,8 +19,9 @@ STEPS=${STEPS:-100} WITH=" ${WITH:-} " CLONE=build/readme LOG=$PWD/build/readme.
 needs() {
     case "$1" in
         *apt-get*) echo network ;;
-        "make gpt2"* | "make gpt2-vocab"* | "make shakespeare"*) echo network ;;
+        "make gpt2"* | "make shakespeare"*) echo network ;;
         "make test" | "make torture"* | "make check"* | "make nightly"*) echo time ;;
+        "make grammar") echo whole ;;
         "make train_gpt_cu" | "make test_gpt_cu"*) echo nvcc ;;
         "./train_gpt_cu" | "./train_gpt_cu "*) echo gpu ;;
     esac
@@ -29,12 +30,14 @@ reason() {
     case "$1" in
         network) echo "a network, and root for apt-get (WITH=network)" ;;
         time) echo "minutes; make check or make nightly has it (WITH=time)" ;;
+        whole) echo "the default run, not shortened (STEPS=2500)" ;;
         nvcc) echo "the CUDA Toolkit" ;;
         gpu) echo "an NVIDIA GPU and the CUDA Toolkit" ;;
     esac
 }
 has() {
     case "$1" in
+        whole) [ "$STEPS" -ge 2500 ] ;;
         nvcc) command -v nvcc > /dev/null || [ -x /usr/local/cuda/bin/nvcc ] ;;
         gpu) has nvcc && nvidia-smi > /dev/null 2>&1 ;;
         *) [ "${WITH#* "$1" }" != "$WITH" ] ;;
