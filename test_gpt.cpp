@@ -1160,6 +1160,29 @@ TEST_CASE("training: k accumulated micro-batches are one batch k times as large"
     }
 }
 
+TEST_CASE_TEMPLATE("memory: GELUs made again in backward are the same numbers, in less memory",
+                   real, float, double) {
+    Config config{3, 2, 12, 9, 31};
+    const Batch batch = random_batch(5, 2, 9, 31);  // 18 rows of 48: edges of every kind
+    auto run = [&](bool recompute) {
+        config.recompute_gelu = recompute;
+        Gpt2<Cpu<real>> model(config);
+        set_lively_weights(model, 4);
+        model.reserve(2, 9, Use::training);
+        train_step(model, {batch, batch}, plain_steps(1e-2, 1), 0);
+        return std::pair(std::vector<real>(model.grads, model.grads + model.layout.size),
+                         model.get_weights());
+    };
+    CHECK(run(true) == run(false));
+    auto bytes = [&](bool recompute, Use use) {
+        config.recompute_gelu = recompute;
+        return memory_need<Cpu<real>>(config, 2, 9, use).total();
+    };
+    const size_t one = round_up(2 * 9 * 4 * 12 * sizeof(real), 256);  // gelu of a layer
+    CHECK(bytes(false, Use::training) - bytes(true, Use::training) == 2 * one);
+    CHECK(bytes(false, Use::evaluation) == bytes(true, Use::evaluation));
+}
+
 TEST_CASE("dropout: zero with probability p, otherwise scaled so that the mean stays") {
     const size_t n = 400000;
     for (float p : {0.1f, 0.5f, 0.9f}) {
@@ -4364,6 +4387,7 @@ const std::vector<std::string> kDocumented = {"data",
                                               "vocab-size",
                                               "dropout",
                                               "untied-head",
+                                              "recompute-gelu",
                                               "init-from",
                                               "resume",
                                               "override",
@@ -5186,17 +5210,17 @@ TEST_CASE("run: resuming with any option that changes the numbers is refused, na
     REQUIRE(place.train("out").status == 130);
     const auto before = snapshot(place.folder);
     const std::map<std::string, std::string> changed =
-        {{"model", "gpt2"},        {"n-layer", "2"},       {"n-head", "4"},
-         {"n-embd", "16"},         {"n-positions", "9"},   {"vocab-size", "300"},
-         {"dropout", "0.2"},       {"untied-head", "1"},   {"seed", "1"},
-         {"batch-size", "2"},      {"seq-len", "7"},       {"grad-accum-steps", "1"},
-         {"shuffle", "0"},         {"overfit-batch", "1"}, {"max-steps", "31"},
-         {"epochs", "3"},          {"max-minutes", "9"},   {"learning-rate", "0.2"},
-         {"min-lr-fraction", "0"}, {"schedule", "wsd"},    {"warmup-steps", "0"},
-         {"weight-decay", "0"},    {"beta1", "0.8"},       {"beta2", "0.99"},
-         {"eps", "1e-6"},          {"grad-clip", "0"},     {"eval-interval", "3"},
-         {"eval-batches", "2"},    {"patience", "6"},      {"on-nan", "skip"},
-         {"skip-outliers", "9"}};
+        {{"model", "gpt2"},         {"n-layer", "2"},         {"n-head", "4"},
+         {"n-embd", "16"},          {"n-positions", "9"},     {"vocab-size", "300"},
+         {"dropout", "0.2"},        {"untied-head", "1"},     {"seed", "1"},
+         {"recompute-gelu", "1"},   {"batch-size", "2"},      {"seq-len", "7"},
+         {"grad-accum-steps", "1"}, {"shuffle", "0"},         {"overfit-batch", "1"},
+         {"max-steps", "31"},       {"epochs", "3"},          {"max-minutes", "9"},
+         {"learning-rate", "0.2"},  {"min-lr-fraction", "0"}, {"schedule", "wsd"},
+         {"warmup-steps", "0"},     {"weight-decay", "0"},    {"beta1", "0.8"},
+         {"beta2", "0.99"},         {"eps", "1e-6"},          {"grad-clip", "0"},
+         {"eval-interval", "3"},    {"eval-batches", "2"},    {"patience", "6"},
+         {"on-nan", "skip"},        {"skip-outliers", "9"}};
     const std::set<std::string> known_otherwise = {"data",       "train-shards",
                                                    "val-shards", "init-from",
                                                    "precision",  "tune-matmul"};  // (a GPU has it)
@@ -7643,6 +7667,24 @@ TEST_CASE_TEMPLATE("cuda: loss and every gradient of a whole model, again bit fo
             CHECK(gradients_of(cuda) == got);
         });
     }
+}
+
+TEST_CASE_TEMPLATE("cuda: GELUs made again in backward are the same numbers", Device, Cuda<float>,
+                   Cuda<bf16>) {
+    Config config{3, 2, 32, 16, 29};
+    const Values weights = random_weights<typename Device::Activation>(config);
+    auto run = [&](bool recompute) {
+        config.recompute_gelu = recompute;
+        Device device;
+        device.fuse = false;  // cuBLASLt's own GELU may differ from ours in the last bit
+        Gpt2<Device> model(config, device);
+        model.reserve(2, 9, Use::training);
+        set_weights(model, weights);
+        for (int step = 0; step < 2; ++step)
+            train_step(model, {random_batch(2, 9, 29, uint64_t(step))}, {}, step);
+        return gradients_of(model);
+    };
+    CHECK(run(true) == run(false));
 }
 
 TEST_CASE_TEMPLATE(

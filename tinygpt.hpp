@@ -155,6 +155,10 @@ struct Error : std::runtime_error {
         if (!(condition)) ::tinygpt::fail(::tinygpt::format(__VA_ARGS__)); \
     } while (0)
 
+// a / b, rounded up: how many pieces of b make up a. And a, rounded up to a whole number of them.
+constexpr auto ceil_div(auto a, auto b) { return (a + b - 1) / b; }
+constexpr auto round_up(auto a, auto b) { return ceil_div(a, b) * b; }
+
 // bf16: the upper half of a float. Eight bits of exponent, so float's range; eight of significand.
 struct bf16 {
     uint16_t bits;
@@ -403,7 +407,7 @@ public:
         for (const Shard& shard : shards.files()) {
             lengths_.push_back(std::max<int64_t>(0, shard.tokens - 1));
             first_block_.push_back(blocks_);
-            blocks_ += (lengths_.back() + T - 1) / T;
+            blocks_ += ceil_div(lengths_.back(), T);
         }
         if (overfit_) blocks_ = B;
     }
@@ -544,8 +548,9 @@ private:
 // L, NH, C, P, V under Hugging Face's names. C must be a multiple of NH.
 struct Config {
     int n_layer = 0, n_head = 0, n_embd = 0, n_positions = 0, vocab_size = 0;
-    bool untied_head = false;  // true: lm_head.weight is a tensor of its own, not wte.weight
-    float dropout = 0;         // the share of elements set to 0 (§4), in training only
+    bool untied_head = false;     // true: lm_head.weight is a tensor of its own, not wte.weight
+    float dropout = 0;            // the share of elements set to 0 (§4), in training only
+    bool recompute_gelu = false;  // backward makes the GELUs again; else forward keeps them (§5)
     int head_size() const { return n_embd / n_head; }
 };
 
@@ -836,6 +841,7 @@ struct Cpu {
                          const Weight* w, int rows, int C, int OC, bool accumulate);
     void linear_gelu_forward(Activation* gelu, Activation* pre, const Activation* x,
                              const Weight* w, const Weight* b, int rows, int C, int OC);
+    void gelu_forward(Activation* gelu, const Activation* pre, size_t count);
     void linear_gelu_backward(Activation* dpre, Gradient* dw, Gradient* dpre_bias,
                               const Activation* dout, const Activation* gelu, const Activation* pre,
                               const Weight* w, int rows, int C, int OC, bool accumulate);
@@ -880,7 +886,7 @@ T* Cpu<real>::allocate(size_t count) {
     const size_t large_page = size_t(1) << 21;
     size_t bytes = std::max<size_t>(count, 1) * sizeof(T);
     const size_t unit = bytes >= large_page ? large_page : 64;
-    bytes = (bytes + unit - 1) / unit * unit;
+    bytes = round_up(bytes, unit);
     void* pointer = std::aligned_alloc(unit, bytes);
     TINYGPT_CHECK(pointer, "out of memory: %.2f GB more were needed", double(bytes) / 1e9);
 #ifdef MADV_HUGEPAGE
@@ -1295,6 +1301,13 @@ void Cpu<real>::linear_gelu_forward(real* gelu, real* pre, const real* x, const 
            AddBiasGelu<real>{b, pre, OC});
 }
 
+// sets gelu [count] = GELU(pre), to the bit as above. For a backward that has not kept it (§5).
+template <class real>
+void Cpu<real>::gelu_forward(real* gelu, const real* pre, size_t count) {
+#pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < count; ++i) gelu[i] = tinygpt::gelu(pre[i]);
+}
+
 // Multiplies a finished gradient of gelu(pre) by gelu'(pre): the chain rule, in place.
 template <class real>
 struct TimesGeluDerivative {
@@ -1478,6 +1491,8 @@ void Cpu<real>::head_logits(real* logits, const real* x, const real* w, int rows
 //   qkv, att, lse             attention makes its probabilities again from these
 //   fc                        the GELU's derivative is taken at its input
 // That is 16 C numbers a position and layer: 2.4 GB for GPT-2 small and 4 x 1024 tokens in fp32.
+// A quarter of it is gelu, which can be made from fc again: with --recompute-gelu all layers share
+// one, and backward fills it for the layer it has come to.
 // Attention's T x T probabilities and the logits of more than 1024 rows are never kept, and one set
 // of gradients of activations serves all layers.
 
@@ -1519,7 +1534,7 @@ struct Arena {
     template <class T>
     T* take(size_t count) {
         T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
-        used += (count * sizeof(T) + 255) / 256 * 256;
+        used += round_up(count * sizeof(T), 256);
         return piece;
     }
 };
@@ -1541,8 +1556,9 @@ void place(Activations<Device>& a, Arena& arena, const Config& config, int B, in
     for (auto& l : a.layers) {
         if (use == Use::training || &l == &a.layers[0]) {
             l.ln_1 = wide(C), l.att = wide(C), l.x_mid = wide(C), l.ln_2 = wide(C);
-            l.fc = wide(4 * C), l.gelu = wide(4 * C), l.x_out = wide(C);
-            l.qkv = wide(3 * C);
+            l.qkv = wide(3 * C), l.fc = wide(4 * C), l.x_out = wide(C);
+            const bool shared = config.recompute_gelu && &l != &a.layers[0];
+            l.gelu = shared ? a.layers[0].gelu : wide(4 * C);
             l.ln_1_mean = per_row(), l.ln_1_rstd = per_row();
             l.ln_2_mean = per_row(), l.ln_2_rstd = per_row();
             l.lse = arena.take<Real>(rows * size_t(config.n_head));
@@ -1771,6 +1787,7 @@ void backward(Gpt2<Device>& model, const Pass& pass, double scale, bool first_mi
         const auto& p = w.h[size_t(i)];
         const auto& d = g.h[size_t(i)];
         // MLP: projection and GELU, then c_fc, then ln_2, which joins dx.
+        if (config.recompute_gelu) device.gelu_forward(l.gelu, l.fc, size_t(rows) * 4 * C);
         device.linear_gelu_backward(a.dwide, d.mlp_proj_weight, d.c_fc_bias, dbranch, l.gelu, l.fc,
                                     p.mlp_proj_weight, rows, 4 * C, C, add);
         device.linear_backward(a.dnarrow, d.c_fc_weight, a.dwide, l.ln_2, p.c_fc_weight, rows, C,
@@ -1918,7 +1935,7 @@ void Cpu<real>::add_loss(StepState* state, const real* losses, int rows, double 
 // Fixed pieces, added in order. Padding is 0 and adds nothing.
 template <class real>
 void Cpu<real>::gradient_norm(StepState* state, const real* grads, size_t count) {
-    const size_t piece = 1 << 14, pieces = (count + piece - 1) / piece;
+    const size_t piece = 1 << 14, pieces = ceil_div(count, piece);
     std::vector<double> sums(pieces);
 #pragma omp parallel for schedule(static)
     for (size_t i = 0; i < pieces; ++i) {
@@ -2376,9 +2393,6 @@ real exp_and_sum(real* x, real shift, int count) {
     return sum;
 }
 
-inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
-inline int round_up(int a, int b) { return ceil_div(a, b) * b; }
-
 // --- The fast product
 //
 //              n                   b, kDepth rows at a time, is cut into panels of kTileCols
@@ -2473,7 +2487,7 @@ public:
     template <class T>
     T* get(size_t count) {
         const size_t page = count * sizeof(T) < (1 << 20) ? 64 : 1 << 21;
-        const size_t bytes = (count * sizeof(T) + page - 1) / page * page;
+        const size_t bytes = round_up(count * sizeof(T), page);
         if (bytes > size) {
             block.reset(std::aligned_alloc(page, bytes));
             TINYGPT_CHECK(block, "out of memory: %.2f GB more were needed", double(bytes) / 1e9);
@@ -4510,7 +4524,7 @@ struct InputFile {
 constexpr size_t kPiece = size_t(1) << 16;
 template <class Use>
 void for_each_piece(size_t count, Use&& use) {
-    std::vector<std::exception_ptr> errors((count + kPiece - 1) / kPiece);
+    std::vector<std::exception_ptr> errors(ceil_div(count, kPiece));
 #pragma omp parallel for schedule(dynamic) if (errors.size() > 4)
     for (size_t i = 0; i < errors.size(); ++i) {
         try {
@@ -5094,7 +5108,7 @@ inline TrainerState state_from_json(const Json& json, const std::string& where) 
 // would take as long as all the rest together.
 inline std::string file_checksum(const std::string& path) {
     const InputFile file(path);
-    std::vector<Checksum> sums((file.bytes + kPiece - 1) / kPiece);
+    std::vector<Checksum> sums(ceil_div(file.bytes, kPiece));
     for_each_piece(file.bytes, [&](size_t first, size_t n) {
         char piece[kPiece];
         file.read_bytes(piece, n, first);
@@ -5459,7 +5473,7 @@ struct Options {
     std::string model = "tiny", init_from;
     int n_layer = 0, n_head = 0, n_embd = 0, n_positions = 0, vocab_size = 0;
     double dropout = 0;
-    bool untied_head = false;
+    bool untied_head = false, recompute_gelu = false;
 
     // Where, and on what.
     std::string config, resume, output, precision;
@@ -5587,6 +5601,8 @@ struct OptionTable {
         {"dropout", &O::dropout, "model", kBuild, "[0, 0.999]", "share dropped in training"},
         {"untied-head", &O::untied_head, "model", kBuild, "0|1",
          "the head has weights of its own, not the embedding's"},
+        {"recompute-gelu", &O::recompute_gelu, "model", kRun | kInfo, "0|1",
+         "make GELUs again in backward, not keep them: less memory, a little more time"},
         {"init-from", &O::init_from, "model", kRun | kEval | kSample | kInfo, "DIR",
          "start from this Hugging Face folder or checkpoint"},
 
@@ -6684,7 +6700,7 @@ inline std::vector<int32_t> prompt_tokens(const std::string& text,
 // between runs.
 double fixed_batches_loss(auto& model, const Shards& shards, int64_t count, bool overfit_batch) {
     const DataOrder order(shards, model.B, model.T, 0, !overfit_batch, overfit_batch);
-    count = std::min(count, (order.blocks_per_epoch() + model.B - 1) / model.B);
+    count = std::min(count, ceil_div(order.blocks_per_epoch(), model.B));
     double total = 0;
     int64_t scored = 0;
     Batch batch;
@@ -7422,7 +7438,7 @@ inline Config config_for(const Options& o, const Corpus& corpus, const std::stri
                       folder.c_str(), size);
         size = asked;
     });
-    config.dropout = float(o.dropout);
+    config.dropout = float(o.dropout), config.recompute_gelu = o.recompute_gelu;
     TINYGPT_USAGE(config.n_head >= 1 && config.n_embd % config.n_head == 0,
                   "--n-head %d does not divide --n-embd %d: each head takes an equal share of the "
                   "channels",
@@ -7460,7 +7476,7 @@ void check_memory(const Device& device, const Config& config, int B, int T, Use 
     std::string advice = "choose a smaller --model";
     if (fits > 0)
         advice = format("--batch-size %d would fit (with --grad-accum-steps %d for the same step)",
-                        fits, (B + fits - 1) / fits);
+                        fits, ceil_div(B, fits));
     fail("these sizes need " + bytes_text(double(need(B))) + " of memory, and " +
          bytes_text(double(free)) + " are free: " + advice);
 }

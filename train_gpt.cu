@@ -1924,7 +1924,9 @@ struct Cuda {
         if (fuse && context->matmuls->multiply({gelu, rows, OC}, {x, rows, C}, {w, C, OC}, fused))
             return;
         linear_forward(pre, x, w, b, rows, C, OC);
-        const size_t count = size_t(rows) * OC;
+        gelu_forward(gelu, pre, size_t(rows) * OC);
+    }
+    void gelu_forward(A* gelu, const A* pre, size_t count) {
         gelu_kernel<A><<<packs(count), kThreads, 0, stream()>>>(gelu, pre, count);
         CUDA_CHECK(cudaGetLastError());
     }
