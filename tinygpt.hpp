@@ -2330,6 +2330,9 @@ template <class V, class real>
 void store(real* to, V v) {
     std::memcpy(to, &v, sizeof v);
 }
+// Has what lies there brought from memory into the second cache (the first can wait for far fewer
+// at a time), while work goes on. The address may be any, even beyond an array's end.
+inline void ask_for(const void* address) { __builtin_prefetch(address, 0, 2); }
 
 // --- e^x without a library call: the same lines for one float and for a vector of them
 //   x = n ln2 + r,  |r| <= ln2/2,  n whole:   e^x = 2^n e^r,  and e^r = 1 + r + r^2 q(r)
@@ -2579,6 +2582,7 @@ struct PlainTiles {
     using Packed = real;
     static constexpr int kRows = kTileRows, kCols = kTileCols<real>;
     static constexpr int kNumbers = 1;             // that a packed element holds
+    static constexpr int kSteps = kDepth;          // that tile() makes at a time
     static constexpr bool kAnyRows = true;         // tile() writes `rows` rows, else all kRows
     static int steps(int depth) { return depth; }  // packed elements that `depth` numbers become
     static void tile(real* c, ptrdiff_t ldc, const real* a, const real* b, int rows, int k,
@@ -2589,14 +2593,20 @@ struct PlainTiles {
 
 // c[rows, cols] (+)= a b of one tile, from operands of `steps` packed steps; add: to what is there.
 // If these are the last steps of k, finish is called for each row; i0, j0: where the tile lies in
-// the whole. A tile that is cut off by the edge of c is made beside it.
+// the whole. A tile that is cut off by the edge of c is made beside it. c comes from memory: while
+// the sums are made this tile is asked for, or, where a row of tiles is made in several passes, the
+// tile below, some of its rows in each pass.
 template <class Tiles, class real, class Packed, class Finish>
 void finish_tile(real* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int i0, int j0, int rows,
-                 int cols, int steps, bool add, bool last, Finish finish) {
+                 int cols, int steps, bool add, bool last, int pass, int passes, Finish finish) {
     constexpr int R = Tiles::kRows, N = Tiles::kCols;
     if (cols == N && (rows == R || Tiles::kAnyRows)) {
-        for (int i = 0; i < rows; ++i)
-            __builtin_prefetch(c + i * ldc, 1), __builtin_prefetch(c + i * ldc + N / 2, 1);
+        if constexpr (Tiles::kSteps < kDepth)
+            for (int i = R + pass; i < R + rows; i += passes)
+                ask_for(c + i * ldc), ask_for(c + i * ldc + N / 2);
+        else
+            for (int i = 0; i < rows; ++i)
+                __builtin_prefetch(c + i * ldc, 1), __builtin_prefetch(c + i * ldc + N / 2, 1);
         Tiles::tile(c, ldc, a, b, rows, steps, add);
         for (int i = 0; last && i < rows; ++i) finish(i0 + i, j0, N, c + i * ldc);
         return;
@@ -2653,12 +2663,18 @@ void multiply_blocks(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, 
                 const int depth = std::min(kMaxDepth, k - k0), steps = Tiles::steps(depth);
                 const Packed* left = packed_a + k0 / kMaxDepth * strip;
                 pack_right<N>(packed_b, b.from(k0, j0), depth, cols);
+                const int passes = ceil_div(steps, Tiles::kSteps);
                 for (int i = i0; i < end; i += R)
-                    for (int j = 0; j < cols; j += N)
-                        finish_tile<Tiles>(c + i * ldc + j0 + j, ldc, left + size_t(i) * kStride,
-                                           packed_b + size_t(j) * steps, i, j0 + j,
-                                           std::min(R, m - i), std::min(N, cols - j), steps,
-                                           k0 > 0 || accumulate, k0 + depth == k, finish);
+                    for (int pass = 0, p = 0; pass < passes; ++pass, p += Tiles::kSteps)
+                        for (int j = 0; j < cols; j += N)
+                            finish_tile<Tiles>(c + i * ldc + j0 + j, ldc,
+                                               left + size_t(i) * kStride + p,
+                                               packed_b + size_t(j) * steps + p * N, i, j0 + j,
+                                               std::min(R, m - i), std::min(N, cols - j),
+                                               std::min(Tiles::kSteps, steps - p),
+                                               k0 + p > 0 || accumulate,
+                                               k0 + depth == k && pass + 1 == passes, pass, passes,
+                                               finish);
             }
         }
     }
@@ -2684,12 +2700,9 @@ void multiply_parts(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, i
 }
 
 // --- One row, as in generation
-// Asks for an operand that comes from memory some 8 KB before it is needed, into the second cache:
-// the first can wait for far fewer at a time.
+// Operands that come from memory are asked for so many numbers ahead: 8 KB.
 template <class real>
-void ask_ahead(const real* from) {
-    __builtin_prefetch(from + 8192 / sizeof(real), 0, 2);
-}
+constexpr int kAhead = 8192 / int(sizeof(real));
 
 // a.b of k numbers: four vectors of partial sums, then their lanes, then what is left over.
 template <class real>
@@ -2699,7 +2712,7 @@ real dot(const real* a, const real* b, int k) {
     int p = 0;
     for (; p + 4 * L <= k; p += 4 * L)
         for (int i = 0; i < 4; ++i) {
-            ask_ahead(b + p + i * L);
+            ask_for(b + p + i * L + kAhead<real>);
             sums[i] += load(a + p + i * L) * load(b + p + i * L);
         }
     real sum = sum_of_lanes<real>((sums[0] + sums[1]) + (sums[2] + sums[3]));
@@ -2716,7 +2729,7 @@ void add_rows(real* sum, const real* x, View<real> b, int n, int first, int last
         const real* row = &b.data[p * b.row];
         int j = 0;
         for (; j + L <= n; j += L) {
-            ask_ahead(row + j);
+            ask_for(row + j + kAhead<real>);
             store(sum + j, load(sum + j) + x[p] * load(row + j));
         }
         for (; j < n; ++j) sum[j] += x[p] * row[j];
@@ -2797,6 +2810,7 @@ void pack_right(uint32_t* out, View<float> b, int depth, int cols) {
 struct PairTiles {
     using Packed = uint32_t;
     static constexpr int kRows = kTileRows, kCols = kTileCols<float>, kNumbers = 2;
+    static constexpr int kSteps = kDepth;
     static constexpr bool kAnyRows = true;
     static int steps(int depth) { return pairs(depth); }
     static void tile(float* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int rows, int k,
@@ -2809,7 +2823,8 @@ struct PairTiles {
 // register holds 16 rows of 64 bytes, and one instruction multiplies 16 x 32 by 32 x 16 numbers.
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__)
 struct MatrixTiles : PairTiles {
-    static constexpr int kRows = 32, kCols = 32;
+    // Why fewer steps: 32 rows of kDepth pairs do not fit into the first cache beside b's panel.
+    static constexpr int kRows = 32, kCols = 32, kSteps = 128;
     static constexpr bool kAnyRows = false;
     // Linux lends the unit to a process that asks: ARCH_REQ_XCOMP_PERM, for tile data.
     static bool usable() {
