@@ -150,6 +150,8 @@ inline void check_prepare_options(PrepareOptions& o) {
     if (!o.from_llmc.empty() && (!o.input.empty() || o.output.empty()))
         fail_usage(
             "--from-llmc needs --output DIR, and takes no --input: it converts a model, not text");
+    if (!o.input.empty() && o.has("seed"))
+        fail_usage("--seed is for the default corpus: with --input nothing is drawn at random");
     if (!o.input.empty() && o.output.empty())
         fail_usage(
             "--input needs --output DIR too: the folder to write, for example --output data/mine");
@@ -178,6 +180,7 @@ inline void add_document(Documents& documents, std::string text) {
 // Every line of a .jsonl file is a document: an object with a string "text". Blank lines are none.
 inline void add_jsonl(Documents& documents, const std::string& path) {
     std::string file = read_file(path);
+    if (file.starts_with("\xef\xbb\xbf")) file.erase(0, 3);  // a mark that Windows likes to set
     int64_t line_number = 0;
     for (size_t at = 0; at < file.size();) {
         size_t end = std::min(file.find('\n', at), file.size());
@@ -198,8 +201,10 @@ inline std::vector<std::string> files_of_input(const std::string& input) {
     if (!folder_exists(input)) return {input};
     std::vector<std::string> files;
     std::error_code error;
+    std::string last = input;  // what an error is about
     for (fs::recursive_directory_iterator at(input, error), end; !error && at != end;
          at.increment(error)) {
+        last = at->path().string();
         if (at->path().filename().string().starts_with(".")) {
             if (at->is_directory(error)) at.disable_recursion_pending();
         } else if (at->is_regular_file(error)) {
@@ -207,7 +212,7 @@ inline std::vector<std::string> files_of_input(const std::string& input) {
         }
         if (error) break;
     }
-    TINYGPT_CHECK(!error, "cannot read the folder %s: %s", input.c_str(), error.message().c_str());
+    TINYGPT_CHECK(!error, "cannot read %s: %s", last.c_str(), error.message().c_str());
     std::sort(files.begin(), files.end());
     return files;
 }
@@ -628,10 +633,12 @@ inline void prepare(const PrepareOptions& o, const Documents& documents, const s
                     data.tokenizer.vocab_size(), (long long)o.vocab_size);
     if (documents.empty)
         std::printf("  %lld empty documents were left out\n", (long long)documents.empty);
-    std::printf(
-        "  %d tokens in the vocabulary (%s, %.1f s), %.2f bytes a token, tokenized at %.0f MB/s\n",
-        data.tokenizer.vocab_size(), o.tokenizer.c_str(), learnt - start,
-        bytes / double(data.train.size() + data.val.size()), bytes / 1e6 / (encoded - learnt));
+    std::printf("  %d tokens in the vocabulary (%s, %.1f s), %.2f bytes a token",
+                data.tokenizer.vocab_size(), o.tokenizer.c_str(), learnt - start,
+                bytes / double(data.train.size() + data.val.size()));
+    if (bytes >= 1e6)  // less says nothing about speed
+        std::printf(", tokenized at %.0f MB/s", bytes / 1e6 / (encoded - learnt));
+    std::printf("\n");
 }
 // =================================================================================================
 // The default corpus: short stories drawn from a grammar whose probabilities are known exactly
@@ -1360,7 +1367,7 @@ inline void convert_llmc(const PrepareOptions& o) {
     std::printf("%s -> %s: %zu parameters, %s, %s\n", o.from_llmc.c_str(), o.output.c_str(),
                 layout_of(model.config).count, model.dtype.c_str(),
                 tokenizer ? "with its tokenizer" : "without a tokenizer (--vocab DIR adds one)");
-    std::printf("next: ./train_gpt sample --init-from %s\n", o.output.c_str());
+    std::printf("next: ./train_gpt sample --init-from %s\n", shell_word(o.output).c_str());
 }
 
 // =================================================================================================
@@ -1386,7 +1393,7 @@ inline void run_prepare_data(const std::vector<std::string>& arguments) {
         prepare(o, documents, source);
     }
     std::printf("next: ./train_gpt%s\n",
-                o.output == "data/stories" ? "" : (" --data " + o.output).c_str());
+                o.output == "data/stories" ? "" : (" --data " + shell_word(o.output)).c_str());
 }
 
 }  // namespace tinygpt

@@ -2755,6 +2755,8 @@ TEST_CASE("prepare_data: options") {
                    "2: --tokenizer is bpe, byte or gpt2"));
     CHECK(contains(error({"--tokenizer", "byte", "--vocab-size", "300"}),
                    "2: --vocab-size is for --tokenizer bpe"));
+    CHECK(contains(error({"--input", "x", "--output", "y", "--seed", "2"}),
+                   "2: --seed is for the default corpus"));
 }
 
 TEST_CASE("prepare_data: a text becomes shards, a tokenizer and dataset.json") {
@@ -2799,7 +2801,7 @@ TEST_CASE("prepare_data: documents keep their order and their bytes") {
     make_folders(temporary / "in/b");
     write_file(temporary / "in/b/1.md", "one\r\n");
     write_file(temporary / "in/a.jsonl",
-               "{\"text\": \" x\\n\", \"id\": 1}\n\n{\"id\": 2, \"text\": "
+               "\xef\xbb\xbf{\"text\": \" x\\n\", \"id\": 1}\n\n{\"id\": 2, \"text\": "
                "\"\\u732b\\ud83d\\udc31\"}\r\n{\"text\": \"\"}\n");
     write_file(temporary / "in/c", "\xff\xfe");
     write_file(temporary / "in/.hidden", "no");
@@ -2834,6 +2836,8 @@ TEST_CASE("prepare_data: bad input ends in one line, and nothing is written") {
     write_file(temporary / "other.jsonl", "{\"text\": \"x\"}\n{\"body\": \"y\"}\n");
     write_file(temporary / "list.jsonl", "[1]\n");
     make_folders(temporary / "nothing");
+    make_folders(temporary / "links");
+    std::filesystem::create_symlink("nowhere", temporary / "links/gone");
     auto error = [&](const std::string& input, std::vector<std::string> more = {}) {
         more.insert(more.begin(), {"--input", temporary / input, "--output", out});
         std::string message = prepare_data(more);
@@ -2842,6 +2846,7 @@ TEST_CASE("prepare_data: bad input ends in one line, and nothing is written") {
         return message;
     };
     CHECK(contains(error("missing"), "1: cannot read"));
+    CHECK(contains(error("links"), "links/gone: No such file"));
     CHECK(contains(error("empty"), "1: there is no text in the input"));
     CHECK(contains(error("nothing"), "1: there is no text in the input"));
     CHECK(contains(error("bad.jsonl"), "bad.jsonl, line 2: not valid JSON"));
