@@ -4877,8 +4877,10 @@ TEST_CASE("options: whatever is typed, nothing but an Error of status 2") {
 
 // ---- whole runs: checkpoints, resuming, interrupts, failing disks, bad input -------------------
 
+#include <pty.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
+#include <thread>
 
 namespace run_test {
 
@@ -4929,14 +4931,16 @@ private:
     std::string text[2];
 };
 
-// Runs ./train_gpt with these arguments, in this process.
-Outcome run(const Arguments& arguments) {
+// Runs ./train_gpt with these arguments, in this process. Standard output goes to `terminal`, which
+// is closed, where one is given.
+Outcome run(const Arguments& arguments, int terminal = -1) {
     std::vector<std::string> words = {"train_gpt"};
     words.insert(words.end(), arguments.begin(), arguments.end());
     std::vector<char*> argv;
     for (std::string& word : words) argv.push_back(word.data());
     const int threads = omp_get_max_threads();
     Silence silence;
+    if (terminal >= 0) ::dup2(terminal, STDOUT_FILENO), ::close(terminal);
     const int status = program(int(argv.size()), argv.data(), "train_gpt",
                                [](const Options& o) { return run_command(make_cpu(o), o); });
     auto [out, err] = silence.take();
@@ -5910,6 +5914,12 @@ TEST_CASE("run: the report says what the run was, and what it says to type next 
         {"without evaluation (--eval-interval 0), learning cannot be told",
          "longer",
          {"--max-steps", "4", "--eval-interval", "0"}},
+        {"would gain more than a larger model",
+         "longer",
+         {"--max-steps", "40", "--learning-rate", "0"}},
+        {"a larger model would gain more",
+         "larger",
+         {"--n-embd", "8", "--max-steps", "600", "--learning-rate", "0"}},
     };
     for (const Case& c : cases) {
         CAPTURE(c.verdict);
@@ -5940,6 +5950,106 @@ TEST_CASE("run: the report says what the run was, and what it says to type next 
         }
         CHECK(typed == 3);
         CHECK(folder_exists(place.out("out-" + c.purpose)));
+    }
+}
+
+TEST_CASE("run: a run whose time is up is evaluated, and says how much time it had left") {
+    using namespace run_test;
+    Place place;
+    const Outcome outcome =
+        place.train("out", {"--max-steps", "1000000000000", "--max-minutes", "0.002", "--patience",
+                            "0", "--eval-interval", "1000000", "--save-interval", "0"});
+    CHECK_MESSAGE(outcome.status == 0, outcome.err);
+    CHECK(outcome.out.find("time is up (--max-minutes)") != std::string::npos);
+    CHECK_MESSAGE(outcome.out.find("best inf") == std::string::npos, outcome.out);
+    CHECK(folder_exists(place.out() + "/best"));
+    const std::vector<std::string> rows = split_at(read_file(place.out() + "/log.csv"), '\n');
+    CHECK(std::isfinite(log_field(rows.at(rows.size() - 2), 5)));
+    for (const std::string& line : split_at(outcome.out, '\n'))
+        if (ends_with(line, " left")) CHECK_MESSAGE(ends_with(line, "| 0s left"), line);
+}
+
+TEST_CASE("run: one batch that is learned by heart is no overfitting") {
+    using namespace run_test;
+    Place place;
+    const Outcome outcome =
+        place.train("out", {"--overfit-batch", "--max-steps", "300", "--learning-rate", "0.01",
+                            "--dropout", "0", "--patience", "0", "--n-embd", "32",
+                            "--eval-interval", "20"});
+    CHECK_MESSAGE(outcome.out.find("verdict    learned by heart") != std::string::npos,
+                  outcome.out);
+}
+
+TEST_CASE("run: what users once stumbled over") {
+    using namespace run_test;
+    Place place;
+    // A slash at the end of --output: the next run must not lie in this one's folder.
+    const Outcome slash = place.train("slash/", {"--max-steps", "4", "--patience", "0"});
+    CHECK_MESSAGE(slash.status == 0, slash.err);
+    CHECK_MESSAGE(slash.out.find(" --output " + place.out("slash-longer\n")) != std::string::npos,
+                  slash.out);
+    // The run's folder instead of its model's.
+    const Outcome folder = run({"sample", "--init-from", place.out("slash")});
+    CHECK(folder.status == 1);
+    CHECK(folder.says("its model is " + place.out("slash/best")));
+    // A checkpoint that is not there: nothing is written where it might have been.
+    CHECK(run({"--data", place.data(), "--resume", place.folder + "/nothere"}).status == 1);
+    CHECK(!file_exists(place.folder + "/lock"));
+    // Numbers instead of text: the prompt's last and the model's first are two.
+    const std::string shards = place.data() + "/train_*.bin", none = place.out("none");
+    const Outcome numbers = run({"--train-shards", shards, "--n-embd", "8", "--max-steps", "1",
+                                 "--seq-len", "8", "--batch-size", "2", "--output", none});
+    CHECK_MESSAGE(numbers.status == 0, numbers.err);
+    const Outcome sample = run({"sample", "--init-from", none + "/best", "--prompt", "1 2",
+                                "--max-new-tokens", "3", "--threads", "1"});
+    CHECK_MESSAGE(sample.out.starts_with("1 2 "), sample.out);
+    CHECK_MESSAGE(std::count(sample.out.begin(), sample.out.end(), ' ') == 5, sample.out);
+    // What prepare_data says to type next, where a path has a blank.
+    files_test::put_file(place.folder + "/text", "some text");
+    Silence silence;
+    run_prepare_data({"--input", place.folder + "/text", "--output", place.out("a b")});
+    const std::string said = silence.take().first;
+    CHECK_MESSAGE(said.find("./train_gpt --data '" + place.out("a b") + "'\n") != said.npos, said);
+}
+
+TEST_CASE("run: what a command printed must have arrived") {
+    using namespace run_test;
+    Place place;
+    auto full = [] { return ::open("/dev/full", O_WRONLY); };
+    const Outcome info = run({"info"}, full());
+    CHECK(info.status == 1);
+    CHECK_MESSAGE(info.says("cannot write what is printed: No space left on device"), info.err);
+    // A run is in its folder all the same.
+    const Outcome train = run(place.arguments("out", {"--max-steps", "2"}), full());
+    CHECK_MESSAGE(train.status == 0, train.err);
+}
+
+TEST_CASE("run: the live line is not wider than the terminal") {
+    using namespace run_test;
+    Place place;
+    for (unsigned short columns : {40, 300, 0}) {
+        int screen = -1, terminal = -1;
+        winsize size{};
+        size.ws_col = columns;
+        REQUIRE(::openpty(&screen, &terminal, nullptr, nullptr, &size) == 0);
+        std::string shown;
+        std::thread reader([&] {
+            char piece[4096];
+            for (ssize_t got; (got = ::read(screen, piece, sizeof piece)) > 0;)
+                shown.append(piece, size_t(got));
+        });
+        const Outcome outcome =
+            run(place.arguments(format("out%d", columns), {"--max-steps", "5"}), terminal);
+        reader.join();
+        ::close(screen);
+        CHECK_MESSAGE(outcome.status == 0, outcome.err);
+        size_t live = 0, widest = 0;  // of steps 1 and 3: the others are evaluated, and stay
+        for (const std::string& part : split_at(shown, '\r')) {
+            if (!part.starts_with("\033[K") || part.find(" val ") != part.npos) continue;
+            ++live, widest = std::max(widest, part.size() - 3);
+        }
+        CHECK(live == 2);
+        CHECK((columns == 40 ? widest == 39 : widest > 60));
     }
 }
 

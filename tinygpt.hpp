@@ -55,13 +55,14 @@
 
 #define TINYGPT_VERSION 100  // major * 10000 + minor * 100 + patch
 
-#include <dirent.h>    // opendir: the files of a folder
-#include <fcntl.h>     // open
-#include <glob.h>      // glob: shard patterns
-#include <omp.h>       // threads
-#include <signal.h>    // sigaction: Ctrl-C saves before it stops
-#include <sys/file.h>  // flock: one run per folder
-#include <sys/mman.h>  // madvise: large pages
+#include <dirent.h>     // opendir: the files of a folder
+#include <fcntl.h>      // open
+#include <glob.h>       // glob: shard patterns
+#include <omp.h>        // threads
+#include <signal.h>     // sigaction: Ctrl-C saves before it stops
+#include <sys/file.h>   // flock: one run per folder
+#include <sys/ioctl.h>  // TIOCGWINSZ: how wide the terminal is
+#include <sys/mman.h>   // madvise: large pages
 #include <sys/stat.h>
 #include <sys/syscall.h>  // arch_prctl: asking for the matrix unit
 #include <unistd.h>       // pread, fsync
@@ -5318,6 +5319,8 @@ void save_checkpoint(Gpt2<Device>& model, const std::string& folder, const Token
 inline Config config_of_folder(const std::string& folder) {
     if (!folder_exists(folder)) fail(folder + ": there is no such folder");
     if (has_checksums(folder)) verify_files(folder, false);
+    if (file_exists(folder + "/best/config.json") && !file_exists(folder + "/config.json"))
+        fail(folder + " is the folder of a run: its model is " + folder + "/best");
     const Config config = read_hf_config(folder + "/config.json").model;
     // Careful: the options' bounds. Token ids have 16 bits; products of sizes must stay below 2^63.
     TINYGPT_CHECK(
@@ -6750,7 +6753,8 @@ public:
           order_(corpus.train, B_, T_, o_.seed, o_.shuffle, o_.overfit_batch),
           windows_(evaluation_windows(corpus.val, T_, corpus.document_start())) {}
 
-    // Trains from start.state.step to the end; returns the exit status.
+    // Trains from start.state.step to the end, which is evaluated unless it is Ctrl-C's. Returns
+    // the exit status.
     // The order within a step: the row is in the log before anything may fail; what ends the run is
     // decided once, and everything after it follows that; the checkpoint comes after best/, so that
     // a run which goes on from it finds the best model that it remembers.
@@ -6762,7 +6766,8 @@ public:
             const int64_t epoch = order_.epoch(state_.samples);
             LogRow row = one_step(loader);
             check_broken(row);
-            const bool last = state_.step == steps_;
+            const bool out_of_time = time_is_up() && queued_ == state_.step;
+            const bool last = state_.step == steps_ || out_of_time;
             const bool evaluated = o_.eval_interval > 0 && (last || due(o_.eval_interval));
             if (evaluated) evaluate_into(row), note_best(row);
             write_row(row);
@@ -7022,7 +7027,8 @@ private:
     }
 
     // The live line. It stays on the terminal when `keep` is set, else the next overwrites it. In a
-    // file or a pipe only those that stay are printed.
+    // file or a pipe only those that stay are printed. What is left is the time of the steps, or of
+    // --max-minutes where that is less.
     void show(const LogRow& row, bool keep) {
         const bool live = ::isatty(STDOUT_FILENO);
         if (!live && !keep) return;
@@ -7034,8 +7040,13 @@ private:
         if (row.lr) line += format(" | lr %.2e | norm %.3f", *row.lr, *row.grad_norm);
         if (row.tokens_per_s) line += " | " + with_commas(int64_t(*row.tokens_per_s)) + " tok/s";
         if (row.mfu) line += format(" | MFU %.0f%%", 100 * *row.mfu);
-        if (row.train_loss)
-            line += " | " + duration_text((steps_ - row.step) * step_seconds_) + " left";
+        double left = double(steps_ - row.step) * step_seconds_;
+        if (o_.max_minutes > 0) left = std::clamp(o_.max_minutes * 60 - state_.seconds, 0.0, left);
+        if (row.train_loss) line += " | " + duration_text(left) + " left";
+        // Why: of a line that had wrapped, only the last part would be overwritten.
+        winsize window{};
+        if (!keep && ::ioctl(STDOUT_FILENO, TIOCGWINSZ, &window) == 0 && window.ws_col > 0)
+            line.resize(std::min<size_t>(line.size(), window.ws_col - 1));
         std::printf("%s%s%s", live ? "\r\033[K" : "", line.c_str(), keep ? "\n" : "");
         std::fflush(stdout);
     }
@@ -7196,6 +7207,8 @@ private:
         // The run to make next, where more of the same would help.
         const std::string longer = format("--max-steps %ld", 2 * state_.step);
         if (state_.step < 20) return {"too short a run to judge by", "longer", longer};
+        if (o_.overfit_batch && loss_at(train_curve_, end, end / 8) < 0.1)
+            return {"learned by heart, as --overfit-batch is meant to be: the code can learn"};
         if (above_best > 1 && learned < 0)
             return {"getting worse: " + risen + "rises too: the learning rate is too high",
                     "gentler", gentler()};
@@ -7206,8 +7219,6 @@ private:
                                learned),
                     "dropout",
                     format("--dropout %.2g --patience 3", std::clamp(2 * o_.dropout, 0.1, 0.5))};
-        if (o_.overfit_batch && loss_at(train_curve_, end, end / 8) < 0.1)
-            return {"learned by heart, as --overfit-batch is meant to be: the code can learn"};
         if (fell > 1) {
             const bool careful = fell > 4 && !jump();
             return {format("still improving: %s loss fell %.1f %% in the last quarter; a longer "
@@ -7216,11 +7227,20 @@ private:
                     "longer", longer};
         }
         const std::string flat =
-            format("flat: %s loss changed by %+.1f %% in the last quarter; ", loss, -fell);
-        if (state_.val_loss < 1.02 * corpus_.floor) return {flat + "there is no more to learn"};
+            format("flat: %s loss changed by %+.1f %% in the last quarter", loss, -fell);
+        if (state_.val_loss < 1.02 * corpus_.floor) return {flat + "; there is no more to learn"};
         // Given weights cannot be made larger.
-        if (!o_.init_from.empty()) return {flat + "a longer run would gain little"};
-        return {flat + "a larger model would gain more than a longer run", "larger",
+        if (!o_.init_from.empty()) return {flat + "; a longer run would gain little"};
+        // About 20 tokens for each parameter is where a larger model begins to pay (Hoffmann et al.
+        // 2022). Why it looks flat before that: the learning rate has fallen.
+        const double read = double(state_.samples) * T_ / double(model_.layout.count);
+        if (read < 20)
+            return {flat +
+                        format(";\nit has read only %.1f tokens for each parameter: a longer run "
+                               "would gain more than a larger model",
+                               read),
+                    "longer", longer};
+        return {flat + "; a larger model would gain more than a longer run", "larger",
                 format("--n-embd %d --learning-rate %.2g", 2 * model_.config.n_embd,
                        o_.learning_rate / 2)};
     }
@@ -7529,11 +7549,12 @@ void print_model(const Config& config, int B, int T) {
 
 // The run's folder: --output, or that of the checkpoint to resume, or out/ and the data's name.
 inline std::string output_folder(const Options& o) {
-    if (!o.output.empty()) return o.output;
-    if (!o.resume.empty() && o.resume != "auto") return parent_folder(o.resume);
     std::string name = o.train_shards.empty() ? o.data : "run";
-    // The last part of the path.
+    if (!o.output.empty()) name = o.output;
     while (name.size() > 1 && name.back() == '/') name.pop_back();
+    if (!o.output.empty()) return name;
+    if (!o.resume.empty() && o.resume != "auto") return parent_folder(o.resume);
+    // The last part of the path.
     name = name.substr(name.rfind('/') + 1);
     return "out/" + (name.empty() || name == "." || name == ".." ? "run" : name);
 }
@@ -7661,7 +7682,8 @@ int train_command(Device device, const Options& given) {
     Corpus corpus = open_corpus(o, true);
     check_output(o);
     std::optional<FileHandle> lock;
-    if (!o.resume.empty() && folder_exists(o.output)) {
+    const bool holds_run = o.resume == "auto" || file_exists(o.output + "/log.csv");
+    if (!o.resume.empty() && holds_run && folder_exists(o.output)) {
         lock.emplace(lock_folder(o.output));
         recover_folders(o.output);
     }
@@ -7929,6 +7951,7 @@ int sample_command(auto device, const Options& o) {
     for (int i = 0; i < o.num_samples; ++i) {
         if (i > 0) std::printf("\n---\n");
         std::fwrite(prompt.data(), 1, prompt.size(), stdout);
+        if (!tokenizer && !prompt.empty()) std::fputs(" ", stdout);  // between two numbers
         write_text(*model, tokens, tokenizer,
                    {o.max_new_tokens, o.temperature, o.top_k, o.top_p, o.seed + uint64_t(i),
                     end_of_text});
@@ -8516,7 +8539,11 @@ int program(int argc, char** argv, const char* name, auto&& run) {
         const Options options = parse_options(std::vector<std::string>(argv + 1, argv + argc));
         if (options.help) return std::printf("%s", help_text(options, name).c_str()), 0;
         if (options.threads > 0) omp_set_num_threads(options.threads);
-        return run(options);
+        const int status = run(options);
+        // A run is in its folder, whoever reads along; what other commands make, they print.
+        const bool printed = std::fflush(stdout) == 0 && !std::ferror(stdout);
+        if (options.command == kTrain || printed || errno == EPIPE) return status;
+        return failed(1, std::string("cannot write what is printed: ") + std::strerror(errno));
     } catch (const Error& e) {
         return failed(e.status, e.what());
     } catch (const std::bad_alloc&) {
