@@ -133,17 +133,20 @@ constexpr int kPack = 16 / int(sizeof(A));
 template <class A>
 constexpr int kStripe = kWarp*(16 / int(sizeof(A)));  // the columns that a warp reads at once
 
-__device__ inline void load_pack(float (&x)[4], const float* from) {
-    const float4 raw = *reinterpret_cast<const float4*>(from);
-    x[0] = raw.x, x[1] = raw.y, x[2] = raw.z, x[3] = raw.w;
+__device__ inline void unpack(float (&x)[4], const uint4& raw) {
+    x[0] = __uint_as_float(raw.x), x[1] = __uint_as_float(raw.y);
+    x[2] = __uint_as_float(raw.z), x[3] = __uint_as_float(raw.w);
 }
-__device__ inline void load_pack(float (&x)[8], const bf16* from) {
-    const uint4 raw = *reinterpret_cast<const uint4*>(from);
+__device__ inline void unpack(float (&x)[8], const uint4& raw) {
     const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
     for (int i = 0; i < 4; ++i) {
         x[2 * i] = __uint_as_float(words[i] << 16);  // a bf16 is the upper half of a float
         x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
     }
+}
+template <class A>
+__device__ inline void load_pack(float (&x)[kPack<A>], const A* from) {
+    unpack(x, *reinterpret_cast<const uint4*>(from));
 }
 __device__ inline void store_pack(float* to, const float (&x)[4]) {
     *reinterpret_cast<float4*>(to) = make_float4(x[0], x[1], x[2], x[3]);
@@ -215,17 +218,6 @@ __global__ void embed_forward_kernel(A* out, const int32_t* tokens, const A* wte
     store_pack(out + at, token);
 }
 
-// starts [count] = the places in `order` at which another token begins than before. `order` has the
-// rows sorted by token, so all rows of a token lie side by side in it. Careful: the starts come in
-// any order, so only work that does not depend on it may follow them; *count begins as 0. Moves:
-// two numbers for each row, which is nothing.
-__global__ void token_starts_kernel(int32_t* starts, int32_t* count, const int32_t* tokens,
-                                    const int32_t* order, int rows) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= rows || (i > 0 && tokens[order[i]] == tokens[order[i - 1]])) return;
-    starts[atomicAdd(count, 1)] = i;
-}
-
 // dwte[token] += the rows of drop(dout) at which the token stands. A block takes 32 packs of
 // columns of one token at a time: it counts the token's rows, then 8 warps take every eighth of
 // them, and add up in order. Why counting first: a frequent token has thousands of rows, whose
@@ -233,15 +225,15 @@ __global__ void token_starts_kernel(int32_t* starts, int32_t* count, const int32
 // of dwte that occur, in fp32. Expect 60 %: the blocks of frequent tokens are the last to end.
 template <class A>
 __global__ void embed_backward_tokens_kernel(float* dwte, const A* dout, const int32_t* tokens,
-                                             const int32_t* order, const int32_t* starts,
-                                             const int32_t* count, int rows, int C, Dropout drop) {
+                                             const int32_t* order, int rows, int C, Dropout drop) {
     constexpr int N = kPack<A>, kWarps = kThreads / kWarp;
     __shared__ float sums[kWarps][kStripe<A>];
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const int stripes = blocks_for(C, kStripe<A>);
-    for (int piece = blockIdx.x; piece < *count * stripes; piece += gridDim.x) {
-        const int first = starts[piece / stripes], token = tokens[order[first]];
-        const int begin = piece % stripes * kStripe<A>, c = begin + lane * N;
+    for (int64_t piece = blockIdx.x; piece < int64_t(rows) * stripes; piece += gridDim.x) {
+        const int first = int(piece / stripes), token = tokens[order[first]];
+        if (first > 0 && tokens[order[first - 1]] == token) continue;  // its first row does it
+        const int begin = int(piece % stripes) * kStripe<A>, c = begin + lane * N;
         int end = first;
         for (int found = kThreads; found == kThreads; end += found) {
             const int i = end + threadIdx.x;  // and the sums before were read
@@ -265,55 +257,65 @@ __global__ void embed_backward_tokens_kernel(float* dwte, const A* dout, const i
     }
 }
 
-// dwpe[t] += sum over b of drop(dout)[b, t]. One thread sums one pack, b in order.
-// Moves: reads dout once, reads and writes T rows of dwpe. Expect 80 %.
-template <class A>
-__global__ void embed_backward_places_kernel(float* dwpe, const A* dout, int B, int T, int C,
-                                             Dropout drop) {
-    constexpr int N = kPack<A>;
-    const size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
-    if (at >= size_t(T) * C) return;
-    float sum[N];
-    for (int i = 0; i < N; ++i) sum[i] = dwpe[at + i];
-    for (int b = 0; b < B; ++b) {
-        const size_t from = size_t(b) * T * C + at;
-        float d[N];
-        load_pack(d, dout + from);
-        for (int i = 0; i < N; ++i) sum[i] += drop.on() ? d[i] * drop.scale(from + i) : d[i];
-    }
-    for (int i = 0; i < N; ++i) dwpe[at + i] = sum[i];
-}
-
 // --- 4.2 Layernorm
 
+// A warp goes over the same row of kTables tables two or three times. Why not just read it again:
+// the other warps' rows have pushed it out of the first-level cache. A batch, 4 packs of a lane
+// from each table, is asked for at once and stays in registers: 1024 columns of bf16, 512 of fp32.
+// Longer rows take several; then a pass begins with the batch at which the one before ended.
+template <class A, int kTables>
+struct RowReader {
+    static constexpr int N = kPack<A>, kBatch = 4, kStep = kBatch * kStripe<A>;
+    const A* tables[kTables];
+    int C, loaded = -1;  // the column at which the batch in `raw` begins; a new row begins with -1
+    size_t start = 0;    // of the row
+    uint4 raw[kTables][kBatch] = {};
+
+    // Calls work(column, values [kTables][N]) for each of the lane's packs.
+    template <class Work>
+    __device__ void pass(Work&& work) {
+        const int lane = threadIdx.x % kWarp, last = (C - 1) / kStep * kStep, from = loaded;
+        for (int i = 0; i <= last; i += kStep) {
+            const int begin = from == last ? last - i : i, first = begin + lane * N;
+            for (int t = 0; t < kTables && begin != loaded; ++t)
+                for (int j = 0, c = first; j < kBatch; ++j, c += kStripe<A>)
+                    if (c < C) raw[t][j] = *reinterpret_cast<const uint4*>(tables[t] + start + c);
+            loaded = begin;
+#pragma unroll
+            for (int j = 0; j < kBatch; ++j) {
+                if (first + j * kStripe<A> >= C) break;
+                float values[kTables][N];
+                for (int t = 0; t < kTables; ++t) unpack(values[t], raw[t][j]);
+                work(first + j * kStripe<A>, values);
+            }
+        }
+    }
+};
+
 // out = (x - m) r weight + bias, m the mean of the row, r = 1 / sqrt(variance + eps); both are
-// kept. One warp makes one row. The row is read three times (mean, variance, result), but only the
-// first comes from far: 3 KB stay in the first-level cache. Moves: reads 1, writes 1 row of C.
-// Expect 90 %.
+// kept. One warp makes one row. Moves: reads 1, writes 1 row of C. Expect 90 %.
 template <class A>
 __global__ void layernorm_forward_kernel(A* out, float* mean, float* rstd, const A* x,
                                          const A* weight, const A* bias, int rows, int C) {
     constexpr int N = kPack<A>;
     const int row = (blockIdx.x * blockDim.x + threadIdx.x) / kWarp, lane = threadIdx.x % kWarp;
     if (row >= rows) return;
-    const A* in = x + size_t(row) * C;
-    float values[N], sum = 0, squares = 0;
-    for (int c = lane * N; c < C; c += kStripe<A>) {
-        load_pack(values, in + c);
-        for (int i = 0; i < N; ++i) sum += values[i];
-    }
+    RowReader<A, 1> reader{{x + size_t(row) * C}, C};
+    float sum = 0, squares = 0;
+    reader.pass([&](int, auto& values) {
+        for (int i = 0; i < N; ++i) sum += values[0][i];
+    });
     const float m = warp_sum(sum) / C;
-    for (int c = lane * N; c < C; c += kStripe<A>) {
-        load_pack(values, in + c);
-        for (int i = 0; i < N; ++i) squares += (values[i] - m) * (values[i] - m);
-    }
+    reader.pass([&](int, auto& values) {
+        for (int i = 0; i < N; ++i) squares += (values[0][i] - m) * (values[0][i] - m);
+    });
     const float r = 1 / sqrtf(warp_sum(squares) / C + float(kLayernormEps));
-    for (int c = lane * N; c < C; c += kStripe<A>) {
+    reader.pass([&](int c, auto& values) {
         float w[N], b[N];
-        load_pack(values, in + c), load_pack(w, weight + c), load_pack(b, bias + c);
-        for (int i = 0; i < N; ++i) values[i] = (values[i] - m) * r * w[i] + b[i];
-        store_pack(out + size_t(row) * C + c, values);
-    }
+        load_pack(w, weight + c), load_pack(b, bias + c);
+        for (int i = 0; i < N; ++i) w[i] = (values[0][i] - m) * r * w[i] + b[i];
+        store_pack(out + size_t(row) * C + c, w);
+    });
     if (lane == 0) mean[row] = m, rstd[row] = r;
 }
 
@@ -329,10 +331,10 @@ __host__ __device__ inline int sum_place(int c) {
 
 // dx = dresidual + r (g - mean(g) - n mean(g n)), g = dout weight, n = (x - m) r; dbranch =
 // drop(dx). And the columns' sums: dweight of dout n, dbias of dout, the branch's bias gradient of
-// dbranch. One warp takes rows warp, warp + warps, ...: two passes over a row, the second from the
-// cache. Each warp keeps its column sums in shared memory. The block adds its warps' sums in order
-// and leaves them in partial[block], [3][C]; sum_partials_kernel finishes. Moves: reads dout,
-// dresidual, x, writes dx (and dbranch): 4 or 5 rows of C. Expect 90 %.
+// dbranch. One warp takes rows warp, warp + warps, ..., and keeps its column sums in shared memory.
+// The block adds its warps' sums in order and leaves them in partial[block], [3][C];
+// sum_partials_kernel finishes. Moves: reads dout, dresidual, x, writes dx (and dbranch): 4 or 5
+// rows of C. Expect 90 %.
 template <class A>
 __global__ void __launch_bounds__(128)
     layernorm_backward_kernel(A* dx, A* dbranch, float* partial, const A* dout, const A* dresidual,
@@ -344,27 +346,29 @@ __global__ void __launch_bounds__(128)
     const int places = blocks_for(C, kStripe<A>) * kStripe<A>;
     float* mine = norm_sums + size_t(warp) * 3 * places + lane;
     for (int i = 0; i < 3 * places; i += kWarp) mine[i] = 0;
+    RowReader<A, 3> reader{{x, dout, dresidual ? dresidual : dout}, C};
     for (int row = blockIdx.x * kNormWarps + warp; row < rows; row += gridDim.x * kNormWarps) {
         const size_t start = size_t(row) * C;
         const float m = mean[row], r = rstd[row];
+        reader.start = start, reader.loaded = -1;
         float mean_g = 0, mean_gn = 0;
-        for (int c = lane * N; c < C; c += kStripe<A>) {
-            float in[N], d[N], w[N];
-            load_pack(in, x + start + c), load_pack(d, dout + start + c), load_pack(w, weight + c);
+        reader.pass([&](int c, auto& values) {
+            auto& [in, d, residual] = values;
+            float w[N];
+            load_pack(w, weight + c);
             for (int i = 0; i < N; ++i) {
                 mean_g += d[i] * w[i];
                 mean_gn += d[i] * w[i] * ((in[i] - m) * r);
             }
-        }
+        });
         mean_g = warp_sum(mean_g) / C, mean_gn = warp_sum(mean_gn) / C;
-        for (int c = lane * N; c < C; c += kStripe<A>) {
-            float in[N], d[N], w[N], joined[N] = {};
-            float* sums = mine + (c - lane * N);
-            load_pack(in, x + start + c), load_pack(d, dout + start + c), load_pack(w, weight + c);
-            if (dresidual) load_pack(joined, dresidual + start + c);
+        reader.pass([&](int c, auto& values) {
+            auto& [in, d, joined] = values;
+            float w[N], *sums = mine + c / kStripe<A> * kStripe<A>;
+            load_pack(w, weight + c);
             for (int i = 0; i < N; ++i) {
                 const float n = (in[i] - m) * r;
-                joined[i] += r * (d[i] * w[i] - mean_g - n * mean_gn);
+                joined[i] = (dresidual ? joined[i] : 0) + r * (d[i] * w[i] - mean_g - n * mean_gn);
                 sums[i * kWarp] += d[i] * n;
                 sums[places + i * kWarp] += d[i];
             }
@@ -374,7 +378,7 @@ __global__ void __launch_bounds__(128)
                 store_pack(dbranch + start + c, joined);
             }
             for (int i = 0; i < N; ++i) sums[2 * places + i * kWarp] += joined[i];
-        }
+        });
     }
     __syncthreads();
     for (int i = threadIdx.x; i < 3 * C; i += blockDim.x) {
@@ -397,7 +401,7 @@ __global__ void sum_partials_kernel(ThreePointers out, const A* partial, int par
                                     int C, bool accumulate) {
     __shared__ float sums[kWarp][kWarp + 1];
     const int c = blockIdx.x * kWarp + threadIdx.x;
-    float *to = out.to[blockIdx.y], sum = 0;
+    float *to = blockIdx.y == 0 ? out.to[0] : blockIdx.y == 1 ? out.to[1] : out.to[2], sum = 0;
     if (!to) return;
     if (c < C)
         for (int part = threadIdx.y; part < parts; part += blockDim.y)
@@ -436,11 +440,12 @@ __global__ void gelu_kernel(A* gelu, const A* pre, size_t count) {
     store_pack(gelu + at, x);
 }
 
-// Column sums of d [rows, C], a block for 32 packs of columns and one of gridDim.y stripes of rows;
-// sum_partials_kernel adds up the stripes. With pre, d is first multiplied by gelu'(pre), in place.
-// Moves: reads d; with pre reads 2 and writes 1. Expect 90 %.
+// Column sums of drop(d) [rows, C], a block for 32 packs of columns and one of gridDim.y stripes of
+// rows; sum_partials_kernel adds up the stripes. With pre, d is first multiplied by gelu'(pre), and
+// kept in `product`, which may be d. Moves: reads d; with pre reads 2 and writes 1. Expect 90 %.
 template <class A>
-__global__ void column_sums_kernel(float* partial, A* d, const A* pre, int rows, int C) {
+__global__ void column_sums_kernel(float* partial, A* product, const A* d, const A* pre, int rows,
+                                   int C, Dropout drop) {
     constexpr int N = kPack<A>, kWarps = kThreads / kWarp;
     __shared__ float sums[kWarps][kStripe<A>];
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -453,9 +458,9 @@ __global__ void column_sums_kernel(float* partial, A* d, const A* pre, int rows,
         if (pre) {
             load_pack(before, pre + at);
             for (int i = 0; i < N; ++i) x[i] *= gelu_slope(before[i]);
-            store_pack(d + at, x);
+            store_pack(product + at, x);
         }
-        for (int i = 0; i < N; ++i) sum[i] += x[i];
+        for (int i = 0; i < N; ++i) sum[i] += drop.on() ? x[i] * drop.scale(at + i) : x[i];
     }
     for (int i = 0; i < N; ++i) sums[warp][lane * N + i] = sum[i];
     __syncthreads();
@@ -618,32 +623,19 @@ __global__ void __launch_bounds__(kHeadThreads)
     }
 }
 
-// delta[b, h, t] = out . dout over the head's channels: what the softmax's backward subtracts
-// (below). One warp for each row and head. Moves: reads 2 rows of C. Expect 80 %.
-template <class A>
-__global__ void attention_delta_kernel(float* delta, const A* out, const A* dout, int rows, int T,
-                                       int NH, int HS) {
-    const int lane = threadIdx.x % kWarp;
-    const size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
-    if (i >= size_t(rows) * NH) return;
-    const int row = int(i / NH), h = int(i % NH), b = row / T, t = row % T;
-    float sum = 0;
-    for (int d = lane; d < HS; d += kWarp) sum += float(out[i * HS + d]) * float(dout[i * HS + d]);
-    sum = warp_sum(sum);
-    if (lane == 0) delta[(size_t(b) * NH + h) * T + t] = sum;
-}
-
 // With the mask w of dropout: out = sum of p w v, so dp = w (dout . v), and through the softmax
 // ds = p (dp - sum of p dp) = p (dp - delta), because sum of p w (dout . v) = dout . out. Then
 //   dq[t] = sum over t2 of ds k[t2] / sqrt(HS)      dk[t2] = sum over t of ds q[t] / sqrt(HS)
 //   dv[t2] = sum over t of p w dout[t]
+// delta [B * NH, T] is made with dq, and then used for dk and dv.
 // kForKeys: held rows are keys (k and v), streamed are queries (q and dout): makes dk and dv.
 // Otherwise held are queries, streamed are keys: makes dq. Either way the first of the two held
 // tables meets the first streamed one for s, the second the second for dp.
 template <class A, int E, bool kForKeys>
 __global__ void __launch_bounds__(kHeadThreads)
-    attention_plain_backward_kernel(A* dqkv, const A* dout, const float* lse, const float* delta,
-                                    const A* qkv, int T, int NH, int HS, Dropout drop) {
+    attention_plain_backward_kernel(A* dqkv, float* delta, const A* dout, const A* out,
+                                    const float* lse, const A* qkv, int T, int NH, int HS,
+                                    Dropout drop) {
     extern __shared__ __align__(16) float plain_tiles[];
     const int padded = padded_head(HS), pitch = padded + 1;
     float *held_0 = plain_tiles, *held_1 = held_0 + kPlainHeld * padded;
@@ -656,6 +648,15 @@ __global__ void __launch_bounds__(kHeadThreads)
     const int first = blockIdx.x * kPlainHeld, stride = head.stride, C = head.C;
     copy_rows(held_0, padded, kForKeys ? head.k : head.q, stride, first, T, HS);
     copy_rows(held_1, padded, kForKeys ? head.v : d_out, kForKeys ? stride : C, first, T, HS);
+    for (int r = 0; r < kPlainRows && !kForKeys; ++r) {
+        const int row = first + warp * kPlainRows + r;
+        if (row >= T) break;
+        const A *x = head.row(out, T, HS, row), *y = head.row(dout, T, HS, row);
+        float sum = 0;
+        for (int d = lane; d < HS; d += kWarp) sum += float(x[d]) * float(y[d]);
+        sum = warp_sum(sum);
+        if (lane == 0) delta[head.bh_T + row] = sum;
+    }
     float sum_0[kPlainRows][E] = {}, sum_1[kPlainRows][E] = {};
     const float scale = 1 / sqrtf(float(HS));
     const int end = kForKeys ? T : min(first + kPlainHeld, T);
@@ -952,9 +953,12 @@ __device__ inline void block_column_sums(float* partial, const float (&d)[kM][HS
     }
 }
 
-// delta = out . dout (see attention_delta_kernel) of a warp's 16 rows, for results' rows g and g +
-// 8 in subtract[0] and [1]. statistics[i] of row `mine` + i becomes (lse in base 2, delta), rows
-// from T on excepted. Two lanes share a row; its dout lies in a tile.
+// A head's statistics are a table of pairs of rows, so that it starts at a multiple of 16 bytes.
+__host__ __device__ inline int statistics_rows(int T) { return T + T % 2; }
+
+// delta = out . dout (see 4.4) of a warp's 16 rows, for results' rows g and g +
+// 8 in subtract[0] and [1]. statistics[i] of row `mine` + i becomes (lse in base 2, delta), and 0
+// where a pair's second row is past the end. Two lanes share a row; its dout lies in a tile.
 template <int HS>
 __device__ inline void warp_delta(float (&subtract)[2], float2* statistics, const float* lse,
                                   const bf16* out, int stride, bf16* d_tile, int tile_row, int mine,
@@ -970,14 +974,15 @@ __device__ inline void warp_delta(float (&subtract)[2], float2* statistics, cons
             for (int j = 0; j < 8; ++j) sum += x[j] * y[j];
         }
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    if (lane % 2 == 0 && mine + row < T) statistics[row] = make_float2(lse[row] * kLog2E, sum);
+    if (lane % 2 == 0 && mine + row < statistics_rows(T))
+        statistics[row] = make_float2(mine + row < T ? lse[row] * kLog2E : 0, sum);
     for (int half = 0; half < 2; ++half)
         subtract[half] = __shfl_sync(0xffffffffu, sum, 2 * result_row(2 * half));
 }
 
-// dq, and statistics [B * NH, T] for the kernel below. One block: 4 warps, kM times 16 queries
-// each, of one head; keys are copied in tiles of 64 and worked on 32 at a time. Operations: 6 HS
-// and an exponential for each pair of T^2 / 2. Moves: reads 5, writes 1 row of C.
+// dq, and statistics [B * NH, statistics_rows(T)] for the kernel below. One block: 4 warps, kM
+// times 16 queries each, of one head; keys are copied in tiles of 64 and worked on 32 at a time.
+// Operations: 6 HS and an exponential for each pair of T^2 / 2. Moves: reads 5, writes 1 row of C.
 template <int HS, int kM, bool kDrop>
 __global__ void __launch_bounds__(kHeadThreads)
     attention_backward_queries_kernel(bf16* dqkv, float* partial, float2* statistics,
@@ -991,6 +996,7 @@ __global__ void __launch_bounds__(kHeadThreads)
     const int first = (gridDim.x - 1 - blockIdx.x) * kQueries,
               mine = first + threadIdx.x / kWarp * 16 * kM;
     const int tiles = (min(first + kQueries, T) + kKeys - 1) / kKeys;
+    statistics += size_t(blockIdx.y) * statistics_rows(T);
     copy_tile<HS, kQueries>(q_tile, head.q, head.stride, first, T);
     copy_tile<HS, kQueries>(d_tile, head.row(dout, T, HS, 0), head.C, first, T);
     copy_keys<HS>(k_tiles, v_tiles, head, 0, T);
@@ -1011,7 +1017,7 @@ __global__ void __launch_bounds__(kHeadThreads)
                 const int row = mine + 16 * i;
                 left_operands<HS>(queries[i], q_tile, row - first);
                 left_operands<HS>(douts[i], d_tile, row - first);
-                warp_delta<HS>(subtract[i], statistics + head.bh_T + row, lse + head.bh_T + row,
+                warp_delta<HS>(subtract[i], statistics + row, lse + head.bh_T + row,
                                head.row(out, T, HS, row), head.C, d_tile, row - first, row, T);
             }
         for (int slice = 0; slice < kKeys; slice += kSlice) {
@@ -1049,22 +1055,23 @@ __global__ void __launch_bounds__(kHeadThreads)
                                    const bf16* dout, const bf16* qkv, int T, int NH, Dropout drop) {
     constexpr int kKeys = 64 * kM, kQueries = 64, kSlice = 16;
     extern __shared__ __align__(16) bf16 attention_tiles[];
-    __shared__ float lse2_of[2 * kQueries], delta_of[2 * kQueries];  // of the tiles' queries
+    __shared__ float4 pairs[2 * kQueries / 2];  // statistics of the tiles' queries
     bf16 *k_tile = attention_tiles, *v_tile = k_tile + kKeys * HS;
     bf16 *q_tiles = v_tile + kKeys * HS, *d_tiles = q_tiles + 2 * kQueries * HS;
     const Head<bf16> head(qkv, T, NH, HS);
     const int first = blockIdx.x * kKeys, mine = first + threadIdx.x / kWarp * 16 * kM;
     const int tiles = (T + kQueries - 1) / kQueries, first_tile = first / kQueries;
+    statistics += size_t(blockIdx.y) * statistics_rows(T);
     auto copy_queries = [&](int tile) {
-        const int begin = tile * kQueries, query = begin + threadIdx.x;
+        const int begin = tile * kQueries, query = begin + 2 * threadIdx.x;
         copy_tile<HS, kQueries>(q_tiles + tile % 2 * kQueries * HS, head.q, head.stride, begin, T);
         copy_tile<HS, kQueries>(d_tiles + tile % 2 * kQueries * HS, head.row(dout, T, HS, 0),
                                 head.C, begin, T);
+        // Of queries past the end all is 0: then p = 1, but what it is multiplied with is 0.
+        if (threadIdx.x < kQueries / 2)
+            copy_async_16(pairs + tile % 2 * kQueries / 2 + threadIdx.x, statistics + query,
+                          query < T);
         copy_async_commit();
-        if (threadIdx.x >= kQueries) return;
-        const float2 of = query < T ? statistics[head.bh_T + query] : make_float2(INFINITY, 0);
-        lse2_of[tile % 2 * kQueries + threadIdx.x] = of.x;  // infinity: p = 0
-        delta_of[tile % 2 * kQueries + threadIdx.x] = of.y;
     };
     copy_tile<HS, kKeys>(k_tile, head.k, head.stride, first, T);
     copy_tile<HS, kKeys>(v_tile, head.v, head.stride, first, T);
@@ -1086,21 +1093,20 @@ __global__ void __launch_bounds__(kHeadThreads)
             const int query = tile * kQueries + slice, at = (tile % 2 * kQueries + slice) * HS;
             if (query + kSlice <= mine) continue;  // all of them come before all of its keys
             float s[kM][kSlice / 8][4] = {}, dp[kM][kSlice / 8][4] = {};
-            const float *lse2 = lse2_of + at / HS, *delta = delta_of + at / HS;
             add_rows_product<HS, kM, kSlice>(s, keys, q_tiles + at);
             add_rows_product<HS, kM, kSlice>(dp, values, d_tiles + at);
 #pragma unroll
             for (int i = 0; i < kM; ++i) {
                 const int key = mine + 16 * i;
                 if (key + 15 > query) mask_scores<true>(s[i], query, key);
-                for (int n = 0; n < kSlice / 8; ++n)
-                    for (int e = 0; e < 4; ++e) {
-                        const int column = result_column(n, e);
-                        backward_element<kDrop>(s[i][n][e], dp[i][n][e], lse2[column],
-                                                delta[column], scale2, drop,
-                                                (head.bh_T + query + column) * T + key +
-                                                    result_row(e));
-                    }
+                for (int n = 0; n < kSlice / 8; ++n) {
+                    const float4 pair = pairs[(at / HS + result_column(n, 0)) / 2];
+                    for (int e = 0; e < 4; ++e)
+                        backward_element<kDrop>(s[i][n][e], dp[i][n][e], e % 2 ? pair.z : pair.x,
+                                                e % 2 ? pair.w : pair.y, scale2, drop,
+                                                (head.bh_T + query + result_column(n, e)) * T +
+                                                    key + result_row(e));
+                }
             }
             add_columns_product<HS, kM, kSlice>(dv, s, d_tiles + at);
             add_columns_product<HS, kM, kSlice>(dk, dp, q_tiles + at);
@@ -1116,59 +1122,55 @@ __global__ void __launch_bounds__(kHeadThreads)
 
 // --- 4.6 The head: softmax, cross-entropy and the gradient, in place on the logits
 
+constexpr int kHeadRowThreads = 512;  // of a block that makes a row of logits
+
 // loss = log(sum of e^l) - l[target], 0 where the target is kIgnore. One block makes one row of
 // logits [V], rows `pitch` apart: first its maximum and sum of e^(l - max) in one reading, then, if
-// kGradient, the logits become scale (softmax - onehot). The second reading finds most of the row
-// in the second-level cache. Moves: reads 1, writes 1 row of V: 4.4 ms. Operations: 2 exponentials
-// for each number, 1.8 ms. Expect 90 %.
+// kGradient, the logits become scale (softmax - onehot). The first `kept` of a row (all but V % N,
+// if they fit) are asked for at once and wait in shared memory for both readings: 100 KB in GPT-2,
+// so that a multiprocessor loads one row while it works on another. The rest is read twice.
+// Moves: reads 1, writes 1 row of V: 4.4 ms. Operations: 2 exponentials for each number, 1.8 ms.
+// Expect 90 %.
 template <class A, bool kGradient>
-__global__ void softmax_cross_entropy_kernel(float* losses, A* logits, const int32_t* targets,
-                                             int V, int pitch, float scale) {
-    constexpr int N = kPack<A>, kBatch = 4;  // packs that a thread asks for before it uses one
+__global__ void __launch_bounds__(kHeadRowThreads, 2)
+    softmax_cross_entropy_kernel(float* losses, A* logits, const int32_t* targets, int V, int pitch,
+                                 int kept, float scale) {
+    constexpr int N = kPack<A>;
+    extern __shared__ __align__(16) uint4 kept_packs[];
     const int row = blockIdx.x, target = targets[row], whole = V / N * N, step = blockDim.x * N;
     A* l = logits + size_t(row) * pitch;
+    // No barrier follows: a thread reads only what it copied itself.
+    for (int v = threadIdx.x * N; v < kept; v += step)
+        copy_async_16(kept_packs + v / N, l + v, true);
+    copy_async_commit();
     const bool scored = target >= 0;
     const float at_target = scored ? float(l[target]) : 0;
-    float highest = -INFINITY, sum = 0, x[kBatch][N];
-    auto load_batch = [&](int begin) {
-        for (int j = 0; j < kBatch; ++j)
-            if (begin + j * step < whole)
-                load_pack(x[j], l + begin + j * step);
-            else
-                for (int i = 0; i < N; ++i) x[j][i] = -INFINITY;
-    };
-    auto take = [&](const float* values, int count) {  // e^v = 2^(v log2 e)
+    float highest = -INFINITY, sum = 0, x[N];
+    auto load = [&](int v) { v < kept ? unpack(x, kept_packs[v / N]) : load_pack(x, l + v); };
+    auto take = [&](int count) {  // e^v = 2^(v log2 e)
         float top = highest;
-        for (int i = 0; i < count; ++i) top = fmaxf(top, values[i]);
+        for (int i = 0; i < count; ++i) top = fmaxf(top, x[i]);
         if (top == -INFINITY) return;
         sum *= exp2_approx((highest - top) * kLog2E), highest = top;
-        for (int i = 0; i < count; ++i) sum += exp2_approx(values[i] * kLog2E - top * kLog2E);
+        for (int i = 0; i < count; ++i) sum += exp2_approx(x[i] * kLog2E - top * kLog2E);
     };
-    for (int v = threadIdx.x * N; v < whole; v += kBatch * step) {
-        load_batch(v);
-        take(x[0], kBatch * N);
-    }
-    for (int v = whole + threadIdx.x; v < V; v += blockDim.x) {  // what is left: V % N
-        x[0][0] = float(l[v]);
-        take(x[0], 1);
-    }
+    copy_async_wait<0>();
+    for (int v = threadIdx.x * N; v < whole; v += step) load(v), take(N);
+    for (int v = whole + threadIdx.x; v < V; v += blockDim.x)  // what is left: V % N
+        x[0] = float(l[v]), take(1);
     const float top = block_max(highest), offset = top * kLog2E;
     sum = block_sum(highest == -INFINITY ? 0 : sum * exp2_approx((highest - top) * kLog2E));
     if (threadIdx.x == 0) losses[row] = scored ? logf(sum) + top - at_target : 0;
     if (!kGradient) return;
-    const float factor = scored ? scale / sum : 0, one = scored ? scale : 0;
-    for (int v = threadIdx.x * N; v < whole; v += kBatch * step) {
-        load_batch(v);
-        for (int j = 0; j < kBatch; ++j) {
-            const int begin = v + j * step;
-            for (int i = 0; i < N; ++i)
-                x[j][i] = factor * exp2_approx(x[j][i] * kLog2E - offset) -
-                          (begin + i == target ? one : 0);
-            if (begin < whole) store_pack(l + begin, x[j]);
-        }
+    const float factor = scored ? scale / sum : 0;  // else no v is the target
+    for (int v = threadIdx.x * N; v < whole; v += step) {
+        load(v);
+        for (int i = 0; i < N; ++i) x[i] = factor * exp2_approx(x[i] * kLog2E - offset);
+        for (int i = 0; i < N && target / N == v / N; ++i) x[i] -= v + i == target ? scale : 0;
+        store_pack(l + v, x);
     }
     for (int v = whole + threadIdx.x; v < V; v += blockDim.x)
-        l[v] = A(factor * exp2_approx(float(l[v]) * kLog2E - offset) - (v == target ? one : 0));
+        l[v] = A(factor * exp2_approx(float(l[v]) * kLog2E - offset) - (v == target ? scale : 0));
 }
 
 // --- 4.7 The update
@@ -1189,6 +1191,7 @@ __global__ void add_loss_kernel(StepState* state, const float* losses, int rows,
 __global__ void sum_of_squares_kernel(double* sums, const float* grads, size_t count) {
     double sum = 0;
     const size_t step = size_t(gridDim.x) * blockDim.x * 4;
+#pragma unroll 4
     for (size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 4; i < count; i += step) {
         float g[4];
         load_pack(g, grads + i);
@@ -1868,17 +1871,11 @@ struct Cuda {
     void embed_backward(float* dwte, float* dwpe, const A* dout, const int32_t* tokens,
                         const int32_t* order, int B, int T, int C, Dropout drop) {
         const int rows = B * T, stripes = blocks_for(C, kStripe<A>);
-        int32_t *count = context->scratch<int32_t>(size_t(rows) + 1), *starts = count + 1;
-        const unsigned enough = blocks_for(rows, kThreads);
-        zero(count, 1);
-        token_starts_kernel<<<enough, kThreads, 0, stream()>>>(starts, count, tokens, order, rows);
         const int blocks =
             resident_blocks(embed_backward_tokens_kernel<A>, kThreads, 0, size_t(rows) * stripes);
-        embed_backward_tokens_kernel<A><<<blocks, kThreads, 0, stream()>>>(dwte, dout, tokens,
-                                                                           order, starts, count,
-                                                                           rows, C, drop);
-        embed_backward_places_kernel<A>
-            <<<packs(size_t(T) * C), kThreads, 0, stream()>>>(dwpe, dout, B, T, C, drop);
+        embed_backward_tokens_kernel<A>
+            <<<blocks, kThreads, 0, stream()>>>(dwte, dout, tokens, order, rows, C, drop);
+        column_sums(dwpe, nullptr, dout, nullptr, B, T * C, true, drop);  // of [B, T C]
         CUDA_CHECK(cudaGetLastError());
     }
 
@@ -1939,7 +1936,7 @@ struct Cuda {
             sum_partials({{dpre_bias}}, 1, sums, 1, C, accumulate);
         } else {
             multiply(dx, dy, turned);
-            column_sums(dpre_bias, dpre, pre, rows, C, accumulate);
+            column_sums(dpre_bias, dpre, dpre, pre, rows, C, accumulate);
         }
         weight_gradient(dw, dout, gelu, rows, C, OC, accumulate);
     }
@@ -1973,7 +1970,7 @@ struct Cuda {
     void attention_backward(A* dqkv, float* dqkv_bias, const A* dout, const A* out,
                             const float* lse, const A* qkv, int B, int T, int NH, int HS,
                             Dropout drop, bool accumulate) {
-        const size_t heads = size_t(B) * NH * T;
+        const size_t heads = size_t(B) * NH * statistics_rows(T);
         const int width = 3 * NH * HS;
         auto run = [&]<int kHS, int kM, bool kDrop>(Tiles<kHS, kM, kDrop>) {
             const dim3 grid(blocks_for(T, 64 * kM), unsigned(B * NH));
@@ -1992,23 +1989,20 @@ struct Cuda {
             sum_partials({{dqkv_bias}}, 1, partial, int(parts), width, accumulate);
         };
         if (on_tensor_cores(B, T, NH, HS, drop, run)) return;
-        float* delta = context->scratch<float>(heads);
-        const unsigned blocks = blocks_for(heads, kThreads / kWarp);
-        attention_delta_kernel<A>
-            <<<blocks, kThreads, 0, stream()>>>(delta, out, dout, B * T, T, NH, HS);
+        float* delta = context->scratch<float>(size_t(B) * NH * T);
         const dim3 grid(blocks_for(T, kPlainHeld), unsigned(B * NH));
         const size_t shared = plain_shared(HS, 2);
         with_lane_channels(HS, [&]<int E>(std::integral_constant<int, E>) {
             allow_shared(attention_plain_backward_kernel<A, E, false>, shared);
             attention_plain_backward_kernel<A, E, false>
-                <<<grid, kHeadThreads, shared, stream()>>>(dqkv, dout, lse, delta, qkv, T, NH, HS,
-                                                           drop);
+                <<<grid, kHeadThreads, shared, stream()>>>(dqkv, delta, dout, out, lse, qkv, T, NH,
+                                                           HS, drop);
             allow_shared(attention_plain_backward_kernel<A, E, true>, shared);
             attention_plain_backward_kernel<A, E, true>
-                <<<grid, kHeadThreads, shared, stream()>>>(dqkv, dout, lse, delta, qkv, T, NH, HS,
-                                                           drop);
+                <<<grid, kHeadThreads, shared, stream()>>>(dqkv, delta, dout, out, lse, qkv, T, NH,
+                                                           HS, drop);
         });
-        column_sums(dqkv_bias, dqkv, nullptr, B * T, width, accumulate);
+        column_sums(dqkv_bias, nullptr, dqkv, nullptr, B * T, width, accumulate);
     }
     void attention_cached(A* out, const A* qkv, int past, int n, int NH, int HS) {
         plain_forward(out, nullptr, qkv, 1, past, n, NH, HS, Dropout{});
@@ -2120,12 +2114,14 @@ private:
         multiply({dw, C, OC}, transpose({x, rows, C}), {dout, rows, OC},
                  {.single = true, .add = accumulate ? dw : nullptr});
     }
-    // sums [C] (+)= column sums of d [rows, C]; with pre, d becomes d gelu'(pre) first.
-    void column_sums(float* sums, A* d, const A* pre, int rows, int C, bool accumulate) {
+    // sums [C] (+)= column sums of drop(d) [rows, C]; with pre, of product = d gelu'(pre).
+    void column_sums(float* sums, A* product, const A* d, const A* pre, int rows, int C,
+                     bool accumulate, Dropout drop = {}) {
         const dim3 grid(blocks_for(C, kStripe<A>),
                         std::min<unsigned>(256, blocks_for(rows, kThreads / kWarp)));
         float* partial = context->scratch<float>(size_t(grid.y) * C);
-        column_sums_kernel<A><<<grid, kThreads, 0, stream()>>>(partial, d, pre, rows, C);
+        column_sums_kernel<A>
+            <<<grid, kThreads, 0, stream()>>>(partial, product, d, pre, rows, C, drop);
         sum_partials({{sums}}, 1, partial, int(grid.y), C, accumulate);
     }
     template <class From>
@@ -2139,9 +2135,14 @@ private:
     template <bool kGradient>
     void softmax_cross_entropy(float* losses, A* logits, const int32_t* targets, int rows, int V,
                                float scale) {
-        const int threads = V >= 8192 ? 1024 : 256;
+        const cudaDeviceProp& gpu = context->gpu;
+        // Copies that do not wait came with 8.0; 1 KB is for the kernel's own sums.
+        const size_t room = gpu.major < 8 ? 0 : gpu.sharedMemPerBlockOptin - 1024;
+        const size_t kept = std::min(size_t(V / kPack<A>), room / 16), shared = kept * 16 + 16;
+        allow_shared(softmax_cross_entropy_kernel<A, kGradient>, shared);
         softmax_cross_entropy_kernel<A, kGradient>
-            <<<rows, threads, 0, stream()>>>(losses, logits, targets, V, head_pitch(V), scale);
+            <<<rows, kHeadRowThreads, shared, stream()>>>(losses, logits, targets, V, head_pitch(V),
+                                                          int(kept) * kPack<A>, scale);
         CUDA_CHECK(cudaGetLastError());
     }
 

@@ -20,19 +20,20 @@ MUTANTS = """
 embed_forward_kernel | embedding | sign | token[i] += place[i] | token[i] -= place[i]
 embed_forward_kernel | embedding | term | past + row % T | row % T
 embed_forward_kernel | embedding | term | token[i] *= drop.scale(at + i) | token[i] *= 1
-token_starts_kernel | embedding | sign | tokens[order[i]] == tokens[order[i - 1]] | tokens[order[i]] != tokens[order[i - 1]]
-token_starts_kernel | embedding | term | starts[atomicAdd(count, 1)] = i | starts[atomicAdd(count, 1)] = i + (i > 2)
+embed_backward_tokens_kernel | embedding | term | if (first > 0 && tokens[order[first - 1]] == token) | if (false)
 embed_backward_tokens_kernel | embedding | sign | total += sums[w][i] | total -= sums[w][i]
 embed_backward_tokens_kernel | embedding | term | d[j] * drop.scale(at + j) | d[j]
-embed_backward_places_kernel | embedding | sign | d[i] * drop.scale(from + i) | -d[i] * drop.scale(from + i)
-embed_backward_places_kernel | embedding | term | sum[i] = dwpe[at + i] | sum[i] = 0
-layernorm_forward_kernel | layernorm | sign | (values[i] - m) * r * w[i] + b[i] | (values[i] - m) * r * w[i] - b[i]
+column_sums_kernel | embedding | sign | drop.on() ? x[i] * drop.scale(at + i) : x[i] | drop.on() ? -x[i] * drop.scale(at + i) : -x[i]
+column_sums_kernel | embedding | term | drop.on() ? x[i] * drop.scale(at + i) : x[i] | x[i]
+layernorm_forward_kernel | layernorm | sign | (values[0][i] - m) * r * w[i] + b[i] | (values[0][i] - m) * r * w[i] - b[i]
 layernorm_forward_kernel | layernorm | term | float(kLayernormEps) | 0.0f
-layernorm_forward_kernel | layernorm | term | (values[i] - m) * (values[i] - m) | values[i] * values[i]
+layernorm_forward_kernel | layernorm | term | (values[0][i] - m) * (values[0][i] - m) | values[0][i] * values[0][i]
+pass | layernorm | term | t < kTables && begin != loaded | t < kTables && loaded < 0
+pass | layernorm | term | values[t] | values[0]
 layernorm_backward_kernel | layernorm | sign | d[i] * w[i] - mean_g - n * mean_gn | d[i] * w[i] - mean_g + n * mean_gn
 layernorm_backward_kernel | layernorm | term | d[i] * w[i] - mean_g - n * mean_gn | d[i] * w[i] - n * mean_gn
 layernorm_backward_kernel | layernorm | term | d[i] * w[i] - mean_g - n * mean_gn | d[i] * w[i] - mean_g
-layernorm_backward_kernel | layernorm | term | if (dresidual) | if (false)
+layernorm_backward_kernel | layernorm | term | dresidual ? joined[i] : 0 | 0
 layernorm_backward_kernel | layernorm | term | joined[i] *= drop.scale(start + c + i) | joined[i] *= 1
 layernorm_backward_kernel | layernorm | term | sums[i * kWarp] += d[i] * n | sums[i * kWarp] += d[i]
 layernorm_backward_kernel | layernorm | sign | sums[places + i * kWarp] += d[i] | sums[places + i * kWarp] -= d[i]
@@ -47,8 +48,9 @@ over_block | head | term | parts[warp] = x | parts[warp] = x + x
 over_block | update | term | lane < warps ? parts[lane] : nothing | lane < 1 ? parts[lane] : nothing
 block_max | head | sign | over_block(x, -INFINITY, warp_max) | -over_block(x, -INFINITY, warp_max)
 block_sum | update | sign | over_block(x, T(0), warp_sum<T>) | -over_block(x, T(0), warp_sum<T>)
-load_pack | layernorm<*bf16 | term | words[i] << 16 | words[i]
-load_pack | layernorm<*float | term | x[2] = raw.z | x[2] = raw.y
+unpack | layernorm<*bf16 | term | words[i] << 16 | words[i]
+unpack | layernorm<*float | term | __uint_as_float(raw.z) | __uint_as_float(raw.y)
+load_pack | layernorm | term | reinterpret_cast<const uint4*>(from) | reinterpret_cast<const uint4*>(from + kPack<A>)
 store_pack | layernorm<*bf16 | term | pack_bf16(x[6], x[7]) | pack_bf16(x[6], x[6])
 store_pack | layernorm<*float | term | make_float4(x[0], x[1], x[2], x[3]) | make_float4(x[0], x[1], x[2], x[2])
 sum_place | layernorm | term | c % N * kWarp | c % N
@@ -76,7 +78,6 @@ gelu_slope | linear | sign | 1 - t * t | 1 + t * t
 gelu_slope | linear | term | 3 * kGeluCube * x * x | 0.0f
 gelu_kernel | linear | sign | gelu_of(x[i]) | -gelu_of(x[i])
 gelu_kernel | linear | term | gelu_of(x[i]) | x[i]
-column_sums_kernel | linear | sign | sum[i] += x[i] | sum[i] -= x[i]
 column_sums_kernel | linear | term | x[i] *= gelu_slope(before[i]) | x[i] *= 1
 residual_dropout_kernel | linear | sign | branch[i] * drop.scale(at + i) | -branch[i] * drop.scale(at + i)
 residual_dropout_kernel | linear | term | branch[i] * drop.scale(at + i) | branch[i]
@@ -91,8 +92,8 @@ attention_plain_forward_kernel | attention<*float | term | s[r] * scale | s[r]
 attention_plain_forward_kernel | attention<*float | term | key <= query | key < query + 2
 attention_plain_forward_kernel | attention<*float | term | e * drop.scale(place) | e
 attention_plain_forward_kernel | attention<*float | term | highest[r] + logf(total[r]) | logf(total[r])
-attention_delta_kernel | attention<*float | sign | float(out[i * HS + d]) * float(dout[i * HS + d]) | -float(out[i * HS + d]) * float(dout[i * HS + d])
-attention_delta_kernel | attention<*float | term | float(out[i * HS + d]) * float(dout[i * HS + d]) | float(out[i * HS + d])
+attention_plain_backward_kernel | attention<*float | sign | float(x[d]) * float(y[d]) | -float(x[d]) * float(y[d])
+attention_plain_backward_kernel | attention<*float | term | float(x[d]) * float(y[d]) | float(x[d])
 attention_plain_backward_kernel | attention<*float | sign | expf(s[r] * scale - lse[at]) | expf(s[r] * scale + lse[at])
 attention_plain_backward_kernel | attention<*float | sign | probability * (w * dp[r] - delta[at]) * scale | probability * (w * dp[r] + delta[at]) * scale
 attention_plain_backward_kernel | attention<*float | term | probability * (w * dp[r] - delta[at]) * scale | probability * (dp[r] - delta[at]) * scale
@@ -122,14 +123,17 @@ attention_backward_queries_kernel | attention<*bf16 | sign | lse[head.bh_T + que
 attention_backward_queries_kernel | attention<*bf16 | term | add_columns_product<HS, kM, kSlice>(dq, dp, k_tiles + at) | add_columns_product<HS, kM, kSlice>(dq, s, k_tiles + at)
 attention_backward_queries_kernel | attention<*bf16 | term | if (key >= mine + 16 * kM) | if (key > 0 && key >= mine)
 attention_backward_queries_kernel | attention<*bf16 | term | if (key + kSlice - 1 > query) | if (key + kSlice - 1 > query + 16)
-attention_backward_keys_kernel | attention<*bf16 | sign | lse2[column] | -lse2[column]
+statistics_rows | attention<*bf16 | term | T + T % 2 | T
+attention_backward_keys_kernel | attention<*bf16 | sign | e % 2 ? pair.z : pair.x | e % 2 ? -pair.z : -pair.x
+attention_backward_keys_kernel | attention<*bf16 | term | e % 2 ? pair.w : pair.y | pair.y
 attention_backward_keys_kernel | attention<*bf16 | term | add_columns_product<HS, kM, kSlice>(dv, s, d_tiles + at) | add_columns_product<HS, kM, kSlice>(dv, s, q_tiles + at)
 attention_backward_keys_kernel | attention<*bf16 | term | if (query + kSlice <= mine) | if (query <= mine)
 attention_backward_keys_kernel | attention<*bf16 | term | if (key + 15 > query) | if (key + 15 > query + 16)
 softmax_cross_entropy_kernel | head | sign | logf(sum) + top - at_target | logf(sum) + top + at_target
 softmax_cross_entropy_kernel | head | term | logf(sum) + top - at_target | logf(sum) - at_target
-softmax_cross_entropy_kernel | head | term | begin + i == target ? one : 0 | 0.0f
-softmax_cross_entropy_kernel | head | term | v == target ? one : 0 | 0.0f
+softmax_cross_entropy_kernel | head | term | v + i == target ? scale : 0 | 0.0f
+softmax_cross_entropy_kernel | head | term | target / N == v / N | target / N == v / N + 1
+softmax_cross_entropy_kernel | head | term | v == target ? scale : 0 | 0.0f
 softmax_cross_entropy_kernel | head | term | sum * exp2_approx((highest - top) * kLog2E) | sum
 begin_step_kernel | update | sign | state->lr = lr | state->lr = -lr
 begin_step_kernel | update | term | state->loss = 0 | state->loss += 0
@@ -227,7 +231,7 @@ def without_mutants(source, mutants):
     kinds = {}
     for name, _, kind, _, _ in mutants:
         kinds.setdefault(name, set()).add(kind)
-    kernels = re.findall(r"__global__ void\s+(?:__launch_bounds__\(\w+\)\s+)?(\w+)\(", source)
+    kernels = re.findall(r"__global__ void\s+(?:__launch_bounds__\([\w, ]+\)\s+)?(\w+)\(", source)
     # The words of PTX are checked against NVIDIA's tables by cuda_on_cpu/test_emulator.cu.
     helpers = re.findall(r"__device__ (?:inline )?(?:\w+\*? )?(\w+)\(", source[source.index("// PTX wrappers end"):])
     return [name for name in kernels if not {"sign", "term"} <= kinds.get(name, set())] + \
