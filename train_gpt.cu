@@ -835,16 +835,17 @@ __device__ inline void softmax_step(float (&s)[kScores][4], float (&o)[kOut][4],
     }
 }
 
-// Takes the keys that come after a query out of a warp's scores [16 queries, keys], or, kForKeys,
-// [16 keys, queries].
-template <bool kForKeys = false, int kScores>
-__device__ inline void mask_scores(float (&s)[kScores][4], int query, int key) {
-    for (int n = 0; n < kScores; ++n)
-        for (int e = 0; e < 4; ++e) {
-            const int down = result_row(e), across = result_column(n, e);
-            if (key + (kForKeys ? down : across) > query + (kForKeys ? across : down))
-                s[n][e] = -INFINITY;
-        }
+// Takes the keys that come after a query out of a warp's scores [16 kM queries, keys], or,
+// kForKeys, [16 kM keys, queries].
+template <bool kForKeys = false, int kM, int kScores>
+__device__ inline void mask_scores(float (&s)[kM][kScores][4], int query, int key) {
+#pragma unroll
+    for (int i = 0; i < kM * kScores * 4; ++i) {
+        const int n = i / 4 % kScores, e = i % 4;
+        const int down = i / 4 / kScores * 16 + result_row(e), across = result_column(n, e);
+        if (key + (kForKeys ? down : across) > query + (kForKeys ? across : down))
+            s[i / 4 / kScores][n][e] = -INFINITY;
+    }
 }
 // Puts the mask of dropout on a warp's p [16 queries, keys].
 template <int kScores>
@@ -894,12 +895,11 @@ __global__ void __launch_bounds__(kHeadThreads)
         if (key >= mine + 16 * kM) continue;  // all keys come after all of this warp's queries
         float s[kM][kKeys / 8][4] = {};
         add_rows_product<HS, kM, kKeys>(s, queries, k_tiles + tile % 2 * kKeys * HS);
+        if (key + kKeys - 1 > mine) mask_scores(s, mine, key);
 #pragma unroll
         for (int i = 0; i < kM; ++i) {
-            const int query = mine + 16 * i;
-            if (key + kKeys - 1 > query) mask_scores(s[i], query, key);
             softmax_step(s[i], o[i], highest[i], total[i], scale2);
-            if constexpr (kDrop) drop_scores(s[i], drop, head.bh_T, query, key, T);
+            if constexpr (kDrop) drop_scores(s[i], drop, head.bh_T, mine + 16 * i, key, T);
         }
         add_columns_product<HS, kM, kKeys>(o, s, v_tiles + tile % 2 * kKeys * HS);
     }
@@ -1026,10 +1026,10 @@ __global__ void __launch_bounds__(kHeadThreads)
             float s[kM][kSlice / 8][4] = {}, dp[kM][kSlice / 8][4] = {};
             add_rows_product<HS, kM, kSlice>(s, queries, k_tiles + at);
             add_rows_product<HS, kM, kSlice>(dp, douts, v_tiles + at);
+            if (key + kSlice - 1 > mine) mask_scores(s, mine, key);
 #pragma unroll
             for (int i = 0; i < kM; ++i) {
                 const int query = mine + 16 * i;
-                if (key + kSlice - 1 > query) mask_scores(s[i], query, key);
                 for (int n = 0; n < kSlice / 8; ++n)
                     for (int e = 0; e < 4; ++e)
                         backward_element<kDrop>(s[i][n][e], dp[i][n][e], lse2[i][e / 2],
@@ -1095,10 +1095,10 @@ __global__ void __launch_bounds__(kHeadThreads)
             float s[kM][kSlice / 8][4] = {}, dp[kM][kSlice / 8][4] = {};
             add_rows_product<HS, kM, kSlice>(s, keys, q_tiles + at);
             add_rows_product<HS, kM, kSlice>(dp, values, d_tiles + at);
+            if (mine + 16 * kM - 1 > query) mask_scores<true>(s, query, mine);
 #pragma unroll
             for (int i = 0; i < kM; ++i) {
                 const int key = mine + 16 * i;
-                if (key + 15 > query) mask_scores<true>(s[i], query, key);
                 for (int n = 0; n < kSlice / 8; ++n) {
                     const float4 pair = pairs[(at / HS + result_column(n, 0)) / 2];
                     for (int e = 0; e < 4; ++e)

@@ -108,7 +108,7 @@ attention_forward_kernel | attention<*bf16 | sign | highest[i][half] * scale + l
 attention_forward_kernel | attention<*bf16 | term | highest[i][half] * scale + logf(total[i][half]) | logf(total[i][half])
 mask_scores | attention<*bf16 | term | query + (kForKeys ? across : down) | query + (kForKeys ? across : down) + 1
 attention_forward_kernel | attention<*bf16 | term | if (key >= mine + 16 * kM) | if (key > 0 && key >= mine)
-attention_forward_kernel | attention<*bf16 | term | if (key + kKeys - 1 > query) | if (key + kKeys - 1 > query + 16)
+attention_forward_kernel | attention<*bf16 | term | if (key + kKeys - 1 > mine) | if (key + kKeys - 1 > mine + 16)
 backward_element | attention<*bf16 | sign | s * scale2 - lse2 | s * scale2 + lse2
 backward_element | attention<*bf16 | sign | w * dp - delta | w * dp + delta
 backward_element | attention<*bf16 | term | w * dp - delta | dp - delta
@@ -122,13 +122,13 @@ store_rows | attention<*bf16 | term | factor * d[n][2 * half] | d[n][2 * half]
 attention_backward_queries_kernel | attention<*bf16 | sign | lse[head.bh_T + query] * kLog2E | -lse[head.bh_T + query] * kLog2E
 attention_backward_queries_kernel | attention<*bf16 | term | add_columns_product<HS, kM, kSlice>(dq, dp, k_tiles + at) | add_columns_product<HS, kM, kSlice>(dq, s, k_tiles + at)
 attention_backward_queries_kernel | attention<*bf16 | term | if (key >= mine + 16 * kM) | if (key > 0 && key >= mine)
-attention_backward_queries_kernel | attention<*bf16 | term | if (key + kSlice - 1 > query) | if (key + kSlice - 1 > query + 16)
+attention_backward_queries_kernel | attention<*bf16 | term | if (key + kSlice - 1 > mine) | if (key + kSlice - 1 > mine + 16)
 statistics_rows | attention<*bf16 | term | T + T % 2 | T
 attention_backward_keys_kernel | attention<*bf16 | sign | e % 2 ? pair.z : pair.x | e % 2 ? -pair.z : -pair.x
 attention_backward_keys_kernel | attention<*bf16 | term | e % 2 ? pair.w : pair.y | pair.y
 attention_backward_keys_kernel | attention<*bf16 | term | add_columns_product<HS, kM, kSlice>(dv, s, d_tiles + at) | add_columns_product<HS, kM, kSlice>(dv, s, q_tiles + at)
 attention_backward_keys_kernel | attention<*bf16 | term | if (query + kSlice <= mine) | if (query <= mine)
-attention_backward_keys_kernel | attention<*bf16 | term | if (key + 15 > query) | if (key + 15 > query + 16)
+attention_backward_keys_kernel | attention<*bf16 | term | if (mine + 16 * kM - 1 > query) | if (mine + 16 * kM - 1 > query + 16)
 softmax_cross_entropy_kernel | head | sign | logf(sum) + top - at_target | logf(sum) + top + at_target
 softmax_cross_entropy_kernel | head | term | logf(sum) + top - at_target | logf(sum) - at_target
 softmax_cross_entropy_kernel | head | term | v + i == target ? scale : 0 | 0.0f
