@@ -500,6 +500,10 @@ constexpr int kHeadThreads = 128;  // of a block that works on a head, here and 
 constexpr int kPlainRows = 8, kPlainHeld = kHeadThreads / kWarp * kPlainRows;
 constexpr int kMaxHeadSize = 256;
 
+// The tensor cores' backward keeps two numbers for each row of a head, its statistics: in pairs of
+// rows, so that each head's table starts at a multiple of 16 bytes.
+__host__ __device__ inline int statistics_rows(int T) { return T + T % 2; }
+
 // Which head a block works on, and where its rows of packed queries, keys and values lie. Row y of
 // the grid has the y-th head of all sequences' heads.
 template <class A>
@@ -517,6 +521,7 @@ struct Head {
     __device__ Pointer row(Pointer table, int T, int HS, int t) const {
         return table + (size_t(b) * T + t) * C + h * HS;
     }
+    __device__ size_t statistics(int T) const { return size_t(blockIdx.y) * statistics_rows(T); }
     // Where this block's share of the column sums of dqkv lies, in a table [B * blocks, 3C].
     __device__ float* partial(float* table, int HS) const {
         return table + (size_t(b) * gridDim.x + blockIdx.x) * stride + h * HS;
@@ -953,9 +958,6 @@ __device__ inline void block_column_sums(float* partial, const float (&d)[kM][HS
     }
 }
 
-// A head's statistics are a table of pairs of rows, so that it starts at a multiple of 16 bytes.
-__host__ __device__ inline int statistics_rows(int T) { return T + T % 2; }
-
 // delta = out . dout (see 4.4) of a warp's 16 rows, for results' rows g and g +
 // 8 in subtract[0] and [1]. statistics[i] of row `mine` + i becomes (lse in base 2, delta), and 0
 // where a pair's second row is past the end. Two lanes share a row; its dout lies in a tile.
@@ -996,7 +998,6 @@ __global__ void __launch_bounds__(kHeadThreads)
     const int first = (gridDim.x - 1 - blockIdx.x) * kQueries,
               mine = first + threadIdx.x / kWarp * 16 * kM;
     const int tiles = (min(first + kQueries, T) + kKeys - 1) / kKeys;
-    statistics += size_t(blockIdx.y) * statistics_rows(T);
     copy_tile<HS, kQueries>(q_tile, head.q, head.stride, first, T);
     copy_tile<HS, kQueries>(d_tile, head.row(dout, T, HS, 0), head.C, first, T);
     copy_keys<HS>(k_tiles, v_tiles, head, 0, T);
@@ -1017,8 +1018,9 @@ __global__ void __launch_bounds__(kHeadThreads)
                 const int row = mine + 16 * i;
                 left_operands<HS>(queries[i], q_tile, row - first);
                 left_operands<HS>(douts[i], d_tile, row - first);
-                warp_delta<HS>(subtract[i], statistics + row, lse + head.bh_T + row,
-                               head.row(out, T, HS, row), head.C, d_tile, row - first, row, T);
+                warp_delta<HS>(subtract[i], statistics + head.statistics(T) + row,
+                               lse + head.bh_T + row, head.row(out, T, HS, row), head.C, d_tile,
+                               row - first, row, T);
             }
         for (int slice = 0; slice < kKeys; slice += kSlice) {
             const int key = tile * kKeys + slice, at = (tile % 2 * kKeys + slice) * HS;
@@ -1061,7 +1063,7 @@ __global__ void __launch_bounds__(kHeadThreads)
     const Head<bf16> head(qkv, T, NH, HS);
     const int first = blockIdx.x * kKeys, mine = first + threadIdx.x / kWarp * 16 * kM;
     const int tiles = (T + kQueries - 1) / kQueries, first_tile = first / kQueries;
-    statistics += size_t(blockIdx.y) * statistics_rows(T);
+    statistics += head.statistics(T);
     auto copy_queries = [&](int tile) {
         const int begin = tile * kQueries, query = begin + 2 * threadIdx.x;
         copy_tile<HS, kQueries>(q_tiles + tile % 2 * kQueries * HS, head.q, head.stride, begin, T);

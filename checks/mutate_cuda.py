@@ -124,6 +124,7 @@ attention_backward_queries_kernel | attention<*bf16 | term | add_columns_product
 attention_backward_queries_kernel | attention<*bf16 | term | if (key >= mine + 16 * kM) | if (key > 0 && key >= mine)
 attention_backward_queries_kernel | attention<*bf16 | term | if (key + kSlice - 1 > mine) | if (key + kSlice - 1 > mine + 16)
 statistics_rows | attention<*bf16 | term | T + T % 2 | T
+statistics | attention<*bf16 | term | size_t(blockIdx.y) * statistics_rows(T) | size_t(blockIdx.y) * 0
 attention_backward_keys_kernel | attention<*bf16 | sign | e % 2 ? pair.z : pair.x | e % 2 ? -pair.z : -pair.x
 attention_backward_keys_kernel | attention<*bf16 | term | e % 2 ? pair.w : pair.y | pair.y
 attention_backward_keys_kernel | attention<*bf16 | term | add_columns_product<HS, kM, kSlice>(dv, s, d_tiles + at) | add_columns_product<HS, kM, kSlice>(dv, s, q_tiles + at)
