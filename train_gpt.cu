@@ -1144,7 +1144,7 @@ __global__ void __launch_bounds__(kHeadRowThreads, 2)
     // No barrier follows: a thread reads only what it copied itself.
     for (int v = threadIdx.x * N; v < kept; v += step)
         copy_async_16(kept_packs + v / N, l + v, true);
-    copy_async_commit();
+    if (kept > 0) copy_async_commit();  // 7.x has no such copies
     const bool scored = target >= 0;
     const float at_target = scored ? float(l[target]) : 0;
     float highest = -INFINITY, sum = 0, x[N];
@@ -1156,7 +1156,7 @@ __global__ void __launch_bounds__(kHeadRowThreads, 2)
         sum *= exp2_approx((highest - top) * kLog2E), highest = top;
         for (int i = 0; i < count; ++i) sum += exp2_approx(x[i] * kLog2E - top * kLog2E);
     };
-    copy_async_wait<0>();
+    if (kept > 0) copy_async_wait<0>();
     for (int v = threadIdx.x * N; v < whole; v += step) load(v), take(N);
     for (int v = whole + threadIdx.x; v < V; v += blockDim.x)  // what is left: V % N
         x[0] = float(l[v]), take(1);
@@ -1193,7 +1193,6 @@ __global__ void add_loss_kernel(StepState* state, const float* losses, int rows,
 __global__ void sum_of_squares_kernel(double* sums, const float* grads, size_t count) {
     double sum = 0;
     const size_t step = size_t(gridDim.x) * blockDim.x * 4;
-#pragma unroll 4
     for (size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 4; i < count; i += step) {
         float g[4];
         load_pack(g, grads + i);
