@@ -31,6 +31,16 @@ inline float bf16_half(unsigned bits, int half) {
     return bits_to_float(half ? bits & 0xffff0000u : bits << 16);
 }
 
+// The running thread, which an older GPU would stop here: mma on bf16 and copies that do not wait
+// came with 8.0.
+inline Thread& thread_of_8_0(const char* what) {
+    Thread& t = cuda_on_cpu::running_thread(what);
+    if (cuda_on_cpu::settings().major < 8)
+        cuda_on_cpu::report(Mistake::other,
+                            cuda_on_cpu::text("%s needs compute capability 8.0", what));
+    return t;
+}
+
 // What a lane brings to a matrix multiplication.
 struct MmaLane {
     float* d;
@@ -122,6 +132,7 @@ void load(unsigned* result, const void* row, Site site) {
 // mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32: d += a b
 __device__ inline void mma_bf16_16x8x16(float (&d)[4], const unsigned (&a)[4],
                                         const unsigned (&b)[2], CUDA_ON_CPU_HERE) {
+    cuda_on_cpu_ptx::thread_of_8_0("mma_bf16_16x8x16()");
     cuda_on_cpu_ptx::MmaLane mine{d, a, b};
     cuda_on_cpu::warp_operation(cuda_on_cpu_ptx::all_lanes, &mine, cuda_on_cpu_ptx::multiply_bf16,
                                 true, {"mma_bf16_16x8x16()", file, line});
@@ -162,7 +173,7 @@ __device__ inline void load_matrix_x2_transposed(unsigned (&r)[2], const void* r
 // before.
 CUDA_ON_CPU_UNWATCHED __device__ inline void copy_async_16(void* shared, const void* global,
                                                            bool valid, CUDA_ON_CPU_HERE) {
-    auto& t = cuda_on_cpu::running_thread("copy_async_16()");
+    auto& t = cuda_on_cpu_ptx::thread_of_8_0("copy_async_16()");
     t.site = {"copy_async_16()", file, line};
     cuda_on_cpu::check_shared_access(shared, 16, "copy_async_16", t);
     if (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0)
@@ -177,13 +188,13 @@ CUDA_ON_CPU_UNWATCHED __device__ inline void copy_async_16(void* shared, const v
     t.copies.push_back(copy);
 }
 __device__ inline void copy_async_commit() {
-    auto& t = cuda_on_cpu::running_thread("copy_async_commit()");
+    auto& t = cuda_on_cpu_ptx::thread_of_8_0("copy_async_commit()");
     t.group_ends.push_back(t.copies.size());
 }
 // cp.async.wait_group N: all but the N latest groups have arrived.
 template <int N>
 CUDA_ON_CPU_UNWATCHED __device__ inline void copy_async_wait() {
-    auto& t = cuda_on_cpu::running_thread("copy_async_wait()");
+    auto& t = cuda_on_cpu_ptx::thread_of_8_0("copy_async_wait()");
     if (t.group_ends.size() <= size_t(N)) return;
     size_t groups = t.group_ends.size() - size_t(N), done = t.group_ends[groups - 1];
     for (size_t i = 0; i < done; i++) {
