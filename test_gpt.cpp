@@ -2012,12 +2012,13 @@ double matmul_error(int m, int n, int k, bool a_transposed, bool b_transposed, b
 
 TEST_CASE_TEMPLATE("matmul: agrees with the definition, ragged or not, in every order", real, float,
                    double) {
-    const std::array<int, 3> sizes[] = {{1, 1, 1},     {1, 17, 5},     {1, 301, 257},
-                                        {2, 3, 1},     {7, 31, 2},     {14, 32, 16},
-                                        {15, 33, 17},  {13, 127, 61},  {6, 16, 8},
-                                        {29, 65, 383}, {28, 64, 384},  {43, 97, 385},
-                                        {225, 70, 9},  {230, 33, 800}, {5, 4200, 3},
-                                        {60, 1100, 30}};
+    const std::array<int, 3> sizes[] = {{1, 1, 1},      {1, 17, 5},    {1, 301, 257},
+                                        {2, 3, 1},      {7, 31, 2},    {14, 32, 16},
+                                        {15, 33, 17},   {13, 127, 61}, {6, 16, 8},
+                                        {29, 65, 383},  {28, 64, 384}, {43, 97, 385},
+                                        {29, 65, 511},  {28, 64, 512}, {43, 97, 513},
+                                        {30, 33, 1025}, {225, 70, 9},  {230, 33, 800},
+                                        {5, 4200, 3},   {60, 1100, 30}};
     for (const auto& size : sizes)
         for (int order = 0; order < 8; ++order) {
             INFO("m, n, k ", size[0], ", ", size[1], ", ", size[2], ", order ", order);

@@ -2422,9 +2422,9 @@ real exp_and_sum(real* x, real shift, int count) {
 constexpr int kTileRows = kVectorRegisters == 32 ? 14 : 6;
 template <class real>
 constexpr int kTileCols = 2 * kLanes<real>;
-constexpr int kDepth = 384;      // steps of k packed at a time: a's rows stay in the first cache
+constexpr int kDepth = 512;      // steps of k packed at a time: a's rows stay in the first cache
 constexpr int kBlockCols = 512;  // columns of b packed at a time: they stay in the second
-// Careful: rows 384 numbers apart would share an eighth of the first cache's places, and evict each
+// Careful: rows 512 numbers apart would all lie in 2 of the first cache's 64 sets, and evict each
 // other where a is read downwards.
 constexpr int kStride = kDepth + 16;
 
@@ -2686,7 +2686,7 @@ void multiply_blocks(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, 
 template <class Tiles, class real, class Finish>
 void multiply_parts(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
                     bool accumulate, Finish finish) {
-    constexpr int kMostRows = 304 * kTileRows, kMostSteps = 8 * kDepth;
+    constexpr int kMostRows = 304 * kTileRows, kMostSteps = 6 * kDepth;
     static_assert(kMostRows % Tiles::kRows == 0 && kMostSteps % (Tiles::kNumbers * kDepth) == 0);
     for (int i = 0; i < m; i += kMostRows)
         for (int p = 0; p < k; p += kMostSteps) {
