@@ -37,7 +37,7 @@ data/stories/dataset.json: | prepare_data
 
 # CUDA. For the GPU in this machine; without one, for those named in CUDA_ARCHS.
 NVCC       ?= $(or $(shell command -v nvcc),/usr/local/cuda/bin/nvcc)
-GPU_HERE   := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
+GPU_HERE   := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n '1s/^\([0-9]*\)\.\([0-9]*\)$$/\1\2/p')
 CUDA_ARCHS ?= $(or $(if $(filter 90,$(GPU_HERE)),90a,$(GPU_HERE)),80 90a)
 GENCODE    := $(foreach a,$(CUDA_ARCHS),-gencode=arch=compute_$(a),code=sm_$(a))
 NVFLAGS    := -std=c++20 -O3 $(GENCODE) -diag-suppress 1675 -Xcompiler -fopenmp,-march=$(MARCH),-Wall,-Wextra,-Wno-restrict
