@@ -638,12 +638,17 @@ struct TensorInfo {
 // all that do not (biases, layernorms): "does element i decay" is one comparison, i < decayed.
 // Why not all: decay pulls weights towards 0; a bias or a scale has no reason to be small.
 // Each tensor starts at a multiple of 64 elements, so at the start of a cache line, of whatever
-// type they are. The padding between two is 0, its gradient too, and so it stays.
+// type they are. Behind a table of tokens there is room up to a multiple of 64 rows, because a GPU
+// multiplies whole tiles (its head takes them along). All padding is 0, its gradient too, and so it
+// stays.
 struct Layout {
     std::vector<TensorInfo> tensors;  // in the order of the list
     size_t size = 0, decayed = 0;     // elements with padding; how many of them decay
     size_t count = 0;                 // parameters, without padding
 };
+
+// The rows of a table of V tokens, padding included.
+inline int table_rows(int V) { return round_up(V, 64); }
 
 // Where every tensor of such a model lies. It visits the list twice, so to say: first for the
 // shapes (the pointers of `none` are not looked at), then over the result, to give out the places.
@@ -660,8 +665,11 @@ inline Layout layout_of(const Config& config) {
         });
     for (bool decays : {true, false}) {
         for (TensorInfo& t : layout.tensors)
-            if (t.decays() == decays)
-                t.offset = layout.size, layout.size += (t.count + 63) / 64 * 64;
+            if (t.decays() == decays) {
+                const int V = decays && t.shape[0] == config.vocab_size ? config.vocab_size : 0;
+                const size_t behind = size_t(table_rows(V) - V) * size_t(config.n_embd);
+                t.offset = layout.size, layout.size += round_up(t.count + behind, size_t(64));
+            }
         if (decays) layout.decayed = layout.size;
     }
     return layout;
@@ -858,7 +866,8 @@ struct Cpu {
                             int T, int NH, int HS, Dropout drop, bool accumulate);
     void attention_cached(Activation* out, const Activation* qkv, int past, int n, int NH, int HS);
 
-    // --- head, softmax and cross-entropy in one
+    // --- head, softmax and cross-entropy in one. A device may also read the padding behind w, and
+    // set that behind dw to 0 (table_rows).
     static size_t head_workspace(int rows, int V);  // elements of `logits` below
     void head_forward(Real* losses, Activation* logits, const Activation* x, const Weight* w,
                       const int32_t* targets, int rows, int C, int V);
@@ -5360,6 +5369,7 @@ void read_arrays(const std::string& path, Gpt2<Device>& model, bool moments) {
 // Sets the model's weights from a Hugging Face folder (masters, and what the layers read of them).
 template <class Device>
 void load_weights(Gpt2<Device>& model, const std::string& folder) {
+    model.device.zero(model.masters, model.layout.size);  // the padding between the tensors
     read_arrays(find_weights(folder), model, false);
     model.device.weights_from_masters(model.weights, model.masters, model.layout.size);
 }

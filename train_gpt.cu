@@ -1265,18 +1265,13 @@ __global__ void round_weights_kernel(bf16* weights, const float* masters, size_t
 // fastest of many, found by timing them; then it is written down, and later runs take it from the
 // file, so that they have the same numbers.
 
-// A matrix as it lies in memory, row by row; from one row to the next it is `pitch` numbers.
+// A matrix as it lies in memory, row by row.
 struct Matrix {
     const void* data;
-    int rows, columns, pitch;
+    int rows, columns;
     bool transposed = false;  // its transpose takes part in a product
-    Matrix(const void* data, int rows, int columns, int pitch = 0)
-        : data(data), rows(rows), columns(columns), pitch(pitch ? pitch : columns) {}
 };
-inline Matrix transpose(Matrix x) {
-    x.transposed = !x.transposed;
-    return x;
-}
+inline Matrix transpose(const Matrix& x) { return {x.data, x.rows, x.columns, !x.transposed}; }
 
 // What is done with a product on its way to memory.
 struct Finish {
@@ -1284,16 +1279,18 @@ struct Finish {
     const void* add = nullptr;  // a matrix like it is added; may be the result's own
     cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
     const void* bias =
-        nullptr;                // an epilogue with a bias reads it, one with its gradient writes it
+        nullptr;                // read by an epilogue with a bias, written by one with its gradient
     const void* aux = nullptr;  // the GELU's input, like the result: written, and read backward
+    // The same without this epilogue, any number of times: what tuning compares with.
+    std::function<void()> by_hand = nullptr;
 };
 
 // What a plan depends on. Careful: cuBLASLt counts matrices column by column, so what is a
 // row-major [r, c] here is its [c, r] there. It sees out = x w, [rows, OC] = [rows, C] [C, OC], as
 // out^T = w^T x^T: its A is w, its B is x, and a transpose asked of it undoes one of ours. For it D
-// [m, n] = epilogue(op(A) [m, k] op(B) [k, n] (+ C)); lda is from one column to the next.
+// [m, n] = epilogue(op(A) [m, k] op(B) [k, n] (+ C)).
 struct Product {
-    int64_t m, n, k, lda, ldb, ldd;
+    int64_t m, n, k;
     bool transpose_a, transpose_b, add;  // add: C is added
     cublasLtEpilogue_t epilogue;
     cudaDataType_t in, out;
@@ -1310,7 +1307,7 @@ struct Plan {
 };
 
 template <class T>
-void set_attribute(cublasLtMatmulDesc_t operation, cublasLtMatmulDescAttributes_t name, T value) {
+void set(cublasLtMatmulDesc_t operation, cublasLtMatmulDescAttributes_t name, T value) {
     CUDA_CHECK(cublasLtMatmulDescSetAttribute(operation, name, &value, sizeof value));
 }
 
@@ -1415,27 +1412,27 @@ public:
         file_.emplace(path, format("%s, cuBLASLt %zu", gpu, cublasLtGetVersion()));
     }
 
-    // out = left right, finished; false if the library has no kernel for it.
+    // out = left right, finished; false if the library has no kernel for it, or none that was as
+    // fast as by_hand when the plan was tuned.
     bool multiply(const Matrix& out, const Matrix& left, const Matrix& right,
                   const Finish& finish = {}) {
         if (!workspace_) CUDA_CHECK(cudaMalloc(&workspace_, kMatmulWorkspace));
-        const int inner = left.transposed ? left.rows : left.columns;
-        const cudaDataType_t type = finish.single ? CUDA_R_32F : type_;
-        const Product product{out.columns,      out.rows,        inner,
-                              right.pitch,      left.pitch,      out.pitch,
-                              right.transposed, left.transposed, finish.add != nullptr,
-                              finish.epilogue,  type_,           type};
+        const Product
+            product{out.columns,      out.rows,        left.transposed ? left.rows : left.columns,
+                    right.transposed, left.transposed, finish.add != nullptr,
+                    finish.epilogue,  type_,           finish.single ? CUDA_R_32F : type_};
         auto [found, fresh] = plans_.try_emplace(product);
         Plan& plan = found->second;
-        if (fresh) describe(plan, product, out, left, right, finish.aux != nullptr);
-        if (finish.bias)
-            set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, finish.bias);
-        if (finish.aux)
-            set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, finish.aux);
+        if (fresh) describe(plan, product, left, right, finish.aux != nullptr);
+        if (finish.bias) set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, finish.bias);
+        if (finish.aux) set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, finish.aux);
         const Operands at{const_cast<void*>(out.data), right.data, left.data,
-                          finish.add ? finish.add : out.data};
+                          finish.add ? finish.add : out.data, finish.by_hand};
         if (fresh) choose(plan, product, at);
-        if (plan.possible) CUDA_CHECK(run(plan, plan.algorithm, product, at));
+        const cublasStatus_t code =
+            plan.possible ? run(plan, plan.algorithm, product, at) : CUBLAS_STATUS_NOT_SUPPORTED;
+        plan.possible = code != CUBLAS_STATUS_NOT_SUPPORTED;  // a suggestion is no promise
+        if (plan.possible) CUDA_CHECK(code);
         return plan.possible;
     }
 
@@ -1443,6 +1440,7 @@ private:
     struct Operands {
         void* d;
         const void *a, *b, *c;
+        std::function<void()> by_hand;
     };
 
     cublasStatus_t run(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm,
@@ -1453,36 +1451,30 @@ private:
                               stream_);
     }
 
-    void describe(Plan& plan, const Product& p, const Matrix& out, const Matrix& left,
-                  const Matrix& right, bool aux) {
+    void describe(Plan& plan, const Product& p, const Matrix& x, const Matrix& w, bool aux) {
         CUDA_CHECK(cublasLtMatmulDescCreate(&plan.operation, compute_, CUDA_R_32F));
-        set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA,
-                      p.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N);
-        set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSB,
-                      p.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N);
-        set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE, p.epilogue);
-        if (aux) set_attribute(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, p.m);
-        auto lay_out = [](cublasLtMatrixLayout_t& layout, const Matrix& x, cudaDataType_t type) {
-            CUDA_CHECK(cublasLtMatrixLayoutCreate(&layout, type, x.columns, x.rows, x.pitch));
-        };
-        lay_out(plan.a, right, p.in), lay_out(plan.b, left, p.in), lay_out(plan.d, out, p.out);
+        set(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, p.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N);
+        set(plan.operation, CUBLASLT_MATMUL_DESC_TRANSB, p.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N);
+        set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE, p.epilogue);
+        if (aux) set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, p.m);
+        CUDA_CHECK(cublasLtMatrixLayoutCreate(&plan.a, p.in, w.columns, w.rows, w.columns));
+        CUDA_CHECK(cublasLtMatrixLayoutCreate(&plan.b, p.in, x.columns, x.rows, x.columns));
+        CUDA_CHECK(cublasLtMatrixLayoutCreate(&plan.d, p.out, p.m, p.n, p.m));
     }
 
     void choose(Plan& plan, const Product& p, const Operands& at) {
         const bool tune = file_ && 2.0 * double(p.m) * double(p.n) * double(p.k) >= tune_from;
         const auto suggested = suggestions(plan, tune ? 16 : 1);
         plan.possible = !suggested.empty();
-        if (!plan.possible) return;
-        plan.algorithm = suggested[0];
-        if (!tune) return;
-        std::string name;
-        for (int64_t x : {p.m, p.n, p.k, p.lda, p.ldb, p.ldd, int64_t(p.transpose_a),
-                          int64_t(p.transpose_b), int64_t(p.add), int64_t(p.epilogue),
-                          int64_t(p.in), int64_t(p.out), int64_t(compute_)})
-            name += (name.empty() ? "" : " ") + std::to_string(x);
+        if (plan.possible) plan.algorithm = suggested[0];
+        if (!plan.possible || !tune) return;
+        const std::string name = format("%ld %ld %ld %d %d %d %d %d %d %d", long(p.m), long(p.n),
+                                        long(p.k), p.transpose_a, p.transpose_b, p.add,
+                                        int(p.epilogue), int(p.in), int(p.out), int(compute_));
         const std::string where = file_->find(name, plan.algorithm);
         if (where.empty()) return tune_plan(plan, p, at, suggested, name);
-        TINYGPT_CHECK(fits(plan, plan.algorithm),
+        plan.possible = std::count(plan.algorithm.data, std::end(plan.algorithm.data), 0u) < 8;
+        TINYGPT_CHECK(!plan.possible || fits(plan, plan.algorithm),
                       "%s: cuBLASLt does not know this plan: remove the line, and --tune-matmul "
                       "makes it again",
                       where.c_str());
@@ -1492,13 +1484,16 @@ private:
     std::vector<Algorithm> suggestions(const Plan& plan, int most) {
         cublasLtMatmulHeuristicResult_t results[16] = {};  // most <= 16
         std::vector<Algorithm> list;
-        cublasLtMatmulPreference_t preference;
-        CUDA_CHECK(cublasLtMatmulPreferenceCreate(&preference));
+        cublasLtMatmulPreference_t wish;
+        CUDA_CHECK(cublasLtMatmulPreferenceCreate(&wish));
         auto prefer = [&](cublasLtMatmulPreferenceAttributes_t name, auto value) {
-            CUDA_CHECK(
-                cublasLtMatmulPreferenceSetAttribute(preference, name, &value, sizeof value));
+            CUDA_CHECK(cublasLtMatmulPreferenceSetAttribute(wish, name, &value, sizeof value));
         };
         prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, kMatmulWorkspace);
+        // Parts of a sum over k are written down in fp32 and added in order: not in bf16, and not
+        // on top of each other as they come.
+        prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+               uint32_t(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
         for (auto alignment : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
                                CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
                                CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
@@ -1507,11 +1502,13 @@ private:
         int found = 0;
         const cublasStatus_t code =
             cublasLtMatmulAlgoGetHeuristic(library_, plan.operation, plan.a, plan.b, plan.d, plan.d,
-                                           preference, most, results, &found);
-        cublasLtMatmulPreferenceDestroy(preference);
-        if (code == CUBLAS_STATUS_NOT_SUPPORTED) return list;
+                                           wish, most, results, &found);
+        cublasLtMatmulPreferenceDestroy(wish);
+        // The library calls an epilogue that it does not have for these types either of the two.
+        if (code == CUBLAS_STATUS_NOT_SUPPORTED || code == CUBLAS_STATUS_INVALID_VALUE) return list;
         CUDA_CHECK(code);
-        for (int i = 0; i < found; ++i) list.push_back(results[size_t(i)].algo);
+        for (const auto& result : results)
+            if (found-- > 0 && result.state == CUBLAS_STATUS_SUCCESS) list.push_back(result.algo);
         return list;
     }
 
@@ -1543,16 +1540,13 @@ private:
     }
 
     // Times all candidates on the operands themselves, and keeps the fastest. Where the result
-    // would be added to what is there, it goes elsewhere.
+    // would be added to what is there, it goes elsewhere. Where by_hand beats them all, a plan of
+    // zeros is written down: no plan.
     void tune_plan(Plan& plan, const Product& p, Operands at, std::vector<Algorithm> candidates,
                    const std::string& name) {
         if (p.k >= 4 * std::max(p.m, p.n)) add_split_sums(candidates, plan);
-        void* elsewhere = nullptr;
-        if (p.add && at.c == at.d) {
-            const size_t size = p.out == CUDA_R_32F ? 4 : 2;
-            CUDA_CHECK(cudaMalloc(&elsewhere, size_t(p.n) * size_t(p.ldd) * size));
-            at.d = elsewhere;
-        }
+        void* const home = at.d;
+        if (p.add && at.c == home) CUDA_CHECK(cudaMalloc(&at.d, size_t(p.n * p.m) * 4));
         double first = 0, best = INFINITY;
         for (const Algorithm& candidate : candidates) {
             if (run(plan, candidate, p, at) != CUBLAS_STATUS_SUCCESS) continue;
@@ -1561,7 +1555,11 @@ private:
             if (first == 0) first = seconds;
             if (seconds < best) best = seconds, plan.algorithm = candidate;
         }
-        CUDA_CHECK(cudaFree(elsewhere));
+        cudaGetLastError();  // a refusal may have left an error, which the next check would find
+        if (at.d != home) CUDA_CHECK(cudaFree(at.d));
+        const double otherwise = at.by_hand ? best_seconds(stream_, at.by_hand) : INFINITY;
+        plan.possible = best < INFINITY && best <= otherwise;
+        if (!plan.possible) plan.algorithm = {}, best = otherwise;
         file_->add(name, plan.algorithm, best, first);
     }
 
@@ -1827,6 +1825,7 @@ struct Cuda {
     T* allocate(size_t count) {
         void* pointer = nullptr;
         const cudaError_t code = cudaMalloc(&pointer, std::max<size_t>(count, 1) * sizeof(T));
+        if (code != cudaSuccess) cudaGetLastError();  // who catches this goes on without it
         TINYGPT_CHECK(code != cudaErrorMemoryAllocation,
                       "out of GPU memory: %.2f GB more were needed",
                       double(count * sizeof(T)) / 1e9);
@@ -1918,11 +1917,12 @@ struct Cuda {
     }
     void linear_gelu_forward(A* gelu, A* pre, const A* x, const A* w, const A* b, int rows, int C,
                              int OC) {
-        const Finish fused{.epilogue = CUBLASLT_EPILOGUE_GELU_AUX_BIAS, .bias = b, .aux = pre};
-        if (fuse && context->matmuls->multiply({gelu, rows, OC}, {x, rows, C}, {w, C, OC}, fused))
-            return;
-        linear_forward(pre, x, w, b, rows, C, OC);
-        gelu_forward(gelu, pre, size_t(rows) * OC);
+        multiply_fused({gelu, rows, OC}, {x, rows, C}, {w, C, OC},
+                       {.epilogue = CUBLASLT_EPILOGUE_GELU_AUX_BIAS, .bias = b, .aux = pre}, true,
+                       [&] {
+                           linear_forward(pre, x, w, b, rows, C, OC);
+                           gelu_forward(gelu, pre, size_t(rows) * OC);
+                       });
     }
     void gelu_forward(A* gelu, const A* pre, size_t count) {
         gelu_kernel<A><<<packs(count), kThreads, 0, stream()>>>(gelu, pre, count);
@@ -1931,14 +1931,14 @@ struct Cuda {
     void linear_gelu_backward(A* dpre, float* dw, float* dpre_bias, const A* dout, const A* gelu,
                               const A* pre, const A* w, int rows, int C, int OC, bool accumulate) {
         const Matrix dx{dpre, rows, C}, dy{dout, rows, OC}, turned = transpose({w, C, OC});
-        A* sums = context->scratch<A>(C);
+        // As much scratch as column_sums takes, so that it stays where it is while both are timed.
+        A* sums = reinterpret_cast<A*>(context->scratch<float>(size_t(256) * C));
         const Finish fused{.epilogue = CUBLASLT_EPILOGUE_DGELU_BGRAD, .bias = sums, .aux = pre};
-        if (fuse && context->matmuls->multiply(dx, dy, turned, fused)) {
+        if (multiply_fused(dx, dy, turned, fused, !accumulate, [&] {
+                multiply(dx, dy, turned);
+                column_sums(dpre_bias, dpre, dpre, pre, rows, C, accumulate);
+            }))
             sum_partials({{dpre_bias}}, 1, sums, 1, C, accumulate);
-        } else {
-            multiply(dx, dy, turned);
-            column_sums(dpre_bias, dpre, dpre, pre, rows, C, accumulate);
-        }
         weight_gradient(dw, dout, gelu, rows, C, OC, accumulate);
     }
     void linear_residual_forward(A* out, const A* residual, const A* x, const A* w, const A* b,
@@ -2009,40 +2009,39 @@ struct Cuda {
         plain_forward(out, nullptr, qkv, 1, past, n, NH, HS, Dropout{});
     }
 
-    // --- head
+    // --- head. Its products take all table_rows(V) rows of w and dw. Why: for an odd length, as
+    // GPT-2's 50257, the library may have to do without its fast kernels. The rows behind V are 0
+    // in w, so these logits are 0; the softmax leaves them alone, so they add nothing to dx and dw.
 
-    // Rows of logits start at multiples of 16 bytes.
-    static int head_pitch(int V) { return (V + 7) / 8 * 8; }
     // How many rows of logits are made at a time.
     static int head_rows(int rows, int V, size_t bytes) {
-        return int(blocks_for(rows, blocks_for(size_t(rows) * head_pitch(V) * sizeof(A), bytes)));
+        return int(blocks_for(rows, blocks_for(size_t(rows) * table_rows(V) * sizeof(A), bytes)));
     }
     static size_t head_workspace(int rows, int V) {
-        return size_t(head_rows(rows, V, kHeadBytes)) * head_pitch(V);
+        return size_t(head_rows(rows, V, kHeadBytes)) * table_rows(V);
     }
 
     void head_forward(float* losses, A* logits, const A* x, const A* w, const int32_t* targets,
                       int rows, int C, int V) {
-        const int step = head_rows(rows, V, head_bytes);
+        const int step = head_rows(rows, V, head_bytes), width = table_rows(V);
         for (int first = 0; first < rows; first += step) {
             const int n = std::min(step, rows - first);
-            multiply({logits, n, V, head_pitch(V)}, {x + size_t(first) * C, n, C},
-                     transpose({w, V, C}));
+            multiply({logits, n, width}, {x + size_t(first) * C, n, C}, transpose({w, width, C}));
             softmax_cross_entropy<false>(losses + first, logits, targets + first, n, V, 0);
         }
     }
     void head_forward_backward(float* losses, A* dx, float* dw, A* logits, const A* x, const A* w,
                                const int32_t* targets, int rows, int C, int V, float scale,
                                bool accumulate) {
-        const int step = head_rows(rows, V, head_bytes);
-        const Matrix table{w, V, C};
+        const int step = head_rows(rows, V, head_bytes), width = table_rows(V);
+        const Matrix table{w, width, C};
         for (int first = 0; first < rows; first += step) {
             const int n = std::min(step, rows - first);
-            const Matrix x_rows{x + size_t(first) * C, n, C}, scores{logits, n, V, head_pitch(V)};
+            const Matrix x_rows{x + size_t(first) * C, n, C}, scores{logits, n, width};
             multiply(scores, x_rows, transpose(table));
             softmax_cross_entropy<true>(losses + first, logits, targets + first, n, V, scale);
             multiply({dx + size_t(first) * C, n, C}, scores, table);  // the scores are dlogits now
-            multiply({dw, V, C}, transpose(scores), x_rows,
+            multiply({dw, width, C}, transpose(scores), x_rows,
                      {.single = true, .add = accumulate || first > 0 ? dw : nullptr});
         }
     }
@@ -2109,6 +2108,16 @@ private:
         TINYGPT_CHECK(context->matmuls->multiply(out, left, right, finish),
                       "cuBLASLt has no kernel for a matrix product");
     }
+    // A product with GELU in it, by the library where it can (then true), or else by_hand. With
+    // tune, by_hand may be timed: done again and again. Why always by hand in fp32: how exact the
+    // library's tanh is there is written nowhere.
+    bool multiply_fused(const Matrix& out, const Matrix& left, const Matrix& right, Finish finish,
+                        bool tune, const std::function<void()>& by_hand) {
+        if (tune) finish.by_hand = by_hand;
+        const bool may = fuse && (kSeparateMasters || context->matmuls->tf32);
+        if (may && context->matmuls->multiply(out, left, right, finish)) return true;
+        return by_hand(), false;
+    }
     // dw [C, OC] (+)= x^T dout
     void weight_gradient(float* dw, const A* dout, const A* x, int rows, int C, int OC,
                          bool accumulate) {
@@ -2142,7 +2151,7 @@ private:
         const size_t kept = std::min(size_t(V / kPack<A>), room / 16), shared = kept * 16 + 16;
         allow_shared(softmax_cross_entropy_kernel<A, kGradient>, shared);
         softmax_cross_entropy_kernel<A, kGradient>
-            <<<rows, kHeadRowThreads, shared, stream()>>>(losses, logits, targets, V, head_pitch(V),
+            <<<rows, kHeadRowThreads, shared, stream()>>>(losses, logits, targets, V, table_rows(V),
                                                           int(kept) * kPack<A>, scale);
         CUDA_CHECK(cudaGetLastError());
     }

@@ -729,6 +729,8 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
     *found = 0;
     if (!handle || !desc || !A || !B || !C || !D || !preference || wanted < 1)
         return cuda_on_cpu::refuse(CUBLAS_STATUS_INVALID_VALUE, "null argument");
+    if (cuda_on_cpu::any_stream_captures())  // fails in 13.3
+        return cuda_on_cpu::refuse(CUBLAS_STATUS_INTERNAL_ERROR, "a stream is being captured");
     cuda_on_cpu::Matmul p{*desc, *A, *B, *C, *D, nullptr, nullptr, nullptr, nullptr, 1, 0, {}};
     p.algo = cuda_on_cpu::algorithm(0);
     if (auto status = cuda_on_cpu::check_matmul(p)) return status;
