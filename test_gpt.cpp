@@ -8276,7 +8276,7 @@ TEST_CASE_TEMPLATE("cuda: tuning takes an epilogue or our kernel, and keeps to i
             const size_t words = line.find(" | ", line.find(" | ") + 3) + 3;
             const bool epilogue =
                 line.find(format(" %d ", CUBLASLT_EPILOGUE_GELU_AUX_BIAS)) < words ||
-                line.find(format(" %d ", CUBLASLT_EPILOGUE_DGELU_BGRAD)) < words;
+                line.find(format(" %d ", CUBLASLT_EPILOGUE_DGELU)) < words;
             changed += line.substr(0, words);
             for (size_t i = words; i < line.size(); ++i)
                 changed += epilogue && i < words + 8 * 17 - 1 && line[i] != '-' ? '0' : line[i];

@@ -1278,9 +1278,8 @@ struct Finish {
     bool single = false;        // it is kept in fp32, whatever the type of its operands
     const void* add = nullptr;  // a matrix like it is added; may be the result's own
     cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
-    const void* bias =
-        nullptr;                // read by an epilogue with a bias, written by one with its gradient
-    const void* aux = nullptr;  // the GELU's input, like the result: written, and read backward
+    const void* bias = nullptr;  // for an epilogue that adds it to every row
+    const void* aux = nullptr;   // the GELU's input, like the result: written, and read backward
     // The same without this epilogue, any number of times: what tuning compares with.
     std::function<void()> by_hand = nullptr;
 };
@@ -1729,7 +1728,7 @@ struct Cuda {
     static constexpr size_t kHeadBytes = size_t(8) << 30;
 
     std::shared_ptr<CudaContext> context;  // copies of a device are the same device
-    bool fuse = true;    // ask cuBLASLt to do the GELU and bias gradients with the matmul
+    bool fuse = true;                      // ask cuBLASLt to do the GELU with the matmul
     bool record = true;  // repeat recordings of a step instead of starting its kernels one by one
     size_t head_bytes = kHeadBytes;
 
@@ -1931,14 +1930,14 @@ struct Cuda {
     void linear_gelu_backward(A* dpre, float* dw, float* dpre_bias, const A* dout, const A* gelu,
                               const A* pre, const A* w, int rows, int C, int OC, bool accumulate) {
         const Matrix dx{dpre, rows, C}, dy{dout, rows, OC}, turned = transpose({w, C, OC});
-        // As much scratch as column_sums takes, so that it stays where it is while both are timed.
-        A* sums = reinterpret_cast<A*>(context->scratch<float>(size_t(256) * C));
-        const Finish fused{.epilogue = CUBLASLT_EPILOGUE_DGELU_BGRAD, .bias = sums, .aux = pre};
-        if (multiply_fused(dx, dy, turned, fused, !accumulate, [&] {
-                multiply(dx, dy, turned);
-                column_sums(dpre_bias, dpre, dpre, pre, rows, C, accumulate);
-            }))
-            sum_partials({{dpre_bias}}, 1, sums, 1, C, accumulate);
+        // Why not the epilogue that also makes the bias gradient: it would round it to bf16.
+        const Finish fused{.epilogue = CUBLASLT_EPILOGUE_DGELU, .aux = pre};
+        auto by_hand = [&] {
+            multiply(dx, dy, turned);
+            column_sums(dpre_bias, dpre, dpre, pre, rows, C, accumulate);
+        };
+        if (multiply_fused(dx, dy, turned, fused, !accumulate, by_hand))
+            column_sums(dpre_bias, nullptr, dpre, nullptr, rows, C, accumulate);
         weight_gradient(dw, dout, gelu, rows, C, OC, accumulate);
     }
     void linear_residual_forward(A* out, const A* residual, const A* x, const A* w, const A* b,
@@ -2109,12 +2108,12 @@ private:
                       "cuBLASLt has no kernel for a matrix product");
     }
     // A product with GELU in it, by the library where it can (then true), or else by_hand. With
-    // tune, by_hand may be timed: done again and again. Why always by hand in fp32: how exact the
-    // library's tanh is there is written nowhere.
+    // tune, by_hand may be timed: done again and again. Why by the library in bf16 only: it has
+    // such kernels for 16 bits alone.
     bool multiply_fused(const Matrix& out, const Matrix& left, const Matrix& right, Finish finish,
                         bool tune, const std::function<void()>& by_hand) {
         if (tune) finish.by_hand = by_hand;
-        const bool may = fuse && (kSeparateMasters || context->matmuls->tf32);
+        const bool may = fuse && kSeparateMasters;
         if (may && context->matmuls->multiply(out, left, right, finish)) return true;
         return by_hand(), false;
     }
