@@ -630,6 +630,7 @@ struct TensorInfo {
     std::vector<int64_t> shape;
     Init init;
     size_t offset, count;
+    size_t room = 0;                                   // count and the padding behind it
     bool decays() const { return shape.size() >= 2; }  // weight decay is for matrices only
 };
 
@@ -668,7 +669,8 @@ inline Layout layout_of(const Config& config) {
             if (t.decays() == decays) {
                 const int V = decays && t.shape[0] == config.vocab_size ? config.vocab_size : 0;
                 const size_t behind = size_t(table_rows(V) - V) * size_t(config.n_embd);
-                t.offset = layout.size, layout.size += round_up(t.count + behind, size_t(64));
+                t.room = round_up(t.count + behind, size_t(64));
+                t.offset = layout.size, layout.size += t.room;
             }
         if (decays) layout.decayed = layout.size;
     }
@@ -5369,7 +5371,8 @@ void read_arrays(const std::string& path, Gpt2<Device>& model, bool moments) {
 // Sets the model's weights from a Hugging Face folder (masters, and what the layers read of them).
 template <class Device>
 void load_weights(Gpt2<Device>& model, const std::string& folder) {
-    model.device.zero(model.masters, model.layout.size);  // the padding between the tensors
+    for (const TensorInfo& t : model.layout.tensors)
+        model.device.zero(model.masters + t.offset + t.count, t.room - t.count);
     read_arrays(find_weights(folder), model, false);
     model.device.weights_from_masters(model.weights, model.masters, model.layout.size);
 }
