@@ -96,7 +96,7 @@ BEGIN {
     text(x + 22, 349, "28 KB; they meet the panels of b in turn", 10, "left", dark)
     box(x, 373, 14, 14, sky, dark)
     text(x + 22, 380, "panel of b: 32 columns, 64 KB", 11)
-    text(x + 22, 397, "up to 512 columns of them, 0.8 MB,", 10, "left", dark)
+    text(x + 22, 397, "up to 512 columns of them, 1 MB,", 10, "left", dark)
     text(x + 22, 412, "stay in the second cache", 10, "left", dark)
     box(x, 436, 6, 14, "#7A4E00", "#7A4E00"); box(x + 8, 436, 6, 14, "#003E66", "#003E66")
     text(x + 22, 443, "one step reads 14 + 32 numbers and", 11)
