@@ -2012,13 +2012,29 @@ double matmul_error(int m, int n, int k, bool a_transposed, bool b_transposed, b
 
 TEST_CASE_TEMPLATE("matmul: agrees with the definition, ragged or not, in every order", real, float,
                    double) {
-    const std::array<int, 3> sizes[] = {{1, 1, 1},      {1, 17, 5},    {1, 301, 257},
-                                        {2, 3, 1},      {7, 31, 2},    {14, 32, 16},
-                                        {15, 33, 17},   {13, 127, 61}, {6, 16, 8},
-                                        {29, 65, 383},  {28, 64, 384}, {43, 97, 385},
-                                        {29, 65, 511},  {28, 64, 512}, {43, 97, 513},
-                                        {30, 33, 1025}, {225, 70, 9},  {230, 33, 800},
-                                        {5, 4200, 3},   {60, 1100, 30}};
+    const std::array<int, 3> sizes[] = {{1, 1, 1},
+                                        {1, 17, 5},
+                                        {1, 301, 257},
+                                        {2, 3, 1},
+                                        {7, 31, 2},
+                                        {14, 32, 16},
+                                        {15, 33, 17},
+                                        {13, 127, 61},
+                                        {6, 16, 8},
+                                        {29, 65, 383},
+                                        {28, 64, 384},
+                                        {43, 97, 385},
+                                        {29, 65, 511},
+                                        {28, 64, 512},
+                                        {43, 97, 513},
+                                        {30, 33, 1025},
+                                        {225, 70, 9},
+                                        {230, 33, 800},
+                                        {5, 4200, 3},
+                                        {60, 1100, 30},
+                                        // more than is packed at once
+                                        {4300, 40, 20},
+                                        {20, 40, 3100}};
     for (const auto& size : sizes)
         for (int order = 0; order < 8; ++order) {
             INFO("m, n, k ", size[0], ", ", size[1], ", ", size[2], ", order ", order);
@@ -2028,27 +2044,36 @@ TEST_CASE_TEMPLATE("matmul: agrees with the definition, ragged or not, in every 
 }
 
 TEST_CASE("matmul: finish sees every sum once, and what it leaves is stored") {
-    const int m = 31, n = 67, k = 400;
-    const Operand<float> a(m, k, false, 1), b(k, n, false, 2);
-    std::vector<float> c(size_t(m) * n), plain(c.size()), seen(c.size());
-    std::vector<int> visits(c.size());
-    tinygpt::matmul(plain.data(), n, a.view, b.view, m, n, k);
-    tinygpt::matmul(c.data(), n, a.view, b.view, m, n, k, {}, false,
-                    [&](int row, int col, int count, float* values) {
-                        for (int j = 0; j < count; ++j) {
-                            seen[size_t(row) * n + col + j] = values[j];
-                            ++visits[size_t(row) * n + col + j];
-                            values[j] = 2 * values[j] + float(row);
-                        }
-                    });
-    CHECK(*std::min_element(visits.begin(), visits.end()) == 1);
-    CHECK(*std::max_element(visits.begin(), visits.end()) == 1);
-    CHECK(seen == plain);
-    for (size_t i = 0; i < c.size(); ++i) REQUIRE(c[i] == 2 * plain[i] + float(i / n));
+    // Sums that are made in one go, in two, and in parts of the whole product.
+    for (const std::array<int, 3>& size : {std::array<int, 3>{31, 67, 400},
+                                           {31, 67, tinygpt::kDepth + 100},
+                                           {31, 67, 6 * tinygpt::kDepth + 100},
+                                           {4300, 33, 20}}) {
+        const int m = size[0], n = size[1], k = size[2];
+        INFO("m, n, k ", m, ", ", n, ", ", k);
+        const Operand<float> a(m, k, false, 1), b(k, n, false, 2);
+        std::vector<float> c(size_t(m) * n), plain(c.size()), seen(c.size());
+        std::vector<int> visits(c.size());
+        tinygpt::matmul(plain.data(), n, a.view, b.view, m, n, k);
+        tinygpt::matmul(c.data(), n, a.view, b.view, m, n, k, {}, false,
+                        [&](int row, int col, int count, float* values) {
+                            for (int j = 0; j < count; ++j) {
+                                seen[size_t(row) * n + col + j] = values[j];
+                                ++visits[size_t(row) * n + col + j];
+                                values[j] = 2 * values[j] + float(row);
+                            }
+                        });
+        CHECK(*std::min_element(visits.begin(), visits.end()) == 1);
+        CHECK(*std::max_element(visits.begin(), visits.end()) == 1);
+        CHECK(seen == plain);
+        size_t wrong = 0;
+        for (size_t i = 0; i < c.size(); ++i) wrong += c[i] != 2 * plain[i] + float(i / n);
+        CHECK(wrong == 0);
+    }
 }
 
 TEST_CASE("matmul: the same bits for any number of threads, column sums too") {
-    const int m = 61, n = 203, k = 500, before = omp_get_max_threads();
+    const int m = 61, n = 203, k = 700, before = omp_get_max_threads();
     const Operand<float> a(m, k, true, 1), b(k, n, false, 2);
     std::vector<float> first(size_t(m) * n), first_sums(n);
     for (int threads : {1, 2, 3, 5}) {
@@ -2077,7 +2102,9 @@ TEST_CASE("matmul: in bf16 every product is of rounded operands, and sums are fp
                         tinygpt::Error);
         return;
     }
-    const std::array<int, 3> sizes[] = {{2, 3, 1}, {15, 33, 17}, {43, 97, 385}, {30, 70, 801}};
+    const std::array<int, 3> sizes[] = {{2, 3, 1},     {15, 33, 17},   {43, 97, 385},
+                                        {30, 70, 801}, {30, 70, 1100}, {20, 40, 3100},
+                                        {4300, 40, 40}};
     for (const auto& size : sizes)
         for (int order = 0; order < 4; ++order) {
             const int m = size[0], n = size[1], k = size[2];
@@ -2158,10 +2185,18 @@ struct AttentionShape {
     int B, T, NH, HS;
     float p;
 };
-const AttentionShape kAttentionShapes[] = {{1, 1, 1, 1, 0},      {2, 5, 3, 4, 0},
-                                           {1, 33, 2, 7, 0},     {1, 150, 1, 16, 0},
-                                           {2, 113, 2, 31, 0},   {1, 65, 1, 70, 0},
-                                           {1, 40, 2, 33, 0.3f}, {2, 129, 1, 8, 0.5f}};
+const AttentionShape kAttentionShapes[] = {{1, 1, 1, 1, 0},
+                                           {2, 5, 3, 4, 0},
+                                           {1, 33, 2, 7, 0},
+                                           {1, 150, 1, 16, 0},
+                                           {2, 113, 2, 31, 0},
+                                           {1, 65, 1, 70, 0},
+                                           {1, 40, 2, 33, 0.3f},
+                                           {2, 129, 1, 8, 0.5f},
+                                           // more keys than are packed at a time, a head as wide
+                                           {1, tinygpt::kDepth + 19, 2, 5, 0},
+                                           {1, 2 * tinygpt::kDepth + 3, 1, 6, 0.2f},
+                                           {1, 20, 1, tinygpt::kDepth, 0}};
 
 }  // namespace
 
@@ -2181,7 +2216,7 @@ TEST_CASE_TEMPLATE("attention: forward agrees with the definition", real, float,
 
 TEST_CASE("attention: backward agrees with finite differences of the definition") {
     for (const AttentionShape& shape : kAttentionShapes) {
-        if (shape.T > 70) continue;
+        if (shape.T > 70 && shape.T <= tinygpt::kDepth) continue;
         INFO("T ", shape.T, ", HS ", shape.HS, ", dropout ", shape.p);
         const int B = shape.B, T = shape.T, NH = shape.NH, HS = shape.HS, C = NH * HS;
         const tinygpt::Dropout drop{7, shape.p};
@@ -2211,7 +2246,7 @@ TEST_CASE("attention: backward agrees with finite differences of the definition"
 }
 
 TEST_CASE("attention: backward in float agrees with double") {
-    const int B = 1, T = 257, NH = 2, HS = 64, C = NH * HS;
+    const int B = 1, T = tinygpt::kDepth + 75, NH = 2, HS = 64, C = NH * HS;
     const std::vector<float> qkv = random_vector<float>(size_t(B) * T * 3 * C, 5);
     const std::vector<float> dout = random_vector<float>(size_t(B) * T * C, 6);
     const std::vector<double> qkv2(qkv.begin(), qkv.end()), dout2(dout.begin(), dout.end());
@@ -2244,12 +2279,12 @@ TEST_CASE("attention: the same bits for any number of threads") {
 }
 
 TEST_CASE_TEMPLATE("attention: with a cache, the rows of the whole", real, float, double) {
-    const int T = 147, NH = 3, HS = 20, C = NH * HS;
+    const int T = tinygpt::kDepth + 35, NH = 3, HS = 20, C = NH * HS;
     const std::vector<real> qkv = random_vector<real>(size_t(T) * 3 * C, 5);
     std::vector<real> out(size_t(T) * C), lse(size_t(NH) * T);
     tinygpt::attention_forward(out.data(), lse.data(), qkv.data(), 1, T, NH, HS, {});
-    const std::pair<int, int> cases[] = {{0, 1},   {1, 1}, {63, 1},  {146, 1},
-                                         {0, 147}, {5, 9}, {40, 100}};
+    const std::pair<int, int> cases[] = {{0, 1}, {1, 1}, {63, 1},   {T - 1, 1},
+                                         {0, T}, {5, 9}, {40, 100}, {T - 50, 50}};
     for (const auto& range : cases) {
         const int past = range.first, n = range.second;
         INFO("past ", past, ", n ", n);
@@ -5766,6 +5801,7 @@ TEST_CASE("run: bad input ends with a clear line or two, and nothing is written"
         {{"--max-steps", "-5"}, 2, "in [1,"},
         {{"--learning-rate", "nan"}, 2, "must be a number"},
         {{"--data", data, "--n-embd", "10", "--n-head", "3"}, 2, "does not divide"},
+        {{"--data", data, "--n-embd", "1026", "--n-head", "2"}, 1, "is 513: use --n-head 3"},
         {{"--data", data, "--seq-len", "129"}, 2, "longer than the model's 128 positions"},
         {{"--data", data, "--vocab-size", "256"}, 2, "smaller than the tokenizer's 257"},
         {{"--data", data, "--prompt", "x", "--seq-len", "16", "--batch-size", "1000"},
@@ -5817,7 +5853,7 @@ TEST_CASE("run: bad input ends with a clear line or two, and nothing is written"
     CHECK(deep.status == 1);
     CHECK(deep.says("cannot create folder"));
     const Outcome huge =
-        place.train("bad", {"--n-layer", "1000", "--n-embd", "65536", "--n-head", "1",
+        place.train("bad", {"--n-layer", "1000", "--n-embd", "65536", "--n-head", "512",
                             "--n-positions", "1048576", "--vocab-size", "65536"});
     CHECK(huge.status == 1);
     CHECK_MESSAGE(huge.says("of memory, and"), huge.err);

@@ -803,7 +803,7 @@ struct Cpu {
     bool bf16_products() const { return matmul_options.bf16; }
     double peak_bandwidth() const;  // bytes a second, measured
     void synchronize() {}           // wait until everything asked for is done: here it always is
-    void check_sizes(const Config&, int /*B*/) const {}  // fails for sizes it has no functions for
+    void check_sizes(const Config& config, int B) const;  // fails where its functions end
 
     // --- a step as one piece of work, and its numbers. A device that works behind the host's back
     // may do a step while the host prepares the next: it may be kStepsBehind steps late.
@@ -1212,7 +1212,8 @@ void attention_definition(real* out, ptrdiff_t out_stride, const real* q, const 
     }
 }
 
-// The fast ones, in §10, tested against it. Forward sets out [B*T, C] and lse [B, NH, T].
+// The fast ones, in §10, tested against it. HS is at most 512. Forward sets out [B*T, C] and lse
+// [B, NH, T].
 template <class real>
 void attention_forward(real* out, real* lse, const real* qkv, int B, int T, int NH, int HS,
                        Dropout drop);
@@ -2589,47 +2590,51 @@ void pack_right(real* out, View<real> b, int depth, int cols) {
 }
 
 // What multiply_blocks needs to know of a way to compute tiles. This one takes numbers as they are.
-template <class real>
+template <class PackedNumbers>
 struct PlainTiles {
-    using Packed = real;
-    static constexpr int kRows = kTileRows, kCols = kTileCols<real>;
+    using Packed = PackedNumbers;
+    static constexpr int kRows = kTileRows, kCols = kTileCols<Packed>;
     static constexpr int kNumbers = 1;             // that a packed element holds
     static constexpr int kSteps = kDepth;          // that tile() makes at a time
     static constexpr bool kAnyRows = true;         // tile() writes `rows` rows, else all kRows
+    static constexpr int kBelow = 0;               // rows of c from a tile to what it asks for
     static int steps(int depth) { return depth; }  // packed elements that `depth` numbers become
-    static void tile(real* c, ptrdiff_t ldc, const real* a, const real* b, int rows, int k,
+    template <class real>
+    static void tile(real* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int rows, int k,
                      bool add) {
         multiply_tile(c, ldc, a, b, rows, k, add);
     }
 };
 
-// c[rows, cols] (+)= a b of one tile, from operands of `steps` packed steps; add: to what is there.
-// If these are the last steps of k, finish is called for each row; i0, j0: where the tile lies in
-// the whole. A tile that is cut off by the edge of c is made beside it. c comes from memory: while
-// the sums are made this tile is asked for, or, where a row of tiles is made in several passes, the
-// tile below, some of its rows in each pass.
-template <class Tiles, class real, class Packed, class Finish>
-void finish_tile(real* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int i0, int j0, int rows,
-                 int cols, int steps, bool add, bool last, int pass, int passes, Finish finish) {
-    constexpr int R = Tiles::kRows, N = Tiles::kCols;
-    if (cols == N && (rows == R || Tiles::kAnyRows)) {
-        if constexpr (Tiles::kSteps < kDepth)
-            for (int i = R + pass; i < R + rows; i += passes)
-                ask_for(c + i * ldc), ask_for(c + i * ldc + N / 2);
-        else
-            for (int i = 0; i < rows; ++i)
-                __builtin_prefetch(c + i * ldc, 1), __builtin_prefetch(c + i * ldc + N / 2, 1);
-        Tiles::tile(c, ldc, a, b, rows, steps, add);
-        for (int i = 0; last && i < rows; ++i) finish(i0 + i, j0, N, c + i * ldc);
-        return;
-    }
-    alignas(64) real edge[R * N] = {};
-    Tiles::tile(edge, N, a, b, rows, steps, false);
-    for (int i = 0; i < rows; ++i) {
-        real *out = c + i * ldc, *sum = edge + i * N;
-        for (int j = 0; j < cols; ++j) out[j] = add ? out[j] + sum[j] : sum[j];
-        if (last) finish(i0 + i, j0, cols, out);
-    }
+// A row of tiles: c [rows, cols] (+)= a b, with operands packed in `steps` steps; add: to what is
+// there. done(j, count) is called for each tile, columns j.. of c, once its sums are made. A tile
+// that is cut off by the edge of c is made beside it. c comes from memory: while a tile's sums are
+// made, it or the one below is asked for, some rows in each pass.
+template <class Tiles, class real, class Packed, class Done>
+void multiply_row_of_tiles(real* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int rows,
+                           int cols, int steps, bool add, Done done) {
+    constexpr int R = Tiles::kRows, N = Tiles::kCols, S = Tiles::kSteps;
+    const int passes = ceil_div(steps, S);
+    for (int pass = 0; pass < passes; ++pass, add = true)
+        for (int j = 0; j < cols; j += N) {
+            const Packed *left = a + pass * S, *right = b + size_t(j) * steps + pass * S * N;
+            const int count = std::min(N, cols - j), k = std::min(S, steps - pass * S);
+            real* out = c + j;
+            if (count == N && (rows == R || Tiles::kAnyRows)) {
+                real* later = out + Tiles::kBelow * ldc;
+                for (int i = pass; i < rows; i += passes)
+                    ask_for(later + i * ldc), ask_for(later + i * ldc + N / 2);
+                Tiles::tile(out, ldc, left, right, rows, k, add);
+            } else {
+                alignas(64) real edge[R * N] = {};
+                Tiles::tile(edge, N, left, right, rows, k, false);
+                for (int i = 0; i < rows; ++i)
+                    for (int x = 0; x < count; ++x)
+                        out[i * ldc + x] =
+                            add ? out[i * ldc + x] + edge[i * N + x] : edge[i * N + x];
+            }
+            if (pass + 1 == passes) done(j, count);
+        }
 }
 
 // c[m, n] = finish(a b), or finish(c + a b) if accumulate. All of a is packed first, by all threads
@@ -2675,18 +2680,16 @@ void multiply_blocks(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, 
                 const int depth = std::min(kMaxDepth, k - k0), steps = Tiles::steps(depth);
                 const Packed* left = packed_a + k0 / kMaxDepth * strip;
                 pack_right<N>(packed_b, b.from(k0, j0), depth, cols);
-                const int passes = ceil_div(steps, Tiles::kSteps);
-                for (int i = i0; i < end; i += R)
-                    for (int pass = 0, p = 0; pass < passes; ++pass, p += Tiles::kSteps)
-                        for (int j = 0; j < cols; j += N)
-                            finish_tile<Tiles>(c + i * ldc + j0 + j, ldc,
-                                               left + size_t(i) * kStride + p,
-                                               packed_b + size_t(j) * steps + p * N, i, j0 + j,
-                                               std::min(R, m - i), std::min(N, cols - j),
-                                               std::min(Tiles::kSteps, steps - p),
-                                               k0 + p > 0 || accumulate,
-                                               k0 + depth == k && pass + 1 == passes, pass, passes,
-                                               finish);
+                for (int i = i0; i < end; i += R) {
+                    real* out = c + i * ldc + j0;
+                    const int count = std::min(R, m - i);
+                    const auto done = [&](int j, int tile_cols) {
+                        for (int r = 0; k0 + depth == k && r < count; ++r)
+                            finish(i + r, j0 + j, tile_cols, out + r * ldc + j);
+                    };
+                    multiply_row_of_tiles<Tiles>(out, ldc, left + size_t(i) * kStride, packed_b,
+                                                 count, cols, steps, k0 > 0 || accumulate, done);
+                }
             }
         }
     }
@@ -2819,16 +2822,9 @@ void pack_right(uint32_t* out, View<float> b, int depth, int cols) {
 }
 
 // With the vector unit's dot product.
-struct PairTiles {
-    using Packed = uint32_t;
-    static constexpr int kRows = kTileRows, kCols = kTileCols<float>, kNumbers = 2;
-    static constexpr int kSteps = kDepth;
-    static constexpr bool kAnyRows = true;
+struct PairTiles : PlainTiles<uint32_t> {
+    static constexpr int kNumbers = 2;
     static int steps(int depth) { return pairs(depth); }
-    static void tile(float* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int rows, int k,
-                     bool add) {
-        multiply_tile(c, ldc, a, b, rows, k, add);
-    }
 };
 
 // With the matrix unit, where the CPU has one (AMX; Intel 64 manual, volume 1, chapter 18): a tile
@@ -2836,7 +2832,7 @@ struct PairTiles {
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__)
 struct MatrixTiles : PairTiles {
     // Why fewer steps: 32 rows of kDepth pairs do not fit into the first cache beside b's panel.
-    static constexpr int kRows = 32, kCols = 32, kSteps = 128;
+    static constexpr int kRows = 32, kCols = 32, kSteps = 128, kBelow = kRows;
     static constexpr bool kAnyRows = false;
     // Linux lends the unit to a process that asks: ARCH_REQ_XCOMP_PERM, for tile data.
     static bool usable() {
@@ -2906,39 +2902,46 @@ void matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, in
 //   new max = max(old max, s)    p = e^(s - new max)    old sums shrink by e^(old max - new max)
 // Keys later than the last query of a tile are not touched: that is the causal half.
 
-// c [m, n] (+)= a [m, k] b [k, n], packed; n counts up to a whole panel. a is `strip` further on
-// every kDepth of k; b's panels are `panel` apart.
-template <bool down = false, class real>
-void multiply_packed(real* c, ptrdiff_t ldc, const real* a, size_t strip, const real* b,
-                     size_t panel, int m, int n, int k, bool add) {
-    constexpr int R = kTileRows, N = kTileCols<real>;
-    for (int k0 = 0; k0 < k; k0 += kDepth, a += strip)
-        for (int i = 0; i < m; i += R)
-            for (int j = 0; j < n; j += N)
-                multiply_tile<down>(c + i * ldc + j, ldc, a + i * (down ? 1 : kStride),
-                                    b + j / N * panel + k0 * N, std::min(R, m - i),
-                                    std::min(kDepth, k - k0), add || k0 > 0);
-}
-
-// A left operand of any depth, as multiply_packed reads it.
+// A right operand, b [depth, cols], packed once and used many times.
 template <class real>
-void pack_strips(real* out, size_t strip, View<real> a, int rows, int depth) {
-    for (int k0 = 0; k0 < depth; k0 += kDepth, out += strip)
-        pack_left(out, a.from(0, k0), rows, std::min(kDepth, depth - k0));
+struct Right {
+    const real* data;
+    size_t panel;  // numbers from one panel to the next
+    Right(Scratch& room, View<real> b, int depth, int cols)
+        : panel(size_t(depth) * kTileCols<real>) {
+        real* out = room.get<real>(ceil_div(cols, kTileCols<real>) * panel);
+        pack_right<kTileCols<real>>(out, b, depth, cols);
+        data = out;
+    }
+    // Where its row p and column j lie; j begins a panel.
+    const real* at(int p, int j) const {
+        return data + p * kTileCols<real> + j / kTileCols<real> * panel;
+    }
+};
+
+// c [m, n] (+)= a [m, k] b [k, n] by one thread: a packed, its rows kStride apart; b from its row
+// p0 and column j0 on; n counts up to a whole panel. down: a is given as its transpose, [k, m].
+template <bool down = false, class real>
+void multiply_packed(real* c, ptrdiff_t ldc, const real* a, const Right<real>& b, int p0, int j0,
+                     int m, int n, int k, bool add) {
+    for (int i = 0; i < m; i += kTileRows)
+        for (int j = 0; j < n; j += kTileCols<real>)
+            multiply_tile<down>(c + i * ldc + j, ldc, a + i * (down ? 1 : kStride),
+                                b.at(p0, j0 + j), std::min(kTileRows, m - i), k, add);
 }
 
-// One step of the running softmax, for one query: scores s[count] become p, with count a multiple
-// of kLanes; max and total are brought up to date, and so are sums[HS].
+// One step of the running softmax, for one query: products s[count] of query and keys become p,
+// with count a multiple of kLanes; max and total are brought up to date, and so are sums[HS].
 template <class real>
 void running_softmax(real* s, int count, real& max, real& total, real* sums, int HS) {
     constexpr int L = kLanes<real>;
-    Vec<real> most = load(s);
-    for (int j = L; j < count; j += L) {
-        const Vec<real> x = load(s + j);
+    Vec<real> most = Vec<real>{} + max;
+    for (int j = 0; j < count; j += L) {
+        const Vec<real> x = load(s + j) * (1 / std::sqrt(real(HS)));
         most = x > most ? x : most;
+        store(s + j, x);
     }
-    const real top =
-        std::max(max, join_lanes<real>(most, [](real a, real b) { return a > b ? a : b; }));
+    const real top = join_lanes<real>(most, [](real a, real b) { return a > b ? a : b; });
     const real shrink = exp_fast(max - top);
     total = total * shrink + exp_and_sum(s, top, count);
     max = top;
@@ -2950,30 +2953,24 @@ void running_softmax(real* s, int count, real& max, real& total, real* sums, int
 template <class real>
 void attend(real* out, real* lse, const real* qkv, int first, int last, int C, int HS, Dropout drop,
             uint64_t place, int T) {
-    constexpr int R = kTileRows, N = kTileCols<real>, L = kLanes<real>;
+    constexpr int R = kTileRows;
     constexpr real kNever = -std::numeric_limits<real>::infinity();
     static thread_local Scratch room[5];
     const View<real> q = rows_of(qkv, 3 * ptrdiff_t(C)), k = q.from(0, C), v = q.from(0, 2 * C);
-    const int wide = round_up(HS, N);  // HS, up to a whole panel
-    const size_t strip = size_t(R) * kStride;
-    real* keys = room[0].get<real>(size_t(last + N) * HS);  // k^T: panels [HS][N]
-    real* values = room[1].get<real>(size_t(last) * wide);  // v: panels [last][N]
-    real* queries = room[2].get<real>(strip * (HS / kDepth + 1));
-    real* p = room[3].get<real>(strip);                // scores, then p
-    real* sums = room[4].get<real>(size_t(R) * wide);  // of p v, not yet divided by total
-    pack_right<N>(keys, k.transposed(), HS, last);
-    for (size_t i = 0; i < size_t(round_up(last, N)) * HS; ++i) keys[i] *= 1 / std::sqrt(real(HS));
-    pack_right<N>(values, v, last, HS);
+    const Right<real> keys(room[0], k.transposed(), HS, last), values(room[1], v, last, HS);
+    const int wide = round_up(HS, kTileCols<real>);    // HS, up to a whole panel
+    real* p = room[2].get<real>(size_t(R) * kStride);  // scores, then p
+    real* sums = room[3].get<real>(size_t(R) * wide);  // of p v, not yet divided by total
+    real* queries = room[4].get<real>(size_t(R) * kStride);
     for (int t = first; t < last; t += R) {
         const int count = std::min(R, last - t), end = t + count;
         real max[R], total[R] = {};
         std::fill(max, max + R, kNever);
         std::fill_n(sums, R * wide, real(0));
-        pack_strips(queries, strip, q.from(t, 0), count, HS);
+        pack_left(queries, q.from(t, 0), count, HS);
         for (int k0 = 0; k0 < end; k0 += kDepth) {
-            const int n = std::min(kDepth, end - k0), whole = round_up(n, L);
-            multiply_packed(p, kStride, queries, strip, keys + size_t(k0) * HS, size_t(N) * HS,
-                            count, n, HS, false);
+            const int n = std::min(kDepth, end - k0), whole = round_up(n, kLanes<real>);
+            multiply_packed(p, kStride, queries, keys, 0, k0, count, n, HS, false);
             for (int i = 0; i < count; ++i) {
                 real* row = p + i * kStride;
                 const int seen = std::clamp(t + i + 1 - k0, 0, n);
@@ -2982,8 +2979,7 @@ void attend(real* out, real* lse, const real* qkv, int first, int last, int C, i
                 for (int j = 0; drop.on() && j < seen; ++j)
                     row[j] *= drop.scale((place * T + t + i) * T + k0 + j);
             }
-            multiply_packed(sums, wide, p, 0, values + size_t(k0) * N, size_t(last) * N, count, HS,
-                            n, true);
+            multiply_packed(sums, wide, p, values, k0, 0, count, HS, n, true);
         }
         for (int i = 0; i < count; ++i) {
             for (int j = 0; j < HS; ++j)
@@ -3034,6 +3030,7 @@ void attention_cached(real* out, const real* qkv, int past, int n, int NH, int H
             attend(out + at, static_cast<real*>(nullptr), qkv + at, past, past + n, C, HS,
                    Dropout{}, 0, past + n);
 }
+
 // --- Attention, backward
 // The scores are made again, block by block, and p = e^(s - lse). Then dp = dout v^T and
 // ds = p (dp - D); p and ds are the left operand of dq = ds k as they are, and read downwards that
@@ -3059,58 +3056,51 @@ void softmax_row_backward(real* p, real* ds, real lse, real D, int count, int se
 template <class real>
 void attend_backward(real* dqkv, const real* dout, const real* out, const real* lse,
                      const real* qkv, int T, int C, int HS, Dropout drop, uint64_t place) {
-    constexpr int R = kTileRows, N = kTileCols<real>, kQueries = 8 * R;
-    static thread_local Scratch room[12];
+    constexpr int R = kTileRows, kQueries = 8 * R;
+    static thread_local Scratch room[13];
     const ptrdiff_t stride = 3 * ptrdiff_t(C);
     const View<real> q = rows_of(qkv, stride), k = q.from(0, C), v = q.from(0, 2 * C),
                      d = rows_of(dout, C);
-    const int wide = round_up(HS, N);
-    const size_t strip = size_t(kQueries) * kStride, across = size_t(kDepth) * HS,
-                 down = size_t(T) * wide, block = size_t(kDepth) * wide;
-    real *k_across = room[0].get<real>(across), *v_across = room[1].get<real>(across);  // [HS][N]
-    real *q_right = room[2].get<real>(down), *d_right = room[3].get<real>(down);        // [T][N]
-    real* k_right = room[4].get<real>(block);                                           // [keys][N]
-    real* q_left = room[5].get<real>(strip * (HS / kDepth + 1));
-    real* d_left = room[6].get<real>(strip * (HS / kDepth + 1));
-    real *p = room[7].get<real>(strip), *ds = room[8].get<real>(strip);    // [queries][keys]
-    real *dk = room[9].get<real>(block), *dv = room[10].get<real>(block);  // [keys][wide]
-    real *dq = room[11].get<real>(down + T), *D = dq + down;               // [T][wide], [T]
-    std::fill_n(dq, down, real(0));
+    const int wide = round_up(HS, kTileCols<real>);
+    const size_t square = size_t(kQueries) * kStride, block = size_t(kDepth) * wide;
+    real *q_left = room[0].get<real>(square), *d_left = room[1].get<real>(square);  // [queries][HS]
+    real *p = room[2].get<real>(square), *ds = room[3].get<real>(square);  // [queries][keys]
+    real *dk = room[4].get<real>(block), *dv = room[5].get<real>(block);   // [keys][wide]
+    real *dq = room[6].get<real>(size_t(T) * wide), *D = room[7].get<real>(T);
+    const Right<real> q_right(room[8], q, T, HS), d_right(room[9], d, T, HS);
+    std::fill_n(dq, size_t(T) * wide, real(0));
     for (int t = 0; t < T; ++t) D[t] = dot(dout + ptrdiff_t(t) * C, out + ptrdiff_t(t) * C, HS);
-    pack_right<N>(q_right, q, T, HS), pack_right<N>(d_right, d, T, HS);
     for (int k0 = 0; k0 < T; k0 += kDepth) {
         const int keys = std::min(kDepth, T - k0);
-        pack_right<N>(k_across, k.from(k0, 0).transposed(), HS, keys);
-        pack_right<N>(v_across, v.from(k0, 0).transposed(), HS, keys);
-        pack_right<N>(k_right, k.from(k0, 0), keys, HS);
+        const Right<real> k_across(room[10], k.from(k0, 0).transposed(), HS, keys),
+            v_across(room[11], v.from(k0, 0).transposed(), HS, keys),
+            k_right(room[12], k.from(k0, 0), keys, HS);
         std::fill_n(dk, block, real(0)), std::fill_n(dv, block, real(0));
         for (int t = k0; t < T; t += kQueries) {
             const int queries = std::min(kQueries, T - t);
-            pack_strips(q_left, strip, q.from(t, 0), queries, HS);
-            pack_strips(d_left, strip, d.from(t, 0), queries, HS);
+            pack_left(q_left, q.from(t, 0), queries, HS);
+            pack_left(d_left, d.from(t, 0), queries, HS);
             for (int i0 = 0; i0 < queries; i0 += R) {
                 const int rows = std::min(R, queries - i0), n = std::min(keys, t + i0 + rows - k0);
                 const size_t at = size_t(i0) * kStride;
-                multiply_packed(p + at, kStride, q_left + at, strip, k_across, size_t(N) * HS, rows,
-                                n, HS, false);
-                multiply_packed(ds + at, kStride, d_left + at, strip, v_across, size_t(N) * HS,
-                                rows, n, HS, false);
+                multiply_packed(p + at, kStride, q_left + at, k_across, 0, 0, rows, n, HS, false);
+                multiply_packed(ds + at, kStride, d_left + at, v_across, 0, 0, rows, n, HS, false);
                 for (int i = i0; i < i0 + rows; ++i)
                     softmax_row_backward(p + i * kStride, ds + i * kStride, lse[t + i], D[t + i],
                                          keys, std::min(keys, t + i + 1 - k0), HS, drop,
                                          (place * T + t + i) * T + k0);
-                multiply_packed(dq + size_t(t + i0) * wide, wide, ds + at, 0, k_right,
-                                size_t(keys) * N, rows, HS, n, true);
+                multiply_packed(dq + size_t(t + i0) * wide, wide, ds + at, k_right, 0, 0, rows, HS,
+                                n, true);
             }
             for (int j = 0; j < keys; j += R) {
                 const int first = std::max(0, k0 + j - t);  // the first query that sees key j
                 if (first >= queries) break;
-                const size_t at = first * size_t(kStride) + j, right = size_t(t + first) * N;
-                const int rows = std::min(R, keys - j);
-                multiply_packed<true>(dv + j * wide, wide, p + at, 0, d_right + right,
-                                      size_t(T) * N, rows, HS, queries - first, true);
-                multiply_packed<true>(dk + j * wide, wide, ds + at, 0, q_right + right,
-                                      size_t(T) * N, rows, HS, queries - first, true);
+                const size_t at = first * size_t(kStride) + j;
+                const int rows = std::min(R, keys - j), n = queries - first;
+                multiply_packed<true>(dv + j * wide, wide, p + at, d_right, t + first, 0, rows, HS,
+                                      n, true);
+                multiply_packed<true>(dk + j * wide, wide, ds + at, q_right, t + first, 0, rows, HS,
+                                      n, true);
             }
         }
         for (int j = 0; j < keys; ++j) {
@@ -3132,6 +3122,18 @@ void attention_backward(real* dqkv, const real* dout, const real* out, const rea
         attend_backward(dqkv + at3, dout + at, out + at, lse + size_t(head) * T, qkv + at3, T, C,
                         HS, drop, uint64_t(head));
     }
+}
+
+// Both hold whole heads packed, up to kDepth numbers wide.
+template <class real>
+void Cpu<real>::check_sizes(const Config& config, int /*B*/) const {
+    int heads = config.n_head;
+    while (config.n_embd / heads > kDepth || config.n_embd % heads) ++heads;
+    TINYGPT_CHECK(heads == config.n_head,
+                  "on a CPU a head has at most %d channels, and n_embd / n_head is %d: use "
+                  "--n-head "
+                  "%d",
+                  kDepth, config.head_size(), heads);
 }
 
 // =================================================================================================
