@@ -897,7 +897,7 @@ template <class T>
 T* Cpu<real>::allocate(size_t count) {
     const size_t large_page = size_t(1) << 21;
     size_t bytes = std::max<size_t>(count, 1) * sizeof(T);
-    const size_t unit = bytes >= large_page ? large_page : 64;
+    const size_t unit = bytes >= large_page / 2 ? large_page : 64;
     bytes = round_up(bytes, unit);
     void* pointer = std::aligned_alloc(unit, bytes);
     TINYGPT_CHECK(pointer, "out of memory: %.2f GB more were needed", double(bytes) / 1e9);
@@ -2494,23 +2494,20 @@ void multiply_tile(real* tile, ptrdiff_t stride, const Packed* a, const Packed* 
     micro_kernel<rows, down>(tile, stride, a, b, k, add);
 }
 
-// Memory that its owner keeps and that grows on demand; large pages where it is large.
+// Memory that its owner keeps and that grows on demand.
 class Scratch {
-    std::unique_ptr<void, decltype(&std::free)> block{nullptr, &std::free};
+    std::unique_ptr<char, decltype(&std::free)> block{nullptr, &std::free};
     size_t size = 0;
 
 public:
     template <class T>
     T* get(size_t count) {
-        const size_t page = count * sizeof(T) < (1 << 20) ? 64 : 1 << 21;
-        const size_t bytes = round_up(count * sizeof(T), page);
-        if (bytes > size) {
-            block.reset(std::aligned_alloc(page, bytes));
-            TINYGPT_CHECK(block, "out of memory: %.2f GB more were needed", double(bytes) / 1e9);
-            if (page > 64) madvise(block.get(), bytes, MADV_HUGEPAGE);
-            size = bytes;
+        if (count * sizeof(T) > size) {
+            block.reset(), size = 0;
+            block.reset(Cpu<float>().allocate<char>(count * sizeof(T)));
+            size = count * sizeof(T);
         }
-        return static_cast<T*>(block.get());
+        return reinterpret_cast<T*>(block.get());
     }
 };
 
@@ -2519,16 +2516,9 @@ public:
 // b3: both 2 by 2 squares are transposed. With step 2, next, the squares change places.
 template <int step, class V, int... lane>
 [[gnu::always_inline]] inline void exchange_lanes(V& a, V& b, std::integer_sequence<int, lane...>) {
-    constexpr int L = sizeof...(lane);
-#ifdef __CUDACC__  // nvcc's front end loses the list of lanes below
     const V x = a, y = b;
-    for (int i = 0; i < L; ++i)
-        a[i] = i & step ? y[i - step] : x[i], b[i] = i & step ? y[i] : x[i + step];
-#else
-    const V low = __builtin_shufflevector(a, b, (lane & step ? L + lane - step : lane)...);
-    b = __builtin_shufflevector(a, b, (lane & step ? L + lane : lane + step)...);
-    a = low;
-#endif
+    a = V{(lane & step ? y[lane ^ step] : x[lane])...};
+    b = V{(lane & step ? y[lane] : x[lane ^ step])...};
 }
 
 // v[i][j] = v[j][i], in registers, for kLanes vectors of kLanes numbers: first within squares of 2
