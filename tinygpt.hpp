@@ -432,11 +432,10 @@ public:
         if (shuffle_)
             block = int64_t(shuffled(uint64_t(block), uint64_t(blocks_),
                                      random_key(seed_, uint64_t(epoch), 1)));
-        // The last shard whose first block is not behind this one: a binary search.
+        // The last shard whose first block is not behind this one: a binary search. It is never
+        // empty, because an empty shard shares its first block with the one behind it.
         size_t shard = size_t(std::upper_bound(first_block_.begin(), first_block_.end(), block) -
                               first_block_.begin() - 1);
-        // an empty shard shares its first block with the next
-        while (lengths_[shard] == 0) --shard;
         int64_t inside = (block - first_block_[shard]) * T_, length = lengths_[shard];
         int64_t offset = 0;
         if (shuffle_)
@@ -1526,7 +1525,7 @@ struct Activations {
     std::vector<Layer> layers;
     Activation* ln_f;             // [rows, C]
     Real *ln_f_mean, *ln_f_rstd;  // [rows]
-    Activation* logits;           // workspace of the head: never all rows at once on a CPU
+    Activation* logits;           // workspace of the head: at most kHeadRows rows on a CPU
     Real* losses;                 // [rows]
     Real* next_logits;            // [V], of one row, for generation
     // Gradients of activations. One set serves all layers: each is used up before the next needs
@@ -2353,7 +2352,8 @@ inline void ask_for(const void* address) { __builtin_prefetch(address, 0, 2); }
 // ln2 is subtracted in two parts so that n * 0.693359375 is exact (Cody and Waite 1980). Adding and
 // subtracting 1.5 * 2^23 rounds to whole numbers and leaves n in the low bits of the sum.
 
-// Within 2 units in the last place for -87.3 < x < 88.3; 0 below, infinity above; NaN stays NaN.
+// Within 2 units in the last place for -87.3 < x < 88.3; 0 below -87.7, infinity above 88.4; NaN
+// stays NaN.
 template <class V>
 V exp_float(V x) {
     // int32_t for a float; for a vector what its comparisons give, which is a vector of int32_t.
@@ -2459,9 +2459,9 @@ inline void multiply_add(Vec<float>&, uint32_t, Vec<uint32_t>) {}  // refused be
 #endif
 
 // Tile [rows, kTileCols] (+)= a [rows, k] * panel of b [k, kTileCols]; the tile's rows are `stride`
-// apart. down: a is given as its transpose, [k, rows]. Both have rows kStride apart. rows and down
-// are template arguments because only then does the compiler know how many sums there are, and
-// gives each a register.
+// apart. down: a is given as its transpose, [k, rows]. Either way a's rows are kStride apart; b's
+// follow each other. rows and down are template arguments because only then does the compiler know
+// how many sums there are, and gives each a register.
 template <int rows, bool down, class real, class Packed>
 void micro_kernel(real* tile, ptrdiff_t stride, const Packed* a, const Packed* b, int k, bool add) {
     constexpr int L = kLanes<real>;
@@ -2494,22 +2494,39 @@ void multiply_tile(real* tile, ptrdiff_t stride, const Packed* a, const Packed* 
     micro_kernel<rows, down>(tile, stride, a, b, k, add);
 }
 
-// Memory that its owner keeps and that grows on demand.
+// Memory that its owner keeps and that grows on demand. What lies in it is not set, and is lost
+// when it grows.
 class Scratch {
-    std::unique_ptr<char, decltype(&std::free)> block{nullptr, &std::free};
-    size_t size = 0;
-
 public:
     template <class T>
     T* get(size_t count) {
-        if (count * sizeof(T) > size) {
-            block.reset(), size = 0;
-            block.reset(Cpu<float>().allocate<char>(count * sizeof(T)));
-            size = count * sizeof(T);
-        }
-        return reinterpret_cast<T*>(block.get());
+        if (count * sizeof(T) > size_) grow(count * sizeof(T));
+        return reinterpret_cast<T*>(block_.get());
     }
+
+private:
+    void grow(size_t bytes) {
+        block_.reset(), size_ = 0;
+        try {
+            block_.reset(Cpu<float>().allocate<char>(bytes));
+        } catch (const Error& error) {
+            if (!omp_in_parallel()) throw;
+            std::fprintf(stderr, "error: %s\n", error.what());  // no exception may leave a thread
+            std::_Exit(1);
+        }
+        size_ = bytes;
+    }
+    std::unique_ptr<char, decltype(&std::free)> block_{nullptr, &std::free};
+    size_t size_ = 0;
 };
+
+// A thread's own memory to work in, in 13 pieces: attention's backward needs so many. ("static
+// thread_local": made once for each thread, and kept.) Careful: what works inside something else
+// takes other pieces. Why not where each is needed: a template would keep its own for every type.
+inline Scratch& room(int piece) {
+    static thread_local Scratch pieces[13];
+    return pieces[piece];
+}
 
 // One step of a transpose: exchanges the lanes of a that have bit `step` set with those of b that
 // do not. With step 1 and four lanes, a0 a1 a2 a3 and b0 b1 b2 b3 become a0 b0 a2 b2 and a1 b1 a3
@@ -2579,7 +2596,8 @@ void pack_right(real* out, View<real> b, int depth, int cols) {
     }
 }
 
-// What multiply_blocks needs to know of a way to compute tiles. This one takes numbers as they are.
+// What the two functions below need to know of a way to compute tiles. This one takes numbers as
+// they are.
 template <class PackedNumbers>
 struct PlainTiles {
     using Packed = PackedNumbers;
@@ -2587,7 +2605,7 @@ struct PlainTiles {
     static constexpr int kNumbers = 1;             // that a packed element holds
     static constexpr int kSteps = kDepth;          // that tile() makes at a time
     static constexpr bool kAnyRows = true;         // tile() writes `rows` rows, else all kRows
-    static constexpr int kBelow = 0;               // rows of c from a tile to what it asks for
+    static constexpr int kBelow = 0;               // it asks for the tile of c so many rows below
     static int steps(int depth) { return depth; }  // packed elements that `depth` numbers become
     template <class real>
     static void tile(real* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int rows, int k,
@@ -2638,7 +2656,6 @@ void multiply_blocks(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, 
     using Packed = typename Tiles::Packed;
     constexpr int R = Tiles::kRows, N = Tiles::kCols, kMaxDepth = Tiles::kNumbers * kDepth;
     constexpr int kSome = 64;  // rows of a that a thread packs at a time
-    static thread_local Scratch scratch_a;
     const int rows = round_up(m, R), threads = omp_get_max_threads();
     // Blocks of about kBlockCols columns: as many for each thread, all as wide, four panels or
     // more.
@@ -2649,13 +2666,12 @@ void multiply_blocks(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, 
     const int stretches = blocks < threads ? std::min(2 * threads / blocks, rows / R) : 1;
     const int stretch = round_up(ceil_div(rows, stretches), R);
     const size_t strip = size_t(rows) * kStride;  // kMaxDepth columns of a, packed
-    Packed* packed_a = scratch_a.get<Packed>(strip * ceil_div(k, kMaxDepth));
+    Packed* packed_a = room(0).get<Packed>(strip * ceil_div(k, kMaxDepth));
 #pragma omp parallel
     {
-        [[maybe_unused]] Tiles setup{};         // what a thread needs first: see MatrixTiles
-        static thread_local Scratch scratch_b;  // Careful: here, so that every thread makes its own
+        [[maybe_unused]] Tiles setup{};  // what a thread needs first: see MatrixTiles
         Packed* packed_b =
-            scratch_b.get<Packed>(size_t(width) * Tiles::steps(std::min(k, kMaxDepth)));
+            room(1).get<Packed>(size_t(width) * Tiles::steps(std::min(k, kMaxDepth)));
         for (int k0 = 0; k0 < k; k0 += kMaxDepth)
 #pragma omp for schedule(static) nowait
             for (int i = 0; i < m; i += kSome)
@@ -2748,9 +2764,8 @@ void add_rows(real* sum, const real* x, View<real> b, int n, int first, int last
 template <class real, class Finish>
 void multiply_row(real* c, View<real> a, View<real> b, int n, int k, bool accumulate,
                   Finish finish) {
-    static thread_local Scratch scratch_x, scratch_sums;
     const bool row_major = b.col == 1;
-    real *x = scratch_x.get<real>(k), *sums = scratch_sums.get<real>(size_t(kStripes) * n);
+    real *x = room(0).get<real>(k), *sums = room(1).get<real>(size_t(kStripes) * n);
     for (int p = 0; p < k; ++p) x[p] = a(0, p);
     constexpr int kSome = 256;
 #pragma omp parallel
@@ -2787,9 +2802,8 @@ inline uint32_t pair(float low, float high) {
 
 inline void pack_left(uint32_t* out, View<float> a, int rows, int depth) {
     constexpr int kSome = 16;
-    static thread_local Scratch scratch;
     const int width = 2 * pairs(depth);
-    float* part = scratch.get<float>(size_t(kSome) * width);
+    float* part = room(2).get<float>(size_t(kSome) * width);
     std::fill_n(part, kSome * width, 0.0f);
     for (int i = 0; i < rows; ++i, out += kStride) {
         if (i % kSome == 0) pack(part, width, a.from(i, 0), std::min(kSome, rows - i), depth);
@@ -2799,9 +2813,8 @@ inline void pack_left(uint32_t* out, View<float> a, int rows, int depth) {
 }
 template <int N>
 void pack_right(uint32_t* out, View<float> b, int depth, int cols) {
-    static thread_local Scratch scratch;
     const int steps = pairs(depth);
-    float* panel = scratch.get<float>(size_t(N) * 2 * steps);
+    float* panel = room(3).get<float>(size_t(N) * 2 * steps);
     for (int j = 0; j < cols; j += N) {
         pack_right<N>(panel, b.from(0, j), depth, std::min(N, cols - j));
         std::fill(panel + N * depth, panel + N * 2 * steps, 0.0f);
@@ -2834,12 +2847,14 @@ struct MatrixTiles : PairTiles {
                      bool add) {
         float* low = c + 16 * ldc;
         const ptrdiff_t c_row = 4 * ldc, a_row = 4 * kStride, b_row = 4 * kCols;  // bytes
-        asm volatile(
-            "tileloadd (%0,%2), %%tmm0; tileloadd 64(%0,%2), %%tmm1;"
-            "tileloadd (%1,%2), %%tmm2; tileloadd 64(%1,%2), %%tmm3" ::"r"(c),
-            "r"(low), "r"(c_row)
-            : "memory");
-        if (!add) asm volatile("tilezero %tmm0; tilezero %tmm1; tilezero %tmm2; tilezero %tmm3");
+        if (add)
+            asm volatile(
+                "tileloadd (%0,%2), %%tmm0; tileloadd 64(%0,%2), %%tmm1;"
+                "tileloadd (%1,%2), %%tmm2; tileloadd 64(%1,%2), %%tmm3" ::"r"(c),
+                "r"(low), "r"(c_row)
+                : "memory");
+        else
+            asm volatile("tilezero %tmm0; tilezero %tmm1; tilezero %tmm2; tilezero %tmm3");
         for (int p = 0; p < k; p += 16, a += 16, b += 16 * kCols)
             asm volatile(
                 "tileloadd (%0,%3), %%tmm4; tileloadd (%1,%3), %%tmm5;"
@@ -2897,9 +2912,9 @@ template <class real>
 struct Right {
     const real* data;
     size_t panel;  // numbers from one panel to the next
-    Right(Scratch& room, View<real> b, int depth, int cols)
+    Right(Scratch& memory, View<real> b, int depth, int cols)
         : panel(size_t(depth) * kTileCols<real>) {
-        real* out = room.get<real>(ceil_div(cols, kTileCols<real>) * panel);
+        real* out = memory.get<real>(ceil_div(cols, kTileCols<real>) * panel);
         pack_right<kTileCols<real>>(out, b, depth, cols);
         data = out;
     }
@@ -2910,7 +2925,8 @@ struct Right {
 };
 
 // c [m, n] (+)= a [m, k] b [k, n] by one thread: a packed, its rows kStride apart; b from its row
-// p0 and column j0 on; n counts up to a whole panel. down: a is given as its transpose, [k, m].
+// p0 and column j0 on. Careful: c is written up to a whole panel, so its rows need room for n
+// rounded up to kTileCols. down: a is given as its transpose, [k, m].
 template <bool down = false, class real>
 void multiply_packed(real* c, ptrdiff_t ldc, const real* a, const Right<real>& b, int p0, int j0,
                      int m, int n, int k, bool add) {
@@ -2940,18 +2956,18 @@ void running_softmax(real* s, int count, real& max, real& total, real* sums, int
 
 // One head: queries first..last-1 over keys 0..last-1. qkv: the head's query of row 0, rows 3C
 // apart. Sets out [last - first, HS], rows C apart, and lse [last - first] unless it is null.
+// place = b NH + h and T only say where dropout's mask lies (§4.5).
 template <class real>
 void attend(real* out, real* lse, const real* qkv, int first, int last, int C, int HS, Dropout drop,
             uint64_t place, int T) {
     constexpr int R = kTileRows;
     constexpr real kNever = -std::numeric_limits<real>::infinity();
-    static thread_local Scratch room[5];
     const View<real> q = rows_of(qkv, 3 * ptrdiff_t(C)), k = q.from(0, C), v = q.from(0, 2 * C);
-    const Right<real> keys(room[0], k.transposed(), HS, last), values(room[1], v, last, HS);
+    const Right<real> keys(room(0), k.transposed(), HS, last), values(room(1), v, last, HS);
     const int wide = round_up(HS, kTileCols<real>);    // HS, up to a whole panel
-    real* p = room[2].get<real>(size_t(R) * kStride);  // scores, then p
-    real* sums = room[3].get<real>(size_t(R) * wide);  // of p v, not yet divided by total
-    real* queries = room[4].get<real>(size_t(R) * kStride);
+    real* p = room(2).get<real>(size_t(R) * kStride);  // scores, then p
+    real* sums = room(3).get<real>(size_t(R) * wide);  // of p v, not yet divided by total
+    real* queries = room(4).get<real>(size_t(R) * kStride);
     for (int t = first; t < last; t += R) {
         const int count = std::min(R, last - t), end = t + count;
         real max[R], total[R] = {};
@@ -2994,8 +3010,7 @@ void attention_forward(real* out, real* lse, const real* qkv, int B, int T, int 
 // One query, the last of n rows, in one head. Nothing is used twice, so nothing is packed.
 template <class real>
 void attend_one(real* out, const real* qkv, int n, int C, int HS) {
-    static thread_local Scratch scratch;
-    real* p = scratch.get<real>(n);
+    real* p = room(0).get<real>(n);
     const ptrdiff_t stride = 3 * ptrdiff_t(C);
     const real *q = qkv + (n - 1) * stride, *k = qkv + C, *v = qkv + 2 * C;
     real top = -std::numeric_limits<real>::infinity();
@@ -3023,17 +3038,18 @@ void attention_cached(real* out, const real* qkv, int past, int n, int NH, int H
 
 // --- Attention, backward
 // The scores are made again, block by block, and p = e^(s - lse). Then dp = dout v^T and
-// ds = p (dp - D); p and ds are the left operand of dq = ds k as they are, and read downwards that
+// ds = p (dp - D). ds is the left operand of dq = ds k as it is; read downwards, p and ds are those
 // of dv = p^T dout and dk = ds^T q.
 
 // One query: scores p[count] and products ds = dout v^T become p (times the mask) and
-// ds / sqrt(HS), zero from `seen` on.
+// ds / sqrt(HS), zero from `seen` on. D: dout . out of this query (§4.5); index: of the block's
+// first key in dropout's mask.
 template <class real>
 void softmax_row_backward(real* p, real* ds, real lse, real D, int count, int seen, int HS,
-                          Dropout drop, uint64_t place) {
+                          Dropout drop, uint64_t index) {
     const real scale = 1 / std::sqrt(real(HS));
     real mask[kDepth];
-    for (int j = 0; drop.on() && j < seen; ++j) ds[j] *= mask[j] = drop.scale(place + j);
+    for (int j = 0; drop.on() && j < seen; ++j) ds[j] *= mask[j] = drop.scale(index + j);
     for (int j = 0; j < seen; j += kLanes<real>) {
         const Vec<real> e = exp_fast(load(p + j) * scale - lse);
         store(p + j, e), store(ds + j, e * (load(ds + j) - D) * scale);
@@ -3042,29 +3058,29 @@ void softmax_row_backward(real* p, real* ds, real lse, real D, int count, int se
     std::fill(p + seen, p + count, real(0)), std::fill(ds + seen, ds + count, real(0));
 }
 
-// One head; rows of dqkv and qkv are 3C apart, those of dout and out C. Sets dqkv.
+// One head, place = b NH + h; rows of dqkv and qkv are 3C apart, those of dout and out C; lse [T].
+// Sets the head's channels of dqkv.
 template <class real>
 void attend_backward(real* dqkv, const real* dout, const real* out, const real* lse,
                      const real* qkv, int T, int C, int HS, Dropout drop, uint64_t place) {
     constexpr int R = kTileRows, kQueries = 8 * R;
-    static thread_local Scratch room[13];
     const ptrdiff_t stride = 3 * ptrdiff_t(C);
     const View<real> q = rows_of(qkv, stride), k = q.from(0, C), v = q.from(0, 2 * C),
                      d = rows_of(dout, C);
     const int wide = round_up(HS, kTileCols<real>);
     const size_t square = size_t(kQueries) * kStride, block = size_t(kDepth) * wide;
-    real *q_left = room[0].get<real>(square), *d_left = room[1].get<real>(square);  // [queries][HS]
-    real *p = room[2].get<real>(square), *ds = room[3].get<real>(square);  // [queries][keys]
-    real *dk = room[4].get<real>(block), *dv = room[5].get<real>(block);   // [keys][wide]
-    real *dq = room[6].get<real>(size_t(T) * wide), *D = room[7].get<real>(T);
-    const Right<real> q_right(room[8], q, T, HS), d_right(room[9], d, T, HS);
+    real *q_left = room(0).get<real>(square), *d_left = room(1).get<real>(square);  // [queries][HS]
+    real *p = room(2).get<real>(square), *ds = room(3).get<real>(square);  // [queries][keys]
+    real *dk = room(4).get<real>(block), *dv = room(5).get<real>(block);   // [keys][wide]
+    real *dq = room(6).get<real>(size_t(T) * wide), *D = room(7).get<real>(T);
+    const Right<real> q_right(room(8), q, T, HS), d_right(room(9), d, T, HS);
     std::fill_n(dq, size_t(T) * wide, real(0));
     for (int t = 0; t < T; ++t) D[t] = dot(dout + ptrdiff_t(t) * C, out + ptrdiff_t(t) * C, HS);
     for (int k0 = 0; k0 < T; k0 += kDepth) {
         const int keys = std::min(kDepth, T - k0);
-        const Right<real> k_across(room[10], k.from(k0, 0).transposed(), HS, keys),
-            v_across(room[11], v.from(k0, 0).transposed(), HS, keys),
-            k_right(room[12], k.from(k0, 0), keys, HS);
+        const Right<real> k_across(room(10), k.from(k0, 0).transposed(), HS, keys),
+            v_across(room(11), v.from(k0, 0).transposed(), HS, keys),
+            k_right(room(12), k.from(k0, 0), keys, HS);
         std::fill_n(dk, block, real(0)), std::fill_n(dv, block, real(0));
         for (int t = k0; t < T; t += kQueries) {
             const int queries = std::min(kQueries, T - t);
@@ -3114,7 +3130,7 @@ void attention_backward(real* dqkv, const real* dout, const real* out, const rea
     }
 }
 
-// Both hold whole heads packed, up to kDepth numbers wide.
+// Attention, forward and backward, packs whole heads, and a packed row has room for kDepth numbers.
 template <class real>
 void Cpu<real>::check_sizes(const Config& config, int /*B*/) const {
     int heads = config.n_head;
