@@ -8327,6 +8327,145 @@ TEST_CASE_TEMPLATE("cuda: tuning takes an epilogue or our kernel, and keeps to i
     }
 }
 
+// What one layer of attention gives, forward and backward, as it is multiplied by default, or as the
+// plan in a file says.
+Values attention_by(const std::string& way, const std::string& path, Shape s, double scale = 1) {
+    Cuda<bf16> cuda;
+    if (!way.empty()) {
+        std::string plans;
+        for (const char* what : {"forward", "backward"})
+            plans +=
+                format("%s, cuBLASLt %zu | attention %s %d %d %d %d | %s | 1.0 us, other 2.0 us\n",
+                       cuda.context->gpu.name, cublasLtGetVersion(), what, s.B, s.T, s.NH, s.HS,
+                       way.c_str());
+        write_file(path, plans);
+        cuda.context->matmuls->tune_from = 0;
+        cuda.context->matmuls->tune_into(path, cuda.context->gpu.name);
+    }
+    const size_t n = size_t(s.rows()) * s.C();
+    const Array<bf16> qkv(random_values<bf16>(3 * n, 1, scale)), dout(random_values<bf16>(n, 2));
+    Array<bf16> out(n), dqkv(3 * n);
+    Array<float> lse(size_t(s.rows()) * s.NH), bias(size_t(3) * s.C());
+    cuda.attention_forward(out.data, lse.data, qkv.data, s.B, s.T, s.NH, s.HS, {});
+    const std::string forward = cuda.way();
+    cuda.attention_backward(dqkv.data, bias.data, dout.data, out.data, lse.data, qkv.data, s.B, s.T,
+                            s.NH, s.HS, {}, false);
+    CHECK(forward == " (" + (way.empty() ? "mma.sync" : way) + ")");
+    CHECK(cuda.way() == forward);
+    CHECK(std::string(cuda.way()).empty());
+    Values all = out.values();
+    for (const Values& more : {lse.values(), dqkv.values(), bias.values()})
+        all.insert(all.end(), more.begin(), more.end());
+    return all;
+}
+
+// On a GPU of compute capability 9.0.
+TEST_CASE("cuda: attention by groups of warps gives what single warps give") {
+    if (Cuda<bf16>().context->gpu.major != 9) return;
+    const TextFolder place({10});
+    const std::string path = place.folder + "/plans.txt";
+    for (Shape s : {Shape{1, 1, 1, 64, 0}, Shape{2, 33, 2, 64, 0}, Shape{1, 64, 1, 64, 0},
+                    Shape{1, 65, 3, 64, 0}, Shape{1, 130, 1, 64, 0}, Shape{1, 200, 2, 64, 0},
+                    Shape{1, 257, 1, 64, 0}})
+        for (int processors : {1, 1000})
+            for (double scale : {1.0, 6.0}) {
+                const std::string at = place_of({{"s.T", double(s.T)}, {"scale", scale}});
+                CAPTURE(at);
+#ifdef CUDA_ON_CPU
+                const int before =
+                    std::exchange(cuda_on_cpu::settings().multiprocessors, processors);
+#else
+                if (processors == 1000) continue;
+#endif
+                const Values want = attention_by("mma.sync", path, s, scale);
+                compare("attention", attention_by("wgmma", path, s, scale), want, 0x1p-9, 5, s.T,
+                        1 + scale);
+                CHECK(attention_by("", path, s, scale) == want);
+#ifdef CUDA_ON_CPU
+                std::set<Values> results;
+                if (scale == 1)
+                    again_in_other_orders(
+                        [&] { results.insert(attention_by("wgmma", path, s, scale)); });
+                CHECK(results.size() == (scale == 1));
+                cuda_on_cpu::settings().multiprocessors = before;
+#endif
+            }
+}
+
+// Which of the two is faster is timed once and written down; what is written down is done ever
+// after. Where they differ, or the GPU has only one, it is mma.sync.
+TEST_CASE("cuda: attention by groups of warps is taken where tuning found it faster, and right") {
+    if (Cuda<bf16>().context->gpu.major != 9) return;
+    const TextFolder place({10});
+    const std::string path = place.folder + "/plans.txt";
+    const Shape s{1, 70, 2, 64, 0};
+    const size_t n = size_t(s.rows()) * s.C();
+    const Array<bf16> qkv(random_values<bf16>(3 * n, 1)), dout(random_values<bf16>(n, 2));
+    auto ways = [&](double agreement, Dropout drop = {}) {
+        Cuda<bf16> cuda;
+        cuda.context->matmuls->tune_from = 0;
+        cuda.context->matmuls->tune_into(path, cuda.context->gpu.name);
+        cuda.context->agreement = agreement;
+        Array<bf16> out(n), dqkv(3 * n);
+        Array<float> lse(size_t(s.rows()) * s.NH), bias(random_values<float>(size_t(3) * s.C(), 5));
+        const Values before = bias.values();
+        std::string all;
+        for (int time = 0; time < 2; ++time) {
+            cuda.attention_forward(out.data, lse.data, qkv.data, s.B, s.T, s.NH, s.HS, drop);
+            all += cuda.way();
+            cuda.attention_backward(dqkv.data, bias.data, dout.data, out.data, lse.data, qkv.data,
+                                    s.B, s.T, s.NH, s.HS, drop, true);
+            all += cuda.way();
+        }
+        // However often it was timed, the bias gradient was added to once for each call.
+        Values sums = before, got = dqkv.values();
+        for (size_t i = 0; i < got.size(); ++i) sums[i % sums.size()] += 2 * got[i];
+        compare("bias", bias.values(), sums, 0x1p-8, 4, s.T, 4);
+        return all;
+    };
+    auto lines = [&] {
+        std::vector<std::string> all = split_at(read_file(path), '\n');
+        all.pop_back();
+        return all;
+    };
+    const std::string tuned = ways(0x1p-5), text = read_file(path);
+    REQUIRE(lines().size() == 2);
+    int at = 0;
+    for (const char* what : {"forward", "backward"}) {
+        const std::string line = lines()[size_t(at++)];
+        CAPTURE(line);
+        const bool group = line.find("| wgmma |") != line.npos;
+        CHECK(line.find(format("| attention %s 1 70 2 64 | ", what)) != line.npos);
+        CHECK(line.find(group ? " us, mma.sync " : " us, wgmma ") != line.npos);
+        CHECK(line.find(group ? "| wgmma | " : "| mma.sync | ") != line.npos);
+        CHECK((tuned.find(group ? "wgmma" : "mma.sync") != tuned.npos));
+    }
+    CHECK(ways(0x1p-5) == tuned);
+    CHECK(ways(NAN) == tuned);  // nothing is compared again
+    CHECK(read_file(path) == text);
+    const std::string always = " (mma.sync) (mma.sync) (mma.sync) (mma.sync)";
+    CHECK(ways(0x1p-5, kDrop) == always);
+    CHECK(read_file(path) == text);
+    std::remove(path.c_str());
+    CHECK(ways(NAN) == always);  // nothing agrees with anything
+    CHECK(ways(0x1p-5) == always);
+    REQUIRE(lines().size() == 2);
+    for (const std::string& line : lines()) {
+        CHECK(line.find(" | mma.sync | ") != line.npos);
+        CHECK(line.ends_with(" us, wgmma differs"));
+    }
+    std::string broken = text;
+    broken.replace(broken.find("mma"), 3, "mmm");
+    write_file(path, broken);
+    CHECK_THROWS_WITH(ways(0x1p-5), doctest::Contains("plans.txt:1 is damaged: remove the line"));
+#ifdef CUDA_ON_CPU
+    const int before = std::exchange(cuda_on_cpu::settings().major, 8);
+    CHECK(ways(0x1p-5) == always);
+    CHECK(attention_by("mma.sync", path, s) == attention_by("", path, s));
+    cuda_on_cpu::settings().major = before;
+#endif
+}
+
 // --- What a GPU cannot do is said before anything is done
 
 #ifdef CUDA_ON_CPU

@@ -8163,13 +8163,15 @@ private:
             for (int i = 0; i < calls; ++i) f(i);
         });
         total_ += seconds;
+        std::string label = name;
+        if constexpr (requires { device_.way(); }) label += device_.way();
         // A processor slows down when it gets hot: the peak is that of this moment.
         const double peak = work.product ? product_peak_flops(device_) : device_.peak_flops();
         // The least seconds by either resource, against those it took.
         const double each = seconds / calls;
         const double least_flops = work.flops / peak, least_bytes = work.bytes / peak_bytes_;
-        std::printf("%-22s %6d %10.3f %12.1f %12.1f %8.1f %% of %s\n", name, calls, each * 1e3,
-                    work.flops / each / 1e9, work.bytes / each / 1e9,
+        std::printf("%-22s %6d %10.3f %12.1f %12.1f %8.1f %% of %s\n", label.c_str(), calls,
+                    each * 1e3, work.flops / each / 1e9, work.bytes / each / 1e9,
                     100 * std::max(least_flops, least_bytes) / each,
                     least_flops > least_bytes ? "FLOP/s" : "GB/s");
     }

@@ -55,6 +55,12 @@ inline void check_code(cublasStatus_t code, const char* call, int line) {
 // load_matrix reads 8 x 8 pieces from shared memory in just that layout: lane i gives the address
 // of row i % 8 of piece i / 8, and gets elements 2t, 2t+1 of row g of every piece; transposed, of
 // column g.
+// On a GPU of compute capability 9.0 the four warps of a block can multiply together, as a group:
+// d [64, 64] (+)= a [64, 16] b [16, 64] (PTX ISA, "wgmma.mma_async", m64n64k16). Only so are its
+// tensor cores as fast as they can be. Warp w has rows 16w.. (16 of them) of a and d in the layouts
+// above, d as 8 pieces [16, 8] side by side. b stays in shared memory; a number, its descriptor,
+// says where and how it lies. The product is only started: until it is waited for, nobody may touch
+// d or a.
 
 // PTX wrappers begin
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -99,6 +105,47 @@ __device__ inline void copy_async_commit() { TINYGPT_PTX("cp.async.commit_group;
 template <int N>
 __device__ inline void copy_async_wait() {
     TINYGPT_PTX("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+// The words of a group; all four warps say each of them. Other GPUs, even later ones, do not know
+// them: there d stays as it was, and who compares sees that.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define TINYGPT_GROUP_PTX(...) asm volatile(__VA_ARGS__)
+#else
+#define TINYGPT_GROUP_PTX(...) (void)0
+#endif
+#define TINYGPT_PIECE(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+#define TINYGPT_PIECES                                                                        \
+    TINYGPT_PIECE(0), TINYGPT_PIECE(1), TINYGPT_PIECE(2), TINYGPT_PIECE(3), TINYGPT_PIECE(4), \
+        TINYGPT_PIECE(5), TINYGPT_PIECE(6), TINYGPT_PIECE(7)
+
+// Before the products of a batch: what was done to d and a comes first.
+__device__ inline void group_begin(float (&d)[8][4]) {
+    TINYGPT_GROUP_PTX("wgmma.fence.sync.aligned;" : TINYGPT_PIECES::"memory");
+}
+// Starts d = a b, or with `add` d += a b. b: its descriptor. kColumns: neighbours in memory are
+// columns of b, else rows.
+template <bool kColumns>
+__device__ inline void group_mma(float (&d)[8][4], const unsigned (&a)[4], uint64_t b, bool add) {
+    TINYGPT_GROUP_PTX(
+        "{.reg .pred add; setp.ne.s32 add, %37, 0; "
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
+        "%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, add, 1, 1, %38;}"
+        : TINYGPT_PIECES
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(kColumns)));
+}
+// Products started so far and not yet ended become one batch.
+__device__ inline void group_end() {
+    TINYGPT_GROUP_PTX("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Waits until at most N batches are still under way, and d, of an earlier one, may be touched.
+template <int N>
+__device__ inline void group_wait(float (&d)[8][4]) {
+    TINYGPT_GROUP_PTX("wgmma.wait_group.sync.aligned %32;" : TINYGPT_PIECES : "n"(N) : "memory");
+}
+// What this thread copied to shared memory is there for products, too, once others know of it.
+__device__ inline void group_publish() {
+    TINYGPT_GROUP_PTX("fence.proxy.async.shared::cta;" ::: "memory");
 }
 // 2^x with a relative error of about 2^-22; 0 for -infinity.
 __device__ inline float exp2_approx(float x) {
@@ -773,11 +820,49 @@ __device__ inline void mma_pair(float (&left)[4], float (&right)[4], const unsig
 __device__ inline int result_row(int e) { return threadIdx.x % kWarp / 4 + (e >> 1) * 8; }
 __device__ inline int result_column(int n, int e) { return n * 8 + threadIdx.x % 4 * 2 + (e & 1); }
 
-// d [kM * 16, kN] += a tile^T: every column of d is a row of the tile [kN, HS].
-template <int HS, int kM, int kN>
-__device__ inline void add_rows_product(float (&d)[kM][kN / 8][4],
-                                        const unsigned (&a)[kM][HS / 16][4], bf16* tile) {
+// Where and how a tile [rows, 64] lies, for wgmma (PTX ISA, "Matrix Descriptor Format"). A row is
+// 128 bytes, so chunk_at is the hardware's swizzle of 128 bytes (1 in bits 62 and 63): it, too,
+// takes bits 4 to 6 of an address xor bits 7 to 9. Careful: so tiles begin at multiples of 1,024
+// bytes. All is given without its lowest 4 bits: the start; then twice the way from 8 rows to the
+// next 8. (Of the two one is the way between tiles side by side, which there are none of.)
+__device__ inline uint64_t tile_descriptor(const bf16* tile) {
+    return (shared_address(tile) & 0x3ffff) >> 4 | uint64_t(64) << 16 | uint64_t(64) << 32 |
+           uint64_t(1) << 62;
+}
+// Starts, as a group: d [64, 64] = a tile^T of a tile [64, 64]. The next 16 columns are 32 bytes on.
+__device__ inline void group_rows_product(float (&d)[8][4], const unsigned (&a)[4][4],
+                                          const bf16* tile) {
+    group_begin(d);
+    for (int k = 0; k < 4; ++k) group_mma<false>(d, a[k], tile_descriptor(tile + k * 16), k > 0);
+    group_end();
+}
+// Starts, as a group: d [64, 64] += s tile, s rounded to bf16.
+__device__ inline void group_columns_product(float (&d)[8][4], const float (&s)[8][4],
+                                             const bf16* tile) {
+    unsigned a[4][4];
+    for (int k = 0; k < 4; ++k) result_operand(a[k], s[2 * k], s[2 * k + 1]);
+    group_begin(d);
+    for (int k = 0; k < 4; ++k) group_mma<true>(d, a[k], tile_descriptor(tile + k * 16 * 64), true);
+    group_end();
+}
+// d, a part of a product, may be read: at once, and, kGroup, after waiting for all that was started.
+template <bool kGroup, int kM, int kPieces>
+__device__ inline void wait_for(float (&d)[kM][kPieces][4]) {
+    if constexpr (kGroup)
+        for (int i = 0; i < kM; ++i) group_wait<0>(d[i]);
+}
+
+// d [kM * 16, kN] = a tile^T: every column of d is a row of the tile [kN, HS].
+template <int HS, int kM, int kN, bool kGroup>
+__device__ inline void rows_product(float (&d)[kM][kN / 8][4], const unsigned (&a)[kM][HS / 16][4],
+                                    bf16* tile) {
+    if constexpr (kGroup) {
+        for (int i = 0; i < kM; ++i) group_rows_product(d[i], a[i], tile);
+        return;
+    }
     const int lane = threadIdx.x % kWarp, row = lane / 16 * 8 + lane % 8, side = lane / 8 % 2;
+    for (auto& part : d)
+        for (auto& piece : part) piece[0] = piece[1] = piece[2] = piece[3] = 0;
     for (int k = 0; k < HS / 16; ++k)
         for (int n = 0; n < kN / 16; ++n) {
             unsigned b[4];
@@ -787,9 +872,13 @@ __device__ inline void add_rows_product(float (&d)[kM][kN / 8][4],
 }
 // d [kM * 16, HS] += s tile, s [kM * 16, kN] rounded to bf16: every column of d is a column of the
 // tile.
-template <int HS, int kM, int kN>
+template <int HS, int kM, int kN, bool kGroup>
 __device__ inline void add_columns_product(float (&d)[kM][HS / 8][4],
                                            const float (&s)[kM][kN / 8][4], bf16* tile) {
+    if constexpr (kGroup) {
+        for (int i = 0; i < kM; ++i) group_columns_product(d[i], s[i], tile);
+        return;
+    }
     const int lane = threadIdx.x % kWarp;
     for (int k = 0; k < kN / 16; ++k) {
         unsigned a[kM][4];
@@ -800,6 +889,15 @@ __device__ inline void add_columns_product(float (&d)[kM][HS / 8][4],
             for (int i = 0; i < kM; ++i) mma_pair(d[i][2 * n], d[i][2 * n + 1], a[i], b);
         }
     }
+}
+
+// Waits until the tiles that were asked for are there, for all threads of the block (kGroup: and
+// for their products), and all are done with the tiles before.
+template <bool kGroup>
+__device__ inline void wait_for_tiles() {
+    copy_async_wait<0>();
+    if constexpr (kGroup) group_publish();
+    __syncthreads();
 }
 
 // Rows mine.. (16 of them) of a table with T rows become factors[row half] * d, a warp's results
@@ -840,16 +938,15 @@ __device__ inline void softmax_step(float (&s)[kScores][4], float (&o)[kOut][4],
     }
 }
 
-// Takes the keys that come after a query out of a warp's scores [16 kM queries, keys], or,
-// kForKeys, [16 kM keys, queries].
-template <bool kForKeys = false, int kM, int kScores>
-__device__ inline void mask_scores(float (&s)[kM][kScores][4], int query, int key) {
+// Takes the keys that come after a query out of a warp's scores [16 queries, keys], or, kForKeys,
+// [16 keys, queries].
+template <bool kForKeys = false, int kScores>
+__device__ inline void mask_scores(float (&s)[kScores][4], int query, int key) {
 #pragma unroll
-    for (int i = 0; i < kM * kScores * 4; ++i) {
-        const int n = i / 4 % kScores, e = i % 4;
-        const int down = i / 4 / kScores * 16 + result_row(e), across = result_column(n, e);
+    for (int i = 0; i < kScores * 4; ++i) {
+        const int down = result_row(i % 4), across = result_column(i / 4, i % 4);
         if (key + (kForKeys ? down : across) > query + (kForKeys ? across : down))
-            s[i / 4 / kScores][n][e] = -INFINITY;
+            s[i / 4][i % 4] = -INFINITY;
     }
 }
 // Puts the mask of dropout on a warp's p [16 queries, keys].
@@ -869,55 +966,77 @@ constexpr bool kKeepQueries = false;
 constexpr bool kKeepQueries = true;
 #endif
 
+// The first of a warp's rows among its block's: 16, and kGroup, where a product has 64 rows of
+// four warps, 16 more after every 64; else the next 16.
+template <int kM, bool kGroup>
+__device__ inline int warp_row() {
+    return threadIdx.x / kWarp * (kGroup ? 16 : 16 * kM);
+}
+
 // One block: 4 warps, kM times 16 queries each, of one head; keys in tiles of 64. kM = 2 reads a
 // tile from shared memory for twice as many products, and needs all registers; kDrop: with dropout.
 // Operations: 4 HS and an exponential for each pair of T^2 / 2. Moves: reads 3, writes 1 row of C.
-template <int HS, int kM, bool kDrop>
+template <int HS, int kM, bool kDrop, bool kGroup>
 __global__ void __launch_bounds__(kHeadThreads)
     attention_forward_kernel(bf16* out, float* lse, const bf16* qkv, int T, int NH, Dropout drop) {
-    constexpr int kQueries = 64 * kM, kKeys = 64;
-    extern __shared__ __align__(16) bf16 attention_tiles[];
+    constexpr int kQueries = 64 * kM, kKeys = 64, kApart = kGroup ? 64 : 16;
+    extern __shared__ __align__(1024) bf16 attention_tiles[];
     bf16 *q_tile = attention_tiles, *k_tiles = q_tile + kQueries * HS,
          *v_tiles = k_tiles + 2 * kKeys * HS;
     const Head<bf16> head(qkv, T, NH, HS);
     const int first = (gridDim.x - 1 - blockIdx.x) * kQueries;  // blocks with most work start first
-    const int mine = first + threadIdx.x / kWarp * 16 * kM;     // this warp's first query
+    const int mine = first + warp_row<kM, kGroup>();
     const int tiles = (min(first + kQueries, T) + kKeys - 1) / kKeys;
     copy_tile<HS, kQueries>(q_tile, head.q, head.stride, first, T);
     copy_keys<HS>(k_tiles, v_tiles, head, 0, T);
     const float scale = 1 / sqrtf(float(HS)), scale2 = scale * kLog2E;
     float o[kM][HS / 8][4] = {}, highest[kM][2], total[kM][2] = {};
-    unsigned queries[kM][HS / 16][4];
+    unsigned queries[kM][HS / 16][4] = {};
     for (int i = 0; i < kM; ++i) highest[i][0] = highest[i][1] = -INFINITY;
     for (int tile = 0; tile < tiles; ++tile) {
-        copy_async_wait<0>();
-        __syncthreads();  // this tile is there for all, and all are done with the one before
+        wait_for_tiles<kGroup>();
         if (tile + 1 < tiles) copy_keys<HS>(k_tiles, v_tiles, head, tile + 1, T);
         if (tile == 0 || !kKeepQueries)
             for (int i = 0; i < kM; ++i)
-                left_operands<HS>(queries[i], q_tile, mine - first + 16 * i);
-        const int key = tile * kKeys;
-        if (key >= mine + 16 * kM) continue;  // all keys come after all of this warp's queries
-        float s[kM][kKeys / 8][4] = {};
-        add_rows_product<HS, kM, kKeys>(s, queries, k_tiles + tile % 2 * kKeys * HS);
-        if (key + kKeys - 1 > mine) mask_scores(s, mine, key);
+                left_operands<HS>(queries[i], q_tile, mine - first + kApart * i);
+        const int key = tile * kKeys, at = tile % 2 * kKeys * HS;
+        if (!kGroup && key >= mine + 16 * kM) continue;  // all keys come after all of its queries
+        auto work = [&]<int kFrom>(std::integral_constant<int, kFrom>) {
+            float s[kM][kKeys / 8][4];
+            if constexpr (kGroup)
+                for (int i = kFrom; i < kM; ++i) group_rows_product(s[i], queries[i], k_tiles + at);
+            else
+                rows_product<HS, kM, kKeys, false>(s, queries, k_tiles + at);
+            if (!kGroup && key + kKeys - 1 > mine)
+                for (int i = 0; i < kM; ++i) mask_scores(s[i], mine + 16 * i, key);
 #pragma unroll
-        for (int i = 0; i < kM; ++i) {
-            softmax_step(s[i], o[i], highest[i], total[i], scale2);
-            if constexpr (kDrop) drop_scores(s[i], drop, head.bh_T, mine + 16 * i, key, T);
-        }
-        add_columns_product<HS, kM, kKeys>(o, s, v_tiles + tile % 2 * kKeys * HS);
+            for (int i = kFrom; i < kM; ++i) {
+                const int query = mine + kApart * i;
+                if constexpr (kGroup) group_wait<kM - 1 - kFrom>(s[i]);  // the next goes on
+                if (kGroup && key + kKeys - 1 > query) mask_scores(s[i], query, key);
+                softmax_step(s[i], o[i], highest[i], total[i], scale2);
+                if constexpr (kDrop) drop_scores(s[i], drop, head.bh_T, query, key, T);
+                if constexpr (kGroup) group_columns_product(o[i], s[i], v_tiles + at);
+            }
+            if constexpr (!kGroup) add_columns_product<HS, kM, kKeys, false>(o, s, v_tiles + at);
+            wait_for<kGroup>(o);
+        };
+        // Careful: no branch around a product under way, or the compiler waits for each at once.
+        if (kGroup && kM == 2 && key >= first + 64)
+            work(std::integral_constant<int, kM - 1>());  // the keys come after the first 64
+        else
+            work(std::integral_constant<int, 0>());
     }
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
         for (int half = 0; half < 2; ++half) {
             total[i][half] += __shfl_xor_sync(0xffffffffu, total[i][half], 1);
             total[i][half] += __shfl_xor_sync(0xffffffffu, total[i][half], 2);
-            const int query = mine + 16 * i + result_row(2 * half);
+            const int query = mine + kApart * i + result_row(2 * half);
             if (threadIdx.x % 4 == 0 && query < T)
                 lse[head.bh_T + query] = highest[i][half] * scale + logf(total[i][half]);
         }
-        store_rows<HS>(head.row(out, T, HS, 0), head.C, mine + 16 * i, T, o[i],
+        store_rows<HS>(head.row(out, T, HS, 0), head.C, mine + kApart * i, T, o[i],
                        {1 / total[i][0], 1 / total[i][1]});
     }
 }
@@ -985,32 +1104,32 @@ __device__ inline void warp_delta(float (&subtract)[2], float2* statistics, cons
 // dq, and statistics [B * NH, statistics_rows(T)] for the kernel below. One block: 4 warps, kM
 // times 16 queries each, of one head; keys are copied in tiles of 64 and worked on 32 at a time.
 // Operations: 6 HS and an exponential for each pair of T^2 / 2. Moves: reads 5, writes 1 row of C.
-template <int HS, int kM, bool kDrop>
+template <int HS, int kM, bool kDrop, bool kGroup>
 __global__ void __launch_bounds__(kHeadThreads)
     attention_backward_queries_kernel(bf16* dqkv, float* partial, float2* statistics,
                                       const bf16* dout, const bf16* out, const float* lse,
                                       const bf16* qkv, int T, int NH, Dropout drop) {
-    constexpr int kQueries = 64 * kM, kKeys = 64, kSlice = 32;
-    extern __shared__ __align__(16) bf16 attention_tiles[];
+    static_assert(!kGroup || kM == 1);
+    constexpr int kQueries = 64 * kM, kKeys = 64, kSlice = kGroup ? 64 : 32;
+    extern __shared__ __align__(1024) bf16 attention_tiles[];
     bf16 *q_tile = attention_tiles, *d_tile = q_tile + kQueries * HS;
     bf16 *k_tiles = d_tile + kQueries * HS, *v_tiles = k_tiles + 2 * kKeys * HS;
     const Head<bf16> head(qkv, T, NH, HS);
     const int first = (gridDim.x - 1 - blockIdx.x) * kQueries,
-              mine = first + threadIdx.x / kWarp * 16 * kM;
+              mine = first + warp_row<kM, kGroup>();
     const int tiles = (min(first + kQueries, T) + kKeys - 1) / kKeys;
     copy_tile<HS, kQueries>(q_tile, head.q, head.stride, first, T);
     copy_tile<HS, kQueries>(d_tile, head.row(dout, T, HS, 0), head.C, first, T);
     copy_keys<HS>(k_tiles, v_tiles, head, 0, T);
     const float scale = 1 / sqrtf(float(HS)), scale2 = scale * kLog2E;
     float dq[kM][HS / 8][4] = {}, lse2[kM][2], subtract[kM][2];
-    unsigned queries[kM][HS / 16][4], douts[kM][HS / 16][4];
+    unsigned queries[kM][HS / 16][4] = {}, douts[kM][HS / 16][4] = {};
     for (int i = 0; i < 2 * kM; ++i) {
         const int query = mine + i / 2 * 16 + result_row(i % 2 * 2);
         lse2[i / 2][i % 2] = query < T ? lse[head.bh_T + query] * kLog2E : INFINITY;  // p = 0
     }
     for (int tile = 0; tile < tiles; ++tile) {
-        copy_async_wait<0>();
-        __syncthreads();
+        wait_for_tiles<kGroup>();
         if (tile + 1 < tiles) copy_keys<HS>(k_tiles, v_tiles, head, tile + 1, T);
         if (tile == 0)
 #pragma unroll
@@ -1024,11 +1143,13 @@ __global__ void __launch_bounds__(kHeadThreads)
             }
         for (int slice = 0; slice < kKeys; slice += kSlice) {
             const int key = tile * kKeys + slice, at = (tile % 2 * kKeys + slice) * HS;
-            if (key >= mine + 16 * kM) break;  // all keys come after all of this warp's queries
-            float s[kM][kSlice / 8][4] = {}, dp[kM][kSlice / 8][4] = {};
-            add_rows_product<HS, kM, kSlice>(s, queries, k_tiles + at);
-            add_rows_product<HS, kM, kSlice>(dp, douts, v_tiles + at);
-            if (key + kSlice - 1 > mine) mask_scores(s, mine, key);
+            if (!kGroup && key >= mine + 16 * kM) break;  // all keys come after all of its queries
+            float s[kM][kSlice / 8][4], dp[kM][kSlice / 8][4];
+            rows_product<HS, kM, kSlice, kGroup>(s, queries, k_tiles + at);
+            rows_product<HS, kM, kSlice, kGroup>(dp, douts, v_tiles + at);
+            wait_for<kGroup>(s), wait_for<kGroup>(dp);
+            if (key + kSlice - 1 > mine)
+                for (int i = 0; i < kM; ++i) mask_scores(s[i], mine + 16 * i, key);
 #pragma unroll
             for (int i = 0; i < kM; ++i) {
                 const int query = mine + 16 * i;
@@ -1039,7 +1160,8 @@ __global__ void __launch_bounds__(kHeadThreads)
                                                 (head.bh_T + query + result_row(e)) * T + key +
                                                     result_column(n, e));
             }
-            add_columns_product<HS, kM, kSlice>(dq, dp, k_tiles + at);
+            add_columns_product<HS, kM, kSlice, kGroup>(dq, dp, k_tiles + at);
+            wait_for<kGroup>(dq);
         }
     }
     for (int i = 0; i < kM; ++i)
@@ -1051,17 +1173,18 @@ __global__ void __launch_bounds__(kHeadThreads)
 // and worked on kSlice at a time. The scores are made transposed, s^T = k q^T, so that p^T and ds^T
 // are left operands as they are. Operations: 8 HS and an exponential for each pair of T^2 / 2.
 // Moves: reads 4, writes 2 rows of C.
-template <int HS, int kM, bool kDrop>
+template <int HS, int kM, bool kDrop, bool kGroup>
 __global__ void __launch_bounds__(kHeadThreads)
     attention_backward_keys_kernel(bf16* dqkv, float* partial, const float2* statistics,
                                    const bf16* dout, const bf16* qkv, int T, int NH, Dropout drop) {
-    constexpr int kKeys = 64 * kM, kQueries = 64, kSlice = 16;
-    extern __shared__ __align__(16) bf16 attention_tiles[];
+    static_assert(!kGroup || kM == 1);
+    constexpr int kKeys = 64 * kM, kQueries = 64, kSlice = kGroup ? 64 : 16;
+    extern __shared__ __align__(1024) bf16 attention_tiles[];
     __shared__ float4 pairs[2 * kQueries / 2];  // statistics of the tiles' queries
     bf16 *k_tile = attention_tiles, *v_tile = k_tile + kKeys * HS;
     bf16 *q_tiles = v_tile + kKeys * HS, *d_tiles = q_tiles + 2 * kQueries * HS;
     const Head<bf16> head(qkv, T, NH, HS);
-    const int first = blockIdx.x * kKeys, mine = first + threadIdx.x / kWarp * 16 * kM;
+    const int first = blockIdx.x * kKeys, mine = first + warp_row<kM, kGroup>();
     const int tiles = (T + kQueries - 1) / kQueries, first_tile = first / kQueries;
     statistics += head.statistics(T);
     auto copy_queries = [&](int tile) {
@@ -1080,10 +1203,9 @@ __global__ void __launch_bounds__(kHeadThreads)
     copy_queries(first_tile);
     const float scale = 1 / sqrtf(float(HS)), scale2 = scale * kLog2E;
     float dk[kM][HS / 8][4] = {}, dv[kM][HS / 8][4] = {};
-    unsigned keys[kM][HS / 16][4], values[kM][HS / 16][4];
+    unsigned keys[kM][HS / 16][4] = {}, values[kM][HS / 16][4] = {};
     for (int tile = first_tile; tile < tiles; ++tile) {
-        copy_async_wait<0>();
-        __syncthreads();
+        wait_for_tiles<kGroup>();
         if (tile + 1 < tiles) copy_queries(tile + 1);
         if (tile == first_tile)
 #pragma unroll
@@ -1093,11 +1215,13 @@ __global__ void __launch_bounds__(kHeadThreads)
             }
         for (int slice = 0; slice < kQueries; slice += kSlice) {
             const int query = tile * kQueries + slice, at = (tile % 2 * kQueries + slice) * HS;
-            if (query + kSlice <= mine) continue;  // all of them come before all of its keys
-            float s[kM][kSlice / 8][4] = {}, dp[kM][kSlice / 8][4] = {};
-            add_rows_product<HS, kM, kSlice>(s, keys, q_tiles + at);
-            add_rows_product<HS, kM, kSlice>(dp, values, d_tiles + at);
-            if (mine + 16 * kM - 1 > query) mask_scores<true>(s, query, mine);
+            if (!kGroup && query + kSlice <= mine) continue;  // all come before all of its keys
+            float s[kM][kSlice / 8][4], dp[kM][kSlice / 8][4];
+            rows_product<HS, kM, kSlice, kGroup>(s, keys, q_tiles + at);
+            rows_product<HS, kM, kSlice, kGroup>(dp, values, d_tiles + at);
+            wait_for<kGroup>(s), wait_for<kGroup>(dp);
+            if (mine + 16 * kM - 1 > query)
+                for (int i = 0; i < kM; ++i) mask_scores<true>(s[i], query, mine + 16 * i);
 #pragma unroll
             for (int i = 0; i < kM; ++i) {
                 const int key = mine + 16 * i;
@@ -1110,8 +1234,9 @@ __global__ void __launch_bounds__(kHeadThreads)
                                                     key + result_row(e));
                 }
             }
-            add_columns_product<HS, kM, kSlice>(dv, s, d_tiles + at);
-            add_columns_product<HS, kM, kSlice>(dk, dp, q_tiles + at);
+            add_columns_product<HS, kM, kSlice, kGroup>(dv, s, d_tiles + at);
+            add_columns_product<HS, kM, kSlice, kGroup>(dk, dp, q_tiles + at);
+            wait_for<kGroup>(dv), wait_for<kGroup>(dk);
         }
     }
     for (int i = 0; i < kM; ++i) {
@@ -1330,9 +1455,9 @@ double best_seconds(cudaStream_t stream, Work&& work) {
     return std::max(1e-9, double(best) / 1e3);
 }
 
-// The file of tuned plans. A line is a plan: GPU and version of the library, the product, the
-// library's own description of the kernel (which it may be given again, in the same version), and
-// how long it took beside the library's first suggestion. Lines of other GPUs stay as they are.
+// The file of tuned plans. A line is a plan: GPU and version of the library; the work; the choice;
+// how long it took, and another. A product's choice is the library's own description of the kernel
+// (which it may be given again, in the same version). Lines of other GPUs stay as they are.
 class PlanFile {
 public:
     PlanFile(const std::string& path, const std::string& machine) : path_(path), machine_(machine) {
@@ -1340,33 +1465,24 @@ public:
         lines_ = split_at(read_file(path), '\n');
         if (lines_.back().empty()) lines_.pop_back();
     }
-    // The kernel for a product, and its place in the file; no place if the file has none.
-    std::string find(const std::string& product, cublasLtMatmulAlgo_t& algorithm) {
-        const std::string key = machine_ + " | " + product + " | ";
+    // The choice for some work, and its place in the file; no place if the file has none.
+    std::string find(const std::string& work, std::string& choice) {
+        const std::string key = machine_ + " | " + work + " | ";
         for (size_t i = 0; i < lines_.size(); ++i) {
             if (!lines_[i].starts_with(key)) continue;
-            const std::string where = path_ + ":" + std::to_string(i + 1);
-            const char* at = lines_[i].c_str() + key.size();
-            for (uint64_t& word : algorithm.data) {
-                char* end = nullptr;
-                word = std::strtoull(at, &end, 16);
-                TINYGPT_CHECK(end == at + 16 && (*end == ' ' || *end == '-'),
-                              "%s is damaged: remove the line, and --tune-matmul makes it again",
-                              where.c_str());
-                at = end + 1;
-            }
-            return where;
+            choice = lines_[i].substr(key.size(), lines_[i].find(" | ", key.size()) - key.size());
+            return path_ + ":" + std::to_string(i + 1);
         }
         return "";
     }
+    static void check(bool good, const std::string& where) {
+        TINYGPT_CHECK(good, "%s is damaged: remove the line, and --tune-matmul makes it again",
+                      where.c_str());
+    }
     // Adds a plan. The file is written anew as a whole, or not at all.
-    void add(const std::string& product, const cublasLtMatmulAlgo_t& algorithm, double seconds,
-             double first) {
-        std::string words, text;
-        for (uint64_t word : algorithm.data)
-            words += format(words.empty() ? "%016llx" : "-%016llx", (unsigned long long)(word));
-        lines_.push_back(format("%s | %s | %s | %.1f us, first %.1f us", machine_.c_str(),
-                                product.c_str(), words.c_str(), seconds * 1e6, first * 1e6));
+    void add(const std::string& work, const std::string& choice, const std::string& times) {
+        std::string text;
+        lines_.push_back(machine_ + " | " + work + " | " + choice + " | " + times);
         for (const std::string& line : lines_) text += line + "\n";
         make_folders(parent_folder(path_));
         write_file(path_, text);
@@ -1409,6 +1525,36 @@ public:
     // From now on plans are tuned, and kept in this file.
     void tune_into(const std::string& path, const char* gpu) {
         file_.emplace(path, format("%s, cuBLASLt %zu", gpu, cublasLtGetVersion()));
+    }
+
+    // Which of two ways the same work is done, first or second (true): the faster one, if it was
+    // ever timed with such plans, else the first. run(second) does it, any number of times; same():
+    // whether both ways' results agree. If not, the first is kept.
+    bool second_way(const std::string& work, const char* first, const char* second,
+                    double operations, const std::function<void(bool)>& run,
+                    const std::function<bool()>& same) {
+        if (!file_ || operations < tune_from) return false;
+        const auto [found, fresh] = ways_.try_emplace(work);
+        if (!fresh) return found->second;
+        std::string choice;
+        const std::string where = file_->find(work, choice);
+        if (!where.empty()) {
+            PlanFile::check(choice == first || choice == second, where);
+            return found->second = choice == second;
+        }
+        const double mine = best_seconds(stream_, [&] { run(false); });
+        if (!same()) {
+            std::fprintf(stderr, "warning: %s: results by %s differ, so %s is used\n", work.c_str(),
+                         second, first);
+            file_->add(work, first, format("%.1f us, %s differs", mine * 1e6, second));
+            return false;
+        }
+        const double other = best_seconds(stream_, [&] { run(true); });
+        found->second = other < mine;
+        file_->add(work, found->second ? second : first,
+                   format("%.1f us, %s %.1f us", std::min(mine, other) * 1e6,
+                          found->second ? first : second, std::max(mine, other) * 1e6));
+        return found->second;
     }
 
     // out = left right, finished; false if the library has no kernel for it, or none that was as
@@ -1470,8 +1616,16 @@ private:
         const std::string name = format("%ld %ld %ld %d %d %d %d %d %d %d", long(p.m), long(p.n),
                                         long(p.k), p.transpose_a, p.transpose_b, p.add,
                                         int(p.epilogue), int(p.in), int(p.out), int(compute_));
-        const std::string where = file_->find(name, plan.algorithm);
+        std::string words;
+        const std::string where = file_->find(name, words);
         if (where.empty()) return tune_plan(plan, p, at, suggested, name);
+        const char* word = words.c_str();
+        for (uint64_t& bits : plan.algorithm.data) {
+            char* end = nullptr;
+            bits = std::strtoull(word, &end, 16);
+            PlanFile::check(end == word + 16 && (*end == '-' || *end == '\0'), where);
+            word = end + (*end == '-');
+        }
         plan.possible = std::count(plan.algorithm.data, std::end(plan.algorithm.data), 0u) < 8;
         TINYGPT_CHECK(!plan.possible || fits(plan, plan.algorithm),
                       "%s: cuBLASLt does not know this plan: remove the line, and --tune-matmul "
@@ -1559,7 +1713,10 @@ private:
         const double otherwise = at.by_hand ? best_seconds(stream_, at.by_hand) : INFINITY;
         plan.possible = best < INFINITY && best <= otherwise;
         if (!plan.possible) plan.algorithm = {}, best = otherwise;
-        file_->add(name, plan.algorithm, best, first);
+        std::string words;
+        for (uint64_t word : plan.algorithm.data)
+            words += format(words.empty() ? "%016llx" : "-%016llx", (unsigned long long)(word));
+        file_->add(name, words, format("%.1f us, first %.1f us", best * 1e6, first * 1e6));
     }
 
     cublasLtHandle_t library_ = nullptr;
@@ -1568,6 +1725,7 @@ private:
     cudaStream_t stream_;
     void* workspace_ = nullptr;
     std::map<Product, Plan> plans_;
+    std::map<std::string, bool> ways_;
     std::optional<PlanFile> file_;
 };
 
@@ -1611,6 +1769,8 @@ public:
     cudaDeviceProp gpu;
     cudaStream_t stream = nullptr;
     std::optional<Matmuls> matmuls;
+    const char* way = "";       // how the latest function was done, where there are several ways
+    double agreement = 0x1p-5;  // how near to each other results of two ways must be
 
     CudaContext(bool tf32, cudaDataType_t type) {
         CUDA_CHECK(cudaGetDeviceProperties(&gpu, 0));
@@ -1709,8 +1869,9 @@ private:
     }
 };
 
-// What the compiler must know of an attention kernel: head size, times 16 rows of a warp, dropout.
-template <int kHS, int kM, bool kDrop>
+// What the compiler must know of an attention kernel: head size, times 16 rows of a warp, dropout,
+// whether its warps multiply as a group.
+template <int kHS, int kM, bool kDrop, bool kGroup>
 struct Tiles {};
 
 // Activation: float (fp32 and tf32) or bf16.
@@ -1780,6 +1941,8 @@ struct Cuda {
         release(from), release(to);
         return 2 * double(bytes) / seconds;
     }
+    // How the latest function was done, where there are several ways; asked for once.
+    const char* way() { return std::exchange(context->way, ""); }
     void synchronize() { CUDA_CHECK(cudaStreamSynchronize(stream())); }
     // Fails for sizes that the kernels are not made for, before any memory is taken.
     void check_sizes(const Config& config, int B) const {
@@ -1956,15 +2119,19 @@ struct Cuda {
 
     void attention_forward(A* out, float* lse, const A* qkv, int B, int T, int NH, int HS,
                            Dropout drop) {
-        auto run = [&]<int kHS, int kM, bool kDrop>(Tiles<kHS, kM, kDrop>) {
+        auto start = [&]<int kHS, int kM, bool kDrop, bool kGroup>(Tiles<kHS, kM, kDrop, kGroup>) {
             const dim3 grid(blocks_for(T, 64 * kM), unsigned(B * NH));
             const size_t shared = (64 * kM + 4 * 64) * kHS * sizeof(A);
-            allow_shared(attention_forward_kernel<kHS, kM, kDrop>, shared);
-            attention_forward_kernel<kHS, kM, kDrop>
+            allow_shared(attention_forward_kernel<kHS, kM, kDrop, kGroup>, shared);
+            attention_forward_kernel<kHS, kM, kDrop, kGroup>
                 <<<grid, kHeadThreads, shared, stream()>>>(out, lse, qkv, T, NH, drop);
             CUDA_CHECK(cudaGetLastError());
         };
-        if (on_tensor_cores(B, T, NH, HS, drop, run)) return;
+        auto run = [&](bool group) { return on_tensor_cores<2>(B, T, NH, HS, drop, group, start); };
+        auto results = [&]() -> Results {
+            return {values(out, size_t(B) * T * NH * HS), values(lse, size_t(B) * T * NH)};
+        };
+        if (run(as_group("forward", B, T, NH, HS, drop, run, results))) return;
         plain_forward(out, lse, qkv, B, 0, T, NH, HS, drop);
     }
     void attention_backward(A* dqkv, float* dqkv_bias, const A* dout, const A* out,
@@ -1972,23 +2139,28 @@ struct Cuda {
                             Dropout drop, bool accumulate) {
         const size_t heads = size_t(B) * NH * statistics_rows(T);
         const int width = 3 * NH * HS;
-        auto run = [&]<int kHS, int kM, bool kDrop>(Tiles<kHS, kM, kDrop>) {
+        float* partial = nullptr;
+        size_t parts = 0;
+        auto start = [&]<int kHS, int kM, bool kDrop, bool kGroup>(Tiles<kHS, kM, kDrop, kGroup>) {
             const dim3 grid(blocks_for(T, 64 * kM), unsigned(B * NH));
-            const size_t parts = size_t(B) * grid.x;
+            parts = size_t(B) * grid.x;
             const size_t shared = (2 * 64 * kM + 4 * 64) * kHS * sizeof(A);
             float2* statistics = context->scratch<float2>(heads + parts * width / 2);
-            float* partial = reinterpret_cast<float*>(statistics + heads);
-            allow_shared(attention_backward_queries_kernel<kHS, kM, kDrop>, shared);
-            attention_backward_queries_kernel<kHS, kM, kDrop>
+            partial = reinterpret_cast<float*>(statistics + heads);
+            allow_shared(attention_backward_queries_kernel<kHS, kM, kDrop, kGroup>, shared);
+            attention_backward_queries_kernel<kHS, kM, kDrop, kGroup>
                 <<<grid, kHeadThreads, shared, stream()>>>(dqkv, partial, statistics, dout, out,
                                                            lse, qkv, T, NH, drop);
-            allow_shared(attention_backward_keys_kernel<kHS, kM, kDrop>, shared);
-            attention_backward_keys_kernel<kHS, kM, kDrop>
+            allow_shared(attention_backward_keys_kernel<kHS, kM, kDrop, kGroup>, shared);
+            attention_backward_keys_kernel<kHS, kM, kDrop, kGroup>
                 <<<grid, kHeadThreads, shared, stream()>>>(dqkv, partial, statistics, dout, qkv, T,
                                                            NH, drop);
-            sum_partials({{dqkv_bias}}, 1, partial, int(parts), width, accumulate);
+            CUDA_CHECK(cudaGetLastError());
         };
-        if (on_tensor_cores(B, T, NH, HS, drop, run)) return;
+        auto run = [&](bool group) { return on_tensor_cores<1>(B, T, NH, HS, drop, group, start); };
+        auto results = [&]() -> Results { return {values(dqkv, size_t(B) * T * width)}; };
+        if (run(as_group("backward", B, T, NH, HS, drop, run, results)))
+            return sum_partials({{dqkv_bias}}, 1, partial, int(parts), width, accumulate);
         float* delta = context->scratch<float>(size_t(B) * NH * T);
         const dim3 grid(blocks_for(T, kPlainHeld), unsigned(B * NH));
         const size_t shared = plain_shared(HS, 2);
@@ -2181,24 +2353,71 @@ private:
         });
         CUDA_CHECK(cudaGetLastError());
     }
-    // Calls run(Tiles); false where the tensor cores have no kernel for this head size or type. A
+    // Calls start(Tiles); false where the tensor cores have no kernel for this head size or type. A
     // block takes 128 rows of a head, not 64, where there are enough of them to give each
-    // multiprocessor two blocks, and no dropout, whose arithmetic needs the registers.
-    template <class Run>
-    bool on_tensor_cores(int B, int T, int NH, int HS, Dropout drop, Run&& run) {
+    // multiprocessor two blocks, and no dropout, whose arithmetic needs the registers. As a group
+    // it takes at most kMost times 64: more rows of a group do not save reading shared memory.
+    template <int kMost, class Start>
+    bool on_tensor_cores(int B, int T, int NH, int HS, Dropout drop, bool group, Start&& start) {
         auto with_size = [&]<int kHS>(std::integral_constant<int, kHS>) {
-            drop.on() ? run(Tiles<kHS, 1, true>()) : run(Tiles<kHS, 1, false>());
+            drop.on() ? start(Tiles<kHS, 1, true, false>()) : start(Tiles<kHS, 1, false, false>());
             return true;
         };
         if constexpr (kSeparateMasters) {
             const size_t blocks = size_t(B) * NH * blocks_for(T, 128);
-            const size_t enough = 2 * size_t(context->gpu.multiProcessorCount);
-            if (HS == 64 && !drop.on() && blocks >= enough) return run(Tiles<64, 2, false>()), true;
+            const bool many = blocks >= 2 * size_t(context->gpu.multiProcessorCount);
+            if (HS == 32 || HS == 64 || HS == 128)
+                context->way = group ? " (wgmma)" : " (mma.sync)";
+            if (group && many) return start(Tiles<64, kMost, false, true>()), true;
+            if (group) return start(Tiles<64, 1, false, true>()), true;
+            if (HS == 64 && !drop.on() && many) return start(Tiles<64, 2, false, false>()), true;
             if (HS == 32) return with_size(std::integral_constant<int, 32>());
             if (HS == 64) return with_size(std::integral_constant<int, 64>());
             if (HS == 128) return with_size(std::integral_constant<int, 128>());
         }
         return false;
+    }
+    // Whether attention's warps multiply as groups: on a GPU that can, where tuning found it faster.
+    template <class Run, class Results>
+    bool as_group(const char* way, int B, int T, int NH, int HS, Dropout drop, Run&& run,
+                  Results&& results) {
+        if (!kSeparateMasters || context->gpu.major != 9 || HS != 64 || drop.on()) return false;
+        return context->matmuls->second_way(format("attention %s %d %d %d %d", way, B, T, NH, HS),
+                                            "mma.sync", "wgmma", 2.0 * B * NH * T * T * HS, run,
+                                            [&] {
+                                                run(false);
+                                                const auto wanted = results();
+                                                run(true);
+                                                return agree(wanted, results(),
+                                                             size_t(3 * NH * HS));
+                                            });
+    }
+    // Whether arrays hold the same numbers up to rounding. Both ways round the same numbers to bf16
+    // at the same places, but add up in other orders, so that some of these fall to the other side:
+    // 2^-8 of the numbers a result is made of. Asked for is 2^-5 in every 64 numbers that lie side by
+    // side, of their size and that of the usual 64 at such a place of a row: what is wrong errs by 1.
+    using Results = std::vector<std::vector<float>>;
+    bool agree(const Results& a, const Results& b, size_t width) const {
+        for (size_t i = 0; i < a.size(); ++i) {
+            std::vector<double> sizes(blocks_for(width, 64));
+            const size_t rows = blocks_for(a[i].size(), width);
+            for (size_t j = 0; j < a[i].size(); ++j)
+                sizes[j % width / 64] += double(a[i][j]) * a[i][j] / double(rows);
+            for (size_t first = 0; first < a[i].size(); first += 64) {
+                double size = sizes[first % width / 64], error = 0;
+                for (size_t j = first; j < std::min(first + 64, a[i].size()); ++j)
+                    size += double(a[i][j]) * a[i][j],
+                        error += std::pow(double(a[i][j]) - b[i][j], 2);
+                if (!(error <= context->agreement * context->agreement * size)) return false;
+            }
+        }
+        return true;
+    }
+    template <class T>
+    std::vector<float> values(const T* from, size_t count) {
+        std::vector<T> copy(count);
+        download(copy.data(), from, count);
+        return std::vector<float>(copy.begin(), copy.end());
     }
 };
 

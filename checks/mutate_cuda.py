@@ -69,8 +69,17 @@ result_operand | attention<*bf16 | term | pack_bf16(right[0], right[1]) | pack_b
 mma_pair | attention<*bf16 | term | mma_bf16_16x8x16(right, a, b_right) | mma_bf16_16x8x16(right, a, b_left)
 result_row | attention<*bf16 | term | (e >> 1) * 8 | (e >> 2) * 8
 result_column | attention<*bf16 | term | (e & 1) | (e & 0)
-add_rows_product | attention<*bf16 | term | 2 * k + side | 2 * k
+rows_product | attention<*bf16 | term | 2 * k + side | 2 * k
 add_columns_product | attention<*bf16 | term | k * 16 + lane % 16 | lane % 16
+tile_descriptor | attention by groups | term | uint64_t(64) << 32 | uint64_t(32) << 32
+tile_descriptor | attention by groups | term | uint64_t(1) << 62 | uint64_t(2) << 62
+group_rows_product | attention by groups | term | tile + k * 16 | tile
+group_rows_product | attention by groups | term | k > 0 | true
+group_columns_product | attention by groups | term | tile + k * 16 * 64 | tile
+wait_for | attention by groups | term | group_wait<0>(d[i]) | 0
+wait_for_tiles | attention | term | group_publish() | 0
+warp_row | attention<*bf16 | term | kGroup ? 16 : 16 * kM | kGroup ? 16 : 16
+warp_row | attention by groups | term | kGroup ? 16 : 16 * kM | kGroup ? 64 : 16 * kM
 store_weights | update<*bf16 | term | pack_bf16(w[2], w[3]) | pack_bf16(w[2], w[2])
 gelu_of | linear | sign | 1 + tanhf(kGeluScale * (x + kGeluCube * x * x * x)) | 1 - tanhf(kGeluScale * (x + kGeluCube * x * x * x))
 gelu_of | linear | term | 1 + tanhf(kGeluScale * (x + kGeluCube * x * x * x)) | 1 + tanhf(kGeluScale * x)
@@ -107,8 +116,11 @@ drop_scores | attention<*bf16 | term | query + result_row(e) | query + 0 * e
 attention_forward_kernel | attention<*bf16 | sign | highest[i][half] * scale + logf(total[i][half]) | highest[i][half] * scale - logf(total[i][half])
 attention_forward_kernel | attention<*bf16 | term | highest[i][half] * scale + logf(total[i][half]) | logf(total[i][half])
 mask_scores | attention<*bf16 | term | query + (kForKeys ? across : down) | query + (kForKeys ? across : down) + 1
-attention_forward_kernel | attention<*bf16 | term | if (key >= mine + 16 * kM) | if (key > 0 && key >= mine)
-attention_forward_kernel | attention<*bf16 | term | if (key + kKeys - 1 > mine) | if (key + kKeys - 1 > mine + 16)
+attention_forward_kernel | attention<*bf16 | term | if (!kGroup && key >= mine + 16 * kM) | if (!kGroup && key > 0 && key >= mine)
+attention_forward_kernel | attention<*bf16 | term | if (!kGroup && key + kKeys - 1 > mine) | if (!kGroup && key + kKeys - 1 > mine + 16)
+attention_forward_kernel | attention by groups | term | if (kGroup && key + kKeys - 1 > query) | if (kGroup && key + kKeys - 1 > query + 16)
+attention_forward_kernel | attention by groups | term | if (kGroup && kM == 2 && key >= first + 64) | if (kGroup && kM == 2 && key >= first)
+attention_forward_kernel | attention by groups | term | group_wait<kM - 1 - kFrom>(s[i]) | 0
 backward_element | attention<*bf16 | sign | s * scale2 - lse2 | s * scale2 + lse2
 backward_element | attention<*bf16 | sign | w * dp - delta | w * dp + delta
 backward_element | attention<*bf16 | term | w * dp - delta | dp - delta
@@ -120,15 +132,15 @@ block_column_sums | attention<*bf16 | sign | d[i][n][e] + d[i][n][e + 2] | d[i][
 block_column_sums | attention<*bf16 | term | factor * total | total
 store_rows | attention<*bf16 | term | factor * d[n][2 * half] | d[n][2 * half]
 attention_backward_queries_kernel | attention<*bf16 | sign | lse[head.bh_T + query] * kLog2E | -lse[head.bh_T + query] * kLog2E
-attention_backward_queries_kernel | attention<*bf16 | term | add_columns_product<HS, kM, kSlice>(dq, dp, k_tiles + at) | add_columns_product<HS, kM, kSlice>(dq, s, k_tiles + at)
-attention_backward_queries_kernel | attention<*bf16 | term | if (key >= mine + 16 * kM) | if (key > 0 && key >= mine)
+attention_backward_queries_kernel | attention<*bf16 | term | add_columns_product<HS, kM, kSlice, kGroup>(dq, dp, k_tiles + at) | add_columns_product<HS, kM, kSlice, kGroup>(dq, s, k_tiles + at)
+attention_backward_queries_kernel | attention<*bf16 | term | if (!kGroup && key >= mine + 16 * kM) | if (!kGroup && key > 0 && key >= mine)
 attention_backward_queries_kernel | attention<*bf16 | term | if (key + kSlice - 1 > mine) | if (key + kSlice - 1 > mine + 16)
 statistics_rows | attention<*bf16 | term | T + T % 2 | T
 statistics | attention<*bf16 | term | size_t(blockIdx.y) * statistics_rows(T) | size_t(blockIdx.y) * 0
 attention_backward_keys_kernel | attention<*bf16 | sign | e % 2 ? pair.z : pair.x | e % 2 ? -pair.z : -pair.x
 attention_backward_keys_kernel | attention<*bf16 | term | e % 2 ? pair.w : pair.y | pair.y
-attention_backward_keys_kernel | attention<*bf16 | term | add_columns_product<HS, kM, kSlice>(dv, s, d_tiles + at) | add_columns_product<HS, kM, kSlice>(dv, s, q_tiles + at)
-attention_backward_keys_kernel | attention<*bf16 | term | if (query + kSlice <= mine) | if (query <= mine)
+attention_backward_keys_kernel | attention<*bf16 | term | add_columns_product<HS, kM, kSlice, kGroup>(dv, s, d_tiles + at) | add_columns_product<HS, kM, kSlice, kGroup>(dv, s, q_tiles + at)
+attention_backward_keys_kernel | attention<*bf16 | term | if (!kGroup && query + kSlice <= mine) | if (!kGroup && query <= mine)
 attention_backward_keys_kernel | attention<*bf16 | term | if (mine + 16 * kM - 1 > query) | if (mine + 16 * kM - 1 > query + 16)
 softmax_cross_entropy_kernel | head | sign | logf(sum) + top - at_target | logf(sum) + top + at_target
 softmax_cross_entropy_kernel | head | term | logf(sum) + top - at_target | logf(sum) - at_target
@@ -219,7 +231,7 @@ def chosen(original, choices):
     strip = (lambda text: text[4:-1]) if condition else (lambda text: text)
     # Assignments and calls of functions without a result have no value to choose.
     void = re.search(r"[^=!<>]=[^=]", original) or re.match(
-        r"(add_columns_product|store_weights|load_pack|judge|mma_bf16_16x8x16|__sync\w+|copy_async_\w+)\b", original)
+        r"(add_columns_product|store_weights|load_pack|judge|mma_bf16_16x8x16|__sync\w+|copy_async_\w+|group_wait|group_publish)\b", original)
     kind = "bool" if condition else "(void)" if void else ""
     result = kind + "(" + strip(original) + ")"
     for number, broken in choices:

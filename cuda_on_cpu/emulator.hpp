@@ -393,6 +393,24 @@ struct AsyncCopy {
     void* to;
 };
 
+// A wgmma that was started and has not been waited for, as one lane of it sees it.
+struct GroupProduct {
+    float* d;          // its 32 accumulators, which hold poison until then
+    float result[32];  // what they become
+    uint64_t descriptor;
+    bool columns;
+    std::vector<uint16_t> b;  // what lane 0 read of shared memory
+};
+// What every warp of a group must say alike.
+struct GroupWord {
+    uint64_t descriptor;
+    bool columns, add;
+    int line;
+};
+// How far a thread's copies are on their way to wgmma, which reads shared memory behind the back of
+// ordinary loads and stores: they need fence.proxy.async, and then a barrier.
+enum class Copies : uint8_t { published, arrived, behind_barrier, fenced_late };
+
 struct Thread {
     uint3 index{};
     unsigned rank = 0;  // in the block
@@ -408,6 +426,11 @@ struct Thread {
     // Copies in flight, oldest first; group_ends[i] is how many belong to the first i + 1 groups.
     std::vector<AsyncCopy> copies;
     std::vector<size_t> group_ends;
+    Copies copied = Copies::published;
+    // wgmma: products under way, oldest first; product_ends as group_ends; between fence and commit.
+    std::vector<GroupProduct> products;
+    std::vector<size_t> product_ends;
+    bool group_begun = false;
 };
 
 // A launch: what stands between <<< and >>>, and what to call for each thread.
@@ -447,7 +470,10 @@ struct Worker {
     std::vector<std::unique_ptr<SharedArray>> shared_arrays;
     std::map<size_t, std::unique_ptr<SharedArray>> dynamic_by_size;
     SharedArray* dynamic = nullptr;
-    size_t static_bytes = 0;  // of this block, so far
+    size_t dynamic_alignment = 16;                    // what its declaration asks for
+    std::vector<std::vector<GroupWord>> group_words;  // by group of four warps, and how many of
+    std::vector<size_t> warp_words;                   // them each warp has said
+    size_t static_bytes = 0;                          // of this block, so far
     std::exception_ptr failure;
     sigjmp_buf on_fault;
     std::string fault_message;
@@ -603,6 +629,8 @@ inline void give_up_fibres(Worker& w) {
     for (Thread& t : w.threads) {
         t.copies.clear();
         t.group_ends.clear();
+        t.products.clear();
+        t.product_ends.clear();
     }
     self = nullptr;
 }
@@ -685,6 +713,8 @@ inline void release_barrier(Worker& w) {
     for (Thread& t : w.threads) {
         t.barrier_result = result;
         if (t.state == State::at_barrier) t.state = State::ready;
+        if (t.copied == Copies::arrived) t.copied = Copies::behind_barrier;
+        if (t.copied == Copies::fenced_late) t.copied = Copies::published;
     }
     w.arrived = 0;
     watch_barrier();
@@ -823,6 +853,7 @@ Holder& dynamic_shared() {
                text("extern __shared__ memory wants alignment %zu, but the launch gives %zu bytes; "
                     "make that a multiple of it",
                     alignof(Holder), worker->launch->shared_bytes));
+    worker->dynamic_alignment = alignof(Holder);
     return *reinterpret_cast<Holder*>(data);
 }
 
@@ -1045,7 +1076,11 @@ inline void prepare_threads(Worker& w, dim3 block) {
         t.barrier_kind = barrier_plain;
         if (!t.copies.empty()) t.copies.clear();
         if (!t.group_ends.empty()) t.group_ends.clear();
+        t.copied = Copies::published;
+        t.group_begun = false;
     }
+    w.group_words.assign((n + 127) / 128, {});
+    w.warp_words.assign((n + 31) / 32, 0);
     w.warp_waiting.assign((n + 31) / 32, 0);
     w.arrived = w.finished = 0;
 }
@@ -1083,6 +1118,20 @@ inline void check_shared_damage(Worker& w) {
         if (a->used_in_block == w.blocks_done) check(*a);
 }
 
+// When all threads have finished: every wgmma was waited for, and said by all warps of its group.
+inline void check_groups(Worker& w) {
+    for (const Thread& t : w.threads)
+        if (!t.products.empty())
+            report(Mistake::other, "the thread has finished, but not waited for its wgmma", &t);
+    for (size_t warp = 0; warp < w.warp_words.size(); warp++)
+        if (w.warp_words[warp] != w.group_words[warp / 4].size())
+            report(Mistake::warp,
+                   text("a wgmma was reached by other warps of the group, but not by this one: it "
+                        "said %zu of %zu",
+                        w.warp_words[warp], w.group_words[warp / 4].size()),
+                   &w.threads[warp * 32]);
+}
+
 inline void run_sweeps(Worker& w) {
     for (uint64_t sweep = 0; w.finished < w.threads.size(); sweep++) {
         choose_order(w, sweep);
@@ -1115,6 +1164,7 @@ inline void run_block(Worker& w, const Launch& launch, uint3 index) {
             report(w.fault_mistake, w.fault_message, &at);
         }
         run_sweeps(w);
+        check_groups(w);
         check_shared_damage(w);
     } catch (...) {
         give_up_fibres(w);

@@ -860,6 +860,212 @@ TEST_CASE(
     cuda_on_cpu::settings().major = 9;
 }
 
+// --- wgmma
+
+enum Plant {
+    nothing,
+    no_publish,
+    late_publish,
+    no_begin,
+    no_end,
+    no_wait,
+    early_read,
+    touched,
+    changed_b,
+    three_warps,
+    other_descriptor,
+    two_products
+};
+constexpr int group_bytes = 16 << 10;
+
+// d [64, 64] = a [64, 16] b [16, 64], or += where d holds numbers; b are the bytes of `tile`, seen
+// through a descriptor.
+template <bool Columns, int Planted>
+__global__ void multiply_by_group(float* d, const unsigned* a, const uint16_t* tile,
+                                  uint64_t descriptor, int add) {
+    extern __shared__ alignas(1024) uint16_t group_tile[];
+    const int rank = int(threadIdx.x);
+    for (int i = rank * 8; i < group_bytes / 2; i += 128 * 8)
+        copy_async_16(group_tile + i, tile + i, true);
+    copy_async_commit();
+    copy_async_wait<0>();
+    if (Planted != no_publish && Planted != late_publish) group_publish();
+    __syncthreads();
+    if (Planted == late_publish) group_publish();
+    unsigned fa[4];
+    float fd[8][4];
+    for (int i = 0; i < 4; i++) fa[i] = a[rank * 4 + i];
+    for (int i = 0; i < 32; i++) fd[i / 4][i % 4] = d[rank * 32 + i];
+    if (Planted != no_begin) group_begin(fd);
+    if (Planted == other_descriptor && rank >= 96) descriptor += 2;
+    if (Planted != three_warps || rank < 96) group_mma<Columns>(fd, fa, descriptor, add != 0);
+    if (Planted == two_products) group_mma<Columns>(fd, fa, descriptor, true);
+    if (Planted == touched) fd[3][1] = 0;
+    if (Planted != no_end) group_end();
+    if (Planted == changed_b) {
+        __syncthreads();
+        if (rank == 5) group_tile[0] ^= 1;
+        __syncthreads();
+    }
+    if (Planted == early_read)
+        for (int i = 0; i < 32; i++) d[rank * 32 + i] = fd[i / 4][i % 4];
+    if (Planted != no_wait) group_wait<0>(fd);
+    if (Planted != early_read)
+        for (int i = 0; i < 32; i++) d[rank * 32 + i] = fd[i / 4][i % 4];
+}
+// Its shared memory has the alignment of its type.
+__global__ void multiply_unaligned(unsigned* address) {
+    extern __shared__ uint16_t loose_tile[];
+    *address = shared_address(loose_tile);
+}
+// Two batches, the second still under way while the first is read.
+__global__ void multiply_in_batches(float* d, const unsigned* a, uint64_t descriptor) {
+    extern __shared__ alignas(1024) uint16_t ones[];
+    for (int i = int(threadIdx.x); i < group_bytes / 2; i += 128) ones[i] = 0x3f80;
+    __syncthreads();
+    unsigned fa[4];
+    float first[8][4], second[8][4];
+    for (int i = 0; i < 4; i++) fa[i] = a[int(threadIdx.x) * 4 + i];
+    group_begin(first), group_mma<true>(first, fa, descriptor, false), group_end();
+    group_begin(second), group_mma<true>(second, fa, descriptor, false), group_end();
+    group_wait<1>(first);
+    d[threadIdx.x] = first[2][3], d[128 + threadIdx.x] = second[2][3];
+    group_wait<0>(second);
+    d[256 + threadIdx.x] = second[2][3];
+}
+
+struct GroupCase {
+    std::vector<unsigned> a;     // by thread
+    std::vector<float> d, want;  // by thread, before and after
+    std::vector<uint16_t> tile;
+};
+// Where byte `byte` of row `row` of a tile with rows of 128 bytes lies (PTX ISA, 9.7.15.5.1.2,
+// "128B swizzle"): 16 bytes change places within 8 rows, and `stride` leads from 8 rows to the next.
+int swizzled(int row, int byte, int stride) {
+    return row / 8 * stride + row % 8 * 128 + ((byte / 16) ^ (row % 8)) * 16 + byte % 16;
+}
+// b [16, 64] begins with k = `step` of a larger one. Its rows of memory are n, or with `columns` k.
+GroupCase group_case(bool columns, int step, int stride, bool add) {
+    GroupCase c{std::vector<unsigned>(128 * 4), std::vector<float>(128 * 32, NAN),
+                std::vector<float>(128 * 32), std::vector<uint16_t>(group_bytes / 2, 0x7fff)};
+    for (int k = 0; k < 16; k++)
+        for (int n = 0; n < 64; n++)
+            c.tile[size_t(columns ? swizzled(step + k, n * 2, stride)
+                                  : swizzled(n, (step + k) * 2, stride)) /
+                   2] = uint16_t(upper_bits(number_at(k, n, 2)));
+    for (int thread = 0; thread < 128; thread++) {
+        const int lane = thread % 32, first = thread / 32 * 16;
+        for (int i = 0; i < 8; i++) {
+            const Place p = a_bf16_m16n8k16(lane, i);
+            c.a[size_t(thread * 4 + i / 2)] |= upper_bits(number_at(first + p.row, p.col, 1))
+                                               << (i % 2 * 16);
+        }
+        for (int i = 0; i < 32; i++) {
+            const Place p = c_f32_m16n8(lane, i % 4);
+            const int row = first + p.row, col = i / 4 * 8 + p.col;
+            float sum = add ? number_at(row, col, 3) : 0;
+            if (add) c.d[size_t(thread * 32 + i)] = sum;
+            for (int k = 0; k < 16; k++) sum += number_at(row, k, 1) * number_at(k, col, 2);
+            c.want[size_t(thread * 32 + i)] = sum;
+        }
+    }
+    return c;
+}
+template <bool Columns, int Planted = nothing>
+std::vector<float> run_group(const GroupCase& c, uint64_t descriptor, bool add = false,
+                             unsigned threads = 128) {
+    Device<unsigned> a(c.a);
+    Device<float> d(c.d);
+    Device<uint16_t> tile(c.tile);
+    multiply_by_group<Columns, Planted>
+        <<<1, threads, group_bytes>>>(d.data, a.data, tile.data, descriptor, add);
+    return d.host();
+}
+
+// The numbers of a descriptor, by hand. Here the tile begins at byte 2048: 0x80 without its 4 lowest
+// bits; 16 columns are 32 bytes, 2; 16 rows are 2 strides of 1024 bytes, 0x40 each. 1 in the upper
+// two bits is the swizzle.
+TEST_CASE(
+    "emulator: wgmma reads B as its descriptor says, rows or columns, and has mma's layouts") {
+    for (bool add : {false, true})
+        in_every_order([&] {
+            const GroupCase k0 = group_case(false, 0, 1024, add),
+                            k1 = group_case(false, 16, 1024, add),
+                            k3 = group_case(false, 48, 2048, add),
+                            n0 = group_case(true, 0, 1024, add),
+                            n1 = group_case(true, 16, 1024, add),
+                            n2 = group_case(true, 0, 2048, add);
+            CHECK(run_group<false>(k0, 0x4000004000400080, add) == k0.want);
+            CHECK(run_group<false>(k1, 0x4000004000400082, add) == k1.want);
+            CHECK(run_group<false>(k3, 0x4000008000010086, add) == k3.want);
+            CHECK(run_group<true>(n0, 0x4000004000400080, add) == n0.want);
+            CHECK(run_group<true>(n1, 0x4000004000400100, add) == n1.want);
+            CHECK(run_group<true>(n2, 0x4000008000010080, add) == n2.want);
+            // wrong ones give something else
+            CHECK(run_group<false>(k1, 0x4000004000400080, add) != k1.want);
+            CHECK(run_group<false>(k3, 0x4000004000010086, add) != k3.want);
+            CHECK(run_group<true>(n1, 0x4000004000400088, add) != n1.want);
+            CHECK(run_group<true>(k0, 0x4000004000400080, add) != k0.want);
+        });
+}
+
+TEST_CASE("emulator: wgmma's results come when they are waited for, batch by batch") {
+    const GroupCase c = group_case(true, 0, 1024, false);
+    const uint64_t descriptor = 0x4000004000400080;
+#if !CUDA_ON_CPU_WATCH
+    in_every_order([&] {
+        for (float x : run_group<true, early_read>(c, descriptor)) REQUIRE(std::isnan(x));
+        Device<float> d(std::vector<float>(384));
+        Device<unsigned> a(std::vector<unsigned>(512, 0x3f803f80));
+        multiply_in_batches<<<1, 128, group_bytes>>>(d.data, a.data, descriptor);
+        const auto got = d.host();
+        for (size_t i = 0; i < 128; i++) {
+            REQUIRE(got[i] == 16);
+            REQUIRE(std::isnan(got[128 + i]));
+            REQUIRE(got[256 + i] == 16);
+        }
+    });
+#endif
+    std::vector<float> twice = c.want;
+    for (float& x : twice) x *= 2;
+    CHECK(run_group<true, two_products>(c, descriptor) == twice);
+}
+
+TEST_CASE("emulator catches: what a group of warps may not do") {
+    const GroupCase c = group_case(false, 0, 1024, false);
+    const uint64_t good = 0x4000004000400080;
+    auto mistake = [&](auto planted) {
+        return mistake_of([&] { run_group<false, planted.value>(c, good); });
+    };
+#define MISTAKE(planted) mistake(std::integral_constant<int, planted>())
+    CHECK(says(MISTAKE(no_publish), "with no fence.proxy.async between copy_async_wait and"));
+    CHECK(says(MISTAKE(late_publish), "with no fence.proxy.async between copy_async_wait and"));
+    CHECK(says(MISTAKE(no_begin), "no group_begin() since the last batch"));
+    CHECK(says(MISTAKE(no_end), "was not ended by group_end()"));
+    CHECK(says(MISTAKE(no_wait), "has finished, but not waited for its wgmma"));
+    CHECK(says(MISTAKE(touched), "accumulators of a wgmma were changed before"));
+    CHECK(says(MISTAKE(changed_b), "that a wgmma reads was changed before"));
+    CHECK(says(MISTAKE(three_warps), "but not by this one: it said 0 of 1"));
+    CHECK(says(MISTAKE(other_descriptor), "must say the same, with the same descriptor"));
+#undef MISTAKE
+    auto refused = [&](uint64_t descriptor, unsigned threads = 128) {
+        return mistake_of([&] { run_group<false>(c, descriptor, false, threads); });
+    };
+    CHECK(says(refused(0x8000004000400080), "other than the swizzle of 128 bytes"));
+    CHECK(says(refused(0x4002004000400080), "other than the swizzle of 128 bytes"));  // base offset
+    CHECK(refused(0x4000004000400010).mistake == Mistake::shared_memory);
+    CHECK(refused(0x4000010000400080).mistake == Mistake::shared_memory);
+    CHECK(says(refused(good, 96), "a group is four whole warps"));
+    for (int major : {8, 10}) {
+        cuda_on_cpu::settings().major = major;
+        CHECK(says(refused(good), "needs compute capability 9.0"));
+    }
+    cuda_on_cpu::settings().major = 9;
+    Device<unsigned> address(1);
+    multiply_unaligned<<<1, 1, group_bytes>>>(address.data);
+    CHECK(address.host()[0] % 1024 != 0);
+}
+
 __global__ void convert_numbers(unsigned* out, const float* in, int n) {
     for (int i = 0; i < n; i++) {
         out[3 * i] = to_tf32(in[i]);
