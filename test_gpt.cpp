@@ -8428,7 +8428,7 @@ TEST_CASE("cuda: attention by groups of warps is taken where tuning found it fas
         all.pop_back();
         return all;
     };
-    const std::string tuned = ways(0x1p-5), text = read_file(path);
+    const std::string tuned = ways(0x1p-8), text = read_file(path);
     REQUIRE(lines().size() == 2);
     int at = 0;
     for (const char* what : {"forward", "backward"}) {
@@ -8440,15 +8440,15 @@ TEST_CASE("cuda: attention by groups of warps is taken where tuning found it fas
         CHECK(line.find(group ? "| wgmma | " : "| mma.sync | ") != line.npos);
         CHECK((tuned.find(group ? "wgmma" : "mma.sync") != tuned.npos));
     }
-    CHECK(ways(0x1p-5) == tuned);
+    CHECK(ways(0x1p-8) == tuned);
     CHECK(ways(NAN) == tuned);  // nothing is compared again
     CHECK(read_file(path) == text);
     const std::string always = " (mma.sync) (mma.sync) (mma.sync) (mma.sync)";
-    CHECK(ways(0x1p-5, kDrop) == always);
+    CHECK(ways(0x1p-8, kDrop) == always);
     CHECK(read_file(path) == text);
     std::remove(path.c_str());
     CHECK(ways(NAN) == always);  // nothing agrees with anything
-    CHECK(ways(0x1p-5) == always);
+    CHECK(ways(0x1p-8) == always);
     REQUIRE(lines().size() == 2);
     for (const std::string& line : lines()) {
         CHECK(line.find(" | mma.sync | ") != line.npos);
@@ -8457,10 +8457,10 @@ TEST_CASE("cuda: attention by groups of warps is taken where tuning found it fas
     std::string broken = text;
     broken.replace(broken.find("mma"), 3, "mmm");
     write_file(path, broken);
-    CHECK_THROWS_WITH(ways(0x1p-5), doctest::Contains("plans.txt:1 is damaged: remove the line"));
+    CHECK_THROWS_WITH(ways(0x1p-8), doctest::Contains("plans.txt:1 is damaged: remove the line"));
 #ifdef CUDA_ON_CPU
     const int before = std::exchange(cuda_on_cpu::settings().major, 8);
-    CHECK(ways(0x1p-5) == always);
+    CHECK(ways(0x1p-8) == always);
     CHECK(attention_by("mma.sync", path, s) == attention_by("", path, s));
     cuda_on_cpu::settings().major = before;
 #endif

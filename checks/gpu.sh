@@ -404,6 +404,7 @@ layers() {
     matmul "linear c_fc, gelu" fc
     matmul "linear mlp.c_proj" "mlp proj"
     matmul "head, both ways" head
+    row "attention, as tuned" "" "$(grep -oE '^(d )?attention \([a-z.]+\)' "$work/bench-b64.log" | head -2 | paste -sd, -)" ""
     judge "attention forward" "$(gflops "attention " | awk '{ printf "%.0f", $1 / 1000 }')" '>=' 229 TFLOP/s
     judge "attention backward" "$(gflops "d attention" | awk '{ printf "%.0f", $1 / 1000 }')" '>=' 170 TFLOP/s
     judge "layernorm forward" "$(percent "layernorm")" '>=' 90 '% of a copy'
