@@ -861,10 +861,8 @@ __device__ inline void wait_for(float (&d)[kM][kPieces][4]) {
 template <int HS, int kM, int kN, bool kGroup>
 __device__ inline void rows_product(float (&d)[kM][kN / 8][4], const unsigned (&a)[kM][HS / 16][4],
                                     bf16* tile) {
-    if constexpr (kGroup) {
-        for (int i = 0; i < kM; ++i) group_rows_product(d[i], a[i], tile);
-        return;
-    }
+    static_assert(!kGroup || kM == 1);
+    if constexpr (kGroup) return group_rows_product(d[0], a[0], tile);
     const int lane = threadIdx.x % kWarp, row = lane / 16 * 8 + lane % 8, side = lane / 8 % 2;
     for (auto& part : d)
         for (auto& piece : part) piece[0] = piece[1] = piece[2] = piece[3] = 0;
@@ -880,10 +878,7 @@ __device__ inline void rows_product(float (&d)[kM][kN / 8][4], const unsigned (&
 template <int HS, int kM, int kN, bool kGroup>
 __device__ inline void add_columns_product(float (&d)[kM][HS / 8][4],
                                            const float (&s)[kM][kN / 8][4], bf16* tile) {
-    if constexpr (kGroup) {
-        for (int i = 0; i < kM; ++i) group_columns_product(d[i], s[i], tile);
-        return;
-    }
+    if constexpr (kGroup) return group_columns_product(d[0], s[0], tile);
     const int lane = threadIdx.x % kWarp;
     for (int k = 0; k < kN / 16; ++k) {
         unsigned a[kM][4];
@@ -971,13 +966,6 @@ constexpr bool kKeepQueries = false;
 constexpr bool kKeepQueries = true;
 #endif
 
-// The first of a warp's rows among its block's: 16, and kGroup, where a product has 64 rows of
-// four warps, 16 more after every 64; else the next 16.
-template <int kM, bool kGroup>
-__device__ inline int warp_row() {
-    return threadIdx.x / kWarp * (kGroup ? 16 : 16 * kM);
-}
-
 // One block: 4 warps, kM times 16 queries each, of one head; keys in tiles of 64. kM = 2 reads a
 // tile from shared memory for twice as many products, and needs all registers; kDrop: with dropout.
 // Operations: 4 HS and an exponential for each pair of T^2 / 2. Moves: reads 3, writes 1 row of C.
@@ -990,14 +978,15 @@ __global__ void __launch_bounds__(kHeadThreads)
          *v_tiles = k_tiles + 2 * kKeys * HS;
     const Head<bf16> head(qkv, T, NH, HS);
     const int first = (gridDim.x - 1 - blockIdx.x) * kQueries;  // blocks with most work start first
-    const int mine = first + warp_row<kM, kGroup>();
+    // This warp's first query. As a group, whose product has 64 rows, 16 more come 64 later.
+    const int mine = first + threadIdx.x / kWarp * (kGroup ? 16 : 16 * kM);
     const int tiles = (min(first + kQueries, T) + kKeys - 1) / kKeys;
     copy_tile<HS, kQueries>(q_tile, head.q, head.stride, first, T);
     copy_keys<HS>(k_tiles, v_tiles, head, 0, T);
     const float scale = 1 / sqrtf(float(HS)), scale2 = scale * kLog2E;
     float o[kM][HS / 8][4] = {}, highest[kM][2], total[kM][2] = {};
-    // Careful: not left undefined until the first tile is there. nvcc 13.0 then gave the registers
-    // of kGroup's left operands away after their first product.
+    // Careful: not undefined until the first tile is there, here and below. nvcc 13.0 then gave
+    // the registers of a group's left operands away after their first product.
     unsigned queries[kM][HS / 16][4] = {};
     for (int i = 0; i < kM; ++i) highest[i][0] = highest[i][1] = -INFINITY;
     for (int tile = 0; tile < tiles; ++tile) {
@@ -1109,21 +1098,20 @@ __device__ inline void warp_delta(float (&subtract)[2], float2* statistics, cons
 }
 
 // dq, and statistics [B * NH, statistics_rows(T)] for the kernel below. One block: 4 warps, kM
-// times 16 queries each, of one head; keys are copied in tiles of 64 and worked on 32 at a time.
+// times 16 queries each, of one head; keys are copied in tiles of 64 and worked on kSlice at a time.
 // Operations: 6 HS and an exponential for each pair of T^2 / 2. Moves: reads 5, writes 1 row of C.
 template <int HS, int kM, bool kDrop, bool kGroup>
 __global__ void __launch_bounds__(kHeadThreads)
     attention_backward_queries_kernel(bf16* dqkv, float* partial, float2* statistics,
                                       const bf16* dout, const bf16* out, const float* lse,
                                       const bf16* qkv, int T, int NH, Dropout drop) {
-    static_assert(!kGroup || kM == 1);
     constexpr int kQueries = 64 * kM, kKeys = 64, kSlice = kGroup ? 64 : 32;
     extern __shared__ __align__(1024) bf16 attention_tiles[];
     bf16 *q_tile = attention_tiles, *d_tile = q_tile + kQueries * HS;
     bf16 *k_tiles = d_tile + kQueries * HS, *v_tiles = k_tiles + 2 * kKeys * HS;
     const Head<bf16> head(qkv, T, NH, HS);
     const int first = (gridDim.x - 1 - blockIdx.x) * kQueries,
-              mine = first + warp_row<kM, kGroup>();
+              mine = first + threadIdx.x / kWarp * 16 * kM;
     const int tiles = (min(first + kQueries, T) + kKeys - 1) / kKeys;
     copy_tile<HS, kQueries>(q_tile, head.q, head.stride, first, T);
     copy_tile<HS, kQueries>(d_tile, head.row(dout, T, HS, 0), head.C, first, T);
@@ -1184,14 +1172,13 @@ template <int HS, int kM, bool kDrop, bool kGroup>
 __global__ void __launch_bounds__(kHeadThreads)
     attention_backward_keys_kernel(bf16* dqkv, float* partial, const float2* statistics,
                                    const bf16* dout, const bf16* qkv, int T, int NH, Dropout drop) {
-    static_assert(!kGroup || kM == 1);
     constexpr int kKeys = 64 * kM, kQueries = 64, kSlice = kGroup ? 64 : 16;
     extern __shared__ __align__(1024) bf16 attention_tiles[];
     __shared__ float4 pairs[2 * kQueries / 2];  // statistics of the tiles' queries
     bf16 *k_tile = attention_tiles, *v_tile = k_tile + kKeys * HS;
     bf16 *q_tiles = v_tile + kKeys * HS, *d_tiles = q_tiles + 2 * kQueries * HS;
     const Head<bf16> head(qkv, T, NH, HS);
-    const int first = blockIdx.x * kKeys, mine = first + warp_row<kM, kGroup>();
+    const int first = blockIdx.x * kKeys, mine = first + threadIdx.x / kWarp * 16 * kM;
     const int tiles = (T + kQueries - 1) / kQueries, first_tile = first / kQueries;
     statistics += head.statistics(T);
     auto copy_queries = [&](int tile) {

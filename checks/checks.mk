@@ -32,13 +32,17 @@ test_emulator: $(BUILD)/translate
 	$(BUILD)/test_emulator
 	bash cuda_on_cpu/test_translate.sh $<
 
-# nvcc compiles without a warning (nor waits for each wgmma), and the attention kernels keep everything in registers.
+# nvcc compiles without a warning (nor waits for each wgmma), and the attention kernels keep everything in
+# registers, of which those of a wgmma are left alone.
+CUOBJDUMP ?= $(or $(shell command -v cuobjdump),$(wildcard $(dir $(NVCC))cuobjdump))
 cuda_compiles: | $(BUILD)
 	for a in 80 90a; do $(NVCC) -std=c++20 -O3 -gencode=arch=compute_$$a,code=sm_$$a -Xptxas -v \
 	    -diag-suppress 1675 -Xcompiler -fopenmp,-march=$(MARCH),-Wall,-Wextra,-Wno-restrict -c train_gpt.cu -o $(BUILD)/train_gpt_cu.o \
 	    > $(BUILD)/ptxas-$$a.txt 2>&1 || { cat $(BUILD)/ptxas-$$a.txt; exit 1; }; done
 	! grep -iE "warning|Performance Loss" $(BUILD)/ptxas-80.txt $(BUILD)/ptxas-90a.txt
 	! grep -h -A1 "attention" $(BUILD)/ptxas-80.txt $(BUILD)/ptxas-90a.txt | grep -E "[1-9][0-9]* bytes (spill|stack)"
+	@if [ -n "$(CUOBJDUMP)" ]; then $(CUOBJDUMP) -sass $(BUILD)/train_gpt_cu.o | python3 checks/wgmma_registers.py; \
+	    else echo "there is no cuobjdump here (CUOBJDUMP=...): the registers of wgmma were not checked"; fi
 
 # Kills, interrupts, full disks and flipped bits: about five minutes, a table at the end.
 torture: $(BUILD)/torture train_gpt_cu_on_cpu

@@ -78,8 +78,6 @@ group_rows_product | attention by groups | term | k > 0 | true
 group_columns_product | attention by groups | term | tile + k * 16 * 64 | tile
 wait_for | attention by groups | term | group_wait<0>(d[i]) | 0
 wait_for_tiles | attention | term | group_publish() | 0
-warp_row | attention<*bf16 | term | kGroup ? 16 : 16 * kM | kGroup ? 16 : 16
-warp_row | attention by groups | term | kGroup ? 16 : 16 * kM | kGroup ? 64 : 16 * kM
 store_weights | update<*bf16 | term | pack_bf16(w[2], w[3]) | pack_bf16(w[2], w[2])
 gelu_of | linear | sign | 1 + tanhf(kGeluScale * (x + kGeluCube * x * x * x)) | 1 - tanhf(kGeluScale * (x + kGeluCube * x * x * x))
 gelu_of | linear | term | 1 + tanhf(kGeluScale * (x + kGeluCube * x * x * x)) | 1 + tanhf(kGeluScale * x)
@@ -121,6 +119,8 @@ attention_forward_kernel | attention<*bf16 | term | if (!kGroup && key + kKeys -
 attention_forward_kernel | attention by groups | term | if (kGroup && key + kKeys - 1 > query) | if (kGroup && key + kKeys - 1 > query + 16)
 attention_forward_kernel | attention by groups | term | if (kGroup && kM == 2 && key >= first + 64) | if (kGroup && kM == 2 && key >= first)
 attention_forward_kernel | attention by groups | term | group_wait<kM - 1 - kFrom>(s[i]) | 0
+attention_forward_kernel | attention<*bf16 | term | kGroup ? 16 : 16 * kM | kGroup ? 16 : 16
+attention_forward_kernel | attention by groups | term | kGroup ? 16 : 16 * kM | kGroup ? 64 : 16 * kM
 backward_element | attention<*bf16 | sign | s * scale2 - lse2 | s * scale2 + lse2
 backward_element | attention<*bf16 | sign | w * dp - delta | w * dp + delta
 backward_element | attention<*bf16 | term | w * dp - delta | dp - delta
