@@ -1098,7 +1098,7 @@ __device__ inline void warp_delta(float (&subtract)[2], float2* statistics, cons
 }
 
 // dq, and statistics [B * NH, statistics_rows(T)] for the kernel below. One block: 4 warps, kM
-// times 16 queries each, of one head; keys are copied in tiles of 64 and worked on kSlice at a time.
+// times 16 queries each, of one head; keys are copied in tiles of 64 and worked on kSlice at once.
 // Operations: 6 HS and an exponential for each pair of T^2 / 2. Moves: reads 5, writes 1 row of C.
 template <int HS, int kM, bool kDrop, bool kGroup>
 __global__ void __launch_bounds__(kHeadThreads)
