@@ -180,7 +180,7 @@ struct GroupLane {
     uint64_t descriptor;
     bool columns, add;
     float result[32];
-    std::vector<uint16_t> b;
+    uint16_t b[16 * 64];  // lane 0's: what was read
 };
 
 // Reports what must not be while a wgmma is started.
@@ -212,8 +212,7 @@ inline void multiply_group(void* const* lanes, unsigned) {
     auto lane_data = [&](int lane) { return static_cast<GroupLane*>(lanes[lane]); };
     GroupLane& first = *lane_data(0);
     check_group(first, cuda_on_cpu::self->rank / 32);
-    first.b.resize(16 * 64);
-    read_operand(first.b.data(), first.descriptor, first.columns);
+    read_operand(first.b, first.descriptor, first.columns);
     float A[16][16], B[16][64], D[16][64] = {};
     for (int lane = 0; lane < 32; lane++) {
         const GroupLane& mine = *lane_data(lane);
@@ -224,7 +223,7 @@ inline void multiply_group(void* const* lanes, unsigned) {
                 bf16_half(mine.a[i / 2], i % 2);
     }
     for (int k = 0; k < 16; k++)
-        for (int n = 0; n < 64; n++) B[k][n] = bf16_half(first.b[size_t(k * 64 + n)], 0);
+        for (int n = 0; n < 64; n++) B[k][n] = bf16_half(first.b[k * 64 + n], 0);
     for (int i = 0; i < 16; i++)
         for (int k = 0; k < 16; k++)
             for (int n = 0; n < 64; n++) D[i][n] += A[i][k] * B[k][n];
@@ -372,7 +371,8 @@ __device__ inline void group_mma(float (&d)[8][4], const unsigned (&a)[4], uint6
     std::memcpy(mine.result, before, sizeof mine.result);
     cuda_on_cpu::warp_operation(cuda_on_cpu_ptx::all_lanes, &mine, cuda_on_cpu_ptx::multiply_group,
                                 true, {"group_mma()", file, line});
-    t.products.push_back({d[0], {}, b, kColumns, std::move(mine.b)});
+    t.products.push_back({d[0], {}, b, kColumns, {}});
+    if (t.rank % 32 == 0) t.products.back().b.assign(std::begin(mine.b), std::end(mine.b));
     std::memcpy(t.products.back().result, mine.result, sizeof mine.result);
     std::memset(static_cast<void*>(d[0]), cuda_on_cpu::poison_byte, sizeof mine.result);
 }
@@ -396,9 +396,9 @@ __device__ inline void group_wait(float (&)[8][4]) {
     for (size_t i = 0; i < done; i++) {
         const auto& product = t.products[i];
         if (!product.b.empty()) {
-            std::vector<uint16_t> now(product.b.size());
-            cuda_on_cpu_ptx::read_operand(now.data(), product.descriptor, product.columns);
-            if (now != product.b)
+            uint16_t now[16 * 64];
+            cuda_on_cpu_ptx::read_operand(now, product.descriptor, product.columns);
+            if (!std::equal(product.b.begin(), product.b.end(), now))
                 cuda_on_cpu::report(cuda_on_cpu::Mistake::race,
                                     "shared memory that a wgmma reads was changed before "
                                     "group_wait()");
