@@ -8156,15 +8156,20 @@ private:
         return *middle;
     }
 
+    // Which way the latest function was done, where the device has several.
+    std::string way() {
+        if constexpr (requires { device_.way(); }) return device_.way();
+        return "";
+    }
     // Times f(i) for every i below `calls`, such as all layers, and prints a row. What binds it is
     // the resource that it would need longer for.
     void row(const char* name, int calls, Work work, auto&& f) {
+        way();  // of what came before
         const double seconds = median_seconds([&] {
             for (int i = 0; i < calls; ++i) f(i);
         });
         total_ += seconds;
-        std::string label = name;
-        if constexpr (requires { device_.way(); }) label += device_.way();
+        const std::string label = name + way();
         // A processor slows down when it gets hot: the peak is that of this moment.
         const double peak = work.product ? product_peak_flops(device_) : device_.peak_flops();
         // The least seconds by either resource, against those it took.
