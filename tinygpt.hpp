@@ -875,6 +875,8 @@ struct Cpu {
     void head_forward_backward(Real* losses, Activation* dx, Gradient* dw, Activation* logits,
                                const Activation* x, const Weight* w, const int32_t* targets,
                                int rows, int C, int V, Real scale, bool accumulate);
+    int head_softmax(Real* losses, Activation* logits, const int32_t* targets, int rows, int V,
+                     Real scale);
     void head_logits(Real* logits, const Activation* x, const Weight* w, int rows, int C, int V);
 
     // --- the update
@@ -1479,6 +1481,16 @@ void Cpu<real>::head_forward_backward(real* losses, real* dx, real* dw, real* lo
         matmul(dw, C, transpose_of(logits, V), rows_of(x_block, C), V, C, n, matmul_options,
                accumulate || first > 0);
     }
+}
+
+// Of head_forward_backward what is not a product, for as many rows as it holds logits of at a time.
+// Sets losses, and logits to their gradient; returns the number of rows. By itself for `bench`.
+template <class real>
+int Cpu<real>::head_softmax(real* losses, real* logits, const int32_t* targets, int rows, int V,
+                            real scale) {
+    const int n = std::min(rows, kHeadRows);
+    softmax_cross_entropy(losses, logits, targets, n, V, scale);
+    return n;
 }
 
 // sets logits [rows, V] = x w^T. By itself for generation, which wants the scores themselves.
@@ -8250,6 +8262,13 @@ private:
             d.head_forward_backward(a.losses, a.dnarrow, model_->g.lm_head, a.logits, a.ln_f,
                                     model_->w.lm_head, a.targets, n, C, V, Real(1.0 / n), false);
         });
+        // A part of the row above, so it does not count. Rows beyond those are the same again.
+        const auto softmax = [&] {
+            return d.head_softmax(a.losses, a.logits, a.targets, n, V, Real(1.0 / n));
+        };
+        const double before = total_, block = softmax();
+        row("  softmax, a block", 1, {0, 2 * kA * block * V}, [&](int) { softmax(); });
+        total_ = before;
         layer_row("d linear mlp.c_proj", 1, product(4 * C, C, 2), [&](auto& l, auto& w, auto& g) {
             d.linear_gelu_backward(a.dwide, g.mlp_proj_weight, g.c_fc_bias, a.dx, l.gelu, l.fc,
                                    w.mlp_proj_weight, n, 4 * C, C, false);

@@ -2191,6 +2191,12 @@ struct Cuda {
             softmax_cross_entropy<false>(losses + first, logits, targets + first, n, V, 0);
         }
     }
+    int head_softmax(float* losses, A* logits, const int32_t* targets, int rows, int V,
+                     float scale) {
+        const int n = head_rows(rows, V, head_bytes);
+        softmax_cross_entropy<true>(losses, logits, targets, n, V, scale);
+        return n;
+    }
     void head_forward_backward(float* losses, A* dx, float* dw, A* logits, const A* x, const A* w,
                                const int32_t* targets, int rows, int C, int V, float scale,
                                bool accumulate) {
