@@ -2919,15 +2919,17 @@ void matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, in
 //   new max = max(old max, s)    p = e^(s - new max)    old sums shrink by e^(old max - new max)
 // Keys later than the last query of a tile are not touched: that is the causal half.
 
-// A right operand, b [depth, cols], packed once and used many times.
+// A right operand, factor * b [depth, cols], packed once and used many times.
 template <class real>
 struct Right {
     const real* data;
     size_t panel;  // numbers from one panel to the next
-    Right(Scratch& memory, View<real> b, int depth, int cols)
+    Right(Scratch& memory, View<real> b, int depth, int cols, real factor = 1)
         : panel(size_t(depth) * kTileCols<real>) {
-        real* out = memory.get<real>(ceil_div(cols, kTileCols<real>) * panel);
+        const size_t count = ceil_div(cols, kTileCols<real>) * panel;
+        real* out = memory.get<real>(count);
         pack_right<kTileCols<real>>(out, b, depth, cols);
+        for (size_t i = 0; factor != 1 && i < count; ++i) out[i] *= factor;
         data = out;
     }
     // Where its row p and column j lie; j begins a panel.
@@ -2948,18 +2950,18 @@ void multiply_packed(real* c, ptrdiff_t ldc, const real* a, const Right<real>& b
                                 b.at(p0, j0 + j), std::min(kTileRows, m - i), k, add);
 }
 
-// One step of the running softmax, for one query: products s[count] of query and keys become p,
-// with count a multiple of kLanes; max and total are brought up to date, and so are sums[HS].
+// One step of the running softmax, for one query: scores s[count] become p, with count a multiple
+// of kLanes; max and total are brought up to date, and so are sums[HS].
 template <class real>
 void running_softmax(real* s, int count, real& max, real& total, real* sums, int HS) {
     constexpr int L = kLanes<real>;
-    Vec<real> most = Vec<real>{} + max;
-    for (int j = 0; j < count; j += L) {
-        const Vec<real> x = load(s + j) * (1 / std::sqrt(real(HS)));
+    Vec<real> most = load(s);
+    for (int j = L; j < count; j += L) {
+        const Vec<real> x = load(s + j);
         most = x > most ? x : most;
-        store(s + j, x);
     }
-    const real top = join_lanes<real>(most, [](real a, real b) { return a > b ? a : b; });
+    const real top =
+        std::max(max, join_lanes<real>(most, [](real a, real b) { return a > b ? a : b; }));
     const real shrink = exp_fast(max - top);
     total = total * shrink + exp_and_sum(s, top, count);
     max = top;
@@ -2975,7 +2977,8 @@ void attend(real* out, real* lse, const real* qkv, int first, int last, int C, i
     constexpr int R = kTileRows;
     constexpr real kNever = -std::numeric_limits<real>::infinity();
     const View<real> q = rows_of(qkv, 3 * ptrdiff_t(C)), k = q.from(0, C), v = q.from(0, 2 * C);
-    const Right<real> keys(room(0), k.transposed(), HS, last), values(room(1), v, last, HS);
+    const Right<real> keys(room(0), k.transposed(), HS, last, 1 / std::sqrt(real(HS))),
+        values(room(1), v, last, HS);
     const int wide = round_up(HS, kTileCols<real>);    // HS, up to a whole panel
     real* p = room(2).get<real>(size_t(R) * kStride);  // scores, then p
     real* sums = room(3).get<real>(size_t(R) * wide);  // of p v, not yet divided by total
