@@ -8327,8 +8327,8 @@ TEST_CASE_TEMPLATE("cuda: tuning takes an epilogue or our kernel, and keeps to i
     }
 }
 
-// What one layer of attention gives, forward and backward, as it is multiplied by default, or as the
-// plan in a file says.
+// What one layer of attention gives, forward and backward, as it is multiplied by default, or as
+// the plan in a file says.
 Values attention_by(const std::string& way, const std::string& path, Shape s, double scale = 1) {
     Cuda<bf16> cuda;
     if (!way.empty()) {

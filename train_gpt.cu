@@ -443,8 +443,7 @@ __global__ void __launch_bounds__(128)
 struct ThreePointers {
     float* to[3];
 };
-template <class A>
-__global__ void sum_partials_kernel(ThreePointers out, const A* partial, int parts, int width,
+__global__ void sum_partials_kernel(ThreePointers out, const float* partial, int parts, int width,
                                     int C, bool accumulate) {
     __shared__ float sums[kWarp][kWarp + 1];
     const int c = blockIdx.x * kWarp + threadIdx.x;
@@ -452,7 +451,7 @@ __global__ void sum_partials_kernel(ThreePointers out, const A* partial, int par
     if (!to) return;
     if (c < C)
         for (int part = threadIdx.y; part < parts; part += blockDim.y)
-            sum += float(partial[size_t(part) * width + blockIdx.y * C + c]);
+            sum += partial[size_t(part) * width + blockIdx.y * C + c];
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.y > 0 || c >= C) return;
@@ -2301,12 +2300,11 @@ private:
             <<<grid, kThreads, 0, stream()>>>(partial, product, d, pre, rows, C, drop);
         sum_partials({{sums}}, 1, partial, int(grid.y), C, accumulate);
     }
-    template <class From>
-    void sum_partials(ThreePointers to, unsigned tables, const From* partial, int parts, int C,
+    void sum_partials(ThreePointers to, unsigned tables, const float* partial, int parts, int C,
                       bool accumulate) {
         const dim3 grid(blocks_for(C, kWarp), tables), block(kWarp, std::min(kWarp, parts));
-        sum_partials_kernel<From>
-            <<<grid, block, 0, stream()>>>(to, partial, parts, int(tables) * C, C, accumulate);
+        sum_partials_kernel<<<grid, block, 0, stream()>>>(to, partial, parts, int(tables) * C, C,
+                                                          accumulate);
         CUDA_CHECK(cudaGetLastError());
     }
     template <bool kGradient>
