@@ -1858,32 +1858,54 @@ TEST_CASE("generation: temperature, top-k and top-p choose the candidates") {
                                [](double s, const Candidate& c) { return s + c.probability; });
     };
     using Ids = std::vector<int>;
-    const auto all = candidates(logits, 1, 0, 1);
+    auto cut = [&](double temperature, int top_k, double top_p) {
+        return likeliest(candidates(logits, temperature), top_k, top_p);
+    };
+    CHECK(tokens_of(candidates(logits, 1)) == Ids{0, 1, 2, 3, 4});
+    const auto all = cut(1, 0, 1);
     CHECK(tokens_of(all) == Ids{1, 3, 2, 0, 4});  // likeliest first, equal ones by id
     double total = 0;
     for (float l : logits) total += std::exp(double(l));
     for (const Candidate& c : all)
         CHECK(c.probability ==
               doctest::Approx(std::exp(double(logits[size_t(c.token)])) / total).epsilon(1e-12));
-    const auto hot = candidates(logits, 2, 0, 1);
+    const auto hot = cut(2, 0, 1);
     CHECK(hot[0].probability / hot[2].probability == doctest::Approx(std::exp(0.5)).epsilon(1e-12));
-    CHECK(tokens_of(candidates(logits, 0, 0, 1)) == Ids{1});
-    CHECK(tokens_of(candidates(logits, 1, 1, 1)) == Ids{1});
-    CHECK(tokens_of(candidates(logits, 1, 3, 1)) == Ids{1, 3, 2});
-    CHECK(tokens_of(candidates(logits, 1, 99, 1)) == Ids{1, 3, 2, 0, 4});
+    CHECK(tokens_of(cut(0, 1, 1)) == Ids{1});
+    CHECK(tokens_of(cut(1, 1, 1)) == Ids{1});
+    CHECK(tokens_of(cut(1, 3, 1)) == Ids{1, 3, 2});
+    CHECK(tokens_of(cut(1, 99, 1)) == Ids{1, 3, 2, 0, 4});
     // p = e^3 : e^3 : e^2 : e : 1/e = .397, .397, .146, .054, .007: the fewest that reach top_p.
-    CHECK(tokens_of(candidates(logits, 1, 0, 0.39)) == Ids{1});
-    CHECK(tokens_of(candidates(logits, 1, 0, 0.40)) == Ids{1, 3});
-    CHECK(tokens_of(candidates(logits, 1, 0, 0.80)) == Ids{1, 3, 2});
-    CHECK(tokens_of(candidates(logits, 1, 0, 0.99)) == Ids{1, 3, 2, 0});
-    CHECK(tokens_of(candidates(logits, 1, 0, 0.0)) == Ids{1});  // one is always left
-    CHECK(tokens_of(candidates(logits, 1, 2, 0.5)) == Ids{1});  // of the two left, each has a half
+    CHECK(tokens_of(cut(1, 0, 0.39)) == Ids{1});
+    CHECK(tokens_of(cut(1, 0, 0.40)) == Ids{1, 3});
+    CHECK(tokens_of(cut(1, 0, 0.80)) == Ids{1, 3, 2});
+    CHECK(tokens_of(cut(1, 0, 0.99)) == Ids{1, 3, 2, 0});
+    CHECK(tokens_of(cut(1, 0, 0.0)) == Ids{1});  // one is always left
+    CHECK(tokens_of(cut(1, 2, 0.5)) == Ids{1});  // of the two left, each has a half
     for (double temperature : {0.0, 0.3, 1.0, 50.0})
         for (int k : {0, 1, 4})
             for (double p : {0.1, 0.7, 1.0})
-                CHECK(sum_of(candidates(logits, temperature, k, p)) ==
-                      doctest::Approx(1).epsilon(1e-12));
-    CHECK(sum_of(candidates({1000, -1000, 999}, 1e-3, 0, 1)) == doctest::Approx(1));  // no overflow
+                CHECK(sum_of(cut(temperature, k, p)) == doctest::Approx(1).epsilon(1e-12));
+    // no overflow
+    CHECK(sum_of(likeliest(candidates({1000, -1000, 999}, 1e-3), 0, 1)) == doctest::Approx(1));
+    // Of a long list, only what is needed is sorted: the same as sorting it all.
+    std::vector<float> many(30011);
+    for (size_t i = 0; i < many.size(); ++i) many[i] = float(random_normal(5, i % 29000));
+    const auto sorted = likeliest(candidates(many, 0.9), 0, 1);
+    CHECK(std::is_sorted(sorted.begin(), sorted.end(), [](const Candidate& a, const Candidate& b) {
+        return a.probability != b.probability ? a.probability > b.probability : a.token < b.token;
+    }));
+    for (auto [k, p] : {std::pair(0, 0.5), {0, 0.01}, {0, 0.999}, {700, 1.0}, {700, 0.9}}) {
+        const auto some = likeliest(candidates(many, 0.9), k, p);
+        CHECK(std::equal(some.begin(), some.end(), sorted.begin(),
+                         [](auto& a, auto& b) { return a.token == b.token; }));
+        double whole = 0, before = 0;  // of the k likeliest; of all that are left but the last
+        for (size_t i = 0; i < size_t(k > 0 ? k : 30011); ++i) whole += sorted[i].probability;
+        for (size_t i = 0; i + 1 < some.size(); ++i) before += sorted[i].probability;
+        CHECK(before < p * whole);
+        CHECK(before + sorted[some.size() - 1].probability >= p * whole * (1 - 1e-12));
+        CHECK(sum_of(some) == doctest::Approx(1).epsilon(1e-12));
+    }
     // pick follows the probabilities.
     CHECK(pick(all, 0) == 1);
     CHECK(pick(all, 0x1.fffffffffffffp-1) == 4);

@@ -2197,7 +2197,7 @@ Evaluation evaluate(Gpt2<Device>& model, const Shards& shards, const std::vector
 //   pass 1   reads "the cat"   T = 2, past = 0   rows 0, 1 of every layer's qkv   -> " sat", say
 //   pass 2   reads " sat"      T = 1, past = 2   row 2                            -> " on"
 
-// How tokens are picked (see candidates), and how many.
+// How tokens are picked (see likeliest), and how many.
 struct SampleOptions {
     int max_new_tokens = 50;
     double temperature = 0.8;  // 0: always the likeliest token
@@ -2213,44 +2213,46 @@ struct Candidate {
     double probability;
 };
 
-// The softmax of logits / temperature, likeliest first (equal ones by id), cut to the top_k
-// likeliest and then to the fewest whose probabilities reach top_p (nucleus sampling, Holtzman et
-// al. 2020); what is left is scaled to sum 1. A temperature below 1 makes the likely likelier,
-// since e^(l/t) = (e^l)^(1/t). From probabilities .5 .3 .15 .05, top_k = 3 leaves .5 .3 .15; of
-// those top_p = .8 needs two, as .5 + .3 >= .8 * .95; so .625 and .375 are left to pick from.
-// A caller that needs no more of the list than its first tokens, up to a probability `enough` in
-// all, says so: sorting fifty thousand tokens takes longer than a tenth of a pass.
-inline std::vector<Candidate> candidates(const std::vector<float>& logits, double temperature,
-                                         int top_k, double top_p, double enough = 1) {
-    if (temperature <= 0) top_k = 1;
-    const size_t keep = top_k > 0 ? std::min(logits.size(), size_t(top_k)) : logits.size();
-    std::vector<Candidate> list(logits.size());  // first with logits, whose order is the same
-    for (size_t i = 0; i < logits.size(); ++i) list[i] = {int(i), double(logits[i])};
-    size_t sorted = 0;
+// The softmax of logits / temperature, in the order of ids. A temperature below 1 makes the likely
+// likelier, since e^(l/t) = (e^l)^(1/t); at 0, where only the order counts, it is taken for 1.
+inline std::vector<Candidate> candidates(const std::vector<float>& logits, double temperature) {
+    const double highest = double(*std::max_element(logits.begin(), logits.end()));
+    std::vector<Candidate> list(logits.size());
+    double total = 0;
+    for (size_t i = 0; i < list.size(); ++i) {
+        const double below = (double(logits[i]) - highest) / (temperature > 0 ? temperature : 1);
+        list[i] = {int(i), std::exp(below)};
+        total += list[i].probability;
+    }
+    for (Candidate& c : list) c.probability /= total;
+    return list;
+}
+
+// Cuts a list to the top_k likeliest and then to the fewest whose probabilities reach top_p
+// (nucleus sampling, Holtzman et al. 2020), likeliest first (equal ones by id); what is left is
+// scaled to sum 1. From probabilities .5 .3 .15 .05, top_k = 3 leaves .5 .3 .15; of those top_p =
+// .8 needs two, as .5 + .3 >= .8 * .95; so .625 and .375 are left to pick from. Only what is needed
+// is sorted: of fifty thousand tokens that would take longer than a tenth of a pass.
+inline std::vector<Candidate> likeliest(std::vector<Candidate> list, int top_k, double top_p) {
+    size_t sorted = 0, count = 0;
     auto sort_until = [&](size_t end) {
         auto likelier = [](const Candidate& a, const Candidate& b) {
             return a.probability != b.probability ? a.probability > b.probability
                                                   : a.token < b.token;
         };
-        const auto from = list.begin() + ptrdiff_t(sorted), to = list.begin() + ptrdiff_t(end);
-        std::nth_element(from, to, list.end(), likelier);  // the likeliest come before `to`
-        std::sort(from, to, likelier);
+        std::partial_sort(list.begin() + ptrdiff_t(sorted), list.begin() + ptrdiff_t(end),
+                          list.end(), likelier);
         sorted = end;
     };
-    if (keep < list.size()) sort_until(keep), list.resize(keep);
-    const double highest = double(*std::max_element(logits.begin(), logits.end()));
+    if (top_k > 0 && size_t(top_k) < list.size()) sort_until(size_t(top_k)), list.resize(sorted);
     double total = 0, reached = 0;
-    for (Candidate& c : list)
-        total += c.probability =
-            std::exp((c.probability - highest) / (temperature > 0 ? temperature : 1));
-    const double wanted = total * (top_p < 1 ? top_p : std::min(1.0, enough + 1e-9));
-    size_t count = 0;
-    while (count < keep && (count == 0 || reached < wanted)) {
-        if (count == sorted) sort_until(std::min(keep, 8 * sorted + 64));
+    for (const Candidate& c : list) total += c.probability;
+    while (count < list.size() && (count == 0 || top_p >= 1 || reached < top_p * total)) {
+        if (count == sorted) sort_until(std::min(list.size(), 8 * sorted + 64));
         reached += list[count++].probability;
     }
     list.resize(count);
-    for (Candidate& c : list) c.probability /= top_p < 1 ? reached : total;
+    for (Candidate& c : list) c.probability /= reached;
     return list;
 }
 
@@ -2297,8 +2299,10 @@ int generate(Gpt2<Device>& model, std::vector<int32_t> tokens, const SampleOptio
         const std::vector<int32_t> fresh(tokens.begin() + cached, tokens.end());
         const std::vector<float> logits = next_logits(model, fresh, cached);
         cached = int(tokens.size());
-        const double u = random_uniform(key, uint64_t(i));
-        const int token = pick(candidates(logits, o.temperature, o.top_k, o.top_p, u), u);
+        const int top_k = o.temperature > 0 ? o.top_k : 1;
+        std::vector<Candidate> list = candidates(logits, o.temperature);
+        if (top_k > 0 || o.top_p < 1) list = likeliest(std::move(list), top_k, o.top_p);
+        const int token = pick(list, random_uniform(key, uint64_t(i)));
         if (token == o.end_of_text || !on_token(token)) break;
         tokens.push_back(token);
     }
@@ -2421,6 +2425,41 @@ real exp_and_sum(real* x, real shift, int count) {
     return sum;
 }
 
+// --- Memory to work in
+// Memory that its owner keeps and that grows on demand. What lies in it is not set, and is lost
+// when it grows.
+class Scratch {
+public:
+    template <class T>
+    T* get(size_t count) {
+        if (count * sizeof(T) > size_) grow(count * sizeof(T));
+        return reinterpret_cast<T*>(block_.get());
+    }
+
+private:
+    void grow(size_t bytes) {
+        block_.reset(), size_ = 0;
+        try {
+            block_.reset(Cpu<float>().allocate<char>(bytes));
+        } catch (const Error& error) {
+            if (!omp_in_parallel()) throw;
+            std::fprintf(stderr, "error: %s\n", error.what());  // no exception may leave a thread
+            std::_Exit(1);
+        }
+        size_ = bytes;
+    }
+    std::unique_ptr<char, decltype(&std::free)> block_{nullptr, &std::free};
+    size_t size_ = 0;
+};
+
+// A thread's own memory to work in, in 13 pieces: attention's backward needs so many. ("static
+// thread_local": made once for each thread, and kept.) Careful: what works inside something else
+// takes other pieces. Why not where each is needed: a template would keep its own for every type.
+inline Scratch& room(int piece) {
+    static thread_local Scratch pieces[13];
+    return pieces[piece];
+}
+
 // --- The fast product
 //
 //              n                   b, kDepth rows at a time, is cut into panels of kTileCols
@@ -2506,40 +2545,6 @@ void multiply_tile(real* tile, ptrdiff_t stride, const Packed* a, const Packed* 
     micro_kernel<rows, down>(tile, stride, a, b, k, add);
 }
 
-// Memory that its owner keeps and that grows on demand. What lies in it is not set, and is lost
-// when it grows.
-class Scratch {
-public:
-    template <class T>
-    T* get(size_t count) {
-        if (count * sizeof(T) > size_) grow(count * sizeof(T));
-        return reinterpret_cast<T*>(block_.get());
-    }
-
-private:
-    void grow(size_t bytes) {
-        block_.reset(), size_ = 0;
-        try {
-            block_.reset(Cpu<float>().allocate<char>(bytes));
-        } catch (const Error& error) {
-            if (!omp_in_parallel()) throw;
-            std::fprintf(stderr, "error: %s\n", error.what());  // no exception may leave a thread
-            std::_Exit(1);
-        }
-        size_ = bytes;
-    }
-    std::unique_ptr<char, decltype(&std::free)> block_{nullptr, &std::free};
-    size_t size_ = 0;
-};
-
-// A thread's own memory to work in, in 13 pieces: attention's backward needs so many. ("static
-// thread_local": made once for each thread, and kept.) Careful: what works inside something else
-// takes other pieces. Why not where each is needed: a template would keep its own for every type.
-inline Scratch& room(int piece) {
-    static thread_local Scratch pieces[13];
-    return pieces[piece];
-}
-
 // One step of a transpose: exchanges the lanes of a that have bit `step` set with those of b that
 // do not. With step 1 and four lanes, a0 a1 a2 a3 and b0 b1 b2 b3 become a0 b0 a2 b2 and a1 b1 a3
 // b3: both 2 by 2 squares are transposed. With step 2, next, the squares change places.
@@ -2564,67 +2569,69 @@ template <class real, int step = 1>
     }
 }
 
-// out[i][j] = from(i, j) for i < rows and j < cols, out's rows `stride` apart: a copy where from's
-// rows are whole in memory, else a transpose. One of from's steps is 1.
-template <class real>
-void pack(real* out, ptrdiff_t stride, View<real> from, int rows, int cols) {
-    constexpr int L = kLanes<real>;
-    const bool copy = from.col == 1;
-    const int whole_rows = copy ? rows : rows / L * L, whole_cols = cols / L * L;
-    for (int i = 0; copy && i < rows; ++i)
-        for (int j = 0; j < whole_cols; j += L)
-            store(out + i * stride + j, load(from.data + i * from.row + j));
-    for (int i = 0; !copy && i < whole_rows; i += L)
-        for (int j = 0; j < whole_cols; j += L) {
-            Vec<real> square[L] = {};
-#pragma GCC unroll 16
-            for (int p = 0; p < L; ++p) square[p] = load(&from.data[i + (j + p) * from.col]);
-            transpose_square<real>(square);
-#pragma GCC unroll 16
-            for (int p = 0; p < L; ++p) store(out + (i + p) * stride + j, square[p]);
-        }
-    for (int i = 0; i < rows; ++i)
-        for (int j = i < whole_rows ? whole_cols : 0; j < cols; ++j)
-            out[i * stride + j] = from(i, j);
-}
-
-// The left operand of a tile: rows [rows, depth], kStride apart.
-template <class real>
-void pack_left(real* out, View<real> a, int rows, int depth) {
-    pack(out, kStride, a, rows, depth);
-}
-// The right operand, b [depth, cols], in panels of N columns: out[j / N][p][j % N] = b(p, j), and 0
-// up to a whole panel.
-template <int N, class real>
-void pack_right(real* out, View<real> b, int depth, int cols) {
-    const int whole = cols / N * N;
-    for (int p = 0; b.col == 1 && p < depth; ++p)  // a row is read whole, and dealt out to panels
-        for (int j = 0; j < whole; j += N)
-            std::memcpy(out + size_t(j) * depth + p * N, b.data + p * b.row + j, N * sizeof(real));
-    for (int j = b.col == 1 ? whole : 0; j < cols; j += N) {
-        real* panel = out + size_t(j) * depth;
-        if (j == whole) std::fill_n(panel, size_t(N) * depth, real(0));
-        pack(panel, N, b.from(0, j), depth, std::min(N, cols - j));
-    }
-}
-
-// What the two functions below need to know of a way to compute tiles. This one takes numbers as
+// A way to compute tiles: what the functions below need to know of it. This one takes numbers as
 // they are.
-template <class PackedNumbers>
+template <class real>
 struct PlainTiles {
-    using Packed = PackedNumbers;
+    using Packed = real;                           // an element of a packed operand
+    static constexpr int kNumbers = 1;             // that it holds, of neighbouring steps of k
+    static int steps(int depth) { return depth; }  // elements that `depth` steps of k become
+    static Packed element(real number, real /*of the next step*/) { return number; }
+    // A vector of elements, of numbers that begin at `from` and lie side by side.
+    static Vec<Packed> elements(const real* from, ptrdiff_t /*to the next step*/) {
+        return load(from);
+    }
     static constexpr int kRows = kTileRows, kCols = kTileCols<Packed>;
-    static constexpr int kNumbers = 1;             // that a packed element holds
-    static constexpr int kSteps = kDepth;          // that tile() makes at a time
-    static constexpr bool kAnyRows = true;         // tile() writes `rows` rows, else all kRows
-    static constexpr int kBelow = 0;               // it asks for the tile of c so many rows below
-    static int steps(int depth) { return depth; }  // packed elements that `depth` numbers become
-    template <class real>
-    static void tile(real* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int rows, int k,
+    static constexpr int kSteps = kDepth;   // that tile() makes at a time
+    static constexpr bool kAnyRows = true;  // tile() writes `rows` rows, else all kRows
+    static constexpr int kBelow = 0;        // it asks for the tile of c so many rows below
+    template <class Sum>
+    static void tile(Sum* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int rows, int k,
                      bool add) {
         multiply_tile(c, ldc, a, b, rows, k, add);
     }
 };
+
+// Packs an operand, numbers [rows, cols], as elements [i_end, j_end]: (i, j) goes to
+// out[j / N][i][j % N]; what lies beyond the operand is 0. down: k, the steps, runs down its
+// columns, else along its rows. Vectors of elements side by side in memory are copied where they
+// stay side by side, else transposed: one of from's steps is 1.
+template <class Tiles, int N, bool down, class Packed, class real>
+void pack(Packed* out, View<real> from, int rows, int cols, int i_end, int j_end) {
+    constexpr int L = kLanes<Packed>, I = down ? Tiles::kNumbers : 1, J = Tiles::kNumbers / I;
+    const bool copy = from.col == 1;
+    const int i_whole = copy ? rows / I : rows / I / L * L, j_whole = cols / J / L * L;
+    const auto at = [&](int i, int j) { return out + j / N * size_t(N) * i_end + i * N + j % N; };
+    const auto vector = [&](int i, int j) {
+        return Tiles::elements(from.from(i * I, j * J).data, down ? from.row : from.col);
+    };
+    for (int i = 0; copy && i < i_whole; ++i)
+        for (int j = 0; j < j_whole; j += L) store(at(i, j), vector(i, j));
+    for (int j = 0; !copy && j < j_whole; j += L)
+        for (int i = 0; i < i_whole; i += L) {
+            Vec<Packed> square[L] = {};
+#pragma GCC unroll 16
+            for (int p = 0; p < L; ++p) square[p] = vector(i, j + p);
+            transpose_square<Packed>(square);
+#pragma GCC unroll 16
+            for (int p = 0; p < L; ++p) store(at(i + p, j), square[p]);
+        }
+    const auto number = [&](int i, int j) { return i < rows && j < cols ? from(i, j) : real(0); };
+    for (int i = 0; i < i_end; ++i)
+        for (int j = i < i_whole ? j_whole : 0; j < j_end; ++j)
+            *at(i, j) = Tiles::element(number(i * I, j * J), number(i * I + down, j * J + !down));
+}
+// The left operand of tiles, a [rows, depth]: its rows are kStride apart.
+template <class Tiles, class Packed, class real>
+void pack_left(Packed* out, View<real> a, int rows, int depth) {
+    pack<Tiles, kStride, false>(out, a, rows, depth, rows, Tiles::steps(depth));
+}
+// The right operand, b [depth, cols], in panels of a tile's columns, filled up with zeros.
+template <class Tiles, class Packed, class real>
+void pack_right(Packed* out, View<real> b, int depth, int cols) {
+    constexpr int N = Tiles::kCols;
+    pack<Tiles, N, true>(out, b, depth, cols, Tiles::steps(depth), round_up(cols, N));
+}
 
 // A row of tiles: c [rows, cols] (+)= a b, with operands packed in `steps` steps; add: to what is
 // there. done(j, count) is called for each tile, columns j.. of c, once its sums are made. A tile
@@ -2635,101 +2642,72 @@ void multiply_row_of_tiles(real* c, ptrdiff_t ldc, const Packed* a, const Packed
                            int cols, int steps, bool add, Done done) {
     constexpr int R = Tiles::kRows, N = Tiles::kCols, S = Tiles::kSteps;
     const int passes = ceil_div(steps, S);
+    alignas(64) real edge[R * N] = {};
     for (int pass = 0; pass < passes; ++pass, add = true)
         for (int j = 0; j < cols; j += N) {
             const Packed *left = a + pass * S, *right = b + size_t(j) * steps + pass * S * N;
             const int count = std::min(N, cols - j), k = std::min(S, steps - pass * S);
-            real* out = c + j;
-            if (count == N && (rows == R || Tiles::kAnyRows)) {
-                real* later = out + Tiles::kBelow * ldc;
-                for (int i = pass; i < rows; i += passes)
-                    ask_for(later + i * ldc), ask_for(later + i * ldc + N / 2);
-                Tiles::tile(out, ldc, left, right, rows, k, add);
-            } else {
-                alignas(64) real edge[R * N] = {};
-                Tiles::tile(edge, N, left, right, rows, k, false);
-                for (int i = 0; i < rows; ++i)
-                    for (int x = 0; x < count; ++x)
-                        out[i * ldc + x] =
-                            add ? out[i * ldc + x] + edge[i * N + x] : edge[i * N + x];
-            }
+            const bool whole = count == N && (rows == R || Tiles::kAnyRows);
+            real *out = c + j, *later = out + Tiles::kBelow * ldc;
+            for (int i = pass; whole && i < rows; i += passes)
+                ask_for(later + i * ldc), ask_for(later + i * ldc + N / 2);
+            Tiles::tile(whole ? out : edge, whole ? ldc : N, left, right, rows, k, whole && add);
+            for (int i = 0; !whole && i < rows; ++i)
+                for (int x = 0; x < count; ++x)
+                    out[i * ldc + x] = (add ? out[i * ldc + x] : real(0)) + edge[i * N + x];
             if (pass + 1 == passes) done(j, count);
         }
 }
 
-// c[m, n] = finish(a b), or finish(c + a b) if accumulate. All of a is packed first, by all threads
-// together; then c is cut into units, blocks of columns by stretches of rows, and a thread packs
-// the columns of b that its unit needs for itself, where they stay in its second cache. So threads
-// wait for each other once. The sum over k of one element is made by one thread, in order: no
-// result depends on the number of threads.
+// c[m, n] = finish(a b), or finish(c + a b) if accumulate. c is cut into blocks of columns, and
+// these into stretches of rows where there are fewer blocks than threads. A thread takes one piece
+// after another, and packs what it needs for itself: the columns of b, which stay in its second
+// cache, and some rows of a at a time, which meet them. So no thread waits for another, and the sum
+// over k of one element is made by one thread, in order: no result depends on the number of
+// threads.
 template <class Tiles, class real, class Finish>
-void multiply_blocks(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
-                     bool accumulate, Finish finish) {
+void multiply(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
+              bool accumulate, Finish finish) {
     using Packed = typename Tiles::Packed;
-    constexpr int R = Tiles::kRows, N = Tiles::kCols, kMaxDepth = Tiles::kNumbers * kDepth;
-    constexpr int kSome = 64;  // rows of a that a thread packs at a time
-    const int rows = round_up(m, R), threads = omp_get_max_threads();
-    // Blocks of about kBlockCols columns: as many for each thread, all as wide, four panels or
-    // more.
+    constexpr int R = Tiles::kRows, N = Tiles::kCols, kMostDepth = Tiles::kNumbers * kDepth;
+    // Rows of a that are packed at a time: whole tiles, and whole squares to transpose.
+    constexpr int kSome = round_up(100, std::lcm(R, kLanes<Packed>));
+    // About kBlockCols columns wide, as many blocks for each thread, four panels or more.
+    const int threads = omp_get_max_threads();
     const int wanted = round_up(ceil_div(n, kBlockCols), threads);
-    const int width = std::max(4 * N, round_up(ceil_div(n, wanted), N)),
-              blocks = ceil_div(n, width);
-    // With fewer blocks than threads, the rows are shared out too.
-    const int stretches = blocks < threads ? std::min(2 * threads / blocks, rows / R) : 1;
-    const int stretch = round_up(ceil_div(rows, stretches), R);
-    const size_t strip = size_t(rows) * kStride;  // kMaxDepth columns of a, packed
-    Packed* packed_a = room(0).get<Packed>(strip * ceil_div(k, kMaxDepth));
+    const int width = std::max(4 * N, round_up(ceil_div(n, wanted), N));
+    const int blocks = ceil_div(n, width);
+    const int stretches = blocks < threads ? std::min(2 * threads / blocks, ceil_div(m, R)) : 1;
+    const int stretch = round_up(ceil_div(m, stretches), R);
 #pragma omp parallel
     {
         [[maybe_unused]] Tiles setup{};  // what a thread needs first: see MatrixTiles
+        Packed* packed_a = room(0).get<Packed>(size_t(kSome) * kStride);
         Packed* packed_b =
-            room(1).get<Packed>(size_t(width) * Tiles::steps(std::min(k, kMaxDepth)));
-        for (int k0 = 0; k0 < k; k0 += kMaxDepth)
-#pragma omp for schedule(static) nowait
-            for (int i = 0; i < m; i += kSome)
-                pack_left(packed_a + k0 / kMaxDepth * strip + size_t(i) * kStride, a.from(i, k0),
-                          std::min(kSome, m - i), std::min(kMaxDepth, k - k0));
-#pragma omp barrier
+            room(1).get<Packed>(size_t(width) * Tiles::steps(std::min(k, kMostDepth)));
 #pragma omp for schedule(dynamic)
-        for (int unit = 0; unit < blocks * stretches; ++unit) {
-            const int j0 = unit / stretches * width, cols = std::min(width, n - j0);
-            const int i0 = unit % stretches * stretch, end = std::min(m, i0 + stretch);
-            for (int k0 = 0; k0 < k; k0 += kMaxDepth) {
-                const int depth = std::min(kMaxDepth, k - k0), steps = Tiles::steps(depth);
-                const Packed* left = packed_a + k0 / kMaxDepth * strip;
-                pack_right<N>(packed_b, b.from(k0, j0), depth, cols);
+        for (int piece = 0; piece < blocks * stretches; ++piece) {
+            const int j0 = piece / stretches * width, cols = std::min(width, n - j0);
+            const int i0 = piece % stretches * stretch, end = std::min(m, i0 + stretch);
+            for (int k0 = 0; k0 < k; k0 += kMostDepth) {
+                const int depth = std::min(kMostDepth, k - k0);
+                pack_right<Tiles>(packed_b, b.from(k0, j0), depth, cols);
                 for (int i = i0; i < end; i += R) {
+                    const int at = (i - i0) % kSome, count = std::min(R, end - i);
+                    if (at == 0)
+                        pack_left<Tiles>(packed_a, a.from(i, k0), std::min(kSome, end - i), depth);
                     real* out = c + i * ldc + j0;
-                    const int count = std::min(R, m - i);
                     const auto done = [&](int j, int tile_cols) {
                         for (int r = 0; k0 + depth == k && r < count; ++r)
                             finish(i + r, j0 + j, tile_cols, out + r * ldc + j);
                     };
-                    multiply_row_of_tiles<Tiles>(out, ldc, left + size_t(i) * kStride, packed_b,
-                                                 count, cols, steps, k0 > 0 || accumulate, done);
+                    multiply_row_of_tiles<Tiles>(out, ldc, packed_a + at * kStride, packed_b, count,
+                                                 cols, Tiles::steps(depth), k0 > 0 || accumulate,
+                                                 done);
                 }
             }
         }
     }
-}
-
-// multiply_blocks packs all of a at once; here a large one goes in parts, which bounds the memory
-// that packing takes (55 MB). The parts end where packed steps of k end, so the sums are the same.
-template <class Tiles, class real, class Finish>
-void multiply_parts(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
-                    bool accumulate, Finish finish) {
-    constexpr int kMostRows = 304 * kTileRows, kMostSteps = 6 * kDepth;
-    static_assert(kMostRows % Tiles::kRows == 0 && kMostSteps % (Tiles::kNumbers * kDepth) == 0);
-    for (int i = 0; i < m; i += kMostRows)
-        for (int p = 0; p < k; p += kMostSteps) {
-            const bool last = p + kMostSteps >= k;
-            multiply_blocks<Tiles>(c + i * ldc, ldc, a.from(i, p), b.from(p, 0),
-                                   std::min(kMostRows, m - i), n, std::min(kMostSteps, k - p),
-                                   accumulate || p > 0,
-                                   [=](int row, int col, int count, real* values) {
-                                       if (last) finish(i + row, col, count, values);
-                                   });
-        }
 }
 
 // --- One row, as in generation
@@ -2737,15 +2715,16 @@ void multiply_parts(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, i
 template <class real>
 constexpr int kAhead = 8192 / int(sizeof(real));
 
-// a.b of k numbers: four vectors of partial sums, then their lanes, then what is left over.
+// a.b of k numbers: four vectors of partial sums, then their lanes, then what is left over. What
+// lies `ahead` numbers behind those of b is asked for.
 template <class real>
-real dot(const real* a, const real* b, int k) {
+real dot(const real* a, const real* b, int k, ptrdiff_t ahead = kAhead<real>) {
     constexpr int L = kLanes<real>;
     Vec<real> sums[4] = {};
     int p = 0;
     for (; p + 4 * L <= k; p += 4 * L)
         for (int i = 0; i < 4; ++i) {
-            ask_for(b + p + i * L + kAhead<real>);
+            ask_for(b + p + i * L + ahead);
             sums[i] += load(a + p + i * L) * load(b + p + i * L);
         }
     real sum = sum_of_lanes<real>((sums[0] + sums[1]) + (sums[2] + sums[3]));
@@ -2806,40 +2785,32 @@ void multiply_row(real* c, View<real> a, View<real> b, int n, int k, bool accumu
 // A packed element is a pair: two neighbouring steps of k. Numbers are rounded while they are
 // packed; sums stay fp32.
 
-// Pairs that `depth` numbers become: zeros are added up to a multiple of 32 numbers.
-inline int pairs(int depth) { return round_up(depth, 32) / 2; }
-inline uint32_t pair(float low, float high) {
-    return bf16(low).bits | uint32_t(bf16(high).bits) << 16;
-}
-
-inline void pack_left(uint32_t* out, View<float> a, int rows, int depth) {
-    constexpr int kSome = 16;
-    const int width = 2 * pairs(depth);
-    float* part = room(2).get<float>(size_t(kSome) * width);
-    std::fill_n(part, kSome * width, 0.0f);
-    for (int i = 0; i < rows; ++i, out += kStride) {
-        if (i % kSome == 0) pack(part, width, a.from(i, 0), std::min(kSome, rows - i), depth);
-        const float* row = part + i % kSome * width;
-        for (int p = 0; p < width / 2; ++p) out[p] = pair(row[2 * p], row[2 * p + 1]);
-    }
-}
-template <int N>
-void pack_right(uint32_t* out, View<float> b, int depth, int cols) {
-    const int steps = pairs(depth);
-    float* panel = room(3).get<float>(size_t(N) * 2 * steps);
-    for (int j = 0; j < cols; j += N) {
-        pack_right<N>(panel, b.from(0, j), depth, std::min(N, cols - j));
-        std::fill(panel + N * depth, panel + N * 2 * steps, 0.0f);
-        for (int p = 0; p < steps; ++p, out += N)
-            for (int i = 0; i < N; ++i)
-                out[i] = pair(panel[2 * p * N + i], panel[(2 * p + 1) * N + i]);
-    }
+// Bits of a number, or of a vector of them, rounded to bf16 (see §1): the upper half.
+inline auto bf16_bits(auto x) {
+    using Bits = std::conditional_t<std::is_same_v<decltype(x), float>, uint32_t, Vec<uint32_t>>;
+    const Bits u = std::bit_cast<Bits>(x);
+    return (u & 0x7fffffffu) > 0x7f800000u ? u | 0x400000u : u + 0x7fffu + (u >> 16 & 1u);
 }
 
 // With the vector unit's dot product.
 struct PairTiles : PlainTiles<uint32_t> {
     static constexpr int kNumbers = 2;
-    static int steps(int depth) { return pairs(depth); }
+    // Pairs are filled up with zeros to whole registers.
+    static int steps(int depth) { return round_up(depth, 32) / 2; }
+    static auto pair(auto low, auto high) { return low >> 16 | (high & 0xffff0000u); }
+    static uint32_t element(float low, float high) { return pair(bf16_bits(low), bf16_bits(high)); }
+    static Vec<uint32_t> elements(const float* from, ptrdiff_t next) {
+        if (next == 1) return neighbours(from, std::make_integer_sequence<int, kLanes<float>>());
+        return pair(bf16_bits(load(from)), bf16_bits(load(from + next)));
+    }
+    // Of numbers that lie side by side in memory too: those with even and odd places.
+    template <int... lane>
+    static Vec<uint32_t> neighbours(const float* from, std::integer_sequence<int, lane...>) {
+        constexpr int L = kLanes<float>, H = L / 2;
+        const auto a = bf16_bits(load(from)), b = bf16_bits(load(from + L));
+        return pair(Vec<uint32_t>{(lane < H ? a[2 * lane % L] : b[2 * lane % L])...},
+                    Vec<uint32_t>{(lane < H ? a[2 * lane % L + 1] : b[2 * lane % L + 1])...});
+    }
 };
 
 // With the matrix unit, where the CPU has one (AMX; Intel 64 manual, volume 1, chapter 18): a tile
@@ -2907,10 +2878,10 @@ void matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, in
                           "bf16 products need a CPU with avx512_bf16 and a build for it "
                           "(-march=native), which this is not: use --precision fp32");
             if (MatrixTiles::usable())
-                return multiply_parts<MatrixTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
-            return multiply_parts<PairTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
+                return multiply<MatrixTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
+            return multiply<PairTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
         }
-    multiply_parts<PlainTiles<real>>(c, ldc, a, b, m, n, k, accumulate, finish);
+    multiply<PlainTiles<real>>(c, ldc, a, b, m, n, k, accumulate, finish);
 }
 
 // --- Attention, forward
@@ -2928,7 +2899,7 @@ struct Right {
         : panel(size_t(depth) * kTileCols<real>) {
         const size_t count = ceil_div(cols, kTileCols<real>) * panel;
         real* out = memory.get<real>(count);
-        pack_right<kTileCols<real>>(out, b, depth, cols);
+        pack_right<PlainTiles<real>>(out, b, depth, cols);
         for (size_t i = 0; factor != 1 && i < count; ++i) out[i] *= factor;
         data = out;
     }
@@ -2988,7 +2959,7 @@ void attend(real* out, real* lse, const real* qkv, int first, int last, int C, i
         real max[R], total[R] = {};
         std::fill(max, max + R, kNever);
         std::fill_n(sums, R * wide, real(0));
-        pack_left(queries, q.from(t, 0), count, HS);
+        pack_left<PlainTiles<real>>(queries, q.from(t, 0), count, HS);
         for (int k0 = 0; k0 < end; k0 += kDepth) {
             const int n = std::min(kDepth, end - k0), whole = round_up(n, kLanes<real>);
             multiply_packed(p, kStride, queries, keys, 0, k0, count, n, HS, false);
@@ -3022,21 +2993,24 @@ void attention_forward(real* out, real* lse, const real* qkv, int B, int T, int 
     }
 }
 
-// One query, the last of n rows, in one head. Nothing is used twice, so nothing is packed.
+// One query, the last of n rows, in one head. Nothing is used twice, so nothing is packed. Rows are
+// far apart, so that no CPU guesses the next one: it is asked for, some rows ahead.
 template <class real>
 void attend_one(real* out, const real* qkv, int n, int C, int HS) {
     real* p = room(0).get<real>(n);
-    const ptrdiff_t stride = 3 * ptrdiff_t(C);
+    const ptrdiff_t stride = 3 * ptrdiff_t(C), ahead = 8 * stride;
     const real *q = qkv + (n - 1) * stride, *k = qkv + C, *v = qkv + 2 * C;
     real top = -std::numeric_limits<real>::infinity();
     for (int t = 0; t < n; ++t, k += stride) {
-        p[t] = dot(q, k, HS) / std::sqrt(real(HS));
+        p[t] = dot(q, k, HS, ahead) / std::sqrt(real(HS));
         top = std::max(top, p[t]);
     }
     const real total = exp_and_sum(p, top, n);
     std::fill(out, out + HS, real(0));
-    for (int t = 0; t < n; ++t, v += stride)
+    for (int t = 0; t < n; ++t, v += stride) {
+        for (int i = 0; i < HS; i += kLanes<real>) ask_for(v + ahead + i);
         for (int i = 0; i < HS; ++i) out[i] += p[t] / total * v[i];
+    }
 }
 
 template <class real>
@@ -3099,8 +3073,8 @@ void attend_backward(real* dqkv, const real* dout, const real* out, const real* 
         std::fill_n(dk, block, real(0)), std::fill_n(dv, block, real(0));
         for (int t = k0; t < T; t += kQueries) {
             const int queries = std::min(kQueries, T - t);
-            pack_left(q_left, q.from(t, 0), queries, HS);
-            pack_left(d_left, d.from(t, 0), queries, HS);
+            pack_left<PlainTiles<real>>(q_left, q.from(t, 0), queries, HS);
+            pack_left<PlainTiles<real>>(d_left, d.from(t, 0), queries, HS);
             for (int i0 = 0; i0 < queries; i0 += R) {
                 const int rows = std::min(R, queries - i0), n = std::min(keys, t + i0 + rows - k0);
                 const size_t at = size_t(i0) * kStride;
@@ -7931,7 +7905,7 @@ void show_top(auto& model, const std::vector<int32_t>& tokens,
     const size_t context = size_t(std::min(model.config.n_positions, model.T));
     const std::vector<int32_t> tail(tokens.end() - ptrdiff_t(std::min(tokens.size(), context)),
                                     tokens.end());
-    for (const Candidate& c : candidates(next_logits(model, tail, 0), 1, 0, 1)) {
+    for (const Candidate& c : likeliest(candidates(next_logits(model, tail, 0), 1), 0, 1)) {
         if (count-- <= 0) break;
         const bool end = tokenizer && c.token == tokenizer->end_of_text();
         const std::string text = end ? "<|endoftext|>" : text_of_token(tokenizer, c.token);
@@ -8466,7 +8440,7 @@ private:
         title("The update: clip, then AdamW, of the first weight of wte");
         Cpu<double>& device = model_.device;
         StepState& state = *model_.state;
-        before_ = likeliest();
+        before_ = next_words();
         // The same calls as in train_step (§8), with a rate of 0.1 and a limit of 0.5.
         device.begin_step(&state, 0.1);
         state.loss = loss();
@@ -8503,15 +8477,15 @@ private:
     }
 
     // Words after "the cat sat on", the likeliest first.
-    std::vector<Candidate> likeliest() {
-        return candidates(next_logits(model_, {0, 1, 2, 3}, 0), 1, 0, 1);
+    std::vector<Candidate> next_words() {
+        return tinygpt::likeliest(candidates(next_logits(model_, {0, 1, 2, 3}, 0), 1), 0, 1);
     }
     // One step on eight tokens is enough to see the right word gain.
     void show_effect() {
         title(
             "What the step changed: the likeliest words after \"the cat sat on\" "
             "(the text has: the)");
-        const std::vector<Candidate> after = likeliest();
+        const std::vector<Candidate> after = next_words();
         out_ += "before            after one step\n";
         for (size_t i = 0; i < 5; ++i)
             out_ += format("%-5s %.4f      %-5s %.4f\n", kWords[before_[i].token],
