@@ -8565,6 +8565,55 @@ TEST_CASE_TEMPLATE("cuda: the peaks are measured, and leave the memory as it was
     CHECK(after == before);
 }
 
+// What bench shows of a step is all that the step starts.
+TEST_CASE_TEMPLATE("cuda: the kernels of a step are all timed", Device, Cuda<float>, Cuda<bf16>) {
+    const int B = 2, T = 9, C = 32, L = 2, V = 29;
+    Gpt2<Device> model({L, 1, C, 16, V});
+    model.reserve(B, T, Use::training);
+    set_weights(model, random_weights<typename Device::Activation>(model.config));
+    const std::vector<Batch> batches = {random_batch(B, T, V, 1)};
+    StepOptions options;
+    auto launches = [] {
+        std::map<std::string, long> all;
+#ifdef CUDA_ON_CPU
+        for (const auto& kernel : cuda_on_cpu::kernels()) all[kernel.name] = kernel.launches;
+#endif
+        return all;
+    };
+    for (int s = 0; s < 3; ++s) train_step(model, batches, options, s);  // as a recording, too
+    std::map<std::string, int> calls;
+    double flops = 0;
+    auto before = launches();
+    const int64_t replays = model.device.context->replays;
+    for (const KernelTime& kernel :
+         sum_calls(model.device.kernel_times([&] { train_step(model, batches, options, 3); }))) {
+        CAPTURE(kernel.name);
+        CHECK(kernel.seconds >= 0);
+        CHECK((kernel.flops > 0) == kernel.name.starts_with("product "));
+        CHECK(calls.count(kernel.name) == 0);
+        calls[kernel.flops > 0 ? "product" : kernel.name] += kernel.calls;
+        flops += kernel.flops;
+    }
+    CHECK(model.device.context->replays == replays);
+    CHECK(calls["adamw"] == 1);
+    CHECK(calls["layernorm_forward"] == 2 * L + 1);
+    CHECK(calls["layernorm_backward"] == 2 * L + 1);
+    CHECK(calls["softmax_cross_entropy"] == 1);
+    CHECK(calls["product"] == 12 * L + 3);
+    CHECK(calls["upload"] == 3);
+    CHECK(calls["zero"] == 1);
+    CHECK(flops == 6.0 * B * T * C * (12 * C * L + double(table_rows(V))));
+#ifdef CUDA_ON_CPU
+    for (const auto& [name, after] : launches()) {
+        CAPTURE(name);
+        CHECK(calls[name.substr(0, name.find("_kernel"))] == after - before[name]);
+    }
+#endif
+    // Nobody watches any more: the step is a recording again.
+    train_step(model, batches, options, 4);
+    CHECK(model.device.context->replays == replays + 1);
+}
+
 #ifdef CUDA_ON_CPU
 TEST_CASE("cuda: every kernel was launched") {
     long launches = 0;

@@ -8031,6 +8031,37 @@ int info_command(Device device, const Options& o) {
 // 1024 and 4096 rows (--seq-len of which make a text): of --model gpt2 those are the products to
 // which the literature's figures refer.
 
+// On a GPU a function is one or more kernels. Below a row of several stands a row for each: how
+// often it was started, its own time, and of a product what it reached.
+//   d linear c_fc                  12 calls  1.512 ms a call ...
+//       product nt 65536x768, k 3072   12 calls  0.741 ms a call  417000.0 GFLOP/s  ...
+// nt says how the two matrices lie, t for a transposed one: nn is x w of a forward pass, nt is dout
+// w^T, so dx, and tn is x^T dout, so dw. At the end stand all kernels of a step, the costliest
+// first (upload: the batch comes from the host; zero: memory is set to 0), and their sum beside the
+// step, whose kernels are started as one recording.
+
+// What a kernel of a GPU did, in one call or in several. flops: of matrix products, else 0.
+struct KernelTime {
+    std::string name;
+    double flops = 0, seconds = 0;
+    int calls = 1;
+};
+
+// The same kernels, each name once, with the sums of its calls; in the order in which they came.
+inline std::vector<KernelTime> sum_calls(const std::vector<KernelTime>& calls) {
+    std::vector<KernelTime> sums;
+    for (const KernelTime& one : calls) {
+        const auto same = [&](const KernelTime& sum) { return sum.name == one.name; };
+        const auto sum = std::find_if(sums.begin(), sums.end(), same);
+        if (sum == sums.end()) {
+            sums.push_back(one);
+            continue;
+        }
+        sum->flops += one.flops, sum->seconds += one.seconds, sum->calls += one.calls;
+    }
+    return sums;
+}
+
 template <class Device>
 class Bench {
 public:
@@ -8056,6 +8087,7 @@ public:
         std::printf("whole step        %s tokens a second, %.1f GFLOP/s, %.1f %% of the peak\n",
                     with_commas(int64_t(rows_ / step)).c_str(), flops / 1e9,
                     100 * flops / product_peak_flops(device_));
+        step_kernels(step);
         for (int rows : {256, 1024, kMostRows}) {
             if (rows < T_ || rows / T_ > most_B_) continue;
             set_batch_size(rows / T_);
@@ -8072,6 +8104,11 @@ private:
                             kW = sizeof(typename Device::Weight),
                             kG = sizeof(typename Device::Gradient);
     static constexpr int kMostRows = 4096;
+    // Whether the device can tell what each of its kernels takes; then names are longer.
+    static constexpr bool kKernels = requires(Device device, void (*work)()) {
+        device.kernel_times(work);
+    };
+    static constexpr int kName = kKernels ? 34 : 22;  // the width of the first column
 
     // The batch size to reserve room for: that of the largest table, where there is memory for it.
     static int room_for(const Device& device, const Config& config, int B, int T) {
@@ -8083,14 +8120,15 @@ private:
     // From now on B texts at a time, of random tokens.
     void set_batch_size(int B) {
         B_ = B, rows_ = B * T_;
-        batch_.resize(B, T_);
+        Batch& batch = batches_[0];
+        batch.resize(B, T_);
         for (size_t i = 0; i < size_t(rows_); ++i) {
-            batch_.inputs[i] = int32_t(random_bits(7, i) % uint64_t(V));
-            batch_.targets[i] = int32_t(random_bits(8, i) % uint64_t(V));
+            batch.inputs[i] = int32_t(random_bits(7, i) % uint64_t(V));
+            batch.targets[i] = int32_t(random_bits(8, i) % uint64_t(V));
         }
-        batch_.scored = rows_;
-        batch_.sort_rows();
-        set_batch(*model_, batch_);
+        batch.scored = rows_;
+        batch.sort_rows();
+        set_batch(*model_, batch);
     }
 
     // What a function must at least do: operations (a multiply-add is two), and bytes to and from
@@ -8125,7 +8163,7 @@ private:
             config_.n_layer, NH, C, V, B_, T_);
     }
     static void title(const char* first) {
-        std::printf("%-22s %6s %10s %12s %12s %10s\n", first, "calls", "ms a call", "GFLOP/s",
+        std::printf("%-*s %6s %10s %12s %12s %10s\n", kName, first, "calls", "ms a call", "GFLOP/s",
                     "GB/s", "of peak");
     }
 
@@ -8154,9 +8192,10 @@ private:
     // the resource that it would need longer for.
     void row(const char* name, int calls, Work work, auto&& f) {
         way();  // of what came before
-        const double seconds = median_seconds([&] {
+        const auto pass = [&] {
             for (int i = 0; i < calls; ++i) f(i);
-        });
+        };
+        const double seconds = median_seconds(pass);
         total_ += seconds;
         const std::string label = name + way();
         // A processor slows down when it gets hot: the peak is that of this moment.
@@ -8164,19 +8203,62 @@ private:
         // The least seconds by either resource, against those it took.
         const double each = seconds / calls;
         const double least_flops = work.flops / peak, least_bytes = work.bytes / peak_bytes_;
-        std::printf("%-22s %6d %10.3f %12.1f %12.1f %8.1f %% of %s\n", label.c_str(), calls,
+        std::printf("%-*s %6d %10.3f %12.1f %12.1f %8.1f %% of %s\n", kName, label.c_str(), calls,
                     each * 1e3, work.flops / each / 1e9, work.bytes / each / 1e9,
                     100 * std::max(least_flops, least_bytes) / each,
                     least_flops > least_bytes ? "FLOP/s" : "GB/s");
+        kernel_rows(peak, pass);
+    }
+    // The kernels of the row above, where the device has kernels and these are several; means of
+    // three passes. peak: of products.
+    void kernel_rows(double peak, auto&& pass) {
+        if constexpr (kKernels) {
+            constexpr int kPasses = 3;
+            const auto kernels = sum_calls(device_.kernel_times([&] {
+                for (int i = 0; i < kPasses; ++i) pass();
+            }));
+            for (const KernelTime& k : kernels) {
+                if (kernels.size() == 1) continue;
+                std::printf("    %-*s %6d %10.3f ", kName - 4, k.name.c_str(), k.calls / kPasses,
+                            k.seconds / k.calls * 1e3);
+                const double rate = k.flops / k.seconds;
+                if (k.flops == 0)
+                    std::printf("%12s %12s\n", "-", "-");
+                else
+                    std::printf("%12.1f %12s %8.1f %% of FLOP/s\n", rate / 1e9, "-",
+                                100 * rate / peak);
+            }
+        }
+    }
+    // All kernels of a training step, each started by the host, though the step may be a recording.
+    void step_kernels(double step) {
+        if constexpr (kKernels) {
+            auto kernels = sum_calls(device_.kernel_times([&] { train(0); }));
+            std::stable_sort(kernels.begin(), kernels.end(),
+                             [](auto& a, auto& b) { return a.seconds > b.seconds; });
+            double sum = 0;
+            int calls = 0;
+            for (const KernelTime& k : kernels) sum += k.seconds, calls += k.calls;
+            std::printf("\n%-*s %6s %10s %9s\n", kName, "kernels of a step", "calls", "ms",
+                        "share");
+            for (const KernelTime& k : kernels)
+                std::printf("    %-*s %6d %10.3f %7.1f %%\n", kName - 4, k.name.c_str(), k.calls,
+                            k.seconds * 1e3, 100 * k.seconds / sum);
+            std::printf("    %-*s %6d %10.3f; a whole step takes %.3f ms\n", kName - 4, "all",
+                        calls, sum * 1e3, step * 1e3);
+        }
     }
 
-    // Seconds of a whole training step, of one batch: forward, backward, guards and update.
-    double step_seconds() {
+    // Step s of a training, of one batch: forward, backward, guards and update.
+    void train(int64_t s) {
         StepOptions options;
         options.rate.peak = 1e-5;
-        const std::vector<Batch> batches = {batch_};
+        train_step(*model_, batches_, options, s);
+    }
+    // Seconds of a whole training step.
+    double step_seconds() {
         int64_t s = 0;
-        return median_seconds([&] { train_step(*model_, batches, options, s++); });
+        return median_seconds([&] { train(s++); });
     }
 
     // Times f(layer, weights, gradients) over all layers, each of them `each` times.
@@ -8298,7 +8380,7 @@ private:
     int B_ = 0, rows_ = 0;  // rows_: B T
     std::unique_ptr<Gpt2<Device>> model_;
     Device& device_;
-    Batch batch_;
+    std::vector<Batch> batches_{1};  // of a step: one
     double peak_bytes_ = 1, total_ = 0;
 };
 

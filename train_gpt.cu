@@ -23,6 +23,8 @@
 #include <cublasLt.h>
 #include <cuda_runtime.h>
 
+#include <deque>
+
 #include "tinygpt.hpp"
 
 namespace tinygpt {
@@ -1376,8 +1378,83 @@ __global__ void round_weights_kernel(bf16* weights, const float* masters, size_t
 }
 
 // =================================================================================================
-// 5 Matmuls
+// 5 Work for the GPU: its queue, and matmuls
 // =================================================================================================
+
+// A mark in the queue, which tells when the GPU has come to it.
+struct Event {
+    cudaEvent_t event = nullptr;
+    explicit Event(unsigned flags = cudaEventDefault) {
+        CUDA_CHECK(cudaEventCreateWithFlags(&event, flags));
+    }
+    Event(const Event&) = delete;
+    ~Event() { cudaEventDestroy(event); }
+    void wait() const { CUDA_CHECK(cudaEventSynchronize(event)); }
+    // Seconds from an earlier one to this; waits for it.
+    double since(const Event& earlier) const {
+        float milliseconds = 0;
+        wait();
+        CUDA_CHECK(cudaEventElapsedTime(&milliseconds, earlier.event, event));
+        return double(milliseconds) / 1e3;
+    }
+};
+
+// The queue of the GPU's work. What is put into it is done in order, one thing after the other,
+// while the host goes on.
+class Stream {
+public:
+    Stream() { CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
+    Stream(const Stream&) = delete;
+    ~Stream() { cudaStreamDestroy(stream_); }
+    operator cudaStream_t() const { return stream_; }
+    void mark(const Event& event) { CUDA_CHECK(cudaEventRecord(event.event, stream_)); }
+    void synchronize() { CUDA_CHECK(cudaStreamSynchronize(stream_)); }
+
+    // Seconds that the work takes on the GPU: the best of 5 times, after one that is not counted.
+    double best_seconds(auto&& work) {
+        const Event begin, end;
+        double best = INFINITY;
+        work();
+        for (int i = 0; i < 5; ++i) {
+            mark(begin), work(), mark(end);
+            best = std::min(best, end.since(begin));
+        }
+        return std::max(1e-9, best);
+    }
+
+    // What each kernel takes that the work starts, in their order: an event follows each, and its
+    // time is that since the event before. Careful: where the host is slower to start kernels than
+    // the GPU to run them, that is the host's time. Not for work that is being recorded.
+    std::vector<KernelTime> kernel_times(auto&& work) {
+        laps_.emplace();
+        lap("begin");
+        work();
+        std::vector<KernelTime> times;
+        for (size_t i = 1; i < laps_->size(); ++i) {
+            times.push_back((*laps_)[i].kernel);
+            times.back().seconds = (*laps_)[i].end.since((*laps_)[i - 1].end);
+        }
+        laps_.reset();
+        return times;
+    }
+    // Whoever has put a kernel into the queue says so, for kernel_times. flops: of a product.
+    void lap(std::string_view name, double flops = 0) {
+        if (!laps_) return;
+        Lap& lap = laps_->emplace_back();
+        lap.kernel = {std::string(name.substr(0, name.find("_kernel"))), flops};
+        mark(lap.end);
+    }
+
+private:
+    struct Lap {
+        KernelTime kernel;
+        Event end;
+    };
+    cudaStream_t stream_ = nullptr;
+    std::optional<std::deque<Lap>> laps_;
+};
+
+// --- Matmuls
 // A product's shape is all that cuBLASLt needs to choose a kernel; the choice, a plan, is kept. It
 // is the library's first suggestion, so it is the same in every run. With --tune-matmul it is the
 // fastest of many, found by timing them; then it is written down, and later runs take it from the
@@ -1412,6 +1489,12 @@ struct Product {
     cublasLtEpilogue_t epilogue;
     cudaDataType_t in, out;
     auto operator<=>(const Product&) const = default;
+    double flops() const { return 2.0 * double(m) * double(n) * double(k); }
+    // For bench: how left and right lie (t: transposed), and the sizes.
+    std::string name() const {
+        return format("product %c%c %ldx%ld, k %ld", transpose_b ? 't' : 'n',
+                      transpose_a ? 't' : 'n', long(n), long(m), long(k));
+    }
 };
 
 constexpr size_t kMatmulWorkspace = size_t(32) << 20;  // what NVIDIA recommends for Hopper
@@ -1421,31 +1504,12 @@ struct Plan {
     cublasLtMatrixLayout_t a = nullptr, b = nullptr, d = nullptr;
     cublasLtMatmulAlgo_t algorithm = {};
     bool possible = false;
+    std::string name;
 };
 
 template <class T>
 void set(cublasLtMatmulDesc_t operation, cublasLtMatmulDescAttributes_t name, T value) {
     CUDA_CHECK(cublasLtMatmulDescSetAttribute(operation, name, &value, sizeof value));
-}
-
-// Seconds that the work takes on the GPU: the best of 5 times, after one that is not counted.
-template <class Work>
-double best_seconds(cudaStream_t stream, Work&& work) {
-    cudaEvent_t begin, end;
-    CUDA_CHECK(cudaEventCreate(&begin));
-    CUDA_CHECK(cudaEventCreate(&end));
-    float best = INFINITY, milliseconds = 0;
-    work();
-    for (int i = 0; i < 5; ++i, best = std::min(best, milliseconds)) {
-        CUDA_CHECK(cudaEventRecord(begin, stream));
-        work();
-        CUDA_CHECK(cudaEventRecord(end, stream));
-        CUDA_CHECK(cudaEventSynchronize(end));
-        CUDA_CHECK(cudaEventElapsedTime(&milliseconds, begin, end));
-    }
-    CUDA_CHECK(cudaEventDestroy(begin));
-    CUDA_CHECK(cudaEventDestroy(end));
-    return std::max(1e-9, double(best) / 1e3);
 }
 
 // The file of tuned plans. A line is a plan: GPU and version of the library; the work; the choice;
@@ -1458,27 +1522,32 @@ public:
         lines_ = split_at(read_file(path), '\n');
         if (lines_.back().empty()) lines_.pop_back();
     }
-    // The choice for some work, and its place in the file; no place if the file has none.
-    std::string find(const std::string& work, std::string& choice) {
+    // The choice for some work, and its place in the file. What the file does not have is made by
+    // `tune`, which times it, and written down: the file is written anew as a whole, or not at all.
+    struct Tuned {
+        std::string choice, times;
+    };
+    struct Found {
+        std::string choice, where;
+    };
+    Found choice(const std::string& work, const std::function<Tuned()>& tune) {
         const std::string key = machine_ + " | " + work + " | ";
-        for (size_t i = 0; i < lines_.size(); ++i) {
-            if (!lines_[i].starts_with(key)) continue;
-            choice = lines_[i].substr(key.size(), lines_[i].find(" | ", key.size()) - key.size());
-            return path_ + ":" + std::to_string(i + 1);
+        auto line = std::find_if(lines_.begin(), lines_.end(),
+                                 [&](const std::string& l) { return l.starts_with(key); });
+        if (line == lines_.end()) {
+            const Tuned tuned = tune();  // may add lines of its own
+            line = lines_.insert(lines_.end(), key + tuned.choice + " | " + tuned.times);
+            std::string text;
+            for (const std::string& l : lines_) text += l + "\n";
+            make_folders(parent_folder(path_));
+            write_file(path_, text);
         }
-        return "";
+        return {line->substr(key.size(), line->find(" | ", key.size()) - key.size()),
+                path_ + ":" + std::to_string(line - lines_.begin() + 1)};
     }
     static void check(bool good, const std::string& where) {
         TINYGPT_CHECK(good, "%s is damaged: remove the line, and --tune-matmul makes it again",
                       where.c_str());
-    }
-    // Adds a plan. The file is written anew as a whole, or not at all.
-    void add(const std::string& work, const std::string& choice, const std::string& times) {
-        std::string text;
-        lines_.push_back(machine_ + " | " + work + " | " + choice + " | " + times);
-        for (const std::string& line : lines_) text += line + "\n";
-        make_folders(parent_folder(path_));
-        write_file(path_, text);
     }
 
 private:
@@ -1500,7 +1569,7 @@ public:
     const bool tf32;
 
     // type: of the operands.
-    Matmuls(bool tf32, cudaDataType_t type, cudaStream_t stream)
+    Matmuls(bool tf32, cudaDataType_t type, Stream& stream)
         : tf32(tf32), compute_(tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F),
           type_(type), stream_(stream) {
         CUDA_CHECK(cublasLtCreate(&library_));
@@ -1529,25 +1598,19 @@ public:
         if (!file_ || operations < tune_from) return false;
         const auto [found, fresh] = ways_.try_emplace(work);
         if (!fresh) return found->second;
-        std::string choice;
-        const std::string where = file_->find(work, choice);
-        if (!where.empty()) {
-            PlanFile::check(choice == first || choice == second, where);
-            return found->second = choice == second;
-        }
-        const double mine = best_seconds(stream_, [&] { run(false); });
-        if (!same()) {
-            std::fprintf(stderr, "warning: %s: results by %s differ, so %s is used\n", work.c_str(),
-                         second, first);
-            file_->add(work, first, format("%.1f us, %s differs", mine * 1e6, second));
-            return false;
-        }
-        const double other = best_seconds(stream_, [&] { run(true); });
-        found->second = other < mine;
-        file_->add(work, found->second ? second : first,
-                   format("%.1f us, %s %.1f us", std::min(mine, other) * 1e6,
-                          found->second ? first : second, std::max(mine, other) * 1e6));
-        return found->second;
+        const auto [choice, where] = file_->choice(work, [&]() -> PlanFile::Tuned {
+            const double mine = 1e6 * stream_.best_seconds([&] { run(false); });
+            if (!same()) {
+                std::fprintf(stderr, "warning: %s: results by %s differ, so %s is used\n",
+                             work.c_str(), second, first);
+                return {first, format("%.1f us, %s differs", mine, second)};
+            }
+            const double other = 1e6 * stream_.best_seconds([&] { run(true); });
+            if (other < mine) return {second, format("%.1f us, %s %.1f us", other, first, mine)};
+            return {first, format("%.1f us, %s %.1f us", mine, second, other)};
+        });
+        PlanFile::check(choice == first || choice == second, where);
+        return found->second = choice == second;
     }
 
     // out = left right, finished; false if the library has no kernel for it, or none that was as
@@ -1565,31 +1628,33 @@ public:
         if (finish.bias) set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, finish.bias);
         if (finish.aux) set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, finish.aux);
         const Operands at{const_cast<void*>(out.data), right.data, left.data,
-                          finish.add ? finish.add : out.data, finish.by_hand};
-        if (fresh) choose(plan, product, at);
-        const cublasStatus_t code =
-            plan.possible ? run(plan, plan.algorithm, product, at) : CUBLAS_STATUS_NOT_SUPPORTED;
+                          finish.add ? finish.add : out.data, finish.add ? 1.0f : 0.0f};
+        if (fresh) choose(plan, product, at, finish.by_hand);
+        if (!plan.possible) return false;
+        const cublasStatus_t code = run(plan, plan.algorithm, at);
         plan.possible = code != CUBLAS_STATUS_NOT_SUPPORTED;  // a suggestion is no promise
-        if (plan.possible) CUDA_CHECK(code);
+        if (plan.possible) CUDA_CHECK(code), stream_.lap(plan.name, product.flops());
         return plan.possible;
     }
 
 private:
+    // d = a b + beta c
     struct Operands {
         void* d;
         const void *a, *b, *c;
-        std::function<void()> by_hand;
+        float beta;
     };
 
     cublasStatus_t run(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm,
-                       const Product& product, const Operands& at) {
-        const float one = 1, beta = product.add ? 1 : 0;
-        return cublasLtMatmul(library_, plan.operation, &one, at.a, plan.a, at.b, plan.b, &beta,
+                       const Operands& at) {
+        const float one = 1;
+        return cublasLtMatmul(library_, plan.operation, &one, at.a, plan.a, at.b, plan.b, &at.beta,
                               at.c, plan.d, at.d, plan.d, &algorithm, workspace_, kMatmulWorkspace,
                               stream_);
     }
 
     void describe(Plan& plan, const Product& p, const Matrix& x, const Matrix& w, bool aux) {
+        plan.name = p.name();
         CUDA_CHECK(cublasLtMatmulDescCreate(&plan.operation, compute_, CUDA_R_32F));
         set(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, p.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N);
         set(plan.operation, CUBLASLT_MATMUL_DESC_TRANSB, p.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N);
@@ -1600,18 +1665,18 @@ private:
         CUDA_CHECK(cublasLtMatrixLayoutCreate(&plan.d, p.out, p.m, p.n, p.m));
     }
 
-    void choose(Plan& plan, const Product& p, const Operands& at) {
-        const bool tune = file_ && 2.0 * double(p.m) * double(p.n) * double(p.k) >= tune_from;
+    void choose(Plan& plan, const Product& p, const Operands& at,
+                const std::function<void()>& by_hand) {
+        const bool tune = file_ && p.flops() >= tune_from;
         const auto suggested = suggestions(plan, tune ? 16 : 1);
         plan.possible = !suggested.empty();
         if (plan.possible) plan.algorithm = suggested[0];
         if (!plan.possible || !tune) return;
-        const std::string name = format("%ld %ld %ld %d %d %d %d %d %d %d", long(p.m), long(p.n),
-                                        long(p.k), p.transpose_a, p.transpose_b, p.add,
-                                        int(p.epilogue), int(p.in), int(p.out), int(compute_));
-        std::string words;
-        const std::string where = file_->find(name, words);
-        if (where.empty()) return tune_plan(plan, p, at, suggested, name);
+        const auto [words, where] =
+            file_->choice(format("%ld %ld %ld %d %d %d %d %d %d %d", long(p.m), long(p.n),
+                                 long(p.k), p.transpose_a, p.transpose_b, p.add, int(p.epilogue),
+                                 int(p.in), int(p.out), int(compute_)),
+                          [&] { return fastest(plan, p, at, suggested, by_hand); });
         const char* word = words.c_str();
         for (uint64_t& bits : plan.algorithm.data) {
             char* end = nullptr;
@@ -1685,37 +1750,38 @@ private:
             }
     }
 
-    // Times all candidates on the operands themselves, and keeps the fastest. Where the result
-    // would be added to what is there, it goes elsewhere. Where by_hand beats them all, a plan of
-    // zeros is written down: no plan.
-    void tune_plan(Plan& plan, const Product& p, Operands at, std::vector<Algorithm> candidates,
-                   const std::string& name) {
+    // Times all candidates on the operands themselves; the fastest, in words. Where the result
+    // would be added to what is there, it goes elsewhere. Where by_hand beats them all, the words
+    // are zeros: no plan.
+    PlanFile::Tuned fastest(const Plan& plan, const Product& p, Operands at,
+                            std::vector<Algorithm> candidates,
+                            const std::function<void()>& by_hand) {
         if (p.k >= 4 * std::max(p.m, p.n)) add_split_sums(candidates, plan);
         void* const home = at.d;
         if (p.add && at.c == home) CUDA_CHECK(cudaMalloc(&at.d, size_t(p.n * p.m) * 4));
         double first = 0, best = INFINITY;
+        Algorithm choice;
         for (const Algorithm& candidate : candidates) {
-            if (run(plan, candidate, p, at) != CUBLAS_STATUS_SUCCESS) continue;
+            if (run(plan, candidate, at) != CUBLAS_STATUS_SUCCESS) continue;
             const double seconds =
-                best_seconds(stream_, [&] { CUDA_CHECK(run(plan, candidate, p, at)); });
+                stream_.best_seconds([&] { CUDA_CHECK(run(plan, candidate, at)); });
             if (first == 0) first = seconds;
-            if (seconds < best) best = seconds, plan.algorithm = candidate;
+            if (seconds < best) best = seconds, choice = candidate;
         }
         cudaGetLastError();  // a refusal may have left an error, which the next check would find
         if (at.d != home) CUDA_CHECK(cudaFree(at.d));
-        const double otherwise = at.by_hand ? best_seconds(stream_, at.by_hand) : INFINITY;
-        plan.possible = best < INFINITY && best <= otherwise;
-        if (!plan.possible) plan.algorithm = {}, best = otherwise;
+        const double otherwise = by_hand ? stream_.best_seconds(by_hand) : INFINITY;
+        if (otherwise < best) best = otherwise, choice = {};
         std::string words;
-        for (uint64_t word : plan.algorithm.data)
+        for (uint64_t word : choice.data)
             words += format(words.empty() ? "%016llx" : "-%016llx", (unsigned long long)(word));
-        file_->add(name, words, format("%.1f us, first %.1f us", best * 1e6, first * 1e6));
+        return {words, format("%.1f us, first %.1f us", best * 1e6, first * 1e6)};
     }
 
     cublasLtHandle_t library_ = nullptr;
     cublasComputeType_t compute_;
     cudaDataType_t type_;
-    cudaStream_t stream_;
+    Stream& stream_;
     void* workspace_ = nullptr;
     std::map<Product, Plan> plans_;
     std::map<std::string, bool> ways_;
@@ -1726,31 +1792,21 @@ private:
 // 6 The device
 // =================================================================================================
 
-// Lets a kernel use more than 48 KB of shared memory in a block, its own arrays included.
-template <class Kernel>
-void allow_shared(Kernel* kernel, size_t bytes) {
-    if (bytes > 40 * 1024)
-        CUDA_CHECK(
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
-}
+// What launch takes first: a kernel's name, and the kernel.
+#define KERNEL(...) #__VA_ARGS__, __VA_ARGS__
 
 // Host memory that the GPU reads and writes by itself while the host goes on, and the event that
 // tells when it is done with it.
 struct Pinned {
     void* data = nullptr;
-    cudaEvent_t done = nullptr;
+    Event done{cudaEventDisableTiming};
     // Waits for the GPU to be done with it, and makes it the first time.
     void* take(size_t bytes) {
-        if (!data) {
-            CUDA_CHECK(cudaMallocHost(&data, bytes));
-            CUDA_CHECK(cudaEventCreateWithFlags(&done, cudaEventDisableTiming));
-        }
-        CUDA_CHECK(cudaEventSynchronize(done));
+        if (!data) CUDA_CHECK(cudaMallocHost(&data, bytes));
+        done.wait();
         return data;
     }
-    ~Pinned() {
-        if (data) cudaEventDestroy(done), cudaFreeHost(data);
-    }
+    ~Pinned() { cudaFreeHost(data); }
 };
 
 // What the device keeps between calls: products' plans, memory to work in, recordings.
@@ -1760,14 +1816,13 @@ struct Pinned {
 class CudaContext {
 public:
     cudaDeviceProp gpu;
-    cudaStream_t stream = nullptr;
+    Stream stream;
     std::optional<Matmuls> matmuls;
     const char* way = "";       // how the latest function was done, where there are several ways
     double agreement = 0x1p-8;  // how near to each other results of two ways must be
 
     CudaContext(bool tf32, cudaDataType_t type) {
         CUDA_CHECK(cudaGetDeviceProperties(&gpu, 0));
-        CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
         matmuls.emplace(tf32, type, stream);
     }
     CudaContext(const CudaContext&) = delete;
@@ -1776,14 +1831,13 @@ public:
         forget_recordings();
         matmuls.reset();
         cudaFree(scratch_);
-        cudaStreamDestroy(stream);
     }
 
     // Memory for one function of the device: valid until the next call. It grows on first use only.
     template <class T>
     T* scratch(size_t count) {
         if (count * sizeof(T) > scratch_bytes_) {
-            CUDA_CHECK(cudaStreamSynchronize(stream));
+            stream.synchronize();
             forget_recordings();
             CUDA_CHECK(cudaFree(scratch_));
             scratch_ = nullptr, scratch_bytes_ = count * sizeof(T);
@@ -1801,7 +1855,7 @@ public:
             std::memcpy(piece.take(kStagingPiece), static_cast<const char*>(from_host) + at, n);
             CUDA_CHECK(cudaMemcpyAsync(static_cast<char*>(to) + at, piece.data, n,
                                        cudaMemcpyHostToDevice, stream));
-            CUDA_CHECK(cudaEventRecord(piece.done, stream));
+            stream.mark(piece.done), stream.lap("upload");
         }
     }
     // A copy of the state on its way to the host; two may be under way. next_letter waits.
@@ -1809,7 +1863,7 @@ public:
         Pinned& letter = letters_[posted_++ % 2];
         CUDA_CHECK(cudaMemcpyAsync(letter.take(sizeof *state), state, sizeof *state,
                                    cudaMemcpyDeviceToHost, stream));
-        CUDA_CHECK(cudaEventRecord(letter.done, stream));
+        stream.mark(letter.done);
     }
     StepState next_letter() {
         return *static_cast<const StepState*>(letters_[fetched_++ % 2].take(sizeof(StepState)));
@@ -1912,7 +1966,7 @@ struct Cuda {
             const size_t count = size_t(n) * n;
             A* x = allocate<A>(3 * count);
             fill_with_noise(x, 2 * count);
-            const double seconds = best_seconds(stream(), [&] {
+            const double seconds = stream().best_seconds([&] {
                 multiply({x + 2 * count, n, n}, {x, n, n}, {x + count, n, n});
             });
             release(x);
@@ -1928,7 +1982,7 @@ struct Cuda {
         const size_t bytes = std::min(size_t(1) << 29, free_memory() / 2) / 2;
         char *from = allocate<char>(bytes), *to = allocate<char>(bytes);
         zero(from, bytes);
-        const double seconds = best_seconds(stream(), [&] {
+        const double seconds = stream().best_seconds([&] {
             CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream()));
         });
         release(from), release(to);
@@ -1936,7 +1990,14 @@ struct Cuda {
     }
     // How the latest function was done, where there are several ways; asked for once.
     const char* way() { return std::exchange(context->way, ""); }
-    void synchronize() { CUDA_CHECK(cudaStreamSynchronize(stream())); }
+    void synchronize() { stream().synchronize(); }
+    // What each kernel takes that the work starts, a training step, say: not as a recording.
+    std::vector<KernelTime> kernel_times(auto&& work) {
+        const bool kept = std::exchange(record, false);
+        const std::vector<KernelTime> times = stream().kernel_times(work);
+        record = kept;
+        return times;
+    }
     // Fails for sizes that the kernels are not made for, before any memory is taken.
     void check_sizes(const Config& config, int B) const {
         const int C = config.n_embd, NH = config.n_head, most = 65535;
@@ -1995,6 +2056,7 @@ struct Cuda {
     template <class T>
     void zero(T* to, size_t count) {
         CUDA_CHECK(cudaMemsetAsync(to, 0, count * sizeof(T), stream()));
+        stream().lap("zero");
     }
     template <class T>
     void upload(T* to, const T* from_host, size_t count) {
@@ -2004,58 +2066,48 @@ struct Cuda {
     void download(T* to_host, const T* from, size_t count) {
         CUDA_CHECK(
             cudaMemcpyAsync(to_host, from, count * sizeof(T), cudaMemcpyDeviceToHost, stream()));
-        CUDA_CHECK(cudaStreamSynchronize(stream()));
+        synchronize();
     }
     void weights_from_masters(Weight* weights, const Real* masters, size_t count) {
-        if constexpr (kSeparateMasters) {
-            const unsigned blocks = blocks_for(count, 4 * kThreads);
-            round_weights_kernel<<<blocks, kThreads, 0, stream()>>>(weights, masters, count);
-            CUDA_CHECK(cudaGetLastError());
-        }
+        if constexpr (kSeparateMasters)
+            launch(KERNEL(round_weights_kernel), blocks_for(count, 4 * kThreads), kThreads, 0,
+                   weights, masters, count);
     }
 
     // --- token and position embeddings
 
     void embed_forward(A* out, const int32_t* tokens, const A* wte, const A* wpe, int B, int T,
                        int C, int past, Dropout drop) {
-        embed_forward_kernel<A>
-            <<<packs(size_t(B) * T * C), kThreads, 0, stream()>>>(out, tokens, wte, wpe, B * T, T,
-                                                                  C, past, drop);
-        CUDA_CHECK(cudaGetLastError());
+        launch(KERNEL(embed_forward_kernel<A>), packs(size_t(B) * T * C), kThreads, 0, out, tokens,
+               wte, wpe, B * T, T, C, past, drop);
     }
     void embed_backward(float* dwte, float* dwpe, const A* dout, const int32_t* tokens,
                         const int32_t* order, int B, int T, int C, Dropout drop) {
         const int rows = B * T, stripes = blocks_for(C, kStripe<A>);
         const int blocks =
             resident_blocks(embed_backward_tokens_kernel<A>, kThreads, 0, size_t(rows) * stripes);
-        embed_backward_tokens_kernel<A>
-            <<<blocks, kThreads, 0, stream()>>>(dwte, dout, tokens, order, rows, C, drop);
+        launch(KERNEL(embed_backward_tokens_kernel<A>), blocks, kThreads, 0, dwte, dout, tokens,
+               order, rows, C, drop);
         column_sums(dwpe, nullptr, dout, nullptr, B, T * C, true, drop);  // of [B, T C]
-        CUDA_CHECK(cudaGetLastError());
     }
 
     // --- layernorm
 
     void layernorm_forward(A* out, float* mean, float* rstd, const A* x, const A* weight,
                            const A* bias, int rows, int C) {
-        layernorm_forward_kernel<A>
-            <<<blocks_for(rows, kThreads / kWarp), kThreads, 0, stream()>>>(out, mean, rstd, x,
-                                                                            weight, bias, rows, C);
-        CUDA_CHECK(cudaGetLastError());
+        launch(KERNEL(layernorm_forward_kernel<A>), blocks_for(rows, kThreads / kWarp), kThreads, 0,
+               out, mean, rstd, x, weight, bias, rows, C);
     }
     void layernorm_backward(A* dx, float* dweight, float* dbias, A* dbranch, float* dbranch_bias,
                             const A* dout, const A* dresidual, const A* x, const float* mean,
                             const float* rstd, const A* weight, int rows, int C, Dropout drop,
                             bool accumulate) {
         const size_t shared = norm_shared(C);
-        allow_shared(layernorm_backward_kernel<A>, shared);
         const int blocks = resident_blocks(layernorm_backward_kernel<A>, kNormWarps * kWarp, shared,
                                            blocks_for(rows, kNormWarps));
         float* partial = context->scratch<float>(size_t(blocks) * 3 * C);
-        layernorm_backward_kernel<A>
-            <<<blocks, kNormWarps * kWarp, shared, stream()>>>(dx, dbranch, partial, dout,
-                                                               dresidual, x, mean, rstd, weight,
-                                                               rows, C, drop);
+        launch(KERNEL(layernorm_backward_kernel<A>), blocks, kNormWarps * kWarp, shared, dx,
+               dbranch, partial, dout, dresidual, x, mean, rstd, weight, rows, C, drop);
         sum_partials({{dweight, dbias, dbranch_bias}}, 3, partial, blocks, C, accumulate);
     }
 
@@ -2080,8 +2132,7 @@ struct Cuda {
                        });
     }
     void gelu_forward(A* gelu, const A* pre, size_t count) {
-        gelu_kernel<A><<<packs(count), kThreads, 0, stream()>>>(gelu, pre, count);
-        CUDA_CHECK(cudaGetLastError());
+        launch(KERNEL(gelu_kernel<A>), packs(count), kThreads, 0, gelu, pre, count);
     }
     void linear_gelu_backward(A* dpre, float* dw, float* dpre_bias, const A* dout, const A* gelu,
                               const A* pre, const A* w, int rows, int C, int OC, bool accumulate) {
@@ -2103,9 +2154,8 @@ struct Cuda {
                  {.add = add, .epilogue = CUBLASLT_EPILOGUE_BIAS, .bias = b});
         if (!drop.on()) return;
         const size_t count = size_t(rows) * OC;
-        residual_dropout_kernel<A>
-            <<<packs(count), kThreads, 0, stream()>>>(out, residual, count, drop);
-        CUDA_CHECK(cudaGetLastError());
+        launch(KERNEL(residual_dropout_kernel<A>), packs(count), kThreads, 0, out, residual, count,
+               drop);
     }
 
     // --- attention
@@ -2113,15 +2163,11 @@ struct Cuda {
     void attention_forward(A* out, float* lse, const A* qkv, int B, int T, int NH, int HS,
                            Dropout drop) {
         auto start = [&]<int kHS, int kM, bool kDrop, bool kGroup>(Tiles<kHS, kM, kDrop, kGroup>) {
-            const dim3 grid(blocks_for(T, 64 * kM), unsigned(B * NH));
-            const size_t shared = (64 * kM + 4 * 64) * kHS * sizeof(A);
-            allow_shared(attention_forward_kernel<kHS, kM, kDrop, kGroup>, shared);
-            attention_forward_kernel<kHS, kM, kDrop, kGroup>
-                <<<grid, kHeadThreads, shared, stream()>>>(out, lse, qkv, T, NH, drop);
-            CUDA_CHECK(cudaGetLastError());
+            launch(KERNEL(attention_forward_kernel<kHS, kM, kDrop, kGroup>),
+                   heads_grid(T, 64 * kM, B * NH), kHeadThreads,
+                   (64 * kM + 4 * 64) * kHS * sizeof(A), out, lse, qkv, T, NH, drop);
         };
-        auto run = [&](bool group) { return on_tensor_cores<2>(B, T, NH, HS, drop, group, start); };
-        if (run(as_group("forward", out, 1, B, T, NH, HS, drop, run))) return;
+        if (on_tensor_cores<2>("forward", out, 1, B, T, NH, HS, drop, start)) return;
         plain_forward(out, lse, qkv, B, 0, T, NH, HS, drop);
     }
     void attention_backward(A* dqkv, float* dqkv_bias, const A* dout, const A* out,
@@ -2130,38 +2176,28 @@ struct Cuda {
         const size_t heads = size_t(B) * NH * statistics_rows(T);
         const int width = 3 * NH * HS;
         float* partial = nullptr;
-        size_t parts = 0;
+        int parts = 0;
         auto start = [&]<int kHS, int kM, bool kDrop, bool kGroup>(Tiles<kHS, kM, kDrop, kGroup>) {
-            const dim3 grid(blocks_for(T, 64 * kM), unsigned(B * NH));
-            parts = size_t(B) * grid.x;
+            const dim3 grid = heads_grid(T, 64 * kM, B * NH);
             const size_t shared = (2 * 64 * kM + 4 * 64) * kHS * sizeof(A);
-            float2* statistics = context->scratch<float2>(heads + parts * width / 2);
+            parts = B * int(grid.x);
+            float2* statistics = context->scratch<float2>(heads + size_t(parts) * width / 2);
             partial = reinterpret_cast<float*>(statistics + heads);
-            allow_shared(attention_backward_queries_kernel<kHS, kM, kDrop, kGroup>, shared);
-            attention_backward_queries_kernel<kHS, kM, kDrop, kGroup>
-                <<<grid, kHeadThreads, shared, stream()>>>(dqkv, partial, statistics, dout, out,
-                                                           lse, qkv, T, NH, drop);
-            allow_shared(attention_backward_keys_kernel<kHS, kM, kDrop, kGroup>, shared);
-            attention_backward_keys_kernel<kHS, kM, kDrop, kGroup>
-                <<<grid, kHeadThreads, shared, stream()>>>(dqkv, partial, statistics, dout, qkv, T,
-                                                           NH, drop);
-            CUDA_CHECK(cudaGetLastError());
+            launch(KERNEL(attention_backward_queries_kernel<kHS, kM, kDrop, kGroup>), grid,
+                   kHeadThreads, shared, dqkv, partial, statistics, dout, out, lse, qkv, T, NH,
+                   drop);
+            launch(KERNEL(attention_backward_keys_kernel<kHS, kM, kDrop, kGroup>), grid,
+                   kHeadThreads, shared, dqkv, partial, statistics, dout, qkv, T, NH, drop);
         };
-        auto run = [&](bool group) { return on_tensor_cores<1>(B, T, NH, HS, drop, group, start); };
-        if (run(as_group("backward", dqkv, 3, B, T, NH, HS, drop, run)))
-            return sum_partials({{dqkv_bias}}, 1, partial, int(parts), width, accumulate);
+        if (on_tensor_cores<1>("backward", dqkv, 3, B, T, NH, HS, drop, start))
+            return sum_partials({{dqkv_bias}}, 1, partial, parts, width, accumulate);
         float* delta = context->scratch<float>(size_t(B) * NH * T);
-        const dim3 grid(blocks_for(T, kPlainHeld), unsigned(B * NH));
-        const size_t shared = plain_shared(HS, 2);
+        const dim3 grid = heads_grid(T, kPlainHeld, B * NH);
         with_lane_channels(HS, [&]<int E>(std::integral_constant<int, E>) {
-            allow_shared(attention_plain_backward_kernel<A, E, false>, shared);
-            attention_plain_backward_kernel<A, E, false>
-                <<<grid, kHeadThreads, shared, stream()>>>(dqkv, delta, dout, out, lse, qkv, T, NH,
-                                                           HS, drop);
-            allow_shared(attention_plain_backward_kernel<A, E, true>, shared);
-            attention_plain_backward_kernel<A, E, true>
-                <<<grid, kHeadThreads, shared, stream()>>>(dqkv, delta, dout, out, lse, qkv, T, NH,
-                                                           HS, drop);
+            launch(KERNEL(attention_plain_backward_kernel<A, E, false>), grid, kHeadThreads,
+                   plain_shared(HS, 2), dqkv, delta, dout, out, lse, qkv, T, NH, HS, drop);
+            launch(KERNEL(attention_plain_backward_kernel<A, E, true>), grid, kHeadThreads,
+                   plain_shared(HS, 2), dqkv, delta, dout, out, lse, qkv, T, NH, HS, drop);
         });
         column_sums(dqkv_bias, nullptr, dqkv, nullptr, B * T, width, accumulate);
     }
@@ -2218,36 +2254,49 @@ struct Cuda {
     // --- the update
 
     void begin_step(StepState* state, double lr) {
-        begin_step_kernel<<<1, 1, 0, stream()>>>(state, lr);
-        CUDA_CHECK(cudaGetLastError());
+        launch(KERNEL(begin_step_kernel), 1, 1, 0, state, lr);
     }
     void add_loss(StepState* state, const float* losses, int rows, double scale) {
-        add_loss_kernel<<<1, kOneBlock, 0, stream()>>>(state, losses, rows, scale);
-        CUDA_CHECK(cudaGetLastError());
+        launch(KERNEL(add_loss_kernel), 1, kOneBlock, 0, state, losses, rows, scale);
     }
     void gradient_norm(StepState* state, const float* grads, size_t count) {
         const int pieces =
             resident_blocks(sum_of_squares_kernel, kThreads, 0, blocks_for(count, 4 * kThreads));
         double* sums = context->scratch<double>(pieces);
-        sum_of_squares_kernel<<<pieces, kThreads, 0, stream()>>>(sums, grads, count);
-        gradient_norm_kernel<<<1, kOneBlock, 0, stream()>>>(state, sums, pieces);
-        CUDA_CHECK(cudaGetLastError());
+        launch(KERNEL(sum_of_squares_kernel), pieces, kThreads, 0, sums, grads, count);
+        launch(KERNEL(gradient_norm_kernel), 1, kOneBlock, 0, state, sums, pieces);
     }
     void judge_step(StepState* state, Guards guards) {
-        judge_step_kernel<<<1, 1, 0, stream()>>>(state, guards);
-        CUDA_CHECK(cudaGetLastError());
+        launch(KERNEL(judge_step_kernel), 1, 1, 0, state, guards);
     }
     void adamw(Weight* weights, float* masters, float* m, float* v, const float* grads,
                size_t count, size_t decayed, const StepState* state, AdamW hyper) {
         const int blocks =
             resident_blocks(adamw_kernel<Weight>, kThreads, 0, blocks_for(count, 4 * kThreads));
-        adamw_kernel<Weight><<<blocks, kThreads, 0, stream()>>>(weights, masters, m, v, grads,
-                                                                count, decayed, state, hyper);
-        CUDA_CHECK(cudaGetLastError());
+        launch(KERNEL(adamw_kernel<Weight>), blocks, kThreads, 0, weights, masters, m, v, grads,
+               count, decayed, state, hyper);
     }
 
 private:
-    cudaStream_t stream() const { return context->stream; }
+    Stream& stream() const { return context->stream; }
+    // kernel<<<grid, block, shared, stream>>>(arguments...): starts grid blocks of so many threads,
+    // each block with so many bytes of shared memory beside the kernel's own arrays. KERNEL(kernel)
+    // is the first two: the name is for errors and for bench.
+    template <class... P>
+    void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared,
+                std::type_identity_t<P>... arguments) {
+        allow_shared(kernel, shared);
+        kernel<<<grid, block, shared, stream()>>>(arguments...);
+        check_code(cudaGetLastError(), name, __LINE__);
+        stream().lap(name);
+    }
+    // Lets a kernel use more than 48 KB of shared memory in a block, its own arrays included.
+    template <class Kernel>
+    static void allow_shared(Kernel* kernel, size_t bytes) {
+        if (bytes > 40 * 1024)
+            CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            int(bytes)));
+    }
     // Random numbers: what lies in memory decides how much power a product takes, and how fast it
     // is. A few are made, and copied until there are enough.
     void fill_with_noise(A* to, size_t count) {
@@ -2264,6 +2313,7 @@ private:
     template <class Kernel>
     int resident_blocks(Kernel* kernel, int threads, size_t shared, size_t enough) const {
         int each = 0;
+        allow_shared(kernel, shared);
         CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared));
         return int(std::clamp<size_t>(size_t(context->gpu.multiProcessorCount) * each, 1,
                                       std::max<size_t>(1, enough)));
@@ -2296,16 +2346,15 @@ private:
         const dim3 grid(blocks_for(C, kStripe<A>),
                         std::min<unsigned>(256, blocks_for(rows, kThreads / kWarp)));
         float* partial = context->scratch<float>(size_t(grid.y) * C);
-        column_sums_kernel<A>
-            <<<grid, kThreads, 0, stream()>>>(partial, product, d, pre, rows, C, drop);
+        launch(KERNEL(column_sums_kernel<A>), grid, kThreads, 0, partial, product, d, pre, rows, C,
+               drop);
         sum_partials({{sums}}, 1, partial, int(grid.y), C, accumulate);
     }
     void sum_partials(ThreePointers to, unsigned tables, const float* partial, int parts, int C,
                       bool accumulate) {
         const dim3 grid(blocks_for(C, kWarp), tables), block(kWarp, std::min(kWarp, parts));
-        sum_partials_kernel<<<grid, block, 0, stream()>>>(to, partial, parts, int(tables) * C, C,
-                                                          accumulate);
-        CUDA_CHECK(cudaGetLastError());
+        launch(KERNEL(sum_partials_kernel), grid, block, 0, to, partial, parts, int(tables) * C, C,
+               accumulate);
     }
     template <bool kGradient>
     void softmax_cross_entropy(float* losses, A* logits, const int32_t* targets, int rows, int V,
@@ -2314,13 +2363,15 @@ private:
         // Copies that do not wait came with 8.0; 1 KB is for the kernel's own sums.
         const size_t room = gpu.major < 8 ? 0 : gpu.sharedMemPerBlockOptin - 1024;
         const size_t kept = std::min(size_t(V / kPack<A>), room / 16), shared = kept * 16 + 16;
-        allow_shared(softmax_cross_entropy_kernel<A, kGradient>, shared);
-        softmax_cross_entropy_kernel<A, kGradient>
-            <<<rows, kHeadRowThreads, shared, stream()>>>(losses, logits, targets, V, table_rows(V),
-                                                          int(kept) * kPack<A>, scale);
-        CUDA_CHECK(cudaGetLastError());
+        launch(KERNEL(softmax_cross_entropy_kernel<A, kGradient>), rows, kHeadRowThreads, shared,
+               losses, logits, targets, V, table_rows(V), int(kept) * kPack<A>, scale);
     }
 
+    // Blocks for a kernel of attention: row y of the grid works on head y, each block on so many of
+    // its T rows.
+    static dim3 heads_grid(int T, int rows_of_block, int heads) {
+        return {blocks_for(T, rows_of_block), unsigned(heads)};
+    }
     // Calls run(channels of a lane) for the plain kernels.
     template <class Run>
     static void with_lane_channels(int HS, Run&& run) {
@@ -2338,48 +2389,49 @@ private:
     }
     void plain_forward(A* out, float* lse, const A* qkv, int B, int past, int n, int NH, int HS,
                        Dropout drop) {
-        const dim3 grid(blocks_for(n, kPlainHeld), unsigned(B * NH));
-        const size_t shared = plain_shared(HS, 1);
         with_lane_channels(HS, [&]<int E>(std::integral_constant<int, E>) {
-            allow_shared(attention_plain_forward_kernel<A, E>, shared);
-            attention_plain_forward_kernel<A, E>
-                <<<grid, kHeadThreads, shared, stream()>>>(out, lse, qkv, past, n, NH, HS, drop);
+            launch(KERNEL(attention_plain_forward_kernel<A, E>), heads_grid(n, kPlainHeld, B * NH),
+                   kHeadThreads, plain_shared(HS, 1), out, lse, qkv, past, n, NH, HS, drop);
         });
-        CUDA_CHECK(cudaGetLastError());
     }
-    // Calls start(Tiles); false where the tensor cores have no kernel for this head size or type. A
-    // block takes 128 rows of a head, not 64, where there are enough of them to give each
-    // multiprocessor two blocks, and no dropout, whose arithmetic needs the registers. As a group
-    // it takes at most kMost times 64: more rows of a group do not save reading shared memory.
+    // Calls start(Tiles), and returns true; false where the tensor cores have no kernel for this
+    // head size or type. A block takes 128 rows of a head, not 64, where there are enough of them
+    // to give each multiprocessor two blocks, and no dropout, whose arithmetic needs the registers.
+    // As a group it takes at most kMost times 64: more rows of a group do not save reading shared
+    // memory. What start makes is in result [B * T, tables, NH, HS].
     template <int kMost, class Start>
-    bool on_tensor_cores(int B, int T, int NH, int HS, Dropout drop, bool group, Start&& start) {
-        auto with_size = [&]<int kHS>(std::integral_constant<int, kHS>) {
-            drop.on() ? start(Tiles<kHS, 1, true, false>()) : start(Tiles<kHS, 1, false, false>());
-            return true;
-        };
+    bool on_tensor_cores(const char* what, const A* result, int tables, int B, int T, int NH,
+                         int HS, Dropout drop, Start&& start) {
         if constexpr (kSeparateMasters) {
             const size_t blocks = size_t(B) * NH * blocks_for(T, 128);
             const bool many = blocks >= 2 * size_t(context->gpu.multiProcessorCount);
-            if (HS == 32 || HS == 64 || HS == 128)
+            auto in_64_rows = [&]<int kHS>(std::integral_constant<int, kHS>) {
+                drop.on() ? start(Tiles<kHS, 1, true, false>())
+                          : start(Tiles<kHS, 1, false, false>());
+            };
+            auto run = [&](bool group) {
                 context->way = group ? " (wgmma)" : " (mma.sync)";
-            if (group && many) return start(Tiles<64, kMost, false, true>()), true;
-            if (group) return start(Tiles<64, 1, false, true>()), true;
-            if (HS == 64 && !drop.on() && many) return start(Tiles<64, 2, false, false>()), true;
-            if (HS == 32) return with_size(std::integral_constant<int, 32>());
-            if (HS == 64) return with_size(std::integral_constant<int, 64>());
-            if (HS == 128) return with_size(std::integral_constant<int, 128>());
+                if (group && many) return start(Tiles<64, kMost, false, true>());
+                if (group) return start(Tiles<64, 1, false, true>());
+                if (HS == 64 && many && !drop.on()) return start(Tiles<64, 2, false, false>());
+                if (HS == 32) return in_64_rows(std::integral_constant<int, 32>());
+                if (HS == 64) return in_64_rows(std::integral_constant<int, 64>());
+                in_64_rows(std::integral_constant<int, 128>());
+            };
+            if (HS != 32 && HS != 64 && HS != 128) return false;
+            run(context->gpu.major == 9 && HS == 64 && !drop.on() &&
+                as_group(what, result, tables, B, T, NH, HS, run));
+            return true;
         }
         return false;
     }
-    // Whether attention's warps multiply as groups: on a GPU that can, where tuning found it to be
-    // faster, and right. What run leaves in result [B * T, tables, NH, HS] must be the same both
-    // ways, up to rounding. Both round the same numbers to bf16 at the same places, but add up in
-    // other orders, so that a few fall to the other side, by 2^-8 at most: together far below 2^-8
-    // of the whole, which is asked of every head of every table. What is wrong errs by about 1.
-    template <class Run>
-    bool as_group(const char* way, const A* result, int tables, int B, int T, int NH, int HS,
-                  Dropout drop, Run&& run) {
-        if (!kSeparateMasters || context->gpu.major != 9 || HS != 64 || drop.on()) return false;
+    // Whether attention's warps multiply as groups, on a GPU that can: where tuning found it to be
+    // faster, and right. What run leaves in result must be the same both ways, up to rounding. Both
+    // round the same numbers to bf16 at the same places, but add up in other orders, so that a few
+    // fall to the other side, by 2^-8 at most: together far below 2^-8 of the whole, which is asked
+    // of every head of every table. What is wrong errs by about 1.
+    bool as_group(const char* what, const A* result, int tables, int B, int T, int NH, int HS,
+                  const std::function<void(bool)>& run) {
         const size_t heads = size_t(tables) * NH, count = size_t(B) * T * heads * HS;
         auto same = [&] {
             std::vector<A> wanted(count), got(count);
@@ -2394,7 +2446,7 @@ private:
                 return std::sqrt(e) <= context->agreement * std::sqrt(s);
             });
         };
-        return context->matmuls->second_way(format("attention %s %d %d %d %d", way, B, T, NH, HS),
+        return context->matmuls->second_way(format("attention %s %d %d %d %d", what, B, T, NH, HS),
                                             "mma.sync", "wgmma", 2.0 * B * NH * T * T * HS, run,
                                             same);
     }

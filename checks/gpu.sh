@@ -359,8 +359,8 @@ percent() { awk -v name="$1" 'index($0, name) == 1 { for (i = 1; i <= NF; ++i) i
 # gflops ROW [PART]: a row's rate; without the time of its part, another row
 gflops() {
     awk -v name="$1" -v part="${2:-none}" '
-        index($0, name) == 1 && !rate { split(substr($0, 24), f, " "); time = f[2]; rate = f[3] }
-        index($0, part) == 1 && !less { split(substr($0, 24), f, " "); less = f[2] }
+        index($0, name) == 1 && !rate { split(substr($0, 36), f, " "); time = f[2]; rate = f[3] }
+        index($0, part) == 1 && !less { split(substr($0, 36), f, " "); less = f[2] }
         END { if (rate && time > less) printf "%.1f", rate * time / (time - less) }' "$work/bench-b64.log" 2> /dev/null
 }
 # matmul BENCH-ROW CEILING [PART]: the row's rate over the ceiling for the same shape

@@ -349,6 +349,11 @@ PLANTED __global__ void read_global(float* x, long at) {
 PLANTED __global__ void write_global(float* x, long at) {
     if (blockIdx.x == 1 && threadIdx.x == 3) x[at] = 1;
 }
+template <typename... P>
+void launch_by_pointer(const char* name, void (*kernel)(P...),
+                       std::type_identity_t<P>... arguments) {
+    kernel<<<2, 4>>>(arguments...);
+}
 struct Holder {
     float* p;
 };
@@ -362,6 +367,9 @@ TEST_CASE("emulator catches: an access past a global buffer, and after cudaFree"
         CHECK(e.mistake == Mistake::global_memory);
         CHECK(e.kernel == "read_global");
         CHECK((e.block.x == 1 && e.thread.x == 3));
+        CHECK(says(e, "read 0 bytes past the end of global buffer"));
+        e = mistake_of([&] { launch_by_pointer("read_global", read_global, x.data, 64); });
+        CHECK(e.kernel == "read_global");
         CHECK(says(e, "read 0 bytes past the end of global buffer"));
         e = mistake_of([&] { write_global<<<2, 4>>>(x.data, -1030); });
         CHECK(says(e, "write 4120 bytes before global buffer"));

@@ -40,6 +40,8 @@ accepts() {
 }
 accepts '// k<<<1>>>\nconst char* s = "<<<";\nint x;\n' 'int x;' 3
 accepts 'void f() {\n  k<a, 3><<<dim3(1, 2),\n  4>>>(x);\n}\nint y;\n' 'int y;' 5
+accepts 'void f() { kernel<<<1, 2>>>(x); }\n' 'launch(name, ' 1
+accepts 'void f() { n::k<<<1, 2>>>(x); }\n' 'launch("n::k", ' 1
 accepts '// GPU only begin\nasm("x");\n// GPU only end\nint z;\n' 'int z;' 4
 accepts '#pragma unroll 4\nint w = 1'"'"'000;\n' 'int w' 2
 accepts 'namespace n { __global__ void __launch_bounds__(64, 2)\nk(int a) {\nint b; } }\n' 'check_launch_bounds(64)' 2

@@ -6,7 +6,9 @@
 // It is no compiler. It knows exactly what is listed here, rewrites it in place so that every line
 // keeps its number, and stops with file:line at anything else that only nvcc understands.
 //
-//   kernel<<<grid, block, shared, stream>>>(...)    a call of cuda_on_cpu::launch
+//   k<<<grid, block, shared, stream>>>(...)         a call of cuda_on_cpu::launch
+//   kernel<<<...>>>(...)                            the same; `kernel` is a pointer to one, and the
+//                                                   const char* `name` beside it says to which
 //   extern __shared__ T name[];                     a pointer to the block's dynamic shared memory
 //   __shared__ T name[N];                           a reference to shared memory of the block
 //   __global__ void __launch_bounds__(N) name(...)  a check of N where the body starts
@@ -195,7 +197,8 @@ std::vector<std::string> split_at_commas(const Source& s, size_t from, size_t to
 
 // name<A><<<grid, block, ...>>>  becomes  a Launcher made with the name, where it stands, two small
 // functions (one calls the kernel, one tells its address) and the numbers; its call operator takes
-// the kernel's arguments, which already stand behind.
+// the kernel's arguments, which already stand behind. Where the kernel is a pointer, `kernel`, its
+// name is what the variable `name` says.
 void translate_launches(Source& s) {
     for (size_t open = s.code.find("<<<"); open != std::string::npos;
          open = s.code.find("<<<", open)) {
@@ -215,9 +218,10 @@ void translate_launches(Source& s) {
         std::replace(quoted.begin(), quoted.end(), '\n', ' ');
         while (!quoted.empty() && quoted.back() == ' ') quoted.pop_back();
         for (auto& part : parts) numbers += ", " + part;
+        const std::string name = quoted == "kernel" ? "name" : "\"" + quoted + "\"";
         open = s.replace(start, close + 3,
-                         "::cuda_on_cpu::launch(\"" + quoted +
-                             "\", __FILE__, __LINE__, "
+                         "::cuda_on_cpu::launch(" + name +
+                             ", __FILE__, __LINE__, "
                              "[=](auto... arguments) { " +
                              quoted +
                              "(arguments...); }, "
