@@ -8600,7 +8600,7 @@ TEST_CASE_TEMPLATE("cuda: the kernels of a step are all timed", Device, Cuda<flo
     CHECK(calls["layernorm_backward"] == 2 * L + 1);
     CHECK(calls["softmax_cross_entropy"] == 1);
     CHECK(calls["product"] == 12 * L + 3);
-    CHECK(calls["upload"] == 3);
+    CHECK(calls["copy"] == 3);
     CHECK(calls["zero"] == 1);
     CHECK(flops == 6.0 * B * T * C * (12 * C * L + double(table_rows(V))));
 #ifdef CUDA_ON_CPU

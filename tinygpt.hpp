@@ -8037,7 +8037,7 @@ int info_command(Device device, const Options& o) {
 //       product nt 65536x768, k 3072   12 calls  0.741 ms a call  417000.0 GFLOP/s  ...
 // nt says how the two matrices lie, t for a transposed one: nn is x w of a forward pass, nt is dout
 // w^T, so dx, and tn is x^T dout, so dw. At the end stand all kernels of a step, the costliest
-// first (upload: the batch comes from the host; zero: memory is set to 0), and their sum beside the
+// first (copy: the batch comes from the host; zero: memory is set to 0), and their sum beside the
 // step, whose kernels are started as one recording.
 
 // What a kernel of a GPU did, in one call or in several. flops: of matrix products, else 0.

@@ -11,7 +11,7 @@
 //   2 words of PTX      all inline assembly: tensor cores, and copies that do not wait
 //   3 small words       16 bytes at a time, sums over a warp and a block
 //   4 kernels           embedding, layernorm, linear layers, attention, head, update
-//   5 matmuls           cuBLASLt with plans that are made once for each shape
+//   5 work for the GPU  its queue and clock; cuBLASLt with plans made once for each shape
 //   6 struct Cuda       the device: which kernel, on how many blocks
 //   7 the driver
 //
@@ -1248,15 +1248,15 @@ constexpr int kHeadRowThreads = 512;  // of a block that makes a row of logits
 
 // loss = log(sum of e^l) - l[target], 0 where the target is kIgnore. One block makes one row of
 // logits [V], rows `pitch` apart: first its maximum and sum of e^(l - max) in one reading, then, if
-// kGradient, the logits become scale (softmax - onehot). The first `kept` of a row (all but V % N,
+// gradient, the logits become scale (softmax - onehot). The first `kept` of a row (all but V % N,
 // if they fit) are asked for at once and wait in shared memory for both readings: 100 KB in GPT-2,
 // so that a multiprocessor loads one row while it works on another. The rest is read twice.
 // Moves: reads 1, writes 1 row of V: 4.4 ms. Operations: 2 exponentials for each number, 1.8 ms.
 // Expect 90 %.
-template <class A, bool kGradient>
+template <class A>
 __global__ void __launch_bounds__(kHeadRowThreads, 2)
     softmax_cross_entropy_kernel(float* losses, A* logits, const int32_t* targets, int V, int pitch,
-                                 int kept, float scale) {
+                                 int kept, bool gradient, float scale) {
     constexpr int N = kPack<A>;
     extern __shared__ __align__(16) uint4 kept_packs[];
     const int row = blockIdx.x, target = targets[row], whole = V / N * N, step = blockDim.x * N;
@@ -1283,7 +1283,7 @@ __global__ void __launch_bounds__(kHeadRowThreads, 2)
     const float top = block_max(highest), offset = top * kLog2E;
     sum = block_sum(highest == -INFINITY ? 0 : sum * exp2_approx((highest - top) * kLog2E));
     if (threadIdx.x == 0) losses[row] = scored ? logf(sum) + top - at_target : 0;
-    if (!kGradient) return;
+    if (!gradient) return;
     const float factor = scored ? scale / sum : 0;  // else no v is the target
     for (int v = threadIdx.x * N; v < whole; v += step) {
         load(v);
@@ -1409,6 +1409,11 @@ public:
     operator cudaStream_t() const { return stream_; }
     void mark(const Event& event) { CUDA_CHECK(cudaEventRecord(event.event, stream_)); }
     void synchronize() { CUDA_CHECK(cudaStreamSynchronize(stream_)); }
+    // From the host or the GPU to either: the addresses tell.
+    void copy(void* to, const void* from, size_t bytes) {
+        CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_));
+        lap("copy");
+    }
 
     // Seconds that the work takes on the GPU: the best of 5 times, after one that is not counted.
     double best_seconds(auto&& work) {
@@ -1479,37 +1484,25 @@ struct Finish {
     std::function<void()> by_hand = nullptr;
 };
 
-// What a plan depends on. Careful: cuBLASLt counts matrices column by column, so what is a
-// row-major [r, c] here is its [c, r] there. It sees out = x w, [rows, OC] = [rows, C] [C, OC], as
-// out^T = w^T x^T: its A is w, its B is x, and a transpose asked of it undoes one of ours. For it D
-// [m, n] = epilogue(op(A) [m, k] op(B) [k, n] (+ C)).
-struct Product {
-    int64_t m, n, k;
-    bool transpose_a, transpose_b, add;  // add: C is added
-    cublasLtEpilogue_t epilogue;
-    cudaDataType_t in, out;
-    auto operator<=>(const Product&) const = default;
-    double flops() const { return 2.0 * double(m) * double(n) * double(k); }
-    // For bench: how left and right lie (t: transposed), and the sizes.
-    std::string name() const {
-        return format("product %c%c %ldx%ld, k %ld", transpose_b ? 't' : 'n',
-                      transpose_a ? 't' : 'n', long(n), long(m), long(k));
-    }
-};
-
 constexpr size_t kMatmulWorkspace = size_t(32) << 20;  // what NVIDIA recommends for Hopper
 
+// A product as the library wants it described, and its choice. Careful: cuBLASLt counts matrices
+// column by column, so what is a row-major [r, c] here is its [c, r] there. It sees out = x w,
+// [rows, OC] = [rows, C] [C, OC], as out^T = w^T x^T: its A is w, its B is x, and a transpose asked
+// of it undoes one of ours. For it D [m, n] = epilogue(op(A) [m, k] op(B) [k, n] (+ C)).
 struct Plan {
+    int64_t m, n, k;
+    std::string name;  // for bench: how left and right lie (t: transposed), and the sizes
     cublasLtMatmulDesc_t operation = nullptr;
     cublasLtMatrixLayout_t a = nullptr, b = nullptr, d = nullptr;
     cublasLtMatmulAlgo_t algorithm = {};
     bool possible = false;
-    std::string name;
+    Plan(int64_t m, int64_t n, int64_t k) : m(m), n(n), k(k) {}
+    double flops() const { return 2.0 * double(m) * double(n) * double(k); }
 };
 
-template <class T>
-void set(cublasLtMatmulDesc_t operation, cublasLtMatmulDescAttributes_t name, T value) {
-    CUDA_CHECK(cublasLtMatmulDescSetAttribute(operation, name, &value, sizeof value));
+inline void set(Plan& plan, cublasLtMatmulDescAttributes_t name, auto value) {
+    CUDA_CHECK(cublasLtMatmulDescSetAttribute(plan.operation, name, &value, sizeof value));
 }
 
 // The file of tuned plans. A line is a plan: GPU and version of the library; the work; the choice;
@@ -1522,21 +1515,18 @@ public:
         lines_ = split_at(read_file(path), '\n');
         if (lines_.back().empty()) lines_.pop_back();
     }
-    // The choice for some work, and its place in the file. What the file does not have is made by
-    // `tune`, which times it, and written down: the file is written anew as a whole, or not at all.
-    struct Tuned {
-        std::string choice, times;
-    };
+    // The choice for some work, and its place in the file. What the file does not have, tune makes:
+    // the rest of the line. Then the file is written anew as a whole, or not at all.
     struct Found {
         std::string choice, where;
     };
-    Found choice(const std::string& work, const std::function<Tuned()>& tune) {
+    Found find(const std::string& work, const std::function<std::string()>& tune) {
         const std::string key = machine_ + " | " + work + " | ";
         auto line = std::find_if(lines_.begin(), lines_.end(),
                                  [&](const std::string& l) { return l.starts_with(key); });
         if (line == lines_.end()) {
-            const Tuned tuned = tune();  // may add lines of its own
-            line = lines_.insert(lines_.end(), key + tuned.choice + " | " + tuned.times);
+            const std::string rest = tune();  // may add lines of its own
+            line = lines_.insert(lines_.end(), key + rest);
             std::string text;
             for (const std::string& l : lines_) text += l + "\n";
             make_folders(parent_folder(path_));
@@ -1576,7 +1566,7 @@ public:
     }
     Matmuls(const Matmuls&) = delete;
     ~Matmuls() {
-        for (auto& [product, plan] : plans_) {
+        for (auto& [key, plan] : plans_) {
             cublasLtMatmulDescDestroy(plan.operation);
             for (auto layout : {plan.a, plan.b, plan.d}) cublasLtMatrixLayoutDestroy(layout);
         }
@@ -1598,16 +1588,16 @@ public:
         if (!file_ || operations < tune_from) return false;
         const auto [found, fresh] = ways_.try_emplace(work);
         if (!fresh) return found->second;
-        const auto [choice, where] = file_->choice(work, [&]() -> PlanFile::Tuned {
+        const auto [choice, where] = file_->find(work, [&] {
             const double mine = 1e6 * stream_.best_seconds([&] { run(false); });
             if (!same()) {
                 std::fprintf(stderr, "warning: %s: results by %s differ, so %s is used\n",
                              work.c_str(), second, first);
-                return {first, format("%.1f us, %s differs", mine, second)};
+                return format("%s | %.1f us, %s differs", first, mine, second);
             }
             const double other = 1e6 * stream_.best_seconds([&] { run(true); });
-            if (other < mine) return {second, format("%.1f us, %s %.1f us", other, first, mine)};
-            return {first, format("%.1f us, %s %.1f us", mine, second, other)};
+            if (other < mine) return format("%s | %.1f us, %s %.1f us", second, other, first, mine);
+            return format("%s | %.1f us, %s %.1f us", first, mine, second, other);
         });
         PlanFile::check(choice == first || choice == second, where);
         return found->second = choice == second;
@@ -1618,65 +1608,67 @@ public:
     bool multiply(const Matrix& out, const Matrix& left, const Matrix& right,
                   const Finish& finish = {}) {
         if (!workspace_) CUDA_CHECK(cudaMalloc(&workspace_, kMatmulWorkspace));
-        const Product
-            product{out.columns,      out.rows,        left.transposed ? left.rows : left.columns,
-                    right.transposed, left.transposed, finish.add != nullptr,
-                    finish.epilogue,  type_,           finish.single ? CUDA_R_32F : type_};
-        auto [found, fresh] = plans_.try_emplace(product);
+        const int64_t k = left.transposed ? left.rows : left.columns;
+        const Key key{out.columns,      out.rows,        k,
+                      right.transposed, left.transposed, finish.add != nullptr,
+                      finish.epilogue,  type_,           result_type(finish),
+                      compute_};
+        auto [found, fresh] = plans_.try_emplace(key, out.columns, out.rows, k);
         Plan& plan = found->second;
-        if (fresh) describe(plan, product, left, right, finish.aux != nullptr);
-        if (finish.bias) set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, finish.bias);
-        if (finish.aux) set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, finish.aux);
-        const Operands at{const_cast<void*>(out.data), right.data, left.data,
-                          finish.add ? finish.add : out.data, finish.add ? 1.0f : 0.0f};
-        if (fresh) choose(plan, product, at, finish.by_hand);
+        if (fresh) describe(plan, left, right, finish);
+        if (finish.bias) set(plan, CUBLASLT_MATMUL_DESC_BIAS_POINTER, finish.bias);
+        if (finish.aux) set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, finish.aux);
+        if (fresh) choose(plan, key, out, left, right, finish);
         if (!plan.possible) return false;
-        const cublasStatus_t code = run(plan, plan.algorithm, at);
+        const cublasStatus_t code = run(plan, plan.algorithm, out, left, right, finish.add);
         plan.possible = code != CUBLAS_STATUS_NOT_SUPPORTED;  // a suggestion is no promise
-        if (plan.possible) CUDA_CHECK(code), stream_.lap(plan.name, product.flops());
+        if (plan.possible) CUDA_CHECK(code), stream_.lap(plan.name, plan.flops());
         return plan.possible;
     }
 
 private:
-    // d = a b + beta c
-    struct Operands {
-        void* d;
-        const void *a, *b, *c;
-        float beta;
-    };
+    // What a plan depends on: m, n, k, what is transposed, whether something is added; epilogue and
+    // types.
+    using Key = std::array<int64_t, 10>;
 
-    cublasStatus_t run(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm,
-                       const Operands& at) {
-        const float one = 1;
-        return cublasLtMatmul(library_, plan.operation, &one, at.a, plan.a, at.b, plan.b, &at.beta,
-                              at.c, plan.d, at.d, plan.d, &algorithm, workspace_, kMatmulWorkspace,
-                              stream_);
+    cudaDataType_t result_type(const Finish& finish) const {
+        return finish.single ? CUDA_R_32F : type_;
+    }
+    // out = left right, and add, which may be null.
+    cublasStatus_t run(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const Matrix& out,
+                       const Matrix& left, const Matrix& right, const void* add) {
+        const float one = 1, beta = add ? 1 : 0;
+        return cublasLtMatmul(library_, plan.operation, &one, right.data, plan.a, left.data, plan.b,
+                              &beta, add ? add : out.data, plan.d, const_cast<void*>(out.data),
+                              plan.d, &algorithm, workspace_, kMatmulWorkspace, stream_);
     }
 
-    void describe(Plan& plan, const Product& p, const Matrix& x, const Matrix& w, bool aux) {
-        plan.name = p.name();
+    void describe(Plan& plan, const Matrix& x, const Matrix& w, const Finish& finish) {
+        plan.name = format("product %c%c %ldx%ld, k %ld", x.transposed ? 't' : 'n',
+                           w.transposed ? 't' : 'n', long(plan.n), long(plan.m), long(plan.k));
         CUDA_CHECK(cublasLtMatmulDescCreate(&plan.operation, compute_, CUDA_R_32F));
-        set(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, p.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N);
-        set(plan.operation, CUBLASLT_MATMUL_DESC_TRANSB, p.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N);
-        set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE, p.epilogue);
-        if (aux) set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, p.m);
-        CUDA_CHECK(cublasLtMatrixLayoutCreate(&plan.a, p.in, w.columns, w.rows, w.columns));
-        CUDA_CHECK(cublasLtMatrixLayoutCreate(&plan.b, p.in, x.columns, x.rows, x.columns));
-        CUDA_CHECK(cublasLtMatrixLayoutCreate(&plan.d, p.out, p.m, p.n, p.m));
+        set(plan, CUBLASLT_MATMUL_DESC_TRANSA, w.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
+        set(plan, CUBLASLT_MATMUL_DESC_TRANSB, x.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
+        set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE, finish.epilogue);
+        if (finish.aux) set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, plan.m);
+        CUDA_CHECK(cublasLtMatrixLayoutCreate(&plan.a, type_, w.columns, w.rows, w.columns));
+        CUDA_CHECK(cublasLtMatrixLayoutCreate(&plan.b, type_, x.columns, x.rows, x.columns));
+        CUDA_CHECK(
+            cublasLtMatrixLayoutCreate(&plan.d, result_type(finish), plan.m, plan.n, plan.m));
     }
 
-    void choose(Plan& plan, const Product& p, const Operands& at,
-                const std::function<void()>& by_hand) {
-        const bool tune = file_ && p.flops() >= tune_from;
+    // Without tuning the library's first suggestion; with it what the file says.
+    void choose(Plan& plan, const Key& key, const Matrix& out, const Matrix& left,
+                const Matrix& right, const Finish& finish) {
+        const bool tune = file_ && plan.flops() >= tune_from;
         const auto suggested = suggestions(plan, tune ? 16 : 1);
         plan.possible = !suggested.empty();
         if (plan.possible) plan.algorithm = suggested[0];
         if (!plan.possible || !tune) return;
+        std::string work;
+        for (int64_t number : key) work += (work.empty() ? "" : " ") + std::to_string(number);
         const auto [words, where] =
-            file_->choice(format("%ld %ld %ld %d %d %d %d %d %d %d", long(p.m), long(p.n),
-                                 long(p.k), p.transpose_a, p.transpose_b, p.add, int(p.epilogue),
-                                 int(p.in), int(p.out), int(compute_)),
-                          [&] { return fastest(plan, p, at, suggested, by_hand); });
+            file_->find(work, [&] { return fastest(plan, out, left, right, finish, suggested); });
         const char* word = words.c_str();
         for (uint64_t& bits : plan.algorithm.data) {
             char* end = nullptr;
@@ -1750,32 +1742,34 @@ private:
             }
     }
 
-    // Times all candidates on the operands themselves; the fastest, in words. Where the result
-    // would be added to what is there, it goes elsewhere. Where by_hand beats them all, the words
-    // are zeros: no plan.
-    PlanFile::Tuned fastest(const Plan& plan, const Product& p, Operands at,
-                            std::vector<Algorithm> candidates,
-                            const std::function<void()>& by_hand) {
-        if (p.k >= 4 * std::max(p.m, p.n)) add_split_sums(candidates, plan);
-        void* const home = at.d;
-        if (p.add && at.c == home) CUDA_CHECK(cudaMalloc(&at.d, size_t(p.n * p.m) * 4));
+    // Times all candidates on the operands themselves. The rest of a line: the fastest, in words,
+    // and its time. Where the result would be added to what is there, it goes elsewhere. Where
+    // by_hand beats them all, the words are zeros: no plan.
+    std::string fastest(const Plan& plan, Matrix out, const Matrix& left, const Matrix& right,
+                        const Finish& finish, std::vector<Algorithm> candidates) {
+        if (plan.k >= 4 * std::max(plan.m, plan.n)) add_split_sums(candidates, plan);
+        void* elsewhere = nullptr;
+        if (finish.add == out.data) {
+            CUDA_CHECK(cudaMalloc(&elsewhere, size_t(plan.m * plan.n) * 4));
+            out.data = elsewhere;
+        }
         double first = 0, best = INFINITY;
         Algorithm choice;
         for (const Algorithm& candidate : candidates) {
-            if (run(plan, candidate, at) != CUBLAS_STATUS_SUCCESS) continue;
-            const double seconds =
-                stream_.best_seconds([&] { CUDA_CHECK(run(plan, candidate, at)); });
+            auto multiply = [&] { return run(plan, candidate, out, left, right, finish.add); };
+            if (multiply() != CUBLAS_STATUS_SUCCESS) continue;
+            const double seconds = stream_.best_seconds([&] { CUDA_CHECK(multiply()); });
             if (first == 0) first = seconds;
             if (seconds < best) best = seconds, choice = candidate;
         }
         cudaGetLastError();  // a refusal may have left an error, which the next check would find
-        if (at.d != home) CUDA_CHECK(cudaFree(at.d));
-        const double otherwise = by_hand ? stream_.best_seconds(by_hand) : INFINITY;
+        CUDA_CHECK(cudaFree(elsewhere));
+        const double otherwise = finish.by_hand ? stream_.best_seconds(finish.by_hand) : INFINITY;
         if (otherwise < best) best = otherwise, choice = {};
         std::string words;
         for (uint64_t word : choice.data)
             words += format(words.empty() ? "%016llx" : "-%016llx", (unsigned long long)(word));
-        return {words, format("%.1f us, first %.1f us", best * 1e6, first * 1e6)};
+        return words + format(" | %.1f us, first %.1f us", best * 1e6, first * 1e6);
     }
 
     cublasLtHandle_t library_ = nullptr;
@@ -1783,7 +1777,7 @@ private:
     cudaDataType_t type_;
     Stream& stream_;
     void* workspace_ = nullptr;
-    std::map<Product, Plan> plans_;
+    std::map<Key, Plan> plans_;
     std::map<std::string, bool> ways_;
     std::optional<PlanFile> file_;
 };
@@ -1853,16 +1847,14 @@ public:
             Pinned& piece = staging_[next_piece_++ % kStagingPieces];
             const size_t n = std::min(kStagingPiece, bytes - at);
             std::memcpy(piece.take(kStagingPiece), static_cast<const char*>(from_host) + at, n);
-            CUDA_CHECK(cudaMemcpyAsync(static_cast<char*>(to) + at, piece.data, n,
-                                       cudaMemcpyHostToDevice, stream));
-            stream.mark(piece.done), stream.lap("upload");
+            stream.copy(static_cast<char*>(to) + at, piece.data, n);
+            stream.mark(piece.done);
         }
     }
     // A copy of the state on its way to the host; two may be under way. next_letter waits.
     void post(const StepState* state) {
         Pinned& letter = letters_[posted_++ % 2];
-        CUDA_CHECK(cudaMemcpyAsync(letter.take(sizeof *state), state, sizeof *state,
-                                   cudaMemcpyDeviceToHost, stream));
+        stream.copy(letter.take(sizeof *state), state, sizeof *state);
         stream.mark(letter.done);
     }
     StepState next_letter() {
@@ -1872,8 +1864,7 @@ public:
     // Does the work. The second time it is recorded, and from then on the recording is repeated.
     // Why not the first time: then matmuls make their plans, and memory grows, which takes calls
     // that cannot be recorded.
-    template <class Work>
-    void replay(const WorkKey& key, Work&& work) {
+    void replay(const WorkKey& key, auto&& work) {
         const auto found = recordings_.find(key);
         if (found == recordings_.end()) {
             // A shard's last, shorter text makes work of its own: rarely, but often in a long run.
@@ -1882,7 +1873,14 @@ public:
             recordings_.emplace(key, nullptr);
             return;
         }
-        if (!found->second) found->second = record(work);
+        if (!found->second) {
+            cudaGraph_t graph = nullptr;
+            CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+            work();
+            CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+            CUDA_CHECK(cudaGraphInstantiate(&found->second, graph, 0));
+            CUDA_CHECK(cudaGraphDestroy(graph));
+        }
         CUDA_CHECK(cudaGraphLaunch(found->second, stream));
         ++replays;
     }
@@ -1902,18 +1900,6 @@ private:
     static constexpr size_t kStagingPiece = size_t(256) << 10, kStagingPieces = 64;
     Pinned staging_[kStagingPieces], letters_[2];
     size_t next_piece_ = 0, posted_ = 0, fetched_ = 0;
-
-    template <class Work>
-    cudaGraphExec_t record(Work&& work) {
-        cudaGraph_t graph = nullptr;
-        cudaGraphExec_t recording = nullptr;
-        CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-        work();
-        CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
-        CUDA_CHECK(cudaGraphInstantiate(&recording, graph, 0));
-        CUDA_CHECK(cudaGraphDestroy(graph));
-        return recording;
-    }
 };
 
 // What the compiler must know of an attention kernel: head size, times 16 rows of a warp, dropout,
@@ -1982,9 +1968,7 @@ struct Cuda {
         const size_t bytes = std::min(size_t(1) << 29, free_memory() / 2) / 2;
         char *from = allocate<char>(bytes), *to = allocate<char>(bytes);
         zero(from, bytes);
-        const double seconds = stream().best_seconds([&] {
-            CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream()));
-        });
+        const double seconds = stream().best_seconds([&] { stream().copy(to, from, bytes); });
         release(from), release(to);
         return 2 * double(bytes) / seconds;
     }
@@ -2027,8 +2011,7 @@ struct Cuda {
     // --- a step as one piece of work, and its numbers
 
     static constexpr int kStepsBehind = 1;
-    template <class Work>
-    void replay(const WorkKey& key, Work&& work) {
+    void replay(const WorkKey& key, auto&& work) {
         if (!record || key.dropout) return work();
         context->replay(key, work);
     }
@@ -2048,14 +2031,12 @@ struct Cuda {
         CUDA_CHECK(code);
         return static_cast<T*>(pointer);
     }
-    template <class T>
-    void release(T* pointer) {
+    void release(auto* pointer) {
         if (pointer) context->forget_recordings();
         cudaFree(pointer);
     }
-    template <class T>
-    void zero(T* to, size_t count) {
-        CUDA_CHECK(cudaMemsetAsync(to, 0, count * sizeof(T), stream()));
+    void zero(auto* to, size_t count) {
+        CUDA_CHECK(cudaMemsetAsync(to, 0, count * sizeof *to, stream()));
         stream().lap("zero");
     }
     template <class T>
@@ -2064,8 +2045,7 @@ struct Cuda {
     }
     template <class T>
     void download(T* to_host, const T* from, size_t count) {
-        CUDA_CHECK(
-            cudaMemcpyAsync(to_host, from, count * sizeof(T), cudaMemcpyDeviceToHost, stream()));
+        stream().copy(to_host, from, count * sizeof(T));
         synchronize();
     }
     void weights_from_masters(Weight* weights, const Real* masters, size_t count) {
@@ -2219,33 +2199,18 @@ struct Cuda {
 
     void head_forward(float* losses, A* logits, const A* x, const A* w, const int32_t* targets,
                       int rows, int C, int V) {
-        const int step = head_rows(rows, V, head_bytes), width = table_rows(V);
-        for (int first = 0; first < rows; first += step) {
-            const int n = std::min(step, rows - first);
-            multiply({logits, n, width}, {x + size_t(first) * C, n, C}, transpose({w, width, C}));
-            softmax_cross_entropy<false>(losses + first, logits, targets + first, n, V, 0);
-        }
+        head_by_rows(losses, nullptr, nullptr, logits, x, w, targets, rows, C, V, 0, false);
     }
     int head_softmax(float* losses, A* logits, const int32_t* targets, int rows, int V,
                      float scale) {
         const int n = head_rows(rows, V, head_bytes);
-        softmax_cross_entropy<true>(losses, logits, targets, n, V, scale);
+        softmax_cross_entropy(losses, logits, targets, n, V, true, scale);
         return n;
     }
     void head_forward_backward(float* losses, A* dx, float* dw, A* logits, const A* x, const A* w,
                                const int32_t* targets, int rows, int C, int V, float scale,
                                bool accumulate) {
-        const int step = head_rows(rows, V, head_bytes), width = table_rows(V);
-        const Matrix table{w, width, C};
-        for (int first = 0; first < rows; first += step) {
-            const int n = std::min(step, rows - first);
-            const Matrix x_rows{x + size_t(first) * C, n, C}, scores{logits, n, width};
-            multiply(scores, x_rows, transpose(table));
-            softmax_cross_entropy<true>(losses + first, logits, targets + first, n, V, scale);
-            multiply({dx + size_t(first) * C, n, C}, scores, table);  // the scores are dlogits now
-            multiply({dw, width, C}, transpose(scores), x_rows,
-                     {.single = true, .add = accumulate || first > 0 ? dw : nullptr});
-        }
+        head_by_rows(losses, dx, dw, logits, x, w, targets, rows, C, V, scale, accumulate);
     }
     void head_logits(float* logits, const A* x, const A* w, int rows, int C, int V) {
         multiply({logits, rows, V}, {x, rows, C}, transpose({w, V, C}), {.single = true});
@@ -2291,8 +2256,7 @@ private:
         stream().lap(name);
     }
     // Lets a kernel use more than 48 KB of shared memory in a block, its own arrays included.
-    template <class Kernel>
-    static void allow_shared(Kernel* kernel, size_t bytes) {
+    static void allow_shared(auto* kernel, size_t bytes) {
         if (bytes > 40 * 1024)
             CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                             int(bytes)));
@@ -2304,14 +2268,12 @@ private:
         for (size_t i = 0; i < noise.size(); ++i) noise[i] = A(float(random_normal(1, i)));
         upload(to, noise.data(), noise.size());
         for (size_t done = noise.size(); done < count; done *= 2)
-            CUDA_CHECK(cudaMemcpyAsync(to + done, to, std::min(done, count - done) * sizeof(A),
-                                       cudaMemcpyDeviceToDevice, stream()));
+            stream().copy(to + done, to, std::min(done, count - done) * sizeof(A));
     }
     static unsigned packs(size_t count) { return blocks_for(count, size_t(kThreads) * kPack<A>); }
     // As many blocks as the GPU can hold at once, for kernels whose blocks take equal shares of all
     // work: one more would run alone. At most `enough`.
-    template <class Kernel>
-    int resident_blocks(Kernel* kernel, int threads, size_t shared, size_t enough) const {
+    int resident_blocks(auto* kernel, int threads, size_t shared, size_t enough) const {
         int each = 0;
         allow_shared(kernel, shared);
         CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared));
@@ -2356,15 +2318,32 @@ private:
         launch(KERNEL(sum_partials_kernel), grid, block, 0, to, partial, parts, int(tables) * C, C,
                accumulate);
     }
-    template <bool kGradient>
+    // The head for as many rows at a time as there is room for logits. Without dx: losses only.
+    void head_by_rows(float* losses, A* dx, float* dw, A* logits, const A* x, const A* w,
+                      const int32_t* targets, int rows, int C, int V, float scale,
+                      bool accumulate) {
+        const int step = head_rows(rows, V, head_bytes), width = table_rows(V);
+        const Matrix table{w, width, C};
+        for (int first = 0; first < rows; first += step) {
+            const int n = std::min(step, rows - first);
+            const Matrix x_rows{x + size_t(first) * C, n, C}, scores{logits, n, width};
+            multiply(scores, x_rows, transpose(table));
+            softmax_cross_entropy(losses + first, logits, targets + first, n, V, dx != nullptr,
+                                  scale);
+            if (!dx) continue;
+            multiply({dx + size_t(first) * C, n, C}, scores, table);  // the scores are dlogits now
+            multiply({dw, width, C}, transpose(scores), x_rows,
+                     {.single = true, .add = accumulate || first > 0 ? dw : nullptr});
+        }
+    }
     void softmax_cross_entropy(float* losses, A* logits, const int32_t* targets, int rows, int V,
-                               float scale) {
+                               bool gradient, float scale) {
         const cudaDeviceProp& gpu = context->gpu;
         // Copies that do not wait came with 8.0; 1 KB is for the kernel's own sums.
         const size_t room = gpu.major < 8 ? 0 : gpu.sharedMemPerBlockOptin - 1024;
         const size_t kept = std::min(size_t(V / kPack<A>), room / 16), shared = kept * 16 + 16;
-        launch(KERNEL(softmax_cross_entropy_kernel<A, kGradient>), rows, kHeadRowThreads, shared,
-               losses, logits, targets, V, table_rows(V), int(kept) * kPack<A>, scale);
+        launch(KERNEL(softmax_cross_entropy_kernel<A>), rows, kHeadRowThreads, shared, losses,
+               logits, targets, V, table_rows(V), int(kept) * kPack<A>, gradient, scale);
     }
 
     // Blocks for a kernel of attention: row y of the grid works on head y, each block on so many of
@@ -2373,8 +2352,7 @@ private:
         return {blocks_for(T, rows_of_block), unsigned(heads)};
     }
     // Calls run(channels of a lane) for the plain kernels.
-    template <class Run>
-    static void with_lane_channels(int HS, Run&& run) {
+    static void with_lane_channels(int HS, auto&& run) {
         if (HS <= 64) return run(std::integral_constant<int, 2>());
         if (HS <= 128) return run(std::integral_constant<int, 4>());
         run(std::integral_constant<int, 8>());
@@ -2399,9 +2377,9 @@ private:
     // to give each multiprocessor two blocks, and no dropout, whose arithmetic needs the registers.
     // As a group it takes at most kMost times 64: more rows of a group do not save reading shared
     // memory. What start makes is in result [B * T, tables, NH, HS].
-    template <int kMost, class Start>
+    template <int kMost>
     bool on_tensor_cores(const char* what, const A* result, int tables, int B, int T, int NH,
-                         int HS, Dropout drop, Start&& start) {
+                         int HS, Dropout drop, auto&& start) {
         if constexpr (kSeparateMasters) {
             const size_t blocks = size_t(B) * NH * blocks_for(T, 128);
             const bool many = blocks >= 2 * size_t(context->gpu.multiProcessorCount);
