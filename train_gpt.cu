@@ -247,6 +247,23 @@ __device__ inline float block_max(float x) { return over_block(x, -INFINITY, war
 
 constexpr int kThreads = 256, kOneBlock = 1024;  // of a block, and of one that works alone
 
+// to[c] = (add ? to[c] : 0) + the sums that the block's warps have of column c, in the order of the
+// warps; for the 32 packs of columns from `begin` on, as far as C. Careful: once more only after a
+// barrier.
+template <class A>
+__device__ inline void add_up_warps(float* to, const float (&sum)[kPack<A>], int begin, int C,
+                                    bool add) {
+    constexpr int N = kPack<A>, kWarps = kThreads / kWarp;
+    __shared__ float sums[kWarps][kStripe<A>];
+    for (int i = 0; i < N; ++i) sums[threadIdx.x / kWarp][threadIdx.x % kWarp * N + i] = sum[i];
+    __syncthreads();
+    for (int i = threadIdx.x; i < kStripe<A> && begin + i < C; i += kThreads) {
+        float total = add ? to[begin + i] : 0;
+        for (int w = 0; w < kWarps; ++w) total += sums[w][i];
+        to[begin + i] = total;
+    }
+}
+
 // --- 4.1 Embedding
 
 // out[row] = drop(wte[tokens[row]] + wpe[past + row % T]). One thread makes one pack.
@@ -276,7 +293,6 @@ template <class A>
 __global__ void embed_backward_tokens_kernel(float* dwte, const A* dout, const int32_t* tokens,
                                              const int32_t* order, int rows, int C, Dropout drop) {
     constexpr int N = kPack<A>, kWarps = kThreads / kWarp;
-    __shared__ float sums[kWarps][kStripe<A>];
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const int stripes = blocks_for(C, kStripe<A>);
     for (int64_t piece = blockIdx.x; piece < int64_t(rows) * stripes; piece += gridDim.x) {
@@ -296,13 +312,7 @@ __global__ void embed_backward_tokens_kernel(float* dwte, const A* dout, const i
             load_pack(d, dout + at);
             for (int j = 0; j < N; ++j) sum[j] += drop.on() ? d[j] * drop.scale(at + j) : d[j];
         }
-        for (int j = 0; j < N; ++j) sums[warp][lane * N + j] = sum[j];
-        __syncthreads();
-        for (int i = threadIdx.x; i < kStripe<A> && begin + i < C; i += kThreads) {
-            float total = dwte[size_t(token) * C + begin + i];
-            for (int w = 0; w < kWarps; ++w) total += sums[w][i];
-            dwte[size_t(token) * C + begin + i] = total;
-        }
+        add_up_warps<A>(dwte + size_t(token) * C, sum, begin, C, true);
     }
 }
 
@@ -495,7 +505,6 @@ template <class A>
 __global__ void column_sums_kernel(float* partial, A* product, const A* d, const A* pre, int rows,
                                    int C, Dropout drop) {
     constexpr int N = kPack<A>, kWarps = kThreads / kWarp;
-    __shared__ float sums[kWarps][kStripe<A>];
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const int c = (blockIdx.x * kWarp + lane) * N;
     float sum[N] = {};
@@ -510,15 +519,7 @@ __global__ void column_sums_kernel(float* partial, A* product, const A* d, const
         }
         for (int i = 0; i < N; ++i) sum[i] += drop.on() ? x[i] * drop.scale(at + i) : x[i];
     }
-    for (int i = 0; i < N; ++i) sums[warp][lane * N + i] = sum[i];
-    __syncthreads();
-    for (int i = threadIdx.x; i < kStripe<A>; i += kThreads) {
-        const int column = blockIdx.x * kStripe<A> + i;
-        if (column >= C) continue;
-        float total = 0;
-        for (int w = 0; w < kWarps; ++w) total += sums[w][i];
-        partial[size_t(blockIdx.y) * C + column] = total;
-    }
+    add_up_warps<A>(partial + size_t(blockIdx.y) * C, sum, blockIdx.x * kStripe<A>, C, false);
 }
 
 // out = residual + drop(out). Moves: reads 2, writes 1 number each. Operations: about 20 on

@@ -21,8 +21,10 @@ embed_forward_kernel | embedding | sign | token[i] += place[i] | token[i] -= pla
 embed_forward_kernel | embedding | term | past + row % T | row % T
 embed_forward_kernel | embedding | term | token[i] *= drop.scale(at + i) | token[i] *= 1
 embed_backward_tokens_kernel | embedding | term | if (first > 0 && tokens[order[first - 1]] == token) | if (false)
-embed_backward_tokens_kernel | embedding | sign | total += sums[w][i] | total -= sums[w][i]
+embed_backward_tokens_kernel | embedding | sign | d[j] * drop.scale(at + j) | -d[j] * drop.scale(at + j)
 embed_backward_tokens_kernel | embedding | term | d[j] * drop.scale(at + j) | d[j]
+add_up_warps | embedding | sign | total += sums[w][i] | total -= sums[w][i]
+add_up_warps | embedding | term | add ? to[begin + i] : 0 | 0.0f
 column_sums_kernel | embedding | sign | drop.on() ? x[i] * drop.scale(at + i) : x[i] | drop.on() ? -x[i] * drop.scale(at + i) : -x[i]
 column_sums_kernel | embedding | term | drop.on() ? x[i] * drop.scale(at + i) : x[i] | x[i]
 layernorm_forward_kernel | layernorm | sign | (values[0][i] - m) * r * w[i] + b[i] | (values[0][i] - m) * r * w[i] - b[i]
