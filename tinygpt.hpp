@@ -2224,6 +2224,8 @@ inline std::vector<Candidate> candidates(const std::vector<float>& logits, doubl
         list[i] = {int(i), std::exp(below)};
         total += list[i].probability;
     }
+    TINYGPT_CHECK(std::isfinite(total),
+                  "the model's scores are no numbers: nothing can be sampled");
     for (Candidate& c : list) c.probability /= total;
     return list;
 }
@@ -2232,7 +2234,7 @@ inline std::vector<Candidate> candidates(const std::vector<float>& logits, doubl
 // (nucleus sampling, Holtzman et al. 2020), likeliest first (equal ones by id); what is left is
 // scaled to sum 1. From probabilities .5 .3 .15 .05, top_k = 3 leaves .5 .3 .15; of those top_p =
 // .8 needs two, as .5 + .3 >= .8 * .95; so .625 and .375 are left to pick from. Only what is needed
-// is sorted: of fifty thousand tokens that would take longer than a tenth of a pass.
+// is sorted: to sort fifty thousand tokens would take longer than a tenth of a pass.
 inline std::vector<Candidate> likeliest(std::vector<Candidate> list, int top_k, double top_p) {
     size_t sorted = 0, count = 0;
     auto sort_until = [&](size_t end) {
@@ -2442,7 +2444,7 @@ private:
         try {
             block_.reset(Cpu<float>().allocate<char>(bytes));
         } catch (const Error& error) {
-            if (!omp_in_parallel()) throw;
+            if (omp_get_level() == 0) throw;
             std::fprintf(stderr, "error: %s\n", error.what());  // no exception may leave a thread
             std::_Exit(1);
         }
@@ -2465,8 +2467,8 @@ inline Scratch& room(int piece) {
 //              n                   b, kDepth rows at a time, is cut into panels of kTileCols
 //         +---------+              columns, each copied so that it is read from start to end.
 //  kDepth |  | |b|  |
-//         +---------+              a is copied too, kDepth columns at a time: its rows stay rows,
-//         |  | | |  |              kStride apart.
+//         +---------+              a is copied too, some rows and kDepth columns at a time: its
+//         |  | | |  |              rows stay rows, kStride apart.
 //
 //   a          c                   A tile of c is kTileRows rows of a times one panel of b. Its
 // +---+---+ +---------+            sums stay in registers for kDepth steps; every step takes one
@@ -2577,14 +2579,15 @@ struct PlainTiles {
     static constexpr int kNumbers = 1;             // that it holds, of neighbouring steps of k
     static int steps(int depth) { return depth; }  // elements that `depth` steps of k become
     static Packed element(real number, real /*of the next step*/) { return number; }
-    // A vector of elements, of numbers that begin at `from` and lie side by side.
+    // A vector of elements. Of a pair, element e's numbers are from[e] and from[e + next] or, where
+    // next is 1, neighbours: from[2 e] and from[2 e + 1].
     static Vec<Packed> elements(const real* from, ptrdiff_t /*to the next step*/) {
         return load(from);
     }
     static constexpr int kRows = kTileRows, kCols = kTileCols<Packed>;
     static constexpr int kSteps = kDepth;   // that tile() makes at a time
     static constexpr bool kAnyRows = true;  // tile() writes `rows` rows, else all kRows
-    static constexpr int kBelow = 0;        // it asks for the tile of c so many rows below
+    static constexpr int kBelow = 0;        // c is asked for so many rows below the tile
     template <class Sum>
     static void tile(Sum* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int rows, int k,
                      bool add) {
@@ -2592,21 +2595,25 @@ struct PlainTiles {
     }
 };
 
-// Packs an operand, numbers [rows, cols], as elements [i_end, j_end]: (i, j) goes to
-// out[j / N][i][j % N]; what lies beyond the operand is 0. down: k, the steps, runs down its
-// columns, else along its rows. Vectors of elements side by side in memory are copied where they
-// stay side by side, else transposed: one of from's steps is 1.
+// Packs an operand x, numbers [rows, cols], as elements [i_end, j_end]: element (i, j) goes to
+// out[j / N][i][j % N], and what lies beyond x counts as 0. down: the steps of k run down the
+// columns, else along the rows; an element is made of I numbers of a column, or of J of a row.
+// Whole vectors first: where x's rows lie in one piece in memory they are copied, else L by L of
+// them are transposed. Then, number by number, what is left at the edges.
 template <class Tiles, int N, bool down, class Packed, class real>
-void pack(Packed* out, View<real> from, int rows, int cols, int i_end, int j_end) {
+void pack(Packed* out, View<real> x, int rows, int cols, int i_end, int j_end) {
     constexpr int L = kLanes<Packed>, I = down ? Tiles::kNumbers : 1, J = Tiles::kNumbers / I;
-    const bool copy = from.col == 1;
+    const bool copy = x.col == 1;
     const int i_whole = copy ? rows / I : rows / I / L * L, j_whole = cols / J / L * L;
     const auto at = [&](int i, int j) { return out + j / N * size_t(N) * i_end + i * N + j % N; };
     const auto vector = [&](int i, int j) {
-        return Tiles::elements(from.from(i * I, j * J).data, down ? from.row : from.col);
+        return Tiles::elements(x.from(i * I, j * J).data, down ? x.row : x.col);
     };
     for (int i = 0; copy && i < i_whole; ++i)
-        for (int j = 0; j < j_whole; j += L) store(at(i, j), vector(i, j));
+        for (int j = 0; j < j_whole; j += L) {
+            ask_for(x.from((i + 2) * I, j * J).data);
+            store(at(i, j), vector(i, j));
+        }
     for (int j = 0; !copy && j < j_whole; j += L)
         for (int i = 0; i < i_whole; i += L) {
             Vec<Packed> square[L] = {};
@@ -2616,7 +2623,7 @@ void pack(Packed* out, View<real> from, int rows, int cols, int i_end, int j_end
 #pragma GCC unroll 16
             for (int p = 0; p < L; ++p) store(at(i + p, j), square[p]);
         }
-    const auto number = [&](int i, int j) { return i < rows && j < cols ? from(i, j) : real(0); };
+    const auto number = [&](int i, int j) { return i < rows && j < cols ? x(i, j) : real(0); };
     for (int i = 0; i < i_end; ++i)
         for (int j = i < i_whole ? j_whole : 0; j < j_end; ++j)
             *at(i, j) = Tiles::element(number(i * I, j * J), number(i * I + down, j * J + !down));
@@ -2672,13 +2679,15 @@ void multiply(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, 
     constexpr int R = Tiles::kRows, N = Tiles::kCols, kMostDepth = Tiles::kNumbers * kDepth;
     // Rows of a that are packed at a time: whole tiles, and whole squares to transpose.
     constexpr int kSome = round_up(100, std::lcm(R, kLanes<Packed>));
-    // About kBlockCols columns wide, as many blocks for each thread, four panels or more.
+    // Blocks of at most kBlockCols columns, as many for each thread where whole panels allow it,
+    // and four panels or more.
     const int threads = omp_get_max_threads();
     const int wanted = round_up(ceil_div(n, kBlockCols), threads);
     const int width = std::max(4 * N, round_up(ceil_div(n, wanted), N));
     const int blocks = ceil_div(n, width);
-    const int stretches = blocks < threads ? std::min(2 * threads / blocks, ceil_div(m, R)) : 1;
-    const int stretch = round_up(ceil_div(m, stretches), R);
+    // Of rows, where there are fewer blocks than threads: about two pieces a thread.
+    const int most = blocks < threads ? 2 * threads / blocks : 1;
+    const int stretch = round_up(ceil_div(m, most), R), stretches = ceil_div(m, stretch);
 #pragma omp parallel
     {
         [[maybe_unused]] Tiles setup{};  // what a thread needs first: see MatrixTiles
@@ -2716,7 +2725,7 @@ template <class real>
 constexpr int kAhead = 8192 / int(sizeof(real));
 
 // a.b of k numbers: four vectors of partial sums, then their lanes, then what is left over. What
-// lies `ahead` numbers behind those of b is asked for.
+// lies `ahead` numbers beyond those of b is asked for.
 template <class real>
 real dot(const real* a, const real* b, int k, ptrdiff_t ahead = kAhead<real>) {
     constexpr int L = kLanes<real>;
@@ -3009,7 +3018,8 @@ void attend_one(real* out, const real* qkv, int n, int C, int HS) {
     std::fill(out, out + HS, real(0));
     for (int t = 0; t < n; ++t, v += stride) {
         for (int i = 0; i < HS; i += kLanes<real>) ask_for(v + ahead + i);
-        for (int i = 0; i < HS; ++i) out[i] += p[t] / total * v[i];
+        const real share = p[t] / total;
+        for (int i = 0; i < HS; ++i) out[i] += share * v[i];
     }
 }
 
@@ -8036,9 +8046,10 @@ int info_command(Device device, const Options& o) {
 //   d linear c_fc                  12 calls  1.512 ms a call ...
 //       product nt 65536x768, k 3072   12 calls  0.741 ms a call  417000.0 GFLOP/s  ...
 // nt says how the two matrices lie, t for a transposed one: nn is x w of a forward pass, nt is dout
-// w^T, so dx, and tn is x^T dout, so dw. At the end stand all kernels of a step, the costliest
-// first (copy: the batch comes from the host; zero: memory is set to 0), and their sum beside the
-// step, whose kernels are started as one recording.
+// w^T, so dx, and tn is x^T dout, so dw (the head's table lies the other way: its logits are nt,
+// its dx is nn). Below the whole step stand all its kernels, the costliest first (copy: the batch
+// comes from the host; zero: memory is set to 0), and their sum beside the step, whose kernels are
+// started as one recording.
 
 // What a kernel of a GPU did, in one call or in several. flops: of matrix products, else 0.
 struct KernelTime {
@@ -8217,8 +8228,8 @@ private:
             const auto kernels = sum_calls(device_.kernel_times([&] {
                 for (int i = 0; i < kPasses; ++i) pass();
             }));
+            if (kernels.size() < 2) return;
             for (const KernelTime& k : kernels) {
-                if (kernels.size() == 1) continue;
                 std::printf("    %-*s %6d %10.3f ", kName - 4, k.name.c_str(), k.calls / kPasses,
                             k.seconds / k.calls * 1e3);
                 const double rate = k.flops / k.seconds;

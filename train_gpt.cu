@@ -1075,8 +1075,8 @@ __device__ inline void block_column_sums(float* partial, const float (&d)[kM][HS
     }
 }
 
-// delta = out . dout (see 4.4) of a warp's 16 rows, for results' rows g and g +
-// 8 in subtract[0] and [1]. statistics[i] of row `mine` + i becomes (lse in base 2, delta), and 0
+// delta = out . dout (see 4.4) of a warp's 16 rows, for results' rows g and g + 8 in subtract[0]
+// and [1]. statistics[i] of row `mine` + i becomes (lse in base 2, delta), and 0
 // where a pair's second row is past the end. Two lanes share a row; its dout lies in a tile.
 template <int HS>
 __device__ inline void warp_delta(float (&subtract)[2], float2* statistics, const float* lse,
@@ -1430,7 +1430,8 @@ public:
 
     // What each kernel takes that the work starts, in their order: an event follows each, and its
     // time is that since the event before. Careful: where the host is slower to start kernels than
-    // the GPU to run them, that is the host's time. Not for work that is being recorded.
+    // the GPU to run them, that is the host's time. Not for work that is being recorded, or may
+    // fail.
     std::vector<KernelTime> kernel_times(auto&& work) {
         laps_.emplace();
         lap("begin");
@@ -1537,7 +1538,9 @@ public:
                 path_ + ":" + std::to_string(line - lines_.begin() + 1)};
     }
     static void check(bool good, const std::string& where) {
-        TINYGPT_CHECK(good, "%s is damaged: remove the line, and --tune-matmul makes it again",
+        TINYGPT_CHECK(good,
+                      "%s is damaged, or no plan that cuBLASLt knows: remove the line, and "
+                      "--tune-matmul makes it again",
                       where.c_str());
     }
 
@@ -1678,10 +1681,7 @@ private:
             word = end + (*end == '-');
         }
         plan.possible = std::count(plan.algorithm.data, std::end(plan.algorithm.data), 0u) < 8;
-        TINYGPT_CHECK(!plan.possible || fits(plan, plan.algorithm),
-                      "%s: cuBLASLt does not know this plan: remove the line, and --tune-matmul "
-                      "makes it again",
-                      where.c_str());
+        PlanFile::check(!plan.possible || fits(plan, plan.algorithm), where);
     }
 
     // The library's own choices, best first by its estimate; none if it cannot do the product.
@@ -1828,15 +1828,17 @@ public:
         cudaFree(scratch_);
     }
 
-    // Memory for one function of the device: valid until the next call. It grows on first use only.
+    // Memory for one function of the device: valid until the next call. It grows when more is
+    // asked for than ever before, so never while the same work is repeated.
     template <class T>
     T* scratch(size_t count) {
         if (count * sizeof(T) > scratch_bytes_) {
             stream.synchronize();
             forget_recordings();
             CUDA_CHECK(cudaFree(scratch_));
-            scratch_ = nullptr, scratch_bytes_ = count * sizeof(T);
-            CUDA_CHECK(cudaMalloc(&scratch_, scratch_bytes_));
+            scratch_ = nullptr, scratch_bytes_ = 0;
+            CUDA_CHECK(cudaMalloc(&scratch_, count * sizeof(T)));
+            scratch_bytes_ = count * sizeof(T);
         }
         return static_cast<T*>(scratch_);
     }
@@ -2200,7 +2202,8 @@ struct Cuda {
 
     void head_forward(float* losses, A* logits, const A* x, const A* w, const int32_t* targets,
                       int rows, int C, int V) {
-        head_by_rows(losses, nullptr, nullptr, logits, x, w, targets, rows, C, V, 0, false);
+        head_forward_backward(losses, nullptr, nullptr, logits, x, w, targets, rows, C, V, 0,
+                              false);
     }
     int head_softmax(float* losses, A* logits, const int32_t* targets, int rows, int V,
                      float scale) {
@@ -2208,10 +2211,23 @@ struct Cuda {
         softmax_cross_entropy(losses, logits, targets, n, V, true, scale);
         return n;
     }
+    // The head for as many rows at a time as there is room for logits. Without dx: losses only.
     void head_forward_backward(float* losses, A* dx, float* dw, A* logits, const A* x, const A* w,
                                const int32_t* targets, int rows, int C, int V, float scale,
                                bool accumulate) {
-        head_by_rows(losses, dx, dw, logits, x, w, targets, rows, C, V, scale, accumulate);
+        const int step = head_rows(rows, V, head_bytes), width = table_rows(V);
+        const Matrix table{w, width, C};
+        for (int first = 0; first < rows; first += step) {
+            const int n = std::min(step, rows - first);
+            const Matrix x_rows{x + size_t(first) * C, n, C}, scores{logits, n, width};
+            multiply(scores, x_rows, transpose(table));
+            softmax_cross_entropy(losses + first, logits, targets + first, n, V, dx != nullptr,
+                                  scale);
+            if (!dx) continue;
+            multiply({dx + size_t(first) * C, n, C}, scores, table);  // the scores are dlogits now
+            multiply({dw, width, C}, transpose(scores), x_rows,
+                     {.single = true, .add = accumulate || first > 0 ? dw : nullptr});
+        }
     }
     void head_logits(float* logits, const A* x, const A* w, int rows, int C, int V) {
         multiply({logits, rows, V}, {x, rows, C}, transpose({w, V, C}), {.single = true});
@@ -2247,7 +2263,7 @@ private:
     Stream& stream() const { return context->stream; }
     // kernel<<<grid, block, shared, stream>>>(arguments...): starts grid blocks of so many threads,
     // each block with so many bytes of shared memory beside the kernel's own arrays. KERNEL(kernel)
-    // is the first two: the name is for errors and for bench.
+    // is the first two: the name is for errors (whose line is the one below) and for bench.
     template <class... P>
     void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared,
                 std::type_identity_t<P>... arguments) {
@@ -2318,24 +2334,6 @@ private:
         const dim3 grid(blocks_for(C, kWarp), tables), block(kWarp, std::min(kWarp, parts));
         launch(KERNEL(sum_partials_kernel), grid, block, 0, to, partial, parts, int(tables) * C, C,
                accumulate);
-    }
-    // The head for as many rows at a time as there is room for logits. Without dx: losses only.
-    void head_by_rows(float* losses, A* dx, float* dw, A* logits, const A* x, const A* w,
-                      const int32_t* targets, int rows, int C, int V, float scale,
-                      bool accumulate) {
-        const int step = head_rows(rows, V, head_bytes), width = table_rows(V);
-        const Matrix table{w, width, C};
-        for (int first = 0; first < rows; first += step) {
-            const int n = std::min(step, rows - first);
-            const Matrix x_rows{x + size_t(first) * C, n, C}, scores{logits, n, width};
-            multiply(scores, x_rows, transpose(table));
-            softmax_cross_entropy(losses + first, logits, targets + first, n, V, dx != nullptr,
-                                  scale);
-            if (!dx) continue;
-            multiply({dx + size_t(first) * C, n, C}, scores, table);  // the scores are dlogits now
-            multiply({dw, width, C}, transpose(scores), x_rows,
-                     {.single = true, .add = accumulate || first > 0 ? dw : nullptr});
-        }
     }
     void softmax_cross_entropy(float* losses, A* logits, const int32_t* targets, int rows, int V,
                                bool gradient, float scale) {
