@@ -7099,8 +7099,12 @@ private:
         SampleOptions s;
         s.max_new_tokens = count, s.seed = o_.seed, s.end_of_text = end;
         std::string text = o_.prompt + (o_.prompt.empty() || end >= 0 ? "" : " ");
-        generate(model_, tokens, s,
-                 [&](int token) { return text += text_of_token(corpus_.tokenizer, token), true; });
+        auto add = [&](int token) { return text += text_of_token(corpus_.tokenizer, token), true; };
+        try {
+            generate(model_, tokens, s, add);
+        } catch (const Error& error) {  // a run does not end for want of a sample
+            return warn(std::string("no sample: ") + error.what());
+        }
         Utf8Stream stream;
         const std::string whole = stream.add(text), shown = whole + stream.finish();
         std::printf("\n%s\n%s\n\n", title.c_str(), shown.c_str());
