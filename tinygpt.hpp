@@ -2225,7 +2225,8 @@ inline std::vector<Candidate> candidates(const std::vector<float>& logits, doubl
         total += list[i].probability;
     }
     TINYGPT_CHECK(std::isfinite(total),
-                  "the model's scores are no numbers: nothing can be sampled");
+                  "the model's scores are no numbers, so nothing can be sampled: use an earlier "
+                  "checkpoint");
     for (Candidate& c : list) c.probability /= total;
     return list;
 }
@@ -2312,8 +2313,8 @@ int generate(Gpt2<Device>& model, std::vector<int32_t> tokens, const SampleOptio
 }
 
 // =================================================================================================
-// What follows is plumbing. The model is done: §10 makes its products fast on a CPU, the rest reads
-// and writes files, and talks to the user.
+// What follows is plumbing. The model is done: §10 makes its products fast on a CPU; the rest
+// reads and writes files, and talks to the user.
 // =================================================================================================
 
 // =================================================================================================
@@ -2598,8 +2599,9 @@ struct PlainTiles {
 // Packs an operand x, numbers [rows, cols], as elements [i_end, j_end]: element (i, j) goes to
 // out[j / N][i][j % N], and what lies beyond x counts as 0. down: the steps of k run down the
 // columns, else along the rows; an element is made of I numbers of a column, or of J of a row.
-// Whole vectors first: where x's rows lie in one piece in memory they are copied, else L by L of
-// them are transposed. Then, number by number, what is left at the edges.
+// Whole vectors first: where x's rows lie in one piece in memory they are copied, and the row after
+// the next is asked for; else L by L vectors are transposed. Then, one by one, what is left at the
+// edges.
 template <class Tiles, int N, bool down, class Packed, class real>
 void pack(Packed* out, View<real> x, int rows, int cols, int i_end, int j_end) {
     constexpr int L = kLanes<Packed>, I = down ? Tiles::kNumbers : 1, J = Tiles::kNumbers / I;
@@ -2794,10 +2796,9 @@ void multiply_row(real* c, View<real> a, View<real> b, int n, int k, bool accumu
 // A packed element is a pair: two neighbouring steps of k. Numbers are rounded while they are
 // packed; sums stay fp32.
 
-// Bits of a number, or of a vector of them, rounded to bf16 (see §1): the upper half.
-inline auto bf16_bits(auto x) {
-    using Bits = std::conditional_t<std::is_same_v<decltype(x), float>, uint32_t, Vec<uint32_t>>;
-    const Bits u = std::bit_cast<Bits>(x);
+// What bf16 (§1) does, for a vector: the rounded bits are the upper halves.
+inline Vec<uint32_t> bf16_bits(Vec<float> x) {
+    const auto u = std::bit_cast<Vec<uint32_t>>(x);
     return (u & 0x7fffffffu) > 0x7f800000u ? u | 0x400000u : u + 0x7fffu + (u >> 16 & 1u);
 }
 
@@ -2806,8 +2807,12 @@ struct PairTiles : PlainTiles<uint32_t> {
     static constexpr int kNumbers = 2;
     // Pairs are filled up with zeros to whole registers.
     static int steps(int depth) { return round_up(depth, 32) / 2; }
-    static auto pair(auto low, auto high) { return low >> 16 | (high & 0xffff0000u); }
-    static uint32_t element(float low, float high) { return pair(bf16_bits(low), bf16_bits(high)); }
+    static uint32_t element(float low, float high) {
+        return bf16(low).bits | uint32_t(bf16(high).bits) << 16;
+    }
+    static Vec<uint32_t> pair(Vec<uint32_t> low, Vec<uint32_t> high) {
+        return low >> 16 | (high & 0xffff0000u);
+    }
     static Vec<uint32_t> elements(const float* from, ptrdiff_t next) {
         if (next == 1) return neighbours(from, std::make_integer_sequence<int, kLanes<float>>());
         return pair(bf16_bits(load(from)), bf16_bits(load(from + next)));
@@ -4893,8 +4898,8 @@ inline std::string find_weights(const std::string& folder) {
 //      "vocab_size": 50257, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-05, ...}
 // Its members can describe many models that this program is not, and whose weights have the same
 // names and shapes. To read such weights all the same would give wrong numbers without a word. An
-// example: "activation_function": "gelu" is the exact GELU; the tanh form (§4.6) differs from it by
-// up to 0.0005.
+// example: "activation_function": "gelu" is the exact GELU; the tanh form (§4.6) differs from it
+// by up to 0.0005.
 
 // What config.json says that matters here.
 struct HfConfig {
