@@ -2455,11 +2455,11 @@ private:
     size_t size_ = 0;
 };
 
-// A thread's own memory to work in, in 13 pieces: attention's backward needs so many. ("static
+// A thread's own memory to work in, in 8 pieces: attention's backward needs so many. ("static
 // thread_local": made once for each thread, and kept.) Careful: what works inside something else
 // takes other pieces. Why not where each is needed: a template would keep its own for every type.
 inline Scratch& room(int piece) {
-    static thread_local Scratch pieces[13];
+    static thread_local Scratch pieces[8];
     return pieces[piece];
 }
 
@@ -2468,8 +2468,8 @@ inline Scratch& room(int piece) {
 //              n                   b, kDepth rows at a time, is cut into panels of kTileCols
 //         +---------+              columns, each copied so that it is read from start to end.
 //  kDepth |  | |b|  |
-//         +---------+              a is copied too, some rows and kDepth columns at a time: its
-//         |  | | |  |              rows stay rows, kStride apart.
+//         +---------+              a is read where it lies. Only if it is a transpose, some rows
+//         |  | | |  |              and kDepth columns at a time are copied, as rows kStride apart.
 //
 //   a          c                   A tile of c is kTileRows rows of a times one panel of b. Its
 // +---+---+ +---------+            sums stay in registers for kDepth steps; every step takes one
@@ -2488,8 +2488,8 @@ inline Scratch& room(int piece) {
 constexpr int kTileRows = kVectorRegisters == 32 ? 14 : 6;
 template <class real>
 constexpr int kTileCols = 2 * kLanes<real>;
-constexpr int kDepth = 512;      // steps of k packed at a time: a's rows stay in the first cache
-constexpr int kBlockCols = 512;  // columns of b packed at a time: they stay in the second
+constexpr int kDepth = 512;           // steps of k at a time: a tile's rows stay in the first cache
+constexpr int kBlock = 512 * kDepth;  // elements of b packed at a time: they stay in the second
 // Careful: rows 512 numbers apart would all lie in 2 of the first cache's 64 sets, and evict each
 // other where a is read downwards.
 constexpr int kStride = kDepth + 16;
@@ -2512,40 +2512,31 @@ inline bool cpu_has_bf16_dot() { return false; }
 inline void multiply_add(Vec<float>&, uint32_t, Vec<uint32_t>) {}  // refused before it gets here
 #endif
 
-// Tile [rows, kTileCols] (+)= a [rows, k] * panel of b [k, kTileCols]; the tile's rows are `stride`
-// apart. down: a is given as its transpose, [k, rows]. Either way a's rows are kStride apart; b's
-// follow each other. rows and down are template arguments because only then does the compiler know
-// how many sums there are, and gives each a register.
+// Tile [rows, kTileCols] (+)= a [rows, k] * panel of b [k, kTileCols]; the tile's rows are ldc
+// apart, b's follow each other. down: the steps of k run down a's columns, so that a row is one
+// step away; else along its rows. rows and down are template arguments because only then does the
+// compiler know how many sums there are, and gives each a register.
 template <int rows, bool down, class real, class Packed>
-void micro_kernel(real* tile, ptrdiff_t stride, const Packed* a, const Packed* b, int k, bool add) {
+void micro_kernel(real* tile, ptrdiff_t ldc, View<Packed> a, const Packed* b, int k, bool add) {
     constexpr int L = kLanes<real>;
+    const ptrdiff_t row = down ? 1 : a.row, step = down ? a.col : 1;
     Vec<real> left[rows], right[rows];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) left[i] = right[i] = Vec<real>{};
-    for (int p = 0; p < k; ++p, a += down ? kStride : 1, b += 2 * L) {
+    for (int p = 0; p < k; ++p, a.data += step, b += 2 * L) {
         const Vec<Packed> b0 = load(b), b1 = load(b + L);
 #pragma GCC unroll 16
         for (int i = 0; i < rows; ++i) {
-            const Packed x = a[down ? i : i * kStride];
+            const Packed x = a.data[i * row];
             multiply_add(left[i], x, b0), multiply_add(right[i], x, b1);
         }
     }
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
-        real* out = tile + i * stride;
+        real* out = tile + i * ldc;
         store(out, add ? load(out) + left[i] : left[i]);
         store(out + L, add ? load(out + L) + right[i] : right[i]);
     }
-}
-
-// Runs the micro-kernel for tiles of m rows, 1 to kTileRows: tries 14, then 13, and so on.
-template <bool down = false, class real, class Packed, int rows = kTileRows>
-void multiply_tile(real* tile, ptrdiff_t stride, const Packed* a, const Packed* b, int m, int k,
-                   bool add) {
-    if constexpr (rows > 1)
-        if (m < rows)
-            return multiply_tile<down, real, Packed, rows - 1>(tile, stride, a, b, m, k, add);
-    micro_kernel<rows, down>(tile, stride, a, b, k, add);
 }
 
 // One step of a transpose: exchanges the lanes of a that have bit `step` set with those of b that
@@ -2589,10 +2580,17 @@ struct PlainTiles {
     static constexpr int kSteps = kDepth;   // that tile() makes at a time
     static constexpr bool kAnyRows = true;  // tile() writes `rows` rows, else all kRows
     static constexpr int kBelow = 0;        // c is asked for so many rows below the tile
-    template <class Sum>
-    static void tile(Sum* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int rows, int k,
+    // c [rows, kCols] (+)= a b, with b one panel. There is a micro-kernel for each number of rows:
+    // tries 14, then 13, and so on.
+    template <int some = kTileRows, class Sum>
+    static void tile(Sum* c, ptrdiff_t ldc, View<Packed> a, const Packed* b, int rows, int k,
                      bool add) {
-        multiply_tile(c, ldc, a, b, rows, k, add);
+        if constexpr (some > 1)
+            if (rows < some) return tile<some - 1>(c, ldc, a, b, rows, k, add);
+        if (a.col == 1)
+            micro_kernel<some, false>(c, ldc, a, b, k, add);
+        else
+            micro_kernel<some, true>(c, ldc, a, b, k, add);
     }
 };
 
@@ -2608,19 +2606,22 @@ void pack(Packed* out, View<real> x, int rows, int cols, int i_end, int j_end) {
     const bool copy = x.col == 1;
     const int i_whole = copy ? rows / I : rows / I / L * L, j_whole = cols / J / L * L;
     const auto at = [&](int i, int j) { return out + j / N * size_t(N) * i_end + i * N + j % N; };
-    const auto vector = [&](int i, int j) {
-        return Tiles::elements(x.from(i * I, j * J).data, down ? x.row : x.col);
+    const auto vector = [&](const real* from) {
+        return Tiles::elements(from, down ? x.row : x.col);
     };
     for (int i = 0; copy && i < i_whole; ++i)
-        for (int j = 0; j < j_whole; j += L) {
-            ask_for(x.from((i + 2) * I, j * J).data);
-            store(at(i, j), vector(i, j));
+        for (int panel = 0; panel < j_whole; panel += N) {
+            const real* from = x.from(i * I, panel * J).data;
+            for (int j = 0; j < std::min(N, j_whole - panel); j += L) {
+                ask_for(from + j * J + 2 * I * x.row);
+                store(at(i, panel) + j, vector(from + j * J));
+            }
         }
     for (int j = 0; !copy && j < j_whole; j += L)
         for (int i = 0; i < i_whole; i += L) {
             Vec<Packed> square[L] = {};
 #pragma GCC unroll 16
-            for (int p = 0; p < L; ++p) square[p] = vector(i, j + p);
+            for (int p = 0; p < L; ++p) square[p] = vector(x.from(i * I, (j + p) * J).data);
             transpose_square<Packed>(square);
 #pragma GCC unroll 16
             for (int p = 0; p < L; ++p) store(at(i + p, j), square[p]);
@@ -2630,37 +2631,56 @@ void pack(Packed* out, View<real> x, int rows, int cols, int i_end, int j_end) {
         for (int j = i < i_whole ? j_whole : 0; j < j_end; ++j)
             *at(i, j) = Tiles::element(number(i * I, j * J), number(i * I + down, j * J + !down));
 }
-// The left operand of tiles, a [rows, depth]: its rows are kStride apart.
-template <class Tiles, class Packed, class real>
-void pack_left(Packed* out, View<real> a, int rows, int depth) {
+// The left operand of tiles, a [rows, depth]: as it lies, if it can be read there; else packed in
+// `memory`, its rows kStride apart.
+template <class Tiles, class Packed = typename Tiles::Packed, class real>
+View<Packed> pack_left(Scratch& memory, View<real> a, int rows, int depth) {
+    if constexpr (std::is_same_v<Packed, real>)
+        if (a.col == 1) return a;
+    Packed* out = memory.get<Packed>(size_t(round_up(rows, Tiles::kRows)) * kStride);
     pack<Tiles, kStride, false>(out, a, rows, depth, rows, Tiles::steps(depth));
-}
-// The right operand, b [depth, cols], in panels of a tile's columns, filled up with zeros.
-template <class Tiles, class Packed, class real>
-void pack_right(Packed* out, View<real> b, int depth, int cols) {
-    constexpr int N = Tiles::kCols;
-    pack<Tiles, N, true>(out, b, depth, cols, Tiles::steps(depth), round_up(cols, N));
+    return rows_of<Packed>(out, kStride);
 }
 
-// A row of tiles: c [rows, cols] (+)= a b, with operands packed in `steps` steps; add: to what is
+// The right operand, in panels of a tile's columns, which lie `panel` elements apart.
+template <class Tiles>
+struct Panels {
+    typename Tiles::Packed* data;
+    size_t panel;
+    // The same from a row, and from a column that begins a panel.
+    Panels from(int row, int col) const {
+        return {data + row * Tiles::kCols + col / Tiles::kCols * panel, panel};
+    }
+};
+// Packs b [depth, cols] in `memory`; the last panel is filled up with zeros.
+template <class Tiles, class real>
+Panels<Tiles> pack_right(Scratch& memory, View<real> b, int depth, int cols) {
+    constexpr int N = Tiles::kCols;
+    const int steps = Tiles::steps(depth), wide = round_up(cols, N);
+    auto* out = memory.get<typename Tiles::Packed>(size_t(steps) * wide);
+    pack<Tiles, N, true>(out, b, depth, cols, steps, wide);
+    return {out, size_t(steps) * N};
+}
+
+// A strip of tiles, at most kRows high: c [rows, cols] (+)= a b, in `steps` steps; add: to what is
 // there. done(j, count) is called for each tile, columns j.. of c, once its sums are made. A tile
 // that is cut off by the edge of c is made beside it. c comes from memory: while a tile's sums are
 // made, it or the one below is asked for, some rows in each pass.
-template <class Tiles, class real, class Packed, class Done>
-void multiply_row_of_tiles(real* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int rows,
-                           int cols, int steps, bool add, Done done) {
+template <class Tiles, class real, class Done = decltype([](int, int) {})>
+void multiply_strip(real* c, ptrdiff_t ldc, View<typename Tiles::Packed> a, Panels<Tiles> b,
+                    int rows, int cols, int steps, bool add, Done done = {}) {
     constexpr int R = Tiles::kRows, N = Tiles::kCols, S = Tiles::kSteps;
     const int passes = ceil_div(steps, S);
-    alignas(64) real edge[R * N] = {};
+    alignas(64) real edge[R * N];
     for (int pass = 0; pass < passes; ++pass, add = true)
         for (int j = 0; j < cols; j += N) {
-            const Packed *left = a + pass * S, *right = b + size_t(j) * steps + pass * S * N;
             const int count = std::min(N, cols - j), k = std::min(S, steps - pass * S);
             const bool whole = count == N && (rows == R || Tiles::kAnyRows);
             real *out = c + j, *later = out + Tiles::kBelow * ldc;
             for (int i = pass; whole && i < rows; i += passes)
                 ask_for(later + i * ldc), ask_for(later + i * ldc + N / 2);
-            Tiles::tile(whole ? out : edge, whole ? ldc : N, left, right, rows, k, whole && add);
+            Tiles::tile(whole ? out : edge, whole ? ldc : N, a.from(0, pass * S),
+                        b.from(pass * S, j).data, rows, k, whole && add);
             for (int i = 0; !whole && i < rows; ++i)
                 for (int x = 0; x < count; ++x)
                     out[i * ldc + x] = (add ? out[i * ldc + x] : real(0)) + edge[i * N + x];
@@ -2671,20 +2691,20 @@ void multiply_row_of_tiles(real* c, ptrdiff_t ldc, const Packed* a, const Packed
 // c[m, n] = finish(a b), or finish(c + a b) if accumulate. c is cut into blocks of columns, and
 // these into stretches of rows where there are fewer blocks than threads. A thread takes one piece
 // after another, and packs what it needs for itself: the columns of b, which stay in its second
-// cache, and some rows of a at a time, which meet them. So no thread waits for another, and the sum
-// over k of one element is made by one thread, in order: no result depends on the number of
-// threads.
+// cache, and, where it cannot be read as it lies, some rows of a at a time, which meet them. So no
+// thread waits for another, and the sum over k of one element is made by one thread, in order: no
+// result depends on the number of threads.
 template <class Tiles, class real, class Finish>
 void multiply(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
               bool accumulate, Finish finish) {
-    using Packed = typename Tiles::Packed;
     constexpr int R = Tiles::kRows, N = Tiles::kCols, kMostDepth = Tiles::kNumbers * kDepth;
     // Rows of a that are packed at a time: whole tiles, and whole squares to transpose.
-    constexpr int kSome = round_up(100, std::lcm(R, kLanes<Packed>));
-    // Blocks of at most kBlockCols columns, as many for each thread where whole panels allow it,
+    constexpr int kSome = round_up(100, std::lcm(R, kLanes<typename Tiles::Packed>));
+    // Blocks of about kBlock elements at most, as many for each thread where whole panels allow it,
     // and four panels or more.
     const int threads = omp_get_max_threads();
-    const int wanted = round_up(ceil_div(n, kBlockCols), threads);
+    const int most_cols = kBlock / Tiles::steps(std::clamp(k, 1, kMostDepth));
+    const int wanted = round_up(ceil_div(n, most_cols), threads);
     const int width = std::max(4 * N, round_up(ceil_div(n, wanted), N));
     const int blocks = ceil_div(n, width);
     // Of rows, where there are fewer blocks than threads: about two pieces a thread.
@@ -2693,28 +2713,26 @@ void multiply(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, 
 #pragma omp parallel
     {
         [[maybe_unused]] Tiles setup{};  // what a thread needs first: see MatrixTiles
-        Packed* packed_a = room(0).get<Packed>(size_t(kSome) * kStride);
-        Packed* packed_b =
-            room(1).get<Packed>(size_t(width) * Tiles::steps(std::min(k, kMostDepth)));
 #pragma omp for schedule(dynamic)
         for (int piece = 0; piece < blocks * stretches; ++piece) {
             const int j0 = piece / stretches * width, cols = std::min(width, n - j0);
             const int i0 = piece % stretches * stretch, end = std::min(m, i0 + stretch);
             for (int k0 = 0; k0 < k; k0 += kMostDepth) {
                 const int depth = std::min(kMostDepth, k - k0);
-                pack_right<Tiles>(packed_b, b.from(k0, j0), depth, cols);
+                const Panels<Tiles> right = pack_right<Tiles>(room(1), b.from(k0, j0), depth, cols);
+                View<typename Tiles::Packed> left;
                 for (int i = i0; i < end; i += R) {
                     const int at = (i - i0) % kSome, count = std::min(R, end - i);
                     if (at == 0)
-                        pack_left<Tiles>(packed_a, a.from(i, k0), std::min(kSome, end - i), depth);
+                        left = pack_left<Tiles>(room(0), a.from(i, k0), std::min(kSome, end - i),
+                                                depth);
                     real* out = c + i * ldc + j0;
                     const auto done = [&](int j, int tile_cols) {
                         for (int r = 0; k0 + depth == k && r < count; ++r)
                             finish(i + r, j0 + j, tile_cols, out + r * ldc + j);
                     };
-                    multiply_row_of_tiles<Tiles>(out, ldc, packed_a + at * kStride, packed_b, count,
-                                                 cols, Tiles::steps(depth), k0 > 0 || accumulate,
-                                                 done);
+                    multiply_strip<Tiles>(out, ldc, left.from(at, 0), right, count, cols,
+                                          Tiles::steps(depth), k0 > 0 || accumulate, done);
                 }
             }
         }
@@ -2840,10 +2858,10 @@ struct MatrixTiles : PairTiles {
         return lent;
     }
     // Registers 0 to 3 are the four quarters of c; 4, 5 two of a, below each other; 6, 7 two of b.
-    static void tile(float* c, ptrdiff_t ldc, const Packed* a, const Packed* b, int, int k,
+    static void tile(float* c, ptrdiff_t ldc, View<Packed> a, const Packed* b, int, int k,
                      bool add) {
         float* low = c + 16 * ldc;
-        const ptrdiff_t c_row = 4 * ldc, a_row = 4 * kStride, b_row = 4 * kCols;  // bytes
+        const ptrdiff_t c_row = 4 * ldc, a_row = 4 * a.row, b_row = 4 * kCols;  // bytes
         if (add)
             asm volatile(
                 "tileloadd (%0,%2), %%tmm0; tileloadd 64(%0,%2), %%tmm1;"
@@ -2852,13 +2870,14 @@ struct MatrixTiles : PairTiles {
                 : "memory");
         else
             asm volatile("tilezero %tmm0; tilezero %tmm1; tilezero %tmm2; tilezero %tmm3");
-        for (int p = 0; p < k; p += 16, a += 16, b += 16 * kCols)
+        for (int p = 0; p < k; p += 16, b += 16 * kCols)
             asm volatile(
                 "tileloadd (%0,%3), %%tmm4; tileloadd (%1,%3), %%tmm5;"
                 "tileloadd (%2,%4), %%tmm6; tileloadd 64(%2,%4), %%tmm7;"
                 "tdpbf16ps %%tmm6, %%tmm4, %%tmm0; tdpbf16ps %%tmm7, %%tmm4, %%tmm1;"
-                "tdpbf16ps %%tmm6, %%tmm5, %%tmm2; tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::"r"(a),
-                "r"(a + 16 * kStride), "r"(b), "r"(a_row), "r"(b_row)
+                "tdpbf16ps %%tmm6, %%tmm5, %%tmm2; tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::"r"(
+                    a.from(0, p).data),
+                "r"(a.from(16, p).data), "r"(b), "r"(a_row), "r"(b_row)
                 : "memory");
         asm volatile(
             "tilestored %%tmm0, (%0,%2); tilestored %%tmm1, 64(%0,%2);"
@@ -2904,37 +2923,6 @@ void matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, in
 //   new max = max(old max, s)    p = e^(s - new max)    old sums shrink by e^(old max - new max)
 // Keys later than the last query of a tile are not touched: that is the causal half.
 
-// A right operand, factor * b [depth, cols], packed once and used many times.
-template <class real>
-struct Right {
-    const real* data;
-    size_t panel;  // numbers from one panel to the next
-    Right(Scratch& memory, View<real> b, int depth, int cols, real factor = 1)
-        : panel(size_t(depth) * kTileCols<real>) {
-        const size_t count = ceil_div(cols, kTileCols<real>) * panel;
-        real* out = memory.get<real>(count);
-        pack_right<PlainTiles<real>>(out, b, depth, cols);
-        for (size_t i = 0; factor != 1 && i < count; ++i) out[i] *= factor;
-        data = out;
-    }
-    // Where its row p and column j lie; j begins a panel.
-    const real* at(int p, int j) const {
-        return data + p * kTileCols<real> + j / kTileCols<real> * panel;
-    }
-};
-
-// c [m, n] (+)= a [m, k] b [k, n] by one thread: a packed, its rows kStride apart; b from its row
-// p0 and column j0 on. Careful: c is written up to a whole panel, so its rows need room for n
-// rounded up to kTileCols. down: a is given as its transpose, [k, m].
-template <bool down = false, class real>
-void multiply_packed(real* c, ptrdiff_t ldc, const real* a, const Right<real>& b, int p0, int j0,
-                     int m, int n, int k, bool add) {
-    for (int i = 0; i < m; i += kTileRows)
-        for (int j = 0; j < n; j += kTileCols<real>)
-            multiply_tile<down>(c + i * ldc + j, ldc, a + i * (down ? 1 : kStride),
-                                b.at(p0, j0 + j), std::min(kTileRows, m - i), k, add);
-}
-
 // One step of the running softmax, for one query: scores s[count] become p, with count a multiple
 // of kLanes; max and total are brought up to date, and so are sums[HS].
 template <class real>
@@ -2959,37 +2947,38 @@ void running_softmax(real* s, int count, real& max, real& total, real* sums, int
 template <class real>
 void attend(real* out, real* lse, const real* qkv, int first, int last, int C, int HS, Dropout drop,
             uint64_t place, int T) {
-    constexpr int R = kTileRows;
+    using Plain = PlainTiles<real>;
+    constexpr int R = Plain::kRows;
     constexpr real kNever = -std::numeric_limits<real>::infinity();
     const View<real> q = rows_of(qkv, 3 * ptrdiff_t(C)), k = q.from(0, C), v = q.from(0, 2 * C);
-    const Right<real> keys(room(0), k.transposed(), HS, last, 1 / std::sqrt(real(HS))),
-        values(room(1), v, last, HS);
-    const int wide = round_up(HS, kTileCols<real>);    // HS, up to a whole panel
+    const auto keys = pack_right<Plain>(room(0), k.transposed(), HS, last),
+               values = pack_right<Plain>(room(1), v, last, HS);
+    for (size_t i = 0; i < size_t(HS) * round_up(last, Plain::kCols); ++i)
+        keys.data[i] *= 1 / std::sqrt(real(HS));
     real* p = room(2).get<real>(size_t(R) * kStride);  // scores, then p
-    real* sums = room(3).get<real>(size_t(R) * wide);  // of p v, not yet divided by total
-    real* queries = room(4).get<real>(size_t(R) * kStride);
+    real* sums = room(3).get<real>(size_t(R) * HS);    // of p v, not yet divided by total
     for (int t = first; t < last; t += R) {
         const int count = std::min(R, last - t), end = t + count;
         real max[R], total[R] = {};
         std::fill(max, max + R, kNever);
-        std::fill_n(sums, R * wide, real(0));
-        pack_left<PlainTiles<real>>(queries, q.from(t, 0), count, HS);
+        std::fill_n(sums, R * HS, real(0));
         for (int k0 = 0; k0 < end; k0 += kDepth) {
-            const int n = std::min(kDepth, end - k0), whole = round_up(n, kLanes<real>);
-            multiply_packed(p, kStride, queries, keys, 0, k0, count, n, HS, false);
+            const int n = std::min(kDepth, end - k0), wide = round_up(n, Plain::kCols);
+            multiply_strip(p, kStride, q.from(t, 0), keys.from(0, k0), count, wide, HS, false);
             for (int i = 0; i < count; ++i) {
                 real* row = p + i * kStride;
                 const int seen = std::clamp(t + i + 1 - k0, 0, n);
-                std::fill(row + seen, row + whole, kNever);  // keys later than the query
-                running_softmax(row, whole, max[i], total[i], sums + i * wide, HS);
+                std::fill(row + seen, row + wide, kNever);  // keys later than the query
+                running_softmax(row, wide, max[i], total[i], sums + i * HS, HS);
                 for (int j = 0; drop.on() && j < seen; ++j)
                     row[j] *= drop.scale((place * T + t + i) * T + k0 + j);
             }
-            multiply_packed(sums, wide, p, values, k0, 0, count, HS, n, true);
+            multiply_strip(sums, HS, rows_of<real>(p, kStride), values.from(k0, 0), count, HS, n,
+                           true);
         }
         for (int i = 0; i < count; ++i) {
             for (int j = 0; j < HS; ++j)
-                out[(t - first + i) * ptrdiff_t(C) + j] = sums[i * wide + j] / total[i];
+                out[(t - first + i) * ptrdiff_t(C) + j] = sums[i * HS + j] / total[i];
             if (lse) lse[t - first + i] = max[i] + std::log(total[i]);
         }
     }
@@ -3067,58 +3056,52 @@ void softmax_row_backward(real* p, real* ds, real lse, real D, int count, int se
 template <class real>
 void attend_backward(real* dqkv, const real* dout, const real* out, const real* lse,
                      const real* qkv, int T, int C, int HS, Dropout drop, uint64_t place) {
-    constexpr int R = kTileRows, kQueries = 8 * R;
+    using Plain = PlainTiles<real>;
+    constexpr int R = Plain::kRows, kQueries = 8 * R;
     const ptrdiff_t stride = 3 * ptrdiff_t(C);
     const View<real> q = rows_of(qkv, stride), k = q.from(0, C), v = q.from(0, 2 * C),
                      d = rows_of(dout, C);
-    const int wide = round_up(HS, kTileCols<real>);
-    const size_t square = size_t(kQueries) * kStride, block = size_t(kDepth) * wide;
-    real *q_left = room(0).get<real>(square), *d_left = room(1).get<real>(square);  // [queries][HS]
-    real *p = room(2).get<real>(square), *ds = room(3).get<real>(square);  // [queries][keys]
-    real *dk = room(4).get<real>(block), *dv = room(5).get<real>(block);   // [keys][wide]
-    real *dq = room(6).get<real>(size_t(T) * wide), *D = room(7).get<real>(T);
-    const Right<real> q_right(room(8), q, T, HS), d_right(room(9), d, T, HS);
-    std::fill_n(dq, size_t(T) * wide, real(0));
+    real *dq = dqkv, *dk = dqkv + C, *dv = dqkv + 2 * C;
+    const size_t square = size_t(kQueries) * kStride;
+    real *p = room(0).get<real>(square), *ds = room(1).get<real>(square);  // [queries][keys]
+    const View<real> all_p = rows_of<real>(p, kStride), all_ds = rows_of<real>(ds, kStride);
+    const auto q_right = pack_right<Plain>(room(2), q, T, HS),
+               d_right = pack_right<Plain>(room(3), d, T, HS);
+    real* D = room(4).get<real>(T);
     for (int t = 0; t < T; ++t) D[t] = dot(dout + ptrdiff_t(t) * C, out + ptrdiff_t(t) * C, HS);
     for (int k0 = 0; k0 < T; k0 += kDepth) {
         const int keys = std::min(kDepth, T - k0);
-        const Right<real> k_across(room(10), k.from(k0, 0).transposed(), HS, keys),
-            v_across(room(11), v.from(k0, 0).transposed(), HS, keys),
-            k_right(room(12), k.from(k0, 0), keys, HS);
-        std::fill_n(dk, block, real(0)), std::fill_n(dv, block, real(0));
+        const auto k_across = pack_right<Plain>(room(5), k.from(k0, 0).transposed(), HS, keys),
+                   v_across = pack_right<Plain>(room(6), v.from(k0, 0).transposed(), HS, keys),
+                   k_right = pack_right<Plain>(room(7), k.from(k0, 0), keys, HS);
         for (int t = k0; t < T; t += kQueries) {
             const int queries = std::min(kQueries, T - t);
-            pack_left<PlainTiles<real>>(q_left, q.from(t, 0), queries, HS);
-            pack_left<PlainTiles<real>>(d_left, d.from(t, 0), queries, HS);
-            for (int i0 = 0; i0 < queries; i0 += R) {
-                const int rows = std::min(R, queries - i0), n = std::min(keys, t + i0 + rows - k0);
-                const size_t at = size_t(i0) * kStride;
-                multiply_packed(p + at, kStride, q_left + at, k_across, 0, 0, rows, n, HS, false);
-                multiply_packed(ds + at, kStride, d_left + at, v_across, 0, 0, rows, n, HS, false);
-                for (int i = i0; i < i0 + rows; ++i)
-                    softmax_row_backward(p + i * kStride, ds + i * kStride, lse[t + i], D[t + i],
-                                         keys, std::min(keys, t + i + 1 - k0), HS, drop,
-                                         (place * T + t + i) * T + k0);
-                multiply_packed(dq + size_t(t + i0) * wide, wide, ds + at, k_right, 0, 0, rows, HS,
-                                n, true);
+            for (int i = 0; i < queries; i += R) {
+                const int rows = std::min(R, queries - i), n = std::min(keys, t + i + rows - k0),
+                          wide = round_up(n, Plain::kCols);
+                real *p_i = p + i * kStride, *ds_i = ds + i * kStride;
+                multiply_strip(p_i, kStride, q.from(t + i, 0), k_across, rows, wide, HS, false);
+                multiply_strip(ds_i, kStride, d.from(t + i, 0), v_across, rows, wide, HS, false);
+                for (int s = t + i; s < t + i + rows; ++s)
+                    softmax_row_backward(p + (s - t) * kStride, ds + (s - t) * kStride, lse[s],
+                                         D[s], keys, std::min(keys, s + 1 - k0), HS, drop,
+                                         (place * T + s) * T + k0);
+                multiply_strip(dq + (t + i) * stride, stride, all_ds.from(i, 0), k_right, rows, HS,
+                               n, k0 > 0);
             }
             for (int j = 0; j < keys; j += R) {
                 const int first = std::max(0, k0 + j - t);  // the first query that sees key j
                 if (first >= queries) break;
-                const size_t at = first * size_t(kStride) + j;
                 const int rows = std::min(R, keys - j), n = queries - first;
-                multiply_packed<true>(dv + j * wide, wide, p + at, d_right, t + first, 0, rows, HS,
-                                      n, true);
-                multiply_packed<true>(dk + j * wide, wide, ds + at, q_right, t + first, 0, rows, HS,
-                                      n, true);
+                const ptrdiff_t at = (k0 + j) * stride;
+                const bool add = t > k0 + j;  // earlier queries have seen it
+                multiply_strip(dv + at, stride, all_p.from(first, j).transposed(),
+                               d_right.from(t + first, 0), rows, HS, n, add);
+                multiply_strip(dk + at, stride, all_ds.from(first, j).transposed(),
+                               q_right.from(t + first, 0), rows, HS, n, add);
             }
         }
-        for (int j = 0; j < keys; ++j) {
-            std::copy_n(dk + j * wide, HS, dqkv + (k0 + j) * stride + C);
-            std::copy_n(dv + j * wide, HS, dqkv + (k0 + j) * stride + 2 * C);
-        }
     }
-    for (int t = 0; t < T; ++t) std::copy_n(dq + size_t(t) * wide, HS, dqkv + t * stride);
 }
 
 template <class real>
@@ -6546,7 +6529,7 @@ double tile_flops() {
     std::memset(b, 0x3f, sizeof(Packed) * N * kSteps);
     const double seconds = least_seconds(8, [&] {
         for (int call = 0; call < kCalls; ++call) {
-            Tiles::tile(c, N, a, b, R, kSteps, true);
+            Tiles::tile(c, N, rows_of<Packed>(a, kStride), b, R, kSteps, true);
             // Careful: else one call is made and added 500 times, of one number of the tile.
             asm volatile("" ::"r"(a), "r"(b), "r"(c) : "memory");
         }

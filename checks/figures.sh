@@ -96,13 +96,13 @@ BEGIN {
     text(x + 22, 349, "28 KB; they meet the panels of b in turn", 10, "left", dark)
     box(x, 373, 14, 14, sky, dark)
     text(x + 22, 380, "panel of b: 32 columns, 64 KB", 11)
-    text(x + 22, 397, "up to 512 columns of them, 1 MB,", 10, "left", dark)
-    text(x + 22, 412, "stay in the second cache", 10, "left", dark)
+    text(x + 22, 397, "16 of them, 1 MB, stay in the", 10, "left", dark)
+    text(x + 22, 412, "second cache", 10, "left", dark)
     box(x, 436, 6, 14, "#7A4E00", "#7A4E00"); box(x + 8, 436, 6, 14, "#003E66", "#003E66")
     text(x + 22, 443, "one step reads 14 + 32 numbers and", 11)
     text(x + 22, 460, "does 14 x 32 = 448 multiply-adds", 11)
-    text(450, 545, "Both are copies, made once for each block: they lie together, whatever the " \
-         "matrix's own layout.", 11, "center", dark)
+    text(450, 545, "b's panels are copies, made once for each block: they lie together, whatever " \
+         "b's own layout. a is read where it lies, unless it is a transpose.", 11, "center", dark)
 }
 END
 
