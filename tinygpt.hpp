@@ -2597,32 +2597,27 @@ struct PlainTiles {
 // Packs an operand x, numbers [rows, cols], as elements [i_end, j_end]: element (i, j) goes to
 // out[j / N][i][j % N], and what lies beyond x counts as 0. down: the steps of k run down the
 // columns, else along the rows; an element is made of I numbers of a column, or of J of a row.
-// Whole vectors first: where x's rows lie in one piece in memory they are copied, and the row after
-// the next is asked for; else L by L vectors are transposed. Then, one by one, what is left at the
-// edges.
+// L by L elements at a time, in the order in which they lie in memory: L vectors are read, and
+// unless x's rows are rows in memory they are transposed. What comes L rows later is asked for.
+// Then, one by one, what is left at the edges.
 template <class Tiles, int N, bool down, class Packed, class real>
 void pack(Packed* out, View<real> x, int rows, int cols, int i_end, int j_end) {
     constexpr int L = kLanes<Packed>, I = down ? Tiles::kNumbers : 1, J = Tiles::kNumbers / I;
     const bool copy = x.col == 1;
-    const int i_whole = copy ? rows / I : rows / I / L * L, j_whole = cols / J / L * L;
+    const int i_whole = rows / I / L * L, j_whole = cols / J / L * L;
     const auto at = [&](int i, int j) { return out + j / N * size_t(N) * i_end + i * N + j % N; };
-    const auto vector = [&](const real* from) {
-        return Tiles::elements(from, down ? x.row : x.col);
-    };
-    for (int i = 0; copy && i < i_whole; ++i)
-        for (int panel = 0; panel < j_whole; panel += N) {
-            const real* from = x.from(i * I, panel * J).data;
-            for (int j = 0; j < std::min(N, j_whole - panel); j += L) {
-                ask_for(from + j * J + 2 * I * x.row);
-                store(at(i, panel) + j, vector(from + j * J));
-            }
-        }
-    for (int j = 0; !copy && j < j_whole; j += L)
-        for (int i = 0; i < i_whole; i += L) {
+    for (int row = 0; row < (copy ? i_whole : j_whole); row += L)
+        for (int col = 0; col < (copy ? j_whole : i_whole); col += L) {
+            const int i = copy ? row : col, j = copy ? col : row;
+            const real* from = x.from(i * I, j * J).data;
+            const ptrdiff_t next = copy ? I * x.row : J * x.col;
             Vec<Packed> square[L] = {};
 #pragma GCC unroll 16
-            for (int p = 0; p < L; ++p) square[p] = vector(x.from(i * I, (j + p) * J).data);
-            transpose_square<Packed>(square);
+            for (int p = 0; p < L; ++p, from += next) {
+                if (copy) ask_for(from + L * next);
+                square[p] = Tiles::elements(from, down ? x.row : x.col);
+            }
+            if (!copy) transpose_square<Packed>(square);
 #pragma GCC unroll 16
             for (int p = 0; p < L; ++p) store(at(i + p, j), square[p]);
         }
