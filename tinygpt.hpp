@@ -802,7 +802,7 @@ struct Cpu {
     bool bf16_products() const { return matmul_options.bf16; }
     double peak_bandwidth() const;  // bytes a second, measured
     void synchronize() {}           // wait until everything asked for is done: here it always is
-    void check_sizes(const Config& config, int B) const;  // fails where its functions end
+    void check_sizes(const Config&, int /*B*/) const {}  // its functions take any
 
     // --- a step as one piece of work, and its numbers. A device that works behind the host's back
     // may do a step while the host prepares the next: it may be kStepsBehind steps late.
@@ -891,8 +891,8 @@ struct Cpu {
 // --- memory: one aligned block; the host is the device
 
 // Uninitialised memory for count elements, at a multiple of 64 bytes. Fails when there is none.
-// Large blocks ask for large pages: the processor has fewer of them to look up when the packing of
-// §10 jumps from row to row.
+// Large blocks ask for large pages: the processor has fewer of them to look up when §10
+// jumps from row to row.
 template <class real>
 template <class T>
 T* Cpu<real>::allocate(size_t count) {
@@ -1108,13 +1108,13 @@ void matmul_definition(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m
 
 // What to do with finished sums: nothing.
 struct KeepSums {
-    template <class real>
-    void operator()(int, int, int, real*) const {}
+    void operator()(auto...) const {}
 };
 
 // The one that is used makes the same sums some fifty times faster. It is §10, it is held to the
 // definition by a test, and nothing before §10 needs to know how it works:
 //   c = finish(a b)      or, if accumulate,      c = finish(c + a b)
+// c shares no memory with a or b; m, n and k are at least 1.
 // finish(row, col, count, values) may change `count` finished sums of a row, from column col, where
 // they lie in c, while they are still in the cache: that is where bias, GELU and residual go. It is
 // a struct with an operator(), which makes it callable as __call__ does in Python.
@@ -1213,7 +1213,7 @@ void attention_definition(real* out, ptrdiff_t out_stride, const real* q, const 
     }
 }
 
-// The fast ones, in §10, tested against it. HS is at most 512. Forward sets out [B*T, C] and lse
+// The fast ones, in §10, tested against it. Forward sets out [B*T, C] and lse
 // [B, NH, T].
 template <class real>
 void attention_forward(real* out, real* lse, const real* qkv, int B, int T, int NH, int HS,
@@ -1399,17 +1399,9 @@ size_t Cpu<real>::head_workspace(int rows, int V) {
     return size_t(std::min(rows, kHeadRows)) * size_t(V);
 }
 
-// The largest of n >= 1 numbers, as the largest of sixteen lanes: so the loop vectorises.
+// The largest of n >= 1 numbers. Fast, in §10.
 template <class real>
-real maximum(const real* x, int n) {
-    constexpr int L = 16;
-    real lanes[L];
-    for (int j = 0; j < L; ++j) lanes[j] = x[std::min(j, n - 1)];
-    for (int i = 0; i + L <= n; i += L)
-        for (int j = 0; j < L; ++j) lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
-    for (int i = n / L * L; i < n; ++i) lanes[0] = std::max(lanes[0], x[i]);
-    return *std::max_element(lanes, lanes + L);
-}
+real maximum(const real* x, int n);
 
 // x [count] becomes e^(x - shift); returns the sum. Fast, in §10.
 template <class real>
@@ -2322,8 +2314,8 @@ int generate(Gpt2<Device>& model, std::vector<int32_t> tokens, const SampleOptio
 // =================================================================================================
 // Why products can be fast: n^3 operations on n^2 numbers, so each number can be used many times
 // once it is near. A core does 32 multiply-adds a cycle here, and loads far fewer numbers from its
-// caches, hardly any from memory. So: keep sums in registers, and operands in the caches, in the
-// order in which they will be read.
+// caches, hardly any from memory. So: keep sums in registers, and operands in the caches; those
+// that are read again and again lie in the order of reading.
 
 // --- The compiler's vectors: arithmetic on a whole register at a time, on any CPU
 #ifdef __CUDACC__
@@ -2412,7 +2404,17 @@ real sum_of_lanes(Vec<real> v) {
     return join_lanes<real>(v, [](real a, real b) { return a + b; });
 }
 
-// Whole vectors first, then what is left over: the order of additions is fixed.
+// In both: whole vectors first, then what is left over; the order of additions is fixed.
+template <class real>
+real maximum(const real* x, int n) {
+    constexpr int L = kLanes<real>;
+    Vec<real> most = Vec<real>{} + x[0];
+    int j = 0;
+    for (; j + L <= n; j += L) most = load(x + j) > most ? load(x + j) : most;
+    real top = join_lanes<real>(most, [](real a, real b) { return a > b ? a : b; });
+    for (; j < n; ++j) top = std::max(top, x[j]);
+    return top;
+}
 template <class real>
 real exp_and_sum(real* x, real shift, int count) {
     constexpr int L = kLanes<real>;
@@ -2455,26 +2457,26 @@ private:
     size_t size_ = 0;
 };
 
-// A thread's own memory to work in, in 8 pieces: attention's backward needs so many. ("static
+// A thread's own memory to work in, in 7 pieces: attention's backward needs so many. ("static
 // thread_local": made once for each thread, and kept.) Careful: what works inside something else
 // takes other pieces. Why not where each is needed: a template would keep its own for every type.
 inline Scratch& room(int piece) {
-    static thread_local Scratch pieces[8];
+    static thread_local Scratch pieces[7];
     return pieces[piece];
 }
 
 // --- The fast product
 //
-//              n                   b, kDepth rows at a time, is cut into panels of kTileCols
+//              n                   b, kDepth rows at a time, is cut into panels of kCols
 //         +---------+              columns, each copied so that it is read from start to end.
 //  kDepth |  | |b|  |
-//         +---------+              a is read where it lies. Only if it is a transpose, some rows
-//         |  | | |  |              and kDepth columns at a time are copied, as rows kStride apart.
+//         +---------+              a is read where it lies. Only if it is a transpose, or becomes
+//         |  | | |  |              bf16, some rows and kDepth columns at a time are copied.
 //
 //   a          c                   A tile of c is kTileRows rows of a times one panel of b. Its
 // +---+---+ +---------+            sums stay in registers for kDepth steps; every step takes one
 // |   |   | |         |            number of each row of a and one row of b's panel, and does
-// |===|===| |--- [] --| <- tile    kTileRows * kTileCols multiply-adds with them.
+// |===|===| |--- [] --| <- tile    kTileRows * kCols multiply-adds with them.
 // |   |   | |         |
 // +---+---+ +---------+
 //
@@ -2486,12 +2488,10 @@ inline Scratch& room(int piece) {
 // Two registers of sums a row, two for b's row, one for a's number: 2 * 14 + 3 of 32, or 2 * 6 + 3
 // of 16.
 constexpr int kTileRows = kVectorRegisters == 32 ? 14 : 6;
-template <class real>
-constexpr int kTileCols = 2 * kLanes<real>;
-constexpr int kDepth = 512;           // steps of k at a time: a tile's rows stay in the first cache
+constexpr int kDepth = 512;           // steps of k at a time: a tile's rows fit the first cache
 constexpr int kBlock = 512 * kDepth;  // elements of b packed at a time: they stay in the second
-// Careful: rows 512 numbers apart would all lie in 2 of the first cache's 64 sets, and evict each
-// other where a is read downwards.
+// From row to row of what is copied. Careful: rows 512 numbers apart would all lie in 2 of the
+// first cache's 64 sets, and evict each other where a is read downwards.
 constexpr int kStride = kDepth + 16;
 
 // One step of the product: sum += a b, a number a beside a vector b.
@@ -2512,30 +2512,30 @@ inline bool cpu_has_bf16_dot() { return false; }
 inline void multiply_add(Vec<float>&, uint32_t, Vec<uint32_t>) {}  // refused before it gets here
 #endif
 
-// Tile [rows, kTileCols] (+)= a [rows, k] * panel of b [k, kTileCols]; the tile's rows are ldc
-// apart, b's follow each other. down: the steps of k run down a's columns, so that a row is one
-// step away; else along its rows. rows and down are template arguments because only then does the
-// compiler know how many sums there are, and gives each a register.
+// Tile [rows, 2 L] (+)= a [rows, k] * panel of b [k, 2 L]; the tile's rows are ldc apart, b's
+// follow each other. down: the steps of k run down a's columns, and its rows are one number apart;
+// else it is the other way round. rows and down are template arguments because only then does the
+// compiler know how many sums there are, and gives each a register, and that one distance is 1.
 template <int rows, bool down, class real, class Packed>
 void micro_kernel(real* tile, ptrdiff_t ldc, View<Packed> a, const Packed* b, int k, bool add) {
     constexpr int L = kLanes<real>;
     const ptrdiff_t row = down ? 1 : a.row, step = down ? a.col : 1;
-    Vec<real> left[rows], right[rows];
+    Vec<real> c0[rows], c1[rows];
 #pragma GCC unroll 16
-    for (int i = 0; i < rows; ++i) left[i] = right[i] = Vec<real>{};
+    for (int i = 0; i < rows; ++i) c0[i] = c1[i] = Vec<real>{};
     for (int p = 0; p < k; ++p, a.data += step, b += 2 * L) {
         const Vec<Packed> b0 = load(b), b1 = load(b + L);
 #pragma GCC unroll 16
         for (int i = 0; i < rows; ++i) {
             const Packed x = a.data[i * row];
-            multiply_add(left[i], x, b0), multiply_add(right[i], x, b1);
+            multiply_add(c0[i], x, b0), multiply_add(c1[i], x, b1);
         }
     }
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
         real* out = tile + i * ldc;
-        store(out, add ? load(out) + left[i] : left[i]);
-        store(out + L, add ? load(out + L) + right[i] : right[i]);
+        store(out, add ? load(out) + c0[i] : c0[i]);
+        store(out + L, add ? load(out + L) + c1[i] : c1[i]);
     }
 }
 
@@ -2576,12 +2576,12 @@ struct PlainTiles {
     static Vec<Packed> elements(const real* from, ptrdiff_t /*to the next step*/) {
         return load(from);
     }
-    static constexpr int kRows = kTileRows, kCols = kTileCols<Packed>;
+    static constexpr int kRows = kTileRows, kCols = 2 * kLanes<Packed>;
     static constexpr int kSteps = kDepth;   // that tile() makes at a time
     static constexpr bool kAnyRows = true;  // tile() writes `rows` rows, else all kRows
     static constexpr int kBelow = 0;        // c is asked for so many rows below the tile
     // c [rows, kCols] (+)= a b, with b one panel. There is a micro-kernel for each number of rows:
-    // tries 14, then 13, and so on.
+    // tries kTileRows, then one fewer, and so on.
     template <int some = kTileRows, class Sum>
     static void tile(Sum* c, ptrdiff_t ldc, View<Packed> a, const Packed* b, int rows, int k,
                      bool add) {
@@ -2598,8 +2598,8 @@ struct PlainTiles {
 // out[j / N][i][j % N], and what lies beyond x counts as 0. down: the steps of k run down the
 // columns, else along the rows; an element is made of I numbers of a column, or of J of a row.
 // L by L elements at a time, in the order in which they lie in memory: L vectors are read, and
-// unless x's rows are rows in memory they are transposed. What comes L rows later is asked for.
-// Then, one by one, what is left at the edges.
+// unless x's rows are rows in memory they are transposed. What comes L rows of elements later is
+// asked for. Then, one by one, what is left at the edges.
 template <class Tiles, int N, bool down, class Packed, class real>
 void pack(Packed* out, View<real> x, int rows, int cols, int i_end, int j_end) {
     constexpr int L = kLanes<Packed>, I = down ? Tiles::kNumbers : 1, J = Tiles::kNumbers / I;
@@ -2657,13 +2657,12 @@ Panels<Tiles> pack_right(Scratch& memory, View<real> b, int depth, int cols) {
     return {out, size_t(steps) * N};
 }
 
-// A strip of tiles, at most kRows high: c [rows, cols] (+)= a b, in `steps` steps; add: to what is
-// there. done(j, count) is called for each tile, columns j.. of c, once its sums are made. A tile
-// that is cut off by the edge of c is made beside it. c comes from memory: while a tile's sums are
-// made, it or the one below is asked for, some rows in each pass.
-template <class Tiles, class real, class Done = decltype([](int, int) {})>
+// A strip of tiles, at most kRows high: c [rows, cols] (+)= a b, `steps` packed elements deep; add:
+// to what is there. A tile that is cut off by the edge of c is made beside it. c comes from memory:
+// while a tile's sums are made, it or the one below is asked for, some rows in each pass.
+template <class Tiles, class real>
 void multiply_strip(real* c, ptrdiff_t ldc, View<typename Tiles::Packed> a, Panels<Tiles> b,
-                    int rows, int cols, int steps, bool add, Done done = {}) {
+                    int rows, int cols, int steps, bool add) {
     constexpr int R = Tiles::kRows, N = Tiles::kCols, S = Tiles::kSteps;
     const int passes = ceil_div(steps, S);
     alignas(64) real edge[R * N];
@@ -2679,7 +2678,6 @@ void multiply_strip(real* c, ptrdiff_t ldc, View<typename Tiles::Packed> a, Pane
             for (int i = 0; !whole && i < rows; ++i)
                 for (int x = 0; x < count; ++x)
                     out[i * ldc + x] = (add ? out[i * ldc + x] : real(0)) + edge[i * N + x];
-            if (pass + 1 == passes) done(j, count);
         }
 }
 
@@ -2698,7 +2696,7 @@ void multiply(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, 
     // Blocks of about kBlock elements at most, as many for each thread where whole panels allow it,
     // and four panels or more.
     const int threads = omp_get_max_threads();
-    const int most_cols = kBlock / Tiles::steps(std::clamp(k, 1, kMostDepth));
+    const int most_cols = kBlock / Tiles::steps(std::min(k, kMostDepth));
     const int wanted = round_up(ceil_div(n, most_cols), threads);
     const int width = std::max(4 * N, round_up(ceil_div(n, wanted), N));
     const int blocks = ceil_div(n, width);
@@ -2714,20 +2712,18 @@ void multiply(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, 
             const int i0 = piece % stretches * stretch, end = std::min(m, i0 + stretch);
             for (int k0 = 0; k0 < k; k0 += kMostDepth) {
                 const int depth = std::min(kMostDepth, k - k0);
-                const Panels<Tiles> right = pack_right<Tiles>(room(1), b.from(k0, j0), depth, cols);
-                View<typename Tiles::Packed> left;
-                for (int i = i0; i < end; i += R) {
-                    const int at = (i - i0) % kSome, count = std::min(R, end - i);
-                    if (at == 0)
-                        left = pack_left<Tiles>(room(0), a.from(i, k0), std::min(kSome, end - i),
-                                                depth);
-                    real* out = c + i * ldc + j0;
-                    const auto done = [&](int j, int tile_cols) {
-                        for (int r = 0; k0 + depth == k && r < count; ++r)
-                            finish(i + r, j0 + j, tile_cols, out + r * ldc + j);
-                    };
-                    multiply_strip<Tiles>(out, ldc, left.from(at, 0), right, count, cols,
-                                          Tiles::steps(depth), k0 > 0 || accumulate, done);
+                const auto right = pack_right<Tiles>(room(1), b.from(k0, j0), depth, cols);
+                for (int i1 = i0; i1 < end; i1 += kSome) {
+                    const int some = std::min(kSome, end - i1);
+                    const auto left = pack_left<Tiles>(room(0), a.from(i1, k0), some, depth);
+                    for (int i = i1; i < i1 + some; i += R) {
+                        const int rows = std::min(R, i1 + some - i);
+                        real* out = c + i * ldc + j0;
+                        multiply_strip(out, ldc, left.from(i - i1, 0), right, rows, cols,
+                                       Tiles::steps(depth), k0 > 0 || accumulate);
+                        for (int r = 0; k0 + depth == k && r < rows; ++r)
+                            finish(i + r, j0, cols, out + r * ldc);
+                    }
                 }
             }
         }
@@ -2916,20 +2912,14 @@ void matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, in
 // A tile of queries meets the keys in blocks; scores and weights of one block are all that is ever
 // kept, and they stay in the first cache. The softmax runs along (Milakov and Gimelshein 2018):
 //   new max = max(old max, s)    p = e^(s - new max)    old sums shrink by e^(old max - new max)
-// Keys later than the last query of a tile are not touched: that is the causal half.
+// Keys later than the last query of a tile are left out, but for those of its last panel: that is
+// the causal half.
 
 // One step of the running softmax, for one query: scores s[count] become p, with count a multiple
 // of kLanes; max and total are brought up to date, and so are sums[HS].
 template <class real>
 void running_softmax(real* s, int count, real& max, real& total, real* sums, int HS) {
-    constexpr int L = kLanes<real>;
-    Vec<real> most = load(s);
-    for (int j = L; j < count; j += L) {
-        const Vec<real> x = load(s + j);
-        most = x > most ? x : most;
-    }
-    const real top =
-        std::max(max, join_lanes<real>(most, [](real a, real b) { return a > b ? a : b; }));
+    const real top = std::max(max, maximum(s, count));
     const real shrink = exp_fast(max - top);
     total = total * shrink + exp_and_sum(s, top, count);
     max = top;
@@ -2949,7 +2939,7 @@ void attend(real* out, real* lse, const real* qkv, int first, int last, int C, i
     const auto keys = pack_right<Plain>(room(0), k.transposed(), HS, last),
                values = pack_right<Plain>(room(1), v, last, HS);
     for (size_t i = 0; i < size_t(HS) * round_up(last, Plain::kCols); ++i)
-        keys.data[i] *= 1 / std::sqrt(real(HS));
+        keys.data[i] *= 1 / std::sqrt(real(HS));       // so scores come out divided by it
     real* p = room(2).get<real>(size_t(R) * kStride);  // scores, then p
     real* sums = room(3).get<real>(size_t(R) * HS);    // of p v, not yet divided by total
     for (int t = first; t < last; t += R) {
@@ -3029,9 +3019,10 @@ void attention_cached(real* out, const real* qkv, int past, int n, int NH, int H
 // ds = p (dp - D). ds is the left operand of dq = ds k as it is; read downwards, p and ds are those
 // of dv = p^T dout and dk = ds^T q.
 
-// One query: scores p[count] and products ds = dout v^T become p (times the mask) and
+// One query: products p = q k^T and ds = dout v^T [count] become p (times the mask) and
 // ds / sqrt(HS), zero from `seen` on. D: dout . out of this query (§4.5); index: of the block's
-// first key in dropout's mask.
+// first key in dropout's mask. Careful: whole registers are worked on, so both must be set up to
+// `seen` rounded up to kLanes.
 template <class real>
 void softmax_row_backward(real* p, real* ds, real lse, real D, int count, int seen, int HS,
                           Dropout drop, uint64_t index) {
@@ -3053,22 +3044,18 @@ void attend_backward(real* dqkv, const real* dout, const real* out, const real* 
                      const real* qkv, int T, int C, int HS, Dropout drop, uint64_t place) {
     using Plain = PlainTiles<real>;
     constexpr int R = Plain::kRows, kQueries = 8 * R;
-    const ptrdiff_t stride = 3 * ptrdiff_t(C);
-    const View<real> q = rows_of(qkv, stride), k = q.from(0, C), v = q.from(0, 2 * C),
-                     d = rows_of(dout, C);
+    const View<real> q = rows_of(qkv, 3 * ptrdiff_t(C)), k = q.from(0, C), v = q.from(0, 2 * C),
+                     d = rows_of(dout, C), o = rows_of(out, C);
     real *dq = dqkv, *dk = dqkv + C, *dv = dqkv + 2 * C;
     const size_t square = size_t(kQueries) * kStride;
     real *p = room(0).get<real>(square), *ds = room(1).get<real>(square);  // [queries][keys]
-    const View<real> all_p = rows_of<real>(p, kStride), all_ds = rows_of<real>(ds, kStride);
     const auto q_right = pack_right<Plain>(room(2), q, T, HS),
                d_right = pack_right<Plain>(room(3), d, T, HS);
-    real* D = room(4).get<real>(T);
-    for (int t = 0; t < T; ++t) D[t] = dot(dout + ptrdiff_t(t) * C, out + ptrdiff_t(t) * C, HS);
     for (int k0 = 0; k0 < T; k0 += kDepth) {
         const int keys = std::min(kDepth, T - k0);
-        const auto k_across = pack_right<Plain>(room(5), k.from(k0, 0).transposed(), HS, keys),
-                   v_across = pack_right<Plain>(room(6), v.from(k0, 0).transposed(), HS, keys),
-                   k_right = pack_right<Plain>(room(7), k.from(k0, 0), keys, HS);
+        const auto k_across = pack_right<Plain>(room(4), k.from(k0, 0).transposed(), HS, keys),
+                   v_across = pack_right<Plain>(room(5), v.from(k0, 0).transposed(), HS, keys),
+                   k_right = pack_right<Plain>(room(6), k.from(k0, 0), keys, HS);
         for (int t = k0; t < T; t += kQueries) {
             const int queries = std::min(kQueries, T - t);
             for (int i = 0; i < queries; i += R) {
@@ -3079,20 +3066,22 @@ void attend_backward(real* dqkv, const real* dout, const real* out, const real* 
                 multiply_strip(ds_i, kStride, d.from(t + i, 0), v_across, rows, wide, HS, false);
                 for (int s = t + i; s < t + i + rows; ++s)
                     softmax_row_backward(p + (s - t) * kStride, ds + (s - t) * kStride, lse[s],
-                                         D[s], keys, std::min(keys, s + 1 - k0), HS, drop,
+                                         dot(d.from(s, 0).data, o.from(s, 0).data, HS), n,
+                                         std::min(n, s + 1 - k0), HS, drop,
                                          (place * T + s) * T + k0);
-                multiply_strip(dq + (t + i) * stride, stride, all_ds.from(i, 0), k_right, rows, HS,
-                               n, k0 > 0);
+                multiply_strip(dq + (t + i) * q.row, q.row, rows_of<real>(ds_i, kStride), k_right,
+                               rows, HS, n, k0 > 0);
             }
             for (int j = 0; j < keys; j += R) {
                 const int first = std::max(0, k0 + j - t);  // the first query that sees key j
                 if (first >= queries) break;
                 const int rows = std::min(R, keys - j), n = queries - first;
-                const ptrdiff_t at = (k0 + j) * stride;
+                const ptrdiff_t at = (k0 + j) * q.row;
                 const bool add = t > k0 + j;  // earlier queries have seen it
-                multiply_strip(dv + at, stride, all_p.from(first, j).transposed(),
+                multiply_strip(dv + at, q.row, transpose_of<real>(p + first * kStride + j, kStride),
                                d_right.from(t + first, 0), rows, HS, n, add);
-                multiply_strip(dk + at, stride, all_ds.from(first, j).transposed(),
+                multiply_strip(dk + at, q.row,
+                               transpose_of<real>(ds + first * kStride + j, kStride),
                                q_right.from(t + first, 0), rows, HS, n, add);
             }
         }
@@ -3110,18 +3099,6 @@ void attention_backward(real* dqkv, const real* dout, const real* out, const rea
         attend_backward(dqkv + at3, dout + at, out + at, lse + size_t(head) * T, qkv + at3, T, C,
                         HS, drop, uint64_t(head));
     }
-}
-
-// Attention, forward and backward, packs whole heads, and a packed row has room for kDepth numbers.
-template <class real>
-void Cpu<real>::check_sizes(const Config& config, int /*B*/) const {
-    int heads = config.n_head;
-    while (config.n_embd / heads > kDepth || config.n_embd % heads) ++heads;
-    TINYGPT_CHECK(heads == config.n_head,
-                  "on a CPU a head has at most %d channels, and n_embd / n_head is %d: use "
-                  "--n-head "
-                  "%d",
-                  kDepth, config.head_size(), heads);
 }
 
 // =================================================================================================

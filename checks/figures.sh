@@ -88,7 +88,7 @@ BEGIN {
     text(ax + d0 + d / 2, ay - 10, "kDepth = 512 steps of k", 10, "center", blue)
     x = 668
     box(x, 262, 14, 14, red, dark)
-    text(x + 22, 269, "the tile of c: kTileRows x kTileCols", 11)
+    text(x + 22, 269, "the tile of c: kTileRows x kCols", 11)
     text(x + 22, 286, "14 x 32 sums with AVX-512 (6 x 16", 10, "left", dark)
     text(x + 22, 301, "with AVX2), in registers for 512 steps", 10, "left", dark)
     box(x, 325, 14, 14, orange, dark)
@@ -102,7 +102,7 @@ BEGIN {
     text(x + 22, 443, "one step reads 14 + 32 numbers and", 11)
     text(x + 22, 460, "does 14 x 32 = 448 multiply-adds", 11)
     text(450, 545, "b's panels are copies, made once for each block: they lie together, whatever " \
-         "b's own layout. a is read where it lies, unless it is a transpose.", 11, "center", dark)
+         "b's own layout. a is read where it lies, unless it is a transpose or becomes bf16.", 11, "center", dark)
 }
 END
 
