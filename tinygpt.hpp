@@ -891,8 +891,8 @@ struct Cpu {
 // --- memory: one aligned block; the host is the device
 
 // Uninitialised memory for count elements, at a multiple of 64 bytes. Fails when there is none.
-// Large blocks ask for large pages: the processor has fewer of them to look up when §10
-// jumps from row to row.
+// Large blocks ask for large pages: the processor has fewer of them to look up when §10 jumps from
+// row to row.
 template <class real>
 template <class T>
 T* Cpu<real>::allocate(size_t count) {
@@ -1213,8 +1213,7 @@ void attention_definition(real* out, ptrdiff_t out_stride, const real* q, const 
     }
 }
 
-// The fast ones, in §10, tested against it. Forward sets out [B*T, C] and lse
-// [B, NH, T].
+// The fast ones, in §10, tested against it. Forward sets out [B*T, C] and lse [B, NH, T].
 template <class real>
 void attention_forward(real* out, real* lse, const real* qkv, int B, int T, int NH, int HS,
                        Dropout drop);
@@ -2490,8 +2489,8 @@ inline Scratch& room(int piece) {
 constexpr int kTileRows = kVectorRegisters == 32 ? 14 : 6;
 constexpr int kDepth = 512;           // steps of k at a time: a tile's rows fit the first cache
 constexpr int kBlock = 512 * kDepth;  // elements of b packed at a time: they stay in the second
-// From row to row of what is copied. Careful: rows 512 numbers apart would all lie in 2 of the
-// first cache's 64 sets, and evict each other where a is read downwards.
+// From row to row of a's copies, and of attention's scores. Careful: rows 512 numbers apart would
+// all lie in 2 of the first cache's 64 sets, and evict each other where they are read downwards.
 constexpr int kStride = kDepth + 16;
 
 // One step of the product: sum += a b, a number a beside a vector b.
@@ -2626,6 +2625,7 @@ void pack(Packed* out, View<real> x, int rows, int cols, int i_end, int j_end) {
         for (int j = i < i_whole ? j_whole : 0; j < j_end; ++j)
             *at(i, j) = Tiles::element(number(i * I, j * J), number(i * I + down, j * J + !down));
 }
+
 // The left operand of tiles, a [rows, depth]: as it lies, if it can be read there; else packed in
 // `memory`, its rows kStride apart.
 template <class Tiles, class Packed = typename Tiles::Packed, class real>
@@ -2701,8 +2701,8 @@ void multiply(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, 
     const int width = std::max(4 * N, round_up(ceil_div(n, wanted), N));
     const int blocks = ceil_div(n, width);
     // Of rows, where there are fewer blocks than threads: about two pieces a thread.
-    const int most = blocks < threads ? 2 * threads / blocks : 1;
-    const int stretch = round_up(ceil_div(m, most), R), stretches = ceil_div(m, stretch);
+    const int cuts = blocks < threads ? 2 * threads / blocks : 1;
+    const int stretch = round_up(ceil_div(m, cuts), R), stretches = ceil_div(m, stretch);
 #pragma omp parallel
     {
         [[maybe_unused]] Tiles setup{};  // what a thread needs first: see MatrixTiles
@@ -2915,8 +2915,8 @@ void matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, in
 // Keys later than the last query of a tile are left out, but for those of its last panel: that is
 // the causal half.
 
-// One step of the running softmax, for one query: scores s[count] become p, with count a multiple
-// of kLanes; max and total are brought up to date, and so are sums[HS].
+// One step of the running softmax, for one query: scores s[count] become p; max and total are
+// brought up to date, and so are sums[HS].
 template <class real>
 void running_softmax(real* s, int count, real& max, real& total, real* sums, int HS) {
     const real top = std::max(max, maximum(s, count));
