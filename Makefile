@@ -41,12 +41,12 @@ GPU_HERE   := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2
 CUDA_ARCHS ?= $(or $(if $(filter 90,$(GPU_HERE)),90a,$(GPU_HERE)),80 90a)
 GENCODE    := $(foreach a,$(CUDA_ARCHS),-gencode=arch=compute_$(a),code=sm_$(a))
 NVFLAGS    := -std=c++20 -O3 $(GENCODE) -diag-suppress 1675 -Xcompiler -fopenmp,-march=$(MARCH),-Wall,-Wextra,-Wno-restrict
-train_gpt_cu: train_gpt.cu tinygpt.hpp data/stories/dataset.json
+train_gpt_cu: train_gpt.cu train_gpt.cpp tinygpt.hpp data/stories/dataset.json
 	@echo "building for compute capability $(CUDA_ARCHS)"
 	$(NVCC) $(NVFLAGS) $< -o $@ -lcublasLt
 test_gpt_cu: build/test_gpt_cu
 	./$<
-build/test_gpt_cu: test_gpt.cpp train_gpt.cu tinygpt.hpp | $(BUILD)
+build/test_gpt_cu: test_gpt.cpp train_gpt.cu train_gpt.cpp tinygpt.hpp | $(BUILD)
 	$(NVCC) $(NVFLAGS) $(TESTFLAGS) -DTINYGPT_TEST_CUDA -x cu $< -o $@ -lcublasLt
 
 # The same kernels on the CPU, with no Toolkit: see cuda_on_cpu/README.md.
@@ -56,7 +56,7 @@ $(BUILD)/translate: cuda_on_cpu/translate.cpp | $(BUILD)
 	$(CXX) -std=c++20 -O1 $(WARN) $< -o $@
 $(BUILD)/train_gpt_cu.cpp: train_gpt.cu $(BUILD)/translate
 	$(BUILD)/translate $< $@
-train_gpt_cu_on_cpu: $(BUILD)/train_gpt_cu.cpp tinygpt.hpp $(EMULATOR)
+train_gpt_cu_on_cpu: $(BUILD)/train_gpt_cu.cpp train_gpt.cpp tinygpt.hpp $(EMULATOR)
 	$(CXX) $(CXXFLAGS) -O2 $(ON_CPU) $< -o $@
 
 # The tests, CPU and CUDA in one program. FILTER="matmul*" runs those whose names match.
@@ -65,9 +65,9 @@ test: $(BUILD)/test_gpt
 TEST_PARTS ?= cpu cuda
 $(BUILD)/test_gpt: $(TEST_PARTS:%=$(BUILD)/test_%.o)
 	$(CXX) $(CXXFLAGS) $^ -o $@
-$(BUILD)/test_cpu.o: test_gpt.cpp tinygpt.hpp prepare_data.cpp | $(BUILD)
+$(BUILD)/test_cpu.o: test_gpt.cpp tinygpt.hpp train_gpt.cpp prepare_data.cpp | $(BUILD)
 	$(CXX) $(CXXFLAGS) $(if $(SANITIZE),,-O2) $(TESTFLAGS) -c $< -o $@
-$(BUILD)/test_cuda.o: test_gpt.cpp tinygpt.hpp $(BUILD)/train_gpt_cu.cpp $(EMULATOR)
+$(BUILD)/test_cuda.o: test_gpt.cpp tinygpt.hpp train_gpt.cpp $(BUILD)/train_gpt_cu.cpp $(EMULATOR)
 	$(CXX) $(CXXFLAGS) $(if $(SANITIZE),,-O2) $(TESTFLAGS) $(ON_CPU) -I$(BUILD) -DTINYGPT_TEST_CUDA -c $< -o $@
 
 # Data that others made: fetched on request, checked, never part of the repository. URL=... overrides.

@@ -9,7 +9,12 @@
 #include <filesystem>
 #include <fstream>
 
+#ifndef TINYGPT_TEST_CUDA
+#define TRAIN_GPT_NO_MAIN
+#include "train_gpt.cpp"
+#else
 #include "tinygpt.hpp"
+#endif
 
 // What this was built with.
 #if defined(__has_feature)

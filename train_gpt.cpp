@@ -1,7 +1,2196 @@
-// train_gpt: trains a GPT-2 on the CPU. Everything it does is in tinygpt.hpp; this chooses the
-// device.
+// train_gpt: trains a GPT-2. The program of both drivers: options, commands, report, bench and walk.
+// What trains is tinygpt.hpp. train_gpt.cu includes this file and brings another device.
 #include "tinygpt.hpp"
 
+namespace tinygpt {
+
+// =================================================================================================
+// 1 Options: what the user may ask for, each said once
+// =================================================================================================
+//
+// The reader now holds all that trains, and the files it reads and writes. What is left is the
+// program around it, and first what its user can say. An option is a member of struct Options,
+// which gives its type and its default, and a row of one table, which gives its name, its range and
+// its meaning. All else is made from that row: reading the command line and config files, --help,
+// the echo at the start of a run, and what a checkpoint remembers of its run. So a new option is a
+// member and a row.
+//
+// What happens to --batch-size 4:
+//
+//   parse_options     sees no command before it, so this is train, which takes such an option
+//   split_arguments   finds the row "batch-size" and pairs it with the text "4": an Assignment
+//   assign            reads 4, sees that it is in [1, 1000000], and sets options.batch_size
+//   check_together    looks at it beside the others: batch and length must fit into an int
+//
+// Whatever is wrong ends in fail_usage, exit status 2, before anything is printed or written.
+// Where an option is said twice the last counts, and the command line counts before a config file:
+//
+//   ./train_gpt --seed 2 --config run.conf      has seed 2, whatever run.conf says
+
+// ---- What the user asked for --------------------------------------------------------------------
+
+// One bit each, so that a set of commands is a sum of them.
+enum Command : unsigned { kTrain = 1, kEval = 2, kSample = 4, kInfo = 8, kBench = 16, kWalk = 32 };
+
+// A member for every option, in the table's order of groups. A default outside the option's own
+// range (0 where the least is 1) or an empty text means "not set": its help says what then happens.
+struct Options : RunOptions {
+    Command command = kTrain;
+    bool command_given = false;       // the command was written out
+    std::set<std::string> set_names;  // the options that the user set, by their names in the table
+
+    // What it learns from.
+    std::string data = "data/stories", train_shards, val_shards;
+
+    // What learns. Sizes that are 0 are the named model's.
+    std::string model = "tiny", init_from;
+    int n_layer = 0, n_head = 0, n_embd = 0, n_positions = 0, vocab_size = 0;
+    double dropout = 0;
+    bool untied_head = false, recompute_gelu = false;
+
+    // Where, and on what.
+    std::string config, resume, precision;
+    bool override_changes = false, tune_matmul = false, help = false;
+    int threads = 0;
+
+    // What one update sees.
+    int seq_len = 0;
+
+    // What is written with the model.
+    std::string prompt_file;
+    int max_new_tokens = 100, num_samples = 1, top_k = 0, show_top = 0;
+    double temperature = 1, top_p = 1;
+
+    std::string hellaswag;  // what it is examined on
+
+    // Whether the user set this option. The name as in the table: "batch-size".
+    bool given(const std::string& name) const { return set_names.count(name) != 0; }
+};
+
+// Which values an option takes: the text that help shows is also what checks them. "[1, 1000]" or
+// "(0, 1]" is a number between two bounds, a round bracket leaving its bound out; "0|1" is a
+// switch; "stop|skip" is one of these words; capitals ("DIR") stand for any text.
+struct Range {
+    std::string text;
+    double low = 0, high = 0;  // of a number
+
+    Range(const char* text) : text(text) { std::sscanf(text, "%*c%lf, %lf", &low, &high); }
+    bool is_number() const { return text[0] == '[' || text[0] == '('; }
+    bool is_switch() const { return text == "0|1"; }
+    bool is_choice() const { return std::islower(text[0]); }
+    bool is_text() const { return std::isupper(text[0]); }
+    std::vector<std::string> words() const { return split_at(text, '|'); }
+    // Whether a number lies within the bounds.
+    bool contains(double x) const {
+        return (text[0] == '(' ? x > low : x >= low) && (text.back() == ')' ? x < high : x <= high);
+    }
+};
+
+// One row of the table. `int Options::*` is "an int in Options, I say which": options.*member is
+// that member of one Options, as getattr(options, name) in Python. A variant holds a value of one
+// of the types listed; std::visit hands it, with its type, to a function.
+struct Option {
+    std::string name;  // as the user types it
+    std::variant<bool Options::*, int Options::*, int64_t Options::*, double Options::*,
+                 std::string Options::*, Schedule Options::*>
+        member;
+    std::string group;  // its heading in help and echo
+    unsigned commands;  // those that take it, and kNumbers where it changes the numbers
+    Range range;
+    std::string help;  // what it means
+};
+
+// "tiny|gpt2|...": what --model may be.
+inline std::string preset_names() {
+    std::string names;
+    for (const Preset& preset : presets()) join(names, "|", preset.name);
+    return names;
+}
+
+// The table: name, member, group, commands, range, help.
+// Careful: an upper bound is there to keep a product of sizes inside 64 bits, and those of eps and
+// dropout keep them inside what a float can tell from 0 and 1.
+struct OptionTable {
+    using O = Options;
+    // kNumbers stands beside the commands of an option that changes the numbers a run computes. A
+    // run that is resumed must have the same value, so checkpoints remember it (kRun: a training
+    // run's). kBuild: commands that make a model of the sizes asked for; kBatch: that run batches.
+    static constexpr unsigned kAll = 63, kNumbers = 64, kRun = kTrain | kNumbers;
+    static constexpr unsigned kBuild = kRun | kInfo | kBench, kBatch = kBuild | kEval;
+    static inline const std::vector<Option> rows = {
+        {"data", &O::data, "data", kRun | kEval | kInfo, "DIR",
+         "shards and tokenizer, as ./prepare_data writes them"},
+        {"train-shards", &O::train_shards, "data", kRun | kEval, "GLOB",
+         "training shards, instead of --data; text is shown as token numbers"},
+        {"val-shards", &O::val_shards, "data", kRun | kEval, "GLOB",
+         "validation shards, beside --train-shards"},
+
+        {"model", &O::model, "model", kBuild, preset_names().c_str(), "sizes of the model"},
+        {"n-layer", &O::n_layer, "model", kBuild, "[1, 1000]", "layers, not the model's own"},
+        {"n-head", &O::n_head, "model", kBuild, "[1, 1000]", "heads, likewise"},
+        {"n-embd", &O::n_embd, "model", kBuild, "[1, 65536]", "channels, likewise"},
+        {"n-positions", &O::n_positions, "model", kBuild, "[1, 1048576]",
+         "the longest text it can see, in tokens, likewise"},
+        {"vocab-size", &O::vocab_size, "model", kBuild, "[2, 65536]",
+         "tokens in the vocabulary, where there is no tokenizer to say"},
+        {"dropout", &O::dropout, "model", kBuild, "[0, 0.999]", "share dropped in training"},
+        {"untied-head", &O::untied_head, "model", kBuild, "0|1",
+         "the head has weights of its own, not the embedding's"},
+        {"recompute-gelu", &O::recompute_gelu, "model", kRun | kInfo, "0|1",
+         "make GELUs again in backward, not keep them: less memory, a little more time"},
+        {"init-from", &O::init_from, "model", kRun | kEval | kSample | kInfo, "DIR",
+         "start from this Hugging Face folder or checkpoint"},
+
+        {"config", &O::config, "run", kAll, "FILE",
+         "read lines `name = value` (# begins a comment); the command line comes before them"},
+        {"resume", &O::resume, "run", kTrain, "DIR|auto",
+         "go on from a checkpoint; auto: from the newest good one in --output, if any"},
+        {"override", &O::override_changes, "run", kTrain, "0|1",
+         "resume although options that change the numbers have changed"},
+        {"output", &O::output, "run", kTrain, "DIR",
+         "the run's folder; not set: out/ and a name made from the data folder's"},
+        {"seed", &O::seed, "run", kRun | kEval | kSample | kBench, "[0, 1e+18]",
+         "of all randomness"},
+        {"threads", &O::threads, "run", kAll, "[0, 1024]", "0: all cores"},
+        {"precision", &O::precision, "run", kBatch | kSample, "fp32|bf16|tf32",
+         "not set: the best for this machine"},
+        {"tune-matmul", &O::tune_matmul, "run", kRun | kBench, "0|1",
+         "on a GPU: time matmul kernels once, keep the fastest in data/matmul-plans.txt"},
+        {"help", &O::help, "run", kAll, "0|1",
+         "this page; after a command, what that command takes"},
+
+        {"batch-size", &O::batch_size, "batch", kBatch, "[1, 1000000]", "texts read at once"},
+        {"seq-len", &O::seq_len, "batch", kBatch, "[1, 1048576]",
+         "tokens in each; not set: 128, or --n-positions where that is less"},
+        {"grad-accum-steps", &O::grad_accum_steps, "batch", kRun, "[1, 1000000]",
+         "batches whose gradients make one update"},
+        {"shuffle", &O::shuffle, "batch", kRun, "0|1", "a new order in every epoch"},
+        {"overfit-batch", &O::overfit_batch, "batch", kRun, "0|1", "only ever the first batch"},
+
+        {"max-steps", &O::max_steps, "length", kRun, "[1, 1e+12]",
+         "updates; the default counts only where neither of the next two is set"},
+        {"epochs", &O::epochs, "length", kRun, "(0, 1000000000]",
+         "times through the training text"},
+        {"max-minutes", &O::max_minutes, "length", kRun, "(0, 1000000000]",
+         "of all that are set, what comes first ends the run"},
+
+        {"learning-rate", &O::learning_rate, "optimizer", kRun, "[0, 100]", "at its highest"},
+        {"min-lr-fraction", &O::min_lr_fraction, "optimizer", kRun, "[0, 1]",
+         "of --learning-rate, left at the end"},
+        {"schedule", &O::schedule, "optimizer", kRun, "cosine|linear|constant|wsd",
+         "how the rate falls after warm-up"},
+        {"warmup-steps", &O::warmup_steps, "optimizer", kRun, "[0, 1e+12]",
+         "updates until the full rate"},
+        {"weight-decay", &O::weight_decay, "optimizer", kRun, "[0, 100]", "of matrices"},
+        {"beta1", &O::beta1, "optimizer", kRun, "[0, 1)", "memory of the mean gradient"},
+        {"beta2", &O::beta2, "optimizer", kRun, "[0, 1)", "memory of its square"},
+        {"eps", &O::eps, "optimizer", kRun, "[1e-30, 1]", "AdamW's, outside the root"},
+        {"grad-clip", &O::grad_clip, "optimizer", kRun, "[0, 1e+30]",
+         "longest gradient; 0: no limit"},
+
+        {"log-interval", &O::log_interval, "watching", kTrain, "[0, 1e+12]",
+         "steps between lines on the terminal; 0, here and below: never"},
+        {"eval-interval", &O::eval_interval, "watching", kRun, "[0, 1e+12]",
+         "steps between evaluations"},
+        {"eval-batches", &O::eval_batches, "watching", kRun | kEval, "[0, 1e+12]",
+         "training batches scored in each, beside all of the validation text"},
+        {"sample-interval", &O::sample_interval, "watching", kTrain, "[0, 1e+12]",
+         "steps between samples"},
+        {"prompt", &O::prompt, "watching", kTrain | kSample, "TEXT", "how samples begin"},
+        {"tensor-stats-interval", &O::tensor_stats_interval, "watching", kTrain, "[0, 1e+12]",
+         "steps between tables of each tensor's weight, gradient and update"},
+        {"patience", &O::patience, "watching", kRun, "[0, 1e+12]",
+         "stop after that many evaluations without a new best; 0: do not"},
+        {"save-interval", &O::save_interval, "watching", kTrain, "[0, 1e+12]",
+         "steps between checkpoints"},
+        {"keep", &O::keep, "watching", kTrain, "[1, 1000000]", "newest checkpoints not deleted"},
+
+        {"on-nan", &O::on_nan, "guards", kRun, "stop|skip",
+         "what to do where loss or gradient is no number"},
+        {"skip-outliers", &O::skip_outliers, "guards", kRun, "[0, 1000000]",
+         "skip updates whose loss or norm is this many deviations high; 0: none"},
+
+        {"prompt-file", &O::prompt_file, "sample", kSample, "FILE",
+         "how the text begins; - is standard input"},
+        {"max-new-tokens", &O::max_new_tokens, "sample", kSample, "[1, 1000000000]",
+         "the most to write"},
+        {"num-samples", &O::num_samples, "sample", kSample, "[1, 1000000]", "texts to write"},
+        {"temperature", &O::temperature, "sample", kSample, "[0, 100]",
+         "0: always the likeliest token"},
+        {"top-k", &O::top_k, "sample", kSample, "[0, 65536]", "only the k likeliest; 0: all"},
+        {"top-p", &O::top_p, "sample", kSample, "(0, 1]", "only the likeliest, up to this sum"},
+        {"show-top", &O::show_top, "sample", kSample, "[0, 65536]",
+         "print the likeliest next tokens with their probabilities"},
+
+        {"hellaswag", &O::hellaswag, "eval", kEval, "FILE", "score this file of questions too"},
+    };
+};
+inline const std::vector<Option>& option_table() { return OptionTable::rows; }
+
+// The commands, in the order of the help.
+struct CommandName {
+    Command command;
+    const char *name, *help;
+};
+inline const std::vector<CommandName>& command_table() {
+    static const std::vector<CommandName> table = {
+        {kTrain, "train", "train a model (what happens without a command)"},
+        {kEval, "eval", "the loss of a checkpoint"},
+        {kSample, "sample", "text from a checkpoint"},
+        {kInfo, "info", "every tensor, and what memory and time the model takes"},
+        {kBench, "bench", "how fast each layer is, against what this machine can do"},
+        {kWalk, "walk", "one tiny batch through one training step, with all its numbers"},
+    };
+    return table;
+}
+
+// "train, eval": the names of these commands.
+inline std::string command_name(unsigned commands) {
+    std::string names;
+    for (const CommandName& c : command_table())
+        if (commands & c.command) join(names, ", ", c.name);
+    return names;
+}
+
+// "in (0, 1]", "one of stop, skip", "0 or 1", or how the text is named.
+inline std::string range_text(const Range& range) {
+    if (range.is_number()) return "in " + range.text;
+    if (range.is_switch()) return "0 or 1";
+    if (!range.is_choice()) return range.text;
+    std::string words;
+    for (const std::string& word : range.words()) join(words, ", ", word);
+    return "one of " + words;
+}
+
+// ---- One value, to text and from text -----------------------------------------------------------
+
+// An option's value has a type of its own, and the two functions that meet all types are these:
+// value_text, out of an Options, and assign, into one. Each undoes the other.
+
+// Whether T is a number's type. A switch and a Schedule are places in their range's list of words:
+// false, the first place, is "0", and Schedule::linear, the second, is "linear".
+template <class T>
+constexpr bool is_number = std::is_arithmetic_v<T> && !std::is_same_v<T, bool>;
+
+// A value as the user would type it; reading it gives the same value again: to_chars writes as many
+// digits as that takes, and no more. `if constexpr` chooses when the program is compiled, for each
+// type on its own.
+inline std::string value_text(const Options& options, const Option& option) {
+    const auto text_of = [&](auto member) -> std::string {
+        const auto& value = options.*member;
+        using T = std::decay_t<decltype(value)>;
+        char text[32];
+        if constexpr (std::is_same_v<T, std::string>)
+            return value;
+        else if constexpr (is_number<T>)
+            return {text, std::to_chars(text, text + sizeof text, value).ptr};
+        else
+            return option.range.words()[size_t(value)];
+    };
+    return std::visit(text_of, option.member);
+}
+
+// False for an empty text and for a number outside its option's range: both mean "not set".
+inline bool is_set(const Options& options, const Option& option) {
+    const std::string text = value_text(options, option);
+    return option.range.is_number() ? option.range.contains(std::strtod(text.c_str(), nullptr))
+                                    : !text.empty();
+}
+
+// An option and its value, as typed.
+struct Assignment {
+    const Option* option;
+    std::string value;
+};
+
+// "--top-p must be in (0, 1], got 1.5". kind: "a number ", where the value is none.
+[[noreturn]] inline void fail_value(const Assignment& a, const std::string& kind = "") {
+    fail_usage("--" + a.option->name + " must be " + kind + range_text(a.option->range) + ", got " +
+               shown(a.value));
+}
+
+// "--data needs a value: DIR; ...". The hint is for a text: "--data --x" is two options.
+[[noreturn]] inline void fail_no_value(const Option& option) {
+    const std::string name = "--" + option.name;
+    const bool text = option.range.is_text();
+    fail_usage(name + " needs a value: " + range_text(option.range) +
+               (text ? "; one that begins with -- is written " + name + "=--..." : ""));
+}
+
+// The number that the whole value is. Strict: no spaces, no "+5", no hexadecimal, no infinity, no
+// NaN, nothing too large or too small for the type; a whole number has digits only. Why from_chars:
+// it takes none of the former, and it says where it stopped, so "1x" is not read as 1.
+template <class T>
+T parse_number(const Assignment& a) {
+    T value{};
+    const char* end = a.value.data() + a.value.size();
+    const auto [stop, error] = std::from_chars(a.value.data(), end, value);
+    const bool too_far = error == std::errc::result_out_of_range;
+    if (stop != end || (error != std::errc() && !too_far) || !std::isfinite(double(value)))
+        fail_value(a, std::is_integral_v<T> ? "a whole number " : "a number ");
+    if (too_far || !a.option->range.contains(double(value))) fail_value(a);
+    return value;
+}
+
+// Sets one option, or fails. An empty value is fine for a TEXT only: an empty prompt is a prompt,
+// an empty file name a mistake.
+inline void assign(Options& options, const Assignment& a) {
+    const Range& range = a.option->range;
+    if (a.value.empty() && range.text != "TEXT") fail_no_value(*a.option);
+    const std::vector<std::string> words = range.words();
+    const size_t place = size_t(std::find(words.begin(), words.end(), a.value) - words.begin());
+    if ((range.is_switch() || range.is_choice()) && place == words.size()) fail_value(a);
+    const auto set = [&](auto member) {
+        auto& value = options.*member;
+        using T = std::decay_t<decltype(value)>;
+        if constexpr (std::is_same_v<T, std::string>)
+            value = a.value;
+        else if constexpr (is_number<T>)
+            value = parse_number<T>(a);
+        else
+            value = T(place);
+    };
+    std::visit(set, a.option->member);
+    options.set_names.insert(a.option->name);
+}
+
+// ---- Reading all of them ------------------------------------------------------------------------
+
+// First a list of assignments, from arguments and files, with every name looked up; then they are
+// carried out in order. The two steps are apart because what counts is not what is read last.
+
+// The command of that name.
+inline Command find_command(const std::string& typed) {
+    for (const CommandName& c : command_table())
+        if (typed == c.name) return c.command;
+    fail_usage("unknown command " + shown(typed) + "; did you mean " +
+               nearest(command_table(), typed).name + "? The commands are " + command_name(~0u));
+}
+
+// The option of that name, which `command` must take. '-' and '_' are the same.
+inline const Option& find_option(std::string name, Command command) {
+    std::replace(name.begin(), name.end(), '_', '-');
+    for (const Option& option : option_table()) {
+        if (name != option.name) continue;
+        if (option.commands & command) return option;
+        fail_usage(command_name(command) + " takes no option --" + name + "; it is for " +
+                   command_name(option.commands));
+    }
+    fail_usage("unknown option " + shown("--" + name) + "; did you mean --" +
+               nearest(option_table(), name).name + "? (--help lists all options)");
+}
+
+// The assignments in the arguments from `first` on. What follows an option is its value, unless it
+// begins with "--"; a switch may stand alone and then means 1.
+inline std::vector<Assignment> split_arguments(const std::vector<std::string>& args, size_t first,
+                                               Command command) {
+    std::vector<Assignment> all;
+    for (size_t i = first; i < args.size(); ++i) {
+        const std::string arg = args[i] == "-h" ? "--help" : args[i];
+        if (!arg.starts_with("--") || arg.size() < 3)
+            fail_usage("expected an option such as --data, found " + shown(arg) +
+                       " (--help lists all options)");
+        const size_t equals = arg.find('=');
+        const Option& option = find_option(arg.substr(2, equals - 2), command);
+        const bool is_switch = option.range.is_switch();
+        const bool stands_alone = i + 1 == args.size() || args[i + 1].starts_with("--") ||
+                                  (is_switch && args[i + 1] == "-h");
+        std::string value = "1";  // a switch that stands alone
+        if (equals != arg.npos)
+            value = arg.substr(equals + 1);
+        else if (!stands_alone)
+            value = args[++i];
+        else if (!is_switch)
+            fail_no_value(option);
+        all.push_back({&option, value});
+    }
+    return all;
+}
+
+// The assignment in a line of a config file; none where the line is empty or a comment. A '#' at
+// its start or after a space begins a comment, so "C#" is a value. Names are those of the command
+// line, with or without "--".
+inline std::optional<Assignment> parse_config_line(std::string line, Command command) {
+    const auto trim = [spaces = " \t\r"](std::string s) {
+        s.erase(0, s.find_first_not_of(spaces));
+        return s.erase(s.find_last_not_of(spaces) + 1);
+    };
+    for (char c : line)  // a picture or a program, given by mistake
+        TINYGPT_USAGE(!std::iscntrl(uint8_t(c)) || c == '\t' || c == '\r', "this is not text");
+    for (size_t at = 0; (at = line.find('#', at)) != line.npos; ++at)
+        if (at == 0 || line[at - 1] == ' ' || line[at - 1] == '\t') line.resize(at);
+    line = trim(line);
+    if (line.empty()) return {};
+
+    const size_t equals = line.find('=');
+    TINYGPT_USAGE(equals != line.npos, "expected `name = value`, found %s", shown(line).c_str());
+    std::string name = trim(line.substr(0, equals));
+    if (name.starts_with("--")) name.erase(0, 2);
+    TINYGPT_USAGE(name != "config" && name != "help", "a config file cannot hold --%s",
+                  name.c_str());
+    return Assignment{&find_option(name, command), trim(line.substr(equals + 1))};
+}
+
+// The assignments in the text of a config file, in its order. All are checked, so that carrying
+// them out cannot fail: a bad value is refused even where a later one counts. Errors begin with the
+// path and the line: "run.conf:3: --top-p must be in (0, 1], got 1.5".
+//   # a small GPT-2 on a book
+//   data = data/book
+//   n-layer = 4     # the other sizes are the preset's
+inline std::vector<Assignment> parse_config(std::string_view text, const std::string& path,
+                                            Command command) {
+    std::vector<Assignment> all;
+    Options checked;
+    int number = 0;
+    if (text.starts_with("\xef\xbb\xbf")) text.remove_prefix(3);  // a byte order mark
+    for (const std::string& line : split_at(text, '\n')) {
+        ++number;
+        try {
+            const std::optional<Assignment> a = parse_config_line(line, command);
+            if (a) assign(checked, *a), all.push_back(*a);
+        } catch (const Error& error) {
+            fail_usage(format("%s:%d: ", path.c_str(), number) + error.what());
+        }
+    }
+    return all;
+}
+
+// The same from a file. One that cannot be read is bad usage: its name was typed.
+inline std::vector<Assignment> read_config(const std::string& path, Command command) {
+    std::string text;
+    try {
+        text = read_file(path, 1 << 16);
+    } catch (const Error& error) {
+        fail_usage(std::string("--config: ") + error.what());
+    }
+    return parse_config(text, path, command);
+}
+
+// Refuses options that do not go together: nothing the user types may be silently ignored.
+inline void check_together(const Options& o) {
+    for (auto [a, b] :
+         {std::pair{"data", "train-shards"}, {"data", "val-shards"}, {"prompt", "prompt-file"}})
+        TINYGPT_USAGE(!o.given(a) || !o.given(b), "--%s and --%s exclude each other", a, b);
+    TINYGPT_USAGE(o.command != kTrain || !o.given("val-shards") || o.given("train-shards"),
+                  "--val-shards needs --train-shards too: --train-shards GLOB --val-shards GLOB");
+    TINYGPT_USAGE(!o.override_changes || !o.resume.empty(),
+                  "--override needs --resume DIR or --resume auto");
+    TINYGPT_USAGE(o.patience == 0 || o.eval_interval > 0,
+                  "--patience counts evaluations: it needs an --eval-interval above 0");
+    TINYGPT_USAGE(int64_t(o.batch_size) * std::max(o.seq_len, 1) <= INT32_MAX,
+                  "--batch-size %d times --seq-len %d must be below 2147483648 tokens",
+                  o.batch_size, o.seq_len);
+}
+
+// The options in the arguments (without the program's name), all checked. Bad usage throws Error
+// with status 2. Reads no file but that of --config. Of options given twice the last counts, of
+// files too; the command line counts before a file, wherever --config stands. So the arguments are
+// assigned twice: first to check them and to find the file, then over what the file says.
+inline Options parse_options(const std::vector<std::string>& args) {
+    // The command decides which options there are.
+    Options o;
+    o.command_given = !args.empty() && !args[0].starts_with('-');
+    if (o.command_given) o.command = find_command(args[0]);
+    const std::vector<Assignment> typed = split_arguments(args, o.command_given, o.command);
+
+    std::vector<Assignment> from_file;
+    for (const Assignment& a : typed) {
+        assign(o, a);
+        if (a.option->name == "config") from_file = read_config(a.value, o.command);
+    }
+    for (const Assignment& a : from_file) assign(o, a);
+    for (const Assignment& a : typed) assign(o, a);
+
+    // Whoever asks for help has not made up their mind: what does not go together is let pass.
+    if (!o.help) check_together(o);
+    if (!o.given("max-steps") && (o.given("epochs") || o.given("max-minutes"))) o.max_steps = 0;
+    return o;
+}
+
+// ---- Showing them -------------------------------------------------------------------------------
+
+// `line` and the words after it, in lines of at most 100 columns, each with its line end. The words
+// begin at column `indent`; a word that is longer than a line has one to itself.
+inline std::string wrap(std::string line, const std::vector<std::string>& words, size_t indent) {
+    std::string lines;
+    line.resize(std::max(line.size(), indent), ' ');
+    for (const std::string& word : words) {
+        if (line.size() > indent && line.size() + 1 + word.size() > 100) {
+            lines += line + "\n";
+            line.assign(indent, ' ');
+        }
+        line += (line.size() > indent ? " " : "") + word;
+    }
+    return lines + line + "\n";
+}
+
+// One entry of the help: name, what it means, its range, its default.
+//   --top-p X                   only the likeliest, up to this sum; in (0, 1] (default 1)
+inline std::string option_help(const Option& option) {
+    const Options defaults;
+    const Range& range = option.range;
+    // What stands for the value: N a whole number, X any number, DIR and the like a text.
+    const bool whole = !std::holds_alternative<double Options::*>(option.member);
+    const std::string value = range.is_number()   ? whole ? " N" : " X"
+                              : range.is_choice() ? " WORD"
+                              : range.is_switch() ? ""
+                                                  : " " + range.text;
+    std::vector<std::string> words = split_at(option.help, ' ');
+    if (range.is_number() || range.is_choice())
+        words.back() += ";", words.push_back(range_text(range));
+    if (is_set(defaults, option)) words.push_back("(default " + value_text(defaults, option) + ")");
+    return wrap("  --" + option.name + value, words, 30);
+}
+
+// What --help prints: all options, or only those of the command that was written out.
+inline std::string help_text(const Options& options, const std::string& program) {
+    const unsigned commands = options.command_given ? unsigned(options.command) : ~0u;
+    std::string text = "usage: " + program;
+    text += " [command] [--name value | --name=value | --switch] ...\n\n";
+    for (const CommandName& c : command_table())
+        if (commands & c.command) text += format("  %-8s %s\n", c.name, c.help);
+    std::string group;
+    for (const Option& option : option_table()) {
+        if (!(option.commands & commands)) continue;
+        if (group != option.group) text += "\n" + (group = option.group) + "\n";
+        text += option_help(option);
+    }
+    return text +
+           "\nA switch is --name or --name 0|1. In names - and _ are the same. "
+           "Given twice, the last counts.\n";
+}
+
+// The echo at the start of a run: every option the command takes, in lines of at most 100 columns,
+// so that a log on paper says how the run was made. A long text is shown by its beginning.
+//   length    *max-steps=300 epochs=- max-minutes=-
+inline std::string describe(const Options& options) {
+    const Options defaults;
+    std::string text = "options (* not the default, - not set)\n", group;
+    std::vector<std::string> words;
+    auto end_group = [&] {
+        if (!words.empty()) text += wrap("  " + group, words, 12);
+        words.clear();
+    };
+    for (const Option& option : option_table()) {
+        if (!(option.commands & options.command) || option.name == "help") continue;
+        if (group != option.group) end_group(), group = option.group;
+        const std::string value = value_text(options, option);
+        std::string word = is_set(options, option) ? shown(value) : "-";
+        size_t cut = 67;  // of a long text, the beginning; not cut inside a character
+        while (cut < word.size() && (word[cut] & 0xc0) == 0x80) --cut;
+        if (word.size() > 70) word.replace(cut, word.npos, "...");
+        const char* mark = value != value_text(defaults, option) ? "*" : "";
+        words.push_back(mark + option.name + "=" + word);
+    }
+    end_group();
+    return text;
+}
+
+// Name and value of every option that must be the same for a resumed run to be the same run: a
+// checkpoint holds them, and resuming compares.
+inline auto options_that_change_numbers(const Options& options) {
+    std::vector<std::pair<std::string, std::string>> all;
+    for (const Option& option : option_table())
+        if (option.commands & OptionTable::kNumbers)
+            all.emplace_back(option.name, value_text(options, option));
+    return all;
+}
+
+// The options that the user set and `command` takes, typed again, and `others`, which replace those
+// of the same name. --max-steps replaces whatever says how long a run is. What is of one run only
+// (its folder, how it was resumed) is left out: this is for the line of another run.
+//   retyped(o, kTrain, "--max-steps 600")     " --data data/book --n-layer 4 --max-steps 600"
+inline std::string retyped(const Options& o, Command command, const std::string& others) {
+    const std::set<std::string> of_one_run = {"config", "help", "output", "resume", "override"};
+    const bool length = others.find("--max-steps ") != others.npos;
+    std::string line;
+    for (const Option& option : option_table()) {
+        const std::string name = "--" + option.name, value = value_text(o, option);
+        const bool taken = option.commands & command && o.given(option.name);
+        const bool new_length = length && option.group == "length";
+        const bool replaced = new_length || others.find(name + " ") != others.npos;
+        if (taken && !replaced && !of_one_run.count(option.name))
+            line += " " + name + (value.starts_with("--") ? "=" : " ") + shell_word(value);
+    }
+    return line + " " + others;
+}
+
+// =================================================================================================
+// 2 Report: what a run's own numbers say, and what to type next
+// =================================================================================================
+
+// Draws train (.), validation (o) and floor (-) into a box of text. Losses are on a log scale, on
+// which the long tail of a run is still seen to fall. What is not finite is left out; where nothing
+// is left, the picture is empty text.
+inline std::string draw_curve(const std::vector<CurvePoint>& train,
+                              const std::vector<CurvePoint>& val, double floor) {
+    constexpr int width = 76, height = 16;
+    double low = std::isfinite(floor) ? floor : INFINITY, high = 0;
+    int64_t last = 1;
+    for (auto* curve : {&train, &val})
+        for (const CurvePoint& p : *curve) {
+            if (!std::isfinite(p.loss)) continue;
+            low = std::min(low, p.loss), high = std::max(high, p.loss);
+            last = std::max(last, p.step);
+        }
+    if (low <= 0 || high <= 0) return "";
+    // A little room below, and never a box so flat that noise fills it.
+    const double bottom = std::log(low * 0.98), top = std::log(std::max(high, low * 1.1));
+
+    // x runs from 0 to 1 over the steps, y from 0 at the top to 1. Later marks cover earlier ones.
+    std::vector<std::string> rows(height, std::string(width, ' '));
+    auto put = [&](double x, double loss, char mark) {
+        if (!std::isfinite(loss)) return;
+        const double y = std::clamp((top - std::log(loss)) / (top - bottom), 0.0, 1.0);
+        rows[size_t(std::lround(y * (height - 1)))][size_t(std::lround(x * (width - 1)))] = mark;
+    };
+    for (int c = 0; c < width; ++c) put(c / (width - 1.0), floor, '-');
+    for (const CurvePoint& p : train) put(double(p.step) / double(last), p.loss, '.');
+    for (const CurvePoint& p : val) put(double(p.step) / double(last), p.loss, 'o');
+
+    // Every fifth line says its loss.
+    std::string out;
+    for (int r = 0; r < height; ++r) {
+        const double loss = std::exp(top - (top - bottom) * r / (height - 1));
+        out += r % 5 == 0 || r == height - 1 ? format("%8.3f |", loss) : "         |";
+        out += rows[size_t(r)] + "\n";
+    }
+    out += "         +" + std::string(width, '-') + "\n";
+    out += format("          0%*ld\n", width - 1, last) + "          loss over steps: . train";
+    out += val.empty() ? "" : "   o validation";
+    return out + (std::isfinite(floor) ? format("   --- floor %.4f\n", floor) : "\n");
+}
+
+// How to read a curve. While both losses fall, the model learns what all such texts have in
+// common. When training loss falls and validation loss does not, it learns the training text by
+// heart: that is overfitting, and best/ is the model to keep. When neither falls, there is
+// either nothing left to learn, which the floor tells, or the model is too small to learn it.
+
+template <class Device>
+class Report {
+public:
+    Report(const Options& options, const Corpus& corpus, const Config& config,
+           Trainer<Device>& trainer)
+        : o_(options), corpus_(corpus), config_(config), trainer_(trainer), state_(trainer.state()),
+          train_curve_(trainer.train_curve()), val_curve_(trainer.val_curve()) {}
+
+    // The end: the curve, the verdict, a sample, and what to type next.
+    void report(End end) {
+        const char* why = end == End::plateau       ? "stopped early: no progress (--patience)"
+                          : end == End::out_of_time ? "time is up (--max-minutes)"
+                                                    : "done";
+        std::printf("\n%s: %ld steps in %s\n\n%s\n", why, state_.step,
+                    duration_text(state_.seconds).c_str(),
+                    draw_curve(train_curve_, val_curve_, corpus_.floor).c_str());
+        const Verdict v = show_verdict();
+        const StepState& g = state_.guards;
+        if (g.skipped)
+            say("guards",
+                format("%ld updates were skipped, %ld of them as outliers", g.skipped, g.outliers));
+        trainer_.write_sample("the model writes:", 100);
+        show_next(v);
+    }
+
+private:
+    // A curve at a step: the mean of its points in the `window` steps that end there, or else the
+    // last point before.
+    static double loss_at(const std::vector<CurvePoint>& curve, double step, double window) {
+        double sum = 0, count = 0, last = NAN;
+        for (const CurvePoint& p : curve) {
+            if (p.step > step || !std::isfinite(p.loss)) continue;
+            last = p.loss;
+            if (p.step > step - window) sum += p.loss, ++count;
+        }
+        return count > 0 ? sum / count : last;
+    }
+    // By how many percent a loss fell in the last quarter of the run. Why a window: every batch is
+    // another text, so a single training loss says little; a validation loss is of the same text.
+    double fall(const std::vector<CurvePoint>& curve, double window) const {
+        const double end = state_.step;
+        return 100 * (1 - loss_at(curve, end, window) / loss_at(curve, 0.75 * end, window));
+    }
+    // Where the training loss jumped up by a fifth of what it was at first, if anywhere: one update
+    // threw the weights far off. Only from scratch: fine-tuning begins at a loss so low that
+    // batches differ by as much.
+    std::optional<CurvePoint> jump() const {
+        double lowest = INFINITY;
+        for (const CurvePoint& p : train_curve_) {
+            if (o_.init_from.empty() && p.loss > lowest + train_curve_[0].loss / 5) return p;
+            lowest = std::min(lowest, p.loss);
+        }
+        return {};
+    }
+
+    // What the run was, and the run to make next: what for, and with which options.
+    struct Verdict {
+        std::string text, purpose = "", options = "";
+    };
+
+    // Improving, flat or overfitting. Less than 1 % in a quarter of the run counts as nothing. It
+    // is judged by the validation loss where there was an evaluation shortly before the last
+    // quarter.
+    Verdict verdict() const {
+        const double end = state_.step;
+        const bool by_val =
+            std::any_of(val_curve_.begin(), val_curve_.end(), [&](const CurvePoint& p) {
+                return p.step > 0.6 * end && p.step <= 0.75 * end;
+            });
+        const double learned = fall(train_curve_, end / 8);
+        const double fell = by_val ? fall(val_curve_, 0) : learned;
+        const double above_best = 100 * (state_.val_loss / state_.best_loss - 1);
+        const char* loss = by_val ? "validation" : "training";
+        const std::string risen = format(
+            "validation loss is %.1f %% above its best (step %ld, kept in best/),\n"
+            "while training loss ",
+            above_best, state_.best_step);
+        // The run to make next, where more of the same would help.
+        const std::string longer = format("--max-steps %ld", 2 * state_.step);
+        if (state_.step < 20) return {"too short a run to judge by", "longer", longer};
+        if (o_.overfit_batch && loss_at(train_curve_, end, end / 8) < 0.1)
+            return {"learned by heart, as --overfit-batch is meant to be: the code can learn"};
+        if (above_best > 1 && learned < 0)
+            return {"getting worse: " + risen + "rises too: the learning rate is too high",
+                    "gentler", gentler()};
+        if (above_best > 1 || (by_val && fell < 1 && learned > 5))
+            return {"overfitting: " + risen +
+                        format("fell %.1f %% in the last quarter; more text "
+                               "or dropout would help",
+                               learned),
+                    "dropout",
+                    format("--dropout %.2g --patience 3", std::clamp(2 * o_.dropout, 0.1, 0.5))};
+        if (fell > 1) {
+            const bool careful = fell > 4 && !jump();
+            return {format("still improving: %s loss fell %.1f %% in the last quarter; a longer "
+                           "run would gain%s",
+                           loss, fell, careful ? ",\nand a higher --learning-rate might" : ""),
+                    "longer", longer};
+        }
+        const std::string flat =
+            format("flat: %s loss changed by %+.1f %% in the last quarter", loss, -fell);
+        if (state_.val_loss < 1.02 * corpus_.floor) return {flat + "; there is no more to learn"};
+        // Given weights cannot be made larger.
+        if (!o_.init_from.empty()) return {flat + "; a longer run would gain little"};
+        // About 20 tokens for each parameter is where a larger model begins to pay (Hoffmann et al.
+        // 2022). Why it looks flat before that: the learning rate has fallen.
+        const double read =
+            double(state_.samples) * trainer_.T() / double(layout_of(config_).count);
+        if (read < 20)
+            return {flat +
+                        format(";\nit has read only %.1f tokens for each parameter: a longer run "
+                               "would gain more than a larger model",
+                               read),
+                    "longer", longer};
+        return {flat + "; a larger model would gain more than a longer run", "larger",
+                format("--n-embd %d --learning-rate %.2g", 2 * config_.n_embd,
+                       o_.learning_rate / 2)};
+    }
+
+    // Options for a run that was thrown off: a slower beginning, or where it was slow, a lower
+    // rate.
+    std::string gentler() const {
+        if (o_.warmup_steps < state_.planned_steps / 20)
+            return format("--warmup-steps %ld", state_.planned_steps / 10);
+        return format("--learning-rate %.2g", o_.learning_rate / 3);
+    }
+
+    // The verdict, and how far the run was from what can be reached. Returns what to do next.
+    Verdict show_verdict() const {
+        const double ratio = state_.val_loss / corpus_.floor;  // NaN where either is not known
+        const bool evaluated = std::isfinite(state_.val_loss);
+        std::string losses = format("%.4f, best %.4f at step %ld", state_.val_loss,
+                                    state_.best_loss, state_.best_step);
+        if (std::isfinite(ratio))
+            losses += format("; the floor is %.4f, so the ratio is %.4f", corpus_.floor, ratio);
+        if (evaluated)
+            say("val loss", losses);
+        else
+            say("train loss",
+                format("%.4f", loss_at(train_curve_, state_.step, state_.step / 8.0)));
+        Verdict v = verdict();
+        if (const auto p = jump())
+            v = {v.text + format("\nat step %ld the training loss jumped to %.2f: too high a "
+                                 "learning rate, or too little warm-up",
+                                 p->step, p->loss),
+                 "gentler", gentler()};
+        if (std::isfinite(ratio))
+            v.text += format(
+                "\nit is %.1f %% above the floor, the loss of the process that wrote "
+                "the text",
+                100 * (ratio - 1));
+        if (!evaluated)
+            v.text +=
+                std::string(corpus_.val.empty() ? "\nwithout validation text"
+                                                : "\nwithout evaluation (--eval-interval 0)") +
+                ", learning cannot be told from memorising";
+        say("verdict", v.text);
+        return v;
+    }
+
+    // Lines to paste: to see what the model can do, and to make the next run, into a new folder.
+    // The user's own options are repeated, or the line would be of another run.
+    void show_next(const Verdict& v) const {
+        const std::string best = o_.output + "/best";
+        const std::string last = checkpoint_folder(o_.output, state_.step);
+        const std::string model = "--init-from " + shell_word(folder_exists(best) ? best : last);
+        const char* prompt = corpus_.tokenizer && o_.prompt.empty() ? " --prompt \"Once\"" : "";
+        const std::string program = std::string("./") + Device::kProgram;
+        say("next", program + " sample" + retyped(o_, kSample, model + prompt));
+        if (!corpus_.val.empty()) say("", program + " eval" + retyped(o_, kEval, model));
+        if (v.purpose.empty()) return;
+        std::string output = o_.output + "-" + v.purpose;
+        while (folder_exists(output)) output += "-2";
+        say(v.purpose,
+            program + retyped(o_, kTrain, v.options + " --output " + shell_word(output)));
+    }
+
+    const Options& o_;
+    const Corpus& corpus_;
+    const Config& config_;
+    Trainer<Device>& trainer_;
+    const TrainerState& state_;
+    const std::vector<CurvePoint>&train_curve_, &val_curve_;
+};
+
+// =================================================================================================
+// 3 The commands: train, eval, sample, info
+// =================================================================================================
+// The reader now holds the loop. What is left is to find what it works on: the data, the sizes of
+// the model, and the place to begin; and to refuse, before anything is printed or written, what
+// cannot work. Every message says what was expected, what was found, and what to type instead.
+// fail_usage and TINYGPT_USAGE (exit status 2) are for what the user can put right on the command
+// line, fail and TINYGPT_CHECK (1) for the rest.
+//
+// A command is a function of a device and the options, and returns the exit status:
+//
+//   train    open_corpus, find_start, config_for, the checks, open_model, Trainer::run
+//   eval     the same data and model, without a run: evaluate (§9) once
+//   sample   no data: the tokenizer is in the model's folder; generate (§9)
+//   info     no model either: only its sizes
+
+// ---- The data --------------------------------------------------------------------------------
+
+// A folder's name in a glob pattern: every character means itself.
+inline std::string glob_escaped(const std::string& path) {
+    std::string pattern;
+    for (char c : path) {
+        if (std::strchr("*?[\\", c)) pattern += '\\';
+        pattern += c;
+    }
+    return pattern;
+}
+
+// The shards that --train-shards and --val-shards name. There is no tokenizer then, and no floor.
+inline Corpus open_shards(const Options& o, bool needs_train) {
+    Corpus corpus(o.train_shards, o.val_shards);
+    for (const Shards* split : {&corpus.train, &corpus.val})
+        TINYGPT_CHECK(split->pattern().empty() || !split->empty(), "no file matches %s",
+                      split->pattern().c_str());
+    TINYGPT_CHECK(!needs_train || !corpus.train.empty(),
+                  "--train-shards is missing: there is nothing to train on");
+    return corpus;
+}
+
+// The data that the options name: opens every shard and reads the tokenizer and dataset.json, but
+// no token yet. Fails when there is none, saying how to make some. needs_train: it fails too where
+// there is no training text.
+inline Corpus open_corpus(const Options& o, bool needs_train) {
+    if (!o.train_shards.empty() || !o.val_shards.empty()) return open_shards(o, needs_train);
+    const char* data = o.data.c_str();
+    TINYGPT_CHECK(folder_exists(o.data),
+                  "there is no data folder %s: make the default one with ./prepare_data, or one of "
+                  "your own with ./prepare_data --input book.txt --output %s",
+                  data, data);
+    const std::string folder = glob_escaped(o.data);
+    Corpus corpus(folder + "/train_*.bin", folder + "/val_*.bin");
+    TINYGPT_CHECK(!needs_train || !corpus.train.empty(),
+                  "%s holds no train_*.bin: make shards with ./prepare_data --input FILE --output "
+                  "%s",
+                  data, data);
+    corpus.folder = o.data;
+    corpus.tokenizer = tokenizer_of(o.data);
+    const std::string about = o.data + "/dataset.json";
+    if (file_exists(about))
+        corpus.floor = number_or(Json::parse(read_file(about, 10'000'000), about), "floor", NAN);
+    return corpus;
+}
+
+// A token is a number, and another tokenizer's numbers mean other pieces of text: a model would
+// read nonsense, and nothing but a high loss would tell. So such data is refused.
+inline void check_same_tokenizer(const Corpus& corpus, const std::string& model_folder) {
+    const std::optional<Tokenizer> theirs = tokenizer_of(model_folder);
+    TINYGPT_CHECK(!corpus.tokenizer || !theirs || *theirs == *corpus.tokenizer,
+                  "%s has another tokenizer than the model in %s: tokenize the text again with "
+                  "./prepare_data --tokenizer gpt2 --vocab %s",
+                  corpus.folder.c_str(), model_folder.c_str(), model_folder.c_str());
+}
+
+// Refuses training data that is too short for one batch of --batch-size x T, or that holds tokens
+// which the model does not have, and with it options that this data cannot serve. Reads every token
+// of a split that has at most 200 million.
+inline void check_data(const Options& o, const Corpus& corpus, const Config& config, int T) {
+    const int64_t batch = int64_t(o.batch_size) * T;
+    int64_t predictions = 0;  // a shard of N tokens has N - 1
+    for (const Shard& shard : corpus.train.files())
+        predictions += std::max<int64_t>(0, shard.tokens - 1);
+    TINYGPT_USAGE(predictions >= batch,
+                  "the training data has %s tokens, but one batch of %d x %d needs %s (one more "
+                  "than its size): take a smaller --batch-size or --seq-len, or more text",
+                  with_commas(corpus.train.tokens()).c_str(), o.batch_size, T,
+                  with_commas(batch + 1).c_str());
+    TINYGPT_USAGE(!o.overfit_batch || corpus.train.files()[0].tokens > batch,
+                  "--overfit-batch takes its batch from the first shard, which is too short for "
+                  "it");
+    TINYGPT_USAGE(o.patience == 0 || !corpus.val.empty() || o.eval_batches > 0,
+                  "--patience needs something to evaluate: validation data, or --eval-batches");
+    // A prompt that can be read, and tokens that the model has: better now than at step 500.
+    prompt_tokens(o.prompt, corpus.tokenizer, config.vocab_size);
+    const int64_t quick = 200'000'000;  // tokens; more are checked as they are read
+    for (const Shards* split : {&corpus.train, &corpus.val})
+        if (split->tokens() <= quick) split->check_tokens(config.vocab_size);
+}
+
+// ---- The model -------------------------------------------------------------------------------
+
+// Calls visit(name, asked, size) for every option that says how large a model is: its value and the
+// member of the config that it sets.
+void for_each_size(auto& o, auto& config, auto&& visit) {
+    visit("n-layer", o.n_layer, config.n_layer), visit("n-head", o.n_head, config.n_head);
+    visit("n-embd", o.n_embd, config.n_embd);
+    visit("n-positions", o.n_positions, config.n_positions);
+    visit("vocab-size", o.vocab_size, config.vocab_size);
+    visit("untied-head", o.untied_head, config.untied_head);
+}
+
+// The sizes of the model: those of a preset, with the tokenizer's vocabulary; or, with --init-from,
+// those of the folder that its weights come from (`weights`, where a run is resumed). What was
+// typed comes last, so it counts most. A folder's sizes are what they are: options that ask for
+// others are refused, not ignored. A larger vocabulary than the tokenizer's is allowed: some round
+// it up for speed.
+inline Config config_for(const Options& o, const Corpus& corpus, const std::string& weights = "") {
+    const bool given_weights = !o.init_from.empty();
+    const std::string folder = weights.empty() ? o.init_from : weights;
+    const int tokens = corpus.tokenizer ? corpus.tokenizer->vocab_size() : 0;
+    Config config;
+    if (given_weights) {
+        config = config_of_folder(folder);
+    } else {
+        for (const Preset& preset : presets())
+            if (o.model == preset.name) config = preset.config;
+        if (tokens) config.vocab_size = tokens;
+    }
+    TINYGPT_USAGE(!given_weights || !o.given("model"),
+                  "--model and --init-from exclude each other: %s has its own sizes",
+                  folder.c_str());
+    for_each_size(o, config, [&](const char* name, auto asked, auto& size) {
+        if (!o.given(name)) return;
+        TINYGPT_USAGE(!given_weights || asked == size,
+                      "--%s %d does not fit --init-from: the model in %s has %d", name, asked,
+                      folder.c_str(), size);
+        size = asked;
+    });
+    config.dropout = float(o.dropout), config.recompute_gelu = o.recompute_gelu;
+    TINYGPT_USAGE(config.n_head >= 1 && config.n_embd % config.n_head == 0,
+                  "--n-head %d does not divide --n-embd %d: each head takes an equal share of the "
+                  "channels",
+                  config.n_head, config.n_embd);
+    TINYGPT_USAGE(config.vocab_size >= tokens,
+                  "the vocabulary of %d is smaller than the tokenizer's %d in %s",
+                  config.vocab_size, tokens, corpus.folder.c_str());
+    return config;
+}
+
+// How many tokens of a text the model reads at once: --seq-len, or where it is not set `otherwise`,
+// if the model has as many positions. Why not simply all of them: attention's cost grows with the
+// square of T.
+inline int sequence_length(const Options& o, const Config& config, int otherwise = 128) {
+    if (o.seq_len == 0) return std::min(otherwise, config.n_positions);
+    TINYGPT_USAGE(o.seq_len <= config.n_positions,
+                  "--seq-len %d is longer than the model's %d positions: shorten it, or raise "
+                  "--n-positions",
+                  o.seq_len, config.n_positions);
+    return o.seq_len;
+}
+
+// Refuses sizes that the device cannot hold, saying how much they need and what would fit: the
+// batch can be made smaller at no loss, since the same step can be made of several. Why before
+// allocating: Linux promises memory that it does not have, and kills who uses it.
+template <class Device>
+void check_memory(const Device& device, const Config& config, int B, int T, Use use) {
+    device.check_sizes(config, B);
+    const size_t free = device.free_memory();
+    auto need = [&](int rows) { return memory_need<Device>(config, rows, T, use).total(); };
+    if (need(B) <= free) return;
+    // Would half as many texts fit, or a quarter?
+    int fits = B / 2;
+    while (fits > 0 && need(fits) > free) fits /= 2;
+    std::string advice = "choose a smaller --model";
+    if (fits > 0)
+        advice = format("--batch-size %d would fit (with --grad-accum-steps %d for the same step)",
+                        fits, ceil_div(B, fits));
+    fail("these sizes need " + bytes_text(double(need(B))) + " of memory, and " +
+         bytes_text(double(free)) + " are free: " + advice);
+}
+
+// A model with room for batches of B x T. weights: the folder to load them from; empty: they are
+// not set, and may be anything.
+template <class Device>
+std::unique_ptr<Gpt2<Device>> open_model(Device device, const Config& config, int B, int T, Use use,
+                                         const std::string& weights = "") {
+    check_memory(device, config, B, T, use);
+    auto model = std::make_unique<Gpt2<Device>>(config, device);
+    model->reserve(B, T, use);
+    if (!weights.empty()) load_weights(*model, weights);
+    return model;
+}
+
+// Two lines at the start of a run: what the model is made of, and what it takes to train it. The
+// weights are the smaller part: gradients and AdamW's two moments have a number for each of them,
+// and activations grow with B and T.
+template <class Device>
+void print_model(const Config& config, int B, int T) {
+    say("model", format("%d layers, %d heads, %d channels, %d positions, vocabulary %d%s\n"
+                        "%s parameters, %.1f MFLOP a token to train",
+                        config.n_layer, config.n_head, config.n_embd, config.n_positions,
+                        config.vocab_size, config.untied_head ? ", untied head" : "",
+                        with_commas(int64_t(layout_of(config).count)).c_str(),
+                        flops_per_token(config, T) / 1e6));
+    const MemoryNeed need = memory_need<Device>(config, B, T, Use::training);
+    say("memory", bytes_text(need.total()) + ": weights " + bytes_text(need.weights) +
+                      ", gradients " + bytes_text(need.gradients) + ", moments " +
+                      bytes_text(need.moments) + ", activations " + bytes_text(need.activations));
+}
+
+// ---- train: where a run begins, and whether it may -------------------------------------------
+
+// The run's folder: --output, or that of the checkpoint to resume, or out/ and the data's name.
+inline std::string output_folder(const Options& o) {
+    std::string name = o.train_shards.empty() ? o.data : "run";
+    if (!o.output.empty()) name = o.output;
+    while (name.size() > 1 && name.back() == '/') name.pop_back();
+    if (!o.output.empty()) return name;
+    if (!o.resume.empty() && o.resume != "auto") return parent_folder(o.resume);
+    // The last part of the path.
+    name = name.substr(name.rfind('/') + 1);
+    return "out/" + (name.empty() || name == "." || name == ".." ? "run" : name);
+}
+
+// One run in a folder at a time. The lock is held while the returned handle lives; it is the
+// kernel's, so it goes when the process goes, however it dies. Fails where another run holds it; a
+// file system that knows no locks is only warned of.
+inline FileHandle lock_folder(const std::string& folder) {
+    const std::string path = folder + "/lock";
+    FileHandle file(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666));
+    if (file.fd < 0) fail_file("write into", folder, errno);
+    if (::flock(file.fd, LOCK_EX | LOCK_NB) == 0) return file;
+    TINYGPT_CHECK(errno != EWOULDBLOCK,
+                  "another run is writing into %s: wait for it, or give another --output",
+                  folder.c_str());
+    warn("cannot lock " + path + " (" + std::strerror(errno) +
+         "): take care that no other run uses it");
+    return file;
+}
+
+// Whether two paths lead to one folder.
+inline bool same_folder(const std::string& a, const std::string& b) {
+    struct stat x = {}, y = {};
+    return ::stat(a.c_str(), &x) == 0 && ::stat(b.c_str(), &y) == 0 && x.st_dev == y.st_dev &&
+           x.st_ino == y.st_ino;
+}
+
+// A folder that holds a run already is not written over: hours of work may lie in it. Only a run
+// that resumes it goes on there.
+inline void check_output(const Options& o) {
+    const bool holds_run = !checkpoint_steps(o.output).empty() ||
+                           file_exists(o.output + "/log.csv") || folder_exists(o.output + "/best");
+    if (!holds_run || o.resume == "auto") return;
+    TINYGPT_CHECK(!o.resume.empty() && same_folder(o.output, parent_folder(o.resume)),
+                  "%s already holds a run: go on with --resume auto, or give another --output",
+                  o.output.c_str());
+}
+
+// With --resume DIR that checkpoint, which must verify. With --resume auto the newest that does;
+// those passed over are named on standard error, with the reason. Why: a checkpoint on a disk that
+// was failing may be damaged, and the one before it is an hour's work, not the run's.
+inline Start find_start(const Options& o) {
+    if (o.resume.empty()) return {};
+    if (o.resume != "auto") return {o.resume, verify_checkpoint(o.resume)};
+    const std::vector<int64_t> steps = checkpoint_steps(o.output);
+    for (int64_t step : steps) {
+        const std::string folder = checkpoint_folder(o.output, step);
+        try {
+            return {folder, verify_checkpoint(folder)};
+        } catch (const Error& e) {
+            std::fprintf(stderr, "passing over %s: %s\n", folder.c_str(), e.what());
+        }
+    }
+    TINYGPT_CHECK(steps.empty(),
+                  "no checkpoint in %s is whole: nothing to resume. Remove the folder to start "
+                  "again",
+                  o.output.c_str());
+    return {};
+}
+
+// A resumed run must be the run that was interrupted: names what has changed. Why not the paths:
+// data that was moved is the same data, and is known by its checksums; weights that the run once
+// began with have become the checkpoint's.
+inline void check_same_run(const Options& o, const Start& start, const Corpus& corpus,
+                           const std::string& program) {
+    auto refuse = [](const std::string& found, const char* wanted) {
+        fail_usage(found + ": resume with " + wanted + ", or say --override to go on all the same");
+    };
+    const std::string& folder = start.folder;
+    // The options, one by one.
+    const std::set<std::string> paths = {"data", "train-shards", "val-shards", "init-from"};
+    auto value = [](const std::string& text) { return text.empty() ? "(not set)" : text; };
+    for (auto& [name, now] : options_that_change_numbers(o))
+        for (auto& [saved_name, saved] : start.state.options)
+            if (name == saved_name && now != saved && !paths.count(name))
+                refuse(folder + " was made with --" + name + " " + value(saved) + ", now it is " +
+                           value(now),
+                       "the same options");
+    // The program: a GPU adds up in another order.
+    if (start.state.program != program)
+        refuse(folder + " was made by ./" + start.state.program +
+                   ", whose sums are rounded differently",
+               "that");
+    // The data.
+    std::vector<std::string> now = corpus.fingerprint(), saved = start.state.data;
+    now.resize(std::max(now.size(), saved.size()), "none"), saved.resize(now.size(), "none");
+    for (size_t i = 0; i < now.size(); ++i)
+        if (now[i] != saved[i])
+            refuse("the data has changed since " + folder + " was saved (" + saved[i] + "; now " +
+                       now[i] + ")",
+                   "the same data");
+}
+
+// Sets the model's weights, and when it resumes AdamW's moments, to where the run begins: those of
+// the checkpoint, or of --init-from (fine-tuning: the weights only), or new random ones.
+void load_start(auto& model, const Options& o, const Start& start) {
+    if (!start.folder.empty())
+        load_weights(model, start.folder), load_moments(model, start.folder);
+    else if (!o.init_from.empty())
+        load_weights(model, o.init_from);
+    else
+        model.initialise(o.seed);
+}
+
+// The folder of a run. Where the run ends before it has a log, it was refused after all: its lock
+// goes too, so that a folder which was made for it is empty and goes.
+struct RunFolder : FolderToFill {
+    using FolderToFill::FolderToFill;
+    ~RunFolder() {
+        if (made.empty() || file_exists(made[0] + "/log.csv")) return;
+        ::unlink((made[0] + "/lock").c_str());
+    }
+};
+
+// Trains. Everything that can be refused is refused before anything is printed or written: data,
+// then the output folder, then the checkpoint, the sizes, the options against the checkpoint's, and
+// memory. Careful: a folder that is resumed is locked first, because what is read there (and what a
+// killed run left, which is tidied up) must not change meanwhile; a new one is only made at the
+// end.
+template <class Device>
+int train_command(Device device, const Options& given) {
+    Options o = given;
+    o.output = output_folder(o);
+    // What is there: the data, the folder, the checkpoint.
+    Corpus corpus = open_corpus(o, true);
+    check_output(o);
+    std::optional<FileHandle> lock;
+    const bool holds_run = o.resume == "auto" || file_exists(o.output + "/log.csv");
+    if (!o.resume.empty() && holds_run && folder_exists(o.output)) {
+        lock.emplace(lock_folder(o.output));
+        recover_folders(o.output);
+    }
+    Start start = find_start(o);
+    const bool resumed = !start.folder.empty();
+    // Does it fit together?
+    const Config config = config_for(o, corpus, start.folder);
+    const int B = o.batch_size, T = sequence_length(o, config);
+    // What was left to the program to choose, as if the user had said so: a checkpoint remembers
+    // it, and a default that a later version changes does not change a run that is half done.
+    for_each_size(o, config, [](const char*, auto& asked, auto size) { asked = size; });
+    o.seq_len = T;
+    if (o.precision.empty() && Device::kHostMemory) o.precision = "fp32";
+    if (!o.init_from.empty() && !resumed) check_same_tokenizer(corpus, o.init_from);
+    check_data(o, corpus, config, T);
+    const bool same_run = resumed && !o.override_changes;
+    if (same_run) check_same_run(o, start, corpus, Device::kProgram);
+    if (same_run && start.state.finished) {
+        std::printf("%s is finished: %ld steps. Nothing to do\n", o.output.c_str(),
+                    start.state.step);
+        return 0;
+    }
+    // Is there room for it, and can all be read that it begins with?
+    const auto model = open_model(device, config, B, T, Use::training);
+    load_start(*model, o, start);
+    if (o.override_changes) start.state.planned_steps = 0;  // the plan may have changed
+    start.state.options = options_that_change_numbers(o);
+    start.state.data = corpus.fingerprint(), start.state.program = Device::kProgram;
+    Trainer<Device> trainer(o, corpus, *model);
+    // From here on things are made.
+    const RunFolder folder(o.output);
+    if (!lock) lock.emplace(lock_folder(o.output));
+
+    // Say what will be trained on what, and go.
+    say("tinygpt", device.describe());
+    std::printf("%s", describe(o).c_str());
+    say("data", (corpus.folder.empty() ? "shards" : corpus.folder) + ": " +
+                    with_commas(corpus.train.tokens()) + " training tokens, " +
+                    with_commas(corpus.val.tokens()) + " for validation");
+    print_model<Device>(config, B, T);
+    if (resumed) say("resumed", start.folder);
+    if (!resumed && !o.init_from.empty()) say("weights", "from " + o.init_from);
+    catch_signals();
+    const End end = trainer.run(start);
+    if (end == End::interrupted) {
+        std::printf("\ninterrupted: saved at step %ld; go on with --resume auto\n",
+                    trainer.state().step);
+        return 130;
+    }
+    Report<Device>(o, corpus, config, trainer).report(end);
+    return 0;
+}
+
+// ---- eval ------------------------------------------------------------------------------------
+
+// The folder of the model that a command is about; it must be named.
+inline const std::string& need_init_from(const Options& o) {
+    TINYGPT_USAGE(!o.init_from.empty(),
+                  "--init-from is missing: name the folder of a model, such as out/stories/best");
+    return o.init_from;
+}
+
+// HellaSwag (Zellers et al. 2019): which of four endings fits? The ending of the lowest mean loss
+// is the model's answer, so a quarter is right by luck, and GPT-2 small is right in about 3 of 10.
+// Why the mean: a sum would prefer whatever ending is short. The file is llm.c's (facts in its
+// dev/data/hellaswag.py): a header of 256 int32, of which 20240522, 1, the number of examples and
+// the longest; then each example as uint16:
+//   65535, its bytes, its index, the label, 4, then a length and so many tokens for the context and
+//   for each of the four endings
+struct HellaswagExample {
+    int label = 0;  // which ending is right
+    std::vector<uint16_t> context, endings[4];
+};
+
+// All examples of a file; fails where it is damaged, or of another vocabulary.
+inline std::vector<HellaswagExample> read_hellaswag(const std::string& path, int vocab_size) {
+    const std::string bytes = read_file(path, size_t(1) << 30);
+    const char* name = path.c_str();
+    // The header.
+    int32_t header[256] = {};
+    TINYGPT_CHECK(bytes.size() >= sizeof header,
+                  "%s: expected a header of 1024 bytes, found %zu bytes", name, bytes.size());
+    std::memcpy(header, bytes.data(), sizeof header);
+    TINYGPT_CHECK(header[0] == 20240522 && header[1] == 1,
+                  "%s is no HellaSwag file: expected 20240522 and version 1, found %d and %d", name,
+                  header[0], header[1]);
+    // Reads a number, or a list of tokens with its length before it, and goes on behind it.
+    size_t at = sizeof header;
+    auto next = [&]() -> int {
+        TINYGPT_CHECK(at + 2 <= bytes.size(), "%s ends in the middle of an example", name);
+        uint16_t value;
+        std::memcpy(&value, bytes.data() + at, 2);
+        at += 2;
+        return value;
+    };
+    auto tokens = [&](int example) {
+        std::vector<uint16_t> list(static_cast<size_t>(next()));
+        TINYGPT_CHECK(!list.empty(), "%s: example %d is empty", name, example);
+        for (uint16_t& token : list) {
+            token = uint16_t(next());
+            TINYGPT_CHECK(token < vocab_size, "%s: token %d is outside the vocabulary of %d", name,
+                          token, vocab_size);
+        }
+        return list;
+    };
+    // The examples. Every number whose value is known is checked: a file that was cut, or in which
+    // a length is wrong, is noticed at the next example.
+    std::vector<HellaswagExample> examples;
+    for (int32_t i = 0; i < header[2]; ++i) {
+        HellaswagExample e;
+        const int start = next();
+        next(), next();
+        e.label = next();
+        const int endings = next();
+        TINYGPT_CHECK(start == 65535 && endings == 4 && e.label < 4, "%s: example %d is damaged",
+                      name, i);
+        e.context = tokens(i);
+        for (auto& ending : e.endings) ending = tokens(i);
+        examples.push_back(std::move(e));
+    }
+    TINYGPT_CHECK(at == bytes.size(), "%s goes on after its %d examples: it is damaged", name,
+                  header[2]);
+    return examples;
+}
+
+// The mean loss of each ending after its context; a text too long for T loses its beginning. The
+// four texts are the rows of one batch; only targets within the endings are scored.
+std::array<double, 4> score_endings(auto& model, const HellaswagExample& e) {
+    // No longer a batch than the texts need: most are short.
+    size_t longest = 0;
+    for (const auto& ending : e.endings)
+        longest = std::max(longest, e.context.size() + ending.size() - 1);
+    const size_t T = std::min(size_t(model.T), longest);  // most texts are short
+    Batch batch;
+    batch.resize(4, int(T));
+    for (size_t i = 0; i < 4; ++i) {
+        std::vector<uint16_t> text = e.context;
+        text.insert(text.end(), e.endings[i].begin(), e.endings[i].end());
+        const size_t room = T + 1, cut = text.size() > room ? text.size() - room : 0;
+        for (size_t t = cut; t + 1 < text.size(); ++t) {
+            const size_t place = i * T + t - cut;
+            batch.inputs[place] = text[t];
+            if (t + 1 >= e.context.size()) batch.targets[place] = text[t + 1];
+        }
+    }
+    batch.sort_rows();
+    // One pass for all four; then the mean over each ending's targets.
+    const auto losses = batch_losses(model, batch);
+    std::array<double, 4> mean{};
+    for (size_t i = 0; i < 4; ++i) {
+        int count = 0;
+        for (size_t at = i * T; at < (i + 1) * T; ++at)
+            if (batch.targets[at] >= 0) mean[i] += double(losses[at]), ++count;
+        mean[i] /= std::max(1, count);
+    }
+    return mean;
+}
+
+// Prints how many examples the model answers right.
+int hellaswag_command(auto device, const Options& o, const Config& config) {
+    const auto examples = read_hellaswag(o.hellaswag, config.vocab_size);
+    const int T = sequence_length(o, config, config.n_positions);
+    const auto model = open_model(device, config, 4, T, Use::evaluation, o.init_from);
+    int right = 0;
+    for (const HellaswagExample& e : examples) {
+        const std::array<double, 4> loss = score_endings(*model, e);
+        right += std::min_element(loss.begin(), loss.end()) - loss.begin() == e.label;
+    }
+    say("hellaswag", format("%d of %zu right: accuracy %.4f", right, examples.size(),
+                            right / double(std::max<size_t>(1, examples.size()))));
+    return 0;
+}
+
+// The loss of a model on the validation text, every token of it once, in three units.
+//   val loss    nats a token: the mean of -log p of the token that came
+//   perplexity  e^loss: among how many tokens, all equally likely, it might as well hesitate
+//   bits/byte   what the text would take, compressed by this model. Careful: the other two depend
+//               on the tokenizer; only this one compares models that cut text differently
+int eval_command(auto device, const Options& o) {
+    const Config config = config_of_folder(need_init_from(o));
+    if (!o.hellaswag.empty()) return hellaswag_command(device, o, config);
+    const Corpus corpus = open_corpus(o, false);
+    check_same_tokenizer(corpus, o.init_from);
+    TINYGPT_CHECK(!corpus.val.empty(),
+                  "there is no validation data: make some with ./prepare_data --val-fraction, or "
+                  "name shards with --val-shards");
+    const int T = sequence_length(o, config);
+    const auto model = open_model(device, config, o.batch_size, T, Use::evaluation, o.init_from);
+    const auto windows = evaluation_windows(corpus.val, T, corpus.document_start());
+    TINYGPT_CHECK(!windows.empty(),
+                  "the validation data is too short: at least two tokens are needed");
+    // Score it, then print it in the units that others use.
+    const double begin = now_seconds();
+    const Evaluation e = evaluate(*model, corpus.val, windows, corpus.token_bytes());
+    const double speed = double(e.tokens) / (now_seconds() - begin);
+    say("val loss",
+        format("%.9g nats a token over ", e.loss()) + with_commas(e.tokens) + " tokens");
+    say("perplexity", format("%.4f", e.perplexity()));
+    if (e.bytes > 0) say("bits/byte", format("%.4f", e.bits_per_byte()));
+    if (std::isfinite(corpus.floor))
+        say("floor", format("%.6f: the loss is %.2f %% above it", corpus.floor,
+                            100 * (e.loss() / corpus.floor - 1)));
+    say("speed", with_commas(int64_t(speed)) + " tokens a second");
+    if (o.given("eval-batches") && o.eval_batches > 0 && !corpus.train.empty())
+        say("train loss", format("%.9g nats a token over fixed batches",
+                                 fixed_batches_loss(*model, corpus.train, o.eval_batches, false)));
+    return 0;
+}
+
+// ---- sample ----------------------------------------------------------------------------------
+
+// The likeliest next tokens, with their probabilities: what the softmax says, before any sampling.
+void show_top(auto& model, const std::vector<int32_t>& tokens,
+              const std::optional<Tokenizer>& tokenizer, int count) {
+    // Of a prompt that is too long, the end counts.
+    const size_t context = size_t(std::min(model.config.n_positions, model.T));
+    const std::vector<int32_t> tail(tokens.end() - ptrdiff_t(std::min(tokens.size(), context)),
+                                    tokens.end());
+    for (const Candidate& c : likeliest(candidates(next_logits(model, tail, 0), 1), 0, 1)) {
+        if (count-- <= 0) break;
+        const bool end = tokenizer && c.token == tokenizer->end_of_text();
+        const std::string text = end ? "<|endoftext|>" : text_of_token(tokenizer, c.token);
+        std::printf("%8.4f %%  %6d  %s\n", 100 * c.probability, c.token,
+                    tokenizer ? in_quotes(text).c_str() : "");
+    }
+}
+
+// One text, shown while it is made. What is not text goes to standard error, so that a file of
+// samples holds nothing else. It stops when nobody reads any more (head closes the pipe).
+void write_text(auto& model, const std::vector<int32_t>& tokens,
+                const std::optional<Tokenizer>& tokenizer, const SampleOptions& options) {
+    Utf8Stream stream;
+    int64_t count = 0;
+    const double begin = now_seconds();
+    double first = begin;  // when the prompt had been read, and the first token was there
+    const int slides = generate(model, tokens, options, [&](int token) {
+        if (count == 0) first = now_seconds();
+        const std::string text = text_of_token(tokenizer, token);
+        std::fputs((tokenizer ? stream.add(text) : text).c_str(), stdout);
+        std::fflush(stdout);
+        return ++count, !std::ferror(stdout);
+    });
+    std::printf("%s\n", stream.finish().c_str());
+    std::fflush(stdout);
+    std::fprintf(stderr, "[%zu tokens read in %.2f s, %ld written", tokens.size(), first - begin,
+                 count);
+    if (count > 1)
+        std::fprintf(stderr, ", %.1f a second", double(count - 1) / (now_seconds() - first));
+    std::fprintf(stderr, "]\n");
+    if (slides)
+        std::fprintf(stderr,
+                     "[the text outgrew the model's %d positions: %d times its older half was "
+                     "forgotten]\n",
+                     model.config.n_positions, slides);
+}
+
+// --num-samples texts, each behind the prompt and with a seed of its own; or, with --show-top, the
+// likeliest next tokens. Without a prompt a text begins where a document does.
+int sample_command(auto device, const Options& o) {
+    const Config config = config_of_folder(need_init_from(o));
+    const std::optional<Tokenizer> tokenizer = tokenizer_of(o.init_from);
+    if (tokenizer && tokenizer->vocab_size() > config.vocab_size)
+        fail(o.init_from + ": its tokenizer has more tokens than its model");
+    const int end_of_text = tokenizer ? tokenizer->end_of_text() : -1;
+    const std::string file = o.prompt_file == "-" ? "/dev/stdin" : o.prompt_file;
+    const std::string prompt = file.empty() ? o.prompt : read_file(file, size_t(1) << 26);
+    std::vector<int32_t> tokens = prompt_tokens(prompt, tokenizer, config.vocab_size);
+    if (tokens.empty()) tokens.push_back(std::max(0, end_of_text));
+    const auto model =
+        open_model(device, config, 1, config.n_positions, Use::generation, o.init_from);
+    if (o.show_top > 0) return show_top(*model, tokens, tokenizer, o.show_top), 0;
+    for (int i = 0; i < o.num_samples; ++i) {
+        if (i > 0) std::printf("\n---\n");
+        std::fwrite(prompt.data(), 1, prompt.size(), stdout);
+        if (!tokenizer && !prompt.empty()) std::fputs(" ", stdout);  // between two numbers
+        write_text(*model, tokens, tokenizer,
+                   {o.max_new_tokens, o.temperature, o.top_k, o.top_p, o.seed + uint64_t(i),
+                    end_of_text});
+    }
+    return 0;
+}
+
+// ---- info ------------------------------------------------------------------------------------
+
+// Every tensor, and what memory and time the model takes. share: of all parameters; decays: whether
+// AdamW pulls it towards 0. Nothing is allocated: also for models that this machine could never
+// train.
+template <class Device>
+int info_command(Device device, const Options& o) {
+    const Corpus corpus = o.given("data") ? open_corpus(o, false) : Corpus();
+    const Config config = config_for(o, corpus);
+    const int T = sequence_length(o, config, config.n_positions);
+    const Layout layout = layout_of(config);
+    std::printf("%-28s %-16s %14s %8s  %s\n", "tensor", "shape", "parameters", "share", "decays");
+    // The table of tensors, from the one list (§3).
+    auto row = [&](const std::string& name, const std::string& shape, size_t count) {
+        std::printf("%-28s %-16s %14s %7.3f%%", name.c_str(), shape.c_str(),
+                    with_commas(int64_t(count)).c_str(),
+                    100 * double(count) / double(layout.count));
+    };
+    for (const TensorInfo& t : layout.tensors) {
+        row(t.name, shape_text(t.shape), t.count);
+        std::printf("  %s\n", t.decays() ? "yes" : "");
+    }
+    row("total", "", layout.count);
+    std::printf("\n\n");
+    print_model<Device>(config, o.batch_size, T);
+    say("", format("for --batch-size %d --seq-len %d", o.batch_size, T));
+    // What a long training would take. No program reaches the peak; half of it is good.
+    const double peak = product_peak_flops(device);
+    const double seconds = 1e10 * flops_per_token(config, T) / peak;
+    say("time", "10 billion tokens take " + duration_text(seconds) +
+                    format(" at this machine's measured %.0f GFLOP/s, ", peak / 1e9) +
+                    duration_text(2 * seconds) + " at half of it");
+    return 0;
+}
+
+// =================================================================================================
+// 4 bench and walk: how fast it is, and what it does
+// =================================================================================================
+// The reader now holds a program that trains. Two commands look inside: bench times every layer
+// against what the machine can do, walk prints all numbers of one step that is small enough to
+// follow by hand.
+
+// ---- bench -----------------------------------------------------------------------------------
+// The functions are those the model calls, on the buffers it calls them with, packing included.
+// Going from layer to layer changes the operands, as a step does: GPT-2's are far larger than a
+// cache, and nothing is found there by luck. (Those of the default model do fit: that is what more
+// than 100 % of the memory's speed means.)
+//
+// How to read a row: a function has to do so many operations, and to move at least so many bytes
+// to and from memory. Each takes a least time at the machine's peak; the longer one binds, and the
+// last column says what share of its peak was reached (the roofline model; Williams et al. 2009).
+//   linear c_attn  12 calls  3.990 ms a call  227.0 GFLOP/s  0.9 GB/s   61.4 % of FLOP/s
+// Large products should come near their peak, and most of a step's time should be theirs.
+// Embedding, layernorm, the norm and AdamW do little with each number they touch: GB/s binds them,
+// and faster arithmetic would not help. What is far below both peaks is what to look at: too little
+// work for all cores (try more rows), or a function that could be better.
+//
+// First all functions of a step, at the batch size that was asked for, and the step itself: a step
+// that takes much longer than their sum loses its time between them. Then the forward pass at 256,
+// 1024 and 4096 rows (--seq-len of which make a text): of --model gpt2 those are the products to
+// which the literature's figures refer.
+
+// On a GPU a function is one or more kernels. Below a row of several stands a row for each: how
+// often it was started, its own time, and of a product what it reached.
+//   d linear c_fc                  12 calls  1.512 ms a call ...
+//       product nt 65536x768, k 3072   12 calls  0.741 ms a call  417000.0 GFLOP/s  ...
+// nt says how the two matrices lie, t for a transposed one: nn is x w of a forward pass, nt is dout
+// w^T, so dx, and tn is x^T dout, so dw (the head's table lies the other way: its logits are nt,
+// its dx is nn). Below the whole step stand all its kernels, the costliest first (copy: the batch
+// comes from the host; zero: memory is set to 0), and their sum beside the step, whose kernels are
+// started as one recording.
+
+// What a kernel of a GPU did, in one call or in several. flops: of matrix products, else 0.
+struct KernelTime {
+    std::string name;
+    double flops = 0, seconds = 0;
+    int calls = 1;
+};
+
+// The same kernels, each name once, with the sums of its calls; in the order in which they came.
+inline std::vector<KernelTime> sum_calls(const std::vector<KernelTime>& calls) {
+    std::vector<KernelTime> sums;
+    for (const KernelTime& one : calls) {
+        const auto same = [&](const KernelTime& sum) { return sum.name == one.name; };
+        const auto sum = std::find_if(sums.begin(), sums.end(), same);
+        if (sum == sums.end()) {
+            sums.push_back(one);
+            continue;
+        }
+        sum->flops += one.flops, sum->seconds += one.seconds, sum->calls += one.calls;
+    }
+    return sums;
+}
+
+template <class Device>
+class Bench {
+public:
+    // Makes a model with random weights, and a batch of random tokens: speed does not depend on
+    // what the numbers are.
+    Bench(const Device& device, const Config& config, int B, int T)
+        : config_(config), C(config.n_embd), V(config.vocab_size), NH(config.n_head),
+          HS(config.head_size()), T_(T), most_B_(room_for(device, config, B, T)),
+          model_(open_model(device, config, most_B_, T, Use::training)), device_(model_->device) {
+        model_->initialise(1);
+        set_batch_size(B);
+    }
+
+    // Measures and prints all tables; half a second for every row.
+    void run() {
+        show_machine();
+        const double step = step_seconds();
+        title("function");
+        forward_layers(), backward_layers(), update();
+        const double flops = flops_per_token(config_, T_) * rows_ / step;
+        std::printf("\nsum of the above  %.2f ms; a whole step takes %.2f ms\n", total_ * 1e3,
+                    step * 1e3);
+        std::printf("whole step        %s tokens a second, %.1f GFLOP/s, %.1f %% of the peak\n",
+                    with_commas(int64_t(rows_ / step)).c_str(), flops / 1e9,
+                    100 * flops / product_peak_flops(device_));
+        step_kernels(step);
+        for (int rows : {256, 1024, kMostRows}) {
+            if (rows < T_ || rows / T_ > most_B_) continue;
+            set_batch_size(rows / T_);
+            forward(*model_, Pass{B_, T_});  // so that there are numbers in all rows
+            std::printf("\n");
+            title(format("%d rows", rows_).c_str());
+            forward_layers(), head();
+        }
+    }
+
+private:
+    using Real = typename Device::Real;
+    static constexpr double kA = sizeof(typename Device::Activation), kR = sizeof(Real),
+                            kW = sizeof(typename Device::Weight),
+                            kG = sizeof(typename Device::Gradient);
+    static constexpr int kMostRows = 4096;
+    // Whether the device can tell what each of its kernels takes; then names are longer.
+    static constexpr bool kKernels = requires(Device device, void (*work)()) {
+        device.kernel_times(work);
+    };
+    static constexpr int kName = kKernels ? 34 : 22;  // the width of the first column
+
+    // The batch size to reserve room for: that of the largest table, where there is memory for it.
+    static int room_for(const Device& device, const Config& config, int B, int T) {
+        const int most = std::max(B, kMostRows / T);
+        const size_t need = memory_need<Device>(config, most, T, Use::training).total();
+        return need < device.free_memory() ? most : B;
+    }
+
+    // From now on B texts at a time, of random tokens.
+    void set_batch_size(int B) {
+        B_ = B, rows_ = B * T_;
+        Batch& batch = batches_[0];
+        batch.resize(B, T_);
+        for (size_t i = 0; i < size_t(rows_); ++i) {
+            batch.inputs[i] = int32_t(random_bits(7, i) % uint64_t(V));
+            batch.targets[i] = int32_t(random_bits(8, i) % uint64_t(V));
+        }
+        batch.scored = rows_;
+        batch.sort_rows();
+        set_batch(*model_, batch);
+    }
+
+    // What a function must at least do: operations (a multiply-add is two), and bytes to and from
+    // memory if everything it is given is read once and everything it makes written once. product:
+    // it is a matrix product, which has a peak of its own.
+    struct Work {
+        double flops = 0, bytes = 0;
+        bool product = false;
+    };
+    // A linear layer [rows, in] x [in, out]: one product, or several of its size. Forward is one;
+    // backward two, for dx and for dw; the head both ways all three.
+    Work product(double in, double out, int times = 1) const {
+        const double n = rows_;
+        return {times * 2 * n * in * out, times * (kA * n * (in + out) + kW * in * out), true};
+    }
+    // [rows, C], read or written so many times. What little is computed on the way is not counted.
+    Work stream(int times) const { return {0, times * kA * rows_ * C, false}; }
+
+    // The yardsticks first: what is measured here is what all rows are held against.
+    void show_machine() {
+        const double bf16_peak = device_.bf16_peak_flops();
+        peak_bytes_ = device_.peak_bandwidth();
+        std::printf("machine           %s\n", device_.describe().c_str());
+        std::printf("measured peaks    %.1f GFLOP/s, ", device_.peak_flops() / 1e9);
+        if constexpr (requires { device_.tile_peak_flops(); })
+            std::printf("%.1f with operands from the first cache, ",
+                        device_.tile_peak_flops() / 1e9);
+        if (bf16_peak > 0) std::printf("%.1f GFLOP/s in bf16 products, ", bf16_peak / 1e9);
+        std::printf("%.1f GB/s\n", peak_bytes_ / 1e9);
+        std::printf(
+            "model             %d layers, %d heads, %d channels, vocabulary %d; B=%d T=%d\n\n",
+            config_.n_layer, NH, C, V, B_, T_);
+    }
+    static void title(const char* first) {
+        std::printf("%-*s %6s %10s %12s %12s %10s\n", kName, first, "calls", "ms a call", "GFLOP/s",
+                    "GB/s", "of peak");
+    }
+
+    // Median seconds of f; runs it for about half a second, but at least three times. Why not the
+    // least, as for the peaks: a step is made of usual calls, not of lucky ones.
+    double median_seconds(auto&& f) {
+        std::vector<double> times;
+        f(), device_.synchronize();
+        const double end = now_seconds() + 0.5;
+        while (times.size() < 3 || (now_seconds() < end && times.size() < 50)) {
+            const double begin = now_seconds();
+            f(), device_.synchronize();
+            times.push_back(now_seconds() - begin);
+        }
+        const auto middle = times.begin() + ptrdiff_t(times.size() / 2);
+        std::nth_element(times.begin(), middle, times.end());
+        return *middle;
+    }
+
+    // Which way the latest function was done, where the device has several.
+    std::string way() {
+        if constexpr (requires { device_.way(); }) return device_.way();
+        return "";
+    }
+    // Times f(i) for every i below `calls`, such as all layers, and prints a row. What binds it is
+    // the resource that it would need longer for.
+    void row(const char* name, int calls, Work work, auto&& f) {
+        way();  // of what came before
+        const auto pass = [&] {
+            for (int i = 0; i < calls; ++i) f(i);
+        };
+        const double seconds = median_seconds(pass);
+        total_ += seconds;
+        const std::string label = name + way();
+        // A processor slows down when it gets hot: the peak is that of this moment.
+        const double peak = work.product ? product_peak_flops(device_) : device_.peak_flops();
+        // The least seconds by either resource, against those it took.
+        const double each = seconds / calls;
+        const double least_flops = work.flops / peak, least_bytes = work.bytes / peak_bytes_;
+        std::printf("%-*s %6d %10.3f %12.1f %12.1f %8.1f %% of %s\n", kName, label.c_str(), calls,
+                    each * 1e3, work.flops / each / 1e9, work.bytes / each / 1e9,
+                    100 * std::max(least_flops, least_bytes) / each,
+                    least_flops > least_bytes ? "FLOP/s" : "GB/s");
+        kernel_rows(peak, pass);
+    }
+    // The kernels of the row above, where the device has kernels and these are several; means of
+    // three passes. peak: of products.
+    void kernel_rows(double peak, auto&& pass) {
+        if constexpr (kKernels) {
+            constexpr int kPasses = 3;
+            const auto kernels = sum_calls(device_.kernel_times([&] {
+                for (int i = 0; i < kPasses; ++i) pass();
+            }));
+            if (kernels.size() < 2) return;
+            for (const KernelTime& k : kernels) {
+                std::printf("    %-*s %6d %10.3f ", kName - 4, k.name.c_str(), k.calls / kPasses,
+                            k.seconds / k.calls * 1e3);
+                const double rate = k.flops / k.seconds;
+                if (k.flops == 0)
+                    std::printf("%12s %12s\n", "-", "-");
+                else
+                    std::printf("%12.1f %12s %8.1f %% of FLOP/s\n", rate / 1e9, "-",
+                                100 * rate / peak);
+            }
+        }
+    }
+    // All kernels of a training step, each started by the host, though the step may be a recording.
+    void step_kernels(double step) {
+        if constexpr (kKernels) {
+            auto kernels = sum_calls(device_.kernel_times([&] { train(0); }));
+            std::stable_sort(kernels.begin(), kernels.end(),
+                             [](auto& a, auto& b) { return a.seconds > b.seconds; });
+            double sum = 0;
+            int calls = 0;
+            for (const KernelTime& k : kernels) sum += k.seconds, calls += k.calls;
+            std::printf("\n%-*s %6s %10s %9s\n", kName, "kernels of a step", "calls", "ms",
+                        "share");
+            for (const KernelTime& k : kernels)
+                std::printf("    %-*s %6d %10.3f %7.1f %%\n", kName - 4, k.name.c_str(), k.calls,
+                            k.seconds * 1e3, 100 * k.seconds / sum);
+            std::printf("    %-*s %6d %10.3f; a whole step takes %.3f ms\n", kName - 4, "all",
+                        calls, sum * 1e3, step * 1e3);
+        }
+    }
+
+    // Step s of a training, of one batch: forward, backward, guards and update.
+    void train(int64_t s) {
+        StepOptions options;
+        options.rate.peak = 1e-5;
+        train_step(*model_, batches_, options, s);
+    }
+    // Seconds of a whole training step.
+    double step_seconds() {
+        int64_t s = 0;
+        return median_seconds([&] { train(s++); });
+    }
+
+    // Times f(layer, weights, gradients) over all layers, each of them `each` times.
+    void layer_row(const char* name, int each, Work work, auto&& f) {
+        row(name, each * config_.n_layer, work, [&](int i) {
+            const size_t l = size_t(i % config_.n_layer);
+            f(model_->a.layers[l], model_->w.h[l], model_->g.h[l]);
+        });
+    }
+
+    // The rows of a forward pass: in every layer the call that forward (§5) makes there.
+    void forward_layers() {
+        Device& d = device_;
+        auto& a = model_->a;
+        const int n = rows_;
+        row("embed", 1, stream(3), [&](int) {
+            d.embed_forward(a.embedded, a.inputs, model_->w.wte, model_->w.wpe, B_, T_, C, 0, {});
+        });
+        layer_row("layernorm", 2, stream(2), [&](auto& l, auto& w, auto&) {
+            d.layernorm_forward(l.ln_1, l.ln_1_mean, l.ln_1_rstd, l.x_mid, w.ln_1_weight,
+                                w.ln_1_bias, n, C);
+        });
+        layer_row("linear c_attn", 1, product(C, 3 * C), [&](auto& l, auto& w, auto&) {
+            d.linear_forward(l.qkv, l.ln_1, w.c_attn_weight, w.c_attn_bias, n, C, 3 * C);
+        });
+        // Scores and sums: 2 products of 2 C operations over (T+1)/2 positions for each row.
+        const Work scores = {2.0 * C * (T_ + 1) * n, 4 * kA * n * C, false};
+        layer_row("attention", 1, scores, [&](auto& l, auto&, auto&) {
+            d.attention_forward(l.att, l.lse, l.qkv, B_, T_, NH, HS, {});
+        });
+        layer_row("linear attn.c_proj", 1, product(C, C), [&](auto& l, auto& w, auto&) {
+            d.linear_residual_forward(l.x_mid, a.embedded, l.att, w.attn_proj_weight,
+                                      w.attn_proj_bias, n, C, C, {});
+        });
+        layer_row("linear c_fc, gelu", 1, product(C, 4 * C), [&](auto& l, auto& w, auto&) {
+            d.linear_gelu_forward(l.gelu, l.fc, l.ln_2, w.c_fc_weight, w.c_fc_bias, n, C, 4 * C);
+        });
+        layer_row("linear mlp.c_proj", 1, product(4 * C, C), [&](auto& l, auto& w, auto&) {
+            d.linear_residual_forward(l.x_out, l.x_mid, l.gelu, w.mlp_proj_weight, w.mlp_proj_bias,
+                                      n, 4 * C, C, {});
+        });
+    }
+
+    // The head forward only: that of an evaluation. With GPT-2's vocabulary it is by far the
+    // largest product.
+    void head() {
+        auto& a = model_->a;
+        row("head", 1, product(C, V), [&](int) {
+            device_.head_forward(a.losses, a.logits, a.ln_f, model_->w.lm_head, a.targets, rows_, C,
+                                 V);
+        });
+    }
+
+    // The rows of a backward pass (§6), from the head down. Gradients are set, not added to.
+    void backward_layers() {
+        Device& d = device_;
+        auto& a = model_->a;
+        const int n = rows_;
+        row("head, both ways", 1, product(C, V, 3), [&](int) {
+            d.head_forward_backward(a.losses, a.dnarrow, model_->g.lm_head, a.logits, a.ln_f,
+                                    model_->w.lm_head, a.targets, n, C, V, Real(1.0 / n), false);
+        });
+        // A part of the row above, so it does not count. Rows beyond those are the same again.
+        const auto softmax = [&] {
+            return d.head_softmax(a.losses, a.logits, a.targets, n, V, Real(1.0 / n));
+        };
+        const double before = total_, block = softmax();
+        row("  softmax, a block", 1, {0, 2 * kA * block * V}, [&](int) { softmax(); });
+        total_ = before;
+        layer_row("d linear mlp.c_proj", 1, product(4 * C, C, 2), [&](auto& l, auto& w, auto& g) {
+            d.linear_gelu_backward(a.dwide, g.mlp_proj_weight, g.c_fc_bias, a.dx, l.gelu, l.fc,
+                                   w.mlp_proj_weight, n, 4 * C, C, false);
+        });
+        layer_row("d linear c_fc", 1, product(C, 4 * C, 2), [&](auto& l, auto& w, auto& g) {
+            d.linear_backward(a.dnarrow, g.c_fc_weight, a.dwide, l.ln_2, w.c_fc_weight, n, C, 4 * C,
+                              false);
+        });
+        layer_row("d layernorm", 2, stream(4), [&](auto& l, auto& w, auto& g) {
+            d.layernorm_backward(a.dx, g.ln_1_weight, g.ln_1_bias, a.dx, g.mlp_proj_bias, a.dnarrow,
+                                 a.dx, l.x_mid, l.ln_1_mean, l.ln_1_rstd, w.ln_1_weight, n, C, {},
+                                 false);
+        });
+        layer_row("d linear attn.c_proj", 1, product(C, C, 2), [&](auto& l, auto& w, auto& g) {
+            d.linear_backward(a.dnarrow, g.attn_proj_weight, a.dx, l.att, w.attn_proj_weight, n, C,
+                              C, false);
+        });
+        // Five products are made: the scores once more, dv, dp, dq, dk.
+        const Work scores = {5.0 * C * (T_ + 1) * n, 8 * kA * n * C, false};
+        layer_row("d attention", 1, scores, [&](auto& l, auto&, auto& g) {
+            d.attention_backward(a.dwide, g.c_attn_bias, a.dnarrow, l.att, l.lse, l.qkv, B_, T_, NH,
+                                 HS, {}, false);
+        });
+        layer_row("d linear c_attn", 1, product(C, 3 * C, 2), [&](auto& l, auto& w, auto& g) {
+            d.linear_backward(a.dnarrow, g.c_attn_weight, a.dwide, l.ln_1, w.c_attn_weight, n, C,
+                              3 * C, false);
+        });
+        row("d embed", 1, stream(3), [&](int) {
+            d.embed_backward(model_->g.wte, model_->g.wpe, a.dx, a.inputs, a.order, B_, T_, C, {});
+        });
+    }
+
+    // The rows of the update (§7): all parameters at once, so memory's speed is all that counts.
+    void update() {
+        auto& m = *model_;
+        const size_t size = m.layout.size;
+        const double gradient_bytes = kG * double(size);
+        row("gradient norm", 1, {0, gradient_bytes},
+            [&](int) { device_.gradient_norm(m.state, m.grads, size); });
+        // Reads gradients, masters and both moments; writes the last three, and working weights.
+        const double others = 6 * kR + (Device::kSeparateMasters ? kW : 0);
+        row("adamw", 1, {0, gradient_bytes + others * double(size)}, [&](int) {
+            device_.adamw(m.weights, m.masters, m.m, m.v, m.grads, size, m.layout.decayed, m.state,
+                          {});
+        });
+    }
+
+    const Config config_;
+    const int C, V, NH, HS, T_, most_B_;
+    int B_ = 0, rows_ = 0;  // rows_: B T
+    std::unique_ptr<Gpt2<Device>> model_;
+    Device& device_;
+    std::vector<Batch> batches_{1};  // of a step: one
+    double peak_bytes_ = 1, total_ = 0;
+};
+
+// --model and its sizes, with random weights: no data and no checkpoint are needed.
+int bench_command(auto device, const Options& o) {
+    const Config config = config_for(o, Corpus());
+    Bench(device, config, o.batch_size, sequence_length(o, config)).run();
+    return 0;
+}
+
+// ---- walk ------------------------------------------------------------------------------------
+// B = 2 rows of T = 4 tokens, C = 8 channels, 2 heads, 2 layers, a vocabulary of 11 words, in
+// double: a step small enough to follow with a pocket calculator. It goes the way of §2-8 (batch,
+// forward, loss, backward, update), and their comments quote lines of what this prints ("walk>"); a
+// test holds them to it. Beside every result stands how to get it by hand. The numbers are the same
+// on every machine: random weights are a function of the seed (§1).
+
+class Walk {
+public:
+    // Makes the model and the batch: two layers, two heads.
+    Walk() : model_({2, 2, kC, kT, kV}) {
+        model_.initialise(1);
+        // Ten times the usual weights: so small a model would show nothing but zeros.
+        for (const TensorInfo& t : model_.layout.tensors)
+            for (size_t i = t.offset; t.decays() && i < t.offset + t.count; ++i)
+                model_.weights[i] *= 10;
+        model_.reserve(2, kT, Use::training);
+        batch_.resize(2, kT);
+        for (size_t i = 0; i < kRows; ++i)
+            batch_.inputs[i] = kText[i], batch_.targets[i] = kText[i + 1];
+        batch_.scored = kRows;
+        batch_.sort_rows();
+        set_batch(model_, batch_);
+    }
+
+    // The whole walk, as text. Careful: the order counts, as each part works on what the one before
+    // it left in the model.
+    std::string text() {
+        show_batch(), show_forward(), show_loss(), show_backward();
+        show_update(), show_dropout(), show_effect();
+        return out_;
+    }
+
+private:
+    static constexpr int kT = 4, kC = 8, kV = 11, kRows = 2 * kT;
+    static constexpr const char* kWords[kV] = {"the", "cat", "sat", "on", "mat", "and",
+                                               "dog", "ran", "to",  "a",  "."};
+    static constexpr int kText[kRows + 1] = {0, 1, 2, 3, 0, 4, 5, 0, 6};
+
+    void title(const std::string& text) {
+        out_ += "\n" + text + "\n" + std::string(text.size(), '-') + "\n";
+    }
+    // A buffer [rows, columns]: its shape and the beginning of row 0.
+    void show(const char* name, const double* x, int columns, int rows = kRows) {
+        out_ += format("%-12s [%d, %2d] ", name, rows, columns);
+        for (int i = 0; i < std::min(columns, 6); ++i) out_ += format(" %8.4f", x[i]);
+        out_ += columns > 6 ? " ...\n" : "\n";
+    }
+    // The mean loss of the batch, in nats a token. Runs forward, so it sets all activations.
+    double loss() {
+        const std::vector<double> losses = batch_losses(model_, batch_);
+        return std::accumulate(losses.begin(), losses.end(), 0.0) / kRows;
+    }
+
+    // Row 1 goes on where row 0 ends, so the last target of row 0 is the first input of row 1.
+    void show_batch() {
+        title("The batch: two rows of four tokens; the targets are the same text, one later");
+        for (int i = 0; i < kRows; ++i)
+            out_ += format("row %d, t=%d   input %2d %-4s  target %2d %s\n", i / kT, i % kT,
+                           kText[i], kWords[kText[i]], kText[i + 1], kWords[kText[i + 1]]);
+    }
+
+    // Every buffer is [8, ...]: one row for each of the 8 tokens. x_mid and x_out are the residual
+    // stream: compare them with embedded, to which each layer has only added.
+    void show_forward() {
+        title("Forward: shapes, and the first numbers of the first row");
+        forward(model_, pass_);
+        const auto& a = model_.a;
+        show("embedded", a.embedded, kC);
+        for (int i = 0; i < 2; ++i) {
+            const auto& l = a.layers[size_t(i)];
+            out_ += format("layer %d\n", i);
+            show("  ln_1", l.ln_1, kC), show("  qkv", l.qkv, 3 * kC), show("  att", l.att, kC);
+            show("  x_mid", l.x_mid, kC), show("  ln_2", l.ln_2, kC), show("  fc", l.fc, 4 * kC);
+            show("  gelu", l.gelu, 4 * kC), show("  x_out", l.x_out, kC);
+        }
+        show("ln_f", a.ln_f, kC);
+        out_ += "att of t=0 is its own value, qkv[16..23], since it sees nobody else:\n";
+        show("  v of t=0", a.layers[0].qkv + 2 * kC, kC, 1);
+    }
+
+    // Nothing is learned yet, so the mean loss is near log 11, that of a guess among 11 words.
+    void show_loss() {
+        title("The loss of the first row, by hand");
+        // Logits, their softmax, and minus the logarithm of the target's share.
+        double logits[kV], total = 0;
+        model_.device.head_logits(logits, model_.a.ln_f, model_.w.lm_head, 1, kC, kV);
+        for (double logit : logits) total += std::exp(logit);
+        const int target = kText[1];
+        out_ += "word      logit   exp(logit)   probability\n";
+        for (int v = 0; v < kV; ++v)
+            out_ += format("%-5s  %8.4f   %10.4f   %11.4f%s\n", kWords[v], logits[v],
+                           std::exp(logits[v]), std::exp(logits[v]) / total,
+                           v == target ? "   <- the target" : "");
+        out_ +=
+            format("sum of exp %.4f; loss = log(sum) - logit of the target = %.4f - %.4f = %.4f\n",
+                   total, std::log(total), logits[target], std::log(total) - logits[target]);
+        out_ += format("loss of the batch: the mean of 8 such = %.6f; ", loss());
+        out_ += format("knowing nothing is log 11 = %.4f\n", std::log(11.0));
+    }
+
+    // What backward says the slope of the loss is, and what the slope is found to be by moving one
+    // weight: this is how the tests know that every formula of §4 is right. The error of the
+    // difference is about h^2, and what rounding leaves is divided by 2h: h = 1e-5 is between both.
+    void show_backward() {
+        title("Backward: gradients, beside (loss(w + h) - loss(w - h)) / 2h with h = 1e-5");
+        forward(model_, pass_);
+        backward(model_, pass_, 1.0 / kRows, true);
+        out_ += "dlogits of the first row, (p - [target]) / 8:";
+        for (int v = 0; v < 6; ++v) out_ += format(" %7.4f", model_.a.logits[v]);
+        out_ += format(" ...\n%-26s %12s %12s\n", "tensor, element 0", "backward", "difference");
+        for (const TensorInfo& t : model_.layout.tensors) {
+            if (t.name.starts_with("h.1.")) continue;  // the second layer is like the first
+            double& weight = model_.weights[t.offset];
+            const double kept = weight, h = 1e-5;
+            // Change one weight by a little, both ways, and look what becomes of the loss.
+            auto loss_with = [&](double w) { return weight = w, loss(); };
+            const double above = loss_with(kept + h), below = loss_with(kept - h);
+            weight = kept;
+            out_ += format("%-26s %12.8f %12.8f\n", t.name.c_str(), model_.grads[t.offset],
+                           (above - below) / (2 * h));
+        }
+    }
+
+    // Why m and v are divided: they begin at 0, so after one step they hold only a tenth of g and a
+    // twentieth of g^2. Corrected, m is g and v is g^2, and g / |g| is 1: the first step moves
+    // every weight by the rate, however small its gradient (and decay by a little more).
+    void show_update() {
+        title("The update: clip, then AdamW, of the first weight of wte");
+        Cpu<double>& device = model_.device;
+        StepState& state = *model_.state;
+        before_ = next_words();
+        // The same calls as in train_step (§8), with a rate of 0.1 and a limit of 0.5.
+        device.begin_step(&state, 0.1);
+        state.loss = loss();
+        device.gradient_norm(&state, model_.grads, model_.layout.size);
+        device.judge_step(&state, {0.5, 0});
+        // By hand, as AdamW's definition has it for the first step: m and v were 0.
+        const double clip = state.clip_scale, w = model_.weights[0], g = model_.grads[0] * clip;
+        const double m = 0.1 * g, v = 0.05 * g * g, m_hat = m / 0.1, v_hat = v / 0.05;
+        out_ +=
+            format("norm of all gradients %.6f; the limit is 0.5, so each is multiplied by %.6f\n",
+                   state.grad_norm, clip);
+        out_ += format("g  = %.6f * %.6f = %.6f\n", model_.grads[0], clip, g);
+        out_ += format("m  = 0.9 * 0 + 0.1 g = %.8f;     m / (1 - 0.9^1)  = %.6f\n", m, m_hat);
+        out_ += format("v  = 0.95 * 0 + 0.05 g^2 = %.8f; v / (1 - 0.95^1) = %.6f\n", v, v_hat);
+        out_ += format("w  = %.6f - 0.1 (%.6f / (sqrt(%.6f) + 1e-8) + 0.1 * %.6f) = %.6f\n", w,
+                       m_hat, v_hat, w, w - 0.1 * (m_hat / (std::sqrt(v_hat) + 1e-8) + 0.1 * w));
+        device.adamw(model_.weights, model_.masters, model_.m, model_.v, model_.grads,
+                     model_.layout.size, model_.layout.decayed, &state, {0.9, 0.95, 1e-8, 0.1});
+        out_ += format("and the program has %.6f\n", model_.weights[0]);
+    }
+
+    // Why doubled: the mean of what the next layer reads stays what it is without dropout.
+    void show_dropout() {
+        title(
+            "Dropout 0.5 of the embedding: training zeroes half, doubles half; "
+            "evaluation does not");
+        double x[kRows * kC];
+        for (bool training : {true, false}) {
+            const Dropout drop{random_key(1, 2, 3), training ? 0.5f : 0.0f};
+            model_.device.embed_forward(x, model_.a.inputs, model_.w.wte, model_.w.wpe, 2, kT, kC,
+                                        0, drop);
+            show(training ? "training" : "evaluation", x, kC);
+        }
+    }
+
+    // Words after "the cat sat on", the likeliest first.
+    std::vector<Candidate> next_words() {
+        return tinygpt::likeliest(candidates(next_logits(model_, {0, 1, 2, 3}, 0), 1), 0, 1);
+    }
+    // One step on eight tokens is enough to see the right word gain.
+    void show_effect() {
+        title(
+            "What the step changed: the likeliest words after \"the cat sat on\" "
+            "(the text has: the)");
+        const std::vector<Candidate> after = next_words();
+        out_ += "before            after one step\n";
+        for (size_t i = 0; i < 5; ++i)
+            out_ += format("%-5s %.4f      %-5s %.4f\n", kWords[before_[i].token],
+                           before_[i].probability, kWords[after[i].token], after[i].probability);
+        out_ += format("loss of the batch before %.6f, after %.6f\n", model_.state->loss, loss());
+    }
+
+    Gpt2<Cpu<double>> model_;
+    Batch batch_;
+    Pass pass_{2, kT};
+    std::vector<Candidate> before_;
+    std::string out_;
+};
+
+// =================================================================================================
+// 5 main
+// =================================================================================================
+// The reader now holds every command. What a driver adds is the device: its main hands `program` a
+// function that makes one of the options and gives both to run_command. train_gpt.cpp is no more
+// than that; train_gpt.cu is that and the kernels.
+
+// Runs the command on a device; returns the exit status.
+int run_command(auto device, const Options& o) {
+    switch (o.command) {
+        case kTrain: return train_command(device, o);
+        case kEval: return eval_command(device, o);
+        case kSample: return sample_command(device, o);
+        case kInfo: return info_command(device, o);
+        case kBench: return bench_command(device, o);
+        case kWalk: return std::printf("%s", Walk().text().c_str()), 0;
+    }
+    return 2;
+}
+
+// Numbers below 1.2e-38 count as zero from here on, in this thread and in those it starts. They
+// come up by the thousand where a softmax is sure of itself or training has gone astray, they mean
+// nothing, and arithmetic with them takes the CPU about a hundred cycles each: such a run would be
+// five times slower.
+inline void flush_tiny_numbers() {
+#if defined(__SSE__)
+    __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | 0x8040);  // FTZ and DAZ: results, operands
+#elif defined(__aarch64__)
+    uint64_t control;
+    asm volatile("mrs %0, fpcr" : "=r"(control));
+    asm volatile("msr fpcr, %0" ::"r"(control | 1 << 24));  // FZ
+#endif
+}
+
+// Threads that wait should not burn a core for long that others could use: on a busy machine that
+// makes a step ten times slower. The OpenMP run-times read these once, before main, so the program
+// starts itself again with them set.
+inline void wait_politely(char** argv) {
+    if (std::getenv("OMP_WAIT_POLICY") || std::getenv("GOMP_SPINCOUNT") ||
+        std::getenv("KMP_BLOCKTIME"))
+        return;
+    ::setenv("GOMP_SPINCOUNT", "10000", 0);  // libgomp: about 30 microseconds
+    ::setenv("KMP_BLOCKTIME", "0", 0);       // libomp: milliseconds
+    char self[4096];
+    const ssize_t length = ::readlink("/proc/self/exe", self, sizeof self - 1);
+    if (length <= 0) return;  // things go on as they are
+    self[length] = 0;
+    ::execv(self, argv);
+}
+
+// Reads the command line, hands the options to `run`, and turns errors into a line on standard
+// error and an exit status. This is the only place that catches all of them: whatever fails below
+// throws, and destructors put things in order on the way here.
+int program(int argc, char** argv, const char* name, auto&& run) {
+    auto failed = [](int status, const std::string& message) {
+        std::fflush(stdout);
+        std::fprintf(stderr, "error: %s\n", message.c_str());
+        return status;
+    };
+    try {
+        const Options options = parse_options(std::vector<std::string>(argv + 1, argv + argc));
+        if (options.help) return std::printf("%s", help_text(options, name).c_str()), 0;
+        if (options.threads > 0) omp_set_num_threads(options.threads);
+        const int status = run(options);
+        // A run is in its folder, whoever reads along; what other commands make, they print.
+        const bool printed = std::fflush(stdout) == 0 && !std::ferror(stdout);
+        if (options.command == kTrain || printed || errno == EPIPE) return status;
+        return failed(1, std::string("cannot write what is printed: ") + std::strerror(errno));
+    } catch (const Error& e) {
+        return failed(e.status, e.what());
+    } catch (const std::bad_alloc&) {
+        return failed(1, "out of memory: choose a smaller --batch-size or --model");
+    } catch (const std::exception& e) {  // such as a thread that could not be started
+        return failed(1, std::string(e.what()) + " (memory or threads are short)");
+    }
+}
+
+// The CPU device that the options ask for. Fails where this CPU cannot multiply as asked.
+inline Cpu<float> make_cpu(const Options& o) {
+    TINYGPT_USAGE(o.precision != "tf32",
+                  "--precision tf32 is for GPUs (./train_gpt_cu); a CPU has fp32 and, where it has "
+                  "bf16 dot products, bf16");
+    TINYGPT_USAGE(!o.tune_matmul,
+                  "--tune-matmul is for GPUs (./train_gpt_cu): a CPU has one matmul kernel");
+    Cpu<float> device;
+    device.matmul_options.bf16 = o.precision == "bf16";
+    TINYGPT_CHECK(!device.matmul_options.bf16 || cpu_has_bf16_dot(),
+                  "--precision bf16 needs a CPU with bf16 dot products (AVX-512 BF16), and a build "
+                  "for it (MARCH=native): use --precision fp32");
+    return device;
+}
+
+}  // namespace tinygpt
+
+// train_gpt.cu and the tests include this file and have a main of their own.
+#ifndef TRAIN_GPT_NO_MAIN
 int main(int argc, char** argv) {
     using namespace tinygpt;
     wait_politely(argv);
@@ -9,3 +2198,4 @@ int main(int argc, char** argv) {
     return program(argc, argv, "train_gpt",
                    [](const Options& options) { return run_command(make_cpu(options), options); });
 }
+#endif

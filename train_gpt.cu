@@ -25,7 +25,8 @@
 
 #include <deque>
 
-#include "tinygpt.hpp"
+#define TRAIN_GPT_NO_MAIN
+#include "train_gpt.cpp"
 
 namespace tinygpt {
 
