@@ -4413,21 +4413,23 @@ constexpr std::string_view kClassRuns =
     "KI0=050j10bH4R1m5^8H1<V1iR3Z70:0>]9c50k1TH=0Y30501410U10=0101D1<10101090501410101010105014=0"
     "I0=0=010U10Q2@90A0Q2]X2c1Xm:V1eP4nlV5m3fSA4fbF4QVMi1f^2Te9fS2Tm5YYC@UUQ1";
 
-// Looked up in a table, one byte a code point, that is expanded at the first use.
+// The class of every code point, up to the last that has one. Why not a lambda: g++ would try to run
+// it while compiling, which takes 260 MB and doubles the time.
+inline std::vector<CharClass> expand_class_runs() {
+    std::vector<CharClass> classes;
+    size_t value = 0, shift = 0;
+    for (char c : kClassRuns) {
+        const size_t digit = size_t(c - '0' - (c > '\\'));
+        value |= (digit & 31) << shift, shift += 5;
+        if (digit >= 32) continue;
+        classes.insert(classes.end(), value / 4 + 1, CharClass(value % 4));
+        value = shift = 0;
+    }
+    return classes;
+}
 inline CharClass class_of(uint32_t code) {
-    static const std::vector<CharClass> classes = [] {
-        std::vector<CharClass> table;
-        size_t value = 0, shift = 0;
-        for (char c : kClassRuns) {
-            const size_t digit = size_t(c - '0' - (c > '\\'));
-            value |= (digit & 31) << shift, shift += 5;
-            if (digit >= 32) continue;
-            table.insert(table.end(), value / 4 + 1, CharClass(value % 4));
-            value = shift = 0;
-        }
-        return table;
-    }();
-    return code < classes.size() ? classes[code] : kOther;  // beyond its end, all are kOther
+    static const std::vector<CharClass> classes = expand_class_runs();
+    return code < classes.size() ? classes[code] : kOther;
 }
 
 // =================================================================================================
