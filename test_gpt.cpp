@@ -1690,7 +1690,7 @@ TEST_CASE("data: a damaged shard is refused, with the reason") {
         std::filesystem::resize_file(path, bytes);
         CHECK(has(error(), "no token shard"));
     }
-    CHECK(has(error_of([&] { Shard shard(folder / "missing.bin"); }), "cannot open"));
+    CHECK(has(error_of([&] { Shard shard(folder / "missing.bin"); }), "cannot read"));
     CHECK(error_of([&] { Shard shard(folder.path); }) != "");
     CHECK(Shards(folder / "nothing_*.bin").empty());
     write_test_shard(path, {});
@@ -1707,7 +1707,7 @@ TEST_CASE("data: a shard that shrinks while it is open is an error, not a signal
     CHECK(out[9] == 7);
     std::filesystem::resize_file(path, 1024 + 2 * 100);
     CHECK(error_of([&] { shards.files()[0].read(out.data(), 90, 10); }) == "");
-    CHECK(has(error_of([&] { shards.files()[0].read(out.data(), 95, 10); }), "token 100"));
+    CHECK(has(error_of([&] { shards.files()[0].read(out.data(), 95, 10); }), "shorter"));
     CHECK(has(error_of([&] { shards.check_tokens(8); }), "shorter"));
     // Through the loader: the good batches come, then the error, and it stays.
     BatchLoader loader(shards, DataOrder(shards, 1, 50, 1, false, false), 1, 50, 8, 0);
@@ -5677,7 +5677,7 @@ TEST_CASE("run: data cut short or written over under a run stops it; nothing aft
         });
         const Outcome outcome = place.train(name);
         CHECK(outcome.status == (kind < 2 ? 1 : 0));
-        if (kind == 0) CHECK(outcome.says("the file has become shorter"));
+        if (kind == 0) CHECK(outcome.says("the file became shorter"));
         if (kind == 1) CHECK(outcome.says("data was changed during the run"));
         if (kind < 2) CHECK(outcome.lines() == 1);
         if (kind < 2) CHECK(last_step(place.out(name)) == 5);

@@ -294,65 +294,67 @@ struct Batch {
     }
 };
 
-// One open shard. Reads with pread ("read at this place"), so that a file that shrinks is an error:
-// a file mapped into memory would end the program by a signal.
-class Shard {
-public:
-    // Opens and validates `path`: magic, version, and a length that agrees with the count. (fd_ is
-    // the system's number for the open file. The destructor closes it; but an object whose
-    // constructor throws has no destructor, so there it is closed by hand.)
-    explicit Shard(std::string file)
-        : path(std::move(file)), fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
-        TINYGPT_CHECK(fd_ >= 0, "cannot open the shard %s: %s", path.c_str(), std::strerror(errno));
-        int32_t header[256] = {};
-        struct stat info {};
-        ssize_t got = ::pread(fd_, header, sizeof header, 0);
-        if (::fstat(fd_, &info) != 0 || got != kShardHeaderBytes || header[0] != kShardMagic ||
-            header[1] != 1) {
-            ::close(fd_);
-            fail(
-                format("%s is no token shard: expected a 1024-byte header with %d and version 1, "
-                       "found "
-                       "%d and %d (%zd bytes read). Make shards with ./prepare_data",
-                       path.c_str(), kShardMagic, header[0], header[1], got));
-        }
-        tokens = header[2];
-        if (tokens < 0 || info.st_size != kShardHeaderBytes + 2 * tokens) {
-            ::close(fd_);
-            fail(
-                format("%s is damaged: its header promises %lld tokens, so %lld bytes, but it has "
-                       "%lld",
-                       path.c_str(), (long long)tokens, (long long)(kShardHeaderBytes + 2 * tokens),
-                       (long long)info.st_size));
-        }
+// An open file, closed at the end of its scope, also where an error is thrown through it. It can be
+// moved, which leaves the other with none (-1), but not copied: it must be closed once only.
+struct FileHandle {
+    int fd;
+    explicit FileHandle(int fd) : fd(fd) {}
+    FileHandle(FileHandle&& other) noexcept : fd(std::exchange(other.fd, -1)) {}
+    ~FileHandle() {
+        if (fd >= 0) ::close(fd);
     }
-    // Takes the file over from another, which is left with none: so a list of shards can grow.
-    Shard(Shard&& other) noexcept
-        : path(std::move(other.path)), tokens(other.tokens), fd_(std::exchange(other.fd_, -1)) {}
-    ~Shard() {
-        if (fd_ >= 0) ::close(fd_);
-    }
+};
 
-    // Reads tokens [begin, begin + count) into out. Fails if the file has been cut short since.
-    // One call may give less than it is asked for. (In the message, 512 = the header in tokens.)
-    void read(uint16_t* out, int64_t begin, int64_t count) const {
-        char* to = reinterpret_cast<char*>(out);
-        int64_t left = 2 * count, at = kShardHeaderBytes + 2 * begin;
-        while (left > 0) {
-            ssize_t got = ::pread(fd_, to, size_t(left), at);
-            if (got < 0 && errno == EINTR) continue;
-            TINYGPT_CHECK(got > 0, "cannot read token %lld of %s: %s", (long long)(at / 2 - 512),
-                          path.c_str(),
-                          got < 0 ? std::strerror(errno) : "the file has become shorter");
-            to += got, at += got, left -= got;
-        }
-    }
-
+// A file of known length, of which several threads may read different parts at once. Why pread and
+// not a file mapped into memory: of one that shrinks, a read is an error, a mapping is a signal.
+struct InputFile {
     std::string path;
+    FileHandle file;
+    size_t bytes = 0;
+
+    // Why O_NONBLOCK: opening a pipe would wait until somebody writes to it. O_CLOEXEC, here as
+    // everywhere: a program that this one starts does not get the open file.
+    explicit InputFile(const std::string& path)
+        : path(path), file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
+        struct stat info;
+        if (file.fd < 0 || ::fstat(file.fd, &info) != 0) fail_errno("cannot read ", path);
+        if (!S_ISREG(info.st_mode)) fail(path, ": expected a file, found a folder, pipe or device");
+        bytes = size_t(info.st_size);
+    }
+    // Sets out[count] from the bytes at `offset`. One call of pread may return fewer than it was
+    // given room for, or none because of a signal (EINTR).
+    void read_bytes(void* out, size_t count, size_t offset) const {
+        for (char* to = static_cast<char*>(out); count > 0;) {
+            const ssize_t got = ::pread(file.fd, to, count, off_t(offset));
+            if (got < 0 && errno == EINTR) continue;
+            if (got < 0) fail_errno("cannot read ", path);
+            if (got == 0) fail(path, ": the file became shorter while it was read");
+            to += got, offset += size_t(got), count -= size_t(got);
+        }
+    }
+};
+
+// One open shard.
+struct Shard : InputFile {
     int64_t tokens = 0;
 
-private:
-    int fd_;
+    // Opens the file and checks it: magic, version, and a length that agrees with the count.
+    explicit Shard(const std::string& path) : InputFile(path) {
+        int32_t header[kShardHeaderBytes / 4] = {};
+        read_bytes(header, std::min(bytes, sizeof header), 0);
+        if (bytes < sizeof header || header[0] != kShardMagic || header[1] != 1)
+            fail(path, " is no token shard: expected a header of ", sizeof header, " bytes with ",
+                 kShardMagic, " and version 1, found ", bytes, " bytes with ", header[0], " and ",
+                 header[1], ". Make shards with ./prepare_data");
+        tokens = header[2];
+        if (tokens < 0 || bytes != sizeof header + 2 * size_t(tokens))
+            fail(path, " is damaged: its header promises ", tokens, " tokens, which take ",
+                 kShardHeaderBytes + 2 * tokens, " bytes, but it has ", bytes);
+    }
+    // Sets out[count] to the tokens from `begin` on.
+    void read(uint16_t* out, int64_t begin, int64_t count) const {
+        read_bytes(out, 2 * size_t(count), kShardHeaderBytes + 2 * size_t(begin));
+    }
 };
 
 // All shards of one split, and a check that every token is below the vocabulary's size.
@@ -389,11 +391,11 @@ public:
     static void check_range(const Shard& shard, const uint16_t* tokens, int64_t at, int64_t count,
                             int vocab_size) {
         for (int64_t i = 0; i < count; ++i)
-            TINYGPT_CHECK(tokens[i] < vocab_size,
-                          "token %lld of %s is %d, but the vocabulary has only %d entries: this "
-                          "data "
-                          "was made with another tokenizer; give its folder, or --vocab-size",
-                          (long long)(at + i), shard.path.c_str(), tokens[i], vocab_size);
+            if (tokens[i] >= vocab_size)
+                fail("token ", at + i, " of ", shard.path, " is ", tokens[i],
+                     ", but the vocabulary has only ", vocab_size,
+                     " entries: this data was made with another tokenizer; give its folder, or "
+                     "--vocab-size");
     }
 
 private:
@@ -3197,17 +3199,6 @@ inline size_t write_all(int fd, const std::string& path, const void* data, size_
 // What the rest of the program asks of a disk. Each of these does all that it says, or fails with a
 // FileError that names the path and the reason.
 
-// An open file, closed at the end of its scope, also where an error is thrown through it. It can be
-// moved, which leaves the other with none (-1), but not copied: it must be closed once only.
-struct FileHandle {
-    int fd;
-    explicit FileHandle(int fd) : fd(fd) {}
-    FileHandle(FileHandle&& other) noexcept : fd(std::exchange(other.fd, -1)) {}
-    ~FileHandle() {
-        if (fd >= 0) ::close(fd);
-    }
-};
-
 // What is there under that name (a file, a folder, a device), as stat says it; 0 for nothing.
 inline mode_t mode_of(const std::string& path) {
     struct stat info;
@@ -4509,34 +4500,6 @@ size_t first_not_finite(const real* x, size_t n) {
 // Opening a file reads its header, some 15,000 bytes for GPT-2, and then knows where every tensor
 // lies. The weights follow one tensor at a time, straight to where the model keeps them: a model of
 // any size takes its memory once.
-
-// A file of known length, of which several threads read different parts at once.
-struct InputFile {
-    std::string path;
-    FileHandle file;
-    size_t bytes = 0;
-
-    // Why O_NONBLOCK: opening a pipe would wait until somebody writes to it.
-    explicit InputFile(const std::string& path)
-        : path(path), file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
-        struct stat info;
-        if (file.fd < 0 || ::fstat(file.fd, &info) != 0) fail_file("read", path, errno);
-        if (!S_ISREG(info.st_mode))
-            fail(path + ": expected a file, found a folder, pipe or device");
-        bytes = size_t(info.st_size);
-    }
-    // Sets out[count] from the bytes at `offset`. The system may give fewer bytes than it is asked
-    // for, or none because of a signal: then it is asked again.
-    void read_bytes(void* out, size_t count, size_t offset) const {
-        for (char* to = static_cast<char*>(out); count > 0;) {
-            const ssize_t got = ::pread(file.fd, to, count, off_t(offset));
-            if (got < 0 && errno == EINTR) continue;
-            if (got < 0) fail_file("read", path, errno);
-            if (got == 0) fail(path + ": the file became shorter while it was read");
-            to += got, offset += size_t(got), count -= size_t(got);
-        }
-    }
-};
 
 // Large files are read a piece at a time, so that all threads have work and a piece is still in the
 // cache when it is looked at again. Cuts [0, count), of elements or bytes, into pieces of kPiece
