@@ -12,19 +12,23 @@ ifneq ($(SANITIZE),)
 SANFLAGS := -fsanitize=$(SANITIZE) -fno-omit-frame-pointer -fno-sanitize-recover=undefined
 OPT      := -O1 -g -D_GLIBCXX_ASSERTIONS
 endif
-# The thread sanitizer needs clang, whose OpenMP tells it what barriers order; it knows no emulated GPU.
+# The thread sanitizer needs clang, whose OpenMP tells it about barriers; it knows no emulated GPU.
 ifeq ($(SANITIZE),thread)
 override CXX := clang++
 TEST_PARTS   := cpu
 TEST_ENV     := TSAN_OPTIONS=suppressions=checks/tsan.supp
 endif
-# One folder of objects for each way of building, so that changing a flag never mixes two builds.
-empty    :=
+# Each way of building has its own folder of objects.
 comma    := ,
 BUILD    := build/$(notdir $(CXX))-$(MARCH)$(subst $(comma),-,$(SANITIZE:%=-%))
 CXXFLAGS := -std=c++20 $(OPT) -fno-math-errno -march=$(MARCH) -fopenmp $(WARN) $(SANFLAGS) $(EXTRA)
 TESTFLAGS := $(if $(DOCTEST_DIR),-I$(DOCTEST_DIR))
+# Two files at a time, unless make was told otherwise.
+ifeq ($(filter -j%,$(MAKEFLAGS)),)
+MAKEFLAGS += -j2
+endif
 
+# train_gpt is built beside prepare_data, which then writes the default corpus.
 train_gpt: $(BUILD)/train_gpt data/stories/dataset.json
 	@cp $< $@
 prepare_data: $(BUILD)/prepare_data
@@ -35,39 +39,41 @@ $(BUILD): ; @mkdir -p $@
 data/stories/dataset.json: | prepare_data
 	./prepare_data
 
-# CUDA. For the GPU in this machine; without one, for those named in CUDA_ARCHS.
+# CUDA: for the GPU in this machine; without one, for those named in CUDA_ARCHS.
 NVCC       ?= $(or $(shell command -v nvcc),/usr/local/cuda/bin/nvcc)
-GPU_HERE   := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n '1s/^\([0-9]*\)\.\([0-9]*\)$$/\1\2/p')
+GPU_HERE    = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n '1s/^\([0-9]*\)\.\([0-9]*\)$$/\1\2/p')
 CUDA_ARCHS ?= $(or $(if $(filter 90,$(GPU_HERE)),90a,$(GPU_HERE)),80 90a)
-GENCODE    := $(foreach a,$(CUDA_ARCHS),-gencode=arch=compute_$(a),code=sm_$(a))
-NVFLAGS    := -std=c++20 -O3 $(GENCODE) -diag-suppress 1675 -Xcompiler -fopenmp,-march=$(MARCH),-Wall,-Wextra,-Wno-restrict
-train_gpt_cu: train_gpt.cu train_gpt.cpp tinygpt.hpp data/stories/dataset.json
+GENCODE     = $(foreach a,$(CUDA_ARCHS),-gencode=arch=compute_$(a),code=sm_$(a))
+NVFLAGS     = -std=c++20 -O3 $(GENCODE) -diag-suppress 1675 -Xcompiler -fopenmp,-march=$(MARCH),-Wall,-Wextra,-Wno-restrict
+CUDA_SOURCE := train_gpt.cu train_gpt.cpp tinygpt.hpp
+train_gpt_cu: $(CUDA_SOURCE) data/stories/dataset.json
 	@echo "building for compute capability $(CUDA_ARCHS)"
 	$(NVCC) $(NVFLAGS) $< -o $@ -lcublasLt
 test_gpt_cu: build/test_gpt_cu
 	./$<
-build/test_gpt_cu: test_gpt.cpp train_gpt.cu train_gpt.cpp tinygpt.hpp | $(BUILD)
+build/test_gpt_cu: test_gpt.cpp $(CUDA_SOURCE) | $(BUILD)
 	$(NVCC) $(NVFLAGS) $(TESTFLAGS) -DTINYGPT_TEST_CUDA -x cu $< -o $@ -lcublasLt
 
-# The same kernels on the CPU, with no Toolkit: see cuda_on_cpu/README.md.
+# The same kernels on the CPU, without the CUDA Toolkit: cuda_on_cpu/README.md.
 EMULATOR   := $(wildcard cuda_on_cpu/*.h cuda_on_cpu/*.hpp)
 ON_CPU     := -Icuda_on_cpu -I. -g -Wno-unused-parameter
 $(BUILD)/translate: cuda_on_cpu/translate.cpp | $(BUILD)
-	$(CXX) -std=c++20 -O1 $(WARN) $< -o $@
+	@$(MAKE) --no-print-directory -C cuda_on_cpu BUILD=$(abspath $(BUILD)) $(abspath $@)
 $(BUILD)/train_gpt_cu.cpp: train_gpt.cu $(BUILD)/translate
 	$(BUILD)/translate $< $@
-train_gpt_cu_on_cpu: $(BUILD)/train_gpt_cu.cpp train_gpt.cpp tinygpt.hpp $(EMULATOR)
+train_gpt_cu_on_cpu: $(BUILD)/train_gpt_cu.cpp $(CUDA_SOURCE) $(EMULATOR)
 	$(CXX) $(CXXFLAGS) -O2 $(ON_CPU) $< -o $@
 
 # The tests, CPU and CUDA in one program. FILTER="matmul*" runs those whose names match.
 test: $(BUILD)/test_gpt
 	OMP_WAIT_POLICY=passive $(TEST_ENV) $(BUILD)/test_gpt $(FILTER:%=-tc="%")
 TEST_PARTS ?= cpu cuda
+TEST_SOURCE := test_gpt.cpp prepare_data.cpp $(wildcard docs/embedding.cpp checks/faults.hpp) $(CUDA_SOURCE)
 $(BUILD)/test_gpt: $(TEST_PARTS:%=$(BUILD)/test_%.o)
 	$(CXX) $(CXXFLAGS) $^ -o $@
-$(BUILD)/test_cpu.o: test_gpt.cpp tinygpt.hpp train_gpt.cpp prepare_data.cpp | $(BUILD)
+$(BUILD)/test_cpu.o: $(TEST_SOURCE) | $(BUILD)
 	$(CXX) $(CXXFLAGS) $(if $(SANITIZE),,-O2) $(TESTFLAGS) -c $< -o $@
-$(BUILD)/test_cuda.o: test_gpt.cpp tinygpt.hpp train_gpt.cpp $(BUILD)/train_gpt_cu.cpp $(EMULATOR)
+$(BUILD)/test_cuda.o: $(TEST_SOURCE) $(BUILD)/train_gpt_cu.cpp $(EMULATOR)
 	$(CXX) $(CXXFLAGS) $(if $(SANITIZE),,-O2) $(TESTFLAGS) $(ON_CPU) -I$(BUILD) -DTINYGPT_TEST_CUDA -c $< -o $@
 
 # Data that others made: fetched on request, checked, never part of the repository. URL=... overrides.
@@ -96,5 +102,5 @@ compare: train_gpt prepare_data
 	@checks/compare.sh
 include checks/checks.mk  # check, nightly, torture, fuzz, tidy, plot, count: what `make test` is too short for
 
-clean: ; rm -rf build train_gpt train_gpt_cu train_gpt_cu_on_cpu test_gpt_cu prepare_data
+clean: ; rm -rf build cuda_on_cpu/build train_gpt train_gpt_cu train_gpt_cu_on_cpu test_gpt_cu prepare_data
 .PHONY: train_gpt prepare_data test test_gpt_cu shakespeare gpt2-vocab gpt2 experiment compare clean

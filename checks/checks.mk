@@ -26,11 +26,8 @@ portable: | $(BUILD)
 	qemu-aarch64 $(BUILD)/portable-aarch64 -tc="matmul*,attention*,gradients*"
 
 # The tests of cuda_on_cpu itself.
-test_emulator: $(BUILD)/translate
-	$< cuda_on_cpu/test_emulator.cu $(BUILD)/test_emulator.cpp
-	$(CXX) $(CXXFLAGS) $(ON_CPU) $(TESTFLAGS) $(BUILD)/test_emulator.cpp -o $(BUILD)/test_emulator
-	$(BUILD)/test_emulator
-	bash cuda_on_cpu/test_translate.sh $<
+test_emulator:
+	$(MAKE) -C cuda_on_cpu test CXX="$(CXX)" BUILD=$(abspath $(BUILD)) DOCTEST_DIR="$(DOCTEST_DIR)"
 
 # nvcc compiles without a warning (nor waits for each wgmma), and the attention kernels keep everything in
 # registers, of which those of a wgmma are left alone.
@@ -116,12 +113,13 @@ valgrind: data/stories/dataset.json
 	    build/g++-x86-64-v3/train_gpt --max-steps 2 --n-layer 1 --n-embd 16 --n-head 2 --batch-size 2 --seq-len 16 \
 	    --eval-interval 0 --sample-interval 0 --threads 2 --output build/valgrind
 
-# Lines of code, comments, width: what the size promises are measured by.
+# What the size promises are measured by: lines of code, lines and words of comment, width.
 count:
-	@for f in tinygpt.hpp train_gpt.cu prepare_data.cpp test_gpt.cpp; do \
-	    awk -v f=$$f '{t=$$0; sub(/^[ \t]+/,"",t); if(t=="")b++; else if(t~/^\/\//)c++; else k++; \
-	    if(length($$0)>100)w++} END{printf "%-18s %5d lines of code, %4d of comment (%.2f), %d wider than 100\n", \
-	    f,k,c,c/k,w+0}' $$f; done
+	@for f in tinygpt.hpp train_gpt.cpp train_gpt.cu prepare_data.cpp test_gpt.cpp; do \
+	    awk -v f=$$f '{t=$$0; sub(/^[ \t]+/,"",t); if(t~/^\/\//){c++; w+=split(t,q," ")-1} else if(t!="")k++; \
+	    if(length($$0)>100)wide++} END{printf "%-18s %5d lines of code, %4d of comment (%.2f, %d words), %d wider than 100\n", \
+	    f,k,c,c/k,w,wide+0}' $$f; done
 	@awk '/^\/\/ What follows is plumbing/{exit} {t=$$0; sub(/^[ \t]+/,"",t); if(t!="" && t!~/^\/\//)k++} \
 	    END{printf "tinygpt.hpp, what a student reads: %d lines of code\n",k}' tinygpt.hpp
+	@cat checks/* .ci/run | awk '{t=$$0; sub(/^[ \t]+/,"",t); if(t!="" && t!~/^(\/\/|#[^i!])/)k++} END{printf "checks: %d lines of code\n",k}'
 .PHONY: check readme tidy grammar valgrind plot figures portable test_emulator cuda_compiles torture damaged fuzz fuzz_coverage test_hf nightly count
