@@ -18,9 +18,7 @@
 #define __global__ __attribute__((noinline))  // so that a debugger shows the kernel as a function
 #define __device__
 #define __host__
-#define __constant__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 #define __restrict__ __restrict
@@ -31,23 +29,14 @@
 
 // clang-format off
 struct alignas(8) float2 { float x, y; };
-struct float3 { float x, y, z; };
 struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(8) int2 { int x, y; };
-struct alignas(16) int4 { int x, y, z, w; };
 struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(16) double2 { double x, y; };
-struct alignas(16) ulonglong2 { unsigned long long x, y; };
 
 inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float3 make_float3(float x, float y, float z) { return {x, y, z}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline double2 make_double2(double x, double y) { return {x, y}; }
 // clang-format on
 
 // =================================================================================================
@@ -77,9 +66,6 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, CUDA_ON_CPU_HERE) {
                                 {"__syncwarp()", file, line});
     cuda_on_cpu::watch_syncwarp();
 }
-inline void __threadfence() { __sync_synchronize(); }
-inline void __threadfence_block() { __sync_synchronize(); }
-inline void __threadfence_system() { __sync_synchronize(); }
 
 namespace cuda_on_cpu {
 
@@ -185,29 +171,12 @@ inline int __any_sync(unsigned mask, int predicate, CUDA_ON_CPU_HERE) {
 inline int __all_sync(unsigned mask, int predicate, CUDA_ON_CPU_HERE) {
     return cuda_on_cpu::vote(mask, predicate, {"__all_sync()", file, line}) == mask;
 }
-// Which lanes happen to run together is not something a correct kernel may depend on.
-inline unsigned __activemask(CUDA_ON_CPU_HERE) {
-    cuda_on_cpu::
-        report(cuda_on_cpu::Mistake::warp,
-               cuda_on_cpu::text("__activemask() (%s:%d): say which lanes take part, with a mask "
-                                 "computed from the indices",
-                                 file, line));
-}
 
 // =================================================================================================
 // Loads, stores and atomics
 // =================================================================================================
 
 // clang-format off
-template <typename T> T __ldg(const T* p) { return *p; }
-template <typename T> T __ldcs(const T* p) { return *p; }
-template <typename T> T __ldcg(const T* p) { return *p; }
-template <typename T> T __ldca(const T* p) { return *p; }
-template <typename T> T __ldlu(const T* p) { return *p; }
-template <typename T> void __stcs(T* p, T value) { *p = value; }
-template <typename T> void __stcg(T* p, T value) { *p = value; }
-template <typename T> void __stwb(T* p, T value) { *p = value; }
-template <typename T> void __stwt(T* p, T value) { *p = value; }
 inline size_t __cvta_generic_to_shared(const void* p) { return size_t(p); }
 // clang-format on
 
@@ -239,40 +208,8 @@ T atomicAdd(T* p, std::type_identity_t<T> v) {
     return cuda_on_cpu::change_atomically(p, [=](T old) { return old + v; });
 }
 template <cuda_on_cpu::AtomicInteger T>
-T atomicSub(T* p, std::type_identity_t<T> v) {
-    return cuda_on_cpu::change_atomically(p, [=](T old) { return old - v; });
-}
-template <cuda_on_cpu::AtomicInteger T>
 T atomicMax(T* p, std::type_identity_t<T> v) {
     return cuda_on_cpu::change_atomically(p, [=](T old) { return std::max(old, v); });
-}
-template <cuda_on_cpu::AtomicInteger T>
-T atomicMin(T* p, std::type_identity_t<T> v) {
-    return cuda_on_cpu::change_atomically(p, [=](T old) { return std::min(old, v); });
-}
-template <cuda_on_cpu::AtomicInteger T>
-T atomicAnd(T* p, std::type_identity_t<T> v) {
-    return cuda_on_cpu::change_atomically(p, [=](T old) { return old & v; });
-}
-template <cuda_on_cpu::AtomicInteger T>
-T atomicOr(T* p, std::type_identity_t<T> v) {
-    return cuda_on_cpu::change_atomically(p, [=](T old) { return old | v; });
-}
-template <cuda_on_cpu::AtomicInteger T>
-T atomicXor(T* p, std::type_identity_t<T> v) {
-    return cuda_on_cpu::change_atomically(p, [=](T old) { return old ^ v; });
-}
-template <cuda_on_cpu::AtomicInteger T>
-T atomicExch(T* p, std::type_identity_t<T> v) {
-    return cuda_on_cpu::change_atomically(p, [=](T) { return v; });
-}
-template <cuda_on_cpu::AtomicInteger T>
-T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> v) {
-    return cuda_on_cpu::change_atomically(p, [=](T old) { return old == expected ? v : old; });
-}
-inline unsigned atomicInc(unsigned* p, unsigned limit) {
-    return cuda_on_cpu::change_atomically(p,
-                                          [=](unsigned old) { return old >= limit ? 0 : old + 1; });
 }
 inline float atomicAdd(float*, float, CUDA_ON_CPU_HERE) {
     cuda_on_cpu::refuse_float_atomic("atomicAdd", file, line);
@@ -288,34 +225,13 @@ inline float4 atomicAdd(float4*, float4, CUDA_ON_CPU_HERE) {
 }
 
 // =================================================================================================
-// Arithmetic. The fast functions are given the exact ones' values.
+// Arithmetic
 // =================================================================================================
 
-// Why macros: the C library declares some of these names for itself.
-// clang-format off
-#define __expf(x) ::expf(x)
-#define __exp10f(x) ::exp10f(x)
-#define __logf(x) ::logf(x)
-#define __log2f(x) ::log2f(x)
-#define __sinf(x) ::sinf(x)
-#define __cosf(x) ::cosf(x)
-#define __powf(x, y) ::powf(x, y)
 #if !defined(__GLIBC__) || !__GLIBC_PREREQ(2, 42)
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
 #endif
-inline float __fdividef(float x, float y) { return x / y; }
-inline float __fdiv_rn(float x, float y) { return x / y; }
-inline float __frcp_rn(float x) { return 1.0f / x; }
-inline float __fsqrt_rn(float x) { return std::sqrt(x); }
-inline float __frsqrt_rn(float x) { return 1.0f / std::sqrt(x); }
-// Never fused with another operation.
-inline float __fadd_rn(float x, float y) { volatile float sum = x + y; return sum; }
-inline float __fsub_rn(float x, float y) { volatile float sum = x - y; return sum; }
-inline float __fmul_rn(float x, float y) { volatile float product = x * y; return product; }
-inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
-inline float __saturatef(float x) { return x > 0 ? std::min(x, 1.0f) : 0.0f; }
-// clang-format on
 
 template <typename To, typename From>
 To cuda_on_cpu_same_bits(From from) {
@@ -324,57 +240,8 @@ To cuda_on_cpu_same_bits(From from) {
     std::memcpy(&to, &from, sizeof to);
     return to;
 }
-// clang-format off
-inline int __float_as_int(float x) { return cuda_on_cpu_same_bits<int>(x); }
 inline unsigned __float_as_uint(float x) { return cuda_on_cpu_same_bits<unsigned>(x); }
-inline float __int_as_float(int x) { return cuda_on_cpu_same_bits<float>(x); }
 inline float __uint_as_float(unsigned x) { return cuda_on_cpu_same_bits<float>(x); }
-inline long long __double_as_longlong(double x) { return cuda_on_cpu_same_bits<long long>(x); }
-inline double __longlong_as_double(long long x) { return cuda_on_cpu_same_bits<double>(x); }
-// clang-format on
-
-namespace cuda_on_cpu {
-// Out of range becomes the nearest value that fits, and NaN becomes 0, as on the device.
-template <typename I>
-I to_integer(float x) {
-    if (std::isnan(x)) return 0;
-    if (double(x) <= double(std::numeric_limits<I>::min())) return std::numeric_limits<I>::min();
-    if (double(x) >= double(std::numeric_limits<I>::max())) return std::numeric_limits<I>::max();
-    return I(x);
-}
-}  // namespace cuda_on_cpu
-// clang-format off
-inline int __float2int_rn(float x) { return cuda_on_cpu::to_integer<int>(std::nearbyint(x)); }
-inline int __float2int_rz(float x) { return cuda_on_cpu::to_integer<int>(std::trunc(x)); }
-inline int __float2int_rd(float x) { return cuda_on_cpu::to_integer<int>(std::floor(x)); }
-inline int __float2int_ru(float x) { return cuda_on_cpu::to_integer<int>(std::ceil(x)); }
-inline unsigned __float2uint_rn(float x) {
-    return cuda_on_cpu::to_integer<unsigned>(std::nearbyint(x));
-}
-inline unsigned __float2uint_rz(float x) {
-    return cuda_on_cpu::to_integer<unsigned>(std::trunc(x));
-}
-inline float __int2float_rn(int x) { return float(x); }
-inline float __uint2float_rn(unsigned x) { return float(x); }
-inline float __double2float_rn(double x) { return float(x); }
-
-inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
-inline int __clzll(long long x) { return x ? __builtin_clzll(uint64_t(x)) : 64; }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __ffsll(long long x) { return __builtin_ffsll(x); }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
-inline unsigned __umulhi(unsigned x, unsigned y) { return unsigned(uint64_t(x) * y >> 32); }
-// clang-format on
-inline unsigned long long __umul64hi(unsigned long long x, unsigned long long y) {
-    __extension__ typedef unsigned __int128 wide;
-    return static_cast<unsigned long long>(wide(x) * y >> 64);
-}
-inline unsigned __brev(unsigned x) {
-    unsigned out = 0;
-    for (int i = 0; i < 32; i++) out |= (x >> i & 1) << (31 - i);
-    return out;
-}
 
 // CUDA's min and max take any two numbers of one kind, and mix int with unsigned.
 // clang-format off
@@ -394,9 +261,6 @@ inline double min(double a, double b) { return std::fmin(a, b); }
 inline double max(double a, double b) { return std::fmax(a, b); }
 // clang-format on
 
-inline long long clock64() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
-inline clock_t clock_of_device() { return clock_t(clock64()); }
-inline void __nanosleep(unsigned) {}
 [[noreturn]] inline void __trap(CUDA_ON_CPU_HERE) {
     cuda_on_cpu::report(cuda_on_cpu::Mistake::other,
                         cuda_on_cpu::text("__trap() (%s:%d)", file, line));
@@ -500,7 +364,6 @@ inline const char* cudaGetErrorString(cudaError_t code) {
     auto* e = cuda_on_cpu::find_error_name(code);
     return e ? e->meaning : "unrecognized error code";
 }
-inline cudaError_t cudaPeekAtLastError() { return cuda_on_cpu::last_error().code; }
 inline cudaError_t cudaGetLastError() {
     return std::exchange(cuda_on_cpu::last_error().code, cudaSuccess);
 }
@@ -518,22 +381,6 @@ struct cudaDeviceProp {
     int major, minor, multiProcessorCount, memoryBusWidth, l2CacheSize, ECCEnabled, integrated;
     int concurrentKernels, asyncEngineCount, unifiedAddressing, managedMemory, canMapHostMemory;
 };
-enum cudaDeviceAttr {
-    cudaDevAttrMaxThreadsPerBlock = 1,
-    cudaDevAttrMaxSharedMemoryPerBlock = 8,
-    cudaDevAttrWarpSize = 10,
-    cudaDevAttrClockRate = 13,
-    cudaDevAttrMultiProcessorCount = 16,
-    cudaDevAttrMemoryClockRate = 36,
-    cudaDevAttrGlobalMemoryBusWidth = 37,
-    cudaDevAttrL2CacheSize = 38,
-    cudaDevAttrMaxThreadsPerMultiProcessor = 39,
-    cudaDevAttrComputeCapabilityMajor = 75,
-    cudaDevAttrComputeCapabilityMinor = 76,
-    cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
-    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
-};
-
 inline cudaError_t cudaGetDeviceCount(int* count) {
     *count = cuda_on_cpu::settings().device_count;
     return *count > 0
@@ -546,28 +393,7 @@ inline cudaError_t cudaSetDevice(int device) {
                  : cuda_on_cpu::fail_with(cudaErrorInvalidDevice,
                                           cuda_on_cpu::text("there is no device %d", device));
 }
-inline cudaError_t cudaGetDevice(int* device) {
-    *device = 0;
-    return cudaSuccess;
-}
 inline cudaError_t cudaDeviceSynchronize();
-inline cudaError_t cudaDeviceReset() { return cudaSuccess; }
-inline cudaError_t cudaDriverGetVersion(int* version) {
-    *version = CUDART_VERSION;
-    return cudaSuccess;
-}
-inline cudaError_t cudaRuntimeGetVersion(int* version) {
-    *version = CUDART_VERSION;
-    return cudaSuccess;
-}
-enum cudaFlags {
-    cudaDeviceScheduleAuto = 0,
-    cudaDeviceScheduleSpin = 1,
-    cudaDeviceScheduleYield = 2,
-    cudaDeviceScheduleBlockingSync = 4
-};
-inline cudaError_t cudaSetDeviceFlags(unsigned) { return cudaSuccess; }
-
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
     if (cudaError_t e = cudaSetDevice(device)) return e;
     const auto& s = cuda_on_cpu::settings();
@@ -591,32 +417,6 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
     p->memoryBusWidth = 64;
     p->l2CacheSize = 1 << 20;
     p->concurrentKernels = p->asyncEngineCount = p->unifiedAddressing = p->canMapHostMemory = 1;
-    return cudaSuccess;
-}
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-    cudaDeviceProp p;
-    if (cudaError_t e = cudaGetDeviceProperties(&p, device)) return e;
-    switch (attribute) {
-        case cudaDevAttrMaxThreadsPerBlock: *value = p.maxThreadsPerBlock; break;
-        case cudaDevAttrMaxSharedMemoryPerBlock: *value = int(p.sharedMemPerBlock); break;
-        case cudaDevAttrWarpSize: *value = 32; break;
-        case cudaDevAttrClockRate: *value = 1000000; break;
-        case cudaDevAttrMultiProcessorCount: *value = p.multiProcessorCount; break;
-        case cudaDevAttrMemoryClockRate: *value = 1000000; break;
-        case cudaDevAttrGlobalMemoryBusWidth: *value = p.memoryBusWidth; break;
-        case cudaDevAttrL2CacheSize: *value = p.l2CacheSize; break;
-        case cudaDevAttrMaxThreadsPerMultiProcessor: *value = p.maxThreadsPerMultiProcessor; break;
-        case cudaDevAttrComputeCapabilityMajor: *value = p.major; break;
-        case cudaDevAttrComputeCapabilityMinor: *value = p.minor; break;
-        case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-            *value = int(p.sharedMemPerMultiprocessor);
-            break;
-        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(p.sharedMemPerBlockOptin); break;
-        default:
-            return cuda_on_cpu::fail_with(cudaErrorInvalidValue,
-                                          cuda_on_cpu::text("device attribute %d is not known here",
-                                                            attribute));
-    }
     return cudaSuccess;
 }
 
@@ -707,16 +507,6 @@ template <typename T>
 cudaError_t cudaMallocHost(T** p, size_t bytes, unsigned = 0) {
     return cuda_on_cpu::allocate(reinterpret_cast<void**>(p), bytes, true);
 }
-enum {
-    cudaHostAllocDefault = 0,
-    cudaHostAllocPortable = 1,
-    cudaHostAllocMapped = 2,
-    cudaHostAllocWriteCombined = 4
-};
-template <typename T>
-cudaError_t cudaHostAlloc(T** p, size_t bytes, unsigned) {
-    return cuda_on_cpu::allocate(reinterpret_cast<void**>(p), bytes, true);
-}
 inline cudaError_t cudaFree(void* p) { return cuda_on_cpu::release(p, false); }
 inline cudaError_t cudaFreeHost(void* p) { return cuda_on_cpu::release(p, true); }
 inline cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total) {
@@ -732,7 +522,6 @@ inline cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total) {
 // =================================================================================================
 
 typedef cuda_on_cpu::Stream* cudaStream_t;
-#define cudaStreamLegacy (static_cast<cudaStream_t>(nullptr))
 
 struct cuda_on_cpu_event {
     std::shared_ptr<cuda_on_cpu::Graph> captured_in;  // the capture it was recorded in
@@ -765,12 +554,6 @@ enum cudaStreamCaptureMode {
     cudaStreamCaptureModeThreadLocal,
     cudaStreamCaptureModeRelaxed
 };
-enum cudaStreamCaptureStatus {
-    cudaStreamCaptureStatusNone,
-    cudaStreamCaptureStatusActive,
-    cudaStreamCaptureStatusInvalidated
-};
-
 namespace cuda_on_cpu {
 
 inline bool captures(cudaStream_t s) { return s && s->capturing; }
@@ -864,15 +647,6 @@ inline cudaError_t cudaMemset(void* to, int value, size_t bytes) {
                                       "cudaMemset while a stream is being captured: use "
                                       "cudaMemsetAsync on that stream");
     return cudaMemsetAsync(to, value, bytes);
-}
-template <typename Symbol>
-cudaError_t cudaMemcpyToSymbol(Symbol& symbol, const void* from, size_t bytes, size_t offset = 0,
-                               cudaMemcpyKind = cudaMemcpyHostToDevice) {
-    if (offset + bytes > sizeof symbol)
-        return cuda_on_cpu::fail_with(cudaErrorInvalidValue,
-                                      "cudaMemcpyToSymbol: past the end of the variable");
-    std::memcpy(reinterpret_cast<char*>(&symbol) + offset, from, bytes);
-    return cudaSuccess;
 }
 
 inline cudaError_t cudaDeviceSynchronize() {
@@ -989,21 +763,11 @@ inline cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph)
     cuda_on_cpu::any_stream_captures(true, -1);
     return cudaSuccess;
 }
-inline cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
-    *status =
-        cuda_on_cpu::captures(stream) ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
-    return cudaSuccess;
-}
 inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph,
                                         unsigned long long = 0) {
     *exec = new cuda_on_cpu_graph_exec{*graph->graph};
     return cudaSuccess;
 }
-inline cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* exec, cudaGraph_t graph,
-                                                 unsigned long long = 0) {
-    return cudaGraphInstantiate(exec, graph);
-}
-inline cudaError_t cudaGraphUpload(cudaGraphExec_t, cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
     for (auto& operation : exec->graph.operations) cuda_on_cpu::submit(stream, operation);
     return cudaSuccess;
