@@ -398,11 +398,11 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
     if (cudaError_t e = cudaSetDevice(device)) return e;
     const auto& s = cuda_on_cpu::settings();
     *p = cudaDeviceProp{};
-    std::snprintf(p->name, sizeof p->name, "CUDA on CPU");
+    std::snprintf(p->name, sizeof p->name, "%s", s.card.c_str());
     p->totalGlobalMem = s.memory_bytes;
     p->sharedMemPerBlock = cuda_on_cpu::shared_limit_plain;
     p->sharedMemPerBlockOptin = cuda_on_cpu::shared_limit_opted();
-    p->sharedMemPerMultiprocessor = cuda_on_cpu::shared_limit_opted() + 1024;
+    p->sharedMemPerMultiprocessor = cuda_on_cpu::shared_limit_opted() + (s.major < 8 ? 0 : 1024);
     p->regsPerBlock = p->regsPerMultiprocessor = 65536;
     p->warpSize = 32;
     p->maxThreadsPerBlock = 1024;

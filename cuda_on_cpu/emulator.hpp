@@ -157,16 +157,41 @@ struct Settings {
     Order order = Order::ascending;
     uint64_t seed = 1;
     int device_count = 1;
+    std::string card = "CUDA on CPU";
     int major = 9, minor = 0;               // compute capability
     int multiprocessors = 4;                // few, so that grids sized by it stay small
     size_t memory_bytes = size_t(8) << 30;  // what cudaMalloc may hand out in total
     bool late_streams = false;              // streams do nothing until they are waited for
 };
 
-// CUDA_ON_CPU_ORDER=ascending|descending|random[:seed]|warps[:seed], CUDA_ON_CPU_DEVICES=n,
-// CUDA_ON_CPU_MEMORY=bytes, CUDA_ON_CPU_CAPABILITY=7.5, CUDA_ON_CPU_STREAMS=late
+// Cards by name. What a capability decides (shared memory) is in shared_limit_opted.
+struct Card {
+    const char* name;
+    int major, minor, multiprocessors;
+    size_t gigabytes;
+};
+inline constexpr Card cards[] = {{"v100", 7, 0, 80, 16},     {"t4", 7, 5, 40, 16},
+                                 {"a100", 8, 0, 108, 40},    {"rtx3060", 8, 6, 28, 12},
+                                 {"rtx4090", 8, 9, 128, 24}, {"h100", 9, 0, 132, 80},
+                                 {"b200", 10, 0, 148, 180},  {"rtx5090", 12, 0, 170, 32}};
+inline void play_card(Settings& s, const std::string& name) {
+    std::string names;
+    for (const Card& c : cards) {
+        names += std::string(" ") + c.name;
+        if (name != c.name) continue;
+        s.card = c.name, s.major = c.major, s.minor = c.minor;
+        s.multiprocessors = c.multiprocessors, s.memory_bytes = c.gigabytes << 30;
+        return;
+    }
+    throw std::runtime_error("TINYGPT_EMULATED_GPU: expected one of" + names + ", found " + name);
+}
+
+// TINYGPT_EMULATED_GPU=a card's name, CUDA_ON_CPU_ORDER=ascending|descending|random[:seed]|
+// warps[:seed], CUDA_ON_CPU_DEVICES=n, CUDA_ON_CPU_MEMORY=bytes, CUDA_ON_CPU_CAPABILITY=7.5,
+// CUDA_ON_CPU_STREAMS=late
 inline Settings settings_from_environment() {
     Settings s;
+    if (const char* card = std::getenv("TINYGPT_EMULATED_GPU")) play_card(s, card);
     if (const char* order = std::getenv("CUDA_ON_CPU_ORDER")) {
         std::string value = order;
         if (value == "descending")
@@ -793,8 +818,16 @@ inline size_t shared_limit_opted() {
     return 227 << 10;
 }
 
+// The largest alignment that an `extern __shared__` array of the program asks for. ptxas rounds the
+// static shared memory of every kernel that has some up to it, because the dynamic part follows.
+inline size_t& dynamic_shared_alignment() {
+    static size_t alignment = 1;
+    return alignment;
+}
+
 inline void check_shared_size(Worker& w) {
-    size_t total = w.static_bytes + w.launch->shared_bytes;
+    const size_t unit = dynamic_shared_alignment();
+    size_t total = (w.static_bytes + unit - 1) / unit * unit + w.launch->shared_bytes;
     size_t limit = w.launch->shared_opted ? shared_limit_opted() : shared_limit_plain;
     if (w.static_bytes > shared_limit_plain)
         report(Mistake::launch, text("the __shared__ arrays of one kernel take %zu bytes; 49152 is "
@@ -841,7 +874,14 @@ Holder& static_shared(const char* name) {
 }
 
 template <typename Holder>
+inline const bool alignment_counted = [] {  // before main, as ptxas does it before any launch
+    dynamic_shared_alignment() = std::max(dynamic_shared_alignment(), alignof(Holder));
+    return true;
+}();
+
+template <typename Holder>
 Holder& dynamic_shared() {
+    (void)alignment_counted<Holder>;
     running_thread("extern __shared__");
     if (!worker->dynamic)
         report(Mistake::launch,

@@ -496,6 +496,38 @@ TEST_CASE("emulator catches: a missing barrier") {
     CHECK(e.mistake == expected);
 }
 
+// A little static memory, and all the dynamic memory that is asked for.
+__global__ void small_static_part(int* out) {
+    __shared__ int little[32];
+    extern __shared__ __align__(1024) int tiles[];
+    little[threadIdx.x % 32] = 1, tiles[threadIdx.x] = 2;
+    __syncthreads();
+    if (threadIdx.x == 0) *out = little[0] + tiles[0];
+}
+TEST_CASE("emulator catches: static shared memory is rounded up to the dynamic part's alignment") {
+    const auto kept = cuda_on_cpu::settings();
+    Device<int> out(1);
+    auto sum = [&](size_t dynamic) {
+        REQUIRE(cudaFuncSetAttribute(small_static_part, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     int(dynamic)) == cudaSuccess);
+        small_static_part<<<1, 32, dynamic>>>(out.data);
+        return out.host()[0];
+    };
+    for (const char* card :
+         {"v100", "t4", "a100", "rtx3060", "rtx4090", "h100", "b200", "rtx5090"}) {
+        cuda_on_cpu::play_card(cuda_on_cpu::settings(), card);
+        cudaDeviceProp gpu;
+        REQUIRE(cudaGetDeviceProperties(&gpu, 0) == cudaSuccess);
+        CHECK(std::string(gpu.name) == card);
+        CHECK(sum(gpu.sharedMemPerBlockOptin - 1024) == 3);
+        const Error e = mistake_of([&] { sum(gpu.sharedMemPerBlockOptin - 1024 + 16); });
+        CHECK(says(e, "static and dynamic shared memory together take " +
+                          std::to_string(gpu.sharedMemPerBlockOptin + 16)));
+    }
+    CHECK_THROWS(cuda_on_cpu::play_card(cuda_on_cpu::settings(), "rtx9999"));
+    cuda_on_cpu::settings() = kept;
+}
+
 __global__ void add_floats(float* x) { atomicAdd(x, 1.0f); }
 PLANTED __global__ void divide(int* x) { x[1] = 7 / x[0]; }
 __device__ inline float dig(volatile float* above, int depth) {
