@@ -3150,44 +3150,15 @@ void attention_backward(real* dqkv, const real* dout, const real* out, const rea
     throw FileError(code, "cannot " + what + " " + path + ": " + std::strerror(code));
 }
 
-// ---- Changes on disk, each of which a test can make fail ---------------------------------------
-
-// A hook that is asked before every change this program makes on disk: 0 lets the call be made, a
-// positive number makes it fail with that errno, -1 makes a write come up short. It is empty but in
-// tests, which make each call of a save fail in turn and read off the order of the calls.
-// Why a static: a test must reach calls made deep inside a save. Set before any thread starts.
-using FileFault = std::function<int(const char* call, const std::string& path)>;
-inline FileFault& file_fault() {
-    static FileFault fault;
-    return fault;
-}
-inline int ask_file_fault(const char* call, const std::string& path) {
-    return file_fault() ? file_fault()(call, path) : 0;
-}
-
-// Makes a system call, unless the hook makes it fail: file_call("fsync", path, ::fsync, fd). As the
-// call itself would, it returns -1 where it fails, and errno says why. (Arguments... are any number
-// of arguments, passed on as they are: Python's *args.)
-template <class Call, class... Arguments>
-int file_call(const char* name, const std::string& path, Call call, Arguments... arguments) {
-    const int fault = ask_file_fault(name, path);
-    if (fault <= 0) return call(arguments...);
-    errno = fault;
-    return -1;
-}
-
 // Writes all the bytes, in as many calls as it takes: one may be interrupted by a signal (EINTR),
 // or come up short, as on a disk that is nearly full; the next call then says why. A call that
 // writes nothing and names no error counts as a full disk, or the loop would never end.
 // Returns how many were written; where they are fewer, errno says why.
-inline size_t write_all(int fd, const std::string& path, const void* data, size_t bytes) {
+inline size_t write_all(int fd, const void* data, size_t bytes) {
     const char* from = static_cast<const char*>(data);
     size_t done = 0;
     while (done < bytes) {
-        const int fault = ask_file_fault("write", path);
-        const size_t some = fault < 0 ? (bytes - done + 1) / 2 : bytes - done;
-        const ssize_t written = fault > 0 ? -1 : ::write(fd, from + done, some);
-        if (fault > 0) errno = fault;
+        const ssize_t written = ::write(fd, from + done, bytes - done);
         if (written == 0) errno = ENOSPC;
         if (written <= 0 && errno != EINTR) break;
         done += size_t(std::max<ssize_t>(written, 0));
@@ -3279,7 +3250,7 @@ inline std::string read_file(const std::string& path, size_t max_bytes = SIZE_MA
 inline void sync_folder(const std::string& path) {
     const FileHandle folder(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
     if (folder.fd < 0) fail_file("open folder", path, errno);
-    const bool synced = file_call("fsync", path, ::fsync, folder.fd) == 0;
+    const bool synced = ::fsync(folder.fd) == 0;
     if (!synced && errno != EINVAL && errno != ENOTSUP) fail_file("sync folder", path, errno);
 }
 
@@ -3294,7 +3265,7 @@ inline std::vector<std::string> make_folders(const std::string& path) {
     try {
         while (at-- > 0) {
             const std::string folder = made[at];
-            if (file_call("mkdir", folder, ::mkdir, folder.c_str(), 0777) != 0) {
+            if (::mkdir(folder.c_str(), 0777) != 0) {
                 const int code = errno;
                 // Somebody else may have made it meanwhile: that is as good.
                 if (code != EEXIST || !folder_exists(folder))
@@ -3322,15 +3293,13 @@ struct FolderToFill {
 
 // Gives a file or folder another name, and makes the new name last. Replaces a file of that name.
 inline void rename_path(const std::string& from, const std::string& to) {
-    if (file_call("rename", to, ::rename, from.c_str(), to.c_str()) != 0)
-        fail_file("rename " + from + " to", to, errno);
+    if (::rename(from.c_str(), to.c_str()) != 0) fail_file("rename " + from + " to", to, errno);
     sync_folder(parent_folder(to));
 }
 
 // Removes a file; one that is not there is no error.
 inline void remove_file(const std::string& path) {
-    if (file_call("unlink", path, ::unlink, path.c_str()) != 0 && errno != ENOENT)
-        fail_file("remove", path, errno);
+    if (::unlink(path.c_str()) != 0 && errno != ENOENT) fail_file("remove", path, errno);
 }
 // Removes a folder and all in it, following no link. For our own temporary and old checkpoints.
 inline void remove_folder(const std::string& path) {
@@ -3340,8 +3309,7 @@ inline void remove_folder(const std::string& path) {
         const bool folder = ::lstat(inner.c_str(), &info) == 0 && S_ISDIR(info.st_mode);
         folder ? remove_folder(inner) : remove_file(inner);
     }
-    if (file_call("rmdir", path, ::rmdir, path.c_str()) != 0)
-        fail_file("remove folder", path, errno);
+    if (::rmdir(path.c_str()) != 0) fail_file("remove folder", path, errno);
 }
 
 // A file that appears whole or not at all:
@@ -3370,25 +3338,24 @@ public:
         const mode_t old = mode_of(path);  // a rename over /dev/null would be a surprise
         TINYGPT_CHECK(old == 0 || S_ISREG(old), "cannot write %s: it exists and is not a file",
                       path.c_str());
-        ::unlink(temporary_.c_str());  // left by a killed process that had our number
+        std::remove(temporary_.c_str());  // left by a killed process that had our number
         const int flags = O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC;
-        file_.fd = file_call("open", temporary_, ::open, temporary_.c_str(), flags, 0666);
+        file_.fd = ::open(temporary_.c_str(), flags, 0666);
         if (file_.fd < 0) fail_file("write", path, errno);
     }
     ~FileWriter() {
-        if (file_.fd >= 0) ::unlink(temporary_.c_str());
+        if (file_.fd >= 0) std::remove(temporary_.c_str());
     }
     // Appends. Not buffered: give it large pieces.
     void write(const void* data, size_t bytes) {
-        if (write_all(file_.fd, temporary_, data, bytes) < bytes) fail_file("write", path_, errno);
+        if (write_all(file_.fd, data, bytes) < bytes) fail_file("write", path_, errno);
     }
     // Careful: the order is the promise. Were the name synced before the data, a power cut could
     // leave the name with an empty file. Why fsync's answer matters: a disk may report here, and
     // only here, that an earlier write was lost.
     void commit() {
-        if (file_call("fsync", temporary_, ::fsync, file_.fd) != 0)
-            fail_file("write (fsync)", path_, errno);
-        if (file_call("rename", path_, ::rename, temporary_.c_str(), path_.c_str()) != 0)
+        if (::fsync(file_.fd) != 0) fail_file("write (fsync)", path_, errno);
+        if (::rename(temporary_.c_str(), path_.c_str()) != 0)
             fail_file("write (rename to)", path_, errno);
         ::close(std::exchange(file_.fd, -1));
         sync_folder(parent_folder(path_));
@@ -5217,8 +5184,8 @@ inline void move_folder(const std::string& from, const std::string& to) {
 // Why not rename alone: it replaces a file, but no folder that has something in it.
 inline void replace_folder(const std::string& temporary, const std::string& folder) {
     if (!folder_exists(folder)) return rename_path(temporary, folder);
-    const bool exchanged = file_call("exchange", folder, ::renameat2, AT_FDCWD, temporary.c_str(),
-                                     AT_FDCWD, folder.c_str(), RENAME_EXCHANGE) == 0;
+    const bool exchanged =
+        ::renameat2(AT_FDCWD, temporary.c_str(), AT_FDCWD, folder.c_str(), RENAME_EXCHANGE) == 0;
     if (exchanged) {
         sync_folder(parent_folder(folder));
         return remove_folder(temporary);
@@ -5232,8 +5199,7 @@ inline void replace_folder(const std::string& temporary, const std::string& fold
     try {
         rename_path(temporary, folder);
     } catch (const FileError&) {
-        if (!folder_exists(folder))
-            file_call("rename", folder, ::rename, old.c_str(), folder.c_str());
+        if (!folder_exists(folder)) ::rename(old.c_str(), folder.c_str());
         throw;
     }
     remove_folder(old);
@@ -5255,8 +5221,7 @@ void save_checkpoint(Gpt2<Device>& model, const std::string& folder, const Token
                      const TrainerState& state, bool with_moments) {
     const std::string temporary = folder + ".tmp";
     if (folder_exists(temporary)) remove_folder(temporary);
-    if (file_call("mkdir", temporary, ::mkdir, temporary.c_str(), 0777) != 0)
-        fail_file("create folder", temporary, errno);
+    if (::mkdir(temporary.c_str(), 0777) != 0) fail_file("create folder", temporary, errno);
     try {
         write_arrays(temporary + "/model.safetensors", model, false);
         if (with_moments) write_arrays(temporary + "/optimizer.safetensors", model, true);
@@ -5580,11 +5545,10 @@ private:
     // failed, the system may have dropped the rows and call them written. So they are cut off, and
     // written again the next time.
     bool write_out(bool sync) {
-        written_ +=
-            write_all(fd_.fd, path_, waiting_.data() + written_, waiting_.size() - written_);
+        written_ += write_all(fd_.fd, waiting_.data() + written_, waiting_.size() - written_);
         if (written_ < waiting_.size()) return false;
         if (!sync) return true;
-        if (file_call("fsync", path_, ::fsync, fd_.fd) == 0) {
+        if (::fsync(fd_.fd) == 0) {
             synced_ += int64_t(waiting_.size());
             waiting_.clear(), written_ = 0;
             return true;
@@ -5698,10 +5662,9 @@ inline int64_t steady_nanoseconds() {
     ::clock_gettime(CLOCK_MONOTONIC, &now);
     return int64_t(now.tv_sec) * 1'000'000'000 + now.tv_nsec + 1;
 }
-inline std::atomic<int64_t (*)()> stop_clock{steady_nanoseconds};  // a test has a clock of its own
 // Careful: nothing in here may lock or allocate.
 inline void on_stop_signal(int) {
-    const int64_t nanoseconds = stop_clock.load()();
+    const int64_t nanoseconds = steady_nanoseconds();
     int64_t first = 0;
     if (stop_asked().compare_exchange_strong(first, nanoseconds)) return;
     // Why: `timeout` and a closing terminal send two signals at once and mean one.
@@ -6135,7 +6098,7 @@ public:
         const std::string path = o_.output + "/samples.txt";
         const std::string entry = "=== " + title + "\n" + shown + "\n\n";
         FileHandle file(::open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666));
-        if (file.fd < 0 || write_all(file.fd, path, entry.data(), entry.size()) < entry.size())
+        if (file.fd < 0 || write_all(file.fd, entry.data(), entry.size()) < entry.size())
             warn("cannot write " + path + ": " + std::strerror(errno));
     }
 

@@ -3,8 +3,8 @@
 // exit status 0 if nothing was lost. Options: --seed N, --part NAME, --scale F (0.1: a tenth),
 // --cuda PROGRAM (train_gpt_cu_on_cpu, or on a GPU train_gpt_cu).
 //
-// The trainer runs in a child process of this program (fork, without exec), so that the hook of
-// every file operation, file_fault(), can slow writes down, fail them, and say where the child is.
+// The trainer runs in a child process of this program (fork, without exec), so that
+// file_fault() can slow its file operations down, fail them, and say where the child is.
 // Only what is resumed on the CUDA device is a program of its own.
 #include <sys/mman.h>
 #include <sys/resource.h>
@@ -12,7 +12,9 @@
 
 #include <filesystem>
 
-#include "../tinygpt.hpp"
+#include "faults.hpp"
+#define TRAIN_GPT_NO_MAIN
+#include "../train_gpt.cpp"
 
 using namespace tinygpt;
 namespace fs = std::filesystem;
