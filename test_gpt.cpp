@@ -656,15 +656,7 @@ inline std::vector<Found> check_function(const std::string& function, Broken dev
 struct ModelCase {
     Config config;
     std::vector<Batch> batches;
-    uint64_t dropout_key = 99;
-    Pass pass(size_t i) const {
-        return {batches[i].B, batches[i].T, config.dropout > 0, dropout_key + i, 0, false};
-    }
-    double scale() const {
-        int64_t scored = 0;
-        for (const Batch& batch : batches) scored += batch.scored;
-        return 1.0 / double(scored);
-    }
+    Pass pass(size_t i) const { return training_pass(config, batches, i, 99, 0); }
 };
 inline ModelCase small_case(bool untied, float dropout) {
     ModelCase c;
@@ -692,7 +684,7 @@ inline double loss_of(Gpt2<Cpu<double>>& model, const ModelCase& c) {
                                   model.a.targets, rows, c.config.n_embd, c.config.vocab_size);
         total += std::accumulate(model.a.losses, model.a.losses + rows, 0.0);
     }
-    return total * c.scale();
+    return total * c.pass(0).scale;
 }
 
 // The gradient of the step as backward makes it; it must not matter what was in memory before.
@@ -704,7 +696,7 @@ std::vector<double> gradient_of(const ModelCase& c, Device device = {}) {
     for (size_t i = 0; i < c.batches.size(); ++i) {
         set_batch(*model, c.batches[i]);
         forward(*model, c.pass(i));
-        backward(*model, c.pass(i), c.scale(), i == 0);
+        backward(*model, c.pass(i));
     }
     return std::vector<double>(model->grads, model->grads + model->layout.size);
 }
@@ -897,7 +889,8 @@ struct RoundingAllowance {
             for (size_t i = t.offset; i < t.offset + t.count; ++i)
                 largest = std::max(largest, std::abs(exact.grads[i]));
             for (size_t i = t.offset; i < t.offset + t.count; ++i) {
-                const double v = exact.v[i] / (1 - std::pow(options.adamw.beta2, double(s + 1)));
+                const double v =
+                    exact.moments[1][i] / (1 - std::pow(options.adamw.beta2, double(s + 1)));
                 const double moved = 1e-5 * largest / (std::sqrt(v) + options.adamw.eps);
                 of[i] +=
                     exact.state->lr * std::min(2.0, moved);  // a step is hardly ever longer than lr
@@ -1259,10 +1252,10 @@ TEST_CASE("dropout: a mask for every place, micro-batch and step; none in evalua
     std::set<uint64_t> keys;
     const Config config{3, 2, 16, 8, 23, false, 0.5f};
     for (int place = 0; place <= 9; ++place) {
-        const Dropout drop = dropout_at(config, {1, 1, true, 77, 0, false}, place);
+        const Dropout drop = Pass{.dropout = {77, 0.5f}}.drop(place);
         CHECK(drop.p == 0.5f);
         keys.insert(drop.key);
-        CHECK(!dropout_at(config, {1, 1, false, 77, 0, false}, place).on());
+        CHECK(!Pass{.dropout = {77, 0}}.drop(place).on());
     }
     CHECK(keys.size() == 10);
     auto model_with = [&](float p) {
@@ -1426,15 +1419,15 @@ TEST_CASE("guards: a broken step changes neither weights nor moments") {
         const float good = model.weights[at];
         model.weights[at] = float(poison);
         const size_t n = model.layout.size, bytes = n * sizeof(float);
-        const std::vector<float> w = model.get_weights(), m(model.m, model.m + n),
-                                 v(model.v, model.v + n);
+        const std::vector<float> w = model.get_weights(), m(model.moments[0], model.moments[0] + n),
+                                 v(model.moments[1], model.moments[1] + n);
         train_step(model, {batch}, o, 1);
         if (poison == 1e38 && !model.state->broken) continue;  // it may survive the layernorm
         CHECK(model.state->broken == 1);
         CHECK(model.state->updates == 1);
         CHECK(std::memcmp(model.weights, w.data(), bytes) == 0);
-        CHECK(std::memcmp(model.m, m.data(), bytes) == 0);
-        CHECK(std::memcmp(model.v, v.data(), bytes) == 0);
+        CHECK(std::memcmp(model.moments[0], m.data(), bytes) == 0);
+        CHECK(std::memcmp(model.moments[1], v.data(), bytes) == 0);
         model.weights[at] = good;
         train_step(model, {batch}, o, 2);
         CHECK(model.state->broken == 0);
@@ -1477,8 +1470,8 @@ TEST_CASE("adamw: agrees with its formula; only what comes before `decayed` deca
     std::fill(model.weights, model.weights + model.layout.size, 1.0f);
     *model.state = StepState();
     model.state->lr = 0.5, model.state->updates = 1;
-    model.device.adamw(model.weights, model.masters, model.m, model.v, model.grads,
-                       model.layout.size, model.layout.decayed, model.state, hyper);
+    model.device.adamw(model.weights, model.masters, model.moments[0], model.moments[1],
+                       model.grads, model.layout.size, model.layout.decayed, model.state, hyper);
     for (const TensorInfo& t : model.layout.tensors) {
         CAPTURE(t.name);
         const float expected = t.shape.size() == 2 ? 0.95f : 1.0f;
@@ -1504,8 +1497,8 @@ TEST_CASE("training: nothing but the list's tensors has a gradient or a weight")
         }
     for (size_t i = 0; i < named.size(); ++i)
         if (!named[i])
-            REQUIRE((model.weights[i] == 0 && model.grads[i] == 0 && model.m[i] == 0 &&
-                     model.v[i] == 0));
+            REQUIRE((model.weights[i] == 0 && model.grads[i] == 0 && model.moments[0][i] == 0 &&
+                     model.moments[1][i] == 0));
     CHECK(model.state->grad_norm == doctest::Approx(std::sqrt(squares)).epsilon(1e-9));
 }
 
@@ -7834,11 +7827,14 @@ TEST_CASE_TEMPLATE("cuda: loss and every gradient of a whole model, again bit fo
             for (int micro = 0; micro < 2; ++micro) {
                 const Batch batch =
                     random_batch(2, micro ? 5 : 19, config.vocab_size, uint64_t(micro));
-                const Pass pass{batch.B, batch.T, config.dropout > 0,
-                                random_key(3, uint64_t(micro), 0)};
+                const Pass pass{.B = batch.B,
+                                .T = batch.T,
+                                .scale = 1.0 / 46,
+                                .first = micro == 0,
+                                .dropout = {random_key(3, uint64_t(micro), 0), config.dropout}};
                 set_batch(model, batch);
                 forward(model, pass);
-                backward(model, pass, 1.0 / 46, micro == 0);
+                backward(model, pass);
                 model.device.add_loss(model.state, model.a.losses, batch.B * batch.T, 1.0 / 46);
             }
         };

@@ -775,6 +775,7 @@ void initialise(real* weights, const Config& config, const Layout& layout, uint6
 struct Dropout {
     uint64_t key = 0;
     float p = 0;  // 0: off
+    auto operator<=>(const Dropout&) const = default;
     TINYGPT_HD bool on() const { return p > 0; }
     // m_i: a random number of 32 bits, held against p 2^32.
     TINYGPT_HD float scale(uint64_t i) const {
@@ -805,6 +806,8 @@ struct Guards {
 };
 // The optimizer's (§7), with GPT-3's numbers where none are given (Brown et al. 2020, appendix B).
 struct AdamW {
+    // What it remembers of every weight, each an array like them: their names in a checkpoint.
+    static constexpr std::array kMoments = {"m.", "v."};
     double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1;
     auto operator<=>(const AdamW&) const = default;
 };
@@ -841,11 +844,8 @@ struct Cpu {
     // --- a step as one piece of work, and its numbers. A device that works behind the host's back
     // may do a step while the host prepares the next: it may be kStepsBehind steps late.
     static constexpr int kStepsBehind = 0;
-    // Does the work. A device may record it, and repeat the recording for an equal key.
-    template <class Key, class Work>
-    void replay(const Key&, Work&& work) {
-        work();
-    }
+    // Does the work. A device may record it, and repeat the recording for the same pass and options.
+    void replay(const auto& /*pass*/, const auto& /*options*/, auto&& work) { work(); }
     void post(const StepState*) {}  // asks for a copy of the state as it is after all work so far
     StepState fetch(const StepState* state) { return *state; }  // waits for the oldest such copy
 
@@ -1638,10 +1638,10 @@ struct Gpt2 {
     Config config;
     Layout layout;
     Device device;
-    Weight* weights = nullptr;        // flat, layout.size
-    Real* masters = nullptr;          // flat; the same array where Device has no separate masters
-    Gradient* grads = nullptr;        // flat
-    Real *m = nullptr, *v = nullptr;  // AdamW's moments, flat
+    Weight* weights = nullptr;  // flat, layout.size
+    Real* masters = nullptr;    // flat; the same array where Device has no separate masters
+    Gradient* grads = nullptr;  // flat
+    std::array<Real*, AdamW::kMoments.size()> moments{};  // flat, each of them
     StepState* state = nullptr;
     Parameters<Weight> w;    // the flat weights by name
     Parameters<Gradient> g;  // the flat gradients by name
@@ -1661,10 +1661,10 @@ struct Gpt2 {
     }
     Gpt2(const Gpt2&) = delete;
     ~Gpt2() {
-        for (Real* array : {m, v, Device::kSeparateMasters ? masters : nullptr})
-            device.release(array);
-        device.release(weights), device.release(grads), device.release(block),
-            device.release(state);
+        for (Real* moment : moments) device.release(moment);
+        if (Device::kSeparateMasters) device.release(masters);
+        device.release(weights), device.release(grads), device.release(block);
+        device.release(state);
     }
 
     // Makes room for batches of up to B x T. For training also for gradients and moments, set to 0.
@@ -1678,9 +1678,11 @@ struct Gpt2 {
         place(a, arena, config, rows, columns, use);
         if (use != Use::training || grads) return;
         grads = device.template allocate<Gradient>(layout.size);
-        m = device.template allocate<Real>(layout.size);
-        v = device.template allocate<Real>(layout.size);
-        device.zero(grads, layout.size), device.zero(m, layout.size), device.zero(v, layout.size);
+        device.zero(grads, layout.size);
+        for (Real*& moment : moments) {
+            moment = device.template allocate<Real>(layout.size);
+            device.zero(moment, layout.size);
+        }
         point_into(g, grads, config, layout);
     }
 
@@ -1723,26 +1725,30 @@ MemoryNeed memory_need(const Config& config, int B, int T, Use use) {
     need.activations = arena.used;
     if (use != Use::training) return need;
     need.gradients = n * sizeof(typename Device::Gradient);
-    need.moments = 2 * n * sizeof(typename Device::Real);
+    need.moments = AdamW::kMoments.size() * n * sizeof(typename Device::Real);
     return need;
 }
 
-// How one pass is made; B and T at most what is reserved. Dropout acts when pass.dropout is set: in
-// training, never in evaluation. With cached, the tokens are those after `past` earlier ones.
+// One pass over a batch of B x T tokens: at most what is reserved.
 struct Pass {
     int B = 0, T = 0;
-    bool dropout = false;
-    uint64_t dropout_key = 0;  // differs in every micro-batch of every step
-    int past = 0;              // generation: positions already in the key/value cache; then B = 1
+    // Training. Evaluation and generation leave these as they are.
+    double scale = 0;      // of the losses: 1 / (number of scored targets of the whole step)
+    bool first = true;     // of the step's micro-batches: gradients are set; after it, added to
+    bool last = true;      // of the step's micro-batches: the update follows
+    Dropout dropout = {};  // its key differs in every micro-batch of every step
+    // Generation: the tokens follow `past` earlier ones, which are in the key/value cache; B = 1.
+    int past = 0;
     bool cached = false;
-};
+    auto operator<=>(const Pass&) const = default;
 
-// The mask at one place of the model: place 0 follows the embedding, then three in every layer i:
-// 3i + 1 on attention's probabilities, 3i + 2 and 3i + 3 on the two branches before they are added.
-inline Dropout dropout_at(const Config& config, const Pass& pass, int place) {
-    if (!pass.dropout) return {};
-    return {random_key(pass.dropout_key, uint64_t(place), 4), config.dropout};
-}
+    // The mask at one place of the model. Place 0 follows the embedding; then three in layer i:
+    // 3i + 1 on attention's probabilities, 3i + 2 and 3i + 3 on what the two branches add.
+    Dropout drop(int place) const {
+        if (!dropout.on()) return {};
+        return {random_key(dropout.key, uint64_t(place), 4), dropout.p};
+    }
+};
 
 // tokens a.inputs [B, T] -> a.ln_f [B*T, C], from which the head makes logits. The whole of GPT-2.
 // reads the weights; sets all activations of the pass (the table above says which backward reads).
@@ -1754,9 +1760,8 @@ void forward(Gpt2<Device>& model, const Pass& pass) {
     auto& w = model.w;
     const int B = pass.B, T = pass.T, rows = B * T, C = config.n_embd;
     const int NH = config.n_head, HS = config.head_size();
-    auto drop = [&](int place) { return dropout_at(config, pass, place); };
 
-    device.embed_forward(a.embedded, a.inputs, w.wte, w.wpe, B, T, C, pass.past, drop(0));
+    device.embed_forward(a.embedded, a.inputs, w.wte, w.wpe, B, T, C, pass.past, pass.drop(0));
     auto* x = a.embedded;  // the residual stream: every layer reads it and adds to it
     for (int i = 0; i < config.n_layer; ++i) {
         auto& l = a.layers[size_t(i)];
@@ -1769,16 +1774,16 @@ void forward(Gpt2<Device>& model, const Pass& pass) {
         if (pass.cached)
             device.attention_cached(l.att, l.qkv, pass.past, T, NH, HS);
         else
-            device.attention_forward(l.att, l.lse, qkv, B, T, NH, HS, drop(3 * i + 1));
+            device.attention_forward(l.att, l.lse, qkv, B, T, NH, HS, pass.drop(3 * i + 1));
         device.linear_residual_forward(l.x_mid, x, l.att, p.attn_proj_weight, p.attn_proj_bias,
-                                       rows, C, C, drop(3 * i + 2));
+                                       rows, C, C, pass.drop(3 * i + 2));
         // x_out = x_mid + proj(gelu(c_fc(ln_2(x_mid))))
         device.layernorm_forward(l.ln_2, l.ln_2_mean, l.ln_2_rstd, l.x_mid, p.ln_2_weight,
                                  p.ln_2_bias, rows, C);
         device.linear_gelu_forward(l.gelu, l.fc, l.ln_2, p.c_fc_weight, p.c_fc_bias, rows, C,
                                    4 * C);
         device.linear_residual_forward(l.x_out, l.x_mid, l.gelu, p.mlp_proj_weight, p.mlp_proj_bias,
-                                       rows, 4 * C, C, drop(3 * i + 3));
+                                       rows, 4 * C, C, pass.drop(3 * i + 3));
         x = l.x_out;
     }
     device.layernorm_forward(a.ln_f, a.ln_f_mean, a.ln_f_rstd, x, w.ln_f_weight, w.ln_f_bias, rows,
@@ -1805,32 +1810,30 @@ void forward(Gpt2<Device>& model, const Pass& pass) {
 //   walk> h.0.attn.c_attn.weight       0.00059701   0.00059701
 // (Backward's gradient of one weight, and the slope found by moving that weight a little.)
 
-// sets (first micro-batch) or adds to every parameter gradient; sets a.losses, not scaled. reads
-// a.targets, a.order and what forward with the same pass has left. `scale` is 1 / (number of scored
-// targets of the whole step): the loss of a step is the mean over all its micro-batches.
+// sets every parameter gradient (pass.first), or adds to it; sets a.losses, not scaled. reads
+// a.targets, a.order and what forward with the same pass has left.
 template <class Device>
-void backward(Gpt2<Device>& model, const Pass& pass, double scale, bool first_micro_batch) {
+void backward(Gpt2<Device>& model, const Pass& pass) {
     const Config& config = model.config;
     Device& device = model.device;
     auto& a = model.a;
     auto& w = model.w;
     auto& g = model.g;
-    const bool add = !first_micro_batch;
+    const bool add = !pass.first;
     const int B = pass.B, T = pass.T, rows = B * T, C = config.n_embd, V = config.vocab_size;
     const int NH = config.n_head, HS = config.head_size(), L = config.n_layer;
-    auto drop = [&](int place) { return dropout_at(config, pass, place); };
     // The input of layer i is the output of the layer below.
     auto input_of = [&](int i) { return i > 0 ? a.layers[size_t(i - 1)].x_out : a.embedded; };
-    auto* dbranch = pass.dropout ? a.dbranch : a.dx;
+    auto* dbranch = pass.dropout.on() ? a.dbranch : a.dx;
 
     device.head_forward_backward(a.losses, a.dnarrow, g.lm_head, a.logits, a.ln_f, w.lm_head,
-                                 a.targets, rows, C, V, typename Device::Real(scale), add);
+                                 a.targets, rows, C, V, typename Device::Real(pass.scale), add);
     // The projection's bias gradient of the layer below rides on each layernorm's backward: that
     // layernorm's input is x_mid + drop(gelu w + bias) of the layer below, so dx is what it needs.
     auto bias_below = [&](int i) { return i > 0 ? g.h[size_t(i - 1)].mlp_proj_bias : nullptr; };
     device.layernorm_backward(a.dx, g.ln_f_weight, g.ln_f_bias, dbranch, bias_below(L), a.dnarrow,
                               nullptr, input_of(L), a.ln_f_mean, a.ln_f_rstd, w.ln_f_weight, rows,
-                              C, drop(3 * L), add);
+                              C, pass.drop(3 * L), add);
     for (int i = L - 1; i >= 0; --i) {
         auto& l = a.layers[size_t(i)];
         const auto& p = w.h[size_t(i)];
@@ -1843,23 +1846,24 @@ void backward(Gpt2<Device>& model, const Pass& pass, double scale, bool first_mi
                                4 * C, add);
         device.layernorm_backward(a.dx, d.ln_2_weight, d.ln_2_bias, dbranch, d.attn_proj_bias,
                                   a.dnarrow, a.dx, l.x_mid, l.ln_2_mean, l.ln_2_rstd, p.ln_2_weight,
-                                  rows, C, drop(3 * i + 2), add);
+                                  rows, C, pass.drop(3 * i + 2), add);
         // Attention: projection, attention itself (dwide serves as dqkv), c_attn, then ln_1.
         device.linear_backward(a.dnarrow, d.attn_proj_weight, dbranch, l.att, p.attn_proj_weight,
                                rows, C, C, add);
         device.attention_backward(a.dwide, d.c_attn_bias, a.dnarrow, l.att, l.lse, l.qkv, B, T, NH,
-                                  HS, drop(3 * i + 1), add);
+                                  HS, pass.drop(3 * i + 1), add);
         device.linear_backward(a.dnarrow, d.c_attn_weight, a.dwide, l.ln_1, p.c_attn_weight, rows,
                                C, 3 * C, add);
         device.layernorm_backward(a.dx, d.ln_1_weight, d.ln_1_bias, dbranch, bias_below(i),
                                   a.dnarrow, a.dx, input_of(i), l.ln_1_mean, l.ln_1_rstd,
-                                  p.ln_1_weight, rows, C, i > 0 ? drop(3 * i) : Dropout{}, add);
+                                  p.ln_1_weight, rows, C, i > 0 ? pass.drop(3 * i) : Dropout{},
+                                  add);
     }
     // The embeddings are only ever added to: so they begin at 0, but for a tied wte, where the head
     // has set its own share of the gradient above.
-    if (first_micro_batch) device.zero(g.wpe, size_t(config.n_positions) * C);
-    if (first_micro_batch && config.untied_head) device.zero(g.wte, size_t(V) * C);
-    device.embed_backward(g.wte, g.wpe, a.dx, a.inputs, a.order, B, T, C, drop(0));
+    if (pass.first) device.zero(g.wpe, size_t(config.n_positions) * C);
+    if (pass.first && config.untied_head) device.zero(g.wte, size_t(V) * C);
+    device.embed_backward(g.wte, g.wpe, a.dx, a.inputs, a.order, B, T, C, pass.drop(0));
 }
 
 // =================================================================================================
@@ -1884,6 +1888,7 @@ struct LearningRate {
     Schedule schedule = Schedule::cosine;
     double peak = 1e-3, min_fraction = 0.1;  // the end of the decay, as a fraction of the peak
     int64_t warmup = 0, steps = 1;           // warm-up steps; N, all steps
+    auto operator<=>(const LearningRate&) const = default;
 };
 
 // The rate of step s = 0 .. N-1. Warm-up: peak (s+1)/warmup. Then, with r from 0 towards 1 and
@@ -2041,6 +2046,7 @@ struct StepOptions {
     LearningRate rate;
     AdamW adamw;
     Guards guards;
+    auto operator<=>(const StepOptions&) const = default;
 };
 
 // Puts a batch where the model reads it: a.inputs, a.targets, a.order. Needs reserve(>= B, >= T).
@@ -2052,57 +2058,47 @@ void set_batch(Gpt2<Device>& model, const Batch& batch) {
     model.device.upload(model.a.order, batch.order.data(), rows);
 }
 
-// One micro-batch, and after the last of the step the update.
-template <class Device>
-void micro_step(Gpt2<Device>& model, const Pass& pass, double scale, bool first, bool last,
-                const AdamW& adamw, const Guards& guards) {
-    Device& device = model.device;
-    forward(model, pass);
-    backward(model, pass, scale, first);
-    device.add_loss(model.state, model.a.losses, pass.B * pass.T, scale);
-    if (!last) return;
-    device.gradient_norm(model.state, model.grads, model.layout.size);
-    device.judge_step(model.state, guards);
-    device.adamw(model.weights, model.masters, model.m, model.v, model.grads, model.layout.size,
-                 model.layout.decayed, model.state, adamw);
+// The pass of micro-batch i of step s.
+inline Pass training_pass(const Config& config, const std::vector<Batch>& micro_batches, size_t i,
+                          uint64_t seed, int64_t s) {
+    const size_t n = micro_batches.size();
+    int64_t scored = 0;
+    for (const Batch& batch : micro_batches) scored += batch.scored;
+    Pass pass{.B = micro_batches[i].B, .T = micro_batches[i].T};
+    pass.scale = 1.0 / double(std::max<int64_t>(1, scored));
+    pass.first = i == 0, pass.last = i + 1 == n;
+    if (config.dropout > 0)
+        pass.dropout = {random_key(seed, uint64_t(s) * n + i, 5), config.dropout};
+    return pass;
 }
 
-// All that decides which functions a micro-batch calls with which arguments. Everything else that
-// changes from step to step (tokens, learning rate, loss) lies in the device's memory, so a GPU may
-// record the calls once and repeat them; but for dropout, whose masks are new in every step.
-// operator<=> = default: two keys are equal, or ordered, member by member, as tuples in Python.
-struct WorkKey {
-    const void* memory;  // the model's, which no other model has
-    int B, T;
-    double scale;
-    bool first, last, dropout;
-    AdamW adamw;
-    Guards guards;
-    auto operator<=>(const WorkKey&) const = default;
-};
+// From the gradients of a step to new weights.
+template <class Device>
+void update(Gpt2<Device>& model, const StepOptions& o) {
+    Device& device = model.device;
+    device.gradient_norm(model.state, model.grads, model.layout.size);
+    device.judge_step(model.state, o.guards);
+    device.adamw(model.weights, model.masters, model.moments[0], model.moments[1], model.grads,
+                 model.layout.size, model.layout.decayed, model.state, o.adamw);
+}
 
 // Step s (from 0): gradients of all micro-batches, then one update. Afterwards model.state holds
-// the loss and the norm of the batch, both from before the update. micro_batches: the step's
-// batches.
+// the loss and the norm of the batch, both from before the update. Why replay: all that changes from
+// one step to the next lies in the device's memory (tokens, learning rate, loss), so a GPU records
+// the calls once, as a CUDA graph, and repeats it; but for dropout, whose keys are new.
 template <class Device>
 void train_step(Gpt2<Device>& model, const std::vector<Batch>& micro_batches, const StepOptions& o,
                 int64_t s) {
-    int64_t scored = 0;
-    for (const Batch& batch : micro_batches) scored += batch.scored;
-    const double scale = 1.0 / double(std::max<int64_t>(1, scored));
-    const size_t n = micro_batches.size();
-
     model.device.begin_step(model.state, learning_rate(o.rate, s));
-    for (size_t i = 0; i < n; ++i) {
-        const Batch& batch = micro_batches[i];
-        const bool first = i == 0, last = i + 1 == n, dropout = model.config.dropout > 0;
-        const Pass pass{batch.B, batch.T, dropout, random_key(o.seed, uint64_t(s) * n + i, 5)};
-        set_batch(model, batch);
-        model.device.replay(WorkKey{model.block, batch.B, batch.T, scale, first, last, dropout,
-                                    o.adamw, o.guards},
-                            [&] {
-                                micro_step(model, pass, scale, first, last, o.adamw, o.guards);
-                            });
+    for (size_t i = 0; i < micro_batches.size(); ++i) {
+        const Pass pass = training_pass(model.config, micro_batches, i, o.seed, s);
+        set_batch(model, micro_batches[i]);
+        model.device.replay(pass, o, [&] {
+            forward(model, pass);
+            backward(model, pass);
+            model.device.add_loss(model.state, model.a.losses, pass.B * pass.T, pass.scale);
+            if (pass.last) update(model, o);
+        });
     }
 }
 
@@ -2184,10 +2180,8 @@ struct Evaluation {
 template <class Device>
 std::vector<typename Device::Real> batch_losses(Gpt2<Device>& model, const Batch& batch) {
     const int rows = batch.B * batch.T;
-    Pass pass;
-    pass.B = batch.B, pass.T = batch.T;
     set_batch(model, batch);
-    forward(model, pass);
+    forward(model, {.B = batch.B, .T = batch.T});
     model.device.head_forward(model.a.losses, model.a.logits, model.a.ln_f, model.w.lm_head,
                               model.a.targets, rows, model.config.n_embd, model.config.vocab_size);
     std::vector<typename Device::Real> losses(static_cast<size_t>(rows));
@@ -2299,10 +2293,8 @@ template <class Device>
 std::vector<float> next_logits(Gpt2<Device>& model, const std::vector<int32_t>& tokens, int past) {
     using Real = typename Device::Real;
     const int n = int(tokens.size()), C = model.config.n_embd, V = model.config.vocab_size;
-    Pass pass;
-    pass.B = 1, pass.T = n, pass.past = past, pass.cached = true;
     model.device.upload(model.a.inputs, tokens.data(), tokens.size());
-    forward(model, pass);
+    forward(model, {.B = 1, .T = n, .past = past, .cached = true});
     model.device.head_logits(model.a.next_logits, model.a.ln_f + size_t(n - 1) * C, model.w.lm_head,
                              1, C, V);
     std::vector<Real> real_logits(static_cast<size_t>(V));
@@ -5148,8 +5140,10 @@ inline TrainerState verify_checkpoint(const std::string& folder) {
 // the names of its tensors begin with. Saving and opening share this list.
 template <class Device>
 auto arrays_of(Gpt2<Device>& model, bool moments) {
-    std::vector<std::pair<const char*, typename Device::Real*>> arrays = {{"", model.masters}};
-    if (moments) arrays = {{"m.", model.m}, {"v.", model.v}};
+    std::vector<std::pair<const char*, typename Device::Real*>> arrays;
+    if (!moments) return arrays = {{"", model.masters}};
+    for (size_t i = 0; i < model.moments.size(); ++i)
+        arrays.push_back({AdamW::kMoments[i], model.moments[i]});
     return arrays;
 }
 

@@ -1883,8 +1883,8 @@ private:
         // Reads gradients, masters and both moments; writes the last three, and working weights.
         const double others = 6 * kR + (Device::kSeparateMasters ? kW : 0);
         row("adamw", 1, {0, gradient_bytes + others * double(size)}, [&](int) {
-            device_.adamw(m.weights, m.masters, m.m, m.v, m.grads, size, m.layout.decayed, m.state,
-                          {});
+            device_.adamw(m.weights, m.masters, m.moments[0], m.moments[1], m.grads, size,
+                          m.layout.decayed, m.state, {});
         });
     }
 
@@ -2011,7 +2011,7 @@ private:
     void show_backward() {
         title("Backward: gradients, beside (loss(w + h) - loss(w - h)) / 2h with h = 1e-5");
         forward(model_, pass_);
-        backward(model_, pass_, 1.0 / kRows, true);
+        backward(model_, pass_);
         out_ += "dlogits of the first row, (p - [target]) / 8:";
         for (int v = 0; v < 6; ++v) out_ += format(" %7.4f", model_.a.logits[v]);
         out_ += format(" ...\n%-26s %12s %12s\n", "tensor, element 0", "backward", "difference");
@@ -2052,8 +2052,9 @@ private:
         out_ += format("v  = 0.95 * 0 + 0.05 g^2 = %.8f; v / (1 - 0.95^1) = %.6f\n", v, v_hat);
         out_ += format("w  = %.6f - 0.1 (%.6f / (sqrt(%.6f) + 1e-8) + 0.1 * %.6f) = %.6f\n", w,
                        m_hat, v_hat, w, w - 0.1 * (m_hat / (std::sqrt(v_hat) + 1e-8) + 0.1 * w));
-        device.adamw(model_.weights, model_.masters, model_.m, model_.v, model_.grads,
-                     model_.layout.size, model_.layout.decayed, &state, {0.9, 0.95, 1e-8, 0.1});
+        device.adamw(model_.weights, model_.masters, model_.moments[0], model_.moments[1],
+                     model_.grads, model_.layout.size, model_.layout.decayed, &state,
+                     {0.9, 0.95, 1e-8, 0.1});
         out_ += format("and the program has %.6f\n", model_.weights[0]);
     }
 
@@ -2090,7 +2091,7 @@ private:
 
     Gpt2<Cpu<double>> model_;
     Batch batch_;
-    Pass pass_{2, kT};
+    Pass pass_{2, kT, 1.0 / kRows};
     std::vector<Candidate> before_;
     std::string out_;
 };

@@ -1809,6 +1809,9 @@ struct Pinned {
 // A recording is a CUDA graph: all kernels of a piece of work with their arguments, started with
 // one call. Why: a step is about 300 kernels, and to start one takes the host longer than a small
 // one runs. Addresses are arguments, so recordings are forgotten where memory is given back.
+// Which work is the same work: of which device (copies of one share a context), pass and options.
+using ReplayKey = std::tuple<const void*, Pass, StepOptions>;
+
 class CudaContext {
 public:
     cudaDeviceProp gpu;
@@ -1868,7 +1871,7 @@ public:
     // Does the work. The second time it is recorded, and from then on the recording is repeated.
     // Why not the first time: then matmuls make their plans, and memory grows, which takes calls
     // that cannot be recorded.
-    void replay(const WorkKey& key, auto&& work) {
+    void replay(const ReplayKey& key, auto&& work) {
         const auto found = recordings_.find(key);
         if (found == recordings_.end()) {
             // A shard's last, shorter text makes work of its own: rarely, but often in a long run.
@@ -1898,7 +1901,7 @@ public:
 private:
     void* scratch_ = nullptr;
     size_t scratch_bytes_ = 0;
-    std::map<WorkKey, cudaGraphExec_t> recordings_;  // null: done once, not recorded yet
+    std::map<ReplayKey, cudaGraphExec_t> recordings_;  // null: done once, not recorded yet
     static constexpr size_t kMostRecordings = 16;
     // A text of 64 x 1024 tokens is one piece; there is room for about 20 batches.
     static constexpr size_t kStagingPiece = size_t(256) << 10, kStagingPieces = 64;
@@ -2015,9 +2018,9 @@ struct Cuda {
     // --- a step as one piece of work, and its numbers
 
     static constexpr int kStepsBehind = 1;
-    void replay(const WorkKey& key, auto&& work) {
-        if (!record || key.dropout) return work();
-        context->replay(key, work);
+    void replay(const Pass& pass, const StepOptions& options, auto&& work) {
+        if (!record || pass.dropout.on()) return work();
+        context->replay({this, pass, options}, work);
     }
     void post(const StepState* state) { context->post(state); }
     StepState fetch(const StepState*) { return context->next_letter(); }
