@@ -5455,227 +5455,215 @@ inline std::string shell_word(const std::string& text) {
     return word + "'";
 }
 
-// ---- The log: one row for every step ------------------------------------------------------------
+// --- The terminal
 
-// Row 0 is the evaluation before training. Row s has the loss, rate and norm of update s, all from
-// before it was made, and the evaluation after it. floor: the least loss any model can reach, where
-// it is known; mfu: the share of the machine's peak that the step's arithmetic used. A field that
-// was not measured is empty; one that is NaN was measured and is NaN.
-struct LogRow {
-    int64_t step = 0;
-    double epoch = 0;
-    int64_t tokens = 0;
-    std::optional<double> train_loss, eval_train_loss, val_loss, perplexity, floor, lr, grad_norm;
-    std::optional<double> tokens_per_s, mfu, seconds;
-};
-constexpr const char* kLogHeader =
-    "step,epoch,tokens,train_loss,eval_train_loss,val_loss,perplexity,floor,lr,grad_norm,"
-    "tokens_per_s,mfu,seconds\n";
-
-// The row as a line of the file. Nine digits give a float back exactly.
-inline std::string log_line(const LogRow& row) {
-    std::string line = format("%ld,%.6g,%ld", row.step, row.epoch, row.tokens);
-    auto field = [&](const std::optional<double>& value, const char* pattern) {
-        // Why: printf writes some NaNs as "-nan", and two equal runs must have equal logs.
-        line += !value ? "," : std::isnan(*value) ? ",nan" : format(pattern, *value);
-    };
-    for (auto* value : {&row.train_loss, &row.eval_train_loss, &row.val_loss, &row.perplexity,
-                        &row.floor, &row.lr, &row.grad_norm})
-        field(*value, ",%.9g");
-    field(row.tokens_per_s, ",%.1f"), field(row.mfu, ",%.4f"), field(row.seconds, ",%.3f");
-    return line + "\n";
-}
-
-// The rows of a log up to that of step `last`, without their line ends. A line that a crash cut
-// short is left out, and so is whatever lies behind `last`: those steps are made again.
-inline std::vector<std::string> read_log_rows(const std::string& path, int64_t last) {
-    std::vector<std::string> rows;
-    if (!file_exists(path)) return rows;
-    std::vector<std::string> lines = split_at(read_file(path), '\n');
-    lines.pop_back();  // what follows the last line end: nothing, or half a row
-    int64_t before = -1;
-    for (const std::string& line : lines) {
-        int64_t step = -1;
-        std::from_chars(line.data(), line.data() + line.size(), step);
-        const bool whole = std::count(line.begin(), line.end(), ',') == 12;
-        if (whole && step > before && step <= last) rows.push_back(line), before = step;
-    }
-    return rows;
-}
-// A field of a row, columns counted from 0; NaN where it is empty.
-inline double log_field(const std::string& row, size_t column) {
-    const std::string text = split_at(row, ',').at(column);
-    return text.empty() ? NAN : std::strtod(text.c_str(), nullptr);
-}
-
-// log.csv. Rows are handed to the system at once, so that a plot can follow the run, and stay in
-// memory until they are known to be on the disk: one that is full, or that fails, does not lose
-// them. A checkpoint syncs the log first, so the log of a resumed run has no gap.
-class Log {
-public:
-    // Begins with these rows. The file is replaced whole before it is appended to: half a row that
-    // a crash left must not be gone on with.
-    Log(const std::string& path, const std::vector<std::string>& rows) : path_(path), fd_(-1) {
-        std::string text = kLogHeader;
-        for (const std::string& row : rows) text += row + "\n";
-        write_file(path, text);
-        fd_.fd = ::open(path.c_str(), O_WRONLY | O_APPEND | O_CLOEXEC);
-        if (fd_.fd < 0) fail_file("write", path, errno);
-        synced_ = int64_t(text.size());
-    }
-    // Returns whether the rows so far could be handed to the system; errno says why not.
-    bool add(const LogRow& row) {
-        const size_t enough = 1 << 20;  // so that a run without checkpoints does not fill memory
-        waiting_ += log_line(row);
-        return write_out(waiting_.size() >= enough);
-    }
-    // Everything so far is on the disk, or an error says why not.
-    void sync() {
-        if (!write_out(true)) fail_file("write", path_, errno);
-    }
-
-private:
-    // Hands over what waits; where `sync` is set, waits for the disk. Careful: after an fsync that
-    // failed, the system may have dropped the rows and call them written. So they are cut off, and
-    // written again the next time.
-    bool write_out(bool sync) {
-        written_ += write_all(fd_.fd, waiting_.data() + written_, waiting_.size() - written_);
-        if (written_ < waiting_.size()) return false;
-        if (!sync) return true;
-        if (::fsync(fd_.fd) == 0) {
-            synced_ += int64_t(waiting_.size());
-            waiting_.clear(), written_ = 0;
-            return true;
-        }
-        const int code = errno;
-        if (::ftruncate(fd_.fd, synced_) == 0) written_ = 0;
-        errno = code;
-        return false;
-    }
-
-    std::string path_;
-    FileHandle fd_;
-    int64_t synced_ = 0;   // bytes of the file that are on the disk
-    std::string waiting_;  // what comes behind them
-    size_t written_ = 0;   // bytes of that, handed to the system
-};
-
-// ---- What the terminal shows --------------------------------------------------------------------
-
-// Tells the user of something that is wrong but does not end the run.
+// Something is wrong that does not end the run.
 inline void warn(const std::string& message) {
     std::fflush(stdout);
-    const bool live = ::isatty(STDOUT_FILENO);  // then there may be a line that is not finished
+    const bool live = ::isatty(STDOUT_FILENO);  // then the live line may not have ended
     std::fprintf(stderr, "%swarning: %s\n", live ? "\n" : "", message.c_str());
 }
 
-// Prints a line for the user: what it is about, and what there is to say. More lines of the text
-// stand below its first.
+// A label and what there is to say; further lines of the text are aligned with its first.
 inline void say(std::string label, const std::string& text) {
     for (const std::string& line : split_at(text, '\n'))
         std::printf("%-10s %s\n", std::exchange(label, "").c_str(), line.c_str());
 }
 
-// A count: 1234567 -> "1,234,567"
+// 1234567 -> "1,234,567"
 inline std::string with_commas(int64_t n) {
     std::string digits = std::to_string(n);
     for (size_t at = digits.size(); at > 3;) digits.insert(at -= 3, 1, ',');
     return digits;
 }
-// Decimal units, as disks and data sheets have them.
+// Decimal units, as on disks and data sheets.
 inline std::string bytes_text(double bytes) {
     if (bytes >= 1e9) return format("%.2f GB", bytes / 1e9);
     return bytes >= 1e6 ? format("%.1f MB", bytes / 1e6) : format("%.1f KB", bytes / 1e3);
 }
 // The two largest units: "2d 3h", "3h 07m", "7m 05s", "5s".
 inline std::string duration_text(double seconds) {
-    const long long s = std::llround(seconds);
-    if (s >= 86400) return format("%lldd %lldh", s / 86400, s % 86400 / 3600);
-    if (s >= 3600) return format("%lldh %02lldm", s / 3600, s % 3600 / 60);
-    return s >= 60 ? format("%lldm %02llds", s / 60, s % 60) : format("%llds", s);
+    const long s = std::lround(seconds);
+    if (s >= 86400) return format("%ldd %ldh", s / 86400, s % 86400 / 3600);
+    if (s >= 3600) return format("%ldh %02ldm", s / 3600, s % 3600 / 60);
+    return s >= 60 ? format("%ldm %02lds", s / 60, s % 60) : format("%lds", s);
 }
 
-// One point of a curve: a loss, in nats a token, after so many updates.
-struct CurvePoint {
-    int64_t step;
-    double loss;
+// --- log.csv: one row a step
+
+// Row 0 is the evaluation before training. Row s has the loss, rate and norm of update s, all
+// measured before it, and the evaluation after it. An empty field was not measured.
+struct LogRow {
+    std::optional<double> step, epoch, tokens, train_loss, eval_train_loss, val_loss, perplexity;
+    std::optional<double> floor, lr, grad_norm, tokens_per_s, mfu, seconds;
 };
 
-// Text as it is sampled, in pieces. A token may end inside a UTF-8 character, of which the terminal
-// must not be shown a half: those bytes are held back until the rest has come. What never becomes a
-// character is shown as U+FFFD, byte by byte.
-class Utf8Stream {
-public:
-    // Returns what can be shown now of this piece and those before it.
-    std::string add(std::string_view bytes) {
-        held_ += bytes;
-        return take(false);
+// The one list of columns: name, printf pattern, member. Nine digits give a float back exactly.
+struct LogColumn {
+    const char *name, *pattern;
+    std::optional<double> LogRow::*value;
+};
+constexpr LogColumn kLogColumns[] = {
+    {"step", "%.0f", &LogRow::step},
+    {"epoch", "%.6g", &LogRow::epoch},  // how often the training text has been read
+    {"tokens", "%.0f", &LogRow::tokens},
+    {"train_loss", "%.9g", &LogRow::train_loss},
+    {"eval_train_loss", "%.9g", &LogRow::eval_train_loss},  // of --eval-batches
+    {"val_loss", "%.9g", &LogRow::val_loss},
+    {"perplexity", "%.9g", &LogRow::perplexity},
+    {"floor", "%.9g", &LogRow::floor},  // no model's loss can be lower, where that is known
+    {"lr", "%.9g", &LogRow::lr},        // 0: the update was skipped
+    {"grad_norm", "%.9g", &LogRow::grad_norm},
+    {"tokens_per_s", "%.1f", &LogRow::tokens_per_s},
+    {"mfu", "%.4f", &LogRow::mfu},  // share of the machine's peak that the model used
+    {"seconds", "%.3f", &LogRow::seconds},
+};
+
+inline std::string log_header() {
+    std::string line;
+    for (const LogColumn& column : kLogColumns) join(line, ",", column.name);
+    return line + "\n";
+}
+// Why "nan" by hand: printf writes some as "-nan", and two equal runs must have equal logs.
+inline std::string log_line(const LogRow& row) {
+    std::string line;
+    for (const LogColumn& column : kLogColumns) {
+        const std::optional<double>& value = row.*column.value;
+        if (value) line += std::isnan(*value) ? "nan" : format(column.pattern, *value);
+        line += ",";
     }
-    // What is still held back when the text has ended.
-    std::string finish() { return take(true); }
+    line.back() = '\n';
+    return line;
+}
+// The rows up to step `last`; later steps will be made again. A damaged line, and half a line that
+// a crash left at the end, are left out.
+inline std::vector<LogRow> read_log(const std::string& path, int64_t last) {
+    std::vector<LogRow> rows;
+    const std::string text = file_exists(path) ? read_file(path) : "";
+    double before = -1;
+    for (const std::string& line : split_at(text.substr(0, text.rfind('\n') + 1), '\n')) {
+        const std::vector<std::string> fields = split_at(line, ',');
+        if (fields.size() != std::size(kLogColumns)) continue;
+        LogRow row;
+        for (size_t i = 0; i < fields.size(); ++i) {
+            if (fields[i].empty()) continue;
+            char* end = nullptr;
+            row.*kLogColumns[i].value = std::strtod(fields[i].c_str(), &end);
+            if (*end) row.step.reset();  // no number
+        }
+        if (!(row.step > before && row.step <= double(last))) continue;
+        before = *row.step;
+        rows.push_back(row);
+    }
+    return rows;
+}
+
+inline FileHandle open_to_append(const std::string& path) {
+    FileHandle file(::open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666));
+    if (file.fd < 0) fail_errno("cannot write ", path);
+    return file;
+}
+
+// Each row goes to the system at once, so that a plot can follow the run. Rows that a full disk
+// refuses wait in memory and go with a later one.
+class Log {
+public:
+    // Begins with these rows. They replace the file: nothing may be appended to half a row.
+    Log(const std::string& path, const std::vector<LogRow>& rows) : path_(path) {
+        std::string text = log_header();
+        for (const LogRow& row : rows) text += log_line(row);
+        write_file(path, text);
+        file_.emplace(open_to_append(path));
+    }
+    void add(const LogRow& row) {
+        waiting_ += log_line(row);
+        if (!flush() && !std::exchange(warned_, true))
+            warn(to_text("cannot write ", path_, ": ", std::strerror(errno),
+                         "; rows wait in memory"));
+    }
+    // All rows so far are on the disk, or this fails.
+    void sync() {
+        if (!flush() || ::fsync(file_->fd) != 0) fail_errno("cannot write ", path_);
+    }
 
 private:
-    // All characters that are whole; at the end of the text, what is left as well.
-    std::string take(bool at_end) {
-        std::string out;
-        size_t at = 0;
-        while (at < held_.size()) {
-            const std::string rest = held_.substr(at, 4);
-            const size_t length = utf8_character(rest).bytes;
-            if (length == 0 && !at_end && may_begin_character(rest)) break;
-            out += length ? rest.substr(0, length) : "\xef\xbf\xbd";
-            at += std::max<size_t>(1, length);
-        }
-        held_.erase(0, at);
-        return out;
+    bool flush() {
+        waiting_.erase(0, write_all(file_->fd, waiting_.data(), waiting_.size()));
+        return waiting_.empty();
     }
-    // Whether some bytes behind these would make a character: the least that may follow, or the
-    // greatest. (After some first bytes only one half of them may.)
-    static bool may_begin_character(const std::string& text) {
-        return utf8_character(text + "\x80\x80\x80").bytes ||
-               utf8_character(text + "\xbf\xbf\xbf").bytes;
-    }
-    std::string held_;
+    std::string path_, waiting_;
+    std::optional<FileHandle> file_;
+    bool warned_ = false;
 };
 
-// ---- Ctrl-C -------------------------------------------------------------------------------------
+// What a row has, on one line: "step 50/2500 | loss 4.3021 | ... | 2m 05s left".
+inline std::string live_line(const LogRow& row, int64_t steps, double seconds_left) {
+    std::string line = format("step %.0f/%ld", *row.step, steps);
+    if (row.train_loss) line += format(" | loss %.4f", *row.train_loss);
+    if (row.val_loss)
+        line += format(" | val %.4f (perplexity %.2f)", *row.val_loss, *row.perplexity);
+    if (row.eval_train_loss) line += format(" | fixed train %.4f", *row.eval_train_loss);
+    if (row.lr) line += format(" | lr %.2e | norm %.3f", *row.lr, *row.grad_norm);
+    if (row.tokens_per_s) line += " | " + with_commas(int64_t(*row.tokens_per_s)) + " tok/s";
+    if (row.mfu) line += format(" | MFU %.0f%%", 100 * *row.mfu);
+    if (row.train_loss) line += " | " + duration_text(seconds_left) + " left";
+    return line;
+}
+// Shows the live line, over the one before. With `keep` it stays. Not on a terminal, only lines
+// that stay are printed. Why cut: of a line that wrapped, only the last part would be overwritten.
+inline void show_line(std::string line, bool keep) {
+    const bool live = ::isatty(STDOUT_FILENO);
+    if (!live && !keep) return;
+    winsize window{};
+    if (!keep && ::ioctl(STDOUT_FILENO, TIOCGWINSZ, &window) == 0 && window.ws_col > 0)
+        line.resize(std::min<size_t>(line.size(), window.ws_col - 1));
+    std::printf("%s%s%s", live ? "\r\033[K" : "", line.c_str(), keep ? "\n" : "");
+    std::fflush(stdout);
+}
 
-// A signal comes in the middle of anything, even of an allocation, so its handler may do next to
-// nothing: it notes the time. The loop looks at the note after every step.
+// Takes the whole characters from the front of sampled text. A token may end inside a UTF-8
+// character, so bytes that may still become one stay, unless the text has ended. A byte that is
+// part of none is shown as U+FFFD.
+inline std::string take_characters(std::string& text, bool ended) {
+    auto size_of = [](const std::string& bytes) { return utf8_character(bytes).bytes; };
+    std::string out;
+    while (!text.empty()) {
+        const std::string next = text.substr(0, 4);
+        const size_t size = size_of(next);
+        // The least and the greatest bytes that may follow: some first bytes allow only one half.
+        const bool unfinished = size_of(next + "\x80\x80\x80") || size_of(next + "\xbf\xbf\xbf");
+        if (size == 0 && unfinished && !ended) break;
+        out += size ? text.substr(0, size) : "\xef\xbf\xbd";
+        text.erase(0, std::max<size_t>(1, size));
+    }
+    return out;
+}
 
-// When the run was asked to stop, in nanoseconds of a clock that does not jump; 0: it was not. The
-// first time it finishes the step, saves and exits 130; the second time it exits at once, which
-// harms nothing: files are whole or not there.
+// --- Ctrl-C
+
+// When the run was asked to stop, in nanoseconds of the steady clock; 0: it was not. The loop looks
+// after every step: it then saves and exits with 130.
 inline std::atomic<int64_t>& stop_asked() {
     static std::atomic<int64_t> when{0};
     static_assert(std::atomic<int64_t>::is_always_lock_free, "a signal handler must not wait");
     return when;
 }
-inline int64_t steady_nanoseconds() {
-    timespec now{};
-    ::clock_gettime(CLOCK_MONOTONIC, &now);
-    return int64_t(now.tv_sec) * 1'000'000'000 + now.tv_nsec + 1;
-}
-// Careful: nothing in here may lock or allocate.
+// A second signal exits at once, which harms no file: each is whole or not there.
+// Careful: a handler interrupts anything, so nothing in here may lock or allocate.
 inline void on_stop_signal(int) {
-    const int64_t nanoseconds = steady_nanoseconds();
+    const int64_t now = std::chrono::steady_clock::now().time_since_epoch().count();
     int64_t first = 0;
-    if (stop_asked().compare_exchange_strong(first, nanoseconds)) return;
-    // Why: `timeout` and a closing terminal send two signals at once and mean one.
-    if (nanoseconds - first > 50'000'000) ::_exit(130);
+    if (stop_asked().compare_exchange_strong(first, now)) return;
+    // Why 50 ms: `timeout` and a closing terminal send two signals at once and mean one.
+    if (now - first > 50'000'000) ::_exit(130);
 }
-// Ctrl-C, `kill` and a closed terminal ask the run to stop. A closed pipe and a file-size limit are
-// no deaths: the write that met them fails, and says so.
+// Ctrl-C, `kill` and a closed terminal ask the run to stop. A closed pipe and a file-size limit
+// do not end it: the failed write reports the error.
 inline void catch_signals() {
     stop_asked() = 0;
-    struct sigaction action = {}, before = {};
-    action.sa_handler = on_stop_signal;
-    for (int number : {SIGINT, SIGTERM}) ::sigaction(number, &action, nullptr);
-    // Under nohup a closed terminal is to be ignored, so we do.
-    ::sigaction(SIGHUP, nullptr, &before);
-    if (before.sa_handler != SIG_IGN) ::sigaction(SIGHUP, &action, nullptr);
-    ::signal(SIGPIPE, SIG_IGN);
-    ::signal(SIGXFSZ, SIG_IGN);
+    for (int number : {SIGINT, SIGTERM}) ::signal(number, on_stop_signal);
+    if (::signal(SIGHUP, on_stop_signal) == SIG_IGN) ::signal(SIGHUP, SIG_IGN);  // under nohup
+    for (int number : {SIGPIPE, SIGXFSZ}) ::signal(number, SIG_IGN);
 }
 
 // ---- The machine --------------------------------------------------------------------------------
@@ -5826,45 +5814,32 @@ double Cpu<real>::peak_bandwidth() const {
 // =================================================================================================
 // §16 The training loop
 // =================================================================================================
-// The reader now holds a step (§8), an evaluation (§9), checkpoints, options and a log. A run is
-// the step, made again and again, and what has to be done between two steps: look whether the
-// numbers are sound, evaluate, write the log, save, show. That is Trainer::run, the loop; what it
-// calls stands below it, in the order in which it is called.
+// What you have now: a step (§8), an evaluation (§9), checkpoints (§14) and a log. A run makes step
+// after step. Trainer::run is the loop and shows what happens between two steps; what it calls
+// stands below it, in the order of the calls.
 //
-// What the user sees, and who prints it:
-//   run        2,500 steps of 1,024 tokens ...     begin
-//   step 50/2500 | loss 4.3021 | lr ...            show: a line that is overwritten, or kept
-//   sample at step 500 ...                         write_sample
-//   done: 2500 steps in 55s, and the curve         report
-//   verdict    still improving: ...                verdict: what the run's own numbers say
-//   next       ./train_gpt sample ...              show_next: lines to paste
+// Three numbers of the live line to watch. loss: in nats a token; e^loss, the perplexity, says among
+// how many tokens the model hesitates. norm: the gradient's length; a jump means that a batch, or
+// the learning rate, throws the weights off. MFU: the share of the machine's peak that went into
+// the model; half is good.
 //
-// The three numbers of the live line to watch. loss: in nats a token; e^loss is the perplexity,
-// among how many tokens the model hesitates. norm: the length of the gradient; a jump tells of a
-// batch, or a rate, that throws the weights off. MFU: which share of what the machine can compute
-// went into the model; half is good.
-//
-// What is written into the run's folder:
-//   log.csv             row 0: the evaluation before training. Row s: the loss and the norm of the
-//                       batch of update s, taken before it, and the evaluation made after it
-//   samples.txt         what the model wrote on its way
-//   checkpoint-<step>/  a Hugging Face folder, and what it takes to go on from there
+// The run's folder:
+//   log.csv             the losses of every step (§15)
+//   samples.txt         what the model wrote along the way
+//   checkpoint-<step>/  a Hugging Face folder, and what resuming needs
 //   best/               the model of the best evaluation
 //
-// A run may be stopped anywhere and goes on bit for bit as if nothing had happened: all that
-// decides the next step is in the weights, the moments and TrainerState, and a batch is a function
-// of how many samples were read before it (§2). Nothing that is broken is saved, and a full disk
-// is waited for.
+// A run may be stopped anywhere and resumes bit for bit: what decides the next step is in the
+// weights, the moments and TrainerState, and a batch is a function of how many samples were read
+// before it (§2).
 
-// ---- What a run is asked for ----------------------------------------------------------------------
-
-// The settings of a run. What is set among max_steps, epochs and max_minutes ends it, whichever
-// comes first; 0: not set. Intervals are in steps, 0 is never.
+// The settings of a run. It ends at max_steps, epochs or max_minutes, whichever comes first; 0: no
+// such limit. Intervals are in steps; 0: never.
 struct RunOptions {
     std::string output;  // the run's folder
     int64_t seed = 1337;
 
-    // What one update sees.
+    // What one update reads.
     int batch_size = 8, grad_accum_steps = 1;
     bool shuffle = true, overfit_batch = false;
 
@@ -5877,7 +5852,7 @@ struct RunOptions {
     int64_t warmup_steps = 100;
     double weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, grad_clip = 1;
 
-    // What is looked at on the way, and how often.
+    // What is looked at along the way.
     int64_t log_interval = 50, eval_interval = 250, eval_batches = 10, sample_interval = 500;
     int64_t tensor_stats_interval = 0, patience = 0, save_interval = 500;
     int keep = 2;        // newest checkpoints not deleted
@@ -5888,29 +5863,29 @@ struct RunOptions {
     double skip_outliers = 0;
 };
 
-// ---- What a run learns from, and what it is judged by -------------------------------------------
+// --- What a run learns from
 
-// The checksum of a shard's tokens, as hexadecimal digits. Of more than 64 million, only the ends
-// are read: a run must not begin with minutes of reading.
+// The checksum of a shard's tokens. Of more than 64 million only the ends are read: a run must not
+// begin with minutes of reading.
 inline std::string checksum_of(const Shard& shard) {
     Checksum sum;
     std::vector<uint16_t> buffer(1 << 16);
-    const int64_t piece = int64_t(buffer.size()), all = shard.tokens;
-    const int64_t stride = all <= 64'000'000 ? piece : std::max(piece, all - piece);
+    const int64_t part = int64_t(buffer.size()), all = shard.tokens;
+    const int64_t stride = all <= 64'000'000 ? part : std::max(part, all - part);
     for (int64_t at = 0; at < all; at += stride) {
-        const int64_t count = std::min(piece, all - at);
+        const int64_t count = std::min(part, all - at);
         shard.read(buffer.data(), at, count);
         sum.add(buffer.data(), 2 * size_t(count));
     }
     return sum.hex();
 }
 
-// A data folder, or shards that were named one by one. open_corpus (§18) makes one.
+// A data folder, or shards that were named one by one.
 struct Corpus {
     std::string folder;                  // empty where shards were named
     Shards train, val;                   // either may have no files
     std::optional<Tokenizer> tokenizer;  // none: tokens are shown as numbers
-    double floor = NAN;  // nats a token that no model can get below, where the corpus knows it
+    double floor = NAN;                  // no model's loss can be lower, where that is known
 
     explicit Corpus(const std::string& train_glob = "", const std::string& val_glob = "")
         : train(train_glob), val(val_glob) {}
@@ -5920,42 +5895,26 @@ struct Corpus {
     // The token at which evaluation windows begin (§9); -1: at any. The floor is that of documents
     // read from their start.
     int document_start() const { return std::isfinite(floor) ? end_of_text() : -1; }
-    // By token, how many bytes it stands for; empty without a tokenizer. With it a loss in nats a
-    // token becomes one in bits a byte, which can be compared between tokenizers.
+    // How many bytes each token stands for; empty without a tokenizer.
     std::vector<int> token_bytes() const {
         std::vector<int> bytes;
         for (int id = 0; tokenizer && id < tokenizer->vocab_size(); ++id)
             bytes.push_back(int(tokenizer->bytes_of(id).size()));
         return bytes;
     }
-    // Of each shard's file: its number, its size, and when it was last written to. If none of it
-    // has changed, neither has the file.
-    std::vector<std::array<int64_t, 4>> stamps() const {
-        std::vector<std::array<int64_t, 4>> stamps;
-        for (const auto* split : {&train, &val})
-            for (const Shard& shard : split->files()) {
-                struct stat s {};
-                ::stat(shard.path.c_str(), &s);
-                stamps.push_back(
-                    {int64_t(s.st_ino), s.st_size, s.st_mtim.tv_sec, s.st_mtim.tv_nsec});
-            }
-        return stamps;
-    }
-    // The tokenizer, and of each shard its length and its checksum, but no path: a checkpoint
-    // remembers this, and data that was moved is the same data.
+    // What a checkpoint recognises the data by: no path, so data that was moved is the same data.
     std::vector<std::string> fingerprint() const {
         std::vector<std::string> list;
         if (tokenizer) {
             Checksum sum;
             const std::string merges = tokenizer->merges_text();
             sum.add(merges.data(), merges.size());
-            list.push_back(
-                format("tokenizer: %d tokens, %s", tokenizer->vocab_size(), sum.hex().c_str()));
+            list.push_back(to_text("tokenizer: ", tokenizer->vocab_size(), " tokens, ", sum.hex()));
         }
-        for (const auto* split : {&train, &val})
+        for (auto* split : {&train, &val})
             for (const Shard& shard : split->files())
-                list.push_back(format("%s: %ld tokens, %s", split == &train ? "train" : "val",
-                                      shard.tokens, checksum_of(shard).c_str()));
+                list.push_back(to_text(split == &train ? "train: " : "val: ", shard.tokens,
+                                       " tokens, ", checksum_of(shard)));
         return list;
     }
 };
@@ -5968,8 +5927,8 @@ inline std::string text_of_token(const std::optional<Tokenizer>& tokenizer, int 
     return std::string(tokenizer->bytes_of(token));
 }
 
-// The tokens of a prompt; without a tokenizer, the numbers in it, which must be below vocab_size.
-// May be none.
+// The tokens of a prompt; may be none. Without a tokenizer the text must be numbers below
+// vocab_size.
 inline std::vector<int32_t> prompt_tokens(const std::string& text,
                                           const std::optional<Tokenizer>& tokenizer,
                                           int vocab_size) {
@@ -5980,20 +5939,18 @@ inline std::vector<int32_t> prompt_tokens(const std::string& text,
     }
     for (const std::string& word : split_at(text, ' ')) {
         if (word.empty()) continue;
-        int id = -1;
-        const char* end = word.data() + word.size();
-        const auto [stop, error] = std::from_chars(word.data(), end, id);
-        TINYGPT_USAGE(error == std::errc() && stop == end && id >= 0 && id < vocab_size,
-                      "there is no tokenizer: give the prompt as token numbers below %d, not %s",
-                      vocab_size, shown(word).c_str());
-        tokens.push_back(id);
+        char* end = nullptr;
+        const long id = std::strtol(word.c_str(), &end, 10);
+        if (*end || id < 0 || id >= vocab_size)
+            fail_usage("there is no tokenizer: give the prompt as token numbers below ", vocab_size,
+                       ", not ", shown(word));
+        tokens.push_back(int32_t(id));
     }
     return tokens;
 }
 
-// The mean loss, in nats a token, of the same `count` batches of training text every time, or of
-// all the text where that is less. Without dropout, and with a seed of its own, so it is comparable
-// between runs.
+// The mean loss of the same `count` batches of training text every time, or of all the text where
+// that is less. The seed is not the run's, so that runs can be compared.
 double fixed_batches_loss(auto& model, const Shards& shards, int64_t count, bool overfit_batch) {
     const DataOrder order(shards, model.B, model.T, 0, !overfit_batch, overfit_batch);
     count = std::min(count, ceil_div(order.blocks_per_epoch(), model.B));
@@ -6006,49 +5963,75 @@ double fixed_batches_loss(auto& model, const Shards& shards, int64_t count, bool
         for (auto loss : batch_losses(model, batch)) total += double(loss);
         scored += batch.scored;
     }
-    return total / std::max<int64_t>(1, scored);
+    return total / double(std::max<int64_t>(1, scored));
 }
 
-// ---- The run ------------------------------------------------------------------------------------
+// --- The run
 
-// Why a run ends: all steps made, --max-minutes, --patience, Ctrl-C; none: it goes on.
+// Why a run ended: all steps made, --max-minutes, --patience, Ctrl-C; none: it goes on.
 enum class End { none, finished, out_of_time, plateau, interrupted };
 
-// Where a run begins: afresh, or at a checkpoint that verifies.
+// Where a run begins: from scratch, or at a checkpoint that verifies.
 struct Start {
-    std::string folder;  // of the checkpoint; empty: afresh
+    std::string folder;  // the checkpoint's; empty: from scratch
     TrainerState state;
 };
 
-// One run. Members end in an underscore, so that in the loop one sees what outlives a step. It
-// writes into options.output, whose lock the caller holds, and prints. A disk that fails (not one
-// that is full) and a training that diverged end it with an Error, after which --resume auto goes
-// on.
+// A curve's point: a loss after so many updates.
+struct CurvePoint {
+    int64_t step;
+    double loss;
+};
+
+// The norms of every tensor's weight, gradient and update. update/weight is the one to watch: about
+// 0.001 is healthy; far less learns slowly, far more is about to break.
+template <class Device>
+void print_tensor_stats(Gpt2<Device>& model, const std::vector<typename Device::Real>& before,
+                        int64_t step) {
+    const auto after = model.get_weights();
+    std::vector<typename Device::Gradient> grads(model.layout.size);
+    model.device.download(grads.data(), model.grads, grads.size());
+    std::printf("\n%-28s %12s %12s %12s %12s\n", to_text("step ", step).c_str(), "|weight|",
+                "|gradient|", "|update|", "update/weight");
+    for (const TensorInfo& t : model.layout.tensors) {
+        double weight = 0, gradient = 0, update = 0;  // sums of squares
+        for (size_t i = t.offset; i < t.offset + t.count; ++i) {
+            const double w = double(after[i]), g = double(grads[i]), u = w - double(before[i]);
+            weight += w * w, gradient += g * g, update += u * u;
+        }
+        std::printf("%-28s %12.5g %12.5g %12.5g %12.3g\n", t.name.c_str(), std::sqrt(weight),
+                    std::sqrt(gradient), std::sqrt(update),
+                    std::sqrt(update / std::max(weight, 1e-300)));
+    }
+}
+
+// One run. Members end in an underscore, so that the loop shows what outlives a step. It writes
+// into options.output, whose lock the caller holds, and prints. A training that diverged, or a disk
+// that fails (not one that is full), ends it with an Error, after which --resume auto goes on.
 template <class Device>
 class Trainer {
 public:
-    // The model has room for batches of B x T, and its weights and moments are where the run
-    // begins.
+    // The model has room for batches of batch_size x model.T; its weights and moments are those
+    // that the run begins with.
     Trainer(const RunOptions& options, const Corpus& corpus, Gpt2<Device>& model)
-        : o_(options), corpus_(corpus), model_(model), B_(o_.batch_size), T_(model.T),
-          order_(corpus.train, B_, T_, o_.seed, o_.shuffle, o_.overfit_batch),
-          windows_(evaluation_windows(corpus.val, T_, corpus.document_start())) {}
+        : o_(options), corpus_(corpus), model_(model),
+          order_(corpus.train, o_.batch_size, model.T, o_.seed, o_.shuffle, o_.overfit_batch),
+          windows_(evaluation_windows(corpus.val, model.T, corpus.document_start())) {}
 
-    // Trains from start.state.step to the end, which is evaluated unless it is Ctrl-C's.
-    // The order within a step: the row is in the log before anything may fail; what ends the run is
-    // decided once, and everything after it follows that; the checkpoint comes after best/, so that
-    // a run which goes on from it finds the best model that it remembers.
+    // Trains from start.state.step to the end, and evaluates there unless it is Ctrl-C's.
+    // The order within a step: the row is in the log before anything may fail. What ends the run is
+    // decided once. The checkpoint comes after best/, so that a run which resumes from it finds the
+    // best model that it remembers.
     End run(const Start& start) {
         begin(start);
-        BatchLoader loader(corpus_.train, order_, B_, T_, model_.config.vocab_size, state_.samples);
-        End end = state_.step < steps_ ? End::none : End::finished;
+        BatchLoader loader(corpus_.train, order_, o_.batch_size, model_.T, model_.config.vocab_size,
+                           state_.samples);
+        End end = state_.step < state_.planned_steps ? End::none : End::finished;
         while (end == End::none) {
             const int64_t epoch = order_.epoch(state_.samples);
             LogRow row = one_step(loader);
             check_broken(row);
-            const bool out_of_time = time_is_up() && queued_ == state_.step;
-            const bool last = state_.step == steps_ || out_of_time;
-            const bool evaluated = o_.eval_interval > 0 && (last || due(o_.eval_interval));
+            const bool evaluated = o_.eval_interval > 0 && (is_last() || due(o_.eval_interval));
             if (evaluated) evaluate_into(row), note_best(row);
             write_row(row);
             end = end_reached();
@@ -6056,90 +6039,86 @@ public:
             const std::string title = sample_title(epoch);
             if (evaluated && state_.best_step == state_.step) try_save("best", false);
             if (end != End::none || due(o_.save_interval)) save(end);
-            // Why last: it takes time, and who interrupts a run waits for its checkpoint only.
+            // Why last: Ctrl-C need not wait for a sample, only for the checkpoint.
             if (!title.empty() && end != End::interrupted) write_sample(title, 50);
         }
         return end;
     }
-    int T() const { return T_; }
+    int T() const { return model_.T; }
     const TrainerState& state() const { return state_; }
     const std::vector<CurvePoint>& train_curve() const { return train_curve_; }
     const std::vector<CurvePoint>& val_curve() const { return val_curve_; }
 
-    // Some of the model's own text, from the prompt or from the start of a document: printed, and
-    // added to samples.txt. The seed is the run's, so samples differ by what was learned, not by
-    // luck.
+    // Text of the model's own, after the prompt or from the start of a document: printed, and added
+    // to samples.txt. The seed is always the run's, so samples differ by what was learned.
     void write_sample(const std::string& title, int count) {
-        // What the model reads first: the start of a document, and the prompt.
-        const int end = corpus_.end_of_text();
-        auto tokens = prompt_tokens(o_.prompt, corpus_.tokenizer, model_.config.vocab_size);
-        if (end >= 0) tokens.insert(tokens.begin(), end);
-        if (tokens.empty()) tokens.push_back(0);
-        // What it writes. A character of which the last token brought only a part is U+FFFD.
-        SampleOptions s;
-        s.max_new_tokens = count, s.seed = o_.seed, s.end_of_text = end;
-        std::string text = o_.prompt + (o_.prompt.empty() || end >= 0 ? "" : " ");
-        auto add = [&](int token) { return text += text_of_token(corpus_.tokenizer, token), true; };
         try {
+            auto tokens = prompt_tokens(o_.prompt, corpus_.tokenizer, model_.config.vocab_size);
+            const int end_of_text = corpus_.end_of_text();
+            std::string bytes;
+            auto add = [&](int token) {
+                return bytes += text_of_token(corpus_.tokenizer, token), true;
+            };
+            for (int token : tokens) add(token);
+            if (end_of_text >= 0) tokens.insert(tokens.begin(), end_of_text);
+            if (tokens.empty()) tokens.push_back(0);
+            SampleOptions s;
+            s.max_new_tokens = count, s.seed = o_.seed, s.end_of_text = end_of_text;
             generate(model_, tokens, s, add);
-        } catch (const Error& error) {  // a run does not end for want of a sample
-            return warn(std::string("no sample: ") + error.what());
+            const std::string text = take_characters(bytes, true),
+                              path = o_.output + "/samples.txt";
+            std::printf("\n%s\n%s\n\n", title.c_str(), text.c_str());
+            const FileHandle file = open_to_append(path);
+            const std::string entry = "=== " + title + "\n" + text + "\n\n";
+            if (write_all(file.fd, entry.data(), entry.size()) < entry.size())
+                fail_errno("cannot write ", path);
+        } catch (const Error& error) {  // a sample is not worth ending the run
+            warn(to_text("no sample at step ", state_.step, ": ", error.what()));
         }
-        Utf8Stream stream;
-        const std::string whole = stream.add(text), shown = whole + stream.finish();
-        std::printf("\n%s\n%s\n\n", title.c_str(), shown.c_str());
-        // Into the file, in one write, so that nothing is half there.
-        const std::string path = o_.output + "/samples.txt";
-        const std::string entry = "=== " + title + "\n" + shown + "\n\n";
-        FileHandle file(::open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666));
-        if (file.fd < 0 || write_all(file.fd, entry.data(), entry.size()) < entry.size())
-            warn("cannot write " + path + ": " + std::strerror(errno));
     }
 
 private:
-    // ---- Before the first step
-
-    // Opens the log, says how long the run will be, and evaluates the model as it is: row 0. Why: a
-    // model that knows nothing has a loss of log V, and a first row that is far from it tells of a
-    // mistake before an hour is spent. The plan is kept in the state, because the learning rate of
-    // every step depends on how many there will be.
+    // Plans the run and evaluates the model as it is: row 0. Why: a model that knows nothing has a
+    // loss of log V; a first row far from it shows a mistake before an hour is spent. The plan is
+    // kept in the state, because every step's learning rate depends on it.
     void begin(const Start& start) {
         const bool resumed = !start.folder.empty();
         state_ = start.state;
-        stamps_ = corpus_.stamps();
-        steps_ = state_.planned_steps > 0 ? state_.planned_steps : planned_steps();
-        state_.planned_steps = steps_, queued_ = state_.step;
+        if (state_.planned_steps == 0) state_.planned_steps = planned_steps();
+        queued_ = state_.step;
         peak_flops_ = product_peak_flops(model_.device);
         model_.device.upload(model_.state, &state_.guards, 1);
         // Later checkpoints, of steps that will be made again, must not count as the newest.
         for (const std::string& name : set_aside_later(o_.output, resumed ? state_.step : -1))
             say("set aside", name + ", as " + name + ".set-aside");
-        if (resumed) restore_log(start.folder);
-        const double epochs = double(steps_ * rows_per_step()) / order_.blocks_per_epoch();
-        say("run", with_commas(steps_) + " steps of " + with_commas(rows_per_step() * T_) +
-                       " tokens" + format(" (%.2f epochs) into ", epochs) + o_.output);
+        if (resumed) open_log(start.folder);
+        const int64_t rows = state_.planned_steps * rows_per_step();
+        say("run", with_commas(state_.planned_steps) + " steps of " +
+                       with_commas(rows_per_step() * model_.T) + " tokens" +
+                       format(" (%.2f epochs) into ", double(rows) / order_.blocks_per_epoch()) +
+                       o_.output);
         std::printf("\n");
         if (resumed) return;
         LogRow row = row_now();
         if (o_.eval_interval > 0) evaluate_into(row);
-        restore_log(start.folder);  // only now: where the text cannot be read there is no run
+        open_log("");  // only now: where the text cannot be read, no run is left behind
         show(row, true);
         write_row(row);
     }
 
-    // How many steps the options ask for: steps or epochs, whichever is fewer; or, where only
-    // --max-minutes is set, as many as fit into it.
+    // As many steps as max_steps or epochs say, whichever is fewer; or, where only max_minutes is
+    // set, as fit into it.
     int64_t planned_steps() {
         const int64_t no_limit = std::numeric_limits<int64_t>::max();
         int64_t steps = o_.max_steps > 0 ? o_.max_steps : no_limit;
         if (o_.epochs > 0) {
-            const double rows = o_.epochs * order_.blocks_per_epoch();
-            const double wanted = std::ceil(rows / rows_per_step() - 1e-9);
+            const double rows = o_.epochs * double(order_.blocks_per_epoch());
+            const double wanted = std::ceil(rows / double(rows_per_step()) - 1e-9);
             steps = std::min(steps, int64_t(std::clamp(wanted, 1.0, 1e15)));
         }
         if (steps < no_limit) return steps;
         // A step takes about as long as three evaluations of its batch (backward is twice forward),
-        // and a tenth more for the update. The first one is there to warm up.
+        // and a tenth more for the update. The first one warms up.
         evaluate_fixed(1);
         const double begin = now_seconds();
         for (int i = 0; i < 3; ++i) evaluate_fixed(1);
@@ -6147,67 +6126,66 @@ private:
         return std::max<int64_t>(1, int64_t(o_.max_minutes * 60 / a_step));
     }
 
-    // Goes on with the log of the run that the checkpoint `from` is of, and with its curves. Rows
-    // behind the checkpoint are dropped: those steps are made again. Columns 3 and 5 are train_loss
-    // and val_loss.
-    void restore_log(const std::string& from) {
-        std::vector<std::string> rows;
-        if (!from.empty()) {
-            const std::string path = parent_folder(from) + "/log.csv";
-            rows = read_log_rows(path, state_.step);
+    // Continues the log and the curves of the run that `checkpoint` is of; empty: begins them.
+    void open_log(const std::string& checkpoint) {
+        std::vector<LogRow> rows;
+        if (!checkpoint.empty()) {
+            const std::string path = parent_folder(checkpoint) + "/log.csv";
+            rows = read_log(path, state_.step);
             if (int64_t(rows.size()) != state_.step + 1)
-                warn(format("%s has %zu of the %ld rows up to step %ld", path.c_str(), rows.size(),
-                            state_.step + 1, state_.step));
+                warn(to_text(path, " has ", rows.size(), " of the ", state_.step + 1,
+                             " rows up to step ", state_.step));
         }
-        for (const std::string& row : rows)
-            for (auto [column, curve] : {std::pair{3, &train_curve_}, {5, &val_curve_}})
-                if (const double loss = log_field(row, size_t(column)); !std::isnan(loss))
-                    curve->push_back({std::strtoll(row.c_str(), nullptr, 10), loss});
+        for (const LogRow& row : rows) add_to_curves(row);
         log_.emplace(o_.output + "/log.csv", rows);
     }
+    void add_to_curves(const LogRow& row) {
+        if (row.train_loss) train_curve_.push_back({int64_t(*row.step), *row.train_loss});
+        if (row.val_loss) val_curve_.push_back({int64_t(*row.step), *row.val_loss});
+    }
 
-    // ---- The step
+    // --- The step
 
-    // Rows of text that one update is made of.
-    int64_t rows_per_step() const { return int64_t(B_) * o_.grad_accum_steps; }
-    // Whether what is done every `interval` steps is to be done after that one, or after the one
-    // made last; 0: never.
+    // Rows of text that one update reads.
+    int64_t rows_per_step() const { return int64_t(o_.batch_size) * o_.grad_accum_steps; }
+    // Whether what happens every `interval` steps happens after this step, or after the last one.
     static bool due(int64_t interval, int64_t step) { return interval > 0 && step % interval == 0; }
     bool due(int64_t interval) const { return due(interval, state_.step); }
     // Why not the clock: of a resumed run, the minutes before it count too.
     bool time_is_up() const { return o_.max_minutes > 0 && state_.seconds > o_.max_minutes * 60; }
+    bool is_last() const {
+        return state_.step == state_.planned_steps || (time_is_up() && queued_ == state_.step);
+    }
 
-    // The options as a step wants them.
     StepOptions step_options() const {
         return {uint64_t(o_.seed),
-                {o_.schedule, o_.learning_rate, o_.min_lr_fraction, o_.warmup_steps, steps_},
+                {o_.schedule, o_.learning_rate, o_.min_lr_fraction, o_.warmup_steps,
+                 state_.planned_steps},
                 {o_.beta1, o_.beta2, o_.eps, o_.weight_decay},
                 {o_.grad_clip, o_.skip_outliers}};
     }
 
-    // A row that knows where the run stands, and nothing measured yet. epoch: how often the
-    // training text has been read, a fraction; tokens: how many were read in all.
+    // A row that knows where the run stands, with nothing measured yet.
     LogRow row_now() const {
         LogRow row;
-        row.step = state_.step;
-        row.epoch = double(state_.samples) / order_.blocks_per_epoch();
-        row.tokens = state_.samples * T_;
+        row.step = state_.step, row.tokens = state_.samples * model_.T;
+        row.epoch = double(state_.samples) / double(order_.blocks_per_epoch());
+        row.seconds = state_.seconds;
         return row;
     }
 
-    // Whether anything but the next step needs the model as this step leaves it: then the device
-    // must not be given the next step yet.
+    // Whether anything but the next step needs the model as this step leaves it. Then the device
+    // must not have the next step yet.
     bool waited_for(int64_t step) const {
         for (int64_t interval :
              {o_.eval_interval, o_.save_interval, o_.sample_interval, o_.tensor_stats_interval})
             if (due(interval, step)) return true;
         const int64_t samples = state_.samples + (step - state_.step) * rows_per_step();
         const bool new_epoch = order_.epoch(samples) > order_.epoch(samples - rows_per_step());
-        return step >= steps_ || new_epoch || due(o_.tensor_stats_interval, step + 1) ||
-               stop_asked() != 0 || time_is_up();
+        return step >= state_.planned_steps || new_epoch ||
+               due(o_.tensor_stats_interval, step + 1) || stop_asked() != 0 || time_is_up();
     }
 
-    // Gives the device one more step to do.
     void queue_step(BatchLoader& loader) {
         std::vector<Batch> batches;
         while (int(batches.size()) < o_.grad_accum_steps) batches.push_back(loader.next());
@@ -6216,11 +6194,9 @@ private:
         model_.device.post(model_.state);
     }
 
-    // Makes one update; the row has its loss and norm, both from before it. Where the device may be
-    // late (a GPU) it has the step after this one to do while the host waits for the numbers of
-    // this one. They are all that comes back, and waiting for them makes the time true. MFU,
-    // model FLOPs utilisation (Chowdhery et al. 2022), is the share of the device's peak that went
-    // into operations which the model needs.
+    // Makes one update; returns its row. A device that may be late (a GPU) gets the step after it,
+    // too, before the host waits for this one's numbers. They are all that comes back, and waiting
+    // for them makes the time true. MFU: model FLOPs utilisation (Chowdhery et al. 2022).
     LogRow one_step(BatchLoader& loader) {
         const bool wants_stats = due(o_.tensor_stats_interval, state_.step + 1);
         std::vector<typename Device::Real> before;
@@ -6230,95 +6206,71 @@ private:
             queue_step(loader);
         state_.guards = model_.device.fetch(model_.state);
         const double now = now_seconds(), seconds = now - std::exchange(began_, now);
-
-        // Where the run stands now, and what it has learned about this step.
+        // Where the run stands now.
         const StepState& done = state_.guards;
         ++state_.step, state_.samples += rows_per_step(), state_.seconds += seconds;
         state_.train_loss = done.loss;
         if (!done.broken) state_.epoch_loss += done.loss, ++state_.epoch_steps;
-        step_seconds_ = step_seconds_ > 0 ? 0.9 * step_seconds_ + 0.1 * seconds : seconds;
-        train_curve_.push_back({state_.step, done.loss});
-        // The row of the log.
+        // What it has learned about this step.
         LogRow row = row_now();
-        row.train_loss = done.loss, row.grad_norm = done.grad_norm;
-        row.lr = done.skip ? 0 : done.lr;  // so that the log tells which updates were skipped
-        row.tokens_per_s = double(rows_per_step()) * T_ / seconds;
+        row.train_loss = done.loss, row.grad_norm = done.grad_norm,
+        row.lr = done.skip ? 0 : done.lr;
+        row.tokens_per_s = double(rows_per_step() * model_.T) / seconds;
         if (peak_flops_ > 0)
-            row.mfu = *row.tokens_per_s * flops_per_token(model_.config, T_) / peak_flops_;
-        if (wants_stats) tensor_stats(before);
+            row.mfu = *row.tokens_per_s * flops_per_token(model_.config, model_.T) / peak_flops_;
+        if (wants_stats) print_tensor_stats(model_, before, state_.step);
         return row;
     }
 
-    // The norms of every tensor's weight, gradient and update, on request. update/weight is the one
-    // to watch: about 0.001 is healthy; far less learns slowly, far more is about to break.
-    void tensor_stats(const std::vector<typename Device::Real>& before) {
-        const auto after = model_.get_weights();
-        std::vector<typename Device::Gradient> grads(model_.layout.size);
-        model_.device.download(grads.data(), model_.grads, grads.size());
-        std::printf("\n%-28s %12s %12s %12s %12s\n", format("step %ld", state_.step).c_str(),
-                    "|weight|", "|gradient|", "|update|", "update/weight");
-        for (const TensorInfo& t : model_.layout.tensors) {
-            double weight = 0, gradient = 0, update = 0;  // sums of squares
-            for (size_t i = t.offset; i < t.offset + t.count; ++i) {
-                const double w = double(after[i]), g = double(grads[i]), u = w - double(before[i]);
-                weight += w * w, gradient += g * g, update += u * u;
-            }
-            std::printf("%-28s %12.5g %12.5g %12.5g %12.3g\n", t.name.c_str(), std::sqrt(weight),
-                        std::sqrt(gradient), std::sqrt(update),
-                        std::sqrt(update / std::max(weight, 1e-300)));
-        }
-    }
-
-    // Where the update was not made, because of a NaN, an infinity or an outlier (§7): says so.
-    // With --on-nan stop one of the former ends the run: the row is logged, nothing of the step is
-    // kept. Why stop: a loss that is no number comes again, and the hours after it would be wasted.
-    void check_broken(LogRow& row) {
+    // Reports an update that was not made: NaN, infinity or an outlier (§7). With --on-nan stop the
+    // first two end the run: the row is logged, nothing else of the step is kept. Why stop: such a
+    // loss comes again, and the hours after it would be wasted.
+    void check_broken(const LogRow& row) {
         const StepState& g = state_.guards;
         if (!g.skip) return;
-        const bool stop = g.broken && o_.on_nan == "stop";
-        if (stop) write_row(row);
-        TINYGPT_CHECK(!stop,
-                      "step %ld: the loss is %g and the gradient's norm %g: training has diverged. "
-                      "Nothing of this step was saved. Go on from the last checkpoint with a lower "
-                      "--learning-rate, --resume auto and --override, or pass over such steps with "
-                      "--on-nan skip",
-                      state_.step, g.loss, g.grad_norm);
-        // The more there are, the less is said.
+        if (g.broken && o_.on_nan == "stop") {
+            write_row(row);
+            fail(
+                "step ", state_.step, ": the loss is ", g.loss, " and the gradient's norm ",
+                g.grad_norm, ": training has diverged. Nothing of this step was saved. Go on from ",
+                "the last checkpoint with a lower --learning-rate, --resume auto and --override, or ",
+                "pass over such steps with --on-nan skip");
+        }
+        // The more there are, the fewer are reported.
         if (g.skipped <= 4 || std::has_single_bit(uint64_t(g.skipped)))
-            warn(format("step %ld was skipped: loss %g, norm %g (%s; %ld so far)", state_.step,
-                        g.loss, g.grad_norm, g.broken ? "not a number" : "an outlier", g.skipped));
+            warn(to_text("step ", state_.step, " was skipped: loss ", g.loss, ", norm ",
+                         g.grad_norm, g.broken ? " (not a number; " : " (an outlier; ", g.skipped,
+                         " so far)"));
     }
 
-    // Whether the run is over after this step, and why. Ctrl-C counts least: a run that is finished
-    // anyway is finished.
+    // Whether the run is over after this step, and why. Ctrl-C comes last: a finished run is
+    // finished. A step that the device has already is waited for first.
     End end_reached() const {
-        if (queued_ > state_.step) return End::none;  // a step is under way: it is waited for first
-        if (state_.step >= steps_) return End::finished;
+        if (queued_ > state_.step) return End::none;
+        if (state_.step >= state_.planned_steps) return End::finished;
         if (o_.patience > 0 && state_.stale_evals >= o_.patience) return End::plateau;
         if (time_is_up()) return End::out_of_time;
         return stop_asked() != 0 ? End::interrupted : End::none;
     }
 
-    // ---- Watching it
+    // --- Watching it
 
-    // Scores all of the validation text, and --eval-batches batches of training text, always the
-    // same ones. Why both: the gap between them is what the model has learned by heart.
+    // Scores the validation text, and --eval-batches batches of training text, always the same.
+    // The gap between the two is what the model has memorised.
     void evaluate_into(LogRow& row) {
         if (!windows_.empty()) {
             const Evaluation e = evaluate(model_, corpus_.val, windows_, corpus_.token_bytes());
             row.val_loss = state_.val_loss = e.loss(), row.perplexity = e.perplexity();
             if (std::isfinite(corpus_.floor)) row.floor = corpus_.floor;
-            val_curve_.push_back({state_.step, e.loss()});
         }
         if (o_.eval_batches > 0) row.eval_train_loss = evaluate_fixed(o_.eval_batches);
     }
-    // The mean loss of so many fixed batches of the training text.
     double evaluate_fixed(int64_t batches) {
         return fixed_batches_loss(model_, corpus_.train, batches, o_.overfit_batch);
     }
 
     // Is this the best evaluation so far? Counts those without progress, for --patience. Without
-    // validation text it is judged by the fixed training batches.
+    // validation text the fixed training batches decide.
     void note_best(const LogRow& row) {
         const std::optional<double> loss = row.val_loss ? row.val_loss : row.eval_train_loss;
         if (!loss) return;
@@ -6327,47 +6279,27 @@ private:
         state_.stale_evals = better ? 0 : state_.stale_evals + 1;
     }
 
-    // Appends to log.csv. A disk that is full does not stop training: rows wait in memory.
-    void write_row(LogRow& row) {
-        row.seconds = state_.seconds;
-        if (!log_->add(row) && !std::exchange(warned_, true))
-            warn("cannot write " + o_.output + "/log.csv: " + std::strerror(errno) +
-                 "; rows wait in memory");
+    void write_row(const LogRow& row) {
+        add_to_curves(row);
+        log_->add(row);
     }
 
-    // The live line. It stays on the terminal when `keep` is set, else the next overwrites it. In a
-    // file or a pipe only those that stay are printed. What is left is the time of the steps, or of
-    // --max-minutes where that is less.
+    // What is left is the time of the steps, or of --max-minutes where that is less.
     void show(const LogRow& row, bool keep) {
-        const bool live = ::isatty(STDOUT_FILENO);
-        if (!live && !keep) return;
-        std::string line = format("step %ld/%ld", row.step, steps_);
-        if (row.train_loss) line += format(" | loss %.4f", *row.train_loss);
-        if (row.val_loss)
-            line += format(" | val %.4f (perplexity %.2f)", *row.val_loss, *row.perplexity);
-        if (row.eval_train_loss) line += format(" | fixed train %.4f", *row.eval_train_loss);
-        if (row.lr) line += format(" | lr %.2e | norm %.3f", *row.lr, *row.grad_norm);
-        if (row.tokens_per_s) line += " | " + with_commas(int64_t(*row.tokens_per_s)) + " tok/s";
-        if (row.mfu) line += format(" | MFU %.0f%%", 100 * *row.mfu);
-        double left = double(steps_ - row.step) * step_seconds_;
+        const double a_step = state_.seconds / double(std::max<int64_t>(1, state_.step));
+        double left = double(state_.planned_steps - state_.step) * a_step;
         if (o_.max_minutes > 0) left = std::clamp(o_.max_minutes * 60 - state_.seconds, 0.0, left);
-        if (row.train_loss) line += " | " + duration_text(left) + " left";
-        // Why: of a line that had wrapped, only the last part would be overwritten.
-        winsize window{};
-        if (!keep && ::ioctl(STDOUT_FILENO, TIOCGWINSZ, &window) == 0 && window.ws_col > 0)
-            line.resize(std::min<size_t>(line.size(), window.ws_col - 1));
-        std::printf("%s%s%s", live ? "\r\033[K" : "", line.c_str(), keep ? "\n" : "");
-        std::fflush(stdout);
+        show_line(live_line(row, state_.planned_steps, left), keep);
     }
 
-    // What to write above a sample that is due after this step; empty: none is. epoch: the one that
-    // the step was in. Where it has ended its mean loss is said, and summing begins anew; epochs of
-    // a few steps come too fast to say anything.
+    // The title of a sample that is due after this step; empty: none is. epoch: that of the step.
+    // At its end, its mean loss is reported and the sum begins again. Epochs of a few steps come
+    // too fast to report.
     std::string sample_title(int64_t epoch) {
         std::string title;
-        if (due(o_.sample_interval)) title = format("sample at step %ld", state_.step);
+        if (due(o_.sample_interval)) title = to_text("sample at step ", state_.step);
         if (order_.epoch(state_.samples) == epoch) return title;
-        const double mean = state_.epoch_loss / std::max<int64_t>(1, state_.epoch_steps);
+        const double mean = state_.epoch_loss / double(std::max<int64_t>(1, state_.epoch_steps));
         if (order_.blocks_per_epoch() >= 10 * rows_per_step())
             title = format("epoch %ld ends at step %ld: mean train loss %.4f", epoch + 1,
                            state_.step, mean);
@@ -6375,41 +6307,23 @@ private:
         return title;
     }
 
-    // ---- Saving it
-
-    // A shard that was written to while we train has changed what we learn from. Nothing that came
-    // after the last save may be kept then. Stamps are looked at before every save, which costs
-    // nothing; only where one is new are the shards read again.
-    void check_data_unchanged() {
-        const auto stamps = corpus_.stamps();
-        if (stamps == stamps_) return;
-        TINYGPT_CHECK(corpus_.fingerprint() == state_.data,
-                      "the training or validation data was changed during the run: nothing was "
-                      "saved at step %ld. Restore the data and go on from the last checkpoint with "
-                      "--resume auto",
-                      state_.step);
-        stamps_ = stamps;  // touched, or replaced by a new file: what we have open is the same
-    }
+    // --- Saving it
 
     // Saves under the run's folder; returns whether it did. A full disk is a warning: the last good
-    // checkpoint is untouched, and training can go on, for somebody may make room. Any other error
-    // stops the run: a disk that fails now will not get better.
+    // checkpoint is untouched, and somebody may make room. Any other error stops the run.
     bool try_save(const std::string& name, bool with_moments) {
-        check_data_unchanged();
-        const std::string not_saved =
-            format("; %s was not saved at step %ld, ", name.c_str(), state_.step);
         try {
-            log_->sync();  // first, so that no checkpoint is ahead of its log
+            log_->sync();  // first: no checkpoint may be ahead of its log
             const Tokenizer* tokenizer = corpus_.tokenizer ? &*corpus_.tokenizer : nullptr;
             save_checkpoint(model_, o_.output + "/" + name, tokenizer, state_, with_moments);
             return true;
         } catch (const FileError& e) {
+            const std::string what =
+                to_text(e.what(), "; ", name, " was not saved at step ", state_.step, ", ");
             if (e.code != ENOSPC && e.code != EDQUOT && e.code != EFBIG)
-                fail(e.what() + not_saved +
-                     "and training stops, because the next save would fail too. Checkpoints that "
-                     "are in " +
-                     o_.output + " are whole: --resume auto");
-            warn(e.what() + not_saved + "training goes on");
+                fail(what, "and training stops, because the next save would fail too. ",
+                     "Checkpoints that are in ", o_.output, " are whole: --resume auto");
+            warn(what + "training goes on");
             return false;
         }
     }
@@ -6418,32 +6332,26 @@ private:
     void save(End end) {
         state_.finished = end != End::none && end != End::interrupted;
         const bool saved = try_save("checkpoint-" + std::to_string(state_.step), true);
-        TINYGPT_CHECK(saved || end == End::none,
-                      "the run has ended at step %ld, but it could not be saved there: make room "
-                      "and type --resume auto to make the last steps again",
-                      state_.step);
-        if (!saved) return;
+        if (!saved && end != End::none)
+            fail("the run has ended at step ", state_.step, ", but it could not be saved there: ",
+                 "make room and type --resume auto to make the last steps again");
         try {
             remove_old_checkpoints(o_.output, o_.keep);
         } catch (const FileError& e) {
-            warn(std::string(e.what()) + "; an old checkpoint stays");
+            warn(to_text(e.what(), "; an old checkpoint stays"));
         }
     }
 
     const RunOptions& o_;
     const Corpus& corpus_;
     Gpt2<Device>& model_;
-    int B_, T_;
     const DataOrder order_;
     const std::vector<Window> windows_;  // of the validation text; empty: there is none
     std::optional<Log> log_;
-    TrainerState state_;                          // where the run stands; what a checkpoint keeps
-    std::vector<std::array<int64_t, 4>> stamps_;  // of the shards, when they were known to be good
-    int64_t steps_ = 0;                           // how many the run will have
+    TrainerState state_;  // where the run stands; what a checkpoint keeps
     int64_t queued_ = 0;  // steps that the device was given; state_.step: whose numbers are known
     double began_ = 0;    // when the step began that is under way
-    double peak_flops_ = 0, step_seconds_ = 0;  // the latter smoothed
-    bool warned_ = false;                       // that the log cannot be written
+    double peak_flops_ = 0;
     std::vector<CurvePoint> train_curve_, val_curve_;
 };
 

@@ -1430,18 +1430,18 @@ void show_top(auto& model, const std::vector<int32_t>& tokens,
 // samples holds nothing else. It stops when nobody reads any more (head closes the pipe).
 void write_text(auto& model, const std::vector<int32_t>& tokens,
                 const std::optional<Tokenizer>& tokenizer, const SampleOptions& options) {
-    Utf8Stream stream;
+    std::string bytes;  // sampled, and not shown yet
     int64_t count = 0;
     const double begin = now_seconds();
     double first = begin;  // when the prompt had been read, and the first token was there
     const int slides = generate(model, tokens, options, [&](int token) {
         if (count == 0) first = now_seconds();
-        const std::string text = text_of_token(tokenizer, token);
-        std::fputs((tokenizer ? stream.add(text) : text).c_str(), stdout);
+        bytes += text_of_token(tokenizer, token);
+        std::fputs(take_characters(bytes, false).c_str(), stdout);
         std::fflush(stdout);
         return ++count, !std::ferror(stdout);
     });
-    std::printf("%s\n", stream.finish().c_str());
+    std::printf("%s\n", take_characters(bytes, true).c_str());
     std::fflush(stdout);
     std::fprintf(stderr, "[%zu tokens read in %.2f s, %ld written", tokens.size(), first - begin,
                  count);

@@ -13,7 +13,7 @@ PARSERS = {  # by the names of their functions and classes; a class stands for a
     "checkpoint: config.json": "read_hf_config hf_config_text",
     "checkpoint: trainer_state.json": "state_from_json FieldCarrier number_or read_sealed state_seal",
     "checkpoint: HellaSwag": "read_hellaswag",
-    "checkpoint: log.csv": "read_log_rows log_field",
+    "checkpoint: log.csv": "read_log log_line",
     "options": "parse_options split_arguments find_option find_command check_together assign shown "
                "edit_distance name_distance nearest command_name range_text",
     "config": "parse_config read_config",
