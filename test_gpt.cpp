@@ -5630,7 +5630,7 @@ TEST_CASE("run: data cut short under a run stops it; a new file of that name doe
         });
         const Outcome outcome = place.train(name);
         CHECK(outcome.status == (cut ? 1 : 0));
-        if (cut) CHECK(outcome.says("the file has become shorter"));
+        if (cut) CHECK(outcome.says("the file became shorter"));
         CHECK(outcome.lines() == (cut ? 1 : 0));
         if (cut) CHECK(last_step(place.out(name)) == 5);
         ::unlink(shard.c_str());
