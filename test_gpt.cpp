@@ -833,7 +833,7 @@ struct Reference {
         const int B = int(run.get_int("batch", path)), T = int(run.get_int("seq", path));
         const Shards shards(folder + "/batch.bin");
         batch.resize(B, T);
-        fill_batch(batch, shards, DataOrder(shards, B, T, 0, true, true), 0, config.vocab_size);
+        batch = DataOrder{shards, B, T, 0, true, true}.batch(0, config.vocab_size);
     }
     double number(const char* key) const { return run.get(key, Json::Kind::number, folder).number; }
     std::vector<double> read(const std::string& name) const {
@@ -918,7 +918,7 @@ std::string compare_with_reference(const std::string& folder) {
     // Logits of every position.
     const int rows = batch.B * batch.T, C = config.n_embd, V = config.vocab_size;
     set_batch(model, batch);
-    forward(model, {batch.B, batch.T, false, 0, 0, false});
+    forward(model, {.B = batch.B, .T = batch.T});
     std::vector<real> logits(size_t(rows) * V);
     model.device.head_logits(logits.data(), model.a.ln_f, model.w.lm_head, rows, C, V);
     const double logits_error =
@@ -1570,16 +1570,14 @@ TEST_CASE("data: one epoch makes every prediction exactly once, whatever T, shuf
         for (int T : {1, 2, 3, 7, 16, 100, 128})
             for (bool shuffle : {false, true})
                 for (uint64_t seed : {1, 2}) {
-                    const DataOrder order(*shards, 1, T, seed, shuffle, false);
+                    const DataOrder order{*shards, 1, T, seed, shuffle};
                     for (int64_t epoch = 0; epoch < 3; ++epoch) {
                         std::vector<char> seen(static_cast<size_t>(total), 0);
                         int64_t scored = 0;
                         for (int64_t i = 0; i < order.blocks_per_epoch(); ++i) {
-                            Batch batch;
-                            batch.resize(1, T);
                             const int64_t sample = epoch * order.blocks_per_epoch() + i;
                             REQUIRE(order.epoch(sample) == epoch);
-                            fill_batch(batch, *shards, order, sample, 65536);
+                            const Batch batch = order.batch(sample, 65536);
                             for (size_t t = 0; t < size_t(T); ++t) {
                                 if (batch.targets[t] == kIgnore) continue;
                                 REQUIRE(batch.targets[t] == batch.inputs[t] + 1);  // shifted by one
@@ -1602,11 +1600,11 @@ TEST_CASE("data: a shuffled epoch has its own order and its own offset; the seed
     TemporaryFolder folder;
     const auto shards = counting_shards(folder, {400, 333});
     auto begins = [&](uint64_t seed, int64_t epoch, bool shuffle) {
-        const DataOrder order(*shards, 1, 10, seed, shuffle, false);
-        std::vector<std::pair<int, int64_t>> list;
+        const DataOrder order{*shards, 1, 10, seed, shuffle};
+        std::vector<std::pair<const Shard*, int64_t>> list;
         for (int64_t i = 0; i < order.blocks_per_epoch(); ++i) {
-            const auto place = order.place(epoch * order.blocks_per_epoch() + i);
-            list.push_back({place.shard, place.begin});
+            const Window window = order.window(epoch * order.blocks_per_epoch() + i);
+            list.push_back({window.shard, window.begin});
         }
         return list;
     };
@@ -1617,7 +1615,7 @@ TEST_CASE("data: a shuffled epoch has its own order and its own offset; the seed
     CHECK(first != begins(2, 0, true));
     CHECK(first != second);
     CHECK(!std::is_sorted(first.begin(), first.end()));
-    std::set<std::vector<std::pair<int, int64_t>>>
+    std::set<std::vector<std::pair<const Shard*, int64_t>>>
         cuts;  // as sets: the offsets differ, not only the order
     for (int64_t epoch = 0; epoch < 6; ++epoch) {
         auto list = begins(1, epoch, true);
@@ -1633,11 +1631,9 @@ TEST_CASE(
     const int B = 3, T = 5;
     const auto shards = counting_shards(folder, {B * T + 1});  // just enough
     for (bool shuffle : {false, true}) {
-        const DataOrder order(*shards, B, T, 9, shuffle, true);
+        const DataOrder order{*shards, B, T, 9, shuffle, true};
         for (int64_t first : {0, B, 7 * B}) {
-            Batch batch;
-            batch.resize(B, T);
-            fill_batch(batch, *shards, order, first, B * T + 1);
+            const Batch batch = order.batch(first, B * T + 1);
             for (int i = 0; i < B * T; ++i) {
                 REQUIRE(batch.inputs[size_t(i)] == i);
                 REQUIRE(batch.targets[size_t(i)] == i + 1);
@@ -1645,9 +1641,7 @@ TEST_CASE(
             CHECK(batch.scored == B * T);
         }
     }
-    Batch batch;
-    batch.resize(B, T);
-    fill_batch(batch, *shards, DataOrder(*shards, B, T, 9, false, false), 0, 1000);
+    const Batch batch = DataOrder{*shards, B, T, 9}.batch(0, 1000);
     for (int i = 0; i < B * T; ++i)
         REQUIRE((batch.inputs[size_t(i)] == i && batch.targets[size_t(i)] == i + 1));
 }
@@ -1705,7 +1699,7 @@ TEST_CASE("data: a shard that shrinks while it is open is an error, not a signal
     CHECK(has(error_of([&] { shards.files()[0].read(out.data(), 95, 10); }), "shorter"));
     CHECK(has(error_of([&] { shards.check_tokens(8); }), "shorter"));
     // Through the loader: the good batches come, then the error, and it stays.
-    BatchLoader loader(shards, DataOrder(shards, 1, 50, 1, false, false), 1, 50, 8, 0);
+    BatchLoader loader(DataOrder{shards, 1, 50}, 8, 0);
     CHECK(loader.next().scored == 50);
     CHECK(has(error_of([&] {
                   for (int i = 0; i < 5; ++i) loader.next();
@@ -1728,11 +1722,9 @@ TEST_CASE("data: a token outside the vocabulary is an error that says where") {
     CHECK(has(error, "train_000001.bin"));
     CHECK(has(error, "300"));
     // The last token is only ever a target: it is checked as well.
-    Batch batch;
-    batch.resize(1, 217);
-    const DataOrder order(shards, 1, 217, 1, false, false);
-    CHECK(error_of([&] { fill_batch(batch, shards, order, 0, 300); }) == "");
-    CHECK(has(error_of([&] { fill_batch(batch, shards, order, 1, 300); }), "token 217"));
+    const DataOrder order{shards, 1, 217};
+    CHECK(error_of([&] { order.batch(0, 300); }) == "");
+    CHECK(has(error_of([&] { order.batch(1, 300); }), "token 217"));
 }
 
 TEST_CASE(
@@ -1740,22 +1732,20 @@ TEST_CASE(
     TemporaryFolder folder;
     const auto shards = counting_shards(folder, {90, 3, 77});
     const int B = 3, T = 8;
-    const DataOrder order(*shards, B, T, 5, true, false);
+    const DataOrder order{*shards, B, T, 5, true};
     for (int64_t first : {int64_t(0), int64_t(10), int64_t(1000)}) {
-        BatchLoader loader(*shards, order, B, T, 65536, first);
+        BatchLoader loader(order, 65536, first);
         for (int64_t i = 0; i < 20; ++i) {
             const Batch found = loader.next();
-            Batch expected;
-            expected.resize(B, T);
-            fill_batch(expected, *shards, order, first + i * B, 65536);
+            const Batch expected = order.batch(first + i * B, 65536);
             REQUIRE(found.inputs == expected.inputs);
             REQUIRE(found.targets == expected.targets);
             REQUIRE(found.order == expected.order);
             REQUIRE(found.scored == expected.scored);
         }
     }
-    for (int i = 0; i < 50; ++i) BatchLoader loader(*shards, order, B, T, 65536, i);  // never asked
-    BatchLoader broken(*shards, order, B, T, 10, 0);
+    for (int i = 0; i < 50; ++i) BatchLoader loader(order, 65536, i);  // never asked
+    BatchLoader broken(order, 10, 0);
     CHECK(has(error_of([&] { broken.next(); }), "vocabulary"));
     CHECK(has(error_of([&] { broken.next(); }), "vocabulary"));
 }
@@ -1785,15 +1775,13 @@ TEST_CASE("evaluation: every prediction is scored exactly once, and the mean is 
                 CAPTURE(document_start);
                 model.reserve(B, T, Use::evaluation);
                 const auto windows = evaluation_windows(shards, T, document_start);
-                std::map<std::pair<int, int64_t>, int> hits;
+                std::map<std::pair<const Shard*, int64_t>, int> hits;
                 for (const Window& w : windows) {
-                    const Shard& shard = shards.files()[size_t(w.shard)];
-                    REQUIRE(w.skip < T);
-                    for (int64_t t = w.skip; t < T && w.begin + t < shard.tokens - 1; ++t)
-                        ++hits[{w.shard, w.begin + t}];
+                    REQUIRE(w.count <= T);
+                    for (int64_t t = w.skip; t < w.count; ++t) ++hits[{w.shard, w.begin + t}];
                     if (document_start < 0) continue;
                     uint16_t first = 0;
-                    shard.read(&first, w.begin, 1);
+                    w.shard->read(&first, w.begin, 1);
                     REQUIRE(
                         (first == eot || w.skip == 0));  // whole documents, unless longer than T
                 }
@@ -1801,14 +1789,12 @@ TEST_CASE("evaluation: every prediction is scored exactly once, and the mean is 
                 CHECK(std::all_of(hits.begin(), hits.end(),
                                   [](const auto& hit) { return hit.second == 1; }));
                 const std::vector<int> bytes(size_t(V), 3);
-                const Evaluation result = evaluate(model, shards, windows, bytes);
+                const Evaluation result = evaluate(model, windows, bytes);
                 CHECK(result.tokens == 99);
                 CHECK(result.bytes == 297);
                 double total = 0;
                 for (size_t i = 0; i < windows.size(); ++i) {  // one window at a time
-                    Batch batch;
-                    batch.resize(1, T);
-                    fill_windows(batch, shards, windows, i, V);
+                    const Batch batch = read_batch(std::span(&windows[i], 1), 1, T, V);
                     for (double loss : batch_losses(model, batch)) total += loss;
                 }
                 CHECK(result.total == doctest::Approx(total).epsilon(1e-12));
@@ -1826,7 +1812,7 @@ TEST_CASE("generation: the key/value cache gives the logits of the full forward 
     set_lively_weights(full, 6), set_lively_weights(cached, 6);
     full.reserve(1, 20, Use::evaluation), cached.reserve(1, 20, Use::generation);
     set_batch(full, batch);
-    forward(full, {1, 20, false, 0, 0, false});
+    forward(full, {.B = 1, .T = 20});
     std::vector<double> logits(20 * 31);
     full.device.head_logits(logits.data(), full.a.ln_f, full.w.lm_head, 20, 24, 31);
     double worst = 0;
@@ -1949,7 +1935,7 @@ TEST_CASE(
         batch.inputs = so_far;
         batch.sort_rows();
         set_batch(full, batch);
-        forward(full, {1, n, false, 0, 0, false});
+        forward(full, {.B = 1, .T = n});
         std::vector<float> logits(19);
         full.device.head_logits(logits.data(), full.a.ln_f + (n - 1) * 16, full.w.lm_head, 1, 16,
                                 19);
@@ -7924,7 +7910,7 @@ struct Reference {
         const int B = int(number("batch")), T = int(number("seq"));
         const Shards shards(folder + "/batch.bin");
         batch.resize(B, T);
-        fill_batch(batch, shards, DataOrder(shards, B, T, 0, true, true), 0, config.vocab_size);
+        batch = DataOrder{shards, B, T, 0, true, true}.batch(0, config.vocab_size);
     }
     Values read(const std::string& name) const {
         const StoredTensor* tensor = expected->find(name);

@@ -92,6 +92,7 @@
 #include <numeric>
 #include <optional>
 #include <set>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -221,11 +222,17 @@ TINYGPT_HD inline uint64_t mix_bits(uint64_t x) {
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
     return x ^ (x >> 31);
 }
-// The stream of one use. `place` says which, so that no two share a stream: 1 the order of the
-// blocks, 2 where cutting begins (§2), 3 initial weights (§3), 4 dropout masks (§5), 5 one
-// micro-batch of training (§8), 6 generation (§9). `step` counts within it: epochs, tensors.
-TINYGPT_HD inline uint64_t random_key(uint64_t seed, uint64_t step, uint64_t place) {
-    return mix_bits(mix_bits(mix_bits(seed + 0x9e3779b97f4a7c15ull) + step) + place);
+// What a stream is for, so that no two uses share one.
+enum RandomUse : uint64_t {
+    kBlockOrder = 1,  // §2, of each epoch
+    kCutOffset,       // §2, of each epoch
+    kInitialWeights,  // §3, of each tensor
+    kDropoutMask,     // §5, at each place of the model
+    kMicroBatch,      // §8
+    kGeneration       // §9
+};
+TINYGPT_HD inline uint64_t random_key(uint64_t seed, uint64_t step, uint64_t use) {
+    return mix_bits(mix_bits(mix_bits(seed + 0x9e3779b97f4a7c15ull) + step) + use);
 }
 // Number i of a stream: 64 bits. The multiplier is 2^64 divided by the golden ratio, which spreads
 // i = 0, 1, 2, ... evenly over all numbers before they are mixed.
@@ -351,58 +358,97 @@ struct Shard : InputFile {
             fail(path, " is damaged: its header promises ", tokens, " tokens, which take ",
                  kShardHeaderBytes + 2 * tokens, " bytes, but it has ", bytes);
     }
-    // Sets out[count] to the tokens from `begin` on.
-    void read(uint16_t* out, int64_t begin, int64_t count) const {
+    // All tokens but the first are predicted, each from those before it.
+    int64_t predictions() const { return std::max<int64_t>(0, tokens - 1); }
+    // Sets out[count] to the tokens from `begin` on. Fails on one that is not below vocab_size: it
+    // would be a row of wte that does not exist.
+    void read(uint16_t* out, int64_t begin, int64_t count, int vocab_size = 65536) const {
         read_bytes(out, 2 * size_t(count), kShardHeaderBytes + 2 * size_t(begin));
+        for (int64_t i = 0; i < count; ++i)
+            if (out[i] >= vocab_size)
+                fail("token ", begin + i, " of ", path, " is ", out[i],
+                     ", but the vocabulary has only ", vocab_size,
+                     " entries: this data was made with another tokenizer; give its folder, or "
+                     "--vocab-size");
     }
 };
 
-// All shards of one split, and a check that every token is below the vocabulary's size.
+// All shards of one split: training or validation.
 class Shards {
 public:
     // Opens every file that matches the pattern (as a shell would: *, ?, [...]), in name order.
     // None is no error here: the caller knows what it means.
     explicit Shards(const std::string& pattern) : pattern_(pattern) {
         glob_t found{};
-        int status = ::glob(pattern.c_str(), 0, nullptr, &found);
-        std::vector<std::string> paths(found.gl_pathv,
-                                       found.gl_pathv + (status == 0 ? found.gl_pathc : 0));
+        if (::glob(pattern.c_str(), 0, nullptr, &found) == 0)
+            for (size_t i = 0; i < found.gl_pathc; ++i) files_.emplace_back(found.gl_pathv[i]);
         ::globfree(&found);
-        for (const std::string& path : paths) shards_.emplace_back(path);
-        for (const Shard& shard : shards_) tokens_ += shard.tokens;
     }
-    bool empty() const { return shards_.empty(); }
-    int64_t tokens() const { return tokens_; }
+    bool empty() const { return files_.empty(); }
     const std::string& pattern() const { return pattern_; }
-    const std::vector<Shard>& files() const { return shards_; }
+    const std::vector<Shard>& files() const { return files_; }
+    int64_t tokens() const {
+        int64_t sum = 0;
+        for (const Shard& shard : files_) sum += shard.tokens;
+        return sum;
+    }
+    int64_t predictions() const {
+        int64_t sum = 0;
+        for (const Shard& shard : files_) sum += shard.predictions();
+        return sum;
+    }
 
-    // Reads every token once; fails at the first that the vocabulary does not have.
-    // Why before training: such a token would be a row of wte that does not exist, hours later.
+    // Reads every token once. Why before training: the first that the vocabulary does not have is
+    // an error now, not hours later.
     void check_tokens(int vocab_size) const {
         std::vector<uint16_t> buffer(1 << 14);
-        for (const Shard& shard : shards_)
+        for (const Shard& shard : files_)
             for (int64_t at = 0; at < shard.tokens; at += int64_t(buffer.size())) {
-                int64_t count = std::min(int64_t(buffer.size()), shard.tokens - at);
-                shard.read(buffer.data(), at, count);
-                check_range(shard, buffer.data(), at, count, vocab_size);
+                const int64_t count = std::min(int64_t(buffer.size()), shard.tokens - at);
+                shard.read(buffer.data(), at, count, vocab_size);
             }
-    }
-    // Checks tokens [count], which are those from `at` on: the message names the place in the file.
-    static void check_range(const Shard& shard, const uint16_t* tokens, int64_t at, int64_t count,
-                            int vocab_size) {
-        for (int64_t i = 0; i < count; ++i)
-            if (tokens[i] >= vocab_size)
-                fail("token ", at + i, " of ", shard.path, " is ", tokens[i],
-                     ", but the vocabulary has only ", vocab_size,
-                     " entries: this data was made with another tokenizer; give its folder, or "
-                     "--vocab-size");
     }
 
 private:
     std::string pattern_;
-    std::vector<Shard> shards_;
-    int64_t tokens_ = 0;
+    std::vector<Shard> files_;
 };
+
+// Neighbouring predictions of one shard. Prediction i reads the tokens up to i and is scored by
+// token i + 1.
+struct Window {
+    const Shard* shard = nullptr;
+    int64_t begin = 0;  // the first prediction
+    int64_t count = 0;  // how many; after the shard's last follows its first
+    int64_t skip = 0;   // so many of the first are context only, and not scored
+};
+
+// A batch with one window a row. What windows do not fill is not scored. This is where inputs and
+// targets part: both are copied from the same text, the targets from one token later.
+// Needs windows.size() <= B and counts <= T. Fails on a token that is not below vocab_size.
+inline Batch read_batch(std::span<const Window> windows, int B, int T, int vocab_size) {
+    Batch batch;
+    batch.resize(B, T);
+    std::vector<uint16_t> text(size_t(T) + 1);
+    for (size_t b = 0; b < windows.size(); ++b) {
+        const Window& window = windows[b];
+        const int64_t all = window.shard->predictions();
+        // Two reads where the window goes past the end of its shard, else one.
+        for (int64_t t = 0, n = 0; t < window.count; t += n) {
+            const int64_t from = (window.begin + t) % all;
+            n = std::min(window.count - t, all - from);
+            window.shard->read(text.data(), from, n + 1, vocab_size);
+            for (int64_t i = 0; i < n; ++i) {
+                const size_t at = b * size_t(T) + size_t(t + i);
+                batch.inputs[at] = text[size_t(i)];
+                if (t + i >= window.skip) batch.targets[at] = text[size_t(i) + 1];  // the shift
+            }
+        }
+        batch.scored += window.count - window.skip;
+    }
+    batch.sort_rows();
+    return batch;
+}
 
 // Where i goes when 0..n-1 are shuffled: a permutation that needs no list. i is cut into two halves
 // of as many bits, and each round mixes one into the other (Feistel's cipher):
@@ -434,96 +480,54 @@ inline uint64_t shuffled(uint64_t i, uint64_t n, uint64_t key) {
 // With 10 tokens, so 9 predictions (each reads its own token and is scored by the next), and T = 4:
 //   plain       0 1 2 3 | 4 5 6 7 | 8            in this order, every epoch
 //   shuffled    6 7 8 0 | 1 2 3 4 | 5            say, from offset 6; and the three in any order
-class DataOrder {
-public:
-    DataOrder() = default;
-    DataOrder(const Shards& shards, int B, int T, uint64_t seed, bool shuffle, bool overfit_batch)
-        : B_(B), T_(T), seed_(seed), shuffle_(shuffle), overfit_(overfit_batch) {
-        for (const Shard& shard : shards.files()) {
-            lengths_.push_back(std::max<int64_t>(0, shard.tokens - 1));
-            first_block_.push_back(blocks_);
-            blocks_ += ceil_div(lengths_.back(), T);
-        }
-        if (overfit_) blocks_ = B;
-    }
-    // Where one block of text lies.
-    struct Place {
-        int shard = 0;
-        // first prediction of the block, on the ring of the shard's predictions
-        int64_t begin = 0;
-        int64_t length = 0;  // how many of its T predictions exist: fewer in the last block
-    };
-    int64_t blocks_per_epoch() const { return blocks_; }
-    int64_t epoch(int64_t sample) const { return sample / blocks_; }
-    // How many predictions a shard has: the length of its ring.
-    int64_t ring(int shard) const { return lengths_[size_t(shard)]; }
+struct DataOrder {
+    const Shards& shards;
+    int B = 1, T = 1;
+    uint64_t seed = 0;
+    bool shuffle = false;
+    bool overfit_batch = false;  // the first B blocks of the first shard, over and over
 
-    // The place of sample number i, counted from the start of training: i / blocks is its epoch.
-    // With overfit_batch the samples are the first B blocks of the first shard, over and over.
-    Place place(int64_t i) const {
-        if (overfit_) return {0, (i % B_) * T_, T_};
-        int64_t epoch = i / blocks_, block = i % blocks_;
-        if (shuffle_)
-            block = int64_t(shuffled(uint64_t(block), uint64_t(blocks_),
-                                     random_key(seed_, uint64_t(epoch), 1)));
-        // The last shard whose first block is not behind this one: a binary search. It is never
-        // empty, because an empty shard shares its first block with the one behind it.
-        size_t shard = size_t(std::upper_bound(first_block_.begin(), first_block_.end(), block) -
-                              first_block_.begin() - 1);
-        int64_t inside = (block - first_block_[shard]) * T_, length = lengths_[shard];
-        int64_t offset = 0;
-        if (shuffle_)
-            offset = int64_t(random_bits(random_key(seed_, uint64_t(epoch), 2), shard) %
-                             uint64_t(length));
-        return {int(shard), (inside + offset) % length, std::min<int64_t>(T_, length - inside)};
+    int64_t blocks_of(const Shard& shard) const { return ceil_div(shard.predictions(), T); }
+    int64_t blocks_per_epoch() const {
+        int64_t blocks = 0;
+        for (const Shard& shard : shards.files()) blocks += blocks_of(shard);
+        return overfit_batch ? B : blocks;
     }
+    // The epoch of sample i, counted from the start of training.
+    int64_t epoch(int64_t i) const { return i / blocks_per_epoch(); }
 
-private:
-    int B_ = 1, T_ = 1;
-    uint64_t seed_ = 0;
-    bool shuffle_ = false, overfit_ = false;
-    int64_t blocks_ = 0;
-    std::vector<int64_t> lengths_, first_block_;
+    // The block that is sample i.
+    Window window(int64_t i) const {
+        const int64_t blocks = blocks_per_epoch();
+        int64_t block = i % blocks;
+        if (overfit_batch) return {&shards.files()[0], block * T, T};
+        auto key = [&](RandomUse use) { return random_key(seed, uint64_t(epoch(i)), use); };
+        if (shuffle) block = int64_t(shuffled(uint64_t(block), uint64_t(blocks), key(kBlockOrder)));
+        // Blocks are counted through all shards: which shard's is it, and which of that?
+        size_t s = 0;
+        for (; block >= blocks_of(shards.files()[s]); ++s) block -= blocks_of(shards.files()[s]);
+        const int64_t all = shards.files()[s].predictions(), begin = block * T;
+        const uint64_t offset = shuffle ? random_bits(key(kCutOffset), s) % uint64_t(all) : 0;
+        return {&shards.files()[s], (begin + int64_t(offset)) % all,
+                std::min<int64_t>(T, all - begin)};
+    }
+    // The batch of samples i .. i + B - 1.
+    Batch batch(int64_t i, int vocab_size) const {
+        std::vector<Window> windows;
+        for (int b = 0; b < B; ++b) windows.push_back(window(i + b));
+        return read_batch(windows, B, T, vocab_size);
+    }
 };
-
-// Fills one batch with samples first .. first + B - 1, and sorts it. This is where inputs and
-// targets part: both are copied from the same text, the targets from one token later. What a short
-// block leaves empty keeps kIgnore. Fails on a token outside the vocabulary.
-inline void fill_batch(Batch& batch, const Shards& shards, const DataOrder& order, int64_t first,
-                       int vocab_size) {
-    std::vector<uint16_t> text(size_t(batch.T) + 1);
-    for (int b = 0; b < batch.B; ++b) {
-        const DataOrder::Place place = order.place(first + b);
-        const Shard& shard = shards.files()[size_t(place.shard)];
-        int32_t* inputs = batch.inputs.data() + size_t(b) * batch.T;
-        int32_t* targets = batch.targets.data() + size_t(b) * batch.T;
-        // `count` predictions from `begin` on; each needs its own token and the one after it.
-        auto copy = [&](int64_t begin, int64_t count) {
-            if (count == 0) return;
-            shard.read(text.data(), begin, count + 1);
-            Shards::check_range(shard, text.data(), begin, count + 1, vocab_size);
-            inputs = std::copy_n(text.begin(), count, inputs);
-            targets = std::copy_n(text.begin() + 1, count, targets);  // shifted by one
-        };
-        // The block, in two pieces where it runs over the end of the ring.
-        const int64_t head = std::min(place.length, order.ring(place.shard) - place.begin);
-        copy(place.begin, head), copy(0, place.length - head);
-        batch.scored += place.length;
-    }
-    batch.sort_rows();
-}
 
 // Reads the batches of a run in order, one ahead of the step: while the model computes, a thread
 // reads what comes next, so reading never shows in the time of a step. std::async starts a function
 // on a thread and returns a future; its get() waits for the result (as Python's executor.submit).
 class BatchLoader {
 public:
-    // Careful: keeps a reference to `shards`, which must outlive it. first_sample: 0, or where an
-    // interrupted run goes on.
-    BatchLoader(const Shards& shards, DataOrder order, int B, int T, int vocab_size,
-                int64_t first_sample)
-        : shards_(shards), order_(std::move(order)), B_(B), T_(T), vocab_size_(vocab_size),
-          sample_(first_sample) {
+    // Careful: the shards of `order` must outlive it. first_sample: 0, or where an interrupted run
+    // goes on.
+    BatchLoader(const DataOrder& order, int vocab_size, int64_t first_sample)
+        : order_(order), vocab_size_(vocab_size), sample_(first_sample) {
         read_ahead();
     }
     BatchLoader(const BatchLoader&) = delete;
@@ -531,24 +535,19 @@ public:
     // The next B samples. A reading error met by the thread is thrown here.
     Batch next() {
         Batch batch = ahead_.get();
-        sample_ += B_;
+        sample_ += order_.B;
         read_ahead();
         return batch;
     }
 
 private:
     void read_ahead() {
-        ahead_ = std::async(std::launch::async, [this] {
-            Batch batch;
-            batch.resize(B_, T_);
-            fill_batch(batch, shards_, order_, sample_, vocab_size_);
-            return batch;
-        });
+        ahead_ =
+            std::async(std::launch::async, [this] { return order_.batch(sample_, vocab_size_); });
     }
 
-    const Shards& shards_;
-    DataOrder order_;
-    int B_, T_, vocab_size_;
+    const DataOrder order_;
+    const int vocab_size_;
     int64_t sample_;
     // Why shared: an error stays, so that every next() throws it. Careful: the last member, since
     // members are destroyed last first: the thread is waited for before what it uses goes.
@@ -734,7 +733,7 @@ void initialise(real* weights, const Config& config, const Layout& layout, uint6
     std::fill(weights, weights + layout.size, real(0));
     for (size_t tensor = 0; tensor < layout.tensors.size(); ++tensor) {
         const TensorInfo& info = layout.tensors[tensor];
-        const uint64_t key = random_key(seed, tensor, 3);
+        const uint64_t key = random_key(seed, tensor, kInitialWeights);
         real* w = weights + info.offset;
         if (info.init == Init::zeros) continue;
         if (info.init == Init::ones) {
@@ -1746,7 +1745,7 @@ struct Pass {
     // 3i + 1 on attention's probabilities, 3i + 2 and 3i + 3 on what the two branches add.
     Dropout drop(int place) const {
         if (!dropout.on()) return {};
-        return {random_key(dropout.key, uint64_t(place), 4), dropout.p};
+        return {random_key(dropout.key, uint64_t(place), kDropoutMask), dropout.p};
     }
 };
 
@@ -2068,7 +2067,7 @@ inline Pass training_pass(const Config& config, const std::vector<Batch>& micro_
     pass.scale = 1.0 / double(std::max<int64_t>(1, scored));
     pass.first = i == 0, pass.last = i + 1 == n;
     if (config.dropout > 0)
-        pass.dropout = {random_key(seed, uint64_t(s) * n + i, 5), config.dropout};
+        pass.dropout = {random_key(seed, uint64_t(s) * n + i, kMicroBatch), config.dropout};
     return pass;
 }
 
@@ -2111,13 +2110,6 @@ void train_step(Gpt2<Device>& model, const std::vector<Batch>& micro_batches, co
 //   perplexity = e^loss            bits per byte = (sum of losses) / log 2 / (bytes of the text)
 // Careful: only the last compares models of different tokenizers. A token of more bytes is harder.
 
-// A window of T predictions, the first `skip` of which are context only and not scored.
-struct Window {
-    int shard = 0;
-    int64_t begin = 0;
-    int64_t skip = 0;
-};
-
 // Windows that score every prediction of the shards exactly once. Plainly, they lie end to end.
 // With document_start >= 0 (the end-of-text token), each window starts at the start of a document
 // instead, and tokens that were scored already are skipped: then every token is predicted from the
@@ -2127,42 +2119,21 @@ struct Window {
 //             window 1     G h i j K l m n        2 are context, and 6 are scored: j ... o
 inline std::vector<Window> evaluation_windows(const Shards& shards, int T, int document_start) {
     std::vector<Window> windows;
-    for (int s = 0; s < int(shards.files().size()); ++s) {
-        const Shard& shard = shards.files()[size_t(s)];
+    for (const Shard& shard : shards.files()) {
         std::vector<uint16_t> tokens(document_start < 0 ? 0 : size_t(shard.tokens));
-        if (document_start >= 0) shard.read(tokens.data(), 0, shard.tokens);
-        for (int64_t scored = 0; scored < shard.tokens - 1;) {
+        shard.read(tokens.data(), 0, int64_t(tokens.size()));
+        for (int64_t scored = 0; scored < shard.predictions();) {
             int64_t begin = scored;
             if (document_start >= 0) {
                 while (begin > 0 && tokens[size_t(begin)] != document_start) --begin;
                 if (scored - begin >= T) begin = scored;  // a document longer than the window
             }
-            windows.push_back({s, begin, scored - begin});
-            scored = std::min(begin + T, shard.tokens - 1);
+            const int64_t count = std::min<int64_t>(T, shard.predictions() - begin);
+            windows.push_back({&shard, begin, count, scored - begin});
+            scored = begin + count;
         }
     }
     return windows;
-}
-
-// Fills a batch with windows [first, first + B). Rows past the last window are not scored.
-inline void fill_windows(Batch& batch, const Shards& shards, const std::vector<Window>& windows,
-                         size_t first, int vocab_size) {
-    std::vector<uint16_t> text(size_t(batch.T) + 1);
-    for (size_t b = 0; b < size_t(batch.B) && first + b < windows.size(); ++b) {
-        const Window& window = windows[first + b];
-        const Shard& shard = shards.files()[size_t(window.shard)];
-        const int64_t count = std::min<int64_t>(batch.T, shard.tokens - 1 - window.begin);
-        shard.read(text.data(), window.begin, count + 1);
-        Shards::check_range(shard, text.data(), window.begin, count + 1, vocab_size);
-        for (int64_t t = 0; t < count; ++t) {
-            const size_t at = b * size_t(batch.T) + size_t(t);
-            batch.inputs[at] = text[size_t(t)];
-            if (t < window.skip) continue;
-            batch.targets[at] = text[size_t(t) + 1];
-            ++batch.scored;
-        }
-    }
-    batch.sort_rows();
 }
 
 // Sums over what has been scored, and what is made of them.
@@ -2192,13 +2163,13 @@ std::vector<typename Device::Real> batch_losses(Gpt2<Device>& model, const Batch
 // Scores every window, model.B of them at a time. token_bytes[id]: how many bytes a token stands
 // for; empty where nobody asks for bits per byte.
 template <class Device>
-Evaluation evaluate(Gpt2<Device>& model, const Shards& shards, const std::vector<Window>& windows,
+Evaluation evaluate(Gpt2<Device>& model, std::span<const Window> windows,
                     const std::vector<int>& token_bytes) {
     Evaluation result;
-    Batch batch;
-    for (size_t first = 0; first < windows.size(); first += size_t(model.B)) {
-        batch.resize(model.B, model.T);
-        fill_windows(batch, shards, windows, first, model.config.vocab_size);
+    while (!windows.empty()) {
+        const size_t n = std::min(windows.size(), size_t(model.B));
+        const Batch batch = read_batch(windows.first(n), model.B, model.T, model.config.vocab_size);
+        windows = windows.subspan(n);
         const auto losses = batch_losses(model, batch);
         for (size_t i = 0; i < losses.size(); ++i) {
             if (batch.targets[i] < 0) continue;
@@ -2309,7 +2280,7 @@ template <class Device, class OnToken>
 int generate(Gpt2<Device>& model, std::vector<int32_t> tokens, const SampleOptions& o,
              OnToken&& on_token) {
     const int context = std::min(model.config.n_positions, model.T);
-    const uint64_t key = random_key(o.seed, 0, 6);
+    const uint64_t key = random_key(o.seed, 0, kGeneration);
     int cached = 0, slides = 0;
     for (int i = 0; i < o.max_new_tokens; ++i) {
         if (int(tokens.size()) > context) {
@@ -5952,14 +5923,16 @@ inline std::vector<int32_t> prompt_tokens(const std::string& text,
 // The mean loss of the same `count` batches of training text every time, or of all the text where
 // that is less. The seed is not the run's, so that runs can be compared.
 double fixed_batches_loss(auto& model, const Shards& shards, int64_t count, bool overfit_batch) {
-    const DataOrder order(shards, model.B, model.T, 0, !overfit_batch, overfit_batch);
+    const DataOrder order{.shards = shards,
+                          .B = model.B,
+                          .T = model.T,
+                          .shuffle = true,
+                          .overfit_batch = overfit_batch};
     count = std::min(count, ceil_div(order.blocks_per_epoch(), model.B));
     double total = 0;
     int64_t scored = 0;
-    Batch batch;
     for (int64_t i = 0; i < count; ++i) {
-        batch.resize(model.B, model.T);
-        fill_batch(batch, shards, order, i * model.B, model.config.vocab_size);
+        const Batch batch = order.batch(i * model.B, model.config.vocab_size);
         for (auto loss : batch_losses(model, batch)) total += double(loss);
         scored += batch.scored;
     }
@@ -6014,8 +5987,12 @@ public:
     // The model has room for batches of batch_size x model.T; its weights and moments are those
     // that the run begins with.
     Trainer(const RunOptions& options, const Corpus& corpus, Gpt2<Device>& model)
-        : o_(options), corpus_(corpus), model_(model),
-          order_(corpus.train, o_.batch_size, model.T, o_.seed, o_.shuffle, o_.overfit_batch),
+        : o_(options), corpus_(corpus), model_(model), order_{.shards = corpus.train,
+                                                              .B = o_.batch_size,
+                                                              .T = model.T,
+                                                              .seed = uint64_t(o_.seed),
+                                                              .shuffle = o_.shuffle,
+                                                              .overfit_batch = o_.overfit_batch},
           windows_(evaluation_windows(corpus.val, model.T, corpus.document_start())) {}
 
     // Trains from start.state.step to the end, and evaluates there unless it is Ctrl-C's.
@@ -6024,8 +6001,7 @@ public:
     // best model that it remembers.
     End run(const Start& start) {
         begin(start);
-        BatchLoader loader(corpus_.train, order_, o_.batch_size, model_.T, model_.config.vocab_size,
-                           state_.samples);
+        BatchLoader loader(order_, model_.config.vocab_size, state_.samples);
         End end = state_.step < state_.planned_steps ? End::none : End::finished;
         while (end == End::none) {
             const int64_t epoch = order_.epoch(state_.samples);
@@ -6259,7 +6235,7 @@ private:
     // The gap between the two is what the model has memorised.
     void evaluate_into(LogRow& row) {
         if (!windows_.empty()) {
-            const Evaluation e = evaluate(model_, corpus_.val, windows_, corpus_.token_bytes());
+            const Evaluation e = evaluate(model_, windows_, corpus_.token_bytes());
             row.val_loss = state_.val_loss = e.loss(), row.perplexity = e.perplexity();
             if (std::isfinite(corpus_.floor)) row.floor = corpus_.floor;
         }

@@ -929,15 +929,12 @@ inline void check_same_tokenizer(const Corpus& corpus, const std::string& model_
 // of a split that has at most 200 million.
 inline void check_data(const Options& o, const Corpus& corpus, const Config& config, int T) {
     const int64_t batch = int64_t(o.batch_size) * T;
-    int64_t predictions = 0;  // a shard of N tokens has N - 1
-    for (const Shard& shard : corpus.train.files())
-        predictions += std::max<int64_t>(0, shard.tokens - 1);
-    TINYGPT_USAGE(predictions >= batch,
+    TINYGPT_USAGE(corpus.train.predictions() >= batch,
                   "the training data has %s tokens, but one batch of %d x %d needs %s (one more "
                   "than its size): take a smaller --batch-size or --seq-len, or more text",
                   with_commas(corpus.train.tokens()).c_str(), o.batch_size, T,
                   with_commas(batch + 1).c_str());
-    TINYGPT_USAGE(!o.overfit_batch || corpus.train.files()[0].tokens > batch,
+    TINYGPT_USAGE(!o.overfit_batch || corpus.train.files()[0].predictions() >= batch,
                   "--overfit-batch takes its batch from the first shard, which is too short for "
                   "it");
     TINYGPT_USAGE(o.patience == 0 || !corpus.val.empty() || o.eval_batches > 0,
@@ -1392,7 +1389,7 @@ int eval_command(auto device, const Options& o) {
                   "the validation data is too short: at least two tokens are needed");
     // Score it, then print it in the units that others use.
     const double begin = now_seconds();
-    const Evaluation e = evaluate(*model, corpus.val, windows, corpus.token_bytes());
+    const Evaluation e = evaluate(*model, windows, corpus.token_bytes());
     const double speed = double(e.tokens) / (now_seconds() - begin);
     say("val loss",
         format("%.9g nats a token over ", e.loss()) + with_commas(e.tokens) + " tokens");

@@ -19,7 +19,7 @@ PARSERS = {  # by the names of their functions and classes; a class stands for a
     "config": "parse_config read_config",
     "tokenizer": "read_merges Tokenizer MergeTable Encoder class_of character_at leading_letters "
                  "run_end next_piece",
-    "shard": "Shard Shards DataOrder shuffled fill_batch evaluation_windows fill_windows",
+    "shard": "Shard Shards DataOrder shuffled read_batch evaluation_windows",
 }
 
 

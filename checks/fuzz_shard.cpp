@@ -17,23 +17,14 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* input, size_t input_size) {
         accepts([&] { shards.check_tokens(vocab_size); });
         for (int document_start : {-1, 0}) {
             int64_t scored = 0;
-            Batch batch;
-            const auto windows = evaluation_windows(shards, 4, document_start);
-            for (size_t first = 0; first < windows.size(); first += 2) {
-                batch.resize(2, 4);
-                fill_windows(batch, shards, windows, first, 65536);
-                scored += batch.scored;
-            }
+            for (const Window& window : evaluation_windows(shards, 4, document_start))
+                scored += read_batch(std::span(&window, 1), 2, 4, 65536).scored;
             check(scored == std::max<int64_t>(0, shards.tokens() - 1), "every token once");
         }
         if (shards.tokens() < 2) return;
         for (bool shuffle : {false, true}) {
-            const DataOrder order(shards, 2, 4, 1, shuffle, false);
-            Batch batch;
-            for (int64_t i = 0; i < order.blocks_per_epoch(); i += 2) {
-                batch.resize(2, 4);
-                fill_batch(batch, shards, order, i, vocab_size);
-            }
+            const DataOrder order{shards, 2, 4, 1, shuffle};
+            for (int64_t i = 0; i < order.blocks_per_epoch(); i += 2) order.batch(i, vocab_size);
         }
     });
     // The same file cut short while it is open.
