@@ -1882,6 +1882,12 @@ void backward(Gpt2<Device>& model, const Pass& pass) {
 //   lo     /        `-..     /        `-.      /                 /            `-.
 
 enum class Schedule { cosine, linear, constant, wsd };
+inline Schedule schedule_named(const std::string& name) {
+    const std::vector<std::string> names = {"cosine", "linear", "constant", "wsd"};
+    const auto found = std::find(names.begin(), names.end(), name);
+    if (found == names.end()) fail("there is no schedule ", name);
+    return Schedule(found - names.begin());
+}
 // What is asked for. The rate itself is a function of this and the step, below: nothing to save.
 struct LearningRate {
     Schedule schedule = Schedule::cosine;
@@ -5381,41 +5387,6 @@ inline std::string shown(const std::string& text) {
     return plain && !text.empty() && text.size() <= 60 ? text : in_quotes(text);
 }
 
-// How many letters must be added, dropped or changed to make b of a (Levenshtein 1966). row[j] is
-// that number for the letters of a seen so far and the first j of b. At the next letters of both
-// there are three ways: a's becomes b's (diagonal, and 1 where they differ), b's is added
-// (row[j] + 1), or a's is dropped (row[j + 1] + 1).
-inline size_t edit_distance(std::string_view a, std::string_view b) {
-    std::vector<size_t> row(b.size() + 1);
-    std::iota(row.begin(), row.end(), size_t(0));
-    for (size_t i = 0; i < a.size(); ++i) {
-        size_t diagonal = std::exchange(row[0], i + 1);
-        for (size_t j = 0; j < b.size(); ++j) {
-            const size_t changed = diagonal + (a[i] != b[j]);
-            diagonal = std::exchange(row[j + 1], std::min({changed, row[j] + 1, row[j + 1] + 1}));
-        }
-    }
-    return row.back();
-}
-
-// How far `typed` is from meaning `name`. Initials ("lr") and parts of it ("steps") are near; of
-// names it is a part of, the shortest is nearest. Careful: what was typed may be very long.
-inline double name_distance(const std::string& typed, const std::string& name) {
-    std::string initials;
-    for (const std::string& word : split_at(name, '-')) initials += word.substr(0, 1);
-    if (typed == initials) return 0;
-    if (typed.size() > 2 && name.find(typed) != name.npos)
-        return 1 + 0.01 * double(name.size() - typed.size());
-    return double(edit_distance(typed.substr(0, 64), name));
-}
-
-// The entry of a table (of options, of commands) whose name is nearest to `typed`.
-const auto& nearest(const auto& table, const std::string& typed) {
-    return *std::min_element(table.begin(), table.end(), [&](auto& a, auto& b) {
-        return name_distance(typed, a.name) < name_distance(typed, b.name);
-    });
-}
-
 // One word of a shell's command line that means this text. Within single quotes everything but a
 // single quote means itself; that one is written '\'' between two quoted parts.
 inline std::string shell_word(const std::string& text) {
@@ -5819,7 +5790,7 @@ struct RunOptions {
 
     // How far it goes (§7).
     double learning_rate = 2e-3, min_lr_fraction = 0.1;
-    Schedule schedule = Schedule::cosine;
+    std::string schedule = "cosine";  // a word of schedule_named (§7)
     int64_t warmup_steps = 100;
     double weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, grad_clip = 1;
 
@@ -6135,7 +6106,7 @@ private:
 
     StepOptions step_options() const {
         return {uint64_t(o_.seed),
-                {o_.schedule, o_.learning_rate, o_.min_lr_fraction, o_.warmup_steps,
+                {schedule_named(o_.schedule), o_.learning_rate, o_.min_lr_fraction, o_.warmup_steps,
                  state_.planned_steps},
                 {o_.beta1, o_.beta2, o_.eps, o_.weight_decay},
                 {o_.grad_clip, o_.skip_outliers}};
@@ -6330,6 +6301,353 @@ private:
     double peak_flops_ = 0;
     std::vector<CurvePoint> train_curve_, val_curve_;
 };
+
+// =================================================================================================
+// §17 Options: one table of them, and all that is made from it
+// =================================================================================================
+// What you have now: all that trains. A program around it needs a command line.
+//
+// An option is a row of a table: its name, the variable it sets, the values it takes, its help.
+// From the rows come the reading of arguments and config files, --help, and the echo of all values.
+// Whatever is wrong is bad usage (exit status 2).
+
+// --- A row of the table
+
+// The values an option takes. The text is shown in help, and it checks the value: "[1, 1000]" or
+// "(0, 1]" is a number between two bounds, a round bracket leaving its bound out; "stop|skip" is
+// one of these words; "0|1" is a switch; capitals ("DIR") stand for any text.
+struct Range {
+    std::string text;
+    double low = 0, high = 0;  // of a number
+
+    Range(const char* text) : text(text) { std::sscanf(text, "%*c%lf, %lf", &low, &high); }
+    bool is_number() const { return text[0] == '[' || text[0] == '('; }
+    bool is_text() const { return std::isupper(text[0]); }
+    std::vector<std::string> words() const { return split_at(text, '|'); }
+    // Whether a number lies within the bounds.
+    bool contains(double x) const {
+        return (text[0] == '(' ? x > low : x >= low) && (text.back() == ')' ? x < high : x <= high);
+    }
+    // For messages: "in [1, 1000]", "one of stop|skip", "DIR".
+    std::string wanted() const { return (is_number() ? "in " : is_text() ? "" : "one of ") + text; }
+};
+
+// A variant holds one of the types listed; std::visit calls a function with what it holds.
+struct Option {
+    std::string name;  // without --
+    std::variant<bool*, int*, int64_t*, double*, std::string*, std::vector<std::string>*> value;
+    std::string group;  // its heading in help
+    unsigned commands;  // those that take it, one bit each
+    Range range;
+    std::string help;
+
+    bool is_switch() const { return std::holds_alternative<bool*>(value); }
+    bool is_list() const { return std::holds_alternative<std::vector<std::string>*>(value); }
+};
+
+// A command, such as `sample` in ./train_gpt sample.
+struct CommandName {
+    unsigned bit;
+    const char *name, *help;
+};
+// "train, eval": the names of the commands in a set.
+inline std::string command_names(const std::vector<CommandName>& commands, unsigned set) {
+    std::string names;
+    for (const CommandName& command : commands)
+        if (set & command.bit) join(names, ", ", command.name);
+    return names;
+}
+
+// --- One value, to text and from text
+
+// The value as the user would type it. Why to_chars: it writes as many digits as are needed to read
+// the same number again, and no more.
+inline std::string value_text(const Option& option) {
+    const auto text_of = [](auto* value) -> std::string {
+        using T = std::decay_t<decltype(*value)>;
+        if constexpr (std::is_same_v<T, std::vector<std::string>>) {
+            std::string list;
+            for (const std::string& item : *value) join(list, " ", item);
+            return list;
+        } else if constexpr (std::is_same_v<T, std::string>) {
+            return *value;
+        } else if constexpr (std::is_same_v<T, bool>) {
+            return *value ? "1" : "0";
+        } else {
+            char text[32];
+            return {text, std::to_chars(text, text + sizeof text, *value).ptr};
+        }
+    };
+    return std::visit(text_of, option.value);
+}
+
+// False for an empty text and for a number outside the option's range: both mean "not set".
+inline bool is_set(const Option& option) {
+    const std::string text = value_text(option);
+    return option.range.is_number() ? option.range.contains(std::strtod(text.c_str(), nullptr))
+                                    : !text.empty();
+}
+
+// "--top-p must be a number in (0, 1], got 1.5"
+[[noreturn]] inline void fail_value(const Option& option, const char* kind,
+                                    const std::string& text) {
+    fail_usage("--", option.name, " must be ", kind, option.range.wanted(), ", got ", shown(text));
+}
+
+// "--data needs a value: DIR; ...". The hint is for a text: "--data --x" is two options.
+[[noreturn]] inline void fail_no_value(const Option& option) {
+    const std::string name = "--" + option.name;
+    fail_usage(name, " needs a value: ", option.range.wanted(),
+               option.range.is_text() ? "; one that begins with -- is written " + name + "=--..."
+                                      : "");
+}
+
+// The number that the whole text is. Strict: no blanks, no "+5", no hexadecimal, no infinity or NaN,
+// nothing that does not fit the type; a whole number has digits only.
+template <class T>
+T parse_number(const Option& option, const std::string& text) {
+    T value{};
+    const char* end = text.data() + text.size();
+    const auto [stop, error] = std::from_chars(text.data(), end, value);
+    if (stop != end || error != std::errc() || !option.range.contains(double(value)))
+        fail_value(option, std::is_integral_v<T> ? "a whole number " : "a number ", text);
+    return value;
+}
+
+// An option and a value for it that was checked; set() stores it. Why in two steps: the command line
+// is checked first and stored last.
+struct Assignment {
+    const Option* option;
+    std::string text;
+    std::function<void()> set;
+};
+
+// Fails where the option does not take this value. Only a TEXT may be empty.
+inline Assignment checked(const Option& option, const std::string& text) {
+    const Range& range = option.range;
+    if (text.empty() && range.text != "TEXT") fail_no_value(option);
+    const std::vector<std::string> words = range.words();
+    const bool is_word = std::find(words.begin(), words.end(), text) != words.end();
+    if (!range.is_number() && !range.is_text() && !is_word) fail_value(option, "", text);
+    const auto setter = [&](auto* value) -> std::function<void()> {
+        using T = std::decay_t<decltype(*value)>;
+        if constexpr (std::is_same_v<T, std::vector<std::string>>)
+            return [=] { value->push_back(text); };
+        else if constexpr (std::is_same_v<T, std::string>)
+            return [=] { *value = text; };
+        else if constexpr (std::is_same_v<T, bool>)
+            return [=] { *value = text == "1"; };
+        else
+            return [value, number = parse_number<T>(option, text)] { *value = number; };
+    };
+    return {&option, text, std::visit(setter, option.value)};
+}
+
+// --- Names that were mistyped
+
+// How many letters must be added, dropped or changed to turn a into b (Levenshtein 1966). row[j] is
+// that number for the letters of a so far and the first j of b. For the next letter of each there
+// are three ways: change a's into b's (diagonal, plus 1 where they differ), add b's (row[j] + 1),
+// drop a's (row[j + 1] + 1).
+inline size_t edit_distance(std::string_view a, std::string_view b) {
+    std::vector<size_t> row(b.size() + 1);
+    std::iota(row.begin(), row.end(), size_t(0));
+    for (size_t i = 0; i < a.size(); ++i) {
+        size_t diagonal = std::exchange(row[0], i + 1);
+        for (size_t j = 0; j < b.size(); ++j) {
+            const size_t changed = diagonal + (a[i] != b[j]);
+            diagonal = std::exchange(row[j + 1], std::min({changed, row[j] + 1, row[j + 1] + 1}));
+        }
+    }
+    return row.back();
+}
+
+// How far `typed` is from `name`. Initials ("lr") and parts of a name ("steps") are near; of names
+// that contain it, the shortest is nearest. Careful: what was typed may be very long.
+inline double name_distance(const std::string& typed, const std::string& name) {
+    std::string initials;
+    for (const std::string& word : split_at(name, '-')) initials += word.substr(0, 1);
+    if (typed == initials) return 0;
+    if (typed.size() > 2 && name.find(typed) != name.npos)
+        return 1 + 0.01 * double(name.size() - typed.size());
+    return double(edit_distance(typed.substr(0, 64), name));
+}
+
+// The entry of a table (of options, of commands) whose name is nearest to `typed`.
+const auto& nearest(const auto& table, const std::string& typed) {
+    return *std::min_element(table.begin(), table.end(), [&](auto& a, auto& b) {
+        return name_distance(typed, a.name) < name_distance(typed, b.name);
+    });
+}
+
+// --- Reading the command line
+
+// Reads the options of one command.
+class CommandLine {
+public:
+    CommandLine(const std::vector<Option>& table, const std::vector<CommandName>& commands,
+                unsigned command)
+        : table_(table), commands_(commands), command_(command) {}
+
+    // Reads and sets the options in the arguments; returns the names of those that were given.
+    // Reads no file but that of --config. Given twice, the last counts, of files too; the command
+    // line counts before a file, wherever --config stands.
+    std::set<std::string> read(const std::vector<std::string>& arguments) const {
+        std::vector<Assignment> all;
+        const std::vector<Assignment> typed = read_arguments(arguments);
+        for (const Assignment& a : typed)
+            if (a.option->name == "config") all = read_config(a.text);
+        all.insert(all.end(), typed.begin(), typed.end());
+        std::set<std::string> given;
+        for (const Assignment& a : all) a.set(), given.insert(a.option->name);
+        return given;
+    }
+
+    // The option of that name, which the command must take. '-' and '_' are the same.
+    const Option& find(std::string name) const {
+        std::replace(name.begin(), name.end(), '_', '-');
+        for (const Option& option : table_) {
+            if (option.name != name) continue;
+            if (option.commands & command_) return option;
+            fail_usage(command_names(commands_, command_), " takes no option --", name,
+                       "; it is for ", command_names(commands_, option.commands));
+        }
+        fail_usage("unknown option ", shown("--" + name), "; did you mean --",
+                   nearest(table_, name).name, "? (--help lists all options)");
+    }
+
+    // What follows an option is its value, unless it begins with "--". A switch may stand alone and
+    // then means 1; a list takes all values up to the next option.
+    std::vector<Assignment> read_arguments(const std::vector<std::string>& arguments) const {
+        std::vector<Assignment> all;
+        for (size_t i = 0; i < arguments.size();) {
+            const std::string argument = arguments[i] == "-h" ? "--help" : arguments[i];
+            ++i;
+            if (!argument.starts_with("--") || argument.size() < 3)
+                fail_usage("expected an option such as --", table_[0].name, ", found ",
+                           shown(argument), " (--help lists all options)");
+            const size_t equals = argument.find('=');
+            const Option& option = find(argument.substr(2, equals - 2));
+            const auto is_value = [&](const std::string& next) {
+                return !next.starts_with("--") && !(option.is_switch() && next == "-h");
+            };
+            std::vector<std::string> values;
+            if (equals != argument.npos)
+                values.push_back(argument.substr(equals + 1));
+            else
+                while (i < arguments.size() && is_value(arguments[i]) &&
+                       (values.empty() || option.is_list()))
+                    values.push_back(arguments[i++]);
+            if (values.empty() && !option.is_switch()) fail_no_value(option);
+            if (values.empty()) values.push_back("1");
+            for (const std::string& value : values) all.push_back(checked(option, value));
+        }
+        return all;
+    }
+
+    // Lines of `name = value`. A '#' at the start of a line or after a blank begins a comment, so
+    // "C#" is a value. Errors begin with the file and the line: "run.conf:3: --top-p must be ...".
+    //   # a small GPT-2 on a book
+    //   data = data/book
+    //   n-layer = 4     # the other sizes are the preset's
+    std::vector<Assignment> read_config(const std::string& path) const {
+        std::vector<Assignment> all;
+        int number = 0;
+        try {
+            for (std::string line : split_at(read_file(path, 1 << 16), '\n')) {
+                if (++number == 1 && line.starts_with("\xef\xbb\xbf")) line.erase(0, 3);
+                read_config_line(line, all);
+            }
+        } catch (const Error& error) {
+            fail_usage(number ? to_text(path, ":", number) : "--config", ": ", error.what());
+        }
+        return all;
+    }
+
+private:
+    void read_config_line(std::string line, std::vector<Assignment>& all) const {
+        const auto trim = [blanks = " \t\r"](std::string s) {
+            s.erase(0, s.find_first_not_of(blanks));
+            return s.erase(s.find_last_not_of(blanks) + 1);
+        };
+        for (char c : line)  // a picture or a program, given by mistake
+            if (std::iscntrl(uint8_t(c)) && c != '\t' && c != '\r') fail("this is not text");
+        for (size_t at = 0; (at = line.find('#', at)) != line.npos; ++at)
+            if (at == 0 || line[at - 1] == ' ' || line[at - 1] == '\t') line.resize(at);
+        line = trim(line);
+        if (line.empty()) return;
+
+        const size_t equals = line.find('=');
+        if (equals == line.npos) fail("expected `name = value`, found ", shown(line));
+        std::string name = trim(line.substr(0, equals));
+        if (name.starts_with("--")) name.erase(0, 2);
+        if (name == "config" || name == "help") fail("a config file cannot hold --", name);
+        all.push_back(checked(find(name), trim(line.substr(equals + 1))));
+    }
+
+    const std::vector<Option>& table_;
+    const std::vector<CommandName>& commands_;
+    unsigned command_;
+};
+
+// --- Help and echo
+
+// `line` and the words after it, in lines of at most 100 columns, each with its line end. The words
+// begin at column `indent`, below `line` where it is longer. A word is never cut.
+inline std::string wrap(std::string line, const std::vector<std::string>& words, size_t indent) {
+    std::string lines;
+    if (line.size() >= indent) lines = std::exchange(line, "") + "\n";
+    line.resize(indent, ' ');
+    for (const std::string& word : words) {
+        if (line.size() > indent && line.size() + 1 + word.size() > 100) {
+            lines += line + "\n";
+            line.assign(indent, ' ');
+        }
+        line += (line.size() > indent ? " " : "") + word;
+    }
+    return lines + line + "\n";
+}
+
+// Help for the options that these commands take. `defaults` is the table of a fresh object. A bound
+// of a million or more only guards against overflow, so such a range is not shown.
+//   --top-p X                   ...; in (0, 1] (default 1)
+inline std::string options_help(const std::vector<Option>& defaults, unsigned commands) {
+    std::string text, group;
+    for (const Option& option : defaults) {
+        if (!(option.commands & commands)) continue;
+        if (group != option.group) text += "\n" + (group = option.group) + "\n";
+        const Range& range = option.range;
+        const char* number = std::holds_alternative<double*>(option.value) ? " X" : " N";
+        std::string line = "  --" + option.name;
+        if (!option.is_switch()) line += range.is_number() ? number : " " + range.text;
+        std::vector<std::string> words = split_at(option.help, ' ');
+        if (range.is_number() && range.high < 1e6)
+            words.back() += ";", words.push_back(range.wanted());
+        if (is_set(option)) words.push_back("(default " + value_text(option) + ")");
+        text += wrap(line, words, 30);
+    }
+    return text;
+}
+
+// The echo at the start of a run: every option that the command takes and its value, so that a
+// printed log says how the run was made.
+//   length    *max-steps=300 epochs=- max-minutes=-
+inline std::string echo(const std::vector<Option>& table, const std::vector<Option>& defaults,
+                        unsigned command) {
+    std::string text = "options (* not the default, - not set)\n";
+    std::vector<std::string> words;
+    for (size_t i = 0; i < table.size(); ++i) {
+        const Option& option = table[i];
+        const std::string value = value_text(option);
+        const char* mark = value != value_text(defaults[i]) ? "*" : "";
+        if (option.commands & command && option.name != "help")
+            words.push_back(mark + option.name + "=" + (is_set(option) ? shown(value) : "-"));
+        const bool last = i + 1 == table.size() || table[i + 1].group != option.group;
+        if (last && !words.empty()) text += wrap("  " + option.group, words, 12);
+        if (last) words.clear();
+    }
+    return text;
+}
 
 }  // namespace tinygpt
 

@@ -1,104 +1,65 @@
-// train_gpt: trains a GPT-2. The program of both drivers: options, commands, report, bench and walk.
+// train_gpt: trains a GPT-2. The program of both drivers: options, commands, report, bench, walk.
 // What trains is tinygpt.hpp. train_gpt.cu includes this file and brings another device.
 #include "tinygpt.hpp"
 
 namespace tinygpt {
 
 // =================================================================================================
-// 1 Options: what the user may ask for, each said once
+// 1 Options: what the user can ask for, each said once
 // =================================================================================================
+// What you have now: all that trains, and an engine for options (§17). Here are the options.
 //
-// The reader now holds all that trains, and the files it reads and writes. What is left is the
-// program around it, and first what its user can say. An option is a member of struct Options,
-// which gives its type and its default, and a row of one table, which gives its name, its range and
-// its meaning. All else is made from that row: reading the command line and config files, --help,
-// the echo at the start of a run, and what a checkpoint remembers of its run. So a new option is a
-// member and a row.
+// A new option is a member of Options, which gives its type and its default, and a row of the
+// table. What happens to --batch-size 4:
 //
-// What happens to --batch-size 4:
-//
-//   parse_options     sees no command before it, so this is train, which takes such an option
-//   split_arguments   finds the row "batch-size" and pairs it with the text "4": an Assignment
-//   assign            reads 4, sees that it is in [1, 1000000], and sets options.batch_size
-//   check_together    looks at it beside the others: batch and length must fit into an int
-//
-// Whatever is wrong ends in fail_usage, exit status 2, before anything is printed or written.
-// Where an option is said twice the last counts, and the command line counts before a config file:
-//
-//   ./train_gpt --seed 2 --config run.conf      has seed 2, whatever run.conf says
-
-// ---- What the user asked for --------------------------------------------------------------------
+//   parse_options      sees no command before it, so this is train
+//   CommandLine::read  finds the row "batch-size", which train takes; 4 is in [1, 1000000], so it
+//                      sets options.batch_size
+//   check_together     looks at it beside the others: batch and length must fit into an int
 
 // One bit each, so that a set of commands is a sum of them.
 enum Command : unsigned { kTrain = 1, kEval = 2, kSample = 4, kInfo = 8, kBench = 16, kWalk = 32 };
 
-// A member for every option, in the table's order of groups. A default outside the option's own
-// range (0 where the least is 1) or an empty text means "not set": its help says what then happens.
+// In the order of the help.
+inline const std::vector<CommandName> kCommands = {
+    {kTrain, "train", "train a model (what happens without a command)"},
+    {kEval, "eval", "the loss of a checkpoint"},
+    {kSample, "sample", "text from a checkpoint"},
+    {kInfo, "info", "every tensor, and what memory and time the model takes"},
+    {kBench, "bench", "how fast each layer is, against what this machine can do"},
+    {kWalk, "walk", "one tiny batch through one training step, with all its numbers"},
+};
+
+// A default outside the option's own range (0 where the least is 1) or an empty text means "not
+// set": the help says what happens then.
 struct Options : RunOptions {
     Command command = kTrain;
-    bool command_given = false;       // the command was written out
-    std::set<std::string> set_names;  // the options that the user set, by their names in the table
+    bool command_given = false;   // the command was written out
+    std::set<std::string> given;  // names of the options that were: "batch-size"
 
-    // What it learns from.
     std::string data = "data/stories", train_shards, val_shards;
 
-    // What learns. Sizes that are 0 are the named model's.
     std::string model = "tiny", init_from;
-    int n_layer = 0, n_head = 0, n_embd = 0, n_positions = 0, vocab_size = 0;
+    int n_layer = 0, n_head = 0, n_embd = 0, n_positions = 0, vocab_size = 0;  // 0: the preset's
     double dropout = 0;
     bool untied_head = false, recompute_gelu = false;
 
-    // Where, and on what.
     std::string config, resume, precision;
     bool override_changes = false, tune_matmul = false, help = false;
-    int threads = 0;
+    int threads = 0, seq_len = 0;
 
-    // What one update sees.
-    int seq_len = 0;
-
-    // What is written with the model.
     std::string prompt_file;
     int max_new_tokens = 100, num_samples = 1, top_k = 0, show_top = 0;
-    double temperature = 1, top_p = 1;
+    double temperature = 1, top_p = 1;  // samples while training take those of SampleOptions (§9)
 
-    std::string hellaswag;  // what it is examined on
-
-    // Whether the user set this option. The name as in the table: "batch-size".
-    bool given(const std::string& name) const { return set_names.count(name) != 0; }
+    std::string hellaswag;
 };
 
-// Which values an option takes: the text that help shows is also what checks them. "[1, 1000]" or
-// "(0, 1]" is a number between two bounds, a round bracket leaving its bound out; "0|1" is a
-// switch; "stop|skip" is one of these words; capitals ("DIR") stand for any text.
-struct Range {
-    std::string text;
-    double low = 0, high = 0;  // of a number
-
-    Range(const char* text) : text(text) { std::sscanf(text, "%*c%lf, %lf", &low, &high); }
-    bool is_number() const { return text[0] == '[' || text[0] == '('; }
-    bool is_switch() const { return text == "0|1"; }
-    bool is_choice() const { return std::islower(text[0]); }
-    bool is_text() const { return std::isupper(text[0]); }
-    std::vector<std::string> words() const { return split_at(text, '|'); }
-    // Whether a number lies within the bounds.
-    bool contains(double x) const {
-        return (text[0] == '(' ? x > low : x >= low) && (text.back() == ')' ? x < high : x <= high);
-    }
-};
-
-// One row of the table. `int Options::*` is "an int in Options, I say which": options.*member is
-// that member of one Options, as getattr(options, name) in Python. A variant holds a value of one
-// of the types listed; std::visit hands it, with its type, to a function.
-struct Option {
-    std::string name;  // as the user types it
-    std::variant<bool Options::*, int Options::*, int64_t Options::*, double Options::*,
-                 std::string Options::*, Schedule Options::*>
-        member;
-    std::string group;  // its heading in help and echo
-    unsigned commands;  // those that take it, and kNumbers where it changes the numbers
-    Range range;
-    std::string help;  // what it means
-};
+// kNumbers marks an option that changes the numbers which a training run computes. A resumed run
+// must have the same value, so checkpoints remember it. kRun: those of a training run; kBuild: of
+// commands that make a model of the sizes given; kBatch: of commands that run batches.
+constexpr unsigned kAll = 63, kNumbers = 64, kRun = kTrain | kNumbers;
+constexpr unsigned kBuild = kRun | kInfo | kBench, kBatch = kBuild | kEval;
 
 // "tiny|gpt2|...": what --model may be.
 inline std::string preset_names() {
@@ -107,534 +68,260 @@ inline std::string preset_names() {
     return names;
 }
 
-// The table: name, member, group, commands, range, help.
-// Careful: an upper bound is there to keep a product of sizes inside 64 bits, and those of eps and
-// dropout keep them inside what a float can tell from 0 and 1.
-struct OptionTable {
-    using O = Options;
-    // kNumbers stands beside the commands of an option that changes the numbers a run computes. A
-    // run that is resumed must have the same value, so checkpoints remember it (kRun: a training
-    // run's). kBuild: commands that make a model of the sizes asked for; kBatch: that run batches.
-    static constexpr unsigned kAll = 63, kNumbers = 64, kRun = kTrain | kNumbers;
-    static constexpr unsigned kBuild = kRun | kInfo | kBench, kBatch = kBuild | kEval;
-    static inline const std::vector<Option> rows = {
-        {"data", &O::data, "data", kRun | kEval | kInfo, "DIR",
-         "shards and tokenizer, as ./prepare_data writes them"},
-        {"train-shards", &O::train_shards, "data", kRun | kEval, "GLOB",
-         "training shards, instead of --data; text is shown as token numbers"},
-        {"val-shards", &O::val_shards, "data", kRun | kEval, "GLOB",
-         "validation shards, beside --train-shards"},
+// The table, in three parts. A row: name, variable, group, commands, range, help.
+// Careful: an upper bound keeps a product of sizes inside 64 bits; those of eps and dropout keep
+// them inside what a float can tell from 0 and 1.
+inline std::vector<Option> model_options(Options& o) {
+    return {
+        {"data", &o.data, "data", kRun | kEval | kInfo, "DIR",
+         "folder of token shards and their tokenizer, as ./prepare_data writes it"},
+        {"train-shards", &o.train_shards, "data", kRun | kEval, "GLOB",
+         "training shards, instead of --data; there is no tokenizer then: text is shown as token "
+         "numbers"},
+        {"val-shards", &o.val_shards, "data", kRun | kEval, "GLOB",
+         "validation shards, instead of those of --data"},
 
-        {"model", &O::model, "model", kBuild, preset_names().c_str(), "sizes of the model"},
-        {"n-layer", &O::n_layer, "model", kBuild, "[1, 1000]", "layers, not the model's own"},
-        {"n-head", &O::n_head, "model", kBuild, "[1, 1000]", "heads, likewise"},
-        {"n-embd", &O::n_embd, "model", kBuild, "[1, 65536]", "channels, likewise"},
-        {"n-positions", &O::n_positions, "model", kBuild, "[1, 1048576]",
-         "the longest text it can see, in tokens, likewise"},
-        {"vocab-size", &O::vocab_size, "model", kBuild, "[2, 65536]",
-         "tokens in the vocabulary, where there is no tokenizer to say"},
-        {"dropout", &O::dropout, "model", kBuild, "[0, 0.999]", "share dropped in training"},
-        {"untied-head", &O::untied_head, "model", kBuild, "0|1",
-         "the head has weights of its own, not the embedding's"},
-        {"recompute-gelu", &O::recompute_gelu, "model", kRun | kInfo, "0|1",
-         "make GELUs again in backward, not keep them: less memory, a little more time"},
-        {"init-from", &O::init_from, "model", kRun | kEval | kSample | kInfo, "DIR",
-         "start from this Hugging Face folder or checkpoint"},
+        {"model", &o.model, "model", kBuild, preset_names().c_str(), "preset of model sizes"},
+        {"n-layer", &o.n_layer, "model", kBuild, "[1, 1000]", "layers, instead of the preset's"},
+        {"n-head", &o.n_head, "model", kBuild, "[1, 1000]",
+         "attention heads in each layer, instead of the preset's"},
+        {"n-embd", &o.n_embd, "model", kBuild, "[1, 65536]",
+         "channels (width of the embedding), instead of the preset's"},
+        {"n-positions", &o.n_positions, "model", kBuild, "[1, 1048576]",
+         "longest context in tokens, instead of the preset's"},
+        {"vocab-size", &o.vocab_size, "model", kBuild, "[2, 65536]",
+         "tokens in the vocabulary; not set: the tokenizer's, or else the preset's"},
+        {"dropout", &o.dropout, "model", kBuild, "[0, 0.999]",
+         "dropout probability during training"},
+        {"untied-head", &o.untied_head, "model", kBuild, "0|1",
+         "give the output head weights of its own, instead of the token embedding's"},
+        {"recompute-gelu", &o.recompute_gelu, "model", kRun | kInfo, "0|1",
+         "recompute GELU in backward instead of keeping it: less memory, a little slower"},
+        {"init-from", &o.init_from, "model", kRun | kEval | kSample | kInfo, "DIR",
+         "load the model from this Hugging Face folder or checkpoint"},
 
-        {"config", &O::config, "run", kAll, "FILE",
-         "read lines `name = value` (# begins a comment); the command line comes before them"},
-        {"resume", &O::resume, "run", kTrain, "DIR|auto",
-         "go on from a checkpoint; auto: from the newest good one in --output, if any"},
-        {"override", &O::override_changes, "run", kTrain, "0|1",
-         "resume although options that change the numbers have changed"},
-        {"output", &O::output, "run", kTrain, "DIR",
-         "the run's folder; not set: out/ and a name made from the data folder's"},
-        {"seed", &O::seed, "run", kRun | kEval | kSample | kBench, "[0, 1e+18]",
-         "of all randomness"},
-        {"threads", &O::threads, "run", kAll, "[0, 1024]", "0: all cores"},
-        {"precision", &O::precision, "run", kBatch | kSample, "fp32|bf16|tf32",
-         "not set: the best for this machine"},
-        {"tune-matmul", &O::tune_matmul, "run", kRun | kBench, "0|1",
+        {"config", &o.config, "run", kAll, "FILE",
+         "read options from this file, lines of `name = value` (# begins a comment); the command "
+         "line counts before it"},
+        {"resume", &o.resume, "run", kTrain, "DIR|auto",
+         "continue from this checkpoint; auto: from the newest intact one in --output, if any"},
+        {"override", &o.override_changes, "run", kTrain, "0|1",
+         "resume although options that change the numbers differ from the checkpoint's"},
+        {"output", &o.output, "run", kTrain, "DIR",
+         "folder of the run; not set: out/ and the name of the data folder"},
+        {"seed", &o.seed, "run", kRun | kEval | kSample | kBench, "[0, 1e+18]",
+         "random seed of initial weights, data order, dropout and sampling"},
+        {"threads", &o.threads, "run", kAll, "[0, 1024]", "CPU threads; 0: all cores"},
+        {"precision", &o.precision, "run", kBatch | kSample, "fp32|bf16|tf32",
+         "number format of the products; not set: bf16 on a GPU that has it, otherwise fp32"},
+        {"tune-matmul", &o.tune_matmul, "run", kRun | kBench, "0|1",
          "on a GPU: time matmul kernels once, keep the fastest in data/matmul-plans.txt"},
-        {"help", &O::help, "run", kAll, "0|1",
-         "this page; after a command, what that command takes"},
+        {"help", &o.help, "run", kAll, "0|1",
+         "print this page; after a command, what that command takes"},
 
-        {"batch-size", &O::batch_size, "batch", kBatch, "[1, 1000000]", "texts read at once"},
-        {"seq-len", &O::seq_len, "batch", kBatch, "[1, 1048576]",
-         "tokens in each; not set: 128, or --n-positions where that is less"},
-        {"grad-accum-steps", &O::grad_accum_steps, "batch", kRun, "[1, 1000000]",
-         "batches whose gradients make one update"},
-        {"shuffle", &O::shuffle, "batch", kRun, "0|1", "a new order in every epoch"},
-        {"overfit-batch", &O::overfit_batch, "batch", kRun, "0|1", "only ever the first batch"},
-
-        {"max-steps", &O::max_steps, "length", kRun, "[1, 1e+12]",
-         "updates; the default counts only where neither of the next two is set"},
-        {"epochs", &O::epochs, "length", kRun, "(0, 1000000000]",
-         "times through the training text"},
-        {"max-minutes", &O::max_minutes, "length", kRun, "(0, 1000000000]",
-         "of all that are set, what comes first ends the run"},
-
-        {"learning-rate", &O::learning_rate, "optimizer", kRun, "[0, 100]", "at its highest"},
-        {"min-lr-fraction", &O::min_lr_fraction, "optimizer", kRun, "[0, 1]",
-         "of --learning-rate, left at the end"},
-        {"schedule", &O::schedule, "optimizer", kRun, "cosine|linear|constant|wsd",
-         "how the rate falls after warm-up"},
-        {"warmup-steps", &O::warmup_steps, "optimizer", kRun, "[0, 1e+12]",
-         "updates until the full rate"},
-        {"weight-decay", &O::weight_decay, "optimizer", kRun, "[0, 100]", "of matrices"},
-        {"beta1", &O::beta1, "optimizer", kRun, "[0, 1)", "memory of the mean gradient"},
-        {"beta2", &O::beta2, "optimizer", kRun, "[0, 1)", "memory of its square"},
-        {"eps", &O::eps, "optimizer", kRun, "[1e-30, 1]", "AdamW's, outside the root"},
-        {"grad-clip", &O::grad_clip, "optimizer", kRun, "[0, 1e+30]",
-         "longest gradient; 0: no limit"},
-
-        {"log-interval", &O::log_interval, "watching", kTrain, "[0, 1e+12]",
-         "steps between lines on the terminal; 0, here and below: never"},
-        {"eval-interval", &O::eval_interval, "watching", kRun, "[0, 1e+12]",
-         "steps between evaluations"},
-        {"eval-batches", &O::eval_batches, "watching", kRun | kEval, "[0, 1e+12]",
-         "training batches scored in each, beside all of the validation text"},
-        {"sample-interval", &O::sample_interval, "watching", kTrain, "[0, 1e+12]",
-         "steps between samples"},
-        {"prompt", &O::prompt, "watching", kTrain | kSample, "TEXT", "how samples begin"},
-        {"tensor-stats-interval", &O::tensor_stats_interval, "watching", kTrain, "[0, 1e+12]",
-         "steps between tables of each tensor's weight, gradient and update"},
-        {"patience", &O::patience, "watching", kRun, "[0, 1e+12]",
-         "stop after that many evaluations without a new best; 0: do not"},
-        {"save-interval", &O::save_interval, "watching", kTrain, "[0, 1e+12]",
-         "steps between checkpoints"},
-        {"keep", &O::keep, "watching", kTrain, "[1, 1000000]", "newest checkpoints not deleted"},
-
-        {"on-nan", &O::on_nan, "guards", kRun, "stop|skip",
-         "what to do where loss or gradient is no number"},
-        {"skip-outliers", &O::skip_outliers, "guards", kRun, "[0, 1000000]",
-         "skip updates whose loss or norm is this many deviations high; 0: none"},
-
-        {"prompt-file", &O::prompt_file, "sample", kSample, "FILE",
-         "how the text begins; - is standard input"},
-        {"max-new-tokens", &O::max_new_tokens, "sample", kSample, "[1, 1000000000]",
-         "the most to write"},
-        {"num-samples", &O::num_samples, "sample", kSample, "[1, 1000000]", "texts to write"},
-        {"temperature", &O::temperature, "sample", kSample, "[0, 100]",
-         "0: always the likeliest token"},
-        {"top-k", &O::top_k, "sample", kSample, "[0, 65536]", "only the k likeliest; 0: all"},
-        {"top-p", &O::top_p, "sample", kSample, "(0, 1]", "only the likeliest, up to this sum"},
-        {"show-top", &O::show_top, "sample", kSample, "[0, 65536]",
-         "print the likeliest next tokens with their probabilities"},
-
-        {"hellaswag", &O::hellaswag, "eval", kEval, "FILE", "score this file of questions too"},
+        {"batch-size", &o.batch_size, "batch", kBatch, "[1, 1000000]",
+         "sequences in a micro-batch"},
+        {"seq-len", &o.seq_len, "batch", kBatch, "[1, 1048576]",
+         "tokens in a sequence; not set: 128, or --n-positions where that is less"},
+        {"grad-accum-steps", &o.grad_accum_steps, "batch", kRun, "[1, 1000000]",
+         "micro-batches accumulated into one update"},
+        {"shuffle", &o.shuffle, "batch", kRun, "0|1",
+         "read the training data in a new random order every epoch"},
+        {"overfit-batch", &o.overfit_batch, "batch", kRun, "0|1",
+         "train on the first batch only, to see that the model can learn"},
     };
-};
-inline const std::vector<Option>& option_table() { return OptionTable::rows; }
+}
 
-// The commands, in the order of the help.
-struct CommandName {
-    Command command;
-    const char *name, *help;
-};
-inline const std::vector<CommandName>& command_table() {
-    static const std::vector<CommandName> table = {
-        {kTrain, "train", "train a model (what happens without a command)"},
-        {kEval, "eval", "the loss of a checkpoint"},
-        {kSample, "sample", "text from a checkpoint"},
-        {kInfo, "info", "every tensor, and what memory and time the model takes"},
-        {kBench, "bench", "how fast each layer is, against what this machine can do"},
-        {kWalk, "walk", "one tiny batch through one training step, with all its numbers"},
+// How long a run is, how it learns, and what is shown and saved on the way.
+inline std::vector<Option> training_options(Options& o) {
+    return {
+        {"max-steps", &o.max_steps, "length", kRun, "[1, 1e+12]",
+         "number of updates; the default counts only without --epochs and --max-minutes"},
+        {"epochs", &o.epochs, "length", kRun, "(0, 1000000000]",
+         "passes over the training data; the first limit reached ends the run"},
+        {"max-minutes", &o.max_minutes, "length", kRun, "(0, 1000000000]",
+         "training time in minutes; the first limit reached ends the run"},
+
+        {"learning-rate", &o.learning_rate, "optimizer", kRun, "[0, 100]", "peak learning rate"},
+        {"min-lr-fraction", &o.min_lr_fraction, "optimizer", kRun, "[0, 1]",
+         "learning rate at the end, as a fraction of the peak"},
+        {"schedule", &o.schedule, "optimizer", kRun, "cosine|linear|constant|wsd",
+         "how the learning rate falls after warm-up"},
+        {"warmup-steps", &o.warmup_steps, "optimizer", kRun, "[0, 1e+12]",
+         "updates until the learning rate reaches its peak"},
+        {"weight-decay", &o.weight_decay, "optimizer", kRun, "[0, 100]",
+         "weight decay, on matrices and embeddings only"},
+        {"beta1", &o.beta1, "optimizer", kRun, "[0, 1)", "AdamW's decay rate of the mean gradient"},
+        {"beta2", &o.beta2, "optimizer", kRun, "[0, 1)",
+         "AdamW's decay rate of the mean squared gradient"},
+        {"eps", &o.eps, "optimizer", kRun, "[1e-30, 1]",
+         "AdamW epsilon, added outside the square root"},
+        {"grad-clip", &o.grad_clip, "optimizer", kRun, "[0, 1e+30]",
+         "clip the gradient to this global norm; 0: do not clip"},
+
+        {"log-interval", &o.log_interval, "watching", kTrain, "[0, 1e+12]",
+         "steps between lines on the terminal; 0: never"},
+        {"eval-interval", &o.eval_interval, "watching", kRun, "[0, 1e+12]",
+         "steps between evaluations; 0: never"},
+        {"eval-batches", &o.eval_batches, "watching", kRun | kEval, "[0, 1e+12]",
+         "fixed training batches scored in each evaluation, beside the validation data; 0: none"},
+        {"sample-interval", &o.sample_interval, "watching", kTrain, "[0, 1e+12]",
+         "steps between samples; 0: never"},
+        {"prompt", &o.prompt, "watching", kTrain | kSample, "TEXT", "text that samples begin with"},
+        {"tensor-stats-interval", &o.tensor_stats_interval, "watching", kTrain, "[0, 1e+12]",
+         "steps between tables of each tensor's weight, gradient and update; 0: never"},
+        {"patience", &o.patience, "watching", kRun, "[0, 1e+12]",
+         "stop after this many evaluations without a new best loss; 0: do not"},
+        {"save-interval", &o.save_interval, "watching", kTrain, "[0, 1e+12]",
+         "steps between checkpoints; 0: only at the end"},
+        {"keep", &o.keep, "watching", kTrain, "[1, 1000000]",
+         "number of checkpoints to keep, the newest"},
+
+        {"on-nan", &o.on_nan, "guards", kRun, "stop|skip",
+         "what to do when the loss or the gradient is NaN or infinite"},
+        {"skip-outliers", &o.skip_outliers, "guards", kRun, "[0, 1000000]",
+         "skip updates whose loss or gradient norm is this many standard deviations above the "
+         "mean; 0: none"},
     };
+}
+
+// The whole table.
+inline std::vector<Option> option_table(Options& o) {
+    std::vector<Option> table = model_options(o), training = training_options(o);
+    table.insert(table.end(), training.begin(), training.end());
+    table.insert(
+        table.end(),
+        {
+            {"prompt-file", &o.prompt_file, "sample", kSample, "FILE",
+             "read the prompt from this file; - is standard input"},
+            {"max-new-tokens", &o.max_new_tokens, "sample", kSample, "[1, 1000000000]",
+             "number of tokens to generate at most"},
+            {"num-samples", &o.num_samples, "sample", kSample, "[1, 1000000]",
+             "number of texts to generate"},
+            {"temperature", &o.temperature, "sample", kSample, "[0, 100]",
+             "sampling temperature; 0: always the likeliest token"},
+            {"top-k", &o.top_k, "sample", kSample, "[0, 65536]",
+             "sample from the k likeliest tokens only; 0: from all"},
+            {"top-p", &o.top_p, "sample", kSample, "(0, 1]",
+             "sample from the likeliest tokens only, as many as have this probability together"},
+            {"show-top", &o.show_top, "sample", kSample, "[0, 65536]",
+             "print that many of the likeliest next tokens, with probabilities, instead of text"},
+
+            {"hellaswag", &o.hellaswag, "eval", kEval, "FILE",
+             "score this HellaSwag file (in llm.c's format) instead of the validation data"},
+        });
     return table;
 }
 
-// "train, eval": the names of these commands.
-inline std::string command_name(unsigned commands) {
-    std::string names;
-    for (const CommandName& c : command_table())
-        if (commands & c.command) join(names, ", ", c.name);
-    return names;
-}
-
-// "in (0, 1]", "one of stop, skip", "0 or 1", or how the text is named.
-inline std::string range_text(const Range& range) {
-    if (range.is_number()) return "in " + range.text;
-    if (range.is_switch()) return "0 or 1";
-    if (!range.is_choice()) return range.text;
-    std::string words;
-    for (const std::string& word : range.words()) join(words, ", ", word);
-    return "one of " + words;
-}
-
-// ---- One value, to text and from text -----------------------------------------------------------
-
-// An option's value has a type of its own, and the two functions that meet all types are these:
-// value_text, out of an Options, and assign, into one. Each undoes the other.
-
-// Whether T is a number's type. A switch and a Schedule are places in their range's list of words:
-// false, the first place, is "0", and Schedule::linear, the second, is "linear".
-template <class T>
-constexpr bool is_number = std::is_arithmetic_v<T> && !std::is_same_v<T, bool>;
-
-// A value as the user would type it; reading it gives the same value again: to_chars writes as many
-// digits as that takes, and no more. `if constexpr` chooses when the program is compiled, for each
-// type on its own.
-inline std::string value_text(const Options& options, const Option& option) {
-    const auto text_of = [&](auto member) -> std::string {
-        const auto& value = options.*member;
-        using T = std::decay_t<decltype(value)>;
-        char text[32];
-        if constexpr (std::is_same_v<T, std::string>)
-            return value;
-        else if constexpr (is_number<T>)
-            return {text, std::to_chars(text, text + sizeof text, value).ptr};
-        else
-            return option.range.words()[size_t(value)];
-    };
-    return std::visit(text_of, option.member);
-}
-
-// False for an empty text and for a number outside its option's range: both mean "not set".
-inline bool is_set(const Options& options, const Option& option) {
-    const std::string text = value_text(options, option);
-    return option.range.is_number() ? option.range.contains(std::strtod(text.c_str(), nullptr))
-                                    : !text.empty();
-}
-
-// An option and its value, as typed.
-struct Assignment {
-    const Option* option;
-    std::string value;
-};
-
-// "--top-p must be in (0, 1], got 1.5". kind: "a number ", where the value is none.
-[[noreturn]] inline void fail_value(const Assignment& a, const std::string& kind = "") {
-    fail_usage("--" + a.option->name + " must be " + kind + range_text(a.option->range) + ", got " +
-               shown(a.value));
-}
-
-// "--data needs a value: DIR; ...". The hint is for a text: "--data --x" is two options.
-[[noreturn]] inline void fail_no_value(const Option& option) {
-    const std::string name = "--" + option.name;
-    const bool text = option.range.is_text();
-    fail_usage(name + " needs a value: " + range_text(option.range) +
-               (text ? "; one that begins with -- is written " + name + "=--..." : ""));
-}
-
-// The number that the whole value is. Strict: no spaces, no "+5", no hexadecimal, no infinity, no
-// NaN, nothing too large or too small for the type; a whole number has digits only. Why from_chars:
-// it takes none of the former, and it says where it stopped, so "1x" is not read as 1.
-template <class T>
-T parse_number(const Assignment& a) {
-    T value{};
-    const char* end = a.value.data() + a.value.size();
-    const auto [stop, error] = std::from_chars(a.value.data(), end, value);
-    const bool too_far = error == std::errc::result_out_of_range;
-    if (stop != end || (error != std::errc() && !too_far) || !std::isfinite(double(value)))
-        fail_value(a, std::is_integral_v<T> ? "a whole number " : "a number ");
-    if (too_far || !a.option->range.contains(double(value))) fail_value(a);
-    return value;
-}
-
-// Sets one option, or fails. An empty value is fine for a TEXT only: an empty prompt is a prompt,
-// an empty file name a mistake.
-inline void assign(Options& options, const Assignment& a) {
-    const Range& range = a.option->range;
-    if (a.value.empty() && range.text != "TEXT") fail_no_value(*a.option);
-    const std::vector<std::string> words = range.words();
-    const size_t place = size_t(std::find(words.begin(), words.end(), a.value) - words.begin());
-    if ((range.is_switch() || range.is_choice()) && place == words.size()) fail_value(a);
-    const auto set = [&](auto member) {
-        auto& value = options.*member;
-        using T = std::decay_t<decltype(value)>;
-        if constexpr (std::is_same_v<T, std::string>)
-            value = a.value;
-        else if constexpr (is_number<T>)
-            value = parse_number<T>(a);
-        else
-            value = T(place);
-    };
-    std::visit(set, a.option->member);
-    options.set_names.insert(a.option->name);
-}
-
-// ---- Reading all of them ------------------------------------------------------------------------
-
-// First a list of assignments, from arguments and files, with every name looked up; then they are
-// carried out in order. The two steps are apart because what counts is not what is read last.
-
 // The command of that name.
 inline Command find_command(const std::string& typed) {
-    for (const CommandName& c : command_table())
-        if (typed == c.name) return c.command;
-    fail_usage("unknown command " + shown(typed) + "; did you mean " +
-               nearest(command_table(), typed).name + "? The commands are " + command_name(~0u));
+    for (const CommandName& c : kCommands)
+        if (typed == c.name) return Command(c.bit);
+    fail_usage("unknown command ", shown(typed), "; did you mean ", nearest(kCommands, typed).name,
+               "? The commands are ", command_names(kCommands, kAll));
 }
 
-// The option of that name, which `command` must take. '-' and '_' are the same.
-inline const Option& find_option(std::string name, Command command) {
-    std::replace(name.begin(), name.end(), '_', '-');
-    for (const Option& option : option_table()) {
-        if (name != option.name) continue;
-        if (option.commands & command) return option;
-        fail_usage(command_name(command) + " takes no option --" + name + "; it is for " +
-                   command_name(option.commands));
-    }
-    fail_usage("unknown option " + shown("--" + name) + "; did you mean --" +
-               nearest(option_table(), name).name + "? (--help lists all options)");
-}
-
-// The assignments in the arguments from `first` on. What follows an option is its value, unless it
-// begins with "--"; a switch may stand alone and then means 1.
-inline std::vector<Assignment> split_arguments(const std::vector<std::string>& args, size_t first,
-                                               Command command) {
-    std::vector<Assignment> all;
-    for (size_t i = first; i < args.size(); ++i) {
-        const std::string arg = args[i] == "-h" ? "--help" : args[i];
-        if (!arg.starts_with("--") || arg.size() < 3)
-            fail_usage("expected an option such as --data, found " + shown(arg) +
-                       " (--help lists all options)");
-        const size_t equals = arg.find('=');
-        const Option& option = find_option(arg.substr(2, equals - 2), command);
-        const bool is_switch = option.range.is_switch();
-        const bool stands_alone = i + 1 == args.size() || args[i + 1].starts_with("--") ||
-                                  (is_switch && args[i + 1] == "-h");
-        std::string value = "1";  // a switch that stands alone
-        if (equals != arg.npos)
-            value = arg.substr(equals + 1);
-        else if (!stands_alone)
-            value = args[++i];
-        else if (!is_switch)
-            fail_no_value(option);
-        all.push_back({&option, value});
-    }
-    return all;
-}
-
-// The assignment in a line of a config file; none where the line is empty or a comment. A '#' at
-// its start or after a space begins a comment, so "C#" is a value. Names are those of the command
-// line, with or without "--".
-inline std::optional<Assignment> parse_config_line(std::string line, Command command) {
-    const auto trim = [spaces = " \t\r"](std::string s) {
-        s.erase(0, s.find_first_not_of(spaces));
-        return s.erase(s.find_last_not_of(spaces) + 1);
-    };
-    for (char c : line)  // a picture or a program, given by mistake
-        TINYGPT_USAGE(!std::iscntrl(uint8_t(c)) || c == '\t' || c == '\r', "this is not text");
-    for (size_t at = 0; (at = line.find('#', at)) != line.npos; ++at)
-        if (at == 0 || line[at - 1] == ' ' || line[at - 1] == '\t') line.resize(at);
-    line = trim(line);
-    if (line.empty()) return {};
-
-    const size_t equals = line.find('=');
-    TINYGPT_USAGE(equals != line.npos, "expected `name = value`, found %s", shown(line).c_str());
-    std::string name = trim(line.substr(0, equals));
-    if (name.starts_with("--")) name.erase(0, 2);
-    TINYGPT_USAGE(name != "config" && name != "help", "a config file cannot hold --%s",
-                  name.c_str());
-    return Assignment{&find_option(name, command), trim(line.substr(equals + 1))};
-}
-
-// The assignments in the text of a config file, in its order. All are checked, so that carrying
-// them out cannot fail: a bad value is refused even where a later one counts. Errors begin with the
-// path and the line: "run.conf:3: --top-p must be in (0, 1], got 1.5".
-//   # a small GPT-2 on a book
-//   data = data/book
-//   n-layer = 4     # the other sizes are the preset's
-inline std::vector<Assignment> parse_config(std::string_view text, const std::string& path,
-                                            Command command) {
-    std::vector<Assignment> all;
-    Options checked;
-    int number = 0;
-    if (text.starts_with("\xef\xbb\xbf")) text.remove_prefix(3);  // a byte order mark
-    for (const std::string& line : split_at(text, '\n')) {
-        ++number;
-        try {
-            const std::optional<Assignment> a = parse_config_line(line, command);
-            if (a) assign(checked, *a), all.push_back(*a);
-        } catch (const Error& error) {
-            fail_usage(format("%s:%d: ", path.c_str(), number) + error.what());
-        }
-    }
-    return all;
-}
-
-// The same from a file. One that cannot be read is bad usage: its name was typed.
-inline std::vector<Assignment> read_config(const std::string& path, Command command) {
-    std::string text;
-    try {
-        text = read_file(path, 1 << 16);
-    } catch (const Error& error) {
-        fail_usage(std::string("--config: ") + error.what());
-    }
-    return parse_config(text, path, command);
-}
-
-// Refuses options that do not go together: nothing the user types may be silently ignored.
+// Refuses options that contradict each other: nothing the user types may be silently ignored.
 inline void check_together(const Options& o) {
     for (auto [a, b] :
          {std::pair{"data", "train-shards"}, {"data", "val-shards"}, {"prompt", "prompt-file"}})
-        TINYGPT_USAGE(!o.given(a) || !o.given(b), "--%s and --%s exclude each other", a, b);
-    TINYGPT_USAGE(o.command != kTrain || !o.given("val-shards") || o.given("train-shards"),
-                  "--val-shards needs --train-shards too: --train-shards GLOB --val-shards GLOB");
-    TINYGPT_USAGE(!o.override_changes || !o.resume.empty(),
-                  "--override needs --resume DIR or --resume auto");
-    TINYGPT_USAGE(o.patience == 0 || o.eval_interval > 0,
-                  "--patience counts evaluations: it needs an --eval-interval above 0");
-    TINYGPT_USAGE(int64_t(o.batch_size) * std::max(o.seq_len, 1) <= INT32_MAX,
-                  "--batch-size %d times --seq-len %d must be below 2147483648 tokens",
-                  o.batch_size, o.seq_len);
+        if (o.given.contains(a) && o.given.contains(b))
+            fail_usage("--", a, " and --", b, " exclude each other");
+    if (o.command == kTrain && o.given.contains("val-shards") && !o.given.contains("train-shards"))
+        fail_usage("--val-shards needs --train-shards too: --train-shards GLOB --val-shards GLOB");
+    if (o.override_changes && o.resume.empty())
+        fail_usage("--override needs --resume DIR or --resume auto");
+    if (o.patience > 0 && o.eval_interval == 0)
+        fail_usage("--patience counts evaluations: it needs an --eval-interval above 0");
+    if (int64_t(o.batch_size) * std::max(o.seq_len, 1) > INT32_MAX)
+        fail_usage("--batch-size ", o.batch_size, " times --seq-len ", o.seq_len,
+                   " must be below 2147483648 tokens");
 }
 
 // The options in the arguments (without the program's name), all checked. Bad usage throws Error
-// with status 2. Reads no file but that of --config. Of options given twice the last counts, of
-// files too; the command line counts before a file, wherever --config stands. So the arguments are
-// assigned twice: first to check them and to find the file, then over what the file says.
-inline Options parse_options(const std::vector<std::string>& args) {
-    // The command decides which options there are.
+// with status 2. Reads no file but that of --config.
+inline Options parse_options(std::vector<std::string> arguments) {
     Options o;
-    o.command_given = !args.empty() && !args[0].starts_with('-');
-    if (o.command_given) o.command = find_command(args[0]);
-    const std::vector<Assignment> typed = split_arguments(args, o.command_given, o.command);
-
-    std::vector<Assignment> from_file;
-    for (const Assignment& a : typed) {
-        assign(o, a);
-        if (a.option->name == "config") from_file = read_config(a.value, o.command);
+    o.command_given = !arguments.empty() && !arguments[0].starts_with('-');
+    if (o.command_given) {
+        o.command = find_command(arguments[0]);
+        arguments.erase(arguments.begin());
     }
-    for (const Assignment& a : from_file) assign(o, a);
-    for (const Assignment& a : typed) assign(o, a);
-
-    // Whoever asks for help has not made up their mind: what does not go together is let pass.
-    if (!o.help) check_together(o);
-    if (!o.given("max-steps") && (o.given("epochs") || o.given("max-minutes"))) o.max_steps = 0;
+    const std::vector<Option> table = option_table(o);
+    o.given = CommandLine(table, kCommands, o.command).read(arguments);
+    if (!o.help) check_together(o);  // --help works whatever else is on the line
+    if (!o.given.contains("max-steps") &&
+        (o.given.contains("epochs") || o.given.contains("max-minutes")))
+        o.max_steps = 0;
     return o;
-}
-
-// ---- Showing them -------------------------------------------------------------------------------
-
-// `line` and the words after it, in lines of at most 100 columns, each with its line end. The words
-// begin at column `indent`; a word that is longer than a line has one to itself.
-inline std::string wrap(std::string line, const std::vector<std::string>& words, size_t indent) {
-    std::string lines;
-    line.resize(std::max(line.size(), indent), ' ');
-    for (const std::string& word : words) {
-        if (line.size() > indent && line.size() + 1 + word.size() > 100) {
-            lines += line + "\n";
-            line.assign(indent, ' ');
-        }
-        line += (line.size() > indent ? " " : "") + word;
-    }
-    return lines + line + "\n";
-}
-
-// One entry of the help: name, what it means, its range, its default.
-//   --top-p X                   only the likeliest, up to this sum; in (0, 1] (default 1)
-inline std::string option_help(const Option& option) {
-    const Options defaults;
-    const Range& range = option.range;
-    // What stands for the value: N a whole number, X any number, DIR and the like a text.
-    const bool whole = !std::holds_alternative<double Options::*>(option.member);
-    const std::string value = range.is_number()   ? whole ? " N" : " X"
-                              : range.is_choice() ? " WORD"
-                              : range.is_switch() ? ""
-                                                  : " " + range.text;
-    std::vector<std::string> words = split_at(option.help, ' ');
-    if (range.is_number() || range.is_choice())
-        words.back() += ";", words.push_back(range_text(range));
-    if (is_set(defaults, option)) words.push_back("(default " + value_text(defaults, option) + ")");
-    return wrap("  --" + option.name + value, words, 30);
 }
 
 // What --help prints: all options, or only those of the command that was written out.
 inline std::string help_text(const Options& options, const std::string& program) {
-    const unsigned commands = options.command_given ? unsigned(options.command) : ~0u;
-    std::string text = "usage: " + program;
-    text += " [command] [--name value | --name=value | --switch] ...\n\n";
-    for (const CommandName& c : command_table())
-        if (commands & c.command) text += format("  %-8s %s\n", c.name, c.help);
-    std::string group;
-    for (const Option& option : option_table()) {
-        if (!(option.commands & commands)) continue;
-        if (group != option.group) text += "\n" + (group = option.group) + "\n";
-        text += option_help(option);
-    }
-    return text +
+    const unsigned commands = options.command_given ? unsigned(options.command) : kAll;
+    std::string text =
+        to_text("usage: ", program, " [command] [--name value | --name=value | --switch] ...\n\n");
+    for (const CommandName& c : kCommands)
+        if (commands & c.bit) text += format("  %-8s %s\n", c.name, c.help);
+    Options defaults;
+    return text + options_help(option_table(defaults), commands) +
            "\nA switch is --name or --name 0|1. In names - and _ are the same. "
            "Given twice, the last counts.\n";
 }
 
-// The echo at the start of a run: every option the command takes, in lines of at most 100 columns,
-// so that a log on paper says how the run was made. A long text is shown by its beginning.
-//   length    *max-steps=300 epochs=- max-minutes=-
-inline std::string describe(const Options& options) {
-    const Options defaults;
-    std::string text = "options (* not the default, - not set)\n", group;
-    std::vector<std::string> words;
-    auto end_group = [&] {
-        if (!words.empty()) text += wrap("  " + group, words, 12);
-        words.clear();
-    };
-    for (const Option& option : option_table()) {
-        if (!(option.commands & options.command) || option.name == "help") continue;
-        if (group != option.group) end_group(), group = option.group;
-        const std::string value = value_text(options, option);
-        std::string word = is_set(options, option) ? shown(value) : "-";
-        size_t cut = 67;  // of a long text, the beginning; not cut inside a character
-        while (cut < word.size() && (word[cut] & 0xc0) == 0x80) --cut;
-        if (word.size() > 70) word.replace(cut, word.npos, "...");
-        const char* mark = value != value_text(defaults, option) ? "*" : "";
-        words.push_back(mark + option.name + "=" + word);
-    }
-    end_group();
-    return text;
+// Every option that the command takes, with its value, for the start of a run.
+inline std::string describe(Options options) {
+    Options defaults;
+    return echo(option_table(options), option_table(defaults), options.command);
 }
 
 // Name and value of every option that must be the same for a resumed run to be the same run: a
 // checkpoint holds them, and resuming compares.
-inline auto options_that_change_numbers(const Options& options) {
+inline auto options_that_change_numbers(Options options) {
     std::vector<std::pair<std::string, std::string>> all;
-    for (const Option& option : option_table())
-        if (option.commands & OptionTable::kNumbers)
-            all.emplace_back(option.name, value_text(options, option));
+    for (const Option& option : option_table(options))
+        if (option.commands & kNumbers) all.emplace_back(option.name, value_text(option));
     return all;
 }
 
-// The options that the user set and `command` takes, typed again, and `others`, which replace those
-// of the same name. --max-steps replaces whatever says how long a run is. What is of one run only
-// (its folder, how it was resumed) is left out: this is for the line of another run.
-//   retyped(o, kTrain, "--max-steps 600")     " --data data/book --n-layer 4 --max-steps 600"
-inline std::string retyped(const Options& o, Command command, const std::string& others) {
-    const std::set<std::string> of_one_run = {"config", "help", "output", "resume", "override"};
-    const bool length = others.find("--max-steps ") != others.npos;
+// The options given that `command` takes too, without the model, as they would be typed:
+//   retyped(o, kEval)     " --data data/book --seed 5"
+inline std::string retyped(Options o, Command command) {
+    const std::set<std::string> left_out = {"config", "help", "init-from"};
     std::string line;
-    for (const Option& option : option_table()) {
-        const std::string name = "--" + option.name, value = value_text(o, option);
-        const bool taken = option.commands & command && o.given(option.name);
-        const bool new_length = length && option.group == "length";
-        const bool replaced = new_length || others.find(name + " ") != others.npos;
-        if (taken && !replaced && !of_one_run.count(option.name))
-            line += " " + name + (value.starts_with("--") ? "=" : " ") + shell_word(value);
+    for (const Option& option : option_table(o)) {
+        if (!(option.commands & command) || !o.given.contains(option.name)) continue;
+        if (left_out.contains(option.name)) continue;
+        const std::string value = value_text(option);
+        line += to_text(" --", option.name, value.starts_with("--") ? "=" : " ", shell_word(value));
     }
-    return line + " " + others;
+    return line;
 }
 
 // =================================================================================================
 // 2 Report: what a run's own numbers say, and what to type next
 // =================================================================================================
+// How to read a curve. While both losses fall, the model learns what all such texts have in
+// common. When training loss falls and validation loss does not, it learns the training text by
+// heart: that is overfitting, and best/ is the model to keep. When neither falls, there is either
+// nothing left to learn, which the floor tells, or the model is too small to learn it.
 
-// Draws train (.), validation (o) and floor (-) into a box of text. Losses are on a log scale, on
-// which the long tail of a run is still seen to fall. What is not finite is left out; where nothing
-// is left, the picture is empty text.
-inline std::string draw_curve(const std::vector<CurvePoint>& train,
-                              const std::vector<CurvePoint>& val, double floor) {
+using Curve = std::vector<CurvePoint>;
+
+// Draws train (.), validation (o) and floor (-) into a box of text, or nothing where no loss is
+// finite. Why a log scale: the long tail of a run is still seen to fall.
+inline std::string draw_curve(const Curve& train, const Curve& val, double floor) {
     constexpr int width = 76, height = 16;
     double low = std::isfinite(floor) ? floor : INFINITY, high = 0;
     int64_t last = 1;
-    for (auto* curve : {&train, &val})
+    for (const Curve* curve : {&train, &val})
         for (const CurvePoint& p : *curve) {
             if (!std::isfinite(p.loss)) continue;
             low = std::min(low, p.loss), high = std::max(high, p.loss);
             last = std::max(last, p.step);
         }
     if (low <= 0 || high <= 0) return "";
-    // A little room below, and never a box so flat that noise fills it.
+    // Some space below, and never a box so flat that noise fills it.
     const double bottom = std::log(low * 0.98), top = std::log(std::max(high, low * 1.1));
 
     // x runs from 0 to 1 over the steps, y from 0 at the top to 1. Later marks cover earlier ones.
@@ -648,7 +335,7 @@ inline std::string draw_curve(const std::vector<CurvePoint>& train,
     for (const CurvePoint& p : train) put(double(p.step) / double(last), p.loss, '.');
     for (const CurvePoint& p : val) put(double(p.step) / double(last), p.loss, 'o');
 
-    // Every fifth line says its loss.
+    // Every fifth line has its loss.
     std::string out;
     for (int r = 0; r < height; ++r) {
         const double loss = std::exp(top - (top - bottom) * r / (height - 1));
@@ -661,295 +348,162 @@ inline std::string draw_curve(const std::vector<CurvePoint>& train,
     return out + (std::isfinite(floor) ? format("   --- floor %.4f\n", floor) : "\n");
 }
 
-// How to read a curve. While both losses fall, the model learns what all such texts have in
-// common. When training loss falls and validation loss does not, it learns the training text by
-// heart: that is overfitting, and best/ is the model to keep. When neither falls, there is
-// either nothing left to learn, which the floor tells, or the model is too small to learn it.
-
-template <class Device>
-class Report {
-public:
-    Report(const Options& options, const Corpus& corpus, const Config& config,
-           Trainer<Device>& trainer)
-        : o_(options), corpus_(corpus), config_(config), trainer_(trainer), state_(trainer.state()),
-          train_curve_(trainer.train_curve()), val_curve_(trainer.val_curve()) {}
-
-    // The end: the curve, the verdict, a sample, and what to type next.
-    void report(End end) {
-        const char* why = end == End::plateau       ? "stopped early: no progress (--patience)"
-                          : end == End::out_of_time ? "time is up (--max-minutes)"
-                                                    : "done";
-        std::printf("\n%s: %ld steps in %s\n\n%s\n", why, state_.step,
-                    duration_text(state_.seconds).c_str(),
-                    draw_curve(train_curve_, val_curve_, corpus_.floor).c_str());
-        const Verdict v = show_verdict();
-        const StepState& g = state_.guards;
-        if (g.skipped)
-            say("guards",
-                format("%ld updates were skipped, %ld of them as outliers", g.skipped, g.outliers));
-        trainer_.write_sample("the model writes:", 100);
-        show_next(v);
+// A curve at a step: the mean of its points in the `window` steps that end there, or else the last
+// point before. Why a window: every batch is another text, so one training loss says little.
+inline CurvePoint curve_at(const Curve& curve, double step, double window) {
+    double sum = 0, count = 0;
+    CurvePoint last{0, NAN};
+    for (const CurvePoint& p : curve) {
+        if (double(p.step) > step || !std::isfinite(p.loss)) continue;
+        last = p;
+        if (double(p.step) > step - window) sum += p.loss, ++count;
     }
+    if (count > 0) last.loss = sum / count;
+    return last;
+}
 
-private:
-    // A curve at a step: the mean of its points in the `window` steps that end there, or else the
-    // last point before.
-    static double loss_at(const std::vector<CurvePoint>& curve, double step, double window) {
-        double sum = 0, count = 0, last = NAN;
-        for (const CurvePoint& p : curve) {
-            if (p.step > step || !std::isfinite(p.loss)) continue;
-            last = p.loss;
-            if (p.step > step - window) sum += p.loss, ++count;
-        }
-        return count > 0 ? sum / count : last;
-    }
-    // By how many percent a loss fell in the last quarter of the run. Why a window: every batch is
-    // another text, so a single training loss says little; a validation loss is of the same text.
-    double fall(const std::vector<CurvePoint>& curve, double window) const {
-        const double end = state_.step;
-        return 100 * (1 - loss_at(curve, end, window) / loss_at(curve, 0.75 * end, window));
-    }
-    // Where the training loss jumped up by a fifth of what it was at first, if anywhere: one update
-    // threw the weights far off. Only from scratch: fine-tuning begins at a loss so low that
-    // batches differ by as much.
-    std::optional<CurvePoint> jump() const {
-        double lowest = INFINITY;
-        for (const CurvePoint& p : train_curve_) {
-            if (o_.init_from.empty() && p.loss > lowest + train_curve_[0].loss / 5) return p;
-            lowest = std::min(lowest, p.loss);
-        }
-        return {};
-    }
-
-    // What the run was, and the run to make next: what for, and with which options.
-    struct Verdict {
-        std::string text, purpose = "", options = "";
+// Improving, flat or overfitting, by what the losses did in the last quarter of the run: the
+// validation loss where there were evaluations. Less than 1 % counts as nothing.
+inline std::string verdict(const TrainerState& state, const Curve& train, const Curve& val) {
+    const double end = double(state.step), start = 0.75 * end;
+    if (state.step < 20) return "too short a run to judge by";
+    // "training loss fell 3.1 % since step 1875"
+    auto change = [&](const char* name, const Curve& curve, double window) {
+        const CurvePoint before = curve_at(curve, start, window);
+        const double percent = 100 * (curve_at(curve, end, window).loss / before.loss - 1);
+        return std::pair(percent,
+                         format("%s loss %s %.1f %% since step %ld", name,
+                                percent < 0 ? "fell" : "rose", std::abs(percent), before.step));
     };
+    const auto learned = change("training", train, end / 8);
+    const auto [percent, text] = val.size() > 1 ? change("validation", val, 0) : learned;
+    const double above_best = 100 * (state.val_loss / state.best_loss - 1);
+    if (above_best > 1)
+        return format("overfitting: validation loss is %.1f %% above its best, of step %ld;\n",
+                      above_best, state.best_step) +
+               learned.second;
+    return (percent < -1 ? "improving: " : "flat: ") + text;
+}
 
-    // Improving, flat or overfitting. Less than 1 % in a quarter of the run counts as nothing. It
-    // is judged by the validation loss where there was an evaluation shortly before the last
-    // quarter.
-    Verdict verdict() const {
-        const double end = state_.step;
-        const bool by_val =
-            std::any_of(val_curve_.begin(), val_curve_.end(), [&](const CurvePoint& p) {
-                return p.step > 0.6 * end && p.step <= 0.75 * end;
-            });
-        const double learned = fall(train_curve_, end / 8);
-        const double fell = by_val ? fall(val_curve_, 0) : learned;
-        const double above_best = 100 * (state_.val_loss / state_.best_loss - 1);
-        const char* loss = by_val ? "validation" : "training";
-        const std::string risen = format(
-            "validation loss is %.1f %% above its best (step %ld, kept in best/),\n"
-            "while training loss ",
-            above_best, state_.best_step);
-        // The run to make next, where more of the same would help.
-        const std::string longer = format("--max-steps %ld", 2 * state_.step);
-        if (state_.step < 20) return {"too short a run to judge by", "longer", longer};
-        if (o_.overfit_batch && loss_at(train_curve_, end, end / 8) < 0.1)
-            return {"learned by heart, as --overfit-batch is meant to be: the code can learn"};
-        if (above_best > 1 && learned < 0)
-            return {"getting worse: " + risen + "rises too: the learning rate is too high",
-                    "gentler", gentler()};
-        if (above_best > 1 || (by_val && fell < 1 && learned > 5))
-            return {"overfitting: " + risen +
-                        format("fell %.1f %% in the last quarter; more text "
-                               "or dropout would help",
-                               learned),
-                    "dropout",
-                    format("--dropout %.2g --patience 3", std::clamp(2 * o_.dropout, 0.1, 0.5))};
-        if (fell > 1) {
-            const bool careful = fell > 4 && !jump();
-            return {format("still improving: %s loss fell %.1f %% in the last quarter; a longer "
-                           "run would gain%s",
-                           loss, fell, careful ? ",\nand a higher --learning-rate might" : ""),
-                    "longer", longer};
-        }
-        const std::string flat =
-            format("flat: %s loss changed by %+.1f %% in the last quarter", loss, -fell);
-        if (state_.val_loss < 1.02 * corpus_.floor) return {flat + "; there is no more to learn"};
-        // Given weights cannot be made larger.
-        if (!o_.init_from.empty()) return {flat + "; a longer run would gain little"};
-        // About 20 tokens for each parameter is where a larger model begins to pay (Hoffmann et al.
-        // 2022). Why it looks flat before that: the learning rate has fallen.
-        const double read =
-            double(state_.samples) * trainer_.T() / double(layout_of(config_).count);
-        if (read < 20)
-            return {flat +
-                        format(";\nit has read only %.1f tokens for each parameter: a longer run "
-                               "would gain more than a larger model",
-                               read),
-                    "longer", longer};
-        return {flat + "; a larger model would gain more than a longer run", "larger",
-                format("--n-embd %d --learning-rate %.2g", 2 * config_.n_embd,
-                       o_.learning_rate / 2)};
-    }
+// The end of a run: the curve, the verdict, a sample, and lines to paste.
+template <class Device>
+void report(const Options& o, const Corpus& corpus, Trainer<Device>& trainer, End end) {
+    const TrainerState& state = trainer.state();
+    const Curve &train = trainer.train_curve(), &val = trainer.val_curve();
+    const char* why = end == End::plateau       ? "stopped early: no progress (--patience)"
+                      : end == End::out_of_time ? "time is up (--max-minutes)"
+                                                : "done";
+    std::printf("\n%s: %ld steps in %s\n\n%s\n", why, state.step,
+                duration_text(state.seconds).c_str(), draw_curve(train, val, corpus.floor).c_str());
 
-    // Options for a run that was thrown off: a slower beginning, or where it was slow, a lower
-    // rate.
-    std::string gentler() const {
-        if (o_.warmup_steps < state_.planned_steps / 20)
-            return format("--warmup-steps %ld", state_.planned_steps / 10);
-        return format("--learning-rate %.2g", o_.learning_rate / 3);
-    }
+    std::string losses =
+        format("%.4f, best %.4f at step %ld", state.val_loss, state.best_loss, state.best_step);
+    if (std::isfinite(corpus.floor))
+        losses += format("; the floor is %.4f, so the ratio is %.4f", corpus.floor,
+                         state.val_loss / corpus.floor);
+    if (std::isfinite(state.val_loss))
+        say("val loss", losses);
+    else
+        say("train loss",
+            format("%.4f", curve_at(train, double(state.step), double(state.step) / 8).loss));
+    say("verdict", verdict(state, train, val));
+    if (state.guards.skipped)
+        say("guards", to_text(state.guards.skipped, " updates were skipped, ",
+                              state.guards.outliers, " of them as outliers"));
+    trainer.write_sample("the model writes:", 100);
 
-    // The verdict, and how far the run was from what can be reached. Returns what to do next.
-    Verdict show_verdict() const {
-        const double ratio = state_.val_loss / corpus_.floor;  // NaN where either is not known
-        const bool evaluated = std::isfinite(state_.val_loss);
-        std::string losses = format("%.4f, best %.4f at step %ld", state_.val_loss,
-                                    state_.best_loss, state_.best_step);
-        if (std::isfinite(ratio))
-            losses += format("; the floor is %.4f, so the ratio is %.4f", corpus_.floor, ratio);
-        if (evaluated)
-            say("val loss", losses);
-        else
-            say("train loss",
-                format("%.4f", loss_at(train_curve_, state_.step, state_.step / 8.0)));
-        Verdict v = verdict();
-        if (const auto p = jump())
-            v = {v.text + format("\nat step %ld the training loss jumped to %.2f: too high a "
-                                 "learning rate, or too little warm-up",
-                                 p->step, p->loss),
-                 "gentler", gentler()};
-        if (std::isfinite(ratio))
-            v.text += format(
-                "\nit is %.1f %% above the floor, the loss of the process that wrote "
-                "the text",
-                100 * (ratio - 1));
-        if (!evaluated)
-            v.text +=
-                std::string(corpus_.val.empty() ? "\nwithout validation text"
-                                                : "\nwithout evaluation (--eval-interval 0)") +
-                ", learning cannot be told from memorising";
-        say("verdict", v.text);
-        return v;
-    }
-
-    // Lines to paste: to see what the model can do, and to make the next run, into a new folder.
     // The user's own options are repeated, or the line would be of another run.
-    void show_next(const Verdict& v) const {
-        const std::string best = o_.output + "/best";
-        const std::string last = checkpoint_folder(o_.output, state_.step);
-        const std::string model = "--init-from " + shell_word(folder_exists(best) ? best : last);
-        const char* prompt = corpus_.tokenizer && o_.prompt.empty() ? " --prompt \"Once\"" : "";
-        const std::string program = std::string("./") + Device::kProgram;
-        say("next", program + " sample" + retyped(o_, kSample, model + prompt));
-        if (!corpus_.val.empty()) say("", program + " eval" + retyped(o_, kEval, model));
-        if (v.purpose.empty()) return;
-        std::string output = o_.output + "-" + v.purpose;
-        while (folder_exists(output)) output += "-2";
-        say(v.purpose,
-            program + retyped(o_, kTrain, v.options + " --output " + shell_word(output)));
-    }
-
-    const Options& o_;
-    const Corpus& corpus_;
-    const Config& config_;
-    Trainer<Device>& trainer_;
-    const TrainerState& state_;
-    const std::vector<CurvePoint>&train_curve_, &val_curve_;
-};
+    const std::string best = o.output + "/best", last = checkpoint_folder(o.output, state.step);
+    const std::string model = " --init-from " + shell_word(folder_exists(best) ? best : last);
+    const std::string program = to_text("./", Device::kProgram);
+    const char* prompt = corpus.tokenizer && o.prompt.empty() ? " --prompt \"Once\"" : "";
+    say("next", program + " sample" + retyped(o, kSample) + model + prompt);
+    if (!corpus.val.empty()) say("", program + " eval" + retyped(o, kEval) + model);
+}
 
 // =================================================================================================
 // 3 The commands: train, eval, sample, info
 // =================================================================================================
-// The reader now holds the loop. What is left is to find what it works on: the data, the sizes of
-// the model, and the place to begin; and to refuse, before anything is printed or written, what
-// cannot work. Every message says what was expected, what was found, and what to type instead.
-// fail_usage and TINYGPT_USAGE (exit status 2) are for what the user can put right on the command
-// line, fail and TINYGPT_CHECK (1) for the rest.
-//
-// A command is a function of a device and the options, and returns the exit status:
+// What you have now: the loop and its options. A command finds what it works on (the data, the
+// model's sizes, where to begin), and refuses what cannot work before it prints or writes anything.
+// It is a function of a device and the options, and returns the exit status:
 //
 //   train    open_corpus, find_start, config_for, the checks, open_model, Trainer::run
 //   eval     the same data and model, without a run: evaluate (§9) once
 //   sample   no data: the tokenizer is in the model's folder; generate (§9)
 //   info     no model either: only its sizes
 
-// ---- The data --------------------------------------------------------------------------------
+// --- The data
 
-// A folder's name in a glob pattern: every character means itself.
-inline std::string glob_escaped(const std::string& path) {
-    std::string pattern;
-    for (char c : path) {
+// The data of a folder: opens every shard and reads the tokenizer and dataset.json, but no token.
+inline Corpus open_folder(const std::string& folder) {
+    if (!folder_exists(folder))
+        fail("there is no data folder ", folder,
+             ": make the default one with ./prepare_data, or one of your own with ./prepare_data "
+             "--input book.txt --output ",
+             folder);
+    std::string pattern;  // in which every character of the name means itself
+    for (char c : folder) {
         if (std::strchr("*?[\\", c)) pattern += '\\';
         pattern += c;
     }
-    return pattern;
-}
-
-// The shards that --train-shards and --val-shards name. There is no tokenizer then, and no floor.
-inline Corpus open_shards(const Options& o, bool needs_train) {
-    Corpus corpus(o.train_shards, o.val_shards);
-    for (const Shards* split : {&corpus.train, &corpus.val})
-        TINYGPT_CHECK(split->pattern().empty() || !split->empty(), "no file matches %s",
-                      split->pattern().c_str());
-    TINYGPT_CHECK(!needs_train || !corpus.train.empty(),
-                  "--train-shards is missing: there is nothing to train on");
-    return corpus;
-}
-
-// The data that the options name: opens every shard and reads the tokenizer and dataset.json, but
-// no token yet. Fails when there is none, saying how to make some. needs_train: it fails too where
-// there is no training text.
-inline Corpus open_corpus(const Options& o, bool needs_train) {
-    if (!o.train_shards.empty() || !o.val_shards.empty()) return open_shards(o, needs_train);
-    const char* data = o.data.c_str();
-    TINYGPT_CHECK(folder_exists(o.data),
-                  "there is no data folder %s: make the default one with ./prepare_data, or one of "
-                  "your own with ./prepare_data --input book.txt --output %s",
-                  data, data);
-    const std::string folder = glob_escaped(o.data);
-    Corpus corpus(folder + "/train_*.bin", folder + "/val_*.bin");
-    TINYGPT_CHECK(!needs_train || !corpus.train.empty(),
-                  "%s holds no train_*.bin: make shards with ./prepare_data --input FILE --output "
-                  "%s",
-                  data, data);
-    corpus.folder = o.data;
-    corpus.tokenizer = tokenizer_of(o.data);
-    const std::string about = o.data + "/dataset.json";
+    Corpus corpus(pattern + "/train_*.bin", pattern + "/val_*.bin");
+    corpus.folder = folder;
+    corpus.tokenizer = tokenizer_of(folder);
+    const std::string about = folder + "/dataset.json";
     if (file_exists(about))
         corpus.floor = number_or(Json::parse(read_file(about, 10'000'000), about), "floor", NAN);
     return corpus;
 }
 
-// A token is a number, and another tokenizer's numbers mean other pieces of text: a model would
-// read nonsense, and nothing but a high loss would tell. So such data is refused.
-inline void check_same_tokenizer(const Corpus& corpus, const std::string& model_folder) {
-    const std::optional<Tokenizer> theirs = tokenizer_of(model_folder);
-    TINYGPT_CHECK(!corpus.tokenizer || !theirs || *theirs == *corpus.tokenizer,
-                  "%s has another tokenizer than the model in %s: tokenize the text again with "
-                  "./prepare_data --tokenizer gpt2 --vocab %s",
-                  corpus.folder.c_str(), model_folder.c_str(), model_folder.c_str());
+// The data that the options name. Shards that are named one by one have no tokenizer and no floor.
+inline Corpus open_corpus(const Options& o) {
+    const bool named = !o.train_shards.empty() || !o.val_shards.empty();
+    Corpus corpus = named ? Corpus(o.train_shards, o.val_shards) : open_folder(o.data);
+    for (const Shards* split : {&corpus.train, &corpus.val})
+        if (named && split->empty() && !split->pattern().empty())
+            fail("no file matches ", split->pattern());
+    if (o.command == kTrain && corpus.train.empty())
+        fail(o.data,
+             " holds no train_*.bin: make shards with ./prepare_data --input FILE --output ",
+             o.data);
+    return corpus;
 }
 
-// Refuses training data that is too short for one batch of --batch-size x T, or that holds tokens
-// which the model does not have, and with it options that this data cannot serve. Reads every token
-// of a split that has at most 200 million.
+// Another tokenizer's numbers mean other text: the model would read nonsense, and only a high loss
+// would tell.
+inline void check_same_tokenizer(const Corpus& corpus, const std::string& model_folder) {
+    const std::optional<Tokenizer> theirs = tokenizer_of(model_folder);
+    if (corpus.tokenizer && theirs && !(*theirs == *corpus.tokenizer))
+        fail(corpus.folder, " has another tokenizer than the model in ", model_folder,
+             ": tokenize the text again with ./prepare_data --tokenizer gpt2 --vocab ",
+             model_folder);
+}
+
+// Refuses training data that is too short for a batch of --batch-size x T, tokens that the model
+// does not have, and options that this data cannot serve.
 inline void check_data(const Options& o, const Corpus& corpus, const Config& config, int T) {
     const int64_t batch = int64_t(o.batch_size) * T;
-    TINYGPT_USAGE(corpus.train.predictions() >= batch,
-                  "the training data has %s tokens, but one batch of %d x %d needs %s (one more "
-                  "than its size): take a smaller --batch-size or --seq-len, or more text",
-                  with_commas(corpus.train.tokens()).c_str(), o.batch_size, T,
-                  with_commas(batch + 1).c_str());
-    TINYGPT_USAGE(!o.overfit_batch || corpus.train.files()[0].predictions() >= batch,
-                  "--overfit-batch takes its batch from the first shard, which is too short for "
-                  "it");
-    TINYGPT_USAGE(o.patience == 0 || !corpus.val.empty() || o.eval_batches > 0,
-                  "--patience needs something to evaluate: validation data, or --eval-batches");
-    // A prompt that can be read, and tokens that the model has: better now than at step 500.
-    prompt_tokens(o.prompt, corpus.tokenizer, config.vocab_size);
-    const int64_t quick = 200'000'000;  // tokens; more are checked as they are read
+    if (corpus.train.predictions() < batch)
+        fail_usage("the training data has ", with_commas(corpus.train.tokens()),
+                   " tokens, but one batch of ", o.batch_size, " x ", T, " needs ",
+                   with_commas(batch + 1),
+                   " (one more than its size): take a smaller --batch-size or --seq-len, or more "
+                   "text");
+    if (o.overfit_batch && corpus.train.files()[0].predictions() < batch)
+        fail_usage("--overfit-batch takes its batch from the first shard: it is too short for it");
+    if (o.patience > 0 && corpus.val.empty() && o.eval_batches == 0)
+        fail_usage("--patience needs something to evaluate: validation data, or --eval-batches");
+    prompt_tokens(o.prompt, corpus.tokenizer, config.vocab_size);  // fails where it has no tokens
+    const int64_t quick = 200'000'000;  // tokens; longer data is checked as it is read
     for (const Shards* split : {&corpus.train, &corpus.val})
         if (split->tokens() <= quick) split->check_tokens(config.vocab_size);
 }
 
-// ---- The model -------------------------------------------------------------------------------
+// --- The model
 
-// Calls visit(name, asked, size) for every option that says how large a model is: its value and the
-// member of the config that it sets.
+// Calls visit(name, wanted, size) for every option that says how large a model is: its value and
+// the member of the config that it sets.
 void for_each_size(auto& o, auto& config, auto&& visit) {
     visit("n-layer", o.n_layer, config.n_layer), visit("n-head", o.n_head, config.n_head);
     visit("n-embd", o.n_embd, config.n_embd);
@@ -958,11 +512,10 @@ void for_each_size(auto& o, auto& config, auto&& visit) {
     visit("untied-head", o.untied_head, config.untied_head);
 }
 
-// The sizes of the model: those of a preset, with the tokenizer's vocabulary; or, with --init-from,
-// those of the folder that its weights come from (`weights`, where a run is resumed). What was
-// typed comes last, so it counts most. A folder's sizes are what they are: options that ask for
-// others are refused, not ignored. A larger vocabulary than the tokenizer's is allowed: some round
-// it up for speed.
+// The sizes of the model: a preset's, with the tokenizer's vocabulary and the sizes that were given;
+// or those of the folder that its weights come from (`weights`, where a run is resumed), and then
+// options that say otherwise are refused. A vocabulary larger than the tokenizer's is allowed: some
+// round it up for speed.
 inline Config config_for(const Options& o, const Corpus& corpus, const std::string& weights = "") {
     const bool given_weights = !o.init_from.empty();
     const std::string folder = weights.empty() ? o.init_from : weights;
@@ -975,61 +528,56 @@ inline Config config_for(const Options& o, const Corpus& corpus, const std::stri
             if (o.model == preset.name) config = preset.config;
         if (tokens) config.vocab_size = tokens;
     }
-    TINYGPT_USAGE(!given_weights || !o.given("model"),
-                  "--model and --init-from exclude each other: %s has its own sizes",
-                  folder.c_str());
-    for_each_size(o, config, [&](const char* name, auto asked, auto& size) {
-        if (!o.given(name)) return;
-        TINYGPT_USAGE(!given_weights || asked == size,
-                      "--%s %d does not fit --init-from: the model in %s has %d", name, asked,
-                      folder.c_str(), size);
-        size = asked;
+    if (given_weights && o.given.contains("model"))
+        fail_usage("--model and --init-from exclude each other: ", folder, " has its own sizes");
+    for_each_size(o, config, [&](const char* name, auto wanted, auto& size) {
+        if (!o.given.contains(name)) return;
+        if (given_weights && wanted != size)
+            fail_usage("--", name, " ", wanted, " does not fit --init-from: the model in ", folder,
+                       " has ", size);
+        size = wanted;
     });
     config.dropout = float(o.dropout), config.recompute_gelu = o.recompute_gelu;
-    TINYGPT_USAGE(config.n_head >= 1 && config.n_embd % config.n_head == 0,
-                  "--n-head %d does not divide --n-embd %d: each head takes an equal share of the "
-                  "channels",
-                  config.n_head, config.n_embd);
-    TINYGPT_USAGE(config.vocab_size >= tokens,
-                  "the vocabulary of %d is smaller than the tokenizer's %d in %s",
-                  config.vocab_size, tokens, corpus.folder.c_str());
+    if (config.n_head < 1 || config.n_embd % config.n_head != 0)
+        fail_usage("--n-head ", config.n_head, " does not divide --n-embd ", config.n_embd,
+                   ": each head takes an equal share of the channels");
+    if (config.vocab_size < tokens)
+        fail_usage("the vocabulary of ", config.vocab_size, " is smaller than the tokenizer's ",
+                   tokens, " in ", corpus.folder);
     return config;
 }
 
-// How many tokens of a text the model reads at once: --seq-len, or where it is not set `otherwise`,
-// if the model has as many positions. Why not simply all of them: attention's cost grows with the
-// square of T.
+// How many tokens the model reads at once: --seq-len; not set: `otherwise`, but no more than the
+// model's positions. Why not all of them: attention's cost grows with the square of T.
 inline int sequence_length(const Options& o, const Config& config, int otherwise = 128) {
     if (o.seq_len == 0) return std::min(otherwise, config.n_positions);
-    TINYGPT_USAGE(o.seq_len <= config.n_positions,
-                  "--seq-len %d is longer than the model's %d positions: shorten it, or raise "
-                  "--n-positions",
-                  o.seq_len, config.n_positions);
+    if (o.seq_len > config.n_positions)
+        fail_usage("--seq-len ", o.seq_len, " is longer than the model's ", config.n_positions,
+                   " positions: shorten it, or raise --n-positions");
     return o.seq_len;
 }
 
-// Refuses sizes that the device cannot hold, saying how much they need and what would fit: the
-// batch can be made smaller at no loss, since the same step can be made of several. Why before
-// allocating: Linux promises memory that it does not have, and kills who uses it.
+// Refuses sizes that the device cannot hold, and says which batch would fit. Why before allocating:
+// Linux promises memory that it does not have, and kills the process that uses it.
 template <class Device>
 void check_memory(const Device& device, const Config& config, int B, int T, Use use) {
     device.check_sizes(config, B);
     const size_t free = device.free_memory();
     auto need = [&](int rows) { return memory_need<Device>(config, rows, T, use).total(); };
     if (need(B) <= free) return;
-    // Would half as many texts fit, or a quarter?
+    // Would half as many sequences fit, or a quarter?
     int fits = B / 2;
     while (fits > 0 && need(fits) > free) fits /= 2;
     std::string advice = "choose a smaller --model";
     if (fits > 0)
-        advice = format("--batch-size %d would fit (with --grad-accum-steps %d for the same step)",
-                        fits, ceil_div(B, fits));
-    fail("these sizes need " + bytes_text(double(need(B))) + " of memory, and " +
-         bytes_text(double(free)) + " are free: " + advice);
+        advice = to_text("--batch-size ", fits, " would fit (with --grad-accum-steps ",
+                         ceil_div(B, fits), " for the same step)");
+    fail("these sizes need ", bytes_text(double(need(B))), " of memory, and ",
+         bytes_text(double(free)), " are free: ", advice);
 }
 
-// A model with room for batches of B x T. weights: the folder to load them from; empty: they are
-// not set, and may be anything.
+// A model with buffers for batches of B x T. weights: the folder to load them from; empty: they are
+// not set.
 template <class Device>
 std::unique_ptr<Gpt2<Device>> open_model(Device device, const Config& config, int B, int T, Use use,
                                          const std::string& weights = "") {
@@ -1040,50 +588,47 @@ std::unique_ptr<Gpt2<Device>> open_model(Device device, const Config& config, in
     return model;
 }
 
-// Two lines at the start of a run: what the model is made of, and what it takes to train it. The
-// weights are the smaller part: gradients and AdamW's two moments have a number for each of them,
-// and activations grow with B and T.
+// What the model is made of, and what it takes to train it. The weights are the smaller part:
+// gradients and AdamW's two moments have as many numbers each, and activations grow with B and T.
 template <class Device>
 void print_model(const Config& config, int B, int T) {
-    say("model", format("%d layers, %d heads, %d channels, %d positions, vocabulary %d%s\n"
-                        "%s parameters, %.1f MFLOP a token to train",
-                        config.n_layer, config.n_head, config.n_embd, config.n_positions,
-                        config.vocab_size, config.untied_head ? ", untied head" : "",
-                        with_commas(int64_t(layout_of(config).count)).c_str(),
-                        flops_per_token(config, T) / 1e6));
+    say("model", to_text(config.n_layer, " layers, ", config.n_head, " heads, ", config.n_embd,
+                         " channels, ", config.n_positions, " positions, vocabulary ",
+                         config.vocab_size, config.untied_head ? ", untied head" : ""));
+    say("",
+        with_commas(int64_t(layout_of(config).count)) +
+            format(" parameters, %.1f MFLOP a token to train", flops_per_token(config, T) / 1e6));
     const MemoryNeed need = memory_need<Device>(config, B, T, Use::training);
-    say("memory", bytes_text(need.total()) + ": weights " + bytes_text(need.weights) +
-                      ", gradients " + bytes_text(need.gradients) + ", moments " +
-                      bytes_text(need.moments) + ", activations " + bytes_text(need.activations));
+    say("memory",
+        to_text(bytes_text(need.total()), ": weights ", bytes_text(need.weights), ", gradients ",
+                bytes_text(need.gradients), ", moments ", bytes_text(need.moments),
+                ", activations ", bytes_text(need.activations)));
 }
 
-// ---- train: where a run begins, and whether it may -------------------------------------------
+// --- train: where a run begins, and whether it may
 
 // The run's folder: --output, or that of the checkpoint to resume, or out/ and the data's name.
 inline std::string output_folder(const Options& o) {
-    std::string name = o.train_shards.empty() ? o.data : "run";
-    if (!o.output.empty()) name = o.output;
+    if (o.output.empty() && !o.resume.empty() && o.resume != "auto") return parent_folder(o.resume);
+    std::string name = !o.output.empty() ? o.output : o.train_shards.empty() ? o.data : "run";
     while (name.size() > 1 && name.back() == '/') name.pop_back();
     if (!o.output.empty()) return name;
-    if (!o.resume.empty() && o.resume != "auto") return parent_folder(o.resume);
-    // The last part of the path.
-    name = name.substr(name.rfind('/') + 1);
+    name = name.substr(name.rfind('/') + 1);  // the last part of the path
     return "out/" + (name.empty() || name == "." || name == ".." ? "run" : name);
 }
 
-// One run in a folder at a time. The lock is held while the returned handle lives; it is the
-// kernel's, so it goes when the process goes, however it dies. Fails where another run holds it; a
-// file system that knows no locks is only warned of.
+// One run in a folder at a time: fails where another run holds the lock. It is held while the
+// returned handle lives, and is gone when the process is, however it dies.
 inline FileHandle lock_folder(const std::string& folder) {
     const std::string path = folder + "/lock";
     FileHandle file(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666));
-    if (file.fd < 0) fail_file("write into", folder, errno);
+    if (file.fd < 0) fail_errno("cannot write into ", folder);
     if (::flock(file.fd, LOCK_EX | LOCK_NB) == 0) return file;
-    TINYGPT_CHECK(errno != EWOULDBLOCK,
-                  "another run is writing into %s: wait for it, or give another --output",
-                  folder.c_str());
-    warn("cannot lock " + path + " (" + std::strerror(errno) +
-         "): take care that no other run uses it");
+    if (errno == EWOULDBLOCK)
+        fail("another run is writing into ", folder, ": wait for it, or give another --output");
+    // Some file systems have no locks.
+    warn(to_text("cannot lock ", path, " (", std::strerror(errno),
+                 "): take care that no other run uses it"));
     return file;
 }
 
@@ -1094,20 +639,17 @@ inline bool same_folder(const std::string& a, const std::string& b) {
            x.st_ino == y.st_ino;
 }
 
-// A folder that holds a run already is not written over: hours of work may lie in it. Only a run
-// that resumes it goes on there.
+// Refuses to write over a run: only the run that resumes it goes on in its folder.
 inline void check_output(const Options& o) {
     const bool holds_run = !checkpoint_steps(o.output).empty() ||
                            file_exists(o.output + "/log.csv") || folder_exists(o.output + "/best");
     if (!holds_run || o.resume == "auto") return;
-    TINYGPT_CHECK(!o.resume.empty() && same_folder(o.output, parent_folder(o.resume)),
-                  "%s already holds a run: go on with --resume auto, or give another --output",
-                  o.output.c_str());
+    if (o.resume.empty() || !same_folder(o.output, parent_folder(o.resume)))
+        fail(o.output, " already holds a run: go on with --resume auto, or give another --output");
 }
 
 // With --resume DIR that checkpoint, which must verify. With --resume auto the newest that does;
-// those passed over are named on standard error, with the reason. Why: a checkpoint on a disk that
-// was failing may be damaged, and the one before it is an hour's work, not the run's.
+// damaged ones are passed over, with a line on standard error.
 inline Start find_start(const Options& o) {
     if (o.resume.empty()) return {};
     if (o.resume != "auto") return {o.resume, verify_checkpoint(o.resume)};
@@ -1120,48 +662,42 @@ inline Start find_start(const Options& o) {
             std::fprintf(stderr, "passing over %s: %s\n", folder.c_str(), e.what());
         }
     }
-    TINYGPT_CHECK(steps.empty(),
-                  "no checkpoint in %s is whole: nothing to resume. Remove the folder to start "
-                  "again",
-                  o.output.c_str());
+    if (!steps.empty())
+        fail("no checkpoint in ", o.output,
+             " is whole: nothing to resume. Remove the folder to start again");
     return {};
 }
 
-// A resumed run must be the run that was interrupted: names what has changed. Why not the paths:
-// data that was moved is the same data, and is known by its checksums; weights that the run once
-// began with have become the checkpoint's.
+// A resumed run must be the run that was interrupted; fails with what has changed. Why paths may
+// change: data that was moved is the same data, which its checksums tell; the weights that the run
+// once began with have become the checkpoint's.
 inline void check_same_run(const Options& o, const Start& start, const Corpus& corpus,
                            const std::string& program) {
-    auto refuse = [](const std::string& found, const char* wanted) {
-        fail_usage(found + ": resume with " + wanted + ", or say --override to go on all the same");
-    };
     const std::string& folder = start.folder;
+    const char* override_hint = ", or say --override to go on all the same";
     // The options, one by one.
     const std::set<std::string> paths = {"data", "train-shards", "val-shards", "init-from"};
     auto value = [](const std::string& text) { return text.empty() ? "(not set)" : text; };
     for (auto& [name, now] : options_that_change_numbers(o))
         for (auto& [saved_name, saved] : start.state.options)
-            if (name == saved_name && now != saved && !paths.count(name))
-                refuse(folder + " was made with --" + name + " " + value(saved) + ", now it is " +
-                           value(now),
-                       "the same options");
+            if (name == saved_name && now != saved && !paths.contains(name))
+                fail_usage(folder, " was made with --", name, " ", value(saved), ", now it is ",
+                           value(now), ": resume with the same options", override_hint);
     // The program: a GPU adds up in another order.
     if (start.state.program != program)
-        refuse(folder + " was made by ./" + start.state.program +
-                   ", whose sums are rounded differently",
-               "that");
+        fail_usage(folder, " was made by ./", start.state.program,
+                   ", whose sums are rounded differently: resume with that", override_hint);
     // The data.
     std::vector<std::string> now = corpus.fingerprint(), saved = start.state.data;
     now.resize(std::max(now.size(), saved.size()), "none"), saved.resize(now.size(), "none");
     for (size_t i = 0; i < now.size(); ++i)
         if (now[i] != saved[i])
-            refuse("the data has changed since " + folder + " was saved (" + saved[i] + "; now " +
-                       now[i] + ")",
-                   "the same data");
+            fail_usage("the data has changed since ", folder, " was saved (", saved[i], "; now ",
+                       now[i], "): resume with the same data", override_hint);
 }
 
 // Sets the model's weights, and when it resumes AdamW's moments, to where the run begins: those of
-// the checkpoint, or of --init-from (fine-tuning: the weights only), or new random ones.
+// the checkpoint, or the weights of --init-from (fine-tuning), or new random ones.
 void load_start(auto& model, const Options& o, const Start& start) {
     if (!start.folder.empty())
         load_weights(model, start.folder), load_moments(model, start.folder);
@@ -1171,8 +707,8 @@ void load_start(auto& model, const Options& o, const Start& start) {
         model.initialise(o.seed);
 }
 
-// The folder of a run. Where the run ends before it has a log, it was refused after all: its lock
-// goes too, so that a folder which was made for it is empty and goes.
+// The folder of a run. A run that ends before it has a log was refused after all. Then its lock is
+// removed, so that a folder which was made for it is empty and is removed too.
 struct RunFolder : FolderToFill {
     using FolderToFill::FolderToFill;
     ~RunFolder() {
@@ -1181,17 +717,16 @@ struct RunFolder : FolderToFill {
     }
 };
 
-// Trains. Everything that can be refused is refused before anything is printed or written: data,
-// then the output folder, then the checkpoint, the sizes, the options against the checkpoint's, and
-// memory. Careful: a folder that is resumed is locked first, because what is read there (and what a
-// killed run left, which is tidied up) must not change meanwhile; a new one is only made at the
-// end.
+// Trains. Refused is what is wrong with the data, the output folder, the checkpoint, the sizes, the
+// options against the checkpoint's, and memory, in this order.
+// Careful: a folder that is resumed is locked first, because what is read there (and what a killed
+// run left, which is tidied up) must not change meanwhile. A new one is only made at the end.
 template <class Device>
 int train_command(Device device, const Options& given) {
     Options o = given;
     o.output = output_folder(o);
     // What is there: the data, the folder, the checkpoint.
-    Corpus corpus = open_corpus(o, true);
+    Corpus corpus = open_corpus(o);
     check_output(o);
     std::optional<FileHandle> lock;
     const bool holds_run = o.resume == "auto" || file_exists(o.output + "/log.csv");
@@ -1204,9 +739,9 @@ int train_command(Device device, const Options& given) {
     // Does it fit together?
     const Config config = config_for(o, corpus, start.folder);
     const int B = o.batch_size, T = sequence_length(o, config);
-    // What was left to the program to choose, as if the user had said so: a checkpoint remembers
-    // it, and a default that a later version changes does not change a run that is half done.
-    for_each_size(o, config, [](const char*, auto& asked, auto size) { asked = size; });
+    // What was left to the program becomes an option: a checkpoint remembers it, so that a later
+    // version's defaults do not change a run that is half done.
+    for_each_size(o, config, [](const char*, auto& wanted, auto size) { wanted = size; });
     o.seq_len = T;
     if (o.precision.empty() && Device::kHostMemory) o.precision = "fp32";
     if (!o.init_from.empty() && !resumed) check_same_tokenizer(corpus, o.init_from);
@@ -1218,23 +753,23 @@ int train_command(Device device, const Options& given) {
                     start.state.step);
         return 0;
     }
-    // Is there room for it, and can all be read that it begins with?
+    // Does it fit into memory, and can all be read that it begins with?
     const auto model = open_model(device, config, B, T, Use::training);
     load_start(*model, o, start);
     if (o.override_changes) start.state.planned_steps = 0;  // the plan may have changed
     start.state.options = options_that_change_numbers(o);
     start.state.data = corpus.fingerprint(), start.state.program = Device::kProgram;
     Trainer<Device> trainer(o, corpus, *model);
-    // From here on things are made.
+    // From here on things are written.
     const RunFolder folder(o.output);
     if (!lock) lock.emplace(lock_folder(o.output));
 
     // Say what will be trained on what, and go.
     say("tinygpt", device.describe());
     std::printf("%s", describe(o).c_str());
-    say("data", (corpus.folder.empty() ? "shards" : corpus.folder) + ": " +
-                    with_commas(corpus.train.tokens()) + " training tokens, " +
-                    with_commas(corpus.val.tokens()) + " for validation");
+    say("data", to_text(corpus.folder.empty() ? "shards" : corpus.folder, ": ",
+                        with_commas(corpus.train.tokens()), " training tokens, ",
+                        with_commas(corpus.val.tokens()), " for validation"));
     print_model<Device>(config, B, T);
     if (resumed) say("resumed", start.folder);
     if (!resumed && !o.init_from.empty()) say("weights", "from " + o.init_from);
@@ -1245,24 +780,24 @@ int train_command(Device device, const Options& given) {
                     trainer.state().step);
         return 130;
     }
-    Report<Device>(o, corpus, config, trainer).report(end);
+    report(o, corpus, trainer, end);
     return 0;
 }
 
-// ---- eval ------------------------------------------------------------------------------------
+// --- eval
 
-// The folder of the model that a command is about; it must be named.
+// The folder of the model that a command is about; it must be given.
 inline const std::string& need_init_from(const Options& o) {
-    TINYGPT_USAGE(!o.init_from.empty(),
-                  "--init-from is missing: name the folder of a model, such as out/stories/best");
+    if (o.init_from.empty())
+        fail_usage("--init-from is missing: give the folder of a model, such as out/stories/best");
     return o.init_from;
 }
 
 // HellaSwag (Zellers et al. 2019): which of four endings fits? The ending of the lowest mean loss
-// is the model's answer, so a quarter is right by luck, and GPT-2 small is right in about 3 of 10.
-// Why the mean: a sum would prefer whatever ending is short. The file is llm.c's (facts in its
-// dev/data/hellaswag.py): a header of 256 int32, of which 20240522, 1, the number of examples and
-// the longest; then each example as uint16:
+// is the model's answer. A quarter is right by luck; GPT-2 small is right in about 3 of 10. Why the
+// mean: a sum would prefer short endings. The file is llm.c's (dev/data/hellaswag.py): a header of
+// 256 int32, which are 20240522, 1, the number of examples and the longest; then each example as
+// uint16:
 //   65535, its bytes, its index, the label, 4, then a length and so many tokens for the context and
 //   for each of the four endings
 struct HellaswagExample {
@@ -1273,36 +808,30 @@ struct HellaswagExample {
 // All examples of a file; fails where it is damaged, or of another vocabulary.
 inline std::vector<HellaswagExample> read_hellaswag(const std::string& path, int vocab_size) {
     const std::string bytes = read_file(path, size_t(1) << 30);
-    const char* name = path.c_str();
-    // The header.
     int32_t header[256] = {};
-    TINYGPT_CHECK(bytes.size() >= sizeof header,
-                  "%s: expected a header of 1024 bytes, found %zu bytes", name, bytes.size());
+    if (bytes.size() < sizeof header)
+        fail(path, ": expected a header of 1024 bytes, found ", bytes.size(), " bytes");
     std::memcpy(header, bytes.data(), sizeof header);
-    TINYGPT_CHECK(header[0] == 20240522 && header[1] == 1,
-                  "%s is no HellaSwag file: expected 20240522 and version 1, found %d and %d", name,
-                  header[0], header[1]);
-    // Reads a number, or a list of tokens with its length before it, and goes on behind it.
-    size_t at = sizeof header;
-    auto next = [&]() -> int {
-        TINYGPT_CHECK(at + 2 <= bytes.size(), "%s ends in the middle of an example", name);
-        uint16_t value;
-        std::memcpy(&value, bytes.data() + at, 2);
-        at += 2;
-        return value;
+    if (header[0] != 20240522 || header[1] != 1)
+        fail(path, " is no HellaSwag file: expected 20240522 and version 1, found ", header[0],
+             " and ", header[1]);
+    std::vector<uint16_t> words((bytes.size() - sizeof header) / 2);
+    std::memcpy(words.data(), bytes.data() + sizeof header, 2 * words.size());
+
+    size_t at = 0;
+    auto next = [&] {
+        if (at == words.size()) fail(path, " ends in the middle of an example");
+        return words[at++];
     };
     auto tokens = [&](int example) {
-        std::vector<uint16_t> list(static_cast<size_t>(next()));
-        TINYGPT_CHECK(!list.empty(), "%s: example %d is empty", name, example);
-        for (uint16_t& token : list) {
-            token = uint16_t(next());
-            TINYGPT_CHECK(token < vocab_size, "%s: token %d is outside the vocabulary of %d", name,
-                          token, vocab_size);
-        }
+        std::vector<uint16_t> list(next());
+        if (list.empty()) fail(path, ": example ", example, " is empty");
+        for (uint16_t& token : list)
+            if ((token = next()) >= vocab_size)
+                fail(path, ": token ", token, " is outside the vocabulary of ", vocab_size);
         return list;
     };
-    // The examples. Every number whose value is known is checked: a file that was cut, or in which
-    // a length is wrong, is noticed at the next example.
+    // Every number whose value is known is checked: a wrong length shows at the next example.
     std::vector<HellaswagExample> examples;
     for (int32_t i = 0; i < header[2]; ++i) {
         HellaswagExample e;
@@ -1310,35 +839,34 @@ inline std::vector<HellaswagExample> read_hellaswag(const std::string& path, int
         next(), next();
         e.label = next();
         const int endings = next();
-        TINYGPT_CHECK(start == 65535 && endings == 4 && e.label < 4, "%s: example %d is damaged",
-                      name, i);
+        if (start != 65535 || endings != 4 || e.label >= 4)
+            fail(path, ": example ", i, " is damaged");
         e.context = tokens(i);
         for (auto& ending : e.endings) ending = tokens(i);
         examples.push_back(std::move(e));
     }
-    TINYGPT_CHECK(at == bytes.size(), "%s goes on after its %d examples: it is damaged", name,
-                  header[2]);
+    if (sizeof header + 2 * at != bytes.size())
+        fail(path, " goes on after its ", header[2], " examples: it is damaged");
     return examples;
 }
 
 // The mean loss of each ending after its context; a text too long for T loses its beginning. The
 // four texts are the rows of one batch; only targets within the endings are scored.
 std::array<double, 4> score_endings(auto& model, const HellaswagExample& e) {
-    // No longer a batch than the texts need: most are short.
+    // No longer a batch than the texts need.
     size_t longest = 0;
     for (const auto& ending : e.endings)
         longest = std::max(longest, e.context.size() + ending.size() - 1);
-    const size_t T = std::min(size_t(model.T), longest);  // most texts are short
+    const size_t T = std::min(size_t(model.T), longest);
     Batch batch;
     batch.resize(4, int(T));
     for (size_t i = 0; i < 4; ++i) {
         std::vector<uint16_t> text = e.context;
         text.insert(text.end(), e.endings[i].begin(), e.endings[i].end());
-        const size_t room = T + 1, cut = text.size() > room ? text.size() - room : 0;
+        const size_t cut = text.size() > T + 1 ? text.size() - (T + 1) : 0;
         for (size_t t = cut; t + 1 < text.size(); ++t) {
-            const size_t place = i * T + t - cut;
-            batch.inputs[place] = text[t];
-            if (t + 1 >= e.context.size()) batch.targets[place] = text[t + 1];
+            batch.inputs[i * T + t - cut] = text[t];
+            if (t + 1 >= e.context.size()) batch.targets[i * T + t - cut] = text[t + 1];
         }
     }
     batch.sort_rows();
@@ -1371,23 +899,22 @@ int hellaswag_command(auto device, const Options& o, const Config& config) {
 
 // The loss of a model on the validation text, every token of it once, in three units.
 //   val loss    nats a token: the mean of -log p of the token that came
-//   perplexity  e^loss: among how many tokens, all equally likely, it might as well hesitate
+//   perplexity  e^loss: the model is as unsure as among that many equally likely tokens
 //   bits/byte   what the text would take, compressed by this model. Careful: the other two depend
-//               on the tokenizer; only this one compares models that cut text differently
+//               on the tokenizer; only this one compares models with different ones
 int eval_command(auto device, const Options& o) {
     const Config config = config_of_folder(need_init_from(o));
     if (!o.hellaswag.empty()) return hellaswag_command(device, o, config);
-    const Corpus corpus = open_corpus(o, false);
+    const Corpus corpus = open_corpus(o);
     check_same_tokenizer(corpus, o.init_from);
-    TINYGPT_CHECK(!corpus.val.empty(),
-                  "there is no validation data: make some with ./prepare_data --val-fraction, or "
-                  "name shards with --val-shards");
+    if (corpus.val.empty())
+        fail(
+            "there is no validation data: make some with ./prepare_data --val-fraction, or name "
+            "shards with --val-shards");
     const int T = sequence_length(o, config);
     const auto model = open_model(device, config, o.batch_size, T, Use::evaluation, o.init_from);
     const auto windows = evaluation_windows(corpus.val, T, corpus.document_start());
-    TINYGPT_CHECK(!windows.empty(),
-                  "the validation data is too short: at least two tokens are needed");
-    // Score it, then print it in the units that others use.
+    if (windows.empty()) fail("the validation data is too short: at least two tokens are needed");
     const double begin = now_seconds();
     const Evaluation e = evaluate(*model, windows, corpus.token_bytes());
     const double speed = double(e.tokens) / (now_seconds() - begin);
@@ -1399,13 +926,13 @@ int eval_command(auto device, const Options& o) {
         say("floor", format("%.6f: the loss is %.2f %% above it", corpus.floor,
                             100 * (e.loss() / corpus.floor - 1)));
     say("speed", with_commas(int64_t(speed)) + " tokens a second");
-    if (o.given("eval-batches") && o.eval_batches > 0 && !corpus.train.empty())
+    if (o.given.contains("eval-batches") && o.eval_batches > 0 && !corpus.train.empty())
         say("train loss", format("%.9g nats a token over fixed batches",
                                  fixed_batches_loss(*model, corpus.train, o.eval_batches, false)));
     return 0;
 }
 
-// ---- sample ----------------------------------------------------------------------------------
+// --- sample
 
 // The likeliest next tokens, with their probabilities: what the softmax says, before any sampling.
 void show_top(auto& model, const std::vector<int32_t>& tokens,
@@ -1423,8 +950,8 @@ void show_top(auto& model, const std::vector<int32_t>& tokens,
     }
 }
 
-// One text, shown while it is made. What is not text goes to standard error, so that a file of
-// samples holds nothing else. It stops when nobody reads any more (head closes the pipe).
+// One text, shown while it is made. Notes go to standard error, so that a file of samples holds
+// nothing else. It stops when nobody reads any more (head closes the pipe).
 void write_text(auto& model, const std::vector<int32_t>& tokens,
                 const std::optional<Tokenizer>& tokenizer, const SampleOptions& options) {
     std::string bytes;  // sampled, and not shown yet
@@ -1440,11 +967,10 @@ void write_text(auto& model, const std::vector<int32_t>& tokens,
     });
     std::printf("%s\n", take_characters(bytes, true).c_str());
     std::fflush(stdout);
-    std::fprintf(stderr, "[%zu tokens read in %.2f s, %ld written", tokens.size(), first - begin,
-                 count);
-    if (count > 1)
-        std::fprintf(stderr, ", %.1f a second", double(count - 1) / (now_seconds() - first));
-    std::fprintf(stderr, "]\n");
+    std::string note =
+        format("[%zu tokens read in %.2f s, %ld written", tokens.size(), first - begin, count);
+    if (count > 1) note += format(", %.1f a second", double(count - 1) / (now_seconds() - first));
+    std::fprintf(stderr, "%s]\n", note.c_str());
     if (slides)
         std::fprintf(stderr,
                      "[the text outgrew the model's %d positions: %d times its older half was "
@@ -1452,13 +978,13 @@ void write_text(auto& model, const std::vector<int32_t>& tokens,
                      model.config.n_positions, slides);
 }
 
-// --num-samples texts, each behind the prompt and with a seed of its own; or, with --show-top, the
+// --num-samples texts, each after the prompt and with a seed of its own; or, with --show-top, the
 // likeliest next tokens. Without a prompt a text begins where a document does.
 int sample_command(auto device, const Options& o) {
     const Config config = config_of_folder(need_init_from(o));
     const std::optional<Tokenizer> tokenizer = tokenizer_of(o.init_from);
     if (tokenizer && tokenizer->vocab_size() > config.vocab_size)
-        fail(o.init_from + ": its tokenizer has more tokens than its model");
+        fail(o.init_from, ": its tokenizer has more tokens than its model");
     const int end_of_text = tokenizer ? tokenizer->end_of_text() : -1;
     const std::string file = o.prompt_file == "-" ? "/dev/stdin" : o.prompt_file;
     const std::string prompt = file.empty() ? o.prompt : read_file(file, size_t(1) << 26);
@@ -1478,19 +1004,17 @@ int sample_command(auto device, const Options& o) {
     return 0;
 }
 
-// ---- info ------------------------------------------------------------------------------------
+// --- info
 
 // Every tensor, and what memory and time the model takes. share: of all parameters; decays: whether
-// AdamW pulls it towards 0. Nothing is allocated: also for models that this machine could never
-// train.
+// AdamW pulls it towards 0. Allocates nothing: works for models too large for this machine.
 template <class Device>
 int info_command(Device device, const Options& o) {
-    const Corpus corpus = o.given("data") ? open_corpus(o, false) : Corpus();
+    const Corpus corpus = o.given.contains("data") ? open_corpus(o) : Corpus();
     const Config config = config_for(o, corpus);
     const int T = sequence_length(o, config, config.n_positions);
     const Layout layout = layout_of(config);
     std::printf("%-28s %-16s %14s %8s  %s\n", "tensor", "shape", "parameters", "share", "decays");
-    // The table of tensors, from the one list (§3).
     auto row = [&](const std::string& name, const std::string& shape, size_t count) {
         std::printf("%-28s %-16s %14s %7.3f%%", name.c_str(), shape.c_str(),
                     with_commas(int64_t(count)).c_str(),
@@ -1503,7 +1027,7 @@ int info_command(Device device, const Options& o) {
     row("total", "", layout.count);
     std::printf("\n\n");
     print_model<Device>(config, o.batch_size, T);
-    say("", format("for --batch-size %d --seq-len %d", o.batch_size, T));
+    say("", to_text("for --batch-size ", o.batch_size, " --seq-len ", T));
     // What a long training would take. No program reaches the peak; half of it is good.
     const double peak = product_peak_flops(device);
     const double seconds = 1e10 * flops_per_token(config, T) / peak;
@@ -2096,9 +1620,8 @@ private:
 // =================================================================================================
 // 5 main
 // =================================================================================================
-// The reader now holds every command. What a driver adds is the device: its main hands `program` a
-// function that makes one of the options and gives both to run_command. train_gpt.cpp is no more
-// than that; train_gpt.cu is that and the kernels.
+// What you have now: every command. A driver adds the device: its main gives `program` a function
+// that makes one and calls run_command with it.
 
 // Runs the command on a device; returns the exit status.
 int run_command(auto device, const Options& o) {
@@ -2113,10 +1636,9 @@ int run_command(auto device, const Options& o) {
     return 2;
 }
 
-// Numbers below 1.2e-38 count as zero from here on, in this thread and in those it starts. They
-// come up by the thousand where a softmax is sure of itself or training has gone astray, they mean
-// nothing, and arithmetic with them takes the CPU about a hundred cycles each: such a run would be
-// five times slower.
+// From here on numbers below 1.2e-38 (subnormals) count as zero, in this thread and in those it
+// starts. Why: arithmetic with them takes the CPU about a hundred cycles each, they mean nothing, and
+// a softmax that is sure of itself makes thousands of them.
 inline void flush_tiny_numbers() {
 #if defined(__SSE__)
     __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | 0x8040);  // FTZ and DAZ: results, operands
@@ -2127,9 +1649,8 @@ inline void flush_tiny_numbers() {
 #endif
 }
 
-// Threads that wait should not burn a core for long that others could use: on a busy machine that
-// makes a step ten times slower. The OpenMP run-times read these once, before main, so the program
-// starts itself again with them set.
+// Lets waiting threads sleep soon: on a busy machine, spinning makes a step ten times slower. OpenMP
+// reads these variables before main, so the program sets them and starts itself again.
 inline void wait_politely(char** argv) {
     if (std::getenv("OMP_WAIT_POLICY") || std::getenv("GOMP_SPINCOUNT") ||
         std::getenv("KMP_BLOCKTIME"))
@@ -2138,14 +1659,13 @@ inline void wait_politely(char** argv) {
     ::setenv("KMP_BLOCKTIME", "0", 0);       // libomp: milliseconds
     char self[4096];
     const ssize_t length = ::readlink("/proc/self/exe", self, sizeof self - 1);
-    if (length <= 0) return;  // things go on as they are
+    if (length <= 0) return;  // run as it is
     self[length] = 0;
     ::execv(self, argv);
 }
 
-// Reads the command line, hands the options to `run`, and turns errors into a line on standard
-// error and an exit status. This is the only place that catches all of them: whatever fails below
-// throws, and destructors put things in order on the way here.
+// Reads the command line, hands the options to `run`, and turns errors into a line on standard error
+// and an exit status. All errors end here; destructors tidy up on the way.
 int program(int argc, char** argv, const char* name, auto&& run) {
     auto failed = [](int status, const std::string& message) {
         std::fflush(stdout);
@@ -2157,10 +1677,10 @@ int program(int argc, char** argv, const char* name, auto&& run) {
         if (options.help) return std::printf("%s", help_text(options, name).c_str()), 0;
         if (options.threads > 0) omp_set_num_threads(options.threads);
         const int status = run(options);
-        // A run is in its folder, whoever reads along; what other commands make, they print.
+        // What a run makes is in its folder; what other commands make must have been printed.
         const bool printed = std::fflush(stdout) == 0 && !std::ferror(stdout);
         if (options.command == kTrain || printed || errno == EPIPE) return status;
-        return failed(1, std::string("cannot write what is printed: ") + std::strerror(errno));
+        fail_errno("cannot write what is printed");
     } catch (const Error& e) {
         return failed(e.status, e.what());
     } catch (const std::bad_alloc&) {
@@ -2170,18 +1690,20 @@ int program(int argc, char** argv, const char* name, auto&& run) {
     }
 }
 
-// The CPU device that the options ask for. Fails where this CPU cannot multiply as asked.
+// The CPU in the precision given. Fails where this CPU does not have it.
 inline Cpu<float> make_cpu(const Options& o) {
-    TINYGPT_USAGE(o.precision != "tf32",
-                  "--precision tf32 is for GPUs (./train_gpt_cu); a CPU has fp32 and, where it has "
-                  "bf16 dot products, bf16");
-    TINYGPT_USAGE(!o.tune_matmul,
-                  "--tune-matmul is for GPUs (./train_gpt_cu): a CPU has one matmul kernel");
+    if (o.precision == "tf32")
+        fail_usage(
+            "--precision tf32 is for GPUs (./train_gpt_cu); a CPU has fp32 and, where it has "
+            "bf16 dot products, bf16");
+    if (o.tune_matmul)
+        fail_usage("--tune-matmul is for GPUs (./train_gpt_cu): a CPU has one matmul kernel");
     Cpu<float> device;
     device.matmul_options.bf16 = o.precision == "bf16";
-    TINYGPT_CHECK(!device.matmul_options.bf16 || cpu_has_bf16_dot(),
-                  "--precision bf16 needs a CPU with bf16 dot products (AVX-512 BF16), and a build "
-                  "for it (MARCH=native): use --precision fp32");
+    if (device.matmul_options.bf16 && !cpu_has_bf16_dot())
+        fail(
+            "--precision bf16 needs a CPU with bf16 dot products (AVX-512 BF16), and a build for it "
+            "(MARCH=native): use --precision fp32");
     return device;
 }
 

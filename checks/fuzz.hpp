@@ -1,7 +1,8 @@
 // What the fuzz targets share. A target reads bytes that mean no good; the only thing it may do,
 // beside reading them, is to throw an Error with a message: one line, not long.
 #pragma once
-#include "../tinygpt.hpp"
+#define TRAIN_GPT_NO_MAIN
+#include "../train_gpt.cpp"
 
 using namespace tinygpt;
 
