@@ -4413,10 +4413,10 @@ struct Rows {
         FAIL("no option " << name);
         return all[0];
     }
-    // Sets an option, whatever command takes it; the message of the refusal where it is refused.
+    // Sets an option; the message of the refusal where it is refused.
     std::string set(const Option& row, const std::string& value) const {
         try {
-            CommandLine(all, kCommands, row.commands).read({"--" + row.name + "=" + value});
+            checked(row, value).set();
         } catch (const Error& error) {
             CHECK(error.status == 2);
             return error.what();
@@ -4775,7 +4775,7 @@ TEST_CASE("options: help has every option once, in its group, in 100 columns") {
         CHECK_MESSAGE(line.size() <= 100, line);
         CHECK_MESSAGE((line.empty() || line.back() != ' '), line);
     }
-    CHECK(has(all, "in [0, 1) (default 0.95)"));
+    CHECK(has(all, "in [0, 1) (default 0.9)"));
     CHECK(has(all, "(default data/stories)"));
     CHECK_FALSE(has(all, "e+"));
     CHECK(parse_options({"--help", "--override"}).help);  // what goes together does not matter then
@@ -4850,7 +4850,7 @@ TEST_CASE("options: whatever is typed, nothing but an Error of status 2") {
         }
         const std::string message = refusal(arguments);
         accepted += message.empty();
-        CHECK(message.size() < 400);
+        CHECK((message.size() < 400 || has(message, "cannot read")));  // paths are not cut
         CHECK(std::count(message.begin(), message.end(), '\n') < 3);
     }
     CHECK(accepted > 100);
@@ -5841,23 +5841,17 @@ TEST_CASE("run: refused however late, a run leaves no folder behind") {
 TEST_CASE("run: the report says what the run was, and what it says to type next can be typed") {
     using namespace run_test;
     struct Case {
-        std::string verdict, purpose;
+        std::string verdict;
         Arguments more;
     };
     const std::vector<Case> cases = {
-        {"overfitting: ", "dropout", {"--max-steps", "300", "--learning-rate", "0.01"}},
-        {"still improving: ", "longer", {"--max-steps", "40", "--learning-rate", "0.001"}},
-        {"the training loss jumped", "gentler", {"--max-steps", "40", "--learning-rate", "1"}},
-        {"too short a run", "longer", {"--max-steps", "4", "--epochs", "9"}},
-        {"without evaluation (--eval-interval 0), learning cannot be told",
-         "longer",
-         {"--max-steps", "4", "--eval-interval", "0"}},
-        {"would gain more than a larger model",
-         "longer",
+        {"overfitting: validation loss is ", {"--max-steps", "300", "--learning-rate", "0.01"}},
+        {"improving: validation loss fell ", {"--max-steps", "40", "--learning-rate", "0.001"}},
+        {"flat: validation loss rose 0.0 % since step 20\n",
          {"--max-steps", "40", "--learning-rate", "0"}},
-        {"a larger model would gain more",
-         "larger",
-         {"--n-embd", "8", "--max-steps", "600", "--learning-rate", "0"}},
+        {"improving: training loss fell ",
+         {"--max-steps", "100", "--eval-interval", "0", "--learning-rate", "0.01"}},
+        {"too short a run", {"--max-steps", "4", "--epochs", "9"}},
     };
     for (const Case& c : cases) {
         CAPTURE(c.verdict);
@@ -5871,23 +5865,19 @@ TEST_CASE("run: the report says what the run was, and what it says to type next 
         all.insert(all.end(), c.more.begin(), c.more.end());
         const Outcome outcome = run(all);
         REQUIRE_MESSAGE(outcome.status == 0, outcome.err);
-        CHECK_MESSAGE(outcome.out.find(c.verdict) != std::string::npos, outcome.out);
+        CHECK_MESSAGE(outcome.out.find("\nverdict    " + c.verdict) != std::string::npos,
+                      outcome.out);
         int typed = 0;
         for (const std::string& line : split_at(outcome.out, '\n')) {
             const size_t at = line.find("./train_gpt ");
             if (at == std::string::npos) continue;
             Arguments words = split_at(line.substr(at + 12), ' ');
             for (std::string& word : words) std::erase(word, '"');
-            const bool trains = words[0].starts_with("--");
-            if (trains) CHECK(line.starts_with(c.purpose + " "));
-            if (trains) CHECK(line.find("--epochs") == std::string::npos);
-            if (trains) words.insert(words.end(), {"--max-steps", "2"});
             const Outcome next = run(words);
             CHECK_MESSAGE(next.status == 0, line, next.err);
             ++typed;
         }
-        CHECK(typed == 3);
-        CHECK(folder_exists(place.out("out-" + c.purpose)));
+        CHECK(typed == 2);
     }
 }
 
@@ -5907,24 +5897,13 @@ TEST_CASE("run: a run whose time is up is evaluated, and says how much time it h
         if (ends_with(line, " left")) CHECK_MESSAGE(ends_with(line, "| 0s left"), line);
 }
 
-TEST_CASE("run: one batch that is learned by heart is no overfitting") {
-    using namespace run_test;
-    Place place;
-    const Outcome outcome =
-        place.train("out", {"--overfit-batch", "--max-steps", "300", "--learning-rate", "0.01",
-                            "--dropout", "0", "--patience", "0", "--n-embd", "32",
-                            "--eval-interval", "20"});
-    CHECK_MESSAGE(outcome.out.find("verdict    learned by heart") != std::string::npos,
-                  outcome.out);
-}
-
 TEST_CASE("run: what users once stumbled over") {
     using namespace run_test;
     Place place;
-    // A slash at the end of --output: the next run must not lie in this one's folder.
+    // A slash at the end of --output is none in the folder's name.
     const Outcome slash = place.train("slash/", {"--max-steps", "4", "--patience", "0"});
     CHECK_MESSAGE(slash.status == 0, slash.err);
-    CHECK_MESSAGE(slash.out.find(" --output " + place.out("slash-longer\n")) != std::string::npos,
+    CHECK_MESSAGE(slash.out.find(" --init-from " + place.out("slash/best")) != std::string::npos,
                   slash.out);
     // The run's folder instead of its model's.
     const Outcome folder = run({"sample", "--init-from", place.out("slash")});

@@ -3458,7 +3458,9 @@ inline void append_json_string(std::string& out, std::string_view text) {
 inline std::string in_quotes(std::string_view text) {
     std::string out;
     append_json_string(out, text.substr(0, 60));
-    if (out.size() > 130) out.replace(120, out.npos, "\"");  // much of it cannot be printed
+    size_t cut = 120;  // where much of it cannot be printed; not inside a character
+    while (cut < out.size() && (uint8_t(out[cut]) & 0xc0) == 0x80) --cut;
+    if (out.size() > 130) out.replace(cut, out.npos, "\"");
     return text.size() > 60 ? out + "..." : out;
 }
 

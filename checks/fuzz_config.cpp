@@ -3,16 +3,15 @@
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     if (size == 0) return 0;
-    const Command command = command_table()[data[0] % command_table().size()].command;
-    const std::string_view text(reinterpret_cast<const char*>(data) + 1, size - 1);
+    const unsigned command = kCommands[data[0] % kCommands.size()].bit;
+    const MemoryFile file(data + 1, size - 1);
     accepts([&] {
         Options options;
-        for (const Assignment& a : parse_config(text, "fuzz.conf", command)) {
-            assign(options, a);
-            check(is_set(options, *a.option) || a.value.empty(), "what was assigned is set");
+        const std::vector<Option> table = option_table(options);
+        for (const Assignment& a : CommandLine(table, kCommands, command).read_config(file.path())) {
+            a.set();
+            check(is_set(*a.option) || a.text.empty(), "what was assigned is set");
         }
     });
-    const MemoryFile file(text.data(), text.size());
-    accepts([&] { read_config(file.path(), command); });
     return 0;
 }

@@ -14,9 +14,8 @@ PARSERS = {  # by the names of their functions and classes; a class stands for a
     "checkpoint: trainer_state.json": "state_from_json FieldCarrier number_or read_sealed state_seal",
     "checkpoint: HellaSwag": "read_hellaswag",
     "checkpoint: log.csv": "read_log log_line",
-    "options": "parse_options split_arguments find_option find_command check_together assign shown "
-               "edit_distance name_distance nearest command_name range_text",
-    "config": "parse_config read_config",
+    "options": "parse_options find_command check_together CommandLine checked parse_number shown "
+               "edit_distance name_distance nearest command_names",
     "tokenizer": "read_merges Tokenizer MergeTable Encoder class_of character_at leading_letters "
                  "run_end next_piece",
     "shard": "Shard Shards DataOrder shuffled read_batch evaluation_windows",

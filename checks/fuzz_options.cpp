@@ -6,16 +6,15 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     std::vector<std::string> args = parts_of(data, size, 12);
     while (!args.empty() && args.back().empty()) args.pop_back();
     try {
-        const Options options = parse_options(args);
+        Options options = parse_options(args);
         help_text(options, "fuzz"), describe(options);
         // Every value as it would be typed makes the same options again.
         std::vector<std::string> again;
-        for (const CommandName& c : command_table())
-            if (c.command == options.command) again.push_back(c.name);
-        for (const Option& option : option_table())
-            if (options.given(option.name) && std::string_view(option.name) != "config")
-                again.push_back(std::string("--") + option.name + "=" +
-                                value_text(options, option));
+        for (const CommandName& c : kCommands)
+            if (c.bit == options.command) again.push_back(c.name);
+        for (const Option& option : option_table(options))
+            if (options.given.contains(option.name) && option.name != "config")
+                again.push_back("--" + option.name + "=" + value_text(option));
         check(options_that_change_numbers(parse_options(again)) ==
                   options_that_change_numbers(options),
               "the same options again");

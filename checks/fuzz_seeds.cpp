@@ -80,16 +80,15 @@ static void tokenizer_seeds() {
 }
 
 static void option_seeds() {
-    for (const Option& option : option_table()) {
-        Options defaults;
-        const std::string name = std::string("--") + option.name,
-                          value = value_text(defaults, option);
-        for (const CommandName& c : command_table())
-            if (option.commands & c.command) {
+    Options defaults;
+    for (const Option& option : option_table(defaults)) {
+        const std::string name = "--" + option.name, value = value_text(option);
+        for (const CommandName& c : kCommands)
+            if (option.commands & c.bit) {
                 seed("options", with_zeros({c.name, name + "=" + value}));
                 seed("options",
                      with_zeros({c.name, name, value.empty() ? "x" : value, "--seed", "3"}));
-                const char which = char(&c - command_table().data());
+                const char which = char(&c - kCommands.data());
                 seed("config", which + (option.name + (" = " + value) + " # text\n\n--seed=3\n"));
                 break;
             }
