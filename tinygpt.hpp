@@ -1,51 +1,51 @@
 // tinygpt.hpp - v0.1.0 - train a GPT-2, on a CPU or a GPU, in one header
 //
-// The whole model, an explicit forward and an explicit backward for every layer, and the training
-// loop. Two drivers choose the device: train_gpt.cpp (CPU, OpenMP) and train_gpt.cu (CUDA). Both
-// run the code of this file, so what you read here is what trains. It is GPT-2 exactly, in fp32 or
-// bf16, from scratch or from a Hugging Face checkpoint. It is not a framework: no autograd, no
-// graph, no other model, one machine, one GPU.
+// All that trains: the model with an explicit forward and an explicit backward for every layer, the
+// update, and the training loop. Two programs use it: train_gpt.cpp on a CPU (OpenMP), train_gpt.cu
+// on an NVIDIA GPU. It is GPT-2 exactly, in fp32 or bf16, from scratch or from a Hugging Face
+// checkpoint. It is not a framework: no autograd, no other model, one machine, one GPU.
 //
-//   make train_gpt && ./train_gpt         learns the default corpus in about a minute
-//   ./train_gpt walk                      one tiny batch through one step, with every number
-//   make test                             every gradient against finite differences, and much more
+//   make train_gpt && ./train_gpt   learns the default corpus in about a minute
+//   ./train_gpt walk                shows one training step of a tiny model, with every number
+//   make test                       checks every gradient against finite differences, and much more
 //
 // Read it from the top: it follows one batch through one training step.
 //
-//   §1  ground rules      errors with a message; random numbers that can be asked for in any order
-//   §2  one batch         shards, and the same text shifted by one
-//   §3  the model         sizes, and the one list of parameters
-//   §4  the layers        embed, layernorm, matmul, attention, GELU, residual, head and loss
-//   §5  forward           GPT-2 on one screen
-//   §6  backward          the same lines upside down
-//   §7  the update        schedule, clip, guards, AdamW
-//   §8  one step          all of it, on one screen
+//   §1  ground rules        errors, random numbers
+//   §2  one batch           tokens, and the same text shifted by one
+//   §3  the model           sizes, and the one list of parameters
+//   §4  the layers          embedding, layernorm, linear, attention, GELU, residual, head and loss
+//   §5  forward             GPT-2 on one screen
+//   §6  backward            the same lines upside down
+//   §7  the update          learning rate, clipping, guards, AdamW
+//   §8  one training step   all of it on one screen
 //   §9  evaluate, generate
-//   ----  plumbing from here on: the model is done
-//   §10 the CPU at full speed    §11 files, JSON     §12 tokenizer     §13 Hugging Face folders
-//   §14 checkpoints     §15 options     §16 log, terminal     §17 the training loop
-//   §18 the commands     §19 bench, walk     §20 main
+//   ----  the model ends here; the rest is plumbing
+//   §10 the fast CPU   §11 files, JSON   §12 tokenizer   §13 Hugging Face folders
+//   §14 checkpoints   §15 log, terminal   §16 the training loop   §17 options
 //
-// Notation. x is what a layer reads, out what it makes, w and b weight and bias; dx is the gradient
-// of the loss with respect to x. (B, T, C): B rows of T tokens of C channels, the last index
-// running fastest. A function's comment says what it sets and what it adds to; outputs come first.
+// Notation. x is a layer's input, out its output, w and b its weight and bias; dx is the gradient
+// of the loss with respect to x. (B, T, C): B rows of T tokens of C channels, where the last index
+// runs fastest. Functions take their outputs first, and say what they set and what they add to.
 // "Why:" gives a reason, "Careful:" marks a trap, "walk>" quotes a line that ./train_gpt walk
 // prints.
 //
-// For a reader who comes from Python, the C++ that is everywhere here:
-//   const real* x           an array that is only read: the address of its first number; how many
-//                           there are is said beside it, and nothing checks it
+// If you know Python, this is the C++ you need:
+//   const real* x           an array that is only read: the address of its first number. Its length
+//                           is stated nearby; nothing checks it
 //   x + size_t(row) * C     the address of a row, as x[row] of a NumPy array with C columns. size_t
-//                           holds 64 bits; an int ends at 2^31, which a count of logits may pass
-//   template <class real>   written once for any type: the compiler makes a copy for float, to
-//                           train, and one for double, to check gradients
-//   [&](int i) { ... }      a lambda, which sees the variables around it; with [=] it has copies
-//   auto& y = x             another name for x, not a copy
-//   std::vector<float>      a list that owns its numbers; std::string_view: a slice of a text
-//   #pragma omp parallel for   the turns of the next loop are shared out among the threads
-//   #pragma omp simd        several turns of it are made at once, in one register
+//                           has 64 bits; an int ends at 2^31, fewer than a batch may have logits
+//   template <class real>   compiled once for every type it is used with: float to train, double to
+//                           check gradients
+//   [&](int i) { ... }      a lambda that sees the variables around it; [=] gives it copies
+//   auto& y = x             another name for x, not a copy; auto is "the type of the right side"
+//   std::vector<float>      a list that owns its numbers. std::span and std::string_view are slices
+//                           of a list and of a text
+//   {.B = 1, .T = 8}        a struct with these members set, and the others at their defaults
+//   #pragma omp parallel for   the iterations of the next loop are shared out among the threads
+//   #pragma omp simd        several of its iterations are done at once, in one register
 //   ~Name()                 runs when an object's scope ends, as __exit__ at the end of a `with`
-// What else looks strange (inline, explicit, noexcept, [[...]]) is for the compiler: read past it.
+// Read past the other words (inline, explicit, noexcept, [[...]]): they are for the compiler.
 //
 // To use it in a program of your own: C++20, -fopenmp, one #include. Everything is in namespace
 // tinygpt and may be included from several files. Licence: MIT, see LICENSE.
@@ -117,24 +117,22 @@
 namespace tinygpt {
 
 // =================================================================================================
-// §1 Ground rules: errors with a message, and random numbers that can be asked for in any order
+// §1 Ground rules: errors, and random numbers
 // =================================================================================================
-// We hold nothing yet but three promises that the rest is built on.
-//   Nothing fails in silence: every check stays on, and says what was expected and what to do.
-//   A run can be repeated, bit for bit: random numbers are a function of where they are used
-//   (below), every sum has one order that does not depend on the number of threads, and the order
-//   of the data is a function of the seed. So 1 thread and 16, or a run that was interrupted and
-//   one that was not, end in the same weights.
+// What you have now: nothing. Three rules come first, and hold everywhere.
+//   Nothing fails silently: every check stays on, and its message says what to do.
+//   A run repeats bit for bit: a random number depends on where it is used (below), a sum has one
+//   order for any number of threads, and the order of the data depends on the seed alone. So 1
+//   thread or 16, interrupted and resumed or not, the weights are the same.
 //   Nothing is hidden: what a step computes is in this file, and `walk` prints it.
 
-// Whatever goes wrong is thrown as an Error; main prints its message and exits with its status.
+// Every failure is thrown as an Error. main prints its message and exits with its status.
 struct Error : std::runtime_error {
     int status;  // 1: failed at run time, 2: bad usage
     Error(int status, const std::string& message) : std::runtime_error(message), status(status) {}
 };
 
-// printf into a string: format("%d of %s", 3, "x") is "3 of x". vsnprintf runs twice, the first
-// time into nothing, to learn the length.
+// printf into a string: format("%d of %s", 3, "x") is "3 of x". The first vsnprintf only counts.
 [[gnu::format(printf, 1, 2)]] inline std::string format(const char* pattern, ...) {
     va_list args, again;
     va_start(args, pattern);
@@ -158,8 +156,8 @@ std::string to_text(const Parts&... parts) {
     return out;
 }
 
-// Ends what is being done, with a message made of these parts: what was expected, what was found,
-// where, and what to do. fail: at run time. fail_usage: the command line can put it right.
+// Throws an Error with the parts as its message: what was expected, what was found, where, and what
+// to do. fail_usage is for what the command line can put right.
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
     throw Error(1, to_text(parts...));
@@ -169,8 +167,8 @@ template <class... Parts>
     throw Error(2, to_text(parts...));
 }
 
-// A system call that failed. The message ends in the system's reason. code: its errno, so that a full
-// disk can be told from a missing folder.
+// A system call failed. code is its errno, so that a full disk can be told from a missing folder;
+// the message ends in the system's reason.
 struct FileError : Error {
     int code;
     FileError(int code, const std::string& message) : Error(1, message), code(code) {}
@@ -189,16 +187,16 @@ template <class... Parts>
         if (!(condition)) ::tinygpt::fail(::tinygpt::format(__VA_ARGS__)); \
     } while (0)
 
-// a / b, rounded up: how many pieces of b make up a. And a, rounded up to a whole number of them.
+// a / b, rounded up; and a, rounded up to a multiple of b.
 constexpr auto ceil_div(auto a, auto b) { return (a + b - 1) / b; }
 constexpr auto round_up(auto a, auto b) { return ceil_div(a, b) * b; }
 
-// bf16: the upper half of a float. Eight bits of exponent, so float's range; eight of significand.
+// bf16: the upper half of a float. It has float's range, and 8 significant bits instead of 24.
 struct bf16 {
     uint16_t bits;
     bf16() = default;
-    // Round to nearest, ties to even; a NaN stays a NaN. Adding 0x7fff, and one more where the bit
-    // that stays last is odd, carries into the upper half just where the value must be rounded up.
+    // Rounds to nearest, ties to even; a NaN stays a NaN. Adding 0x7fff, plus 1 where the last bit
+    // that stays is odd, carries into the upper half exactly where the value must be rounded up.
     TINYGPT_HD explicit bf16(float value) {
         uint32_t u;
         std::memcpy(&u, &value, 4);
@@ -213,38 +211,38 @@ struct bf16 {
     }
 };
 
-// Random numbers are a pure function of where they are used: random_bits(key, i) is the i-th number
-// of the stream `key`. Nothing is drawn "next", so threads, restarts and GPUs all see the same
-// ones. The mixer is the finaliser of SplitMix64 (Steele, Lea, Flood 2014). Each of its steps can
-// be undone, so different numbers stay different, and lets every bit change more of the others.
+// A random number is a pure function: random_bits(key, i) is number i of the stream `key`. None is
+// drawn "next", so threads, resumed runs and GPUs all see the same ones. mix_bits is the finaliser
+// of SplitMix64 (Steele, Lea, Flood 2014): each step can be undone, so different inputs give
+// different outputs, and each step spreads every bit over more of the others.
 TINYGPT_HD inline uint64_t mix_bits(uint64_t x) {
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
     return x ^ (x >> 31);
 }
-// What a stream is for, so that no two uses share one.
+// What a stream is for. No two uses share one, whatever the seed and the step.
 enum RandomUse : uint64_t {
-    kBlockOrder = 1,  // §2, of each epoch
-    kCutOffset,       // §2, of each epoch
-    kInitialWeights,  // §3, of each tensor
-    kDropoutMask,     // §5, at each place of the model
-    kMicroBatch,      // §8
+    kBlockOrder = 1,  // §2, of an epoch
+    kCutOffset,       // §2, of an epoch
+    kInitialWeights,  // §3, of a tensor
+    kDropoutMask,     // §5, of one dropout in the model
+    kMicroBatch,      // §8, of a micro-batch
     kGeneration       // §9
 };
 TINYGPT_HD inline uint64_t random_key(uint64_t seed, uint64_t step, uint64_t use) {
     return mix_bits(mix_bits(mix_bits(seed + 0x9e3779b97f4a7c15ull) + step) + use);
 }
-// Number i of a stream: 64 bits. The multiplier is 2^64 divided by the golden ratio, which spreads
-// i = 0, 1, 2, ... evenly over all numbers before they are mixed.
+// Number i of a stream, 64 bits. The multiplier is 2^64 / golden ratio: it spreads 0, 1, 2, ...
+// evenly over all numbers before they are mixed.
 TINYGPT_HD inline uint64_t random_bits(uint64_t key, uint64_t i) {
     return mix_bits(key + i * 0x9e3779b97f4a7c15ull);
 }
-// In [0, 1): the upper 53 bits.
+// Uniform in [0, 1): the upper 53 bits.
 TINYGPT_HD inline double random_uniform(uint64_t key, uint64_t i) {
     return double(random_bits(key, i) >> 11) * 0x1.0p-53;
 }
-// Standard normal (Box, Muller 1958): a point at distance sqrt(-2 log u) and angle 2 pi v, with u
-// and v uniform, is normal in both coordinates. Why 1 - ...: u must not be 0, for its logarithm.
+// Standard normal (Box, Muller 1958): if u and v are uniform, the point at distance sqrt(-2 log u)
+// and angle 2 pi v is normal in both coordinates. Why 1 - ...: log 0 must not happen.
 inline double random_normal(uint64_t key, uint64_t i) {
     double u = 1.0 - random_uniform(key, 2 * i), v = random_uniform(key, 2 * i + 1);
     return std::sqrt(-2.0 * std::log(u)) * std::cos(2.0 * M_PI * v);
@@ -253,14 +251,15 @@ inline double random_normal(uint64_t key, uint64_t i) {
 // =================================================================================================
 // §2 One batch: B rows of T tokens, and the same text shifted by one
 // =================================================================================================
-// A model reads numbers. A token is a number below 65,536 that stands for a piece of text (§12):
+// What you have now: errors and random numbers. Next is what the model reads: tokens. A token is a
+// number below 65,536 that stands for a piece of text (§12).
 //
 //   text      the   cat   sat   on   the   mat   and
-//   inputs    the   cat   sat   on                       T = 4 of them make one row of the batch
+//   inputs    the   cat   sat   on                       one row of a batch, with T = 4
 //   targets         cat   sat   on   the                 the same text, one token later
 //
-// So every row holds T questions, not one: after "the" comes?, after "the cat" comes?, and so on.
-// Text comes as shards, files of tokens. All numbers are little-endian, the lowest byte first:
+// So a row asks T questions: what comes after "the", what comes after "the cat", and so on.
+// Tokens are stored in files called shards. Numbers are little-endian, the lowest byte first:
 //
 //   byte     0  88 d8 34 01   20240520: this is a shard
 //            4  01 00 00 00   version 1
@@ -269,29 +268,28 @@ inline double random_normal(uint64_t key, uint64_t i) {
 //         1024  9f 03         token 927, the end of a text, which stands before every text
 //         1026  51 01         token 337, and so on: two bytes each, to the end of the file
 //
-// The same layout is used by the public FineWeb shards for GPT-2, so those work as they are. Why
-// two bytes: GPT-2's 50,257 tokens fit, and a text takes half the room and half the reading.
+// The public FineWeb shards for GPT-2 have this layout, so they work as they are.
 
 constexpr int kShardHeaderBytes = 1024;
 constexpr int32_t kShardMagic = 20240520;
 constexpr int32_t kIgnore = -1;  // a target that is not scored: no loss, no gradient
 
-// What one training step reads. Row b predicts targets[b][t] from inputs[b][0..t], where
-// targets[b][t] is the token that follows inputs[b][t] in the text: the shift by one.
+// What forward and backward read. From inputs[b][0..t] the model predicts targets[b][t], which is
+// the token that follows inputs[b][t] in the text.
 //   walk> row 0, t=0   input  0 the   target  1 cat
 //   walk> row 0, t=1   input  1 cat   target  2 sat
 struct Batch {
     int B = 0, T = 0;
     std::vector<int32_t> inputs, targets;  // [B, T] each
-    std::vector<int32_t> order;            // the rows 0 .. B*T-1 sorted by input token (for §4.1)
+    std::vector<int32_t> order;            // 0 .. B*T-1, sorted by input token (for §4.1)
     int64_t scored = 0;                    // targets that are not kIgnore
-    // An empty batch [rows, columns]: tokens 0, and nothing to score.
+    // Makes an empty batch [rows, columns]: inputs 0, nothing to score.
     void resize(int rows, int columns) {
         B = rows, T = columns, scored = 0;
         inputs.assign(size_t(B) * T, 0);
         targets.assign(size_t(B) * T, kIgnore);
     }
-    // Sets order. Why stable: rows of the same token stay in order, so their sum has one order too.
+    // Sets order. Why stable: the positions of one token stay in order, and so does their sum.
     void sort_rows() {
         order.resize(inputs.size());
         std::iota(order.begin(), order.end(), 0);
@@ -301,8 +299,8 @@ struct Batch {
     }
 };
 
-// An open file, closed at the end of its scope, also where an error is thrown through it. It can be
-// moved, which leaves the other with none (-1), but not copied: it must be closed once only.
+// An open file, closed at the end of its scope. It can be moved, which leaves -1 behind, but not
+// copied: it must be closed once only.
 struct FileHandle {
     int fd;
     explicit FileHandle(int fd) : fd(fd) {}
@@ -312,15 +310,15 @@ struct FileHandle {
     }
 };
 
-// A file of known length, of which several threads may read different parts at once. Why pread and
-// not a file mapped into memory: of one that shrinks, a read is an error, a mapping is a signal.
+// A file of known length; several threads may read it at once. Why pread and not a memory-mapped
+// file: when the file shrinks, pread reports it, and a mapping raises SIGBUS.
 struct InputFile {
     std::string path;
     FileHandle file;
     size_t bytes = 0;
 
-    // Why O_NONBLOCK: opening a pipe would wait until somebody writes to it. O_CLOEXEC, here as
-    // everywhere: a program that this one starts does not get the open file.
+    // Why O_NONBLOCK: opening a pipe would wait for a writer. O_CLOEXEC, here as everywhere: child
+    // processes do not inherit the file.
     explicit InputFile(const std::string& path)
         : path(path), file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
         struct stat info;
@@ -328,8 +326,8 @@ struct InputFile {
         if (!S_ISREG(info.st_mode)) fail(path, ": expected a file, found a folder, pipe or device");
         bytes = size_t(info.st_size);
     }
-    // Sets out[count] from the bytes at `offset`. One call of pread may return fewer than it was
-    // given room for, or none because of a signal (EINTR).
+    // Sets out[count] from the bytes at `offset`. One pread may bring fewer than requested, or fail
+    // with EINTR because of a signal.
     void read_bytes(void* out, size_t count, size_t offset) const {
         for (char* to = static_cast<char*>(out); count > 0;) {
             const ssize_t got = ::pread(file.fd, to, count, off_t(offset));
@@ -341,7 +339,6 @@ struct InputFile {
     }
 };
 
-// One open shard.
 struct Shard : InputFile {
     int64_t tokens = 0;
 
@@ -358,10 +355,10 @@ struct Shard : InputFile {
             fail(path, " is damaged: its header promises ", tokens, " tokens, which take ",
                  kShardHeaderBytes + 2 * tokens, " bytes, but it has ", bytes);
     }
-    // All tokens but the first are predicted, each from those before it.
+    // Every token but the first is predicted, from those before it.
     int64_t predictions() const { return std::max<int64_t>(0, tokens - 1); }
-    // Sets out[count] to the tokens from `begin` on. Fails on one that is not below vocab_size: it
-    // would be a row of wte that does not exist.
+    // Sets out[count] to the tokens from `begin` on. Fails if one is not below vocab_size: it would
+    // be a row of wte that does not exist.
     void read(uint16_t* out, int64_t begin, int64_t count, int vocab_size = 65536) const {
         read_bytes(out, 2 * size_t(count), kShardHeaderBytes + 2 * size_t(begin));
         for (int64_t i = 0; i < count; ++i)
@@ -373,11 +370,11 @@ struct Shard : InputFile {
     }
 };
 
-// All shards of one split: training or validation.
+// The shards of one split: training or validation.
 class Shards {
 public:
-    // Opens every file that matches the pattern (as a shell would: *, ?, [...]), in name order.
-    // None is no error here: the caller knows what it means.
+    // Opens every file that matches the pattern (as in a shell: *, ?, [...]), in name order. It is
+    // no error if there is none.
     explicit Shards(const std::string& pattern) : pattern_(pattern) {
         glob_t found{};
         if (::glob(pattern.c_str(), 0, nullptr, &found) == 0)
@@ -398,8 +395,8 @@ public:
         return sum;
     }
 
-    // Reads every token once. Why before training: the first that the vocabulary does not have is
-    // an error now, not hours later.
+    // Reads every token once. Why before training: a token that is not below vocab_size is reported
+    // now, not hours later.
     void check_tokens(int vocab_size) const {
         std::vector<uint16_t> buffer(1 << 14);
         for (const Shard& shard : files_)
@@ -414,29 +411,29 @@ private:
     std::vector<Shard> files_;
 };
 
-// Neighbouring predictions of one shard. Prediction i reads the tokens up to i and is scored by
-// token i + 1.
+// Neighbouring predictions of one shard, to be one row of a batch. Prediction i reads the tokens up
+// to i and is scored by token i + 1.
 struct Window {
     const Shard* shard = nullptr;
     int64_t begin = 0;  // the first prediction
-    int64_t count = 0;  // how many; after the shard's last follows its first
-    int64_t skip = 0;   // so many of the first are context only, and not scored
+    int64_t count = 0;  // how many; the shard is a ring: after its last prediction comes its first
+    int64_t skip = 0;   // this many at the start are context only, and not scored
 };
 
-// A batch with one window a row. What windows do not fill is not scored. This is where inputs and
-// targets part: both are copied from the same text, the targets from one token later.
-// Needs windows.size() <= B and counts <= T. Fails on a token that is not below vocab_size.
+// A batch of B rows of T, a window in each. What the windows do not fill is not scored. This is
+// where inputs and targets part: both are copied from the same text, targets from one token later.
+// Needs at most B windows of at most T predictions.
 inline Batch read_batch(std::span<const Window> windows, int B, int T, int vocab_size) {
     Batch batch;
     batch.resize(B, T);
     std::vector<uint16_t> text(size_t(T) + 1);
     for (size_t b = 0; b < windows.size(); ++b) {
         const Window& window = windows[b];
-        const int64_t all = window.shard->predictions();
-        // Two reads where the window goes past the end of its shard, else one.
+        const int64_t ring = window.shard->predictions();
+        // One read, or two where the window runs over the end of the ring.
         for (int64_t t = 0, n = 0; t < window.count; t += n) {
-            const int64_t from = (window.begin + t) % all;
-            n = std::min(window.count - t, all - from);
+            const int64_t from = (window.begin + t) % ring;
+            n = std::min(window.count - t, ring - from);
             window.shard->read(text.data(), from, n + 1, vocab_size);
             for (int64_t i = 0; i < n; ++i) {
                 const size_t at = b * size_t(T) + size_t(t + i);
@@ -450,21 +447,20 @@ inline Batch read_batch(std::span<const Window> windows, int B, int T, int vocab
     return batch;
 }
 
-// Where i goes when 0..n-1 are shuffled: a permutation that needs no list. i is cut into two halves
-// of as many bits, and each round mixes one into the other (Feistel's cipher):
+// Where i goes when 0 .. n-1 are shuffled: a permutation without a list. The bits of i are cut into
+// two halves, and each round mixes one half into the other (a Feistel cipher):
 //   (left, right) -> (right, left ^ mix(right))     undone by     (l, r) -> (r ^ mix(l), l)
-// What can be undone sends no two numbers to the same place, so it is a permutation, of 4^half >= n
-// numbers. One that lands at n or above is sent on until it lands below (Black, Rogaway 2002),
-// which keeps it one; 4^half < 4n for n > 1, so that takes fewer than four tries on average.
+// Every round can be undone, so no two numbers go to the same one: this permutes 4^half >= n
+// numbers. A result that is not below n goes through again until it is (Black, Rogaway 2002). For
+// n > 1, 4^half < 4n, so that takes fewer than four tries on average.
 inline uint64_t shuffled(uint64_t i, uint64_t n, uint64_t key) {
     int half = 1;
     while (half < 32 && (uint64_t(1) << (2 * half)) < n) ++half;
     const uint64_t mask = (uint64_t(1) << half) - 1;
     do {
         uint64_t left = i >> half, right = i & mask;
-        for (int round = 0; round < 4; ++round) {
-            uint64_t mixed =
-                left ^ (mix_bits(key + uint64_t(round) * 0x9e3779b97f4a7c15ull + right) & mask);
+        for (uint64_t round = 0; round < 4; ++round) {
+            const uint64_t mixed = left ^ (random_bits(key + right, round) & mask);
             left = right, right = mixed;
         }
         i = (left << half) | right;
@@ -472,14 +468,14 @@ inline uint64_t shuffled(uint64_t i, uint64_t n, uint64_t key) {
     return i;
 }
 
-// Which block of text is the i-th sample of training. A shard of N tokens has N-1 predictions; they
-// are cut into blocks of T, so that one epoch makes every prediction exactly once. The last block
-// may be short: its missing targets are kIgnore. With shuffle, every epoch has a fresh order of the
-// blocks and a fresh offset at which the cutting begins (the shard is taken as a ring), so blocks
-// do not always begin at the same words. Everything is a function of (seed, i): nothing to save.
-// With 10 tokens, so 9 predictions (each reads its own token and is scored by the next), and T = 4:
-//   plain       0 1 2 3 | 4 5 6 7 | 8            in this order, every epoch
-//   shuffled    6 7 8 0 | 1 2 3 4 | 5            say, from offset 6; and the three in any order
+// The order in which training reads the text. Each shard is cut into blocks of T predictions (the
+// last may be shorter), and a block is one sample; so one epoch makes every prediction exactly
+// once. With shuffle, every epoch has its own order of the blocks, and cuts each shard from its own
+// offset on, so that blocks do not always begin at the same words. All of it is a function of the
+// seed and the sample's number: there is no state to save.
+// With 10 tokens, so predictions 0 to 8, and T = 4:
+//   in order    0 1 2 3 | 4 5 6 7 | 8            the same in every epoch
+//   shuffled    6 7 8 0 | 1 2 3 4 | 5            say, from offset 6; the three blocks in any order
 struct DataOrder {
     const Shards& shards;
     int B = 1, T = 1;
@@ -503,13 +499,13 @@ struct DataOrder {
         if (overfit_batch) return {&shards.files()[0], block * T, T};
         auto key = [&](RandomUse use) { return random_key(seed, uint64_t(epoch(i)), use); };
         if (shuffle) block = int64_t(shuffled(uint64_t(block), uint64_t(blocks), key(kBlockOrder)));
-        // Blocks are counted through all shards: which shard's is it, and which of that?
+        // Blocks are numbered through all shards: from here on, block counts within shard s.
         size_t s = 0;
         for (; block >= blocks_of(shards.files()[s]); ++s) block -= blocks_of(shards.files()[s]);
-        const int64_t all = shards.files()[s].predictions(), begin = block * T;
-        const uint64_t offset = shuffle ? random_bits(key(kCutOffset), s) % uint64_t(all) : 0;
-        return {&shards.files()[s], (begin + int64_t(offset)) % all,
-                std::min<int64_t>(T, all - begin)};
+        const Shard& shard = shards.files()[s];
+        const int64_t ring = shard.predictions(), begin = block * T;
+        const uint64_t offset = shuffle ? random_bits(key(kCutOffset), s) % uint64_t(ring) : 0;
+        return {&shard, (begin + int64_t(offset)) % ring, std::min<int64_t>(T, ring - begin)};
     }
     // The batch of samples i .. i + B - 1.
     Batch batch(int64_t i, int vocab_size) const {
@@ -519,20 +515,19 @@ struct DataOrder {
     }
 };
 
-// Reads the batches of a run in order, one ahead of the step: while the model computes, a thread
-// reads what comes next, so reading never shows in the time of a step. std::async starts a function
-// on a thread and returns a future; its get() waits for the result (as Python's executor.submit).
+// Reads the batches of a run in order, one ahead: a thread reads the next while the model computes.
+// std::async starts a function on a thread and returns a future; its get() waits for the result (as
+// with Python's executor.submit).
 class BatchLoader {
 public:
-    // Careful: the shards of `order` must outlive it. first_sample: 0, or where an interrupted run
-    // goes on.
+    // Careful: the shards of `order` must outlive it. first_sample: 0, or where a resumed run is.
     BatchLoader(const DataOrder& order, int vocab_size, int64_t first_sample)
         : order_(order), vocab_size_(vocab_size), sample_(first_sample) {
         read_ahead();
     }
     BatchLoader(const BatchLoader&) = delete;
 
-    // The next B samples. A reading error met by the thread is thrown here.
+    // The next B samples. If reading them failed, this throws the error.
     Batch next() {
         Batch batch = ahead_.get();
         sample_ += order_.B;
@@ -549,28 +544,28 @@ private:
     const DataOrder order_;
     const int vocab_size_;
     int64_t sample_;
-    // Why shared: an error stays, so that every next() throws it. Careful: the last member, since
-    // members are destroyed last first: the thread is waited for before what it uses goes.
+    // Why shared: every next() throws the error again. Careful: it must be the last member. Members
+    // are destroyed last first, so the thread ends before what it uses goes.
     std::shared_future<Batch> ahead_;
 };
 
 // =================================================================================================
 // §3 What a model is made of: its sizes, and the one list of its parameters
 // =================================================================================================
-// We hold B rows of T tokens. The model turns each token into a vector of C numbers, x, lets L
-// layers add to it what they find, and at the end compares it with the vectors of all V tokens:
+// What you have now: a batch, inputs and targets [B, T]. The model turns each token into a vector x
+// of C numbers; L layers add to it; at the end it is compared with the vectors of all V tokens:
 //
-//   tokens --> wte[token] + wpe[place] --> x              the residual stream, C numbers a position
-//                                          |
+//   tokens --> wte[token] + wpe[position] --> x           the residual stream, C numbers a position
+//                                             |
 //                +-- x += attention(ln_1(x))              positions look at each other
 //      L times   |
 //                +-- x += mlp(ln_2(x))                    each position thinks for itself
-//                                          |
-//                                     ln_f(x) wte^T --> a score for every token of the vocabulary
+//                                             |
+//                                        ln_f(x) wte^T --> a score for every token
 //
-// The last line uses the embedding's own table again (the "tied head"): the vector by which a token
-// is read is the vector by which it is predicted. Nearly all parameters are in the layers' four
-// matrices and in wte: for GPT-2 small, with C = 768, L = 12, V = 50257, P = 1024,
+// The last line uses the embedding's table again (the "tied head"): the vector by which a token is
+// read is the vector by which it is predicted. Nearly all parameters are in wte and in the layers'
+// four matrices. For GPT-2 small, with C = 768, L = 12, V = 50257, P = 1024:
 //   a layer   3 C^2 (c_attn) + C^2 (attn's c_proj) + 4 C^2 (c_fc) + 4 C^2 (mlp's c_proj) = 12 C^2,
 //             and 13 C of biases and norms: 7,087,872
 //   in all    V C + P C + 12 * 7,087,872 + 2 C (ln_f) = 124,439,808
@@ -581,9 +576,9 @@ private:
 // L, NH, C, P, V under Hugging Face's names. C must be a multiple of NH.
 struct Config {
     int n_layer = 0, n_head = 0, n_embd = 0, n_positions = 0, vocab_size = 0;
-    bool untied_head = false;     // true: lm_head.weight is a tensor of its own, not wte.weight
+    bool untied_head = false;     // lm_head.weight is a tensor of its own, not wte.weight
     float dropout = 0;            // the share of elements set to 0 (§4), in training only
-    bool recompute_gelu = false;  // backward makes the GELUs again; else forward keeps them (§5)
+    bool recompute_gelu = false;  // backward computes the GELUs again, to save memory (§5)
     int head_size() const { return n_embd / n_head; }
 };
 
@@ -592,7 +587,7 @@ struct Preset {
     Config config;
 };
 // `tiny` learns the default corpus in about a minute on two cores. The others are GPT-2's (Radford
-// et al. 2019; sizes as in the published configurations).
+// et al. 2019), with the published sizes.
 inline const std::vector<Preset>& presets() {
     static const std::vector<Preset> list = {
         // n_layer, n_head, n_embd, n_positions, vocab_size
@@ -605,32 +600,32 @@ inline const std::vector<Preset>& presets() {
     return list;
 }
 
-// Every tensor of the model by name: pointers only, into flat arrays that somebody else owns. T is
-// what an element is: a weight, or its gradient, which has the same name in another such struct.
-template <class T>
+// Every tensor of the model by name: pointers into a flat array that is owned elsewhere. Element is
+// what that array holds: weights, or their gradients.
+template <class Element>
 struct Parameters {
-    struct Block {
-        T *ln_1_weight, *ln_1_bias, *c_attn_weight, *c_attn_bias, *attn_proj_weight,
-            *attn_proj_bias;
-        T *ln_2_weight, *ln_2_bias, *c_fc_weight, *c_fc_bias, *mlp_proj_weight, *mlp_proj_bias;
+    struct Layer {
+        Element *ln_1_weight, *ln_1_bias, *c_attn_weight, *c_attn_bias;
+        Element *attn_proj_weight, *attn_proj_bias;
+        Element *ln_2_weight, *ln_2_bias, *c_fc_weight, *c_fc_bias;
+        Element *mlp_proj_weight, *mlp_proj_bias;
     };
-    T *wte, *wpe;          // token and position embeddings
-    std::vector<Block> h;  // the layers
-    T *ln_f_weight, *ln_f_bias;
-    T* lm_head;  // the tied head is wte itself
+    Element *wte, *wpe;    // token and position embeddings
+    std::vector<Layer> h;  // the layers, as Hugging Face calls them
+    Element *ln_f_weight, *ln_f_bias;
+    Element* lm_head;  // the tied head is wte itself
 };
 
-// What a tensor holds before training.
-enum class Init { zeros, ones, normal, residual };  // residual: normal, scaled by 1/sqrt(2L)
+// What a tensor holds before training. residual: normal, scaled by 1/sqrt(2L).
+enum class Init { zeros, ones, normal, residual };
 
-// The one list. Calls visit(name, pointer, shape, init) once for every tensor, in the order of the
-// text's way through the model. Allocation, initialisation, weight decay, checkpoints, the
-// parameter table and the gradient test all come from here, so none of them can forget a tensor.
-// `visit` is any function of these four arguments: the compiler writes the list out for each. It
-// gets the pointer itself (p.wte, not a copy of it), and so may also set it: see point_into.
+// The one list. Calls visit(name, pointer, shape, init) once for every tensor, from the embeddings
+// to the head. Allocation, initialisation, weight decay, checkpoints, the parameter table and the
+// gradient test all use it, so none of them can forget a tensor. visit gets p.wte itself, not a
+// copy of the pointer, so it can also set it: see point_into.
 // Names and shapes are Hugging Face's for GPT-2: linear weights are [in, out], y = x W + b.
-template <class T, class Visit>
-void for_each_tensor(const Config& config, Parameters<T>& p, Visit&& visit) {
+template <class Element, class Visit>
+void for_each_tensor(const Config& config, Parameters<Element>& p, Visit&& visit) {
     using Shape = std::vector<int64_t>;
     const int64_t C = config.n_embd, V = config.vocab_size, P = config.n_positions;
     visit("wte.weight", p.wte, Shape{V, C}, Init::normal);
@@ -656,7 +651,7 @@ void for_each_tensor(const Config& config, Parameters<T>& p, Visit&& visit) {
     if (config.untied_head) visit("lm_head.weight", p.lm_head, Shape{V, C}, Init::normal);
 }
 
-// Where a tensor lies in the one flat array that holds all of them.
+// Where a tensor lies in the flat array that holds all of them.
 struct TensorInfo {
     std::string name;
     std::vector<int64_t> shape;
@@ -667,13 +662,12 @@ struct TensorInfo {
 };
 
 // All parameters lie in one flat array, and so do their gradients and moments: the update is one
-// loop, and so is saving. First all tensors that decay (the matrices and the two embeddings), then
-// all that do not (biases, layernorms): "does element i decay" is one comparison, i < decayed.
-// Why not all: decay pulls weights towards 0; a bias or a scale has no reason to be small.
-// Each tensor starts at a multiple of 64 elements, so at the start of a cache line, of whatever
-// type they are. Behind a table of tokens there is room up to a multiple of 64 rows, because a GPU
-// multiplies whole tiles (its head takes them along). All padding is 0, its gradient too, and so it
-// stays.
+// loop, and so is saving. The tensors that decay come first (matrices and both embeddings), then
+// those that do not (biases, layernorms), so element i decays if i < decayed. Why not all: decay
+// pulls a weight towards 0, and a bias or a scale has no reason to be small.
+// Each tensor starts at a multiple of 64 elements, so at a cache line. The tables of V tokens have
+// padding up to a multiple of 64 rows, because a GPU's head multiplies whole tiles. Padding is 0
+// and has a gradient of 0, so it stays 0.
 struct Layout {
     std::vector<TensorInfo> tensors;  // in the order of the list
     size_t size = 0, decayed = 0;     // elements with padding; how many of them decay
@@ -683,8 +677,7 @@ struct Layout {
 // The rows of a table of V tokens, padding included.
 inline int table_rows(int V) { return round_up(V, 64); }
 
-// Where every tensor of such a model lies. It visits the list twice, so to say: first for the
-// shapes (the pointers of `none` are not looked at), then over the result, to give out the places.
+// Two passes: collect the shapes (the pointers in `none` are not used), then assign the offsets.
 inline Layout layout_of(const Config& config) {
     Layout layout;
     Parameters<char> none;
@@ -700,8 +693,8 @@ inline Layout layout_of(const Config& config) {
         for (TensorInfo& t : layout.tensors)
             if (t.decays() == decays) {
                 const int V = decays && t.shape[0] == config.vocab_size ? config.vocab_size : 0;
-                const size_t behind = size_t(table_rows(V) - V) * size_t(config.n_embd);
-                t.room = round_up(t.count + behind, size_t(64));
+                const size_t padding = size_t(table_rows(V) - V) * size_t(config.n_embd);
+                t.room = round_up(t.count + padding, size_t(64));
                 t.offset = layout.size, layout.size += t.room;
             }
         if (decays) layout.decayed = layout.size;
@@ -709,25 +702,25 @@ inline Layout layout_of(const Config& config) {
     return layout;
 }
 
-// Points every tensor of p into the flat array at base. `T*& pointer` is a reference: to assign to
-// it is to assign to p.wte, p.h[0].ln_1_weight, and so on, in the order of the list.
-template <class T>
-void point_into(Parameters<T>& p, T* base, const Config& config, const Layout& layout) {
+// Points every tensor of p into the flat array at base. `Element*& pointer` is a reference: to set
+// it is to set p.wte, then p.wpe, and so on, in the order of the list.
+template <class Element>
+void point_into(Parameters<Element>& p, Element* base, const Config& config, const Layout& layout) {
     p.h.resize(size_t(config.n_layer));
     size_t i = 0;
-    for_each_tensor(config, p,
-                    [&](const std::string&, T*& pointer, const std::vector<int64_t>&, Init) {
-                        pointer = base + layout.tensors[i++].offset;
-                    });
+    auto visit = [&](const std::string&, Element*& pointer, const std::vector<int64_t>&, Init) {
+        pointer = base + layout.tensors[i++].offset;
+    };
+    for_each_tensor(config, p, visit);
     if (!config.untied_head) p.lm_head = p.wte;
 }
 
-// Fresh weights: normal, mean 0, deviation 0.02; biases 0, the norms' scales 1. The two projections
-// of a layer that write into the residual stream are scaled down by 1/sqrt(2L) (Radford et al.
-// 2019, §2.3). Why: variances of independent numbers add up. 2L additions of variance s^2 give the
-// stream 2L s^2, growing with depth; of variance s^2/(2L) each, they give it s^2 at any depth.
-// sets weights[layout.size]; padding is 0. Element i of a tensor depends on (seed, tensor, i)
-// alone, so threads may share out a tensor in any way.
+// Sets weights[layout.size] afresh: normal, with mean 0 and deviation 0.02; biases 0, the norms'
+// scales 1, padding 0. The two projections of a layer that write into the residual stream are
+// scaled by 1/sqrt(2L) (Radford et al. 2019, §2.3). Why: variances of independent numbers add up.
+// 2L additions of variance s^2 give the stream 2L s^2, which grows with the depth; of variance
+// s^2/(2L) each, they give s^2 at any depth.
+// Element i of a tensor depends on (seed, tensor, i) alone, so any number of threads sets the same.
 template <class real>
 void initialise(real* weights, const Config& config, const Layout& layout, uint64_t seed) {
     std::fill(weights, weights + layout.size, real(0));
