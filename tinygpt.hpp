@@ -901,8 +901,6 @@ struct Cpu {
     void head_forward_backward(Real* losses, Activation* dx, Gradient* dw, Activation* logits,
                                const Activation* x, const Weight* w, const int32_t* targets,
                                int rows, int C, int V, Real scale, bool accumulate);
-    int head_softmax(Real* losses, Activation* logits, const int32_t* targets, int rows, int V,
-                     Real scale);
     void head_logits(Real* logits, const Activation* x, const Weight* w, int rows, int C, int V);
 
     // --- the update
@@ -1498,16 +1496,6 @@ void Cpu<real>::head_forward_backward(real* losses, real* dx, real* dw, real* lo
         matmul(dw, C, transpose_of(logits, V), rows_of(x_block, C), V, C, n, matmul_options,
                accumulate || first > 0);
     }
-}
-
-// Of head_forward_backward what is not a product, for as many rows as it holds logits of at a time.
-// Sets losses, and logits to their gradient; returns the number of rows. By itself for `bench`.
-template <class real>
-int Cpu<real>::head_softmax(real* losses, real* logits, const int32_t* targets, int rows, int V,
-                            real scale) {
-    const int n = std::min(rows, kHeadRows);
-    softmax_cross_entropy(losses, logits, targets, n, V, scale);
-    return n;
 }
 
 // sets logits [rows, V] = x w^T. By itself for generation, which wants the scores themselves.

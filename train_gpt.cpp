@@ -1040,59 +1040,122 @@ int info_command(Device device, const Options& o) {
 // =================================================================================================
 // 4 bench and walk: how fast it is, and what it does
 // =================================================================================================
-// The reader now holds a program that trains. Two commands look inside: bench times every layer
-// against what the machine can do, walk prints all numbers of one step that is small enough to
-// follow by hand.
+// What you have now: a program that trains. Two commands watch the calls of a real training step:
+// bench times each of them, walk prints the numbers of a step small enough to follow by hand.
 
-// ---- bench -----------------------------------------------------------------------------------
-// The functions are those the model calls, on the buffers it calls them with, packing included.
-// Going from layer to layer changes the operands, as a step does: GPT-2's are far larger than a
-// cache, and nothing is found there by luck. (Those of the default model do fit: that is what more
-// than 100 % of the memory's speed means.)
-//
-// How to read a row: a function has to do so many operations, and to move at least so many bytes
-// to and from memory. Each takes a least time at the machine's peak; the longer one binds, and the
-// last column says what share of its peak was reached (the roofline model; Williams et al. 2009).
+// --- Watched: a device that shows its calls
+
+// A call of one of the device's functions. sizes: its whole numbers in their order, such as rows,
+// C, OC.
+struct Call {
+    std::string_view function;
+    std::vector<double> sizes;
+    std::function<void()> make;
+};
+
+// While `watching`, every call goes to `watcher`, which must make it and may do anything before and
+// after. What the watcher itself calls is not watched.
+template <class Device>
+struct Watched : Device {
+    std::function<void(const Call&)> watcher = nullptr;
+    bool watching = false;
+
+    // Why eager: when a CUDA graph is replayed, no calls are made.
+    void replay(const Pass& pass, const StepOptions& o, auto&& work) {
+        watching ? work() : Device::replay(pass, o, work);
+    }
+    void watch(auto&& make, const char* function, auto... arguments) {
+        if (!watching) return make();
+        Call call{function, {}, make};
+        auto keep = [&]<class Argument>(Argument argument) {
+            if constexpr (std::is_integral_v<Argument> && !std::is_same_v<Argument, bool>)
+                call.sizes.push_back(double(argument));
+        };
+        (keep(arguments), ...);
+        watching = false;
+        watcher(call);
+        watching = true;
+    }
+#define WATCH(f)                                   \
+    void f(auto... a) {                            \
+        watch([&] { Device::f(a...); }, #f, a...); \
+    }
+    WATCH(embed_forward)
+    WATCH(embed_backward)
+    WATCH(layernorm_forward)
+    WATCH(layernorm_backward)
+    WATCH(linear_forward)
+    WATCH(linear_backward)
+    WATCH(linear_gelu_forward)
+    WATCH(gelu_forward)
+    WATCH(linear_gelu_backward)
+    WATCH(linear_residual_forward)
+    WATCH(attention_forward)
+    WATCH(attention_backward)
+    WATCH(attention_cached)
+    WATCH(head_forward)
+    WATCH(head_forward_backward)
+    WATCH(head_logits)
+    WATCH(begin_step)
+    WATCH(add_loss)
+    WATCH(gradient_norm)
+    WATCH(judge_step)
+    WATCH(adamw)
+#undef WATCH
+};
+
+// A batch of B rows of one text, whose token i is token(i).
+Batch batch_of(int B, int T, auto&& token) {
+    Batch batch;
+    batch.resize(B, T);
+    for (int i = 0; i < B * T; ++i)
+        batch.inputs[size_t(i)] = token(i), batch.targets[size_t(i)] = token(i + 1);
+    batch.scored = B * T;
+    batch.sort_rows();
+    return batch;
+}
+
+// --- bench
+// How to read a row: a function does so many operations, and moves at least so many bytes to and
+// from memory. Each takes a least time at the machine's peak; the longer one binds, and the last
+// column is the share of that peak that was reached (the roofline model; Williams et al. 2009).
 //   linear c_attn  12 calls  3.990 ms a call  227.0 GFLOP/s  0.9 GB/s   61.4 % of FLOP/s
 // Large products should come near their peak, and most of a step's time should be theirs.
-// Embedding, layernorm, the norm and AdamW do little with each number they touch: GB/s binds them,
-// and faster arithmetic would not help. What is far below both peaks is what to look at: too little
-// work for all cores (try more rows), or a function that could be better.
+// Embedding, layernorm, the norm and AdamW do little with each number they touch: memory binds
+// them. (The default model fits into the caches: that is what more than 100 % of GB/s means.) Look
+// at what is far below both peaks: too little work for all cores (try more rows), or a function
+// that could be better.
 //
-// First all functions of a step, at the batch size that was asked for, and the step itself: a step
-// that takes much longer than their sum loses its time between them. Then the forward pass at 256,
-// 1024 and 4096 rows (--seq-len of which make a text): of --model gpt2 those are the products to
-// which the literature's figures refer.
+// The first table is of training steps at --batch-size. A whole step, unwatched, that takes much
+// longer than the sum of its calls loses the time between them. Then evaluations of 256, 1024 and
+// 4096 rows: with --model gpt2 those are the products that the literature's figures refer to.
 
-// On a GPU a function is one or more kernels. Below a row of several stands a row for each: how
-// often it was started, its own time, and of a product what it reached.
+// On a GPU a function is one or more kernels. Below a row of several stands a row for each:
 //   d linear c_fc                  12 calls  1.512 ms a call ...
 //       product nt 65536x768, k 3072   12 calls  0.741 ms a call  417000.0 GFLOP/s  ...
-// nt says how the two matrices lie, t for a transposed one: nn is x w of a forward pass, nt is dout
-// w^T, so dx, and tn is x^T dout, so dw (the head's table lies the other way: its logits are nt,
-// its dx is nn). Below the whole step stand all its kernels, the costliest first (copy: the batch
-// comes from the host; zero: memory is set to 0), and their sum beside the step, whose kernels are
-// started as one recording.
+// t marks a transposed operand: nn is x w of forward; nt is dout w^T, so dx; tn is x^T dout, so dw.
+// (The head's table lies the other way: its logits are nt, its dx is nn.) Below the whole step
+// stand all its kernels, the costliest first. copy brings the batch from the host; zero clears.
 
-// What a kernel of a GPU did, in one call or in several. flops: of matrix products, else 0.
+// What a kernel of a GPU took, in one call or in several. flops: of matrix products, else 0. row:
+// whatever the device was told that it works for.
 struct KernelTime {
     std::string name;
     double flops = 0, seconds = 0;
-    int calls = 1;
+    int calls = 1, row = -1;
 };
 
-// The same kernels, each name once, with the sums of its calls; in the order in which they came.
+// The same kernels, each name once, with the sums of its calls; the costliest first.
 inline std::vector<KernelTime> sum_calls(const std::vector<KernelTime>& calls) {
-    std::vector<KernelTime> sums;
+    std::map<std::string, KernelTime> by_name;
     for (const KernelTime& one : calls) {
-        const auto same = [&](const KernelTime& sum) { return sum.name == one.name; };
-        const auto sum = std::find_if(sums.begin(), sums.end(), same);
-        if (sum == sums.end()) {
-            sums.push_back(one);
-            continue;
-        }
-        sum->flops += one.flops, sum->seconds += one.seconds, sum->calls += one.calls;
+        KernelTime& sum =
+            by_name.try_emplace(one.name, KernelTime{one.name, 0, 0, 0}).first->second;
+        sum.flops += one.flops, sum.seconds += one.seconds, sum.calls += one.calls;
     }
+    std::vector<KernelTime> sums;
+    for (const auto& [name, sum] : by_name) sums.push_back(sum);
+    std::sort(sums.begin(), sums.end(), [](auto& a, auto& b) { return a.seconds > b.seconds; });
     return sums;
 }
 
@@ -1102,320 +1165,231 @@ public:
     // Makes a model with random weights, and a batch of random tokens: speed does not depend on
     // what the numbers are.
     Bench(const Device& device, const Config& config, int B, int T)
-        : config_(config), C(config.n_embd), V(config.vocab_size), NH(config.n_head),
-          HS(config.head_size()), T_(T), most_B_(room_for(device, config, B, T)),
-          model_(open_model(device, config, most_B_, T, Use::training)), device_(model_->device) {
+        : config_(config), C(config.n_embd), T_(T),
+          model_(open_model(Watched<Device>{device}, config, B, T, Use::training)),
+          device_(model_->device) {
         model_->initialise(1);
-        set_batch_size(B);
+        device_.watcher = [this](const Call& call) { time_call(call); };
+        set_batch_size(B, Use::training);
     }
 
-    // Measures and prints all tables; half a second for every row.
-    void run() {
+    // Measures and prints all tables; about so many seconds for each.
+    void run(double seconds = 3) {
         show_machine();
-        const double step = step_seconds();
-        title("function");
-        forward_layers(), backward_layers(), update();
+        int64_t s = 0;
+        StepOptions options;
+        options.rate.peak = 1e-5;
+        const double step = table("function", "step", seconds,
+                                  [&] { train_step(*model_, batches_, options, s++); });
         const double flops = flops_per_token(config_, T_) * rows_ / step;
-        std::printf("\nsum of the above  %.2f ms; a whole step takes %.2f ms\n", total_ * 1e3,
-                    step * 1e3);
         std::printf("whole step        %s tokens a second, %.1f GFLOP/s, %.1f %% of the peak\n",
                     with_commas(int64_t(rows_ / step)).c_str(), flops / 1e9,
-                    100 * flops / product_peak_flops(device_));
-        step_kernels(step);
-        for (int rows : {256, 1024, kMostRows}) {
-            if (rows < T_ || rows / T_ > most_B_) continue;
-            set_batch_size(rows / T_);
-            forward(*model_, Pass{B_, T_});  // so that there are numbers in all rows
+                    100 * flops / product_peak_);
+        show_kernels(step);
+        for (int rows : {256, 1024, 4096}) {
+            if (rows < T_) continue;
+            set_batch_size(rows / T_, Use::evaluation);
             std::printf("\n");
-            title(format("%d rows", rows_).c_str());
-            forward_layers(), head();
+            table(format("%d rows", rows).c_str(), "evaluation", seconds,
+                  [&] { batch_losses(*model_, batches_[0]); });
         }
     }
 
 private:
-    using Real = typename Device::Real;
-    static constexpr double kA = sizeof(typename Device::Activation), kR = sizeof(Real),
+    static constexpr double kA = sizeof(typename Device::Activation),
+                            kR = sizeof(typename Device::Real),
                             kW = sizeof(typename Device::Weight),
                             kG = sizeof(typename Device::Gradient);
-    static constexpr int kMostRows = 4096;
     // Whether the device can tell what each of its kernels takes; then names are longer.
     static constexpr bool kKernels = requires(Device device, void (*work)()) {
         device.kernel_times(work);
     };
     static constexpr int kName = kKernels ? 34 : 22;  // the width of the first column
 
-    // The batch size to reserve room for: that of the largest table, where there is memory for it.
-    static int room_for(const Device& device, const Config& config, int B, int T) {
-        const int most = std::max(B, kMostRows / T);
-        const size_t need = memory_need<Device>(config, most, T, Use::training).total();
-        return need < device.free_memory() ? most : B;
-    }
-
-    // From now on B texts at a time, of random tokens.
-    void set_batch_size(int B) {
-        B_ = B, rows_ = B * T_;
-        Batch& batch = batches_[0];
-        batch.resize(B, T_);
-        for (size_t i = 0; i < size_t(rows_); ++i) {
-            batch.inputs[i] = int32_t(random_bits(7, i) % uint64_t(V));
-            batch.targets[i] = int32_t(random_bits(8, i) % uint64_t(V));
-        }
-        batch.scored = rows_;
-        batch.sort_rows();
-        set_batch(*model_, batch);
-    }
-
-    // What a function must at least do: operations (a multiply-add is two), and bytes to and from
-    // memory if everything it is given is read once and everything it makes written once. product:
-    // it is a matrix product, which has a peak of its own.
-    struct Work {
+    // Calls of one kind. What each must at least do: operations (a multiply-add is two), and bytes
+    // to and from memory if everything it is given is read once and everything it makes is written
+    // once. product: it is a matrix product, which has a peak of its own.
+    struct Row {
+        std::string label;
         double flops = 0, bytes = 0;
         bool product = false;
+        std::string way = "";              // how it was done, where the device has several ways
+        int calls = 0;                     // in all passes
+        std::vector<double> seconds = {};  // of all its calls, for each pass
+        std::vector<KernelTime> kernels = {};
     };
-    // A linear layer [rows, in] x [in, out]: one product, or several of its size. Forward is one;
-    // backward two, for dx and for dw; the head both ways all three.
-    Work product(double in, double out, int times = 1) const {
-        const double n = rows_;
-        return {times * 2 * n * in * out, times * (kA * n * (in + out) + kW * in * out), true};
-    }
-    // [rows, C], read or written so many times. What little is computed on the way is not counted.
-    Work stream(int times) const { return {0, times * kA * rows_ * C, false}; }
 
-    // The yardsticks first: what is measured here is what all rows are held against.
+    // From now on B texts at a time, of random tokens.
+    void set_batch_size(int B, Use use) {
+        model_->reserve(B, T_, use);
+        rows_ = B * T_;
+        const uint64_t V = uint64_t(config_.vocab_size);
+        batches_ = {batch_of(B, T_, [&](int i) { return int32_t(random_bits(7, i) % V); })};
+    }
+
     void show_machine() {
         const double bf16_peak = device_.bf16_peak_flops();
         peak_bytes_ = device_.peak_bandwidth();
         std::printf("machine           %s\n", device_.describe().c_str());
         std::printf("measured peaks    %.1f GFLOP/s, ", device_.peak_flops() / 1e9);
         if constexpr (requires { device_.tile_peak_flops(); })
-            std::printf("%.1f with operands from the first cache, ",
-                        device_.tile_peak_flops() / 1e9);
+            std::printf("%.1f with operands from L1, ", device_.tile_peak_flops() / 1e9);
         if (bf16_peak > 0) std::printf("%.1f GFLOP/s in bf16 products, ", bf16_peak / 1e9);
         std::printf("%.1f GB/s\n", peak_bytes_ / 1e9);
         std::printf(
             "model             %d layers, %d heads, %d channels, vocabulary %d; B=%d T=%d\n\n",
-            config_.n_layer, NH, C, V, B_, T_);
-    }
-    static void title(const char* first) {
-        std::printf("%-*s %6s %10s %12s %12s %10s\n", kName, first, "calls", "ms a call", "GFLOP/s",
-                    "GB/s", "of peak");
+            config_.n_layer, config_.n_head, C, config_.vocab_size, rows_ / T_, T_);
     }
 
-    // Median seconds of f; runs it for about half a second, but at least three times. Why not the
-    // least, as for the peaks: a step is made of usual calls, not of lucky ones.
-    double median_seconds(auto&& f) {
-        std::vector<double> times;
-        f(), device_.synchronize();
-        const double end = now_seconds() + 0.5;
-        while (times.size() < 3 || (now_seconds() < end && times.size() < 50)) {
-            const double begin = now_seconds();
-            f(), device_.synchronize();
-            times.push_back(now_seconds() - begin);
-        }
-        const auto middle = times.begin() + ptrdiff_t(times.size() / 2);
-        std::nth_element(times.begin(), middle, times.end());
-        return *middle;
-    }
-
-    // Which way the latest function was done, where the device has several.
-    std::string way() {
-        if constexpr (requires { device_.way(); }) return device_.way();
-        return "";
-    }
-    // Times f(i) for every i below `calls`, such as all layers, and prints a row. What binds it is
-    // the resource that it would need longer for.
-    void row(const char* name, int calls, Work work, auto&& f) {
-        way();  // of what came before
-        const auto pass = [&] {
-            for (int i = 0; i < calls; ++i) f(i);
+    // The row of a call. No label: it does too little to be shown. What little is computed in passes
+    // over rows is not counted.
+    Row row_of(const Call& call) const {
+        const std::vector<double>& s = call.sizes;
+        const double n = rows_, x = kA * n * C;  // bytes of a [rows, C]
+        // A product of attention: 2 C operations over (T+1)/2 positions for each row.
+        const double attention = C * (T_ + 1) * n;
+        // Reads gradients, masters, both moments; writes the last three, and separate weights.
+        const double adamw = kG + 6 * kR + (Device::kSeparateMasters ? kW : 0);
+        auto products = [&](int times, const std::string& label) {
+            const double in = s[1], out = s[2];
+            return Row{label, times * 2 * n * in * out,
+                       times * (kA * n * (in + out) + kW * in * out), true};
         };
-        const double seconds = median_seconds(pass);
-        total_ += seconds;
-        const std::string label = name + way();
-        // A processor slows down when it gets hot: the peak is that of this moment.
-        const double peak = work.product ? product_peak_flops(device_) : device_.peak_flops();
-        // The least seconds by either resource, against those it took.
-        const double each = seconds / calls;
-        const double least_flops = work.flops / peak, least_bytes = work.bytes / peak_bytes_;
-        std::printf("%-*s %6d %10.3f %12.1f %12.1f %8.1f %% of %s\n", kName, label.c_str(), calls,
-                    each * 1e3, work.flops / each / 1e9, work.bytes / each / 1e9,
-                    100 * std::max(least_flops, least_bytes) / each,
-                    least_flops > least_bytes ? "FLOP/s" : "GB/s");
-        kernel_rows(peak, pass);
+        auto is = [&](const char* function) { return call.function == function; };
+        if (is("embed_forward")) return {"embed", 0, 3 * x};
+        if (is("embed_backward")) return {"d embed", 0, 3 * x};
+        if (is("layernorm_forward")) return {"layernorm", 0, 2 * x};
+        if (is("layernorm_backward")) return {"d layernorm", 0, 4 * x};
+        if (is("gelu_forward")) return {"gelu again", 0, 8 * x};
+        if (is("attention_forward")) return {"attention", 2 * attention, 4 * x};  // scores, sums
+        if (is("attention_backward"))  // the scores again, dv, dp, dq, dk
+            return {"d attention", 5 * attention, 8 * x};
+        if (is("head_forward")) return products(1, "head");
+        if (is("head_forward_backward")) return products(3, "head, both ways");
+        if (is("gradient_norm")) return {"gradient norm", 0, kG * s[0]};
+        if (is("adamw")) return {"adamw", 0, adamw * s[0]};
+        if (!call.function.starts_with("linear_")) return {};
+        const std::string layer = s[1] > s[2]        ? "linear mlp.c_proj"
+                                  : s[1] == s[2]     ? "linear attn.c_proj"
+                                  : s[2] == 3 * s[1] ? "linear c_attn"
+                                                     : "linear c_fc";
+        const bool backward = call.function.ends_with("_backward");  // makes dx and dw
+        return backward ? products(2, "d " + layer) : products(1, layer);
     }
-    // The kernels of the row above, where the device has kernels and these are several; means of
-    // three passes. peak: of products.
-    void kernel_rows(double peak, auto&& pass) {
+
+    // Makes a call and adds its time to its row. A GPU has not done the work by then: its kernels'
+    // times come at the end of the pass.
+    void time_call(const Call& call) {
+        const Row kind = row_of(call);
+        if (kind.label.empty()) return call.make();
+        size_t i = 0;
+        while (i < table_.size() && table_[i].label != kind.label) ++i;
+        if (i == table_.size()) table_.push_back(kind);
+        Row& row = table_[i];
+        row.seconds.resize(passes_), ++row.calls;
+        if constexpr (kKernels) device_.kernels_are_for(int(i));
+        const double begin = now_seconds();
+        call.make();
+        if constexpr (kKernels)
+            row.way = device_.way(), device_.kernels_are_for(-1);
+        else
+            row.seconds.back() += now_seconds() - begin;
+    }
+    // Makes a pass, a step or an evaluation, with every call timed.
+    void watch(auto&& pass) {
+        ++passes_;
+        device_.watching = true;
         if constexpr (kKernels) {
-            constexpr int kPasses = 3;
-            const auto kernels = sum_calls(device_.kernel_times([&] {
-                for (int i = 0; i < kPasses; ++i) pass();
-            }));
-            if (kernels.size() < 2) return;
-            for (const KernelTime& k : kernels) {
-                std::printf("    %-*s %6d %10.3f ", kName - 4, k.name.c_str(), k.calls / kPasses,
-                            k.seconds / k.calls * 1e3);
-                const double rate = k.flops / k.seconds;
-                if (k.flops == 0)
-                    std::printf("%12s %12s\n", "-", "-");
-                else
-                    std::printf("%12.1f %12s %8.1f %% of FLOP/s\n", rate / 1e9, "-",
-                                100 * rate / peak);
+            for (const KernelTime& kernel : device_.kernel_times(pass)) {
+                kernels_.push_back(kernel);
+                if (kernel.row < 0) continue;
+                table_[size_t(kernel.row)].seconds.back() += kernel.seconds;
+                table_[size_t(kernel.row)].kernels.push_back(kernel);
             }
+        } else {
+            pass();
         }
+        device_.watching = false;
     }
-    // All kernels of a training step, each started by the host, though the step may be a recording.
-    void step_kernels(double step) {
-        if constexpr (kKernels) {
-            auto kernels = sum_calls(device_.kernel_times([&] { train(0); }));
-            std::stable_sort(kernels.begin(), kernels.end(),
-                             [](auto& a, auto& b) { return a.seconds > b.seconds; });
-            double sum = 0;
-            int calls = 0;
-            for (const KernelTime& k : kernels) sum += k.seconds, calls += k.calls;
-            std::printf("\n%-*s %6s %10s %9s\n", kName, "kernels of a step", "calls", "ms",
-                        "share");
-            for (const KernelTime& k : kernels)
-                std::printf("    %-*s %6d %10.3f %7.1f %%\n", kName - 4, k.name.c_str(), k.calls,
-                            k.seconds * 1e3, 100 * k.seconds / sum);
-            std::printf("    %-*s %6d %10.3f; a whole step takes %.3f ms\n", kName - 4, "all",
-                        calls, sum * 1e3, step * 1e3);
+    // Why not the least, as for the peaks: a step is made of usual calls, not of lucky ones.
+    static double median(std::vector<double> values) {
+        std::sort(values.begin(), values.end());
+        return values[values.size() / 2];
+    }
+
+    // Times the calls of a pass, and whole passes in turn with them, at least three of each, and
+    // prints the table. Returns the seconds of a whole pass.
+    double table(const char* title, const char* what, double seconds, auto&& pass) {
+        table_.clear(), kernels_.clear(), passes_ = 0;
+        std::vector<double> whole;
+        pass(), device_.synchronize();
+        const double end = now_seconds() + seconds;
+        while (whole.size() < 3 || (now_seconds() < end && whole.size() < 50)) {
+            watch(pass);
+            const double begin = now_seconds();
+            pass(), device_.synchronize();
+            whole.push_back(now_seconds() - begin);
         }
+        // A processor slows down when it gets hot: the peaks are those of this moment.
+        peak_ = device_.peak_flops(), product_peak_ = product_peak_flops(device_);
+        std::printf("%-*s %6s %10s %12s %12s %10s\n", kName, title, "calls", "ms a call", "GFLOP/s",
+                    "GB/s", "of peak");
+        double sum = 0;
+        for (const Row& row : table_) sum += show(row);
+        std::printf("\nsum of the above  %.2f ms; a whole %s takes %.2f ms\n", sum * 1e3, what,
+                    median(whole) * 1e3);
+        return median(whole);
     }
-
-    // Step s of a training, of one batch: forward, backward, guards and update.
-    void train(int64_t s) {
-        StepOptions options;
-        options.rate.peak = 1e-5;
-        train_step(*model_, batches_, options, s);
+    // Prints a row and its kernels, where these are several; returns the seconds of its calls.
+    double show(const Row& row) const {
+        const double seconds = median(row.seconds);
+        const int calls = row.calls / int(passes_);
+        show_line(row.label + row.way, calls, seconds / calls, row);
+        const std::vector<KernelTime> kernels = sum_calls(row.kernels);
+        for (const KernelTime& k : kernels)
+            if (kernels.size() > 1)
+                show_line("    " + k.name, k.calls / int(passes_), k.seconds / k.calls,
+                          {"", k.flops / k.calls, 0, true});
+        return seconds;
     }
-    // Seconds of a whole training step.
-    double step_seconds() {
-        int64_t s = 0;
-        return median_seconds([&] { train(s++); });
+    // seconds: of each call. What binds it is the resource that it would need longer for.
+    void show_line(const std::string& name, int calls, double seconds, const Row& work) const {
+        const double least_flops = work.flops / (work.product ? product_peak_ : peak_);
+        const double least_bytes = work.bytes / peak_bytes_;
+        std::printf("%-*s %6d %10.3f", kName, name.c_str(), calls, seconds * 1e3);
+        if (work.flops + work.bytes > 0)
+            std::printf(" %12.1f %12.1f %8.1f %% of %s", work.flops / seconds / 1e9,
+                        work.bytes / seconds / 1e9,
+                        100 * std::max(least_flops, least_bytes) / seconds,
+                        least_flops > least_bytes ? "FLOP/s" : "GB/s");
+        std::printf("\n");
     }
-
-    // Times f(layer, weights, gradients) over all layers, each of them `each` times.
-    void layer_row(const char* name, int each, Work work, auto&& f) {
-        row(name, each * config_.n_layer, work, [&](int i) {
-            const size_t l = size_t(i % config_.n_layer);
-            f(model_->a.layers[l], model_->w.h[l], model_->g.h[l]);
-        });
-    }
-
-    // The rows of a forward pass: in every layer the call that forward (§5) makes there.
-    void forward_layers() {
-        Device& d = device_;
-        auto& a = model_->a;
-        const int n = rows_;
-        row("embed", 1, stream(3), [&](int) {
-            d.embed_forward(a.embedded, a.inputs, model_->w.wte, model_->w.wpe, B_, T_, C, 0, {});
-        });
-        layer_row("layernorm", 2, stream(2), [&](auto& l, auto& w, auto&) {
-            d.layernorm_forward(l.ln_1, l.ln_1_mean, l.ln_1_rstd, l.x_mid, w.ln_1_weight,
-                                w.ln_1_bias, n, C);
-        });
-        layer_row("linear c_attn", 1, product(C, 3 * C), [&](auto& l, auto& w, auto&) {
-            d.linear_forward(l.qkv, l.ln_1, w.c_attn_weight, w.c_attn_bias, n, C, 3 * C);
-        });
-        // Scores and sums: 2 products of 2 C operations over (T+1)/2 positions for each row.
-        const Work scores = {2.0 * C * (T_ + 1) * n, 4 * kA * n * C, false};
-        layer_row("attention", 1, scores, [&](auto& l, auto&, auto&) {
-            d.attention_forward(l.att, l.lse, l.qkv, B_, T_, NH, HS, {});
-        });
-        layer_row("linear attn.c_proj", 1, product(C, C), [&](auto& l, auto& w, auto&) {
-            d.linear_residual_forward(l.x_mid, a.embedded, l.att, w.attn_proj_weight,
-                                      w.attn_proj_bias, n, C, C, {});
-        });
-        layer_row("linear c_fc, gelu", 1, product(C, 4 * C), [&](auto& l, auto& w, auto&) {
-            d.linear_gelu_forward(l.gelu, l.fc, l.ln_2, w.c_fc_weight, w.c_fc_bias, n, C, 4 * C);
-        });
-        layer_row("linear mlp.c_proj", 1, product(4 * C, C), [&](auto& l, auto& w, auto&) {
-            d.linear_residual_forward(l.x_out, l.x_mid, l.gelu, w.mlp_proj_weight, w.mlp_proj_bias,
-                                      n, 4 * C, C, {});
-        });
-    }
-
-    // The head forward only: that of an evaluation. With GPT-2's vocabulary it is by far the
-    // largest product.
-    void head() {
-        auto& a = model_->a;
-        row("head", 1, product(C, V), [&](int) {
-            device_.head_forward(a.losses, a.logits, a.ln_f, model_->w.lm_head, a.targets, rows_, C,
-                                 V);
-        });
-    }
-
-    // The rows of a backward pass (§6), from the head down. Gradients are set, not added to.
-    void backward_layers() {
-        Device& d = device_;
-        auto& a = model_->a;
-        const int n = rows_;
-        row("head, both ways", 1, product(C, V, 3), [&](int) {
-            d.head_forward_backward(a.losses, a.dnarrow, model_->g.lm_head, a.logits, a.ln_f,
-                                    model_->w.lm_head, a.targets, n, C, V, Real(1.0 / n), false);
-        });
-        // A part of the row above, so it does not count. Rows beyond those are the same again.
-        const auto softmax = [&] {
-            return d.head_softmax(a.losses, a.logits, a.targets, n, V, Real(1.0 / n));
-        };
-        const double before = total_, block = softmax();
-        row("  softmax, a block", 1, {0, 2 * kA * block * V}, [&](int) { softmax(); });
-        total_ = before;
-        layer_row("d linear mlp.c_proj", 1, product(4 * C, C, 2), [&](auto& l, auto& w, auto& g) {
-            d.linear_gelu_backward(a.dwide, g.mlp_proj_weight, g.c_fc_bias, a.dx, l.gelu, l.fc,
-                                   w.mlp_proj_weight, n, 4 * C, C, false);
-        });
-        layer_row("d linear c_fc", 1, product(C, 4 * C, 2), [&](auto& l, auto& w, auto& g) {
-            d.linear_backward(a.dnarrow, g.c_fc_weight, a.dwide, l.ln_2, w.c_fc_weight, n, C, 4 * C,
-                              false);
-        });
-        layer_row("d layernorm", 2, stream(4), [&](auto& l, auto& w, auto& g) {
-            d.layernorm_backward(a.dx, g.ln_1_weight, g.ln_1_bias, a.dx, g.mlp_proj_bias, a.dnarrow,
-                                 a.dx, l.x_mid, l.ln_1_mean, l.ln_1_rstd, w.ln_1_weight, n, C, {},
-                                 false);
-        });
-        layer_row("d linear attn.c_proj", 1, product(C, C, 2), [&](auto& l, auto& w, auto& g) {
-            d.linear_backward(a.dnarrow, g.attn_proj_weight, a.dx, l.att, w.attn_proj_weight, n, C,
-                              C, false);
-        });
-        // Five products are made: the scores once more, dv, dp, dq, dk.
-        const Work scores = {5.0 * C * (T_ + 1) * n, 8 * kA * n * C, false};
-        layer_row("d attention", 1, scores, [&](auto& l, auto&, auto& g) {
-            d.attention_backward(a.dwide, g.c_attn_bias, a.dnarrow, l.att, l.lse, l.qkv, B_, T_, NH,
-                                 HS, {}, false);
-        });
-        layer_row("d linear c_attn", 1, product(C, 3 * C, 2), [&](auto& l, auto& w, auto& g) {
-            d.linear_backward(a.dnarrow, g.c_attn_weight, a.dwide, l.ln_1, w.c_attn_weight, n, C,
-                              3 * C, false);
-        });
-        row("d embed", 1, stream(3), [&](int) {
-            d.embed_backward(model_->g.wte, model_->g.wpe, a.dx, a.inputs, a.order, B_, T_, C, {});
-        });
-    }
-
-    // The rows of the update (§7): all parameters at once, so memory's speed is all that counts.
-    void update() {
-        auto& m = *model_;
-        const size_t size = m.layout.size;
-        const double gradient_bytes = kG * double(size);
-        row("gradient norm", 1, {0, gradient_bytes},
-            [&](int) { device_.gradient_norm(m.state, m.grads, size); });
-        // Reads gradients, masters and both moments; writes the last three, and working weights.
-        const double others = 6 * kR + (Device::kSeparateMasters ? kW : 0);
-        row("adamw", 1, {0, gradient_bytes + others * double(size)}, [&](int) {
-            device_.adamw(m.weights, m.masters, m.moments[0], m.moments[1], m.grads, size,
-                          m.layout.decayed, m.state, {});
-        });
+    // All kernels of a step, if there are kernels. step: seconds of one that was not watched.
+    void show_kernels(double step) const {
+        const std::vector<KernelTime> kernels = sum_calls(kernels_);
+        if (kernels.empty()) return;
+        double all = 0;
+        for (const KernelTime& k : kernels) all += k.seconds;
+        std::printf("\n%-*s %6s %10s %9s\n", kName, "kernels of a step", "calls", "ms", "share");
+        for (const KernelTime& k : kernels)
+            std::printf("    %-*s %6d %10.3f %7.1f %%\n", kName - 4, k.name.c_str(),
+                        k.calls / int(passes_), k.seconds / double(passes_) * 1e3,
+                        100 * k.seconds / all);
+        std::printf("    %-*s %6d %10.3f; a whole step takes %.3f ms\n", kName - 4, "all",
+                    int(kernels_.size() / passes_), all / double(passes_) * 1e3, step * 1e3);
     }
 
     const Config config_;
-    const int C, V, NH, HS, T_, most_B_;
-    int B_ = 0, rows_ = 0;  // rows_: B T
-    std::unique_ptr<Gpt2<Device>> model_;
-    Device& device_;
-    std::vector<Batch> batches_{1};  // of a step: one
-    double peak_bytes_ = 1, total_ = 0;
+    const int C, T_;
+    int rows_ = 0;  // B T
+    std::unique_ptr<Gpt2<Watched<Device>>> model_;
+    Watched<Device>& device_;
+    std::vector<Batch> batches_;                           // of a step: one
+    double peak_ = 1, product_peak_ = 1, peak_bytes_ = 1;  // a second
+    // The latest table: its rows, all kernels of all watched passes, and how many passes.
+    std::vector<Row> table_;
+    std::vector<KernelTime> kernels_;
+    size_t passes_ = 0;
 };
 
 // --model and its sizes, with random weights: no data and no checkpoint are needed.
@@ -1425,12 +1399,12 @@ int bench_command(auto device, const Options& o) {
     return 0;
 }
 
-// ---- walk ------------------------------------------------------------------------------------
+// --- walk
 // B = 2 rows of T = 4 tokens, C = 8 channels, 2 heads, 2 layers, a vocabulary of 11 words, in
-// double: a step small enough to follow with a pocket calculator. It goes the way of §2-8 (batch,
-// forward, loss, backward, update), and their comments quote lines of what this prints ("walk>"); a
-// test holds them to it. Beside every result stands how to get it by hand. The numbers are the same
-// on every machine: random weights are a function of the seed (§1).
+// double: a step small enough to follow with a pocket calculator. It is a call of train_step (§8);
+// the watcher stops before some of its calls to print what there is by then, and how to get it by
+// hand. The header's comments quote lines of it ("walk>"), and a test compares them. The numbers
+// are the same on every machine: random weights are a function of the seed (§1).
 
 class Walk {
 public:
@@ -1442,20 +1416,18 @@ public:
             for (size_t i = t.offset; t.decays() && i < t.offset + t.count; ++i)
                 model_.weights[i] *= 10;
         model_.reserve(2, kT, Use::training);
-        batch_.resize(2, kT);
-        for (size_t i = 0; i < kRows; ++i)
-            batch_.inputs[i] = kText[i], batch_.targets[i] = kText[i + 1];
-        batch_.scored = kRows;
-        batch_.sort_rows();
-        set_batch(model_, batch_);
     }
 
-    // The whole walk, as text. Careful: the order counts, as each part works on what the one before
-    // it left in the model.
-    std::string text() {
-        show_batch(), show_forward(), show_loss(), show_backward();
-        show_update(), show_dropout(), show_effect();
-        return out_;
+    void run() {
+        show_batch();
+        StepOptions options;
+        options.rate = {.schedule = Schedule::constant, .peak = 0.1};
+        options.guards.grad_clip = 0.5;
+        model_.device.watcher = [this](const Call& call) { watch(call); };
+        model_.device.watching = true;
+        train_step(model_, {batch_}, options, 0);
+        model_.device.watching = false;
+        show_dropout(), show_effect();
     }
 
 private:
@@ -1464,14 +1436,23 @@ private:
                                                "dog", "ran", "to",  "a",  "."};
     static constexpr int kText[kRows + 1] = {0, 1, 2, 3, 0, 4, 5, 0, 6};
 
+    // The stops of the step.
+    void watch(const Call& call) {
+        if (call.function == "head_forward_backward") show_forward(), show_loss();
+        if (call.function == "gradient_norm") show_backward();
+        if (call.function == "adamw") show_update();
+        call.make();
+        if (call.function == "adamw") std::printf("and the program has %.6f\n", model_.weights[0]);
+    }
+
     void title(const std::string& text) {
-        out_ += "\n" + text + "\n" + std::string(text.size(), '-') + "\n";
+        std::printf("\n%s\n%s\n", text.c_str(), std::string(text.size(), '-').c_str());
     }
     // A buffer [rows, columns]: its shape and the beginning of row 0.
     void show(const char* name, const double* x, int columns, int rows = kRows) {
-        out_ += format("%-12s [%d, %2d] ", name, rows, columns);
-        for (int i = 0; i < std::min(columns, 6); ++i) out_ += format(" %8.4f", x[i]);
-        out_ += columns > 6 ? " ...\n" : "\n";
+        std::printf("%-12s [%d, %2d] ", name, rows, columns);
+        for (int i = 0; i < std::min(columns, 6); ++i) std::printf(" %8.4f", x[i]);
+        std::printf("%s\n", columns > 6 ? " ..." : "");
     }
     // The mean loss of the batch, in nats a token. Runs forward, so it sets all activations.
     double loss() {
@@ -1483,26 +1464,25 @@ private:
     void show_batch() {
         title("The batch: two rows of four tokens; the targets are the same text, one later");
         for (int i = 0; i < kRows; ++i)
-            out_ += format("row %d, t=%d   input %2d %-4s  target %2d %s\n", i / kT, i % kT,
-                           kText[i], kWords[kText[i]], kText[i + 1], kWords[kText[i + 1]]);
+            std::printf("row %d, t=%d   input %2d %-4s  target %2d %s\n", i / kT, i % kT, kText[i],
+                        kWords[kText[i]], kText[i + 1], kWords[kText[i + 1]]);
     }
 
     // Every buffer is [8, ...]: one row for each of the 8 tokens. x_mid and x_out are the residual
     // stream: compare them with embedded, to which each layer has only added.
     void show_forward() {
         title("Forward: shapes, and the first numbers of the first row");
-        forward(model_, pass_);
         const auto& a = model_.a;
         show("embedded", a.embedded, kC);
         for (int i = 0; i < 2; ++i) {
             const auto& l = a.layers[size_t(i)];
-            out_ += format("layer %d\n", i);
+            std::printf("layer %d\n", i);
             show("  ln_1", l.ln_1, kC), show("  qkv", l.qkv, 3 * kC), show("  att", l.att, kC);
             show("  x_mid", l.x_mid, kC), show("  ln_2", l.ln_2, kC), show("  fc", l.fc, 4 * kC);
             show("  gelu", l.gelu, 4 * kC), show("  x_out", l.x_out, kC);
         }
         show("ln_f", a.ln_f, kC);
-        out_ += "att of t=0 is its own value, qkv[16..23], since it sees nobody else:\n";
+        std::printf("att of t=0 is its own value, qkv[16..23], since it sees nobody else:\n");
         show("  v of t=0", a.layers[0].qkv + 2 * kC, kC, 1);
     }
 
@@ -1514,16 +1494,15 @@ private:
         model_.device.head_logits(logits, model_.a.ln_f, model_.w.lm_head, 1, kC, kV);
         for (double logit : logits) total += std::exp(logit);
         const int target = kText[1];
-        out_ += "word      logit   exp(logit)   probability\n";
+        std::printf("word      logit   exp(logit)   probability\n");
         for (int v = 0; v < kV; ++v)
-            out_ += format("%-5s  %8.4f   %10.4f   %11.4f%s\n", kWords[v], logits[v],
-                           std::exp(logits[v]), std::exp(logits[v]) / total,
-                           v == target ? "   <- the target" : "");
-        out_ +=
-            format("sum of exp %.4f; loss = log(sum) - logit of the target = %.4f - %.4f = %.4f\n",
-                   total, std::log(total), logits[target], std::log(total) - logits[target]);
-        out_ += format("loss of the batch: the mean of 8 such = %.6f; ", loss());
-        out_ += format("knowing nothing is log 11 = %.4f\n", std::log(11.0));
+            std::printf("%-5s  %8.4f   %10.4f   %11.4f%s\n", kWords[v], logits[v],
+                        std::exp(logits[v]), std::exp(logits[v]) / total,
+                        v == target ? "   <- the target" : "");
+        std::printf("sum of exp %.4f; loss = log(sum) - logit of the target = %.4f - %.4f = %.4f\n",
+                    total, std::log(total), logits[target], std::log(total) - logits[target]);
+        std::printf("loss of the batch: the mean of 8 such = %.6f; ", loss());
+        std::printf("knowing nothing is log 11 = %.4f\n", std::log(11.0));
     }
 
     // What backward says the slope of the loss is, and what the slope is found to be by moving one
@@ -1531,21 +1510,18 @@ private:
     // difference is about h^2, and what rounding leaves is divided by 2h: h = 1e-5 is between both.
     void show_backward() {
         title("Backward: gradients, beside (loss(w + h) - loss(w - h)) / 2h with h = 1e-5");
-        forward(model_, pass_);
-        backward(model_, pass_);
-        out_ += "dlogits of the first row, (p - [target]) / 8:";
-        for (int v = 0; v < 6; ++v) out_ += format(" %7.4f", model_.a.logits[v]);
-        out_ += format(" ...\n%-26s %12s %12s\n", "tensor, element 0", "backward", "difference");
+        std::printf("dlogits of the first row, (p - [target]) / 8:");
+        for (int v = 0; v < 6; ++v) std::printf(" %7.4f", model_.a.logits[v]);
+        std::printf(" ...\n%-26s %12s %12s\n", "tensor, element 0", "backward", "difference");
         for (const TensorInfo& t : model_.layout.tensors) {
             if (t.name.starts_with("h.1.")) continue;  // the second layer is like the first
             double& weight = model_.weights[t.offset];
             const double kept = weight, h = 1e-5;
-            // Change one weight by a little, both ways, and look what becomes of the loss.
             auto loss_with = [&](double w) { return weight = w, loss(); };
             const double above = loss_with(kept + h), below = loss_with(kept - h);
             weight = kept;
-            out_ += format("%-26s %12.8f %12.8f\n", t.name.c_str(), model_.grads[t.offset],
-                           (above - below) / (2 * h));
+            std::printf("%-26s %12.8f %12.8f\n", t.name.c_str(), model_.grads[t.offset],
+                        (above - below) / (2 * h));
         }
     }
 
@@ -1554,29 +1530,18 @@ private:
     // every weight by the rate, however small its gradient (and decay by a little more).
     void show_update() {
         title("The update: clip, then AdamW, of the first weight of wte");
-        Cpu<double>& device = model_.device;
-        StepState& state = *model_.state;
         before_ = next_words();
-        // The same calls as in train_step (§8), with a rate of 0.1 and a limit of 0.5.
-        device.begin_step(&state, 0.1);
-        state.loss = loss();
-        device.gradient_norm(&state, model_.grads, model_.layout.size);
-        device.judge_step(&state, {0.5, 0});
         // By hand, as AdamW's definition has it for the first step: m and v were 0.
+        const StepState& state = *model_.state;
         const double clip = state.clip_scale, w = model_.weights[0], g = model_.grads[0] * clip;
         const double m = 0.1 * g, v = 0.05 * g * g, m_hat = m / 0.1, v_hat = v / 0.05;
-        out_ +=
-            format("norm of all gradients %.6f; the limit is 0.5, so each is multiplied by %.6f\n",
-                   state.grad_norm, clip);
-        out_ += format("g  = %.6f * %.6f = %.6f\n", model_.grads[0], clip, g);
-        out_ += format("m  = 0.9 * 0 + 0.1 g = %.8f;     m / (1 - 0.9^1)  = %.6f\n", m, m_hat);
-        out_ += format("v  = 0.95 * 0 + 0.05 g^2 = %.8f; v / (1 - 0.95^1) = %.6f\n", v, v_hat);
-        out_ += format("w  = %.6f - 0.1 (%.6f / (sqrt(%.6f) + 1e-8) + 0.1 * %.6f) = %.6f\n", w,
-                       m_hat, v_hat, w, w - 0.1 * (m_hat / (std::sqrt(v_hat) + 1e-8) + 0.1 * w));
-        device.adamw(model_.weights, model_.masters, model_.moments[0], model_.moments[1],
-                     model_.grads, model_.layout.size, model_.layout.decayed, &state,
-                     {0.9, 0.95, 1e-8, 0.1});
-        out_ += format("and the program has %.6f\n", model_.weights[0]);
+        std::printf("norm of all gradients %.6f; the limit is 0.5, so each is multiplied by %.6f\n",
+                    state.grad_norm, clip);
+        std::printf("g  = %.6f * %.6f = %.6f\n", model_.grads[0], clip, g);
+        std::printf("m  = 0.9 * 0 + 0.1 g = %.8f;     m / (1 - 0.9^1)  = %.6f\n", m, m_hat);
+        std::printf("v  = 0.95 * 0 + 0.05 g^2 = %.8f; v / (1 - 0.95^1) = %.6f\n", v, v_hat);
+        std::printf("w  = %.6f - 0.1 (%.6f / (sqrt(%.6f) + 1e-8) + 0.1 * %.6f) = %.6f\n", w, m_hat,
+                    v_hat, w, w - 0.1 * (m_hat / (std::sqrt(v_hat) + 1e-8) + 0.1 * w));
     }
 
     // Why doubled: the mean of what the next layer reads stays what it is without dropout.
@@ -1603,18 +1568,16 @@ private:
             "What the step changed: the likeliest words after \"the cat sat on\" "
             "(the text has: the)");
         const std::vector<Candidate> after = next_words();
-        out_ += "before            after one step\n";
+        std::printf("before            after one step\n");
         for (size_t i = 0; i < 5; ++i)
-            out_ += format("%-5s %.4f      %-5s %.4f\n", kWords[before_[i].token],
-                           before_[i].probability, kWords[after[i].token], after[i].probability);
-        out_ += format("loss of the batch before %.6f, after %.6f\n", model_.state->loss, loss());
+            std::printf("%-5s %.4f      %-5s %.4f\n", kWords[before_[i].token],
+                        before_[i].probability, kWords[after[i].token], after[i].probability);
+        std::printf("loss of the batch before %.6f, after %.6f\n", model_.state->loss, loss());
     }
 
-    Gpt2<Cpu<double>> model_;
-    Batch batch_;
-    Pass pass_{2, kT, 1.0 / kRows};
-    std::vector<Candidate> before_;
-    std::string out_;
+    Gpt2<Watched<Cpu<double>>> model_;
+    const Batch batch_ = batch_of(2, kT, [](int i) { return kText[i]; });
+    std::vector<Candidate> before_;  // of the update
 };
 
 // =================================================================================================
@@ -1631,7 +1594,7 @@ int run_command(auto device, const Options& o) {
         case kSample: return sample_command(device, o);
         case kInfo: return info_command(device, o);
         case kBench: return bench_command(device, o);
-        case kWalk: return std::printf("%s", Walk().text().c_str()), 0;
+        case kWalk: return Walk().run(), 0;
     }
     return 2;
 }

@@ -1450,8 +1450,10 @@ public:
         if (!laps_) return;
         Lap& lap = laps_->emplace_back();
         lap.kernel = {std::string(name.substr(0, name.find("_kernel"))), flops};
+        lap.kernel.row = lap_row;
         mark(lap.end);
     }
+    int lap_row = -1;  // KernelTime::row of the kernels to come
 
 private:
     struct Lap {
@@ -1979,8 +1981,6 @@ struct Cuda {
         release(from), release(to);
         return 2 * double(bytes) / seconds;
     }
-    // How the latest function was done, where there are several ways; asked for once.
-    const char* way() { return std::exchange(context->way, ""); }
     void synchronize() { stream().synchronize(); }
     // What each kernel takes that the work starts, a training step, say: not as a recording.
     std::vector<KernelTime> kernel_times(auto&& work) {
@@ -1989,6 +1989,10 @@ struct Cuda {
         record = kept;
         return times;
     }
+    // What comes next is for that row of a table, and the way in which it was done, if there are
+    // several.
+    void kernels_are_for(int row) { stream().lap_row = row, context->way = ""; }
+    const char* way() const { return context->way; }
     // Fails for sizes that the kernels are not made for, before any memory is taken.
     void check_sizes(const Config& config, int B) const {
         const int C = config.n_embd, NH = config.n_head, most = 65535;
@@ -2208,12 +2212,6 @@ struct Cuda {
                       int rows, int C, int V) {
         head_forward_backward(losses, nullptr, nullptr, logits, x, w, targets, rows, C, V, 0,
                               false);
-    }
-    int head_softmax(float* losses, A* logits, const int32_t* targets, int rows, int V,
-                     float scale) {
-        const int n = head_rows(rows, V, head_bytes);
-        softmax_cross_entropy(losses, logits, targets, n, V, true, scale);
-        return n;
     }
     // The head for as many rows at a time as there is room for logits. Without dx: losses only.
     void head_forward_backward(float* losses, A* dx, float* dw, A* logits, const A* x, const A* w,
