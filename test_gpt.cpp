@@ -6851,7 +6851,7 @@ TEST_CASE("readme: the training step it shows is the header's") {
 }
 
 TEST_CASE("walk: every line that the header quotes is printed") {
-    const std::string walk = tinygpt::Walk().text();
+    const std::string walk = train_gpt({"walk"}).out;
     const std::string header = tinygpt::read_file("tinygpt.hpp");
     int quoted = 0;
     for (size_t at = 0; (at = header.find("//   walk> ", at)) != std::string::npos;) {
@@ -6866,6 +6866,75 @@ TEST_CASE("walk: every line that the header quotes is printed") {
                  program = walk.find("and the program has 0.240565\n");
     CHECK(by_hand != std::string::npos);
     CHECK(program != std::string::npos);
+}
+
+TEST_CASE("bench: watching a step changes no number of it, and shows every call") {
+    using namespace tinygpt;
+    const Config config = {2, 1, 8, 4, 11};
+    Gpt2<Cpu<float>> plain(config);
+    Gpt2<Watched<Cpu<float>>> watched(config);
+    const Batch batch = batch_of(2, 4, [](int i) { return i % 11; });
+    std::map<std::string, int> calls;
+    std::map<std::string, std::vector<double>> sizes;
+    watched.device.watcher = [&](const Call& call) {
+        ++calls[std::string(call.function)], sizes[std::string(call.function)] = call.sizes;
+        watched.device.gelu_forward(watched.a.dx, watched.a.dx, 0);  // no call of the step
+        call.make();
+    };
+    watched.device.watching = true;
+    plain.initialise(1), watched.initialise(1);
+    plain.reserve(2, 4, Use::training), watched.reserve(2, 4, Use::training);
+    for (int s = 0; s < 2; ++s) {
+        train_step(plain, {batch, batch}, {}, s);
+        train_step(watched, {batch, batch}, {}, s);
+    }
+    CHECK(plain.get_weights() == watched.get_weights());
+    CHECK(plain.state->grad_norm == watched.state->grad_norm);
+    // Two steps of two micro-batches of two layers.
+    CHECK(calls == std::map<std::string, int>{{"embed_forward", 4},
+                                              {"layernorm_forward", 20},
+                                              {"linear_forward", 8},
+                                              {"attention_forward", 8},
+                                              {"linear_residual_forward", 16},
+                                              {"linear_gelu_forward", 8},
+                                              {"head_forward_backward", 4},
+                                              {"linear_gelu_backward", 8},
+                                              {"linear_backward", 24},
+                                              {"attention_backward", 8},
+                                              {"layernorm_backward", 20},
+                                              {"embed_backward", 4},
+                                              {"begin_step", 2},
+                                              {"add_loss", 4},
+                                              {"gradient_norm", 2},
+                                              {"judge_step", 2},
+                                              {"adamw", 2}});
+    CHECK(sizes["linear_forward"] == std::vector<double>{8, 8, 24});
+    CHECK(sizes["adamw"][0] == double(plain.layout.size));
+}
+
+TEST_CASE("bench: a row for every function and linear layer") {
+    using namespace tinygpt;
+    const Outcome ran = outcome_of([] {
+        Bench(Cpu<float>(), Config{2, 1, 8, 128, 11}, 1, 128).run(0);
+        return 0;
+    });
+    auto calls = [&](const std::string& row) {
+        CAPTURE(row);
+        const size_t at = ran.out.find("\n" + row + "  ");
+        REQUIRE(at != std::string::npos);
+        return std::stoi(ran.out.substr(at + 1 + row.size()));
+    };
+    CHECK(calls("layernorm") == 5);
+    CHECK(calls("d layernorm") == 5);
+    for (const char* layer : {"c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"})
+        for (const char* way : {"linear ", "d linear "})
+            CHECK(calls(way + std::string(layer)) == 2);
+    CHECK(calls("attention") == 2);
+    CHECK(calls("d attention") == 2);
+    for (const char* row : {"embed", "d embed", "head, both ways", "gradient norm", "adamw"})
+        CHECK(calls(row) == 1);
+    for (const char* rows : {"256 rows", "1024 rows", "4096 rows"})
+        CHECK(ran.out.find(rows) != std::string::npos);
 }
 
 #else  // TINYGPT_TEST_CUDA
@@ -8133,7 +8202,7 @@ TEST_CASE_TEMPLATE("cuda: the peaks are measured, and leave the memory as it was
 // What bench shows of a step is all that the step starts.
 TEST_CASE_TEMPLATE("cuda: the kernels of a step are all timed", Device, Cuda<float>, Cuda<bf16>) {
     const int B = 2, T = 9, C = 32, L = 2, V = 29;
-    Gpt2<Device> model({L, 1, C, 16, V});
+    Gpt2<Watched<Device>> model({L, 1, C, 16, V});
     model.reserve(B, T, Use::training);
     set_weights(model, random_weights<typename Device::Activation>(model.config));
     const std::vector<Batch> batches = {random_batch(1, B, T, V, 5)};
@@ -8150,8 +8219,16 @@ TEST_CASE_TEMPLATE("cuda: the kernels of a step are all timed", Device, Cuda<flo
     double flops = 0;
     auto before = launches();
     const int64_t replays = model.device.context->replays;
-    for (const KernelTime& kernel :
-         sum_calls(model.device.kernel_times([&] { train_step(model, batches, options, 3); }))) {
+    model.device.watcher = [&](const Call& call) {
+        model.device.kernels_are_for(call.function == "layernorm_forward" ? 7 : -1);
+        call.make();
+    };
+    model.device.watching = true;
+    const auto timed = model.device.kernel_times([&] { train_step(model, batches, options, 3); });
+    model.device.watching = false;
+    for (const KernelTime& kernel : timed)
+        CHECK((kernel.row == 7) == (kernel.name == "layernorm_forward"));
+    for (const KernelTime& kernel : sum_calls(timed)) {
         CAPTURE(kernel.name);
         CHECK(kernel.seconds >= 0);
         CHECK((kernel.flops > 0) == kernel.name.starts_with("product "));
@@ -8174,7 +8251,7 @@ TEST_CASE_TEMPLATE("cuda: the kernels of a step are all timed", Device, Cuda<flo
         CHECK(calls[name.substr(0, name.find("_kernel"))] == after - before[name]);
     }
 #endif
-    // Nobody watches any more: the step is a recording again.
+    // Nothing is timed any more: the step is a recording again.
     train_step(model, batches, options, 4);
     CHECK(model.device.context->replays == replays + 1);
 }
