@@ -4,17 +4,17 @@
 //   ./prepare_data --input book.txt --vocab-size 4096 --output data/book
 //   ./prepare_data --input a.txt b.jsonl folder --tokenizer gpt2 --output data/mine
 //
-// It reads documents, cuts off the last part for validation, makes or loads a tokenizer, turns the
+// It reads documents, cuts off the last part for validation, learns or loads a tokenizer, turns the
 // documents into tokens on all cores, and writes a folder with
 //   train_000001.bin ...  val_000000.bin   the tokens (the format is in §2 of tinygpt.hpp)
 //   vocab.json  merges.txt                 the tokenizer (§12)
 //   dataset.json                           source, counts, and the floor where it is known
-// The order is: options, documents, learning a vocabulary, tokens, the folder, the default corpus.
+// The order is: options, documents, learning a vocabulary, tokens, the folder, the default corpus,
+// models of llm.c.
 
 #include "tinygpt.hpp"
 
 #include <filesystem>
-#include <queue>
 
 namespace tinygpt {
 
@@ -32,131 +32,62 @@ struct PrepareOptions {
     bool has(const char* name) const { return given.count(name) > 0; }
 };
 
-// One option: its name, its argument as help shows it ("" for none), what it does, what sets it.
-struct PrepareOption {
-    std::string name, argument, help;
-    std::function<void(const std::string& value)> set;
-};
-
-// The value as a number from low to high; anything else is bad usage.
-template <class Number>
-inline Number parse_option(const std::string& name, const std::string& value, Number low,
-                           Number high) {
-    Number number{};
-    auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), number);
-    if (error == std::errc() && end == value.data() + value.size() && number >= low &&
-        number <= high)
-        return number;
-    const char* kind = std::is_integral_v<Number> ? "a whole number" : "a number";
-    fail_usage(format("--%s takes %s from %.15g to %.15g, found %s", name.c_str(), kind,
-                      double(low), double(high), shown(value).c_str()));
-}
-
-// All options, in the order of the help text.
-inline std::vector<PrepareOption> prepare_option_table(PrepareOptions& o) {
-    auto text = [](std::string& to) { return [&to](const std::string& value) { to = value; }; };
-    auto integer = [](const char* name, int64_t& to, int64_t low, int64_t high) {
-        return [=, &to](const std::string& value) { to = parse_option(name, value, low, high); };
-    };
+// All options, in the order of --help. There is one command only: bit 1.
+inline std::vector<Option> option_table(PrepareOptions& o) {
+    const char* group = "options";
     return {
-        {"input", "FILE...", "text, .jsonl files (field \"text\") and folders; may be repeated",
-         [&o](const std::string& value) { o.input.push_back(value); }},
-        {"output", "DIR", "the folder to write (default corpus: data/stories)", text(o.output)},
-        {"tokenizer", "KIND",
-         "bpe (learn a vocabulary), byte, or gpt2 (as in --vocab; default: bpe)",
-         text(o.tokenizer)},
-        {"vocab", "DIR", "the folder of a vocabulary, for --tokenizer gpt2 (default: data/gpt2)",
-         text(o.vocab)},
-        {"vocab-size", "N", "tokens in a bpe vocabulary, 257 to 65536 (default: 4096)",
-         integer("vocab-size", o.vocab_size, 257, 65536)},
-        {"val-fraction", "F", "the part at the end that is for validation (default: 0.1; 0: none)",
-         [&o](const std::string& v) {
-             o.val_fraction = parse_option("val-fraction", v, 0.0, 0.999);
-         }},
-        {"shard-tokens", "N", "tokens in a shard (default: 100000000)",
-         integer("shard-tokens", o.shard_tokens, 1, INT32_MAX)},
-        {"seed", "N", "which stories the default corpus has (default: 1)",
-         integer("seed", o.seed, 0, INT64_MAX)},
-        {"from-llmc", "FILE", "convert a model of llm.c to a Hugging Face folder",
-         text(o.from_llmc)},
-        {"help", "", "show this", [&o](const std::string&) { o.help = true; }},
+        {"input", &o.input, group, 1, "FILE...",
+         "texts, .jsonl files (field \"text\") and folders to read; may be repeated"},
+        {"output", &o.output, group, 1, "DIR",
+         "the folder to write; for the default corpus data/stories"},
+        {"tokenizer", &o.tokenizer, group, 1, "bpe|byte|gpt2",
+         "bpe learns a vocabulary from the text, byte makes every byte a token, gpt2 takes the "
+         "vocabulary in --vocab"},
+        {"vocab", &o.vocab, group, 1, "DIR", "folder of a vocabulary, for --tokenizer gpt2"},
+        {"vocab-size", &o.vocab_size, group, 1, "[257, 65536]",
+         "number of tokens in the vocabulary that --tokenizer bpe learns"},
+        {"val-fraction", &o.val_fraction, group, 1, "[0, 0.999]",
+         "share of the text, at its end, that is kept for validation; 0: none"},
+        {"shard-tokens", &o.shard_tokens, group, 1, "[1, 2147483647]",
+         "number of tokens in a shard, the last one apart"},
+        {"seed", &o.seed, group, 1, "[0, 9223372036854775807]",
+         "random seed that chooses the stories of the default corpus"},
+        {"from-llmc", &o.from_llmc, group, 1, "FILE",
+         "convert this model of llm.c to a Hugging Face folder, instead of preparing text"},
+        {"help", &o.help, group, 1, "0|1", "print this text"},
     };
-}
-
-// The option of this name ('_' and '-' are the same); otherwise bad usage, naming the nearest.
-inline const PrepareOption& find_option(const std::vector<PrepareOption>& table, std::string name) {
-    std::replace(name.begin(), name.end(), '_', '-');
-    for (const PrepareOption& option : table)
-        if (option.name == name) return option;
-    fail_usage(format("there is no option --%s; did you mean --%s? (--help lists all)",
-                      shown(name).c_str(), nearest(table, name).name.c_str()));
-}
-
-// The options of a command line, checked together. Reads nothing but the arguments.
-inline PrepareOptions parse_prepare_options(const std::vector<std::string>& arguments) {
-    PrepareOptions o;
-    const std::vector<PrepareOption> table = prepare_option_table(o);
-    for (size_t i = 0; i < arguments.size(); ++i) {
-        const std::string& argument = arguments[i];
-        if (!argument.starts_with("--"))
-            fail_usage(
-                format("expected an option such as --input, found %s", shown(argument).c_str()));
-        size_t equals = argument.find('=');
-        const PrepareOption& option =
-            find_option(table, argument.substr(2, equals - 2 * (equals != argument.npos)));
-        o.given.insert(option.name);
-        // The value is after '=' or follows; for --input, all up to the next option follow.
-        std::vector<std::string> values;
-        if (equals != argument.npos)
-            values.push_back(argument.substr(equals + 1));
-        else if (option.argument.empty())
-            values.push_back("");
-        else
-            while (i + 1 < arguments.size() && !arguments[i + 1].starts_with("--") &&
-                   (values.empty() || option.name == "input"))
-                values.push_back(arguments[++i]);
-        if (values.empty() || (values[0].empty() && !option.argument.empty()))
-            fail_usage(format("--%s needs a value: --%s %s", option.name.c_str(),
-                              option.name.c_str(), option.argument.c_str()));
-        for (const std::string& value : values) option.set(value);
-    }
-    return o;
 }
 
 inline std::string prepare_help() {
     PrepareOptions defaults;
-    std::string text =
-        "prepare_data: text -> a tokenizer and shards of tokens, for train_gpt\n\n"
-        "  ./prepare_data                                          the default corpus\n"
-        "  ./prepare_data --input book.txt --output data/book      your own text\n\n";
-    for (const PrepareOption& option : prepare_option_table(defaults))
-        text += format("  %-24s %s\n", ("--" + option.name + " " + option.argument).c_str(),
-                       option.help.c_str());
-    return text;
+    return "prepare_data: text -> a tokenizer and shards of tokens, for train_gpt\n\n"
+           "  ./prepare_data                                          the default corpus\n"
+           "  ./prepare_data --input book.txt --output data/book      your own text\n" +
+           options_help(option_table(defaults), 1);
 }
 
-// Refuses options that do not go together. Adds the default folder.
-inline void check_prepare_options(PrepareOptions& o) {
-    if (o.tokenizer != "bpe" && o.tokenizer != "byte" && o.tokenizer != "gpt2")
-        fail_usage(
-            format("--tokenizer is bpe, byte or gpt2, found %s", shown(o.tokenizer).c_str()));
+// Reads nothing but the arguments. Fails where options do not go together; sets the default folder.
+inline PrepareOptions parse_prepare_options(const std::vector<std::string>& arguments) {
+    PrepareOptions o;
+    o.given = CommandLine(option_table(o), {{1, "prepare_data", ""}}, 1).read(arguments);
+    if (o.help) return o;
     if (o.tokenizer != "bpe" && o.has("vocab-size"))
-        fail_usage(
-            format("--vocab-size is for --tokenizer bpe; the size of a %s vocabulary is given",
-                   o.tokenizer.c_str()));
+        fail_usage("--vocab-size is for --tokenizer bpe; the size of a ", o.tokenizer,
+                   " vocabulary is given");
     if (o.tokenizer != "gpt2" && o.has("vocab") && o.from_llmc.empty())
-        fail_usage(
-            format("--vocab is for --tokenizer gpt2, found --tokenizer %s", o.tokenizer.c_str()));
+        fail_usage("--vocab is for --tokenizer gpt2, found --tokenizer ", o.tokenizer);
     if (!o.from_llmc.empty() && (!o.input.empty() || o.output.empty()))
         fail_usage(
-            "--from-llmc needs --output DIR, and takes no --input: it converts a model, not text");
+            "--from-llmc needs --output DIR, and takes no --input: it converts a model, not ",
+            "text");
     if (!o.input.empty() && o.has("seed"))
         fail_usage("--seed is for the default corpus: with --input nothing is drawn at random");
     if (!o.input.empty() && o.output.empty())
-        fail_usage(
-            "--input needs --output DIR too: the folder to write, for example --output data/mine");
+        fail_usage("--input needs --output DIR too: the folder to write, for example ",
+                   "--output data/mine");
     if (o.output.empty()) o.output = "data/stories";
     while (o.output.size() > 1 && o.output.back() == '/') o.output.pop_back();
+    return o;
 }
 
 // =================================================================================================
@@ -168,57 +99,52 @@ struct Documents {
     std::vector<std::string> texts;
     std::vector<std::string_view> train, val;
     int64_t empty = 0;  // documents without a byte, left out
-};
 
-inline void add_document(Documents& documents, std::string text) {
-    if (text.empty())
-        ++documents.empty;
-    else
-        documents.texts.push_back(std::move(text));
-}
+    void add(std::string text) {
+        if (text.empty())
+            ++empty;
+        else
+            texts.push_back(std::move(text));
+    }
+};
 
 // Every line of a .jsonl file is a document: an object with a string "text". Blank lines are none.
 inline void add_jsonl(Documents& documents, const std::string& path) {
     std::string file = read_file(path);
-    if (file.starts_with("\xef\xbb\xbf")) file.erase(0, 3);  // a mark that Windows likes to set
+    if (file.starts_with("\xef\xbb\xbf")) file.erase(0, 3);  // the byte order mark of Windows
     int64_t line_number = 0;
-    for (size_t at = 0; at < file.size();) {
-        size_t end = std::min(file.find('\n', at), file.size());
-        std::string_view line = std::string_view(file).substr(at, end - at);
-        at = end + 1;
-        std::string where = format("%s, line %lld", path.c_str(), (long long)++line_number);
+    for (size_t at = 0, end; at < file.size(); at = end + 1) {
+        end = std::min(file.find('\n', at), file.size());
+        const std::string_view line = std::string_view(file).substr(at, end - at);
+        const std::string where = to_text(path, ", line ", ++line_number);
         if (line.find_first_not_of(" \t\r") == line.npos) continue;
-        Json object = Json::parse(line, where);
-        TINYGPT_CHECK(object.is_object(), "%s: expected an object with a \"text\", found %s",
-                      where.c_str(), Json::name_of(object.kind));
-        add_document(documents, object.get_string("text", where));
+        const Json object = Json::parse(line, where);
+        if (!object.is_object())
+            fail(where, ": expected an object with a \"text\", found ", Json::name_of(object.kind));
+        documents.add(object.get_string("text", where));
     }
 }
 
-// The files of an input, in the order of their paths. Hidden ones in a folder are passed over.
+// The files of an input, sorted by path. In a folder, hidden files and folders are left out.
 inline std::vector<std::string> files_of_input(const std::string& input) {
     namespace fs = std::filesystem;
     if (!folder_exists(input)) return {input};
     std::vector<std::string> files;
     std::error_code error;
     std::string last = input;  // what an error is about
-    for (fs::recursive_directory_iterator at(input, error), end; !error && at != end;
-         at.increment(error)) {
+    for (fs::recursive_directory_iterator at(input, error), end; !error && at != end;) {
         last = at->path().string();
-        if (at->path().filename().string().starts_with(".")) {
-            if (at->is_directory(error)) at.disable_recursion_pending();
-        } else if (at->is_regular_file(error)) {
-            files.push_back(at->path().string());
-        }
-        if (error) break;
+        const bool hidden = at->path().filename().string().starts_with(".");
+        if (hidden && at->is_directory(error)) at.disable_recursion_pending();
+        if (!hidden && at->is_regular_file(error)) files.push_back(last);
+        if (!error) at.increment(error);
     }
-    TINYGPT_CHECK(!error, "cannot read %s: %s", last.c_str(), error.message().c_str());
+    if (error) fail("cannot read ", last, ": ", error.message());
     std::sort(files.begin(), files.end());
     return files;
 }
 
-// Reads all inputs: a file is one document, a line of a .jsonl file is one. Fails if there is no
-// text.
+// A file is one document, and a line of a .jsonl file is one. Fails if there is no text.
 inline Documents read_documents(const std::vector<std::string>& inputs) {
     Documents documents;
     for (const std::string& input : inputs)
@@ -226,19 +152,19 @@ inline Documents read_documents(const std::vector<std::string>& inputs) {
             if (path.ends_with(".jsonl"))
                 add_jsonl(documents, path);
             else
-                add_document(documents, read_file(path));
+                documents.add(read_file(path));
         }
     if (documents.texts.empty()) {
         std::string names;
         for (const std::string& input : inputs) join(names, ", ", input);
-        fail(format("there is no text in the input (%.200s): nothing to prepare", names.c_str()));
+        fail("there is no text in the input (", names.substr(0, 200), "): nothing to prepare");
     }
     return documents;
 }
 
-// Where the character after the one at text[at] begins; a byte that belongs to none counts as one.
+// Where the character after the one at text[at] begins. A byte that belongs to none counts as one.
 inline size_t next_character(std::string_view text, size_t at) {
-    return at + (text[at] & 0x80 ? character_at(text, at).bytes : 1);
+    return at + std::max<size_t>(utf8_character(text.substr(at)).bytes, 1);
 }
 inline int64_t count_characters(std::string_view text) {
     int64_t count = 0;
@@ -246,53 +172,49 @@ inline int64_t count_characters(std::string_view text) {
     return count;
 }
 
-// Divides the documents: the last `val_fraction` is for validation, rounded up. One text is cut by
-// characters, several by documents. (nanoGPT cuts Shakespeare at the same character.)
+// The last `val_fraction` is for validation, rounded up. One text is cut by characters, several by
+// documents. (nanoGPT cuts Shakespeare at the same character.)
 inline void split_documents(Documents& documents, double val_fraction) {
     const auto& texts = documents.texts;
-    documents.train.clear(), documents.val.clear();
-    bool single = texts.size() == 1;
-    int64_t count = single ? count_characters(texts[0]) : int64_t(texts.size());
+    const bool single = texts.size() == 1;
+    const int64_t count = single ? count_characters(texts[0]) : int64_t(texts.size());
     // Careful: 1 - 0.1 and the like are not exact; without the last term 10 could become 9.
-    int64_t kept = int64_t(std::floor(double(count) * (1 - val_fraction) + 1e-9));
-    TINYGPT_CHECK(kept > 0,
-                  "--val-fraction %g leaves nothing to train on: the input has only %lld %s",
-                  val_fraction, (long long)count, single ? "characters" : "documents");
-    if (single) {
-        std::string_view text = texts[0];
-        size_t cut = 0;
-        for (int64_t i = 0; i < kept; ++i) cut = next_character(text, cut);
-        documents.train = {text.substr(0, cut)};
-        if (cut < text.size()) documents.val = {text.substr(cut)};
-    } else {
-        documents.train.assign(texts.begin(), texts.begin() + kept);
-        documents.val.assign(texts.begin() + kept, texts.end());
-    }
+    const int64_t kept = int64_t(std::floor(double(count) * (1 - val_fraction) + 1e-9));
+    if (kept <= 0)
+        fail("--val-fraction ", val_fraction, " leaves nothing to train on: the input has only ",
+             count, single ? " characters" : " documents");
+    documents.train.assign(texts.begin(), texts.begin() + (single ? 1 : kept));
+    documents.val.assign(texts.begin() + (single ? 1 : kept), texts.end());
+    if (!single) return;
+    size_t cut = 0;
+    for (int64_t i = 0; i < kept; ++i) cut = next_character(texts[0], cut);
+    documents.train[0] = documents.train[0].substr(0, cut);
+    if (cut < texts[0].size()) documents.val = {std::string_view(texts[0]).substr(cut)};
 }
 
 // =================================================================================================
 // Work for all cores
 // =================================================================================================
 
-// A part of a document that can be tokenized by itself.
+// A part of a document that can be tokenized by itself. A job is some of them.
 struct Part {
     std::string_view text;
     bool begins_document;
 };
 using Job = std::vector<Part>;
 
-// The first place at or after text[at] where the text may be cut, so that its two parts have the
-// same pieces as the whole (§12): between a character that is no space and a space, both ASCII.
+// The first index from `at` on where the text may be cut, so that its two parts have the same
+// pieces as the whole (§12): between a character that is no space and a space, both ASCII.
 inline size_t safe_cut(std::string_view text, size_t at) {
     for (at = std::max<size_t>(at, 1); at < text.size(); ++at) {
         const uint8_t before = uint8_t(text[at - 1]), after = uint8_t(text[at]);
         const bool ascii = before < 128 && after < 128;
-        if (ascii && kAsciiClass[before] != kSpace && kAsciiClass[after] == kSpace) return at;
+        if (ascii && class_of(before) != kSpace && class_of(after) == kSpace) return at;
     }
     return text.size();
 }
 
-// Cuts the documents into jobs of about 256 KB each, at places that do not change the pieces.
+// Cuts the documents into jobs of about job_bytes each.
 inline std::vector<Job> make_jobs(const std::vector<std::string_view>& documents,
                                   size_t job_bytes = 1 << 18) {
     std::vector<Job> jobs;
@@ -300,7 +222,7 @@ inline std::vector<Job> make_jobs(const std::vector<std::string_view>& documents
     for (std::string_view text : documents)
         for (size_t at = 0; at < text.size();) {
             if (filled >= job_bytes) jobs.emplace_back(), filled = 0;
-            size_t end = safe_cut(text, at + (job_bytes - filled));
+            const size_t end = safe_cut(text, at + (job_bytes - filled));
             jobs.back().push_back({text.substr(at, end - at), at == 0});
             filled += end - at, at = end;
         }
@@ -309,8 +231,8 @@ inline std::vector<Job> make_jobs(const std::vector<std::string_view>& documents
 
 inline size_t thread_count() { return size_t(omp_get_max_threads()); }
 
-// Calls work(job number, thread number) for every job, on all cores. An error in one is thrown
-// here.
+// Calls work(job number, thread number) for every job, on all cores, and throws what one has
+// thrown.
 template <class Work>
 inline void for_all_jobs(size_t jobs, const Work& work) {
     std::exception_ptr error;
@@ -327,6 +249,35 @@ inline void for_all_jobs(size_t jobs, const Work& work) {
 }
 
 // =================================================================================================
+// Pieces, fast
+// =================================================================================================
+
+// How many of the eight bytes at `text`, from the first on, are ASCII letters. It compares all
+// eight in one register: adding 128 - c to a byte below 128 sets its top bit just where it is c or
+// more. ("a" is 0x61, and 0x61 + 0x1f = 0x80; "`" is 0x60, and makes 0x7f.) The bit 0x20 makes
+// capitals small; a byte of 128 or more is ruled out by its own top bit.
+inline size_t leading_letters(const char* text) {
+    constexpr uint64_t kEach = 0x0101010101010101, kTop = 0x80 * kEach;
+    uint64_t bytes;
+    std::memcpy(&bytes, text, sizeof bytes);
+    const uint64_t lower = (bytes | 0x20 * kEach) & ~kTop;
+    const uint64_t from_a = lower + (128 - 'a') * kEach, beyond_z = lower + (127 - 'z') * kEach;
+    const uint64_t others = ~(from_a & ~beyond_z & ~bytes) & kTop;
+    return size_t(std::countr_zero(others)) / 8;
+}
+
+// next_piece (§12), faster: eight letters at a time where the piece is a word of up to 15 letters of
+// ASCII, perhaps with a blank before it.
+inline std::string_view fast_piece(std::string_view text, size_t at) {
+    if (at + 17 > text.size()) return next_piece(text, at);
+    const size_t begin = at + (text[at] == ' ');
+    size_t letters = leading_letters(&text[begin]);
+    if (letters == 8) letters += leading_letters(&text[begin + 8]);
+    const bool more = letters == 16 || (text[begin + letters] & 0x80);  // perhaps
+    return letters == 0 || more ? next_piece(text, at) : text.substr(at, begin - at + letters);
+}
+
+// =================================================================================================
 // Learning a vocabulary: byte-pair encoding
 // =================================================================================================
 // Start with bytes. Find the pair of neighbouring tokens that occurs most often, make it a new
@@ -337,12 +288,12 @@ inline void for_all_jobs(size_t jobs, const Work& work) {
 // Every distinct piece of the documents and how often it occurs, in byte order.
 inline std::vector<std::pair<std::string_view, int64_t>> count_pieces(
     const std::vector<std::string_view>& documents) {
-    std::vector<Job> jobs = make_jobs(documents);
+    const std::vector<Job> jobs = make_jobs(documents);
     std::vector<std::unordered_map<std::string_view, int64_t>> counts(thread_count());
     for_all_jobs(jobs.size(), [&](size_t job, size_t thread) {
         for (const Part& part : jobs[job])
             for (size_t at = 0; at < part.text.size();) {
-                std::string_view piece = next_piece(part.text, at);
+                const std::string_view piece = fast_piece(part.text, at);
                 ++counts[thread][piece];
                 at += piece.size();
             }
@@ -354,130 +305,210 @@ inline std::vector<std::pair<std::string_view, int64_t>> count_pieces(
     return sorted;
 }
 
-// Learns merges, one at a time. The distinct pieces lie one after the other in one long row of
-// places, each a link in a list; every pair knows its count and the places where it occurs. A merge
-// touches those places and their neighbours only: it costs what it changes, not a pass over the
-// text.
+// Learns merges, one at a time. The distinct pieces lie one after the other in one array of
+// symbols, each a link in a list; every pair knows its count and where it occurs. So a merge costs
+// what it changes, not a pass over the text.
 class BpeTrainer {
 public:
     explicit BpeTrainer(const std::vector<std::pair<std::string_view, int64_t>>& pieces) {
         for (auto [piece, count] : pieces) {
-            TINYGPT_CHECK(places_.size() + piece.size() < kNone,
-                          "the text has more than %u bytes of distinct "
-                          "pieces: learn the vocabulary from a part of it",
-                          kNone);
+            if (symbols_.size() + piece.size() >= kNone)
+                fail("the text has more than ", kNone,
+                     " bytes of distinct pieces: learn the vocabulary from a part of it");
             for (size_t i = 0; i < piece.size(); ++i) {
-                uint32_t at = uint32_t(places_.size());
-                uint32_t previous = i == 0 ? kNone : at - 1,
-                         next = i + 1 == piece.size() ? kNone : at + 1;
-                places_.push_back({kBytes.id_of_byte[uint8_t(piece[i])], previous, next, count});
-                if (i > 0) add(at - 1, +1);
+                const uint32_t at = uint32_t(symbols_.size());
+                const uint32_t previous = i == 0 ? kNone : at - 1;
+                const uint32_t next = i + 1 == piece.size() ? kNone : at + 1;
+                symbols_.push_back({kBytes.id_of_byte[uint8_t(piece[i])], previous, next, count});
+                if (i > 0) count_pair(at - 1, +1);
             }
         }
-        for (const auto& [key, pair] : pairs_) heap_.push({pair.count, key});
-        fresh_.clear();
+        queue_fresh();
     }
 
     // Learns `wanted` merges, or fewer when no pair is left that occurs twice.
     std::vector<Tokenizer::Merge> train(size_t wanted) {
         std::vector<Tokenizer::Merge> merges;
-        while (merges.size() < wanted && !heap_.empty()) {
-            auto [count, key] = heap_.top();
-            heap_.pop();
-            // The heap may be out of date: counts fall while other pairs are merged.
-            int64_t now = pairs_.find(key) == pairs_.end() ? 0 : pairs_[key].count;
+        while (merges.size() < wanted && !queue_.empty()) {
+            const auto [count, inverted_key] = queue_.top();
+            const uint32_t key = ~inverted_key;
+            queue_.pop();
+            // Counts fall while other pairs are merged, and the queue does not hear of it.
+            const int64_t now = pairs_[key].count;
             if (now < 2) continue;
             if (now < count) {
-                heap_.push({now, key});
+                queue_.push({now, inverted_key});
                 continue;
             }
+            merge_everywhere(key, uint32_t(256 + merges.size()));
             merges.emplace_back(uint16_t(key >> 16), uint16_t(key & 0xffff));
-            merge_everywhere(key, uint32_t(256 + merges.size() - 1));
         }
         return merges;
     }
 
 private:
     static constexpr uint32_t kNone = UINT32_MAX;
-    struct Place {
-        uint32_t token, previous, next;
-        int64_t weight;  // how often the piece occurs
+    struct Symbol {
+        uint32_t token, previous, next;  // previous, next: indices, kNone at a piece's ends
+        int64_t weight;                  // how often the piece occurs
     };
     struct Pair {
         int64_t count = 0;
-        std::vector<uint32_t> places;  // of the left token; some may be out of date
-    };
-    // The most frequent first; among equals the smaller left token, then the smaller right one.
-    struct Candidate {
-        int64_t count;
-        uint32_t key;
-        bool operator<(const Candidate& other) const {
-            return count != other.count ? count < other.count : key > other.key;
-        }
+        std::vector<uint32_t> where;  // of the left token; some may be out of date
     };
 
-    // Counts the pair that begins at this place: sign +1 when it appears, -1 when it goes.
-    void add(uint32_t at, int sign) {
-        const Place& left = places_[at];
-        uint32_t key = left.token << 16 | places_[left.next].token;
+    // Counts the pair that begins at this symbol: +1 when it appears, -1 when it goes.
+    void count_pair(uint32_t at, int sign) {
+        const Symbol& left = symbols_[at];
+        const uint32_t key = left.token << 16 | symbols_[left.next].token;
         Pair& pair = pairs_[key];
         pair.count += sign * left.weight;
         if (sign < 0) return;
-        pair.places.push_back(at);
-        fresh_.push_back(key);
+        if (pair.where.empty()) fresh_.push_back(key);
+        pair.where.push_back(at);
     }
 
-    // Replaces the pair by `token` wherever it occurs. The places of a pair of two equal tokens are
-    // in order from left to right (they came in one walk), so aaa becomes (aa)a, as in encoding.
+    // Replaces the pair by `token` wherever it occurs. Pairs of two equal tokens come from left to
+    // right, as one walk found them, so aaa becomes (aa)a, as in encoding.
     void merge_everywhere(uint32_t key, uint32_t token) {
-        std::vector<uint32_t> places = std::move(pairs_[key].places);
-        for (uint32_t at : places) {
-            Place& left = places_[at];
-            if (left.token != key >> 16 || left.next == kNone ||
-                places_[left.next].token != (key & 0xffff))
-                continue;
-            Place& right = places_[left.next];
+        const std::vector<uint32_t> where = std::move(pairs_[key].where);
+        for (uint32_t at : where) {
+            Symbol& left = symbols_[at];
+            if (left.token != key >> 16 || left.next == kNone) continue;
+            Symbol& right = symbols_[left.next];
+            if (right.token != (key & 0xffff)) continue;
             // Three pairs go: before, this one, after.
-            if (left.previous != kNone) add(left.previous, -1);
-            add(at, -1);
-            if (right.next != kNone) add(left.next, -1);
-            // The left place becomes the new token; the right one leaves the list.
+            if (left.previous != kNone) count_pair(left.previous, -1);
+            count_pair(at, -1);
+            if (right.next != kNone) count_pair(left.next, -1);
+            // The left symbol becomes the new token; the right one leaves the list.
             left.token = token, left.next = right.next, right.token = kNone;
-            if (left.next != kNone) places_[left.next].previous = at;
+            if (left.next != kNone) symbols_[left.next].previous = at;
             // Two pairs come.
-            if (left.previous != kNone) add(left.previous, +1);
-            if (left.next != kNone) add(at, +1);
+            if (left.previous != kNone) count_pair(left.previous, +1);
+            if (left.next != kNone) count_pair(at, +1);
         }
         pairs_.erase(key);
-        std::sort(fresh_.begin(), fresh_.end());
-        fresh_.erase(std::unique(fresh_.begin(), fresh_.end()), fresh_.end());
-        for (uint32_t pair : fresh_) heap_.push({pairs_[pair].count, pair});
+        queue_fresh();
+    }
+
+    // A new pair enters the queue once all of it is counted. Why inverted: of pairs that are as
+    // frequent, the one with the smaller left token comes first, then the smaller right one.
+    void queue_fresh() {
+        for (uint32_t key : fresh_) queue_.push({pairs_[key].count, ~key});
         fresh_.clear();
     }
 
-    std::vector<Place> places_;
+    std::vector<Symbol> symbols_;
     std::unordered_map<uint32_t, Pair> pairs_;  // key: left token << 16 | right token
-    std::priority_queue<Candidate> heap_;
-    std::vector<uint32_t> fresh_;  // pairs that appeared during this merge
+    std::priority_queue<std::pair<int64_t, uint32_t>> queue_;  // count, inverted key
+    std::vector<uint32_t> fresh_;                              // keys of pairs not yet queued
 };
 
 // A vocabulary of `size` tokens, or as many as the documents support.
 inline Tokenizer train_bpe(const std::vector<std::string_view>& documents, int64_t size) {
-    if (size < 257 || size > 65536)
-        fail_usage(
-            format("a vocabulary has 257 (256 bytes and end of text) to 65536 tokens, found %lld",
-                   (long long)size));
     return Tokenizer(BpeTrainer(count_pieces(documents)).train(size_t(size - 257)));
 }
 
 // =================================================================================================
-// Tokens and shards
+// Encoding, fast
 // =================================================================================================
+// The tokens are those of Tokenizer::encode (§12); a test compares them. Faster, because it has a
+// cache of short pieces and their tokens, where 96 of 100 pieces of English are found, and because
+// it merges the others without a heap.
+
+// One for each thread, as it has a cache.
+class Encoder {
+    static constexpr size_t kMaxBytes = 15, kMaxTokens = 7;  // of a cached piece
+    static constexpr size_t kShort = 32;                     // up to here, merge_short is faster
+
+    // A piece and its tokens. low and high are the piece's bytes, zeros, and in the last byte its
+    // length:
+    //     " lower"     20 6c 6f 77 65 72 00 00 | 00 00 00 00 00 00 00 06
+    // Why so small: two fill a cache line, and two comparisons find a piece.
+    struct Cached {
+        uint64_t low = 0, high = 0;  // zero: nothing here, as no piece is empty
+        uint16_t count = 0, tokens[kMaxTokens] = {};
+    };
+    const MergeTable& table_;
+    std::vector<Cached> cache_ = std::vector<Cached>(1 << 16);  // 2 MB: it stays in L2
+
+public:
+    explicit Encoder(const Tokenizer& tokenizer) : table_(tokenizer.merge_table()) {}
+
+    // Appends the tokens of the text to out.
+    void encode(std::string_view text, std::vector<uint16_t>& out) {
+        uint16_t buffer[4096], *to = buffer;
+        const auto flush = [&] { out.insert(out.end(), buffer, to), to = buffer; };
+        for (size_t at = 0; at < text.size();) {
+            const std::string_view piece = fast_piece(text, at);
+            const bool inside = at + 16 <= text.size();  // what `cached` reads
+            at += piece.size();
+            if (piece.size() > kShort || to + kShort > std::end(buffer)) flush();
+            if (piece.size() > kShort)
+                merge_piece(table_, piece, out);
+            else
+                to += inside && piece.size() <= kMaxBytes ? cached(piece, to)
+                                                          : merge_short(piece, to);
+        }
+        flush();
+    }
+
+private:
+    // Both write the tokens of a short piece to `to`, which has kShort elements, and return how
+    // many they are.
+
+    // From the cache. A piece that is not there replaces the one in its entry. Careful: reads 16
+    // bytes, though the piece has at most 15.
+    size_t cached(std::string_view piece, uint16_t* to) {
+        // Why: to read 16 bytes and clear those behind the piece takes a few instructions, where to
+        // copy as many as it has is a call.
+        uint64_t low, high;
+        std::memcpy(&low, piece.data(), 8);
+        std::memcpy(&high, piece.data() + 8, 8);
+        const size_t in_low = std::min<size_t>(piece.size(), 8), in_high = piece.size() - in_low;
+        low &= ~uint64_t(0) >> (64 - 8 * in_low);
+        high &= (uint64_t(1) << (8 * in_high)) - 1;
+        high |= uint64_t(piece.size()) << 56;
+        const uint64_t mixed = (low ^ (high * 0xbf58476d1ce4e5b9ull)) * 0x9e3779b97f4a7c15ull;
+        Cached& entry = cache_[mixed >> 48];
+        if (entry.low != low || entry.high != high) {
+            const size_t count = merge_short(piece, to);
+            if (count > kMaxTokens) return count;
+            entry.low = low, entry.high = high, entry.count = uint16_t(count);
+            std::copy(to, to + count, entry.tokens);
+        }
+        // Why all seven, whatever the count: a copy of fixed size is one instruction.
+        std::memcpy(to, entry.tokens, sizeof entry.tokens);
+        return entry.count;
+    }
+
+    // Merging as it is defined: make the earliest merge, and look again; n * n steps.
+    size_t merge_short(std::string_view piece, uint16_t* to) const {
+        size_t n = piece.size();
+        uint32_t merged[kShort];  // what token i and the one after it make
+        for (size_t i = 0; i < n; ++i) to[i] = kBytes.id_of_byte[uint8_t(piece[i])];
+        for (size_t i = 0; i + 1 < n; ++i) merged[i] = table_.find(to[i], to[i + 1]);
+        while (n > 1) {
+            const size_t best = size_t(std::min_element(merged, merged + n - 1) - merged);
+            if (merged[best] == kNoToken) break;
+            // Token `best` becomes the merged one, and the token after it goes.
+            to[best] = uint16_t(merged[best]);
+            --n;
+            std::copy(to + best + 2, to + n + 1, to + best + 1);
+            if (best + 1 < n) std::copy(merged + best + 2, merged + n, merged + best + 1);
+            // It has new neighbours.
+            if (best > 0) merged[best - 1] = table_.find(to[best - 1], to[best]);
+            if (best + 1 < n) merged[best] = table_.find(to[best], to[best + 1]);
+        }
+        return n;
+    }
+};
 
 // The tokens of all documents, each after an end of text. The same for any number of threads.
 inline std::vector<uint16_t> encode_documents(const Tokenizer& tokenizer,
                                               const std::vector<std::string_view>& documents) {
-    std::vector<Job> jobs = make_jobs(documents);
+    const std::vector<Job> jobs = make_jobs(documents);
     std::vector<std::vector<uint16_t>> done(jobs.size());
     std::vector<std::unique_ptr<Encoder>> encoders(thread_count());
     for_all_jobs(jobs.size(), [&](size_t job, size_t thread) {
@@ -489,25 +520,13 @@ inline std::vector<uint16_t> encode_documents(const Tokenizer& tokenizer,
     });
     std::vector<uint16_t> tokens;
     size_t total = 0;
-    for (const auto& part : done) total += part.size();
+    for (const auto& of_job : done) total += of_job.size();
     tokens.reserve(total);
-    for (auto& part : done) {
-        tokens.insert(tokens.end(), part.begin(), part.end());
-        std::vector<uint16_t>().swap(part);
+    for (auto& of_job : done) {
+        tokens.insert(tokens.end(), of_job.begin(), of_job.end());
+        std::vector<uint16_t>().swap(of_job);  // frees it
     }
     return tokens;
-}
-
-// Writes count tokens as one shard (§2).
-inline void write_shard(const std::string& path, const uint16_t* tokens, size_t count) {
-    TINYGPT_CHECK(count <= INT32_MAX,
-                  "%s: a shard holds at most %d tokens, not %zu; use a smaller --val-fraction",
-                  path.c_str(), INT32_MAX, count);
-    int32_t header[kShardHeaderBytes / 4] = {kShardMagic, 1, int32_t(count)};
-    FileWriter file(path);
-    file.write(header, sizeof header);
-    file.write(tokens, count * sizeof *tokens);
-    file.commit();
 }
 
 // =================================================================================================
@@ -521,9 +540,21 @@ struct Dataset {
     Json description;
 };
 
-// A shard's file name as this program writes it?
+// Writes count tokens as one shard (§2).
+inline void write_shard(const std::string& path, const uint16_t* tokens, size_t count) {
+    if (count > INT32_MAX)
+        fail(path, ": a shard holds at most ", INT32_MAX, " tokens, not ", count,
+             "; use a smaller --val-fraction");
+    const int32_t header[kShardHeaderBytes / 4] = {kShardMagic, 1, int32_t(count)};
+    FileWriter file(path);
+    file.write(header, sizeof header);
+    file.write(tokens, count * sizeof *tokens);
+    file.commit();
+}
+
+// Is it a shard's name as this program writes it?
 inline bool is_shard_name(const std::string& name) {
-    size_t begin = name.starts_with("train_") ? 6 : name.starts_with("val_") ? 4 : name.npos;
+    const size_t begin = name.starts_with("train_") ? 6 : name.starts_with("val_") ? 4 : name.npos;
     return begin != name.npos && name.size() == begin + 10 && name.ends_with(".bin") &&
            std::all_of(name.begin() + ptrdiff_t(begin), name.end() - 4,
                        [](char c) { return c >= '0' && c <= '9'; });
@@ -532,75 +563,76 @@ inline bool is_shard_name(const std::string& name) {
 constexpr const char* kIncoming = ".incoming";  // the new files wait here until all are written
 
 // Refuses a folder that cannot be written, or that has shards which this program did not write.
-// Called before the work begins: an hour of tokenizing should not end with a message about a
-// folder.
+// Called before the work begins: an hour of tokenizing should not end in this message.
 inline void check_output_folder(const std::string& folder) {
-    TINYGPT_CHECK(!file_exists(folder), "cannot write to %s: it is a file; --output names a folder",
-                  folder.c_str());
+    if (file_exists(folder))
+        fail("cannot write to ", folder, ": it is a file; --output names a folder");
     std::string parent = folder;
     while (!folder_exists(parent) && !file_exists(parent) && parent_folder(parent) != parent)
         parent = parent_folder(parent);
-    TINYGPT_CHECK(folder_exists(parent) && ::access(parent.c_str(), W_OK | X_OK) == 0,
-                  "cannot write to %s: %s is no folder that may be written; choose another "
-                  "--output",
-                  folder.c_str(), parent.c_str());
+    if (!folder_exists(parent) || ::access(parent.c_str(), W_OK | X_OK) != 0)
+        fail("cannot write to ", folder, ": ", parent,
+             " is no folder that may be written; choose another --output");
     if (!folder_exists(folder) || file_exists(folder + "/dataset.json") ||
         folder_exists(folder + "/" + kIncoming))
         return;
     for (const std::string& name : list_folder(folder))
-        TINYGPT_CHECK(!is_shard_name(name),
-                      "%s has shards (%s) but no dataset.json, so they are not prepare_data's "
-                      "to replace; choose another --output",
-                      folder.c_str(), name.c_str());
+        if (is_shard_name(name))
+            fail(folder, " has shards (", name, ") but no dataset.json, so they are not ",
+                 "prepare_data's to replace; choose another --output");
 }
 
-// Writes the dataset, whole or not at all: all files are first written in full to a folder beside
-// their place; then shards of an earlier run are removed and the new files take their names, with
-// dataset.json last. Whatever fails in the first half leaves the old data as it was.
+inline void write_dataset_files(const std::string& folder, const Dataset& data,
+                                size_t shard_tokens) {
+    for (size_t at = 0, shard = 1; at < data.train.size(); at += shard_tokens, ++shard)
+        write_shard(folder + format("/train_%06zu.bin", shard), data.train.data() + at,
+                    std::min(shard_tokens, data.train.size() - at));
+    if (!data.val.empty())
+        write_shard(folder + "/val_000000.bin", data.val.data(), data.val.size());
+    data.tokenizer.save(folder);
+    write_file(folder + "/dataset.json", data.description.write(2) + "\n");
+}
+
+// Whole or not at all: all files are first written to a folder within the folder. Then shards of an
+// earlier run are removed and the new files take their names, dataset.json last. Whatever fails in
+// the first half leaves the old data as it was.
 inline void write_dataset(const std::string& folder, const Dataset& data, int64_t shard_tokens) {
     const std::string incoming = folder + "/" + kIncoming;
     const FolderToFill to_fill(folder);
-    struct Cleaner {
-        std::string incoming;
-        ~Cleaner() {
-            std::error_code ignored;
-            std::filesystem::remove_all(incoming, ignored);
-        }
-    } cleaner{incoming};
     if (folder_exists(incoming)) remove_folder(incoming);
     make_folders(incoming);
-    for (size_t at = 0, shard = 1; at < data.train.size(); at += size_t(shard_tokens), ++shard)
-        write_shard(incoming + format("/train_%06zu.bin", shard), data.train.data() + at,
-                    std::min(size_t(shard_tokens), data.train.size() - at));
-    if (!data.val.empty())
-        write_shard(incoming + "/val_000000.bin", data.val.data(), data.val.size());
-    data.tokenizer.save(incoming);
-    write_file(incoming + "/dataset.json", data.description.write(2) + "\n");
-    // All is on the disk: change over.
-    for (const std::string& name : list_folder(folder))
-        if (is_shard_name(name) && !file_exists(incoming + "/" + name))
-            remove_file(folder + "/" + name);
-    for (const std::string& name : list_folder(incoming))
-        if (name != "dataset.json") rename_path(incoming + "/" + name, folder + "/" + name);
-    rename_path(incoming + "/dataset.json", folder + "/dataset.json");
+    try {
+        write_dataset_files(incoming, data, size_t(shard_tokens));
+        for (const std::string& name : list_folder(folder))
+            if (is_shard_name(name) && !file_exists(incoming + "/" + name))
+                remove_file(folder + "/" + name);
+        for (const std::string& name : list_folder(incoming))
+            if (name != "dataset.json") rename_path(incoming + "/" + name, folder + "/" + name);
+        rename_path(incoming + "/dataset.json", folder + "/dataset.json");
+    } catch (...) {
+        std::error_code ignored;
+        std::filesystem::remove_all(incoming, ignored);
+        throw;
+    }
+    remove_folder(incoming);
 }
 
-// Adds to the description how large one split is.
+// Adds to the description how large one split is, and prints it.
 inline void describe_split(Json& json, const std::string& split,
                            const std::vector<std::string_view>& documents, size_t tokens) {
     int64_t characters = 0, bytes = 0;
     for (std::string_view text : documents)
         characters += count_characters(text), bytes += int64_t(text.size());
-    json.set(split + "_documents", int64_t(documents.size()));
-    json.set(split + "_characters", characters);
-    json.set(split + "_bytes", bytes);
-    json.set(split + "_tokens", int64_t(tokens));
-    std::printf("  %-5s %9lld document%s %12lld characters %12lld bytes %12lld tokens\n",
-                split.c_str(), (long long)documents.size(), documents.size() == 1 ? " " : "s",
-                (long long)characters, (long long)bytes, (long long)tokens);
+    json.set(split + "_documents", documents.size())
+        .set(split + "_characters", characters)
+        .set(split + "_bytes", bytes)
+        .set(split + "_tokens", tokens);
+    std::printf("  %-5s %9zu document%s %12s characters %12s bytes %12zu tokens\n", split.c_str(),
+                documents.size(), documents.size() == 1 ? " " : "s",
+                std::to_string(characters).c_str(), std::to_string(bytes).c_str(), tokens);
 }
 
-// The tokenizer that was asked for; a learnt one learns from the training part only.
+// The tokenizer of the options. One that is learnt learns from the training part only.
 inline Tokenizer make_tokenizer(const PrepareOptions& o,
                                 const std::vector<std::string_view>& train) {
     if (o.tokenizer == "byte") return Tokenizer::bytes();
@@ -608,8 +640,7 @@ inline Tokenizer make_tokenizer(const PrepareOptions& o,
     return train_bpe(train, o.vocab_size);
 }
 
-// Documents to a data folder. `source` says where they came from; a finished description may be
-// added to by `add` before it is written.
+// Documents to a data folder. `source` says where they came from; `add` may add to the description.
 inline void prepare(const PrepareOptions& o, const Documents& documents, const std::string& source,
                     const std::function<void(Json&)>& add = nullptr) {
     const double start = now_seconds();
@@ -619,27 +650,30 @@ inline void prepare(const PrepareOptions& o, const Documents& documents, const s
     data.val = encode_documents(data.tokenizer, documents.val);
     const double encoded = now_seconds();
     std::printf("%s -> %s\n", source.c_str(), o.output.c_str());
+    const int vocab_size = data.tokenizer.vocab_size();
     data.description.set("source", source)
         .set("tokenizer", o.tokenizer)
-        .set("vocab_size", data.tokenizer.vocab_size());
+        .set("vocab_size", vocab_size);
     describe_split(data.description, "train", documents.train, data.train.size());
     describe_split(data.description, "val", documents.val, data.val.size());
     if (add) add(data.description);
     write_dataset(o.output, data, o.shard_tokens);
     double bytes = 0;
     for (const std::string& text : documents.texts) bytes += double(text.size());
-    if (o.tokenizer == "bpe" && !o.input.empty() && data.tokenizer.vocab_size() < o.vocab_size)
-        std::printf("  no pair is left that occurs twice: the vocabulary has %d tokens, not %lld\n",
-                    data.tokenizer.vocab_size(), (long long)o.vocab_size);
+    std::string notes;
+    if (o.tokenizer == "bpe" && !o.input.empty() && vocab_size < o.vocab_size)
+        notes += to_text("  no pair is left that occurs twice: the vocabulary has ", vocab_size,
+                         " tokens, not ", o.vocab_size, "\n");
     if (documents.empty)
-        std::printf("  %lld empty documents were left out\n", (long long)documents.empty);
-    std::printf("  %d tokens in the vocabulary (%s, %.1f s), %.2f bytes a token",
-                data.tokenizer.vocab_size(), o.tokenizer.c_str(), learnt - start,
-                bytes / double(data.train.size() + data.val.size()));
+        notes += to_text("  ", documents.empty, " empty documents were left out\n");
+    notes += to_text("  ", vocab_size, " tokens in the vocabulary (", o.tokenizer, ", ",
+                     format("%.1f s), %.2f bytes a token", learnt - start,
+                            bytes / double(data.train.size() + data.val.size())));
     if (bytes >= 1e6)  // less says nothing about speed
-        std::printf(", tokenized at %.0f MB/s", bytes / 1e6 / (encoded - learnt));
-    std::printf("\n");
+        notes += format(", tokenized at %.0f MB/s", bytes / 1e6 / (encoded - learnt));
+    std::puts(notes.c_str());
 }
+
 // =================================================================================================
 // The default corpus: short stories drawn from a grammar whose probabilities are known exactly
 // =================================================================================================
@@ -815,7 +849,7 @@ family: mother | father | sister | brother | grandma | grandpa | aunt | uncle
 // The grammar as data
 // -------------------------------------------------------------------------------------------------
 
-// A piece of an alternative: letters to be written, a rule to be expanded, a word to be drawn and
+// A part of an alternative: letters to be written, a rule to be expanded, a word to be drawn and
 // remembered, or a remembered word.
 struct Item {
     enum Kind { letters, rule, draw, recall } kind;
@@ -834,7 +868,7 @@ struct Rule {
     std::vector<Items> alternatives;              // of any other rule
 };
 
-// A place in memory: a word of one list, never the word in the slot `unlike` (-1: any word).
+// Remembers a word of one list, never the word in the slot `unlike` (-1: any word).
 struct Slot {
     std::string name;
     int rule, unlike;
@@ -843,42 +877,44 @@ struct Slot {
 struct Grammar {
     std::vector<Rule> rules;  // rules[0] is the story
     std::vector<Slot> slots;
-    std::vector<Items> sentences;  // every sentence of every rule, for the recogniser
+    std::vector<Items> sentences;  // every sentence of every rule, for is_story_sentence
 };
 
 // For every slot the number of the word it holds, or -1.
-using Memory = std::array<int8_t, 32>;
+struct Memory : std::array<int8_t, 32> {
+    Memory() { fill(-1); }
+};
 
-// The pieces of `text` between separators, runs of blanks made one, no blanks around a piece.
+// The parts of `text` between separators. Runs of blanks become one blank; none is left around a
+// part.
 inline std::vector<std::string> split(std::string_view text, char separator) {
-    std::vector<std::string> pieces(1);
-    for (char c : text) {
-        bool blank = c == ' ' || c == '\n';
-        if (c == separator)
-            pieces.emplace_back();
-        else if (!blank)
-            pieces.back() += c;
-        else if (!pieces.back().empty() && pieces.back().back() != ' ')
-            pieces.back() += ' ';
+    std::vector<std::string> parts;
+    for (const std::string& raw : split_at(text, separator)) {
+        std::string& part = parts.emplace_back();
+        for (char c : raw) {
+            const bool blank = c == ' ' || c == '\n';
+            if (!blank)
+                part += c;
+            else if (!part.empty() && part.back() != ' ')
+                part += ' ';
+        }
+        if (part.ends_with(' ')) part.pop_back();
     }
-    for (std::string& piece : pieces) {
-        if (!piece.empty() && piece.back() == ' ') piece.pop_back();
-    }
-    return pieces;
+    return parts;
 }
 
-// The index of the thing called `name`, or -1.
+// The index of the thing with this name, or -1.
 template <class Named>
 int find(const std::vector<Named>& things, const std::string& name) {
-    for (size_t i = 0; i < things.size(); i++) {
+    for (size_t i = 0; i < things.size(); i++)
         if (things[i].name == name) return int(i);
-    }
     return -1;
 }
 
+inline bool is_capital(char c) { return std::isupper(uint8_t(c)) != 0; }
+
 inline std::string with_article(const std::string& word) {
-    bool vowel = std::string_view("aeiou").find(word[0]) != std::string_view::npos;
-    return (vowel ? "an " : "a ") + word;
+    return (std::strchr("aeiou", word[0]) ? "an " : "a ") + word;
 }
 
 // Cuts `text` off before `mark`; returns what came after it, or nothing if there is none.
@@ -899,33 +935,28 @@ inline Item parse_braces(Grammar& grammar, std::string tag) {
     if (tag.starts_with("new ")) list = tag = tag.substr(4);
     if (tag.starts_with("any ")) list = tag.substr(4);
     item.kind = list.empty() ? Item::recall : Item::draw;
-    if (item.kind == Item::draw && find(grammar.slots, tag) < 0) {
+    if (item.kind == Item::draw && find(grammar.slots, tag) < 0)
         grammar.slots.push_back({tag, find(grammar.rules, list), find(grammar.slots, unlike)});
-    }
     item.index = find(grammar.slots, tag);
-    TINYGPT_CHECK(item.index >= 0 && grammar.slots[item.index].rule >= 0,
-                  "story grammar: '%s' is no rule, no list and never drawn", tag.c_str());
+    if (item.index < 0 || grammar.slots[item.index].rule < 0)
+        fail("story grammar: '", tag, "' is no rule, no list and never drawn");
 
-    item.capital = std::isupper(uint8_t(form[0]));
+    item.capital = is_capital(form[0]);
     if (item.capital) form[0] = char(std::tolower(form[0]));
     const auto& forms = grammar.rules[grammar.slots[item.index].rule].form_names;
     item.form = int(std::find(forms.begin(), forms.end(), form) - forms.begin());
-    TINYGPT_CHECK(item.form < int(forms.size()), "story grammar: '%s' has no form '%s'",
-                  tag.c_str(), form.c_str());
+    if (item.form == int(forms.size())) fail("story grammar: '", tag, "' has no form '", form, "'");
     return item;
 }
 
 // Letters and braces in turn.
-inline Items parse_items(Grammar& grammar, std::string_view text) {
+inline Items parse_items(Grammar& grammar, std::string text) {
     Items items;
     while (!text.empty()) {
-        size_t open = std::min(text.find('{'), text.size());
-        if (open > 0) items.push_back({Item::letters, std::string(text.substr(0, open))});
-        text.remove_prefix(open);
-        if (text.empty()) break;
-        size_t close = text.find('}');
-        items.push_back(parse_braces(grammar, std::string(text.substr(1, close - 1))));
-        text.remove_prefix(close + 1);
+        std::string rest = cut(text, '{');
+        if (!text.empty()) items.push_back({Item::letters, text});
+        text = cut(rest, '}');
+        if (!rest.empty()) items.push_back(parse_braces(grammar, rest));
     }
     return items;
 }
@@ -934,25 +965,23 @@ inline Items parse_items(Grammar& grammar, std::string_view text) {
 // before it ({Opening} and so on) that are sentences of their own.
 inline void add_sentences(Grammar& grammar, std::string_view text) {
     while (!text.empty()) {
-        if (text[0] == '{' && std::isupper(uint8_t(text[1]))) {
-            text.remove_prefix(std::min(text.find('}') + 2, text.size()));
-            continue;
-        }
-        size_t end = 0;
-        while (end < text.size() && !(std::string_view(".!?").find(text[end]) < 3 &&
-                                      (end + 1 == text.size() || text[end + 1] == ' ')))
+        const bool rule = text[0] == '{' && is_capital(text[1]);
+        size_t end = rule ? text.find('}') + 1 : 1;
+        while (!rule && end < text.size() &&
+               !(std::strchr(".!?", text[end - 1]) && text[end] == ' '))
             end++;
-        grammar.sentences.push_back(parse_items(grammar, text.substr(0, end + 1)));
-        text.remove_prefix(std::min(end + 2, text.size()));
+        if (!rule)
+            grammar.sentences.push_back(parse_items(grammar, std::string(text.substr(0, end))));
+        text.remove_prefix(std::min(end + 1, text.size()));
     }
 }
 
 // Adds a slot for every word that is drawn somewhere in the text.
-inline void declare_slots(Grammar& grammar, std::string_view text) {
-    while (text.find('{') != std::string_view::npos) {
-        text.remove_prefix(text.find('{') + 1);
-        std::string tag(text.substr(0, text.find('}')));
-        bool draws = tag.find('=') < tag.size() || tag.find(' ') < tag.size();
+inline void declare_slots(Grammar& grammar, std::string text) {
+    while (!text.empty()) {
+        std::string tag = cut(text, '{');
+        text = cut(tag, '}');
+        const bool draws = tag.find_first_of("= ") != tag.npos;
         if (draws) parse_braces(grammar, tag);
     }
 }
@@ -962,28 +991,27 @@ inline void parse_words(Rule& rule, const std::string& body) {
     for (const std::string& word : split(body, '|')) {
         std::vector<std::string> forms = split(word, '/');
         forms.insert(forms.begin() + 1, with_article(forms[0]));
+        if (forms.size() != rule.form_names.size())
+            fail("story grammar: '", word, "' has ", forms.size(), " forms, list '", rule.name,
+                 "' has ", rule.form_names.size());
         rule.words.push_back(forms);
-        TINYGPT_CHECK(forms.size() == rule.form_names.size(),
-                      "story grammar: '%s' has %zu forms, list '%s' has %zu", word.c_str(),
-                      forms.size(), rule.name.c_str(), rule.form_names.size());
     }
 }
 
 // Adds each rule's name and columns to the grammar; returns the texts of their alternatives.
 inline std::vector<std::string> parse_headers(Grammar& grammar, std::string_view text) {
     std::vector<std::string> bodies;
-    while (!text.empty()) {
-        std::string line(text.substr(0, text.find('\n')));
-        text.remove_prefix(std::min(line.size() + 1, text.size()));
-        if (!line.empty() && line[0] != ' ') {
-            std::string body = cut(line, ':'), columns = cut(line, '[');
+    for (std::string line : split_at(text, '\n')) {
+        const bool starts_rule = !line.empty() && line[0] != ' ';
+        if (starts_rule) {
+            const std::string body = cut(line, ':');
+            std::string columns = cut(line, '[');
             cut(columns, ']');
-            grammar.rules.push_back({split(line, ' ')[0], {"", "a"}, {}, {}});
+            Rule rule{split(line, ' ')[0], {"", "a"}, {}, {}};
+            for (const std::string& column : split(columns, ' '))
+                if (!column.empty()) rule.form_names.push_back(column);
+            grammar.rules.push_back(rule);
             bodies.emplace_back();
-            for (const std::string& column : split(columns, ' ')) {
-                grammar.rules.back().form_names.push_back(column);
-            }
-            if (columns.empty()) grammar.rules.back().form_names.pop_back();
             line = body;
         }
         if (!bodies.empty()) bodies.back() += line + "\n";
@@ -994,9 +1022,9 @@ inline std::vector<std::string> parse_headers(Grammar& grammar, std::string_view
 // Reads the text above: names first, then the lists of words, then the rules that refer to them.
 inline Grammar parse_grammar(std::string_view text) {
     Grammar grammar;
-    std::vector<std::string> bodies = parse_headers(grammar, text);
+    const std::vector<std::string> bodies = parse_headers(grammar, text);
     for (size_t i = 0; i < bodies.size(); i++) {
-        bool is_list = bodies[i].find('{') == std::string::npos;
+        const bool is_list = bodies[i].find('{') == std::string::npos;
         if (is_list) parse_words(grammar.rules[i], bodies[i]);
     }
     for (const std::string& body : bodies) declare_slots(grammar, body);
@@ -1005,25 +1033,19 @@ inline Grammar parse_grammar(std::string_view text) {
         if (!rule.words.empty()) continue;
         for (const std::string& alternative : split(bodies[i], '|')) {
             rule.alternatives.push_back(parse_items(grammar, alternative));
-            bool whole_sentences = std::isupper(uint8_t(rule.name[0]));
+            const bool whole_sentences = is_capital(rule.name[0]);
             if (whole_sentences) add_sentences(grammar, alternative);
         }
     }
     grammar.sentences.push_back(parse_items(grammar, "The end."));
-    TINYGPT_CHECK(grammar.slots.size() <= Memory().size(), "story grammar: %zu slots, at most %zu",
-                  grammar.slots.size(), Memory().size());
+    if (grammar.slots.size() > Memory().size())
+        fail("story grammar: ", grammar.slots.size(), " slots, at most ", Memory().size());
     return grammar;
 }
 
 inline const Grammar& the_grammar() {
     static const Grammar grammar = parse_grammar(grammar_text);
     return grammar;
-}
-
-inline Memory empty_memory() {
-    Memory memory;
-    memory.fill(-1);
-    return memory;
 }
 
 // The letters of a remembered word.
@@ -1041,7 +1063,7 @@ struct Teller {
     const Grammar& grammar;
     uint64_t key;  // the story's own random stream
     uint64_t rolls = 0;
-    Memory memory = empty_memory();
+    Memory memory = {};
     std::string text = {};
     double neg_log_prob = 0;
 
@@ -1085,14 +1107,13 @@ struct Teller {
 // recall costs nothing.
 inline double entropy(const Grammar& grammar, const Rule& rule) {
     double n = double(rule.alternatives.size()), sum = 0;
-    for (const Items& items : rule.alternatives) {
+    for (const Items& items : rule.alternatives)
         for (const Item& item : items) {
             if (item.kind == Item::rule) sum += entropy(grammar, grammar.rules[item.index]);
             if (item.kind != Item::draw) continue;
             const Slot& slot = grammar.slots[item.index];
             sum += std::log(double(grammar.rules[slot.rule].words.size()) - (slot.unlike >= 0));
         }
-    }
     return std::log(n) + sum / n;
 }
 
@@ -1107,8 +1128,8 @@ struct Todo {
     const Todo* around;
 };
 
-// Finds every way in which the grammar can write a text, by trying each alternative in turn and
-// giving it up at the first letter that differs.
+// Finds every way in which the grammar can write a text: tries each alternative in turn, and gives
+// it up at the first letter that differs.
 struct Reader {
     const Grammar& grammar;
     std::vector<double> neg_log_probs = {};  // of every way found
@@ -1118,7 +1139,7 @@ struct Reader {
     bool may_hold(const Memory& memory, int slot, int word) const {
         if (memory[slot] >= 0) return memory[slot] == word;
         for (size_t other = 0; other < grammar.slots.size(); other++) {
-            bool differ =
+            const bool differ =
                 grammar.slots[slot].unlike == int(other) || grammar.slots[other].unlike == slot;
             if (differ && memory[other] == word) return false;
         }
@@ -1135,15 +1156,14 @@ struct Reader {
             return;
         }
         const Item& item = todo.items[todo.next];
-        Todo after{todo.items, todo.next + 1, todo.around};
+        const Todo after{todo.items, todo.next + 1, todo.around};
         if (item.kind == Item::letters) {
             if (!text.starts_with(item.text)) return;
             read(after, text.substr(item.text.size()), memory, cost);
         } else if (item.kind == Item::rule) {
             const Rule& rule = grammar.rules[item.index];
-            for (const Items& items : rule.alternatives) {
+            for (const Items& items : rule.alternatives)
                 read({items, 0, &after}, text, memory, cost + std::log(rule.alternatives.size()));
-            }
         } else {
             read_word(item, after, text, memory, cost);
         }
@@ -1159,7 +1179,7 @@ struct Reader {
         }
         const Memory before = memory;
         for (int word = 0; word < n; word++) {
-            std::string spelt = spell(grammar, item, word);
+            const std::string spelt = spell(grammar, item, word);
             if (!text.starts_with(spelt) || !may_hold(before, item.index, word)) continue;
             memory[item.index] = int8_t(word);
             read(after, text.substr(spelt.size()), memory, cost);
@@ -1167,13 +1187,15 @@ struct Reader {
     }
 };
 
-// What each way of deriving the story costs, in nats: one number, as the grammar is unambiguous.
-inline std::vector<double> derivations(std::string_view story) {
+// What each way of reading `text` as one of the `starts` costs, in nats.
+inline std::vector<double> derivations(std::string_view text, const std::vector<Items>& starts) {
     Reader reader{the_grammar()};
-    for (const Items& items : the_grammar().rules[0].alternatives) {
-        reader.read({items, 0, nullptr}, story, empty_memory(), 0.0);
-    }
+    for (const Items& items : starts) reader.read({items, 0, nullptr}, text, {}, 0.0);
     return reader.neg_log_probs;
+}
+// Of a whole story: one number, as the grammar is unambiguous; none if it cannot tell this story.
+inline std::vector<double> derivations(std::string_view story) {
+    return derivations(story, the_grammar().rules[0].alternatives);
 }
 
 }  // namespace stories
@@ -1181,28 +1203,22 @@ inline std::vector<double> derivations(std::string_view story) {
 // -log p(story) in nats, exactly: the loss of the true model, summed over the story's tokens and
 // its end-of-text token, whatever the tokenizer. Infinity if the grammar cannot tell this story.
 inline double story_neg_log_prob(std::string_view story) {
-    std::vector<double> found = stories::derivations(story);
+    const std::vector<double> found = stories::derivations(story);
     return found.empty() ? std::numeric_limits<double>::infinity() : found[0];
 }
 
 // Does this sentence occur in some story of the grammar? What is recalled in it must agree within
 // it: pronouns with names, a number with the number less one.
 inline bool is_story_sentence(std::string_view sentence) {
-    const stories::Grammar& grammar = stories::the_grammar();
-    stories::Reader reader{grammar};
-    for (const stories::Items& items : grammar.sentences) {
-        reader.read({items, 0, nullptr}, sentence, stories::empty_memory(), 0.0);
-        if (!reader.neg_log_probs.empty()) return true;
-    }
-    return false;
+    return !stories::derivations(sentence, stories::the_grammar().sentences).empty();
 }
 
-// The sentences of a text, blanks around them dropped. A sentence ends in . ! or ? and, in these
+// The sentences of a text, without blanks around them. A sentence ends in . ! or ? and, in these
 // stories, such a mark ends nothing else.
 inline std::vector<std::string> story_sentences(std::string_view text) {
     std::vector<std::string> sentences(1);
     for (char c : text) {
-        bool blank = std::isspace(uint8_t(c)) != 0;
+        const bool blank = std::isspace(uint8_t(c)) != 0;
         if (!blank || !sentences.back().empty()) sentences.back() += blank ? ' ' : c;
         if (c == '.' || c == '!' || c == '?') sentences.emplace_back();
     }
@@ -1217,7 +1233,7 @@ struct StoryCorpus {
 };
 
 // Training and validation stories, each from a random stream of its own: story i stays the same
-// when more are asked for, and no number is used twice.
+// when there are more of them, and no number is used twice.
 inline StoryCorpus make_stories(uint64_t seed, int train_stories, int val_stories) {
     const stories::Grammar& grammar = stories::the_grammar();
     StoryCorpus corpus;
@@ -1228,7 +1244,7 @@ inline StoryCorpus make_stories(uint64_t seed, int train_stories, int val_storie
     };
     for (int i = 0; i < train_stories; i++) corpus.train.push_back(tell(0, i).text);
     for (int i = 0; i < val_stories; i++) {
-        stories::Teller teller = tell(1, i);
+        const stories::Teller teller = tell(1, i);
         corpus.val.push_back(teller.text);
         corpus.val_neg_log_prob += teller.neg_log_prob;
     }
@@ -1240,108 +1256,98 @@ constexpr int kStories = 22'000;  // of which a tenth is for validation
 
 // Draws the stories and writes them as a dataset whose floor is known.
 inline void prepare_stories(const PrepareOptions& o) {
-    int val = int(std::ceil(kStories * o.val_fraction - 1e-9));
-    TINYGPT_CHECK(val < kStories, "--val-fraction %g leaves no story to train on", o.val_fraction);
-    StoryCorpus stories = make_stories(uint64_t(o.seed), kStories - val, val);
+    const int val = int(std::ceil(kStories * o.val_fraction - 1e-9));
+    if (val >= kStories) fail("--val-fraction ", o.val_fraction, " leaves no story to train on");
+    const StoryCorpus stories = make_stories(uint64_t(o.seed), kStories - val, val);
     Documents documents;
-    documents.texts = std::move(stories.train);
+    documents.texts = stories.train;
     documents.texts.insert(documents.texts.end(), stories.val.begin(), stories.val.end());
     documents.train.assign(documents.texts.begin(), documents.texts.end() - val);
     documents.val.assign(documents.texts.end() - val, documents.texts.end());
     // The floor is the loss of the true model: what the validation stories cost it, divided by the
     // tokens that are predicted (all but the first). The entropy is what a story costs on average.
-    prepare(o, documents, format("stories, seed %lld", (long long)o.seed), [&](Json& json) {
+    prepare(o, documents, to_text("stories, seed ", o.seed), [&](Json& json) {
         if (val == 0) return;
-        double tokens = double(json.find("val_tokens")->integer);
-        json.set("floor", stories.val_neg_log_prob / (tokens - 1));
-        json.set("entropy", stories.entropy_per_story / (tokens / val));
+        const double tokens = double(json.find("val_tokens")->integer);
+        const double floor = stories.val_neg_log_prob / (tokens - 1);
+        json.set("floor", floor).set("entropy", stories.entropy_per_story / (tokens / val));
         std::printf(
             "  the floor: no model can score below %.4f nats a token on the validation stories\n",
-            json.find("floor")->number);
+            floor);
     });
 }
 
 // =================================================================================================
 // Models of llm.c
 // =================================================================================================
-// A .bin file of llm.c has 256 x int32: 20240326, version (3: float, 5: bf16), positions,
-// vocabulary, layers, heads, channels, vocabulary with padding, zeros. Then every tensor for all
-// layers together, in the order below; linear weights are [out, in], so they are transposed on the
-// way.
+// A .bin file of llm.c has 256 x int32: 20240326, version 3 (fp32), positions, vocabulary, layers,
+// heads, channels, padded vocabulary, zeros. Then every tensor, for all layers together, in the
+// order below. Linear weights are [out, in], so they are transposed.
 
 struct LlmcModel {
+    std::string bytes;  // of the whole file
     Config config;
-    std::string bytes, dtype;  // the whole file; "F32" or "BF16"
     int64_t padded_vocab = 0;
 };
+constexpr size_t kLlmcHeaderBytes = 256 * sizeof(int32_t);
 
 // Reads the file and checks its header and its length.
 inline LlmcModel read_llmc(const std::string& path) {
-    LlmcModel model;
-    model.bytes = read_file(path);
-    int32_t header[256] = {};
+    LlmcModel model{read_file(path), {}, 0};
+    int32_t header[kLlmcHeaderBytes / sizeof(int32_t)] = {};
     std::memcpy(header, model.bytes.data(), std::min(model.bytes.size(), sizeof header));
-    TINYGPT_CHECK(header[0] == 20240326 && (header[1] == 3 || header[1] == 5),
-                  "%s is no model of llm.c: expected it to begin with 20240326 and version 3 or 5, "
-                  "found %d and %d",
-                  path.c_str(), header[0], header[1]);
-    auto [P, V, L, NH, C, padded] =
+    if (header[0] == 20240326 && header[1] == 5)
+        fail(path, " is a model of llm.c in bf16 (version 5); only fp32 (version 3) can be ",
+             "converted: give the file without _bf16 in its name, or build llm.c with ",
+             "PRECISION=FP32");
+    if (header[0] != 20240326 || header[1] != 3)
+        fail(path, " is no model of llm.c: expected it to begin with 20240326 and version 3, ",
+             "found ", header[0], " and ", header[1]);
+    const auto [P, V, L, NH, C, padded] =
         std::array{header[2], header[3], header[4], header[5], header[6], header[7]};
-    bool sane = P > 0 && P <= 1 << 20 && V > 0 && V <= padded && padded <= 1 << 20 && L > 0 &&
-                L <= 1000 && NH > 0 && C > 0 && C <= 65536 && C % NH == 0;
-    TINYGPT_CHECK(sane,
-                  "%s: impossible sizes: positions %d, vocabulary %d (padded to %d), layers %d, "
-                  "heads %d, "
-                  "channels %d",
-                  path.c_str(), P, V, padded, L, NH, C);
+    const bool sane = P > 0 && P <= 1 << 20 && V > 0 && V <= padded && padded <= 1 << 20 && L > 0 &&
+                      L <= 1000 && NH > 0 && C > 0 && C <= 65536 && C % NH == 0;
+    if (!sane)
+        fail(path, ": impossible sizes: positions ", P, ", vocabulary ", V, " (padded to ", padded,
+             "), layers ", L, ", heads ", NH, ", channels ", C);
     model.config = {L, NH, C, P, V};
-    model.dtype = header[1] == 3 ? "F32" : "BF16";
     model.padded_vocab = padded;
-    size_t count = layout_of(model.config).count + size_t(padded - V) * size_t(C);
-    size_t expected = sizeof header + count * dtype_bytes(model.dtype);
-    TINYGPT_CHECK(model.bytes.size() == expected,
-                  "%s is damaged: its header promises %zu bytes, it has %zu", path.c_str(),
-                  expected, model.bytes.size());
+    const size_t count = layout_of(model.config).count + size_t(padded - V) * size_t(C);
+    const size_t expected = kLlmcHeaderBytes + count * sizeof(float);
+    if (model.bytes.size() != expected)
+        fail(path, " is damaged: its header promises ", expected, " bytes, it has ",
+             model.bytes.size());
     return model;
 }
 
-// One tensor of the file, which begins at `from`; as [in, out] if it is stored as [out, in].
-inline StoredTensor llmc_tensor(const TensorInfo& info, const char* from, const std::string& dtype,
-                                bool transposed) {
-    size_t rows = size_t(info.shape[0]), columns = info.count / rows;
-    auto element = [=](auto value, size_t i) {
-        std::memcpy(&value, from + i * sizeof value, sizeof value);
-        return float(value);
-    };
-    auto fill = [=](float* out, size_t first, size_t n) {
-        for (size_t i = first; i < first + n; ++i) {
-            size_t at = transposed ? (i % columns) * rows + i / columns : i;
-            *out++ = dtype == "F32" ? element(float(), at) : element(bf16(), at);
-        }
-    };
-    return {name_in_checkpoint(info.name), dtype, info.shape, fill};
-}
-
-// Every tensor of the file, under Hugging Face's names.
+// Every tensor of the file, under Hugging Face's names. They read from `model` when they are saved.
 inline std::vector<StoredTensor> llmc_tensors(const LlmcModel& model) {
     std::map<std::string, TensorInfo> named;
     for (const TensorInfo& info : layout_of(model.config).tensors) named[info.name] = info;
     std::vector<StoredTensor> tensors;
-    const char* at = model.bytes.data() + 1024;
+    const char* at = model.bytes.data() + kLlmcHeaderBytes;
     auto take = [&](const std::string& name, bool transposed = false) {
-        tensors.push_back(llmc_tensor(named.at(name), at, model.dtype, transposed));
-        at += named.at(name).count * dtype_bytes(model.dtype);
+        const TensorInfo& info = named.at(name);
+        const size_t rows = size_t(info.shape[0]), columns = info.count / rows;
+        auto fill = [=, from = at](float* out, size_t first, size_t n) {
+            for (size_t i = first; i < first + n; ++i) {
+                const size_t stored = transposed ? (i % columns) * rows + i / columns : i;
+                std::memcpy(out++, from + stored * sizeof *out, sizeof *out);
+            }
+        };
+        tensors.push_back({name_in_checkpoint(name), "F32", info.shape, fill});
+        at += info.count * sizeof(float);
     };
     take("wte.weight");
     at += size_t(model.padded_vocab - model.config.vocab_size) * size_t(model.config.n_embd) *
-          dtype_bytes(model.dtype);
+          sizeof(float);
     take("wpe.weight");
     for (const char* name :
          {"ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias",
           "attn.c_proj.weight", "attn.c_proj.bias", "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight",
           "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"})
         for (int l = 0; l < model.config.n_layer; ++l) {
-            std::string full = format("h.%d.%s", l, name);
+            const std::string full = to_text("h.", l, ".", name);
             take(full, named.at(full).shape.size() == 2);
         }
     take("ln_f.weight");
@@ -1349,23 +1355,22 @@ inline std::vector<StoredTensor> llmc_tensors(const LlmcModel& model) {
     return tensors;
 }
 
-// Converts a model of llm.c to a Hugging Face folder, with GPT-2's tokenizer if it is at hand and
-// fits.
+// Writes a Hugging Face folder, with GPT-2's tokenizer if it is there and fits.
 inline void convert_llmc(const PrepareOptions& o) {
-    LlmcModel model = read_llmc(o.from_llmc);
+    const LlmcModel model = read_llmc(o.from_llmc);
     std::optional<Tokenizer> tokenizer =
         o.has("vocab") ? Tokenizer::load(o.vocab) : tokenizer_of(o.vocab);
     if (tokenizer && tokenizer->vocab_size() != model.config.vocab_size) {
-        TINYGPT_CHECK(!o.has("vocab"), "%s has %d tokens, but the model %d", o.vocab.c_str(),
-                      tokenizer->vocab_size(), model.config.vocab_size);
+        if (o.has("vocab"))
+            fail(o.vocab, " has ", tokenizer->vocab_size(), " tokens, but the model ",
+                 model.config.vocab_size);
         tokenizer.reset();
     }
     const FolderToFill to_fill(o.output);
     write_safetensors(o.output + "/model.safetensors", llmc_tensors(model));
-    write_model_description(o.output, model.config, tokenizer ? &*tokenizer : nullptr,
-                            model.dtype == "F32" ? "float32" : "bfloat16");
-    std::printf("%s -> %s: %zu parameters, %s, %s\n", o.from_llmc.c_str(), o.output.c_str(),
-                layout_of(model.config).count, model.dtype.c_str(),
+    write_model_description(o.output, model.config, tokenizer ? &*tokenizer : nullptr, "float32");
+    std::printf("%s -> %s: %zu parameters, %s\n", o.from_llmc.c_str(), o.output.c_str(),
+                layout_of(model.config).count,
                 tokenizer ? "with its tokenizer" : "without a tokenizer (--vocab DIR adds one)");
     std::printf("next: ./train_gpt sample --init-from %s\n", shell_word(o.output).c_str());
 }
@@ -1375,12 +1380,11 @@ inline void convert_llmc(const PrepareOptions& o) {
 // =================================================================================================
 
 inline void run_prepare_data(const std::vector<std::string>& arguments) {
-    PrepareOptions o = parse_prepare_options(arguments);
+    const PrepareOptions o = parse_prepare_options(arguments);
     if (o.help) {
         std::fputs(prepare_help().c_str(), stdout);
         return;
     }
-    check_prepare_options(o);
     check_output_folder(o.output);
     if (!o.from_llmc.empty()) return convert_llmc(o);
     if (o.input.empty()) {

@@ -2725,6 +2725,21 @@ TEST_CASE("tokenizer: text is cut into pieces as GPT-2 cuts it") {
                     "b") == Pieces{"a", "\xed\xa0\x80", "b"});
 }
 
+TEST_CASE("tokenizer: the fast scanner cuts the same pieces") {
+    std::vector<std::string> texts;
+    for (uint64_t seed = 0; seed < 100; ++seed) texts.push_back(random_text(seed, 100));
+    for (size_t letters = 0; letters < 40; ++letters)
+        for (std::string before : {"", " ", "  ", "'", "\u00e9"})
+            for (std::string after : {"", " ", "'s", "7", "@", "[", "`", "{", "\u00e9", "\xff"})
+                texts.push_back(
+                    before +
+                    std::string("QuickzebrAZqfgjlmnopquvwxydhkstABCDEFGHIJ").substr(40 - letters) +
+                    after);
+    for (const std::string& text : texts)
+        for (size_t at = 0; at < text.size(); at += next_piece(text, at).size())
+            CHECK(fast_piece(text, at) == next_piece(text, at));
+}
+
 TEST_CASE("tokenizer: GPT-2's golden strings, pieces and tokens") {
     std::string folder = gpt2_data();
     if (folder.empty()) return;
@@ -2907,8 +2922,6 @@ TEST_CASE("tokenizer: learning agrees with counting all pairs anew for each merg
         CHECK(trained_on({text}, 330).merges() == train_by_definition(text, 73));
         CHECK(trained_on({letters}, 330).merges() == train_by_definition(letters, 73));
     }
-    CHECK(contains(error_of([] { trained_on({"a"}, 256); }, 2), "a vocabulary has 257"));
-    CHECK(contains(error_of([] { trained_on({"a"}, 65537); }, 2), "found 65537"));
 }
 
 TEST_CASE("tokenizer: a learnt vocabulary is saved and loaded") {
@@ -2971,22 +2984,22 @@ TEST_CASE("prepare_data: options") {
     CHECK(o.val_fraction == 0);
     auto error = [](std::vector<std::string> arguments) { return prepare_data(arguments); };
     CHECK(error({"--vocabsize", "300"}) ==
-          "2: there is no option --vocabsize; did you mean --vocab-size? (--help lists all)");
-    CHECK(contains(error({"--vocab-size", "12x"}),
-                   "2: --vocab-size takes a whole number from 257 to 65536, found 12x"));
+          "2: unknown option --vocabsize; did you mean --vocab-size? (--help lists all options)");
+    CHECK(error({"--vocab-size", "12x"}) ==
+          "2: --vocab-size must be a whole number in [257, 65536], got 12x");
     for (const char* bad :
          {"256", "65537", "-1", "0", "1e3", "99999999999999999999", " 300", "nan"})
-        CHECK(contains(error({"--vocab-size", bad}), "2: --vocab-size takes"));
+        CHECK(contains(error({"--vocab-size", bad}), "2: --vocab-size must be"));
     for (const char* bad : {"1", "-0.1", "nan", "inf", "half", "0.1x"})
-        CHECK(contains(error({"--val-fraction", bad}), "2: --val-fraction takes"));
-    CHECK(contains(error({"--shard-tokens=0"}), "2: --shard-tokens takes"));
+        CHECK(contains(error({"--val-fraction", bad}), "2: --val-fraction must be"));
+    CHECK(contains(error({"--shard-tokens=0"}), "2: --shard-tokens must be"));
     CHECK(contains(error({"--output"}), "2: --output needs a value"));
     CHECK(contains(error({"--output="}), "2: --output needs a value"));
     CHECK(contains(error({"--input", "--output", "x"}), "2: --input needs a value"));
     CHECK(contains(error({"book.txt"}), "2: expected an option"));
     CHECK(contains(error({"--input", "x"}), "2: --input needs --output"));
     CHECK(contains(error({"--input", "x", "--output", "y", "--tokenizer", "word"}),
-                   "2: --tokenizer is bpe, byte or gpt2"));
+                   "2: --tokenizer must be one of bpe|byte|gpt2, got word"));
     CHECK(contains(error({"--tokenizer", "byte", "--vocab-size", "300"}),
                    "2: --vocab-size is for --tokenizer bpe"));
     CHECK(contains(error({"--input", "x", "--output", "y", "--seed", "2"}),
@@ -3142,61 +3155,64 @@ TEST_CASE("prepare_data: the stories have a floor, and it agrees with the gramma
 TEST_CASE("prepare_data: a model of llm.c becomes a Hugging Face folder") {
     TemporaryFolder temporary;
     const int P = 5, V = 257, padded = 320, L = 2, NH = 2, C = 4;
-    for (int version : {3, 5}) {
-        // A file whose element number i is i itself: every element of the result says where it was.
-        std::vector<int32_t> header = {20240326, version, P, V, L, NH, C, padded};
-        header.resize(256);
-        std::string file(reinterpret_cast<const char*>(header.data()), 1024);
-        size_t count = padded * C + P * C + L * (12 * C * C + 13 * C) + 2 * C;
-        for (size_t i = 0; i < count; ++i) {
-            float value = float(i);
-            bf16 half(value);
-            version == 3 ? file.append(reinterpret_cast<const char*>(&value), 4)
-                         : file.append(reinterpret_cast<const char*>(&half), 2);
-        }
-        write_file(temporary / "model.bin", file);
-        Tokenizer::bytes().save(temporary / "bytes");
-        CHECK(prepare_data({"--from-llmc", temporary / "model.bin", "--output", temporary / "out",
-                            "--vocab", temporary / "bytes"}) == "");
-        SafetensorsFile safetensors(temporary / "out/model.safetensors");
-        CHECK(safetensors.tensors.size() == 4 + 12 * L);
-        auto element = [&](const std::string& name, size_t i) {
-            const StoredTensor* tensor = safetensors.find("transformer." + name);
-            REQUIRE(tensor != nullptr);
-            std::vector<float> values(tensor->count());
-            safetensors.read(*tensor, values.data());
-            return values[i];
-        };
-        auto stored = [&](size_t i) { return version == 3 ? float(i) : float(bf16(float(i))); };
-        size_t wpe = padded * C, ln_1 = wpe + P * C, qkvw = ln_1 + 2 * L * C,
-               qkvb = qkvw + L * 3 * C * C;
-        CHECK(element("wte.weight", V * C - 1) == stored(V * C - 1));
-        CHECK(element("wpe.weight", 3) == stored(wpe + 3));
-        CHECK(element("h.1.ln_1.weight", 2) == stored(ln_1 + C + 2));
-        CHECK(element("h.1.attn.c_attn.weight", 2 * 3 * C + 7) ==
-              stored(qkvw + 3 * C * C + 7 * C + 2));  // [in 2, out 7]
-        CHECK(element("h.1.attn.c_attn.bias", 5) == stored(qkvb + 3 * C + 5));
-        CHECK(element("ln_f.bias", C - 1) == stored(count - 1));
-        CHECK(config_of_folder(temporary / "out").n_head == NH);
-        CHECK(config_of_folder(temporary / "out").vocab_size == V);
-        // A file cut short, or of another kind, is refused.
-        auto error = [&](const std::string& bytes) {
-            write_file(temporary / "bad.bin", bytes);
-            std::string message = prepare_data(
-                {"--from-llmc", temporary / "bad.bin", "--output", temporary / "none"});
-            CHECK_FALSE(folder_exists(temporary / "none"));
-            return message;
-        };
-        CHECK(contains(error(file.substr(0, file.size() - 1)), "is damaged"));
-        CHECK(contains(error(file.substr(0, 10)), "impossible sizes"));
-        CHECK(contains(error(""), "no model of llm.c"));
-        std::string nan = file;  // the last element's high bytes
-        nan[nan.size() - 1] = '\x7f', nan[nan.size() - 2] = '\xff';
-        CHECK(contains(error(nan), "ln_f.bias"));
-        CHECK(contains(error("x" + file), "no model of llm.c"));
-        file[20] = 3;
-        CHECK(contains(error(file), "impossible sizes"));
+    // A file whose element number i is i itself: every element of the result says where it was.
+    std::vector<int32_t> header = {20240326, 3, P, V, L, NH, C, padded};
+    header.resize(256);
+    std::string file(reinterpret_cast<const char*>(header.data()), 1024);
+    const size_t count = padded * C + P * C + L * (12 * C * C + 13 * C) + 2 * C;
+    for (size_t i = 0; i < count; ++i) {
+        const float value = float(i);
+        file.append(reinterpret_cast<const char*>(&value), 4);
     }
+    write_file(temporary / "model.bin", file);
+    Tokenizer::bytes().save(temporary / "bytes");
+    CHECK(prepare_data({"--from-llmc", temporary / "model.bin", "--output", temporary / "out",
+                        "--vocab", temporary / "bytes"}) == "");
+    SafetensorsFile safetensors(temporary / "out/model.safetensors");
+    CHECK(safetensors.tensors.size() == 4 + 12 * L);
+    const size_t wpe = padded * C, ln_1 = wpe + P * C, qkvw = ln_1 + 2 * L * C,
+                 qkvb = qkvw + L * 3 * C * C;
+    struct Element {
+        const char* tensor;
+        size_t at, was_at;
+    };
+    for (const auto& [name, at, was_at] :
+         {Element{"wte.weight", V * C - 1, V * C - 1}, Element{"wpe.weight", 3, wpe + 3},
+          Element{"h.1.ln_1.weight", 2, ln_1 + C + 2},
+          Element{"h.1.attn.c_attn.weight", 2 * 3 * C + 7, qkvw + 3 * C * C + 7 * C + 2},
+          Element{"h.1.attn.c_attn.bias", 5, qkvb + 3 * C + 5},
+          Element{"ln_f.bias", C - 1, count - 1}}) {
+        CAPTURE(name);
+        const StoredTensor* tensor = safetensors.find(std::string("transformer.") + name);
+        REQUIRE(tensor != nullptr);
+        std::vector<float> values(tensor->count());
+        safetensors.read(*tensor, values.data());
+        CHECK(values[at] == float(was_at));
+    }
+    CHECK(config_of_folder(temporary / "out").n_head == NH);
+    CHECK(config_of_folder(temporary / "out").vocab_size == V);
+    // A file cut short, or of another kind, is refused.
+    auto error = [&](const std::string& bytes) {
+        write_file(temporary / "bad.bin", bytes);
+        std::string message =
+            prepare_data({"--from-llmc", temporary / "bad.bin", "--output", temporary / "none"});
+        CHECK_FALSE(folder_exists(temporary / "none"));
+        return message;
+    };
+    auto with_byte = [&](size_t at, char byte) {
+        std::string changed = file;
+        changed[at] = byte;
+        return changed;
+    };
+    CHECK(contains(error(file.substr(0, file.size() - 1)), "is damaged"));
+    CHECK(contains(error(file.substr(0, 10)), "impossible sizes"));
+    CHECK(contains(error(with_byte(20, 3)), "impossible sizes"));
+    CHECK(contains(error(""), "no model of llm.c"));
+    CHECK(contains(error("x" + file), "no model of llm.c"));
+    CHECK(contains(error(with_byte(4, 5)), "in bf16 (version 5); only fp32 (version 3)"));
+    std::string nan = file;  // the last element's high bytes
+    nan.replace(nan.size() - 2, 2, "\xff\x7f");
+    CHECK(contains(error(nan), "ln_f.bias"));
     CHECK(contains(prepare_data({"--from-llmc", "x"}), "2: --from-llmc needs --output"));
 }
 

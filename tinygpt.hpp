@@ -91,6 +91,7 @@
 #include <new>
 #include <numeric>
 #include <optional>
+#include <queue>
 #include <set>
 #include <span>
 #include <stdexcept>
@@ -3745,186 +3746,116 @@ inline void Json::write_to(std::string& out, int indent, int depth) const {
 // =================================================================================================
 // §12 The tokenizer: text to tokens and back
 // =================================================================================================
-// A model knows no letters, only tokens: numbers below its vocabulary's size, each of which stands
-// for some bytes of text. This section turns text into tokens and back.
+// What you have now: files of text. What a model reads: tokens, numbers below its vocabulary's
+// size, each of which stands for some bytes of text.
 //
-// GPT-2's tokenizer is a byte-level BPE (byte pair encoding; Sennrich, Haddow, Birch 2016; Radford
-// et al. 2019, §2.2). Text is cut into pieces, which are roughly words with the space before them.
-// Each piece starts as its bytes, one token a byte; then the neighbours whose merge was learnt
-// first become one token, again and again, until no two neighbours have a merge. So any bytes at
-// all can be encoded, and decoding gives them back.
+// This is GPT-2's tokenizer, a byte-level BPE (byte pair encoding; Sennrich, Haddow, Birch 2016;
+// Radford et al. 2019, §2.2). Text is cut into pieces, roughly words with the blank before them.
+// Each piece starts as its bytes, one token a byte. Then the two neighbours whose merge was learnt
+// first become one token, until no two neighbours have a merge. So any bytes can be encoded.
 //
 //   text    "Hello, world's"
 //   pieces  "Hello" | "," | " world" | "'s"
-//   tokens   15496     11     995       338        (with GPT-2's own vocabulary)
+//   tokens   15496     11     995       338        (with GPT-2's vocabulary)
 //
-// Where a vocabulary comes from, which is learning merges from text, is in prepare_data.cpp.
+// prepare_data.cpp learns vocabularies from text, and has a faster encoder for whole corpora.
 
-// ---- Pieces: where merging stops ---------------------------------------------------------------
+// --- Pieces
 
-// Merging never crosses from one piece to the next: else "dog.", "dog!" and "dog?" would each be a
-// token, and one would be spent on " of the". A piece ends where one class of characters gives way
-// to another. It also keeps merging cheap: a word has a few bytes, a text has millions.
+// Merging never crosses from one piece into the next. Else "dog.", "dog!" and "dog?" would each be
+// a token, and one would be spent on " of the". It also keeps merging cheap: pieces are short.
 enum CharClass : uint8_t { kOther, kLetter, kNumber, kSpace };
+inline CharClass class_of(uint32_t code);  // of a code point; the table ends this section
 
-// The classes of ASCII. Why a table: one look-up a character, with nothing to branch on.
-inline constexpr std::array<CharClass, 128> kAsciiClass = [] {
-    std::array<CharClass, 128> classes{};  // all of them kOther
-    for (size_t c = 'A'; c <= 'Z'; ++c) classes[c] = classes[c | 0x20] = kLetter;
-    for (size_t c = '0'; c <= '9'; ++c) classes[c] = kNumber;
-    for (unsigned char c : std::string_view(" \t\n\v\f\r")) classes[c] = kSpace;
-    return classes;
-}();
-// What Unicode says of any code point: "é" is a letter, "½" a number, U+3000 white space. That
-// table, long and dull, is at the end of this section.
-inline CharClass class_of(uint32_t code);
-
-// One character of a text: how many bytes it takes, and its class.
-struct Character {
-    size_t bytes;
-    CharClass kind;
-};
-// A byte that begins no valid UTF-8 character is taken alone, as kOther: broken text loses nothing.
-// Why apart, and never inlined: character_at is called for every word, this hardly ever in English.
-[[gnu::noinline]] inline Character character_beyond_ascii(std::string_view text) {
-    const Utf8Character c = utf8_character(text);
-    return c.bytes ? Character{c.bytes, class_of(c.code)} : Character{1, kOther};
-}
-// The character at text[at], for at < text.size().
-// Why by reference: a copy goes through memory (g++ 12), which makes cutting pieces 15 % slower.
-inline Character character_at(const std::string_view& text, size_t at) {
-    const uint8_t first = uint8_t(text[at]);
-    if (first >= 128) [[unlikely]]
-        return character_beyond_ascii(text.substr(at));
-    return {1, kAsciiClass[first]};
-}
-
-// How many of the eight bytes at `text`, from the first on, are ASCII letters.
-// Why: a word at a time instead of a letter at a time makes encoding an eighth faster. All eight
-// comparisons are done at once in one register: adding 128 - c to a byte below 128 sets its top bit
-// just where it is c or more. ("a" is 0x61, and 0x61 + 0x1f = 0x80; "`" is 0x60, and makes 0x7f.)
-// The bit 0x20 makes capitals small; a byte of 128 or more is ruled out by its own top bit.
-inline size_t leading_letters(const char* text) {
-    constexpr uint64_t kEach = 0x0101010101010101, kTop = 0x80 * kEach;
-    uint64_t bytes;
-    std::memcpy(&bytes, text, sizeof bytes);
-    const uint64_t lower = (bytes | 0x20 * kEach) & ~kTop;
-    const uint64_t from_a = lower + (128 - 'a') * kEach, beyond_z = lower + (127 - 'z') * kEach;
-    const uint64_t others = ~(from_a & ~beyond_z & ~bytes) & kTop;
-    return size_t(std::countr_zero(others)) / 8;
-}
-
-// Where the run of characters of class `kind` that begins at text[at] ends: at `at` where there is
-// none. If `last` is given, it becomes where the run's last character begins.
-inline size_t run_end(std::string_view text, size_t at, CharClass kind, size_t* last = nullptr) {
-    while (kind == kLetter && at + 8 <= text.size()) {
-        const size_t letters = leading_letters(text.data() + at);
-        at += letters;
-        if (letters == 8) continue;
-        if (!(text[at] & 0x80)) return at;
-        break;  // there may be letters beyond ASCII
-    }
-    while (at < text.size()) {
-        const Character c = character_at(text, at);
-        if (c.kind != kind) break;
-        if (last) *last = at;
-        at += c.bytes;
-    }
-    return at;
+// The class of the character at text[at], whose length becomes `bytes`; at < text.size(). A byte that
+// begins no valid UTF-8 is taken alone, as kOther: broken text loses nothing.
+inline CharClass class_at(std::string_view text, size_t at, size_t& bytes) {
+    const Utf8Character c = utf8_character(text.substr(at));
+    bytes = std::max<size_t>(c.bytes, 1);
+    return c.bytes > 0 ? class_of(c.code) : kOther;
 }
 
 // The piece that begins at text[at], for at < text.size(). This is GPT-2's pattern
 //   's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 // (openai/gpt-2, src/encoder.py) as a scanner: the first alternative that fits is the piece. \p{L}
 // is a letter, \p{N} a number, \s white space; (?!\S) leaves the last space before a word over.
-//   "It costs $20, isn't it?" is "It" | " costs" | " $" | "20" | "," | " isn" | "'t" | " it" | "?"
-// One alternative at a time:
 //   's|'t|'re|'ve|'m|'ll|'d   "we'll" is "we" | "'ll"    but "WE'LL" is "WE" | "'" | "LL"
 //    ?\p{L}+                  " costs"; "naïve" is one   "x2y" is "x" | "2" | "y"
 //    ?\p{N}+                  " 1999", "½"               "3.14" is "3" | "." | "14"
 //    ?[^\s\p{L}\p{N}]+        " $", "?!", emoji          the blank before it is U+0020, no other
-//   \s+(?!\S)                "a   b" is "a" | "  " | " b", and the spaces at a text's end are one
+//   \s+(?!\S)                "a   b" is "a" | "  " | " b"; spaces at a text's end are one piece
 //   \s+                      "a\nb" is "a" | "\n" | "b": a line end joins no word
 inline std::string_view next_piece(std::string_view text, size_t at) {
     // An ending after an apostrophe, in lower case only.
     if (text[at] == '\'')
         for (const std::string_view ending : {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"})
             if (text.substr(at).starts_with(ending)) return text.substr(at, ending.size());
-    // A run of letters, of numbers, or of anything else but space, after at most one blank.
-    const size_t begin = at + (text[at] == ' ' && at + 1 < text.size());
-    const CharClass kind = character_at(text, begin).kind;
-    if (kind != kSpace) return text.substr(at, run_end(text, begin, kind) - at);
-    // White space. Its last character is left over for what comes next: a blank joins a word. Where
-    // the text ends, or it has one character only, nothing is left over.
-    size_t last = at;
-    const size_t end = run_end(text, at, kSpace, &last);
-    const bool left_over = end < text.size() && last > at;
-    return text.substr(at, (left_over ? last : end) - at);
+    // A run of one class. A blank before it belongs to it.
+    size_t end = at + (text[at] == ' ' && at + 1 < text.size()), last = at, bytes = 0;
+    const CharClass kind = class_at(text, end, bytes);
+    for (; end < text.size() && class_at(text, end, bytes) == kind; end += bytes) last = end;
+    // White space leaves its last character to what follows, if there is anything before it.
+    if (kind == kSpace && end < text.size() && last > at) end = last;
+    return text.substr(at, end - at);
 }
 
-// ---- The vocabulary ----------------------------------------------------------------------------
-// A vocabulary is a list of merges, in the order in which they were learnt, and nothing else: the
-// bytes come first, then what each merge makes, then the end of a text. GPT-2's has 256 + 50,000 +
-// 1 = 50,257 tokens. A toy one, learnt from "low low lower", say:
+// --- The vocabulary
+// A vocabulary is a list of merges, in the order in which they were learnt. Its tokens are the 256
+// bytes, what each merge makes, and the end of a text: GPT-2's has 256 + 50,000 + 1 = 50,257. A toy
+// one, learnt from "low low lower", say:
 //   merge 0   l o      token 256, "lo"          merge 2   (blank) low    token 258, " low"
 //   merge 1   lo w     token 257, "low"         merge 3   e r            token 259, "er"
-// Its tokens of " lower lot": " low" "er" | (blank) "lo" t, five for ten bytes. Text that it was
-// not learnt from costs more tokens, but there is none that it cannot write.
+// With it " lower lot" becomes " low" "er" | (blank) "lo" t: five tokens for ten bytes.
 
-// GPT-2 writes bytes as characters that can be seen. The 188 bytes that are visible in Latin-1
-// stand for themselves; the other 68, in order, are written as U+0100, U+0101, ... ("Ġ" is the
-// blank). So a vocabulary's file is text, and no token in it holds a blank or a line end. The ids
-// of the bytes follow the same order: first the 188, then the 68. So "!", byte 33, is token 0, and
-// the blank, byte 32 and the 33rd of the 68, is U+0120 and token 188 + 32 = 220.
-// (constexpr: the tables are made by the compiler, and the program begins with them.)
+// GPT-2 writes each byte as a visible character, so that a vocabulary file is text. The 188 bytes
+// that are visible in Latin-1 stand for themselves; the other 68, in order, are U+0100, U+0101, ...
+// Ids follow the same order: first the 188, then the 68. So "!", byte 33, is token 0. The blank,
+// byte 32 and the 33rd of the 68, is U+0120 ("Ġ") and token 188 + 32 = 220.
 struct ByteAlphabet {
     uint8_t byte_of_id[256] = {};
-    uint16_t id_of_byte[256] = {}, code_of_byte[256] = {};
+    uint16_t id_of_byte[256] = {}, character_of_byte[256] = {};
     constexpr ByteAlphabet() {
-        auto visible = [](int b) { return (b > 32 && b < 127) || (b > 160 && b != 173); };
         int id = 0;
-        for (bool wanted : {true, false})
+        for (bool visible : {true, false})
             for (int b = 0; b < 256; ++b) {
-                if (visible(b) != wanted) continue;
-                byte_of_id[id] = uint8_t(b), id_of_byte[b] = uint16_t(id);
-                code_of_byte[b] = uint16_t(wanted ? b : 256 + id - 188);
-                ++id;
+                if (((b > 32 && b < 127) || (b > 160 && b != 173)) != visible) continue;
+                character_of_byte[b] = uint16_t(visible ? b : 256 + id - 188);
+                byte_of_id[id] = uint8_t(b), id_of_byte[b] = uint16_t(id++);
             }
     }
 };
 inline constexpr ByteAlphabet kBytes;
 
-constexpr std::string_view kEndOfText = "<|endoftext|>";  // as it is written in a vocabulary file
+constexpr std::string_view kEndOfText = "<|endoftext|>";  // its name in a vocabulary file
 
-// Which token two neighbours merge into: a hash table. A pair lies at the place that its bits, well
-// mixed, make it begin the search at, or where that is taken, at the next free place after it
-// (linear probing). At most half of the places are taken, so the search is short.
-// Why not std::unordered_map: a look-up touches one line of cache here, and three or more there.
+constexpr uint32_t kNoToken = UINT32_MAX;
+
+// Which token two neighbours merge into: a hash table with linear probing, at most half full.
+// Why not std::unordered_map: a look-up here touches one cache line, there three or more.
 class MergeTable {
     struct Entry {
-        uint32_t pair = 0, token = kNone;
+        uint32_t pair = 0, token = kNoToken;
     };
     std::vector<Entry> entries_;
 
 public:
-    static constexpr uint32_t kNone = UINT32_MAX;
     explicit MergeTable(size_t merges) : entries_(std::bit_ceil(2 * merges + 2)) {}
-    // The token that left and right become, or kNone. The smaller the token, the earlier its merge:
-    // so the token is all that has to be remembered of one. Both ids must be below 65,536.
+    // The token that left and right become, or kNoToken. The smaller it is, the earlier the merge was
+    // learnt, so nothing else has to be stored. Both ids must be below 65,536.
     uint32_t find(uint32_t left, uint32_t right) const {
-        return entries_[place_of(left << 16 | right)].token;
+        return entries_[index_of(left << 16 | right)].token;
     }
     void add(uint32_t left, uint32_t right, uint32_t token) {
-        entries_[place_of(left << 16 | right)] = {left << 16 | right, token};
+        entries_[index_of(left << 16 | right)] = {left << 16 | right, token};
     }
 
 private:
-    // Where the pair is, or the empty place that it would take. The place where the search begins
-    // is by Fibonacci hashing (Knuth, The Art of Computer Programming, 6.4).
-    size_t place_of(uint32_t pair) const {
+    // Where the pair is, or the empty entry where it belongs. The search begins where Fibonacci
+    // hashing says (Knuth, The Art of Computer Programming, 6.4).
+    size_t index_of(uint32_t pair) const {
         const size_t mask = entries_.size() - 1;
         size_t at = size_t((pair * 0x9e3779b97f4a7c15ull) >> 32) & mask;
-        while (entries_[at].token != kNone && entries_[at].pair != pair) at = (at + 1) & mask;
+        while (entries_[at].token != kNoToken && entries_[at].pair != pair) at = (at + 1) & mask;
         return at;
     }
 };
@@ -3935,24 +3866,17 @@ class Tokenizer {
 public:
     using Merge = std::pair<uint16_t, uint16_t>;
 
-private:
-    std::vector<Merge> merges_;
-    std::vector<std::string> bytes_;  // of every token
-    MergeTable table_;
-
-public:
-    // The vocabulary of these merges, each of which may use what the merges before it made. Fails
-    // if one names a token that does not exist before it.
+    // Fails if a merge names a token that does not exist before it.
     explicit Tokenizer(std::vector<Merge> merge_list)
         : merges_(std::move(merge_list)), table_(merges_.size()) {
-        TINYGPT_CHECK(merges_.size() <= 65536 - 257,
-                      "expected at most %d merges, found %zu: token ids have 16 bits", 65536 - 257,
-                      merges_.size());
+        if (merges_.size() > 65536 - 257)
+            fail("expected at most ", 65536 - 257, " merges, found ", merges_.size(),
+                 ": token ids have 16 bits");
         for (int b : kBytes.byte_of_id) bytes_.emplace_back(1, char(b));
         for (auto [left, right] : merges_) {
-            TINYGPT_CHECK(left < bytes_.size() && right < bytes_.size(),
-                          "merge %zu joins tokens %d and %d, which do not exist before it",
-                          bytes_.size() - 256, left, right);
+            if (left >= bytes_.size() || right >= bytes_.size())
+                fail("merge ", bytes_.size() - 256, " joins tokens ", left, " and ", right,
+                     ", which do not exist before it");
             table_.add(left, right, uint32_t(bytes_.size()));
             bytes_.push_back(bytes_[left] + bytes_[right]);
         }
@@ -3969,12 +3893,12 @@ public:
 
     // The bytes that a token stands for: none for the end of a text.
     std::string_view bytes_of(int id) const {
-        TINYGPT_CHECK(id >= 0 && id < vocab_size(), "there is no token %d: the vocabulary has %d",
-                      id, vocab_size());
+        if (id < 0 || id >= vocab_size())
+            fail("there is no token ", id, ": the vocabulary has ", vocab_size());
         return bytes_[size_t(id)];
     }
     // The text of some tokens, with `end_of_text_mark` for every end of text. Careful: a token may
-    // be half a character, so some of a text's tokens need not be valid UTF-8 (see Utf8Stream).
+    // be half a character, so the result need not be valid UTF-8 (see Utf8Stream).
     std::string decode(const std::vector<uint16_t>& tokens,
                        std::string_view end_of_text_mark = "") const {
         std::string text;
@@ -3990,241 +3914,122 @@ public:
     std::string name_of(int id) const;  // the token in GPT-2's visible characters
     std::string vocab_json() const;
     std::string merges_text() const;
-};
-
-// ---- Encoding ----------------------------------------------------------------------------------
-
-// Turns text into tokens, piece by piece. One for each thread, as it remembers what it has seen.
-// Why: text repeats its words. Of 100 pieces of English, 96 are found in the memory, and only the
-// others must be merged.
-class Encoder {
-    static constexpr size_t kMaxBytes = 15, kMaxTokens = 7;  // of a piece to be remembered
-    static constexpr size_t kMaxKnown = 1 << 16;             // 2 MB: what a core's cache holds
-    static constexpr size_t kShort = 32;                     // up to here, merge_short is faster
-    static constexpr uint32_t kNone = MergeTable::kNone;
-
-    // A piece and its tokens. The key is the piece's bytes, zeros, and in its last byte the length:
-    //     " lower"     20 6c 6f 77 65 72 00 00 | 00 00 00 00 00 00 00 06
-    // Why so small: two fill a line of cache, and a key is compared in two steps.
-    struct Key {
-        uint64_t low = 0, high = 0;
-        bool operator==(const Key&) const = default;
-    };
-    struct Known {
-        Key key;  // zero: nothing here, as no piece is empty
-        uint16_t count = 0, tokens[kMaxTokens] = {};
-    };
-    // A token of a long piece, and the places of its neighbours; kNone where there is none.
-    struct Symbol {
-        uint32_t token, previous, next;
-    };
-    const MergeTable& table_;
-    std::vector<Known> known_;
-    std::vector<Symbol> symbols_;
-    std::vector<uint64_t> waiting_;  // a heap of merges: token << 32 | place of the left symbol
-
-public:
-    // The memory is sized for texts of about text_bytes.
-    // Why: a prompt is a few words, and clearing 2 MB would take longer than encoding them.
-    explicit Encoder(const Tokenizer& tokenizer, size_t text_bytes = SIZE_MAX)
-        : table_(tokenizer.merge_table()),
-          known_(std::bit_ceil(std::clamp<size_t>(text_bytes / 16, 64, kMaxKnown))) {}
-
-    // Appends the tokens of the text to out.
-    void encode(std::string_view text, std::vector<uint16_t>& out) {
-        size_t used = out.size();
-        for (size_t at = 0; at < text.size();) {
-            const std::string_view piece = next_piece(text, at);
-            // Make room for a token a byte, and for all of a Known's, which are copied unseen.
-            // Why not for the whole text at once: tokens are fewer than bytes, by a factor of four.
-            if (out.size() < used + piece.size() + kMaxTokens)
-                out.resize(used + std::min(text.size() - at, used + piece.size()) + kMaxTokens);
-            uint16_t* to = out.data() + used;
-            const bool fits = piece.size() <= kMaxBytes && text.size() - at > kMaxBytes;
-            used += fits ? recall(piece, to) : merge(piece, to);
-            at += piece.size();
-        }
-        out.resize(used);
-    }
 
 private:
-    // The tokens of one piece. Each of these four functions writes them to `to`, which has room for
-    // one a byte and seven more, and returns how many they are.
+    std::vector<Merge> merges_;
+    std::vector<std::string> bytes_;  // of every token
+    MergeTable table_;
+};
 
-    // From memory, if the piece is known; else it takes the place of the one that was there. The
-    // piece has at most 15 bytes. Careful: 16 are read, so the text must go on behind it.
-    size_t recall(std::string_view piece, uint16_t* to) {
-        // Why: copying 16 bytes and clearing those behind the piece takes a few instructions, where
-        // copying as many as it has is a call.
-        Key key;
-        std::memcpy(&key, piece.data(), sizeof key);
-        const size_t low = std::min<size_t>(piece.size(), 8), high = piece.size() - low;
-        key.low &= ~uint64_t(0) >> (64 - 8 * low);
-        key.high &= (uint64_t(1) << (8 * high)) - 1;
-        key.high |= uint64_t(piece.size()) << 56;
-        const uint64_t mixed = (key.low ^ (key.high * 0xbf58476d1ce4e5b9ull)) * 0x9e3779b97f4a7c15;
-        Known& known = known_[size_t(mixed >> 40) & (known_.size() - 1)];
-        if (known.key != key) {
-            const size_t count = merge(piece, to);
-            if (count > kMaxTokens) return count;
-            known.key = key, known.count = uint16_t(count);
-            std::copy(to, to + count, known.tokens);
-        }
-        // Why all seven, whatever the count: a copy of fixed size is one instruction.
-        std::memcpy(to, known.tokens, sizeof known.tokens);
-        return known.count;
-    }
+// --- Encoding
 
-    size_t merge(std::string_view piece, uint16_t* to) {
-        return piece.size() <= kShort ? merge_short(piece, to) : merge_long(piece, to);
-    }
-
-    // Merging as it is defined: look for the earliest merge, make it, look again; n * n steps. With
-    // GPT-2's vocabulary, where "er" is token 263, " l" is 300, "ow" 322, "ower" 789:
-    //     (blank) l o w e r  ->  (blank) l o w er  ->  " l" o w er  ->  " l" ow er  ->  " l" ower
-    // and " lower" is token 2793.
-    // Why not merge_long for all: encoding a text would take a third longer.
-    size_t merge_short(std::string_view piece, uint16_t* to) const {
-        size_t n = piece.size();
-        uint32_t merged[kShort];  // what token i and the one after it make: looked up once only
-        for (size_t i = 0; i < n; ++i) to[i] = kBytes.id_of_byte[uint8_t(piece[i])];
-        for (size_t i = 0; i + 1 < n; ++i) merged[i] = table_.find(to[i], to[i + 1]);
-        while (n > 1) {
-            const size_t best = size_t(std::min_element(merged, merged + n - 1) - merged);
-            if (merged[best] == kNone) break;
-            // Token `best` becomes the merged one, and the token after it goes.
-            to[best] = uint16_t(merged[best]);
-            --n;
-            std::copy(to + best + 2, to + n + 1, to + best + 1);
-            if (best + 1 < n) std::copy(merged + best + 2, merged + n, merged + best + 1);
-            // It has new neighbours.
-            if (best > 0) merged[best - 1] = table_.find(to[best - 1], to[best]);
-            if (best + 1 < n) merged[best] = table_.find(to[best], to[best + 1]);
-        }
-        return n;
-    }
-
-    // The same in n log n steps: a piece may be a megabyte without a space. The tokens are a linked
-    // list, and every pair that has a merge waits in a heap, which gives out the earliest merge
-    // first and, of the same merge, the leftmost place: aaa becomes (aa)a. With merges a a -> A and
-    // A A -> B, of the five letters aaaaa:
-    //     symbols       waiting (the smallest first)      taken
-    //     a a a a a     A at 0, A at 1, A at 2, A at 3    A at 0
-    //     A . a a a     A at 1, A at 2, A at 3            A at 1: that a is gone, pass over
-    //     A . a a a     A at 2, A at 3                    A at 2, and its neighbour A offers B at 0
-    //     A . A . a     A at 3, B at 0                    A at 3: gone; then B at 0
-    //     B . . . a     nothing                           the tokens are B and a
-    size_t merge_long(std::string_view piece, uint16_t* to) {
-        TINYGPT_CHECK(piece.size() < kNone, "a word of %zu bytes is too long to encode",
-                      piece.size());
-        symbols_.clear();
-        for (uint32_t i = 0; i < piece.size(); ++i)
-            symbols_.push_back({kBytes.id_of_byte[uint8_t(piece[i])], i - 1, i + 1});
-        symbols_.back().next = kNone;  // the first one's 0 - 1 is kNone by itself
-        for (uint32_t i = 0; i < piece.size(); ++i) offer(i);
-        while (!waiting_.empty()) {
-            std::pop_heap(waiting_.begin(), waiting_.end(), std::greater<>());
-            const uint32_t token = uint32_t(waiting_.back() >> 32), i = uint32_t(waiting_.back());
-            waiting_.pop_back();
-            // Pass over a pair that is no more: one of its two has merged with another neighbour.
-            if (merged_with_next(i) == token) join_next(i, token);
-        }
-        size_t count = 0;
-        for (uint32_t i = 0; i != kNone; i = symbols_[i].next)
-            to[count++] = uint16_t(symbols_[i].token);
-        return count;
-    }
-    // What symbol i and its right neighbour make; kNone also where i is gone or has no neighbour.
-    uint32_t merged_with_next(uint32_t i) const {
-        const Symbol& symbol = symbols_[i];
-        if (symbol.token == kNone || symbol.next == kNone) return kNone;
-        return table_.find(symbol.token, symbols_[symbol.next].token);
-    }
-    // Lets symbol i wait for its merge with its right neighbour, if they have one.
-    void offer(uint32_t i) {
-        const uint64_t token = merged_with_next(i);
-        if (token == kNone) return;
-        waiting_.push_back(token << 32 | i);
-        std::push_heap(waiting_.begin(), waiting_.end(), std::greater<>());
-    }
-    // Symbol i takes in its right neighbour and becomes `token`; both its pairs are new.
-    void join_next(uint32_t i, uint32_t token) {
-        Symbol &left = symbols_[i], &right = symbols_[left.next];
-        left.token = token, left.next = right.next, right.token = kNone;
-        if (left.next != kNone) symbols_[left.next].previous = i;
-        if (left.previous != kNone) offer(left.previous);
+// Appends the tokens of one piece to `out`. With GPT-2's vocabulary, where "er" is token 263, " l"
+// is 300, "ow" 322, "ower" 789, and " lower" 2793:
+//     (blank) l o w e r  ->  (blank) l o w er  ->  " l" o w er  ->  " l" ow er  ->  " l" ower
+// It takes n log n steps, as a piece may be a megabyte of one letter. The tokens are a linked list.
+// Every pair that has a merge waits in a heap, the earliest merge first and, of the same merge, the
+// leftmost: aaa becomes (aa)a. With merges a a -> A and A A -> B, aaaaa goes through
+//     tokens        waiting, smallest first           taken
+//     a a a a a     A at 0, A at 1, A at 2, A at 3    A at 0
+//     A . a a a     A at 1, A at 2, A at 3            A at 1: that a is gone, skip
+//     A . a a a     A at 2, A at 3                    A at 2, which adds B at 0
+//     A . A . a     A at 3, B at 0                    A at 3: gone; then B at 0
+//     B . . . a     nothing                           the result is B a
+inline void merge_piece(const MergeTable& table, std::string_view piece,
+                        std::vector<uint16_t>& out) {
+    if (piece.size() >= kNoToken) fail("a word of ", piece.size(), " bytes is too long to encode");
+    const uint32_t n = uint32_t(piece.size());
+    std::vector<uint32_t> token(n), previous(n), next(n);
+    std::priority_queue<uint64_t, std::vector<uint64_t>, std::greater<>> waiting;
+    // What token i and its right neighbour make. kNoToken also where its left one has taken it in.
+    auto merged_at = [&](uint32_t i) {
+        return token[i] == kNoToken || next[i] == n ? kNoToken
+                                                    : table.find(token[i], token[next[i]]);
+    };
+    auto offer = [&](uint32_t i) {
+        const uint64_t merged = merged_at(i);
+        if (merged != kNoToken) waiting.push(merged << 32 | i);
+    };
+    for (uint32_t i = 0; i < n; ++i)
+        token[i] = kBytes.id_of_byte[uint8_t(piece[i])], previous[i] = i - 1, next[i] = i + 1;
+    for (uint32_t i = 0; i < n; ++i) offer(i);
+    while (!waiting.empty()) {
+        const uint32_t merged = uint32_t(waiting.top() >> 32), i = uint32_t(waiting.top());
+        waiting.pop();
+        if (merged_at(i) != merged) continue;  // one of the two has merged with another neighbour
+        const uint32_t right = next[i];
+        token[i] = merged, token[right] = kNoToken;
+        next[i] = next[right];
+        if (next[i] < n) previous[next[i]] = i;
+        if (i > 0) offer(previous[i]);
         offer(i);
     }
-};
+    for (uint32_t i = 0; i < n; i = next[i]) out.push_back(uint16_t(token[i]));
+}
 
 inline std::vector<uint16_t> Tokenizer::encode(std::string_view text) const {
     std::vector<uint16_t> tokens;
-    Encoder(*this, text.size()).encode(text, tokens);
+    for (size_t at = 0; at < text.size();) {
+        const std::string_view piece = next_piece(text, at);
+        merge_piece(table_, piece, tokens);
+        at += piece.size();
+    }
     return tokens;
 }
 
-// ---- Vocabulary files --------------------------------------------------------------------------
-// Two files, in OpenAI's format and under Hugging Face's names (OpenAI's are vocab.bpe and
-// encoder.json). Tokens are written in GPT-2's visible characters.
+// --- Vocabulary files
+// Two files in OpenAI's format, under Hugging Face's names (OpenAI's are vocab.bpe, encoder.json):
 //
 //     merges.txt    #version: 0.2            vocab.json    {"!": 0, "\"": 1, "#": 2, ...
 //                   Ġ t                                    "\u0120t": 256, "\u0120a": 257, ...
 //                   Ġ a                                    "<|endoftext|>": 50256}
 //
 // The vocabulary follows from the merges alone. A vocab.json that says otherwise is refused: its
-// model would see other tokens. (Ġ is the blank, so "Ġ t" merges it with a t, as token 256.)
+// model would see other tokens.
 
-// A token as the files write it: every byte as its visible character.
 inline std::string Tokenizer::name_of(int id) const {
     if (id == end_of_text()) return std::string(kEndOfText);
     std::string name;
-    for (char b : bytes_of(id)) append_utf8(name, kBytes.code_of_byte[uint8_t(b)]);
+    for (char b : bytes_of(id)) append_utf8(name, kBytes.character_of_byte[uint8_t(b)]);
     return name;
 }
 
-// merges.txt: a first line with the format's version, then a merge a line, in order.
 inline std::string Tokenizer::merges_text() const {
     std::string text = "#version: 0.2\n";
     for (auto [left, right] : merges_) text += name_of(left) + ' ' + name_of(right) + '\n';
     return text;
 }
 
-// In plain ASCII, with the separators of Python's json: GPT-2's comes out, byte for byte, as OpenAI
-// published it.
+// In ASCII, with the separators of Python's json: GPT-2's is, byte for byte, what OpenAI published.
 inline std::string Tokenizer::vocab_json() const {
     std::string json = "{";
     for (int id = 0; id < vocab_size(); ++id) {
         json += id == 0 ? "\"" : ", \"";
         for (char c : bytes_of(id)) {
-            const unsigned code = kBytes.code_of_byte[uint8_t(c)];
+            const unsigned code = kBytes.character_of_byte[uint8_t(c)];
             if (code == '"' || code == '\\') json += '\\';
             json += code < 128 ? std::string(1, c) : format("\\u%04x", code);
         }
         if (id == end_of_text()) json += kEndOfText;
-        json += format("\": %d", id);
+        json += to_text("\": ", id);
     }
     return json + "}";
 }
 
-// Writes vocab.json and merges.txt, each whole or not at all; makes the folder where it is missing.
+// Makes the folder where it is missing.
 inline void Tokenizer::save(const std::string& folder) const {
     make_folders(folder);
     write_file(folder + "/vocab.json", vocab_json());
     write_file(folder + "/merges.txt", merges_text());
 }
 
-// The most bytes that a vocabulary's file may have: GPT-2's have a million.
-constexpr size_t kMaxVocabBytes = 16'000'000;
+constexpr size_t kMaxVocabBytes = 16'000'000;  // of a vocabulary file: GPT-2's have a million
 
-// The merges of a merges file, whose every line may use the tokens that earlier lines made. `ids`
-// begins empty, and ends with the id of every token but the last by its name.
+// The merges of a merges file. Sets `ids`, the id of every token but the last by its name.
 inline std::vector<Tokenizer::Merge> read_merges(const std::string& path,
                                                  std::unordered_map<std::string, uint16_t>& ids) {
-    for (int b = 0; b < 256; ++b) {
-        std::string name;
-        append_utf8(name, kBytes.code_of_byte[b]);
-        ids[name] = kBytes.id_of_byte[b];
-    }
+    const Tokenizer bytes = Tokenizer::bytes();
+    for (int id = 0; id < 256; ++id) ids[bytes.name_of(id)] = uint16_t(id);
     std::vector<Tokenizer::Merge> merges;
     const std::string text = read_file(path, kMaxVocabBytes);
     int line_number = 0;
@@ -4232,69 +4037,62 @@ inline std::vector<Tokenizer::Merge> read_merges(const std::string& path,
         end = std::min(text.find('\n', at), text.size());
         const std::string line = text.substr(at, end - at);
         if (++line_number == 1 && line.starts_with("#version")) continue;
-        const auto refuse = [&](const std::string& problem) {
-            fail(format("%s, line %d: ", path.c_str(), line_number) + problem);
-        };
+        const std::string where = to_text(path, ", line ", line_number, ": ");
         const size_t blank = line.find(' ');
         if (blank == line.npos)
-            refuse("expected two tokens with a blank between them, found " + in_quotes(line));
+            fail(where, "expected two tokens with a blank between them, found ", in_quotes(line));
         const auto left = ids.find(line.substr(0, blank)), right = ids.find(line.substr(blank + 1));
         if (left == ids.end() || right == ids.end())
-            refuse(in_quotes(line) +
-                   " is not two tokens that exist before it (bytes, or made by "
-                   "an earlier line)");
-        if (ids.size() == 65535) refuse("expected at most 65279 merges: token ids have 16 bits");
+            fail(where, in_quotes(line),
+                 " is not two tokens that exist before it (bytes, or made by an earlier line)");
+        if (ids.size() == 65535) fail(where, "expected at most 65279 merges: ids have 16 bits");
         merges.emplace_back(left->second, right->second);
         if (!ids.emplace(left->first + right->first, uint16_t(ids.size())).second)
-            refuse(in_quotes(line) + " makes a token that exists already");
+            fail(where, in_quotes(line), " makes a token that exists already");
     }
     return merges;
 }
 
-// Reads both files, under either's names. Where they are missing, the error says where to get some.
 inline Tokenizer Tokenizer::load(const std::string& folder) {
     const bool ours = file_exists(folder + "/vocab.json") && file_exists(folder + "/merges.txt");
     const bool openai = file_exists(folder + "/encoder.json") && file_exists(folder + "/vocab.bpe");
-    TINYGPT_CHECK(ours || openai,
-                  "there is no tokenizer in %s: expected vocab.json and merges.txt, or "
-                  "encoder.json and vocab.bpe (make gpt2-vocab fetches GPT-2's into data/gpt2)",
-                  folder.c_str());
+    if (!ours && !openai)
+        fail("there is no tokenizer in ", folder, ": expected vocab.json and merges.txt, or ",
+             "encoder.json and vocab.bpe (make gpt2-vocab fetches GPT-2's into data/gpt2)");
     std::unordered_map<std::string, uint16_t> ids;
     Tokenizer tokenizer(read_merges(folder + (ours ? "/merges.txt" : "/vocab.bpe"), ids));
     ids.emplace(kEndOfText, uint16_t(tokenizer.end_of_text()));
-    // Its vocabulary must say what the merges say: the same names, with the same ids.
+    // vocab.json must say what the merges say: the same names, with the same ids.
     const std::string path = folder + (ours ? "/vocab.json" : "/encoder.json");
     const Json vocab =
         Json::parse(read_file(path, kMaxVocabBytes), path, {.depth = 2, .values = 70'000});
-    TINYGPT_CHECK(vocab.is_object() && vocab.members.size() == ids.size(),
-                  "%s: expected an object of %zu tokens (256 bytes, %zu merges, %s), found %zu",
-                  path.c_str(), ids.size(), tokenizer.merges().size(), kEndOfText.data(),
-                  vocab.members.size());
+    if (vocab.members.size() != ids.size())
+        fail(path, ": expected an object of ", ids.size(), " tokens (256 bytes, ",
+             tokenizer.merges().size(), " merges, ", kEndOfText, "), found ", vocab.members.size());
     for (const auto& [name, id] : vocab.members) {
         const auto expected = ids.find(name);
-        if (expected == ids.end()) fail(path + ": no merge makes the token " + in_quotes(name));
-        TINYGPT_CHECK(id.integral && id.integer == expected->second,
-                      "%s: the token %s must have the id %d, as its merge has, found %.20s",
-                      path.c_str(), in_quotes(name).c_str(), expected->second, id.write().c_str());
+        if (expected == ids.end()) fail(path, ": no merge makes the token ", in_quotes(name));
+        if (!id.integral || id.integer != expected->second)
+            fail(path, ": the token ", in_quotes(name), " must have the id ", expected->second,
+                 ", as its merge has, found ", format("%.20s", id.write().c_str()));
     }
     return tokenizer;
 }
 
 // The tokenizer of a folder, where it has one. One that is damaged is an error all the same.
 inline std::optional<Tokenizer> tokenizer_of(const std::string& folder) {
-    if (file_exists(folder + "/vocab.json") || file_exists(folder + "/encoder.json"))
-        return Tokenizer::load(folder);
-    return std::nullopt;
+    const bool there = file_exists(folder + "/vocab.json") || file_exists(folder + "/encoder.json");
+    return there ? std::optional(Tokenizer::load(folder)) : std::nullopt;
 }
 
-// ---- Letters, numbers, spaces: what Unicode says of a character --------------------------------
+// --- What Unicode says of a character
 
-// \p{L}, \p{N} and \s of Unicode 17.0. The code points 0, 1, 2, ... fall into runs of one class;
-// each run is the number (length - 1) * 4 + class in base 32, lowest digit first. A digit is one of
-// the 64 characters from '0' to 'p' without the backslash, one of the upper 32 where more digits
-// follow. So "P1", which is 0 + 32 * 1 = 32, says that the first 9 are kOther, and "C", 19, that
-// the next 5, from the tabulator on, are kSpace. (Written by checks/unicode_classes.py.) GPT-2
-// itself was trained with the Unicode of 2017: only characters that were added later differ.
+// \p{L}, \p{N} and \s of Unicode 17.0, written by checks/unicode_classes.py. The code points 0, 1,
+// 2, ... fall into runs of one class. Each run is the number (length - 1) * 4 + class in base 32,
+// lowest digit first. The digits are the 64 characters from '0' to 'p' without the backslash; the
+// upper 32 of them say that another digit follows. So "P1", which is 0 + 32 * 1 = 32, says that the
+// first 9 code points are kOther, and "C", 19, that the next 5, from the tabulator on, are kSpace.
+// (GPT-2 was trained with the Unicode of 2017: only characters that were added later differ.)
 constexpr std::string_view kClassRuns =
     "P1CT23i1V1HU3DU3T13T33P11H6018210:0j20j30Uj1<^1e1AH101P@A054=01D109010^20Y:0YALfD0f441DQ5i8Y"
     "3<=a5Y5a2V1<50Y<01i15H5V1941m110f3a3Q;X11e1V1Q4P15<1@f2<1P1181i2Q3HY1@n20Im1U5T7f681T21HU1<V"
@@ -4323,8 +4121,8 @@ constexpr std::string_view kClassRuns =
     "KI0=050j10bH4R1m5^8H1<V1iR3Z70:0>]9c50k1TH=0Y30501410U10=0101D1<10101090501410101010105014=0"
     "I0=0=010U10Q2@90A0Q2]X2c1Xm:V1eP4nlV5m3fSA4fbF4QVMi1f^2Te9fS2Tm5YYC@UUQ1";
 
-// The class of every code point, up to the last that has one. Why not a lambda: g++ would try to run
-// it while compiling, which takes 260 MB and doubles the time.
+// The class of each code point, up to the last that is not kOther. Careful: as a lambda, g++ would
+// run it while compiling, which takes 260 MB.
 inline std::vector<CharClass> expand_class_runs() {
     std::vector<CharClass> classes;
     size_t value = 0, shift = 0;
@@ -4337,9 +4135,9 @@ inline std::vector<CharClass> expand_class_runs() {
     }
     return classes;
 }
+inline const std::vector<CharClass> kClasses = expand_class_runs();
 inline CharClass class_of(uint32_t code) {
-    static const std::vector<CharClass> classes = expand_class_runs();
-    return code < classes.size() ? classes[code] : kOther;
+    return code < kClasses.size() ? kClasses[code] : kOther;
 }
 
 // =================================================================================================

@@ -16,8 +16,7 @@ PARSERS = {  # by the names of their functions and classes; a class stands for a
     "checkpoint: log.csv": "read_log log_line",
     "options": "parse_options find_command check_together CommandLine checked parse_number shown "
                "edit_distance name_distance nearest command_names",
-    "tokenizer": "read_merges Tokenizer MergeTable Encoder class_of character_at leading_letters "
-                 "run_end next_piece",
+    "tokenizer": "read_merges Tokenizer MergeTable merge_piece class_of class_at next_piece",
     "shard": "Shard Shards DataOrder shuffled read_batch evaluation_windows",
 }
 
