@@ -727,18 +727,15 @@ void initialise(real* weights, const Config& config, const Layout& layout, uint6
     std::fill(weights, weights + layout.size, real(0));
     for (size_t tensor = 0; tensor < layout.tensors.size(); ++tensor) {
         const TensorInfo& info = layout.tensors[tensor];
-        const uint64_t key = random_key(seed, tensor, kInitialWeights);
-        real* w = weights + info.offset;
         if (info.init == Init::zeros) continue;
-        if (info.init == Init::ones) {
-            std::fill(w, w + info.count, real(1));
-            continue;
-        }
+        const uint64_t key = random_key(seed, tensor, kInitialWeights);
         const double scale =
             info.init == Init::residual ? 0.02 / std::sqrt(2.0 * config.n_layer) : 0.02;
+        real* w = weights + info.offset;
 #pragma omp parallel for schedule(static)
         for (int64_t i = 0; i < int64_t(info.count); ++i)
-            w[i] = real(float(scale * random_normal(key, uint64_t(i))));
+            w[i] = info.init == Init::ones ? real(1)
+                                           : real(float(scale * random_normal(key, uint64_t(i))));
     }
 }
 
@@ -1508,26 +1505,24 @@ void Cpu<real>::head_logits(real* logits, const real* x, const real* w, int rows
 // =================================================================================================
 // §5 Forward: GPT-2 on one screen
 // =================================================================================================
-// We hold every layer; now they are put together, for B rows of T tokens:
+// What you have now: every layer. Here they are put together, for B rows of T tokens:
 //
 //   inputs [B, T] -> embedded [rows, C]
 //   each layer    -> ln_1 [rows, C] -> qkv [rows, 3C] -> att [rows, C]  -> x_mid [rows, C]
 //                 -> ln_2 [rows, C] -> fc [rows, 4C]  -> gelu [rows, 4C] -> x_out [rows, C]
-//   at the end    -> ln_f [rows, C] -> logits [rows, V], a block of rows at a time
+//   at the end    -> ln_f [rows, C] -> logits [rows, V], at most 1024 rows at a time
 //
-// Memory is what limits training, so only what backward cannot do without is kept, for each layer:
+// Memory limits training, so forward keeps only what backward needs. For each layer that is
 //   ln_1, att, ln_2, gelu     the input of each matmul: its weight gradient is input^T dout
 //   x (twice), mean, rstd     the input of each layernorm, and what it was normalised by
-//   qkv, att, lse             attention makes its probabilities again from these
+//   qkv, att, lse             attention computes its probabilities again from these
 //   fc                        the GELU's derivative is taken at its input
-// That is 16 C numbers a position and layer: 2.4 GB for GPT-2 small and 4 x 1024 tokens in fp32.
-// A quarter of it is gelu, which can be made from fc again: with --recompute-gelu all layers share
-// one, and backward fills it for the layer it has come to.
-// Attention's T x T probabilities and the logits of more than 1024 rows are never kept, and one set
-// of gradients of activations serves all layers.
+// or 16 C numbers a position: for GPT-2 small, 4 x 1024 tokens and fp32, 2.4 GB in all layers.
+// A quarter of it is gelu, which can be computed again from fc: with --recompute-gelu all layers
+// share one, and backward fills it for the layer it is at. The gradients of activations are used up
+// at once, so all layers share one set.
 
-// Pointers into one block of memory, by name; place() below sets them. (typename Device::Real is
-// the type that the device calls Real; `typename` tells the compiler that it is a type.)
+// The buffers of one pass, by name. (typename Device::Real is the type that Device calls Real.)
 template <class Device>
 struct Activations {
     using Activation = typename Device::Activation;
@@ -1543,37 +1538,35 @@ struct Activations {
     std::vector<Layer> layers;
     Activation* ln_f;             // [rows, C]
     Real *ln_f_mean, *ln_f_rstd;  // [rows]
-    Activation* logits;           // workspace of the head: at most kHeadRows rows on a CPU
+    Activation* logits;           // the head's scratch: on a CPU at most 1024 rows
     Real* losses;                 // [rows]
     Real* next_logits;            // [V], of one row, for generation
-    // Gradients of activations. One set serves all layers: each is used up before the next needs
-    // it. dx is the stream's; dbranch, what enters a branch from above (dx itself without dropout);
-    // dnarrow and dwide, what is on its way through one.
+    // Gradients: dx of the residual stream; dbranch of a branch's output (dx itself without
+    // dropout); dnarrow and dwide of what lies within a branch.
     Activation *dx, *dbranch, *dwide, *dnarrow;  // [rows, C], [rows, C], [rows, 4C], [rows, C]
 };
 
-// What the memory is for. generation: one sequence, one set of buffers for all layers, except qkv,
-// whose rows are the key/value cache.
+// What the buffers are for. Training keeps those of all layers; evaluation and generation keep one
+// layer's, and generation also qkv of all layers: its rows are the key/value cache.
 enum class Use { training, evaluation, generation };
 
-// Hands out aligned pieces of one block; with no block it only counts, which is how the memory a
-// run will need is known before any is taken. take<float>(n) has room for n floats.
+// Hands out aligned parts of one allocation. Without memory (base is null) it only counts, which
+// tells how much a run will take before it takes any. take<float>(n) has room for n floats.
 struct Arena {
     char* base = nullptr;
     size_t used = 0;
-    template <class T>
-    T* take(size_t count) {
-        T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
-        used += round_up(count * sizeof(T), 256);
-        return piece;
+    template <class Element>
+    Element* take(size_t count) {
+        Element* part = base ? reinterpret_cast<Element*>(base + used) : nullptr;
+        used += round_up(count * sizeof(Element), 256);
+        return part;
     }
 };
 
-// Places every buffer of `a` into the arena: the second list of this program, beside §3's.
-// training keeps every layer's activations until backward has read them, evaluation only one
-// layer's, generation one layer's and the qkv of all. What a use does not need stays unset.
+// Sets every buffer that this use needs: the second list of this program, beside §3's.
 template <class Device>
-void place(Activations<Device>& a, Arena& arena, const Config& config, int B, int T, Use use) {
+void take_buffers(Activations<Device>& a, Arena& arena, const Config& config, int B, int T,
+                  Use use) {
     using Activation = typename Device::Activation;
     using Real = typename Device::Real;
     const size_t rows = size_t(B) * T, C = config.n_embd;
@@ -1593,8 +1586,7 @@ void place(Activations<Device>& a, Arena& arena, const Config& config, int B, in
             l.ln_2_mean = per_row(), l.ln_2_rstd = per_row();
             l.lse = arena.take<Real>(rows * size_t(config.n_head));
         } else {
-            // nothing is kept: all layers share one set; x_out is read before it is set
-            l = a.layers[0];
+            l = a.layers[0];  // x_out too: a layer has read it before it sets it
             if (use == Use::generation) l.qkv = wide(3 * C);
         }
     }
@@ -1608,8 +1600,8 @@ void place(Activations<Device>& a, Arena& arena, const Config& config, int B, in
     a.dbranch = config.dropout > 0 ? wide(C) : a.dx;
 }
 
-// A model on a device: the parameters, what training adds to them, and the activations of one
-// batch. It owns all its memory, and so cannot be copied. (device.template allocate<Weight>(n) is
+// A model on a device: the parameters, what training adds to them, and the buffers of one pass. It
+// owns its memory and cannot be copied. (device.template allocate<Weight>(n) is
 // device.allocate<Weight>(n): the word tells the compiler that < is no comparison.)
 template <class Device>
 struct Gpt2 {
@@ -1619,56 +1611,56 @@ struct Gpt2 {
     Config config;
     Layout layout;
     Device device;
-    Weight* weights = nullptr;  // flat, layout.size
-    Real* masters = nullptr;    // flat; the same array where Device has no separate masters
-    Gradient* grads = nullptr;  // flat
-    std::array<Real*, AdamW::kMoments.size()> moments{};  // flat, each of them
+    // Flat arrays of layout.size elements.
+    Weight* weights = nullptr;
+    Real* masters = nullptr;  // the same array as weights, unless the device keeps both
+    Gradient* grads = nullptr;
+    std::array<Real*, AdamW::kMoments.size()> moments{};
     StepState* state = nullptr;
-    Parameters<Weight> w;    // the flat weights by name
-    Parameters<Gradient> g;  // the flat gradients by name
+    Parameters<Weight> w;    // weights by name
+    Parameters<Gradient> g;  // grads by name
     Activations<Device> a;
-    int B = 0, T = 0;  // what the activations have room for
-    char* block = nullptr;
+    int B = 0, T = 0;         // what a has room for
+    char* buffers = nullptr;  // the memory of a
 
-    explicit Gpt2(const Config& config, Device device = {})
-        : config(config), layout(layout_of(config)), device(device) {
-        weights = this->device.template allocate<Weight>(layout.size);
-        masters = Device::kSeparateMasters ? this->device.template allocate<Real>(layout.size)
+    explicit Gpt2(const Config& config, Device on = {})
+        : config(config), layout(layout_of(config)), device(on) {
+        weights = device.template allocate<Weight>(layout.size);
+        masters = Device::kSeparateMasters ? device.template allocate<Real>(layout.size)
                                            : reinterpret_cast<Real*>(weights);
         point_into(w, weights, config, layout);
-        state = this->device.template allocate<StepState>(1);
+        state = device.template allocate<StepState>(1);
         StepState fresh;
-        this->device.upload(state, &fresh, 1);
+        device.upload(state, &fresh, 1);
     }
     Gpt2(const Gpt2&) = delete;
     ~Gpt2() {
         for (Real* moment : moments) device.release(moment);
         if (Device::kSeparateMasters) device.release(masters);
-        device.release(weights), device.release(grads), device.release(block);
+        device.release(weights), device.release(grads), device.release(buffers);
         device.release(state);
     }
 
-    // Makes room for batches of up to B x T. For training also for gradients and moments, set to 0.
-    // place() runs twice: into no block, to learn its size, then into the block.
+    // Makes room for batches of up to B x T, and for training also for gradients and moments, which
+    // are 0. take_buffers runs twice: without memory, to count, and then with it.
     void reserve(int rows, int columns, Use use) {
-        device.release(std::exchange(block, nullptr));
+        device.release(std::exchange(buffers, nullptr));
         Arena arena;
-        place(a, arena, config, rows, columns, use);
-        arena = {device.template allocate<char>(arena.used), 0};
-        block = arena.base, B = rows, T = columns;
-        place(a, arena, config, rows, columns, use);
+        take_buffers(a, arena, config, rows, columns, use);
+        buffers = device.template allocate<char>(arena.used), B = rows, T = columns;
+        arena = {buffers, 0};
+        take_buffers(a, arena, config, rows, columns, use);
         if (use != Use::training || grads) return;
-        grads = device.template allocate<Gradient>(layout.size);
-        device.zero(grads, layout.size);
-        for (Real*& moment : moments) {
-            moment = device.template allocate<Real>(layout.size);
-            device.zero(moment, layout.size);
-        }
+        auto zeros = [&]<class Element>(Element*& array) {
+            array = device.template allocate<Element>(layout.size);
+            device.zero(array, layout.size);
+        };
+        zeros(grads);
+        for (Real*& moment : moments) zeros(moment);
         point_into(g, grads, config, layout);
     }
 
-    // Takes masters [layout.size] from the host; the weights are rounded from them where they are
-    // kept apart.
+    // Takes masters [layout.size] from the host; the weights are rounded from them.
     void set_weights(const Real* host) {
         device.upload(masters, host, layout.size);
         device.weights_from_masters(weights, masters, layout.size);
@@ -1679,7 +1671,7 @@ struct Gpt2 {
         device.download(host.data(), masters, layout.size);
         return host;
     }
-    // Fresh weights. Made on the host, so that every device begins with the same.
+    // Fresh weights. Why on the host: every device begins with the same ones.
     void initialise(uint64_t seed) {
         std::vector<Real> host(layout.size);
         tinygpt::initialise(host.data(), config, layout, seed);
@@ -1687,52 +1679,50 @@ struct Gpt2 {
     }
 };
 
-// Bytes that a model will take on its device, by what they are for. In fp32, training takes 16
-// bytes a parameter (weight, gradient, two moments) before the first activation.
+// Bytes that a model takes on its device. In fp32 training that is 16 bytes a parameter (weight,
+// gradient, two moments) before the first activation.
 struct MemoryNeed {
     size_t weights = 0, gradients = 0, moments = 0, activations = 0;
     size_t total() const { return weights + gradients + moments + activations; }
 };
-// For batches of B x T. Takes no memory: it counts what the constructor and reserve() would take.
+// For batches of B x T: counts what the constructor and reserve() would take.
 template <class Device>
 MemoryNeed memory_need(const Config& config, int B, int T, Use use) {
-    const size_t n = layout_of(config).size;
-    MemoryNeed need;
-    need.weights = n * sizeof(typename Device::Weight);
-    if (Device::kSeparateMasters) need.weights += n * sizeof(typename Device::Real);
+    const size_t n = layout_of(config).size, real = n * sizeof(typename Device::Real);
     Activations<Device> a;
     Arena arena;
-    place(a, arena, config, B, T, use);
-    need.activations = arena.used;
+    take_buffers(a, arena, config, B, T, use);
+    MemoryNeed need{.weights = n * sizeof(typename Device::Weight), .activations = arena.used};
+    if (Device::kSeparateMasters) need.weights += real;
     if (use != Use::training) return need;
     need.gradients = n * sizeof(typename Device::Gradient);
-    need.moments = AdamW::kMoments.size() * n * sizeof(typename Device::Real);
+    need.moments = AdamW::kMoments.size() * real;
     return need;
 }
 
-// One pass over a batch of B x T tokens: at most what is reserved.
+// One pass over a batch of B x T tokens: no more than is reserved.
 struct Pass {
     int B = 0, T = 0;
     // Training. Evaluation and generation leave these as they are.
-    double scale = 0;      // of the losses: 1 / (number of scored targets of the whole step)
-    bool first = true;     // of the step's micro-batches: gradients are set; after it, added to
+    double scale = 0;      // of the losses: 1 / (number of scored targets in the whole step)
+    bool first = true;     // of the step's micro-batches: backward sets gradients; else it adds
     bool last = true;      // of the step's micro-batches: the update follows
     Dropout dropout = {};  // its key differs in every micro-batch of every step
-    // Generation: the tokens follow `past` earlier ones, which are in the key/value cache; B = 1.
+    // Generation: the tokens follow `past` earlier ones in the key/value cache, and B is 1.
     int past = 0;
     bool cached = false;
     auto operator<=>(const Pass&) const = default;
 
-    // The mask at one place of the model. Place 0 follows the embedding; then three in layer i:
-    // 3i + 1 on attention's probabilities, 3i + 2 and 3i + 3 on what the two branches add.
-    Dropout drop(int place) const {
+    // The mask of dropout number i. Number 0 follows the embedding. Layer l has 3l + 1 on
+    // attention's probabilities, and 3l + 2 and 3l + 3 on what its two branches add to x.
+    Dropout drop(int i) const {
         if (!dropout.on()) return {};
-        return {random_key(dropout.key, uint64_t(place), kDropoutMask), dropout.p};
+        return {random_key(dropout.key, uint64_t(i), kDropoutMask), dropout.p};
     }
 };
 
-// tokens a.inputs [B, T] -> a.ln_f [B*T, C], from which the head makes logits. The whole of GPT-2.
-// reads the weights; sets all activations of the pass (the table above says which backward reads).
+// The whole of GPT-2 but its head: reads tokens a.inputs [B, T] and the weights; sets a.ln_f
+// [B*T, C], from which the head makes logits, and on the way what backward needs.
 template <class Device>
 void forward(Gpt2<Device>& model, const Pass& pass) {
     const Config& config = model.config;
@@ -1774,14 +1764,13 @@ void forward(Gpt2<Device>& model, const Pass& pass) {
 // =================================================================================================
 // §6 Backward: the same lines upside down
 // =================================================================================================
-// We hold a.ln_f [rows, C], the targets, and all that forward kept. The head turns them into the
-// loss and, while a block of logits is at hand, into its own two gradients. From there every line
-// of forward has its mirror image, last first. dx is the gradient of the residual stream; since
-// x_out = x_mid + branch, it goes to the branch as it is and past it as it is, and layernorm's
-// backward joins the two again. Read it beside forward, from the bottom: each call has its partner
-// there, with d's added. A layer's second half, for one:
+// What you have now: a.ln_f [rows, C], the targets, and what forward kept. The head turns them into
+// the loss and its first two gradients. From there on every line of forward has its mirror image,
+// last first. dx is the gradient of the residual stream. As x_out = x_mid + branch, dx goes into the
+// branch and also past it, and layernorm's backward adds the two up again. The second half of a
+// layer, for one; read the right side from the bottom:
 //
-//   forward                                        backward, from below
+//   forward                                        backward
 //   ln_2  = layernorm(x_mid)                       dx      = dx + layernorm'(dnarrow)
 //   gelu  = GELU(ln_2 c_fc + bias)                 dnarrow = dwide c_fc^T,  dc_fc = ln_2^T dwide
 //   x_out = x_mid + drop(gelu proj + bias)         dwide   = (dbranch proj^T) gelu'(fc)
@@ -1789,10 +1778,10 @@ void forward(Gpt2<Device>& model, const Pass& pass) {
 //
 //   walk> wte.weight                  -0.50763749  -0.50763749
 //   walk> h.0.attn.c_attn.weight       0.00059701   0.00059701
-// (Backward's gradient of one weight, and the slope found by moving that weight a little.)
+// (The gradient of one weight by backward, and by moving that weight a little.)
 
-// sets every parameter gradient (pass.first), or adds to it; sets a.losses, not scaled. reads
-// a.targets, a.order and what forward with the same pass has left.
+// Sets every parameter gradient, or adds to it where not pass.first; sets a.losses, not scaled.
+// Reads a.targets, a.order, and what forward of the same pass has kept.
 template <class Device>
 void backward(Gpt2<Device>& model, const Pass& pass) {
     const Config& config = model.config;
@@ -1803,14 +1792,13 @@ void backward(Gpt2<Device>& model, const Pass& pass) {
     const bool add = !pass.first;
     const int B = pass.B, T = pass.T, rows = B * T, C = config.n_embd, V = config.vocab_size;
     const int NH = config.n_head, HS = config.head_size(), L = config.n_layer;
-    // The input of layer i is the output of the layer below.
     auto input_of = [&](int i) { return i > 0 ? a.layers[size_t(i - 1)].x_out : a.embedded; };
     auto* dbranch = pass.dropout.on() ? a.dbranch : a.dx;
 
     device.head_forward_backward(a.losses, a.dnarrow, g.lm_head, a.logits, a.ln_f, w.lm_head,
                                  a.targets, rows, C, V, typename Device::Real(pass.scale), add);
-    // The projection's bias gradient of the layer below rides on each layernorm's backward: that
-    // layernorm's input is x_mid + drop(gelu w + bias) of the layer below, so dx is what it needs.
+    // Layernorm's backward also sums up dbranch, which is the gradient of the bias below: its input
+    // is x_mid + drop(gelu w + bias) of the layer below.
     auto bias_below = [&](int i) { return i > 0 ? g.h[size_t(i - 1)].mlp_proj_bias : nullptr; };
     device.layernorm_backward(a.dx, g.ln_f_weight, g.ln_f_bias, dbranch, bias_below(L), a.dnarrow,
                               nullptr, input_of(L), a.ln_f_mean, a.ln_f_rstd, w.ln_f_weight, rows,
@@ -1819,7 +1807,7 @@ void backward(Gpt2<Device>& model, const Pass& pass) {
         auto& l = a.layers[size_t(i)];
         const auto& p = w.h[size_t(i)];
         const auto& d = g.h[size_t(i)];
-        // MLP: projection and GELU, then c_fc, then ln_2, which joins dx.
+        // MLP: projection and GELU, then c_fc, then ln_2, which adds to dx.
         if (config.recompute_gelu) device.gelu_forward(l.gelu, l.fc, size_t(rows) * 4 * C);
         device.linear_gelu_backward(a.dwide, d.mlp_proj_weight, d.c_fc_bias, dbranch, l.gelu, l.fc,
                                     p.mlp_proj_weight, rows, 4 * C, C, add);
@@ -1840,8 +1828,7 @@ void backward(Gpt2<Device>& model, const Pass& pass) {
                                   p.ln_1_weight, rows, C, i > 0 ? pass.drop(3 * i) : Dropout{},
                                   add);
     }
-    // The embeddings are only ever added to: so they begin at 0, but for a tied wte, where the head
-    // has set its own share of the gradient above.
+    // embed_backward only adds, so both tables begin at 0; but a tied wte has the head's gradient.
     if (pass.first) device.zero(g.wpe, size_t(config.n_positions) * C);
     if (pass.first && config.untied_head) device.zero(g.wte, size_t(V) * C);
     device.embed_backward(g.wte, g.wpe, a.dx, a.inputs, a.order, B, T, C, pass.drop(0));
