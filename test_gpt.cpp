@@ -684,7 +684,7 @@ std::vector<Found> check_head(Device device, int rows, int C, int V) {
 
 TEST_CASE("gradients: every layer's backward agrees with central differences") {
     Threads one(1);
-    Cpu<double> device;
+    Reference<double> device;
     double worst = 0;
     for (float p : {0.0f, 0.3f}) {
         CAPTURE(p);
@@ -755,8 +755,8 @@ constexpr const char* kFaults[] = {
     "model: the embeddings' gradients are not cleared",
 };
 
-// The CPU with one fault: the right function runs first, then one sign or term is spoilt.
-struct Broken : Cpu<double> {
+// The layers of §4 with one fault: the right function runs first, then one sign or term is spoilt.
+struct Broken : Reference<double> {
     std::string fault;  // one of the list, or empty: nothing is wrong
     bool is(const char* function, const char* what) const {
         return fault == std::string(function) + ": " + what;
@@ -764,13 +764,13 @@ struct Broken : Cpu<double> {
 
     template <class T>
     void zero(T* to, size_t count) {
-        if (!is("model", "the embeddings' gradients are not cleared")) Cpu<double>::zero(to, count);
+        if (!is("model", "the embeddings' gradients are not cleared")) Reference<double>::zero(to, count);
     }
 
     void embed_backward(double* dwte, double* dwpe, const double* dout, const int32_t* tokens,
                         const int32_t* order, int B, int T, int C, Dropout drop) {
         auto bad = [&](const char* what) { return is("embed_backward", what); };
-        Cpu<double>::embed_backward(dwte, dwpe, dout, tokens, order, B, T, C, drop);
+        Reference<double>::embed_backward(dwte, dwpe, dout, tokens, order, B, T, C, drop);
         std::vector<int> last_of(1000, -1);
         for (int row = 0; row < B * T; ++row) last_of[size_t(tokens[row])] = row;
         for (int row = 0; row < B * T; ++row)
@@ -800,7 +800,7 @@ struct Broken : Cpu<double> {
         std::vector<double> joined(n);
         if (dresidual) joined.assign(dresidual, dresidual + n);
         if (bad("sets where it should add")) accumulate = false;
-        Cpu<double>::layernorm_backward(dx, dweight, dbias, dbranch, dbranch_bias, dout, dresidual,
+        Reference<double>::layernorm_backward(dx, dweight, dbias, dbranch, dbranch_bias, dout, dresidual,
                                         x, mean, rstd, weight, rows, C, drop, accumulate);
         for (int row = 0; row < rows; ++row) {
             const size_t at = size_t(row) * C;
@@ -830,7 +830,7 @@ struct Broken : Cpu<double> {
                          const double* w, int rows, int C, int OC, bool accumulate) {
         auto bad = [&](const char* what) { return is("linear_backward", what); };
         const bool add = accumulate || bad("adds where it should set");
-        Cpu<double>::linear_backward(dx, dw, dout, x, w, rows, C, OC, add);
+        Reference<double>::linear_backward(dx, dw, dout, x, w, rows, C, OC, add);
         for (int row = 0; row < rows; ++row)
             for (int c = 0; c < C; ++c) {
                 double& d = dx[size_t(row) * C + c];
@@ -849,7 +849,7 @@ struct Broken : Cpu<double> {
         auto bad = [&](const char* what) { return is("linear_gelu_backward", what); };
         const bool add = accumulate && !bad("sets where it should add");
         const bool wrong_input = bad("dw from pre instead of gelu");
-        Cpu<double>::linear_gelu_backward(dpre, dw, dpre_bias, dout, wrong_input ? pre : gelu, pre,
+        Reference<double>::linear_gelu_backward(dpre, dw, dpre_bias, dout, wrong_input ? pre : gelu, pre,
                                           w, rows, C, OC, add);
         for (int row = 0; row < rows; ++row)
             for (int c = 0; c < C; ++c) {
@@ -875,7 +875,7 @@ struct Broken : Cpu<double> {
                             Dropout drop, bool accumulate) {
         auto bad = [&](const char* what) { return is("attention_backward", what); };
         const bool add = accumulate || bad("adds where it should set");
-        Cpu<double>::attention_backward(dqkv, dqkv_bias, dout, out, lse, qkv, B, T, NH, HS, drop,
+        Reference<double>::attention_backward(dqkv, dqkv_bias, dout, out, lse, qkv, B, T, NH, HS, drop,
                                         add);
         const int C = NH * HS;
         for (int c = 0; c < 3 * C && bad("dqkv_bias misses the last row"); ++c)
@@ -918,7 +918,7 @@ struct Broken : Cpu<double> {
         const bool add =
             (accumulate || bad("adds where it should set")) && !bad("sets where it should add");
         std::vector<double> before(dw, dw + size_t(V) * C);
-        Cpu<double>::head_forward_backward(losses, dx, dw, logits, x, w, targets, rows, C, V, scale,
+        Reference<double>::head_forward_backward(losses, dx, dw, logits, x, w, targets, rows, C, V, scale,
                                            add);
         for (int row = 0; row < rows; ++row)
             for (int c = 0; c < C; ++c) {
@@ -971,7 +971,7 @@ std::unique_ptr<Gpt2<Device>> model_of(const ModelCase& c, Device device = {}) {
 }
 
 // The loss of the step as forward sees it.
-inline double loss_of(Gpt2<Cpu<double>>& model, const ModelCase& c) {
+inline double loss_of(Gpt2<Reference<double>>& model, const ModelCase& c) {
     double total = 0;
     for (size_t i = 0; i < c.batches.size(); ++i) {
         const Pass pass = c.pass(i);
@@ -1009,7 +1009,7 @@ struct Slopes {
     std::vector<Of> tensors;
 };
 inline Slopes measure_slopes(const ModelCase& c, size_t sample) {
-    auto model = model_of<Cpu<double>>(c);
+    auto model = model_of<Reference<double>>(c);
     Slopes slopes;
     for (size_t t = 0; t < model->layout.tensors.size(); ++t) {
         const TensorInfo& info = model->layout.tensors[t];
@@ -1050,7 +1050,7 @@ TEST_CASE("gradients: the whole model's, of every tensor, agrees with central di
             const Slopes slopes = measure_slopes(c, 40);
             CHECK(slopes.tensors.size() == size_t(2 + 12 * c.config.n_layer + 2 + untied));
             for (const auto& of : slopes.tensors) tried += of.at.size();
-            CHECK_GRADIENT(compare(slopes, gradient_of<Cpu<double>>(c)));
+            CHECK_GRADIENT(compare(slopes, gradient_of<Reference<double>>(c)));
         }
     MESSAGE("largest relative error of " << tried << " of the model's slopes: " << worst);
 }
@@ -1085,14 +1085,16 @@ TEST_CASE("gradients: the checks notice every single broken sign and term") {
                                << ", the alarm is at " << kTolerance);
 }
 
-TEST_CASE("gradients: float's agrees with double's") {
+TEST_CASE("gradients: the fast device's agree with the reference's, in double and in float") {
     Threads one(1);
     for (bool untied : {false, true}) {
         const ModelCase c = small_case(untied, 0.25f);
-        const std::vector<double> truth = gradient_of<Cpu<double>>(c),
+        const std::vector<double> truth = gradient_of<Reference<double>>(c),
+                                  exact = gradient_of<Cpu<double>>(c),
                                   found = gradient_of<Cpu<float>>(c);
         for (const TensorInfo& t : layout_of(c.config).tensors) {
             CAPTURE(t.name);
+            CHECK(relative_error(&exact[t.offset], &truth[t.offset], t.count) < 1e-12);
             CHECK(relative_error(&found[t.offset], &truth[t.offset], t.count) < 2e-5);
         }
     }
@@ -1120,7 +1122,7 @@ inline double reference_error(const TensorInfo& t, const double* found,
 // to be almost 0, as it always is for the keys' bias. Here d is 1e-5 of a tensor's largest
 // gradient (what float leaves after a few steps), and v is that of the same run in double.
 struct RoundingAllowance {
-    Gpt2<Cpu<double>> exact;
+    Gpt2<Reference<double>> exact;
     std::vector<double> of;  // every element of the flat array
     explicit RoundingAllowance(const PyTorchNumbers& reference)
         : exact(reference.config), of(exact.layout.size) {
@@ -1145,8 +1147,9 @@ struct RoundingAllowance {
 };
 
 // Logits, loss, gradients, ten steps and final weights against the reference.
-template <class real>
+template <class Device>
 std::string compare_with_reference(const std::string& folder) {
+    using real = typename Device::Real;
     CAPTURE(folder);
     const PyTorchNumbers reference(folder);
     const bool in_double = sizeof(real) == 8;
@@ -1156,7 +1159,7 @@ std::string compare_with_reference(const std::string& folder) {
     const Config& config = reference.config;
     const Batch& batch = reference.batch;
 
-    Gpt2<Cpu<real>> model(config);
+    Gpt2<Device> model(config);
     model.reserve(batch.B, batch.T, Use::training);
     read_weights(model, reference);
 
@@ -1231,8 +1234,8 @@ TEST_CASE("reference: logits, gradients and ten AdamW steps are PyTorch's") {
     for (const char* name : {"gpt2-tied", "gpt2-untied", "gpt2-head64"}) {
         const std::string folder = reference_folder(name);
         if (folder.empty()) continue;
-        MESSAGE(compare_with_reference<double>(folder));
-        MESSAGE(compare_with_reference<float>(folder));
+        MESSAGE(compare_with_reference<Reference<double>>(folder));
+        MESSAGE(compare_with_reference<Cpu<float>>(folder));
     }
 }
 
@@ -1466,16 +1469,16 @@ TEST_CASE(
         }
         return count / double(out.size());
     };
-    device.embed_forward(out.data(), tokens.data(), ones.data(), zeros.data(), B, T, C, 0, {1, p});
+    device.embed_forward(out.data(), tokens.data(), ones.data(), zeros.data(), B, T, C, 0, Dropout{1, p});
     CHECK(std::abs(fraction_of(0, kept) - 0.25) < 0.04);
     // Branch of 2 (a bias) onto a stream of 1: a dropped branch leaves the stream alone.
     std::vector<double> twos(static_cast<size_t>(C), 2.0);
     device.linear_residual_forward(out.data(), ones.data(), ones.data(), zeros.data(), twos.data(),
-                                   rows, C, C, {2, p});
+                                   rows, C, C, Dropout{2, p});
     CHECK(std::abs(fraction_of(1, 1 + 2 * kept) - 0.25) < 0.04);
     // Values of 1 and equal scores: the output is the share of weights that stayed, times 1/(1-p).
     std::vector<double> lse(size_t(rows) * 4);
-    device.attention_forward(out.data(), lse.data(), ones.data(), B, T, 4, 10, {3, p});
+    device.attention_forward(out.data(), lse.data(), ones.data(), B, T, 4, 10, Dropout{3, p});
     double sum = 0;
     for (size_t row = 0; row < size_t(rows); ++row)
         for (size_t h = 0; h < 4; ++h) {
@@ -2195,12 +2198,14 @@ TEST_CASE(
 
 }  // namespace model_tests
 
-// Matrix products, attention and e^x: the fast ones against their definitions.
+// Matrix products, attention and e^x: the fast ones (§10) against the plain ones (§4).
 
 namespace {
 
-template <class real>
-double largest_difference(const std::vector<real>& a, const std::vector<real>& b) {
+using tinygpt::FastOps, tinygpt::PlainOps, tinygpt::kDepth;
+
+template <class A, class B>
+double largest_difference(const std::vector<A>& a, const std::vector<B>& b) {
     REQUIRE(a.size() == b.size());
     double worst = 0;
     for (size_t i = 0; i < a.size(); ++i) {
@@ -2221,27 +2226,20 @@ struct Operand {
                           : tinygpt::rows_of(data.data(), cols)) {}
 };
 
-// The largest difference between the fast product and the definition, over the size of its error
-// bound.
+// The largest difference between the two products, over the size of its error bound.
 template <class real>
 double matmul_error(int m, int n, int k, bool a_transposed, bool b_transposed, bool accumulate) {
     const Operand<real> a(m, k, a_transposed, 1), b(k, n, b_transposed, 2);
     const int ldc = n + 3;
     std::vector<real> c = random_vector<real>(size_t(m) * ldc, 3, 0.5), expected = c;
-    std::vector<real> product(size_t(m) * ldc);
-    tinygpt::matmul_definition(product.data(), ldc, a.view, b.view, m, n, k);
-    for (int i = 0; i < m; ++i)
-        for (int j = 0; j < n; ++j) {
-            real& e = expected[size_t(i) * ldc + j];
-            e = product[size_t(i) * ldc + j] + (accumulate ? e : real(0));
-        }
-    tinygpt::matmul(c.data(), ldc, a.view, b.view, m, n, k, {}, accumulate);
+    PlainOps::matmul(expected.data(), ldc, a.view, b.view, m, n, k, accumulate);
+    FastOps().matmul(c.data(), ldc, a.view, b.view, m, n, k, accumulate);
     return largest_difference(c, expected) / (std::numeric_limits<real>::epsilon() * (k + 2));
 }
 
 }  // namespace
 
-TEST_CASE_TEMPLATE("matmul: agrees with the definition, ragged or not, in every order", real, float,
+TEST_CASE_TEMPLATE("matmul: agrees with the plain one, ragged or not, in every order", real, float,
                    double) {
     const std::array<int, 3> sizes[] = {{1, 1, 1},
                                         {1, 17, 5},
@@ -2276,44 +2274,51 @@ TEST_CASE_TEMPLATE("matmul: agrees with the definition, ragged or not, in every 
 
 TEST_CASE("matmul: finish sees every sum once, and what it leaves is stored") {
     // Sums over k that are made in one go, in two, in seven; and many rows.
-    for (const std::array<int, 3>& size : {std::array<int, 3>{31, 67, 400},
-                                           {31, 67, tinygpt::kDepth + 100},
-                                           {31, 67, 6 * tinygpt::kDepth + 100},
-                                           {4300, 33, 20}}) {
-        const int m = size[0], n = size[1], k = size[2];
-        INFO("m, n, k ", m, ", ", n, ", ", k);
-        const Operand<float> a(m, k, false, 1), b(k, n, false, 2);
-        std::vector<float> c(size_t(m) * n), plain(c.size()), seen(c.size());
-        std::vector<int> visits(c.size());
-        tinygpt::matmul(plain.data(), n, a.view, b.view, m, n, k);
-        tinygpt::matmul(c.data(), n, a.view, b.view, m, n, k, {}, false,
-                        [&](int row, int col, int count, float* values) {
-                            for (int j = 0; j < count; ++j) {
-                                seen[size_t(row) * n + col + j] = values[j];
-                                ++visits[size_t(row) * n + col + j];
-                                values[j] = 2 * values[j] + float(row);
-                            }
-                        });
-        CHECK(*std::min_element(visits.begin(), visits.end()) == 1);
-        CHECK(*std::max_element(visits.begin(), visits.end()) == 1);
-        CHECK(seen == plain);
-        size_t wrong = 0;
-        for (size_t i = 0; i < c.size(); ++i) wrong += c[i] != 2 * plain[i] + float(i / n);
-        CHECK(wrong == 0);
-    }
+    for (const auto& [m, n, k] : {std::array{31, 67, 400},
+                                  {31, 67, kDepth + 100},
+                                  {31, 67, 6 * kDepth + 100},
+                                  {1, 67, 100},
+                                  {4300, 33, 20}})
+        for (bool plain_ops : {false, true}) {
+            INFO("m, n, k ", m, ", ", n, ", ", k, ", plain ", plain_ops);
+            const Operand<float> a(m, k, false, 1), b(k, n, false, 2);
+            std::vector<float> c(size_t(m) * n), sums(c.size()), seen(c.size());
+            std::vector<int> visits(c.size());
+            auto multiply = [&, m = m, n = n, k = k](std::vector<float>& to,
+                                                     const tinygpt::Finish<float>& finish) {
+                if (plain_ops)
+                    PlainOps::matmul(to.data(), n, a.view, b.view, m, n, k, false, finish);
+                else
+                    FastOps().matmul(to.data(), n, a.view, b.view, m, n, k, false, finish);
+            };
+            multiply(sums, {});
+            multiply(c, [&, n = n](int row, int col, int count, float* values) {
+                for (int j = 0; j < count; ++j) {
+                    seen[size_t(row) * n + col + j] = values[j];
+                    ++visits[size_t(row) * n + col + j];
+                    values[j] = 2 * values[j] + float(row);
+                }
+            });
+            CHECK(*std::min_element(visits.begin(), visits.end()) == 1);
+            CHECK(*std::max_element(visits.begin(), visits.end()) == 1);
+            CHECK(seen == sums);
+            size_t wrong = 0;
+            for (size_t i = 0; i < c.size(); ++i) wrong += c[i] != 2 * sums[i] + float(i / n);
+            CHECK(wrong == 0);
+        }
 }
 
 TEST_CASE("matmul: the same bits for any number of threads, column sums too") {
     const int m = 61, n = 203, k = 700, before = omp_get_max_threads();
     const Operand<float> a(m, k, true, 1), b(k, n, false, 2), tall(512, k, false, 3);
-    const tinygpt::MatmulOptions ways[] = {{}, {.bf16 = tinygpt::cpu_has_bf16_dot()}};
+    const FastOps ways[] = {{}, {.bf16 = tinygpt::cpu_has_bf16_dot()}};
     std::vector<float> first[2], first_tall[2], first_sums(n);
     for (int threads : {1, 2, 3, 5, 16}) {
         omp_set_num_threads(threads);
         for (int way = 0; way < 2; ++way) {
             std::vector<float> c(size_t(m) * n), high(size_t(512) * n);
-            tinygpt::matmul(c.data(), n, a.view, b.view, m, n, k, ways[way]);
-            tinygpt::matmul(high.data(), n, tall.view, b.view, 512, 128, k, ways[way]);
+            ways[way].matmul(c.data(), n, a.view, b.view, m, n, k);
+            ways[way].matmul(high.data(), n, tall.view, b.view, 512, 128, k);
             if (threads == 1) first[way] = c, first_tall[way] = high;
             CHECK(c == first[way]);
             CHECK(high == first_tall[way]);
@@ -2332,28 +2337,30 @@ TEST_CASE("matmul: the same bits for any number of threads, column sums too") {
 }
 
 TEST_CASE("matmul: in bf16 every product is of rounded operands, and sums are fp32") {
+    const FastOps ops{.bf16 = true};
     if (!tinygpt::cpu_has_bf16_dot()) {
         MESSAGE("skipped: this build has no bf16 dot product");
         const Operand<float> a(2, 3, false, 1), b(3, 2, false, 2);
         std::vector<float> c(4);
-        CHECK_THROWS_AS(tinygpt::matmul(c.data(), 2, a.view, b.view, 2, 2, 3, {.bf16 = true}),
-                        tinygpt::Error);
+        CHECK_THROWS_AS(ops.matmul(c.data(), 2, a.view, b.view, 2, 2, 3), tinygpt::Error);
         return;
     }
-    const std::array<int, 3> sizes[] = {{2, 3, 1},     {15, 33, 17},   {43, 97, 385},
-                                        {30, 70, 801}, {30, 70, 1100}, {20, 40, 3100},
-                                        {4300, 40, 40}};
-    for (const auto& size : sizes)
+    for (const auto& [m, n, k] : {std::array{2, 3, 1},
+                                  {15, 33, 17},
+                                  {43, 97, 385},
+                                  {30, 70, 801},
+                                  {30, 70, 1100},
+                                  {20, 40, 3100},
+                                  {4300, 40, 40}})
         for (int order = 0; order < 4; ++order) {
-            const int m = size[0], n = size[1], k = size[2];
             INFO("m, n, k ", m, ", ", n, ", ", k, ", order ", order);
             Operand<float> a(m, k, order & 1, 1), b(k, n, order & 2, 2);
             std::vector<float> c(size_t(m) * n), exact(c.size()), rounded(c.size());
-            tinygpt::matmul(c.data(), n, a.view, b.view, m, n, k, {.bf16 = true});
-            tinygpt::matmul_definition(exact.data(), n, a.view, b.view, m, n, k);
+            ops.matmul(c.data(), n, a.view, b.view, m, n, k);
+            PlainOps::matmul(exact.data(), n, a.view, b.view, m, n, k);
             for (float& x : a.data) x = float(tinygpt::bf16(x));
             for (float& x : b.data) x = float(tinygpt::bf16(x));
-            tinygpt::matmul_definition(rounded.data(), n, a.view, b.view, m, n, k);
+            PlainOps::matmul(rounded.data(), n, a.view, b.view, m, n, k);
             CHECK(largest_difference(c, rounded) < 1.2e-7 * (k + 2));
             CHECK(largest_difference(c, exact) > 0);  // it did round
         }
@@ -2365,172 +2372,132 @@ TEST_CASE("exp: within 2 units in the last place, and right at the ends") {
         const double right = std::exp(double(x));
         const float near = float(right);
         const double unit = double(std::nextafter(near, INFINITY)) - double(near);
-        worst = std::max(worst, std::abs(double(tinygpt::exp_fast(x)) - right) / unit);
+        worst = std::max(worst, std::abs(double(FastOps::exp(x)) - right) / unit);
     }
     CHECK(worst < 2);
-    CHECK(tinygpt::exp_fast(-INFINITY) == 0);
-    CHECK(tinygpt::exp_fast(-1e30f) == 0);
-    CHECK(tinygpt::exp_fast(float(INFINITY)) == INFINITY);
-    CHECK(tinygpt::exp_fast(1e30f) == INFINITY);
-    CHECK(std::isnan(tinygpt::exp_fast(float(NAN))));
-    CHECK(tinygpt::exp_fast(0.0f) == 1);
+    CHECK(FastOps::exp(-INFINITY) == 0);
+    CHECK(FastOps::exp(-1e30f) == 0);
+    CHECK(FastOps::exp(float(INFINITY)) == INFINITY);
+    CHECK(FastOps::exp(1e30f) == INFINITY);
+    CHECK(std::isnan(FastOps::exp(float(NAN))));
+    CHECK(FastOps::exp(0.0f) == 1);
 }
 
-TEST_CASE("gelu: its formula with tanh, and its derivative, everywhere") {
+TEST_CASE_TEMPLATE("gelu: its formula with tanh, and its derivative, everywhere", Ops, PlainOps,
+                   FastOps) {
+    using tinygpt::gelu, tinygpt::gelu_derivative;
     double worst = 0, worst_slope = 0, worst_float = 0;
     for (double x = -12; x < 12; x += 1e-3) {
         const double u = std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x), h = 1e-6;
-        worst = std::max(worst, std::abs(tinygpt::gelu(x) - 0.5 * x * (1 + std::tanh(u))));
-        worst_slope = std::max(worst_slope,
-                               std::abs(tinygpt::gelu_derivative(x) -
-                                        (tinygpt::gelu(x + h) - tinygpt::gelu(x - h)) / (2 * h)));
+        const double slope = (gelu<Ops>(x + h) - gelu<Ops>(x - h)) / (2 * h);
+        worst = std::max(worst, std::abs(gelu<Ops>(x) - 0.5 * x * (1 + std::tanh(u))));
+        worst_slope = std::max(worst_slope, std::abs(gelu_derivative<Ops>(x) - slope));
         worst_float =
-            std::max(worst_float, std::abs(double(tinygpt::gelu(float(x))) - tinygpt::gelu(x)));
+            std::max(worst_float, std::abs(double(gelu<Ops>(float(x))) - gelu<Ops>(x)));
     }
     CHECK(worst < 1e-14);
     CHECK(worst_slope < 1e-8);
     CHECK(worst_float < 2e-6);
     for (float x : {-INFINITY, -1e30f, -100.0f}) {
-        CHECK(std::abs(tinygpt::gelu(x)) < 1e-30);
-        CHECK(std::abs(tinygpt::gelu_derivative(x)) < 1e-30);
+        CHECK(std::abs(gelu<Ops>(x)) < 1e-30);
+        CHECK(std::abs(gelu_derivative<Ops>(x)) < 1e-30);
     }
     for (float x : {100.0f, 1e30f, float(INFINITY)}) {
-        CHECK(tinygpt::gelu(x) == x);
-        CHECK(tinygpt::gelu_derivative(x) == 1);
+        CHECK(gelu<Ops>(x) == x);
+        CHECK(gelu_derivative<Ops>(x) == 1);
     }
-    CHECK(std::isnan(tinygpt::gelu(float(NAN))));
-    CHECK(std::isnan(tinygpt::gelu_derivative(float(NAN))));
+    CHECK(std::isnan(gelu<Ops>(float(NAN))));
+    CHECK(std::isnan(gelu_derivative<Ops>(float(NAN))));
 }
 
 namespace {
 
-// Attention of every head by the definition.
-template <class real>
-std::vector<real> defined_attention(const std::vector<real>& qkv, int B, int T, int NH, int HS,
-                                    tinygpt::Dropout drop) {
-    const int C = NH * HS;
-    std::vector<real> out(size_t(B) * T * C);
-    for (int b = 0; b < B; ++b)
-        for (int h = 0; h < NH; ++h) {
-            const real* q = qkv.data() + size_t(b) * T * 3 * C + h * HS;
-            tinygpt::attention_definition(out.data() + size_t(b) * T * C + h * HS, C, q, q + C,
-                                          q + 2 * C, 3 * C, T, HS, drop, uint64_t(b * NH + h));
-        }
-    return out;
-}
-
 struct AttentionShape {
     int B, T, NH, HS;
-    float p;
+    float p = 0;
 };
-const AttentionShape kAttentionShapes[] = {{1, 1, 1, 1, 0},
-                                           {2, 5, 3, 4, 0},
-                                           {1, 33, 2, 7, 0},
-                                           {1, 150, 1, 16, 0},
-                                           {2, 113, 2, 31, 0},
-                                           {1, 65, 1, 70, 0},
-                                           {1, 40, 2, 33, 0.3f},
-                                           {2, 129, 1, 8, 0.5f},
-                                           // more keys than are worked on at a time, a wider head
-                                           {1, tinygpt::kDepth + 19, 2, 5, 0},
-                                           {1, 2 * tinygpt::kDepth + 3, 1, 6, 0.2f},
-                                           {1, 20, 1, tinygpt::kDepth + 7, 0}};
+
+// One layer of attention on random numbers, forward and backward, as a device makes it.
+template <class real, class Ops>
+struct Attention {
+    std::vector<real> qkv, dout, out, lse, dqkv, bias;
+    Attention(const AttentionShape& s, double scale) {
+        const size_t n = size_t(s.B) * s.T * s.NH * s.HS;
+        // Numbers that a float holds, so that all types get the same.
+        for (float x : random_vector<float>(3 * n, 5, 0.5 * scale)) qkv.push_back(real(x));
+        for (float x : random_vector<float>(n, 6, 0.5)) dout.push_back(real(x));
+        out.resize(n), lse.resize(size_t(s.B) * s.NH * s.T);
+        dqkv.resize(3 * n, 99), bias.resize(size_t(3) * s.NH * s.HS, 99);
+        const tinygpt::Dropout drop{7, s.p};
+        tinygpt::Layers<real, Ops> device;
+        device.attention_forward(out.data(), lse.data(), qkv.data(), s.B, s.T, s.NH, s.HS, drop);
+        device.attention_backward(dqkv.data(), bias.data(), dout.data(), out.data(), lse.data(),
+                                  qkv.data(), s.B, s.T, s.NH, s.HS, drop, false);
+    }
+};
 
 }  // namespace
 
-TEST_CASE_TEMPLATE("attention: forward agrees with the definition", real, float, double) {
-    for (const AttentionShape& shape : kAttentionShapes) {
-        INFO("T ", shape.T, ", HS ", shape.HS, ", dropout ", shape.p);
-        const int B = shape.B, T = shape.T, NH = shape.NH, HS = shape.HS, C = NH * HS;
-        const tinygpt::Dropout drop{7, shape.p};
-        std::vector<real> qkv = random_vector<real>(size_t(B) * T * 3 * C, 5, 0.5);
-        for (real& x : qkv) x *= 3;
-        std::vector<real> out(size_t(B) * T * C), lse(size_t(B) * NH * T);
-        tinygpt::attention_forward(out.data(), lse.data(), qkv.data(), B, T, NH, HS, drop);
-        CHECK(largest_difference(out, defined_attention(qkv, B, T, NH, HS, drop)) <
-              200 * std::numeric_limits<real>::epsilon());
-    }
-}
-
-TEST_CASE("attention: backward agrees with finite differences of the definition") {
-    for (const AttentionShape& shape : kAttentionShapes) {
-        if (shape.T > 70 && shape.T <= tinygpt::kDepth) continue;
-        INFO("T ", shape.T, ", HS ", shape.HS, ", dropout ", shape.p);
-        const int B = shape.B, T = shape.T, NH = shape.NH, HS = shape.HS, C = NH * HS;
-        const tinygpt::Dropout drop{7, shape.p};
-        std::vector<double> qkv = random_vector<double>(size_t(B) * T * 3 * C, 5, 0.5);
-        const std::vector<double> dout = random_vector<double>(size_t(B) * T * C, 6, 0.5);
-        std::vector<double> out(dout.size()), lse(size_t(B) * NH * T), dqkv(qkv.size(), 99.0);
-        tinygpt::attention_forward(out.data(), lse.data(), qkv.data(), B, T, NH, HS, drop);
-        tinygpt::attention_backward(dqkv.data(), dout.data(), out.data(), lse.data(), qkv.data(), B,
-                                    T, NH, HS, drop);
-        auto loss = [&] {
-            const std::vector<double> o = defined_attention(qkv, B, T, NH, HS, drop);
-            return std::inner_product(o.begin(), o.end(), dout.begin(), 0.0);
-        };
-        // Every element where there are few; else a stride of them that meets all rows and
-        // channels.
-        const size_t step = std::max<size_t>(1, qkv.size() / 150);
-        for (size_t i = 0; i < qkv.size(); i += step) {
-            const double h = 1e-5, x = qkv[i];
-            qkv[i] = x + h;
-            const double above = loss();
-            qkv[i] = x - h;
-            const double below = loss();
-            qkv[i] = x;
-            CHECK(std::abs(dqkv[i] - (above - below) / (2 * h)) < 1e-7);
+// That the plain one is right, its gradients above say.
+TEST_CASE_TEMPLATE("attention: agrees with the plain one, forward and backward", real, float,
+                   double) {
+    const AttentionShape shapes[] = {{1, 1, 1, 1},
+                                     {2, 5, 3, 4},
+                                     {1, 33, 2, 7},
+                                     {1, 150, 1, 16},
+                                     {2, 113, 2, 31},
+                                     {1, 65, 1, 70},
+                                     {1, 40, 2, 33, 0.3f},
+                                     {2, 129, 1, 8, 0.5f},
+                                     // more keys than are worked on at a time, a wider head
+                                     {1, kDepth + 19, 2, 5},
+                                     {1, kDepth + 75, 2, 64},
+                                     {1, 2 * kDepth + 3, 1, 6, 0.2f},
+                                     {1, 20, 1, kDepth + 7}};
+    const double unit = std::numeric_limits<real>::epsilon();
+    for (const AttentionShape& s : shapes)
+        for (double scale : {1.0, 3.0}) {
+            INFO("T ", s.T, ", HS ", s.HS, ", dropout ", s.p, ", scale ", scale);
+            const Attention<real, FastOps> fast(s, scale);
+            const Attention<double, PlainOps> plain(s, scale);
+            const double growth = scale * scale;  // a score's error is p's relative error
+            CHECK(largest_difference(fast.out, plain.out) < 20 * growth * unit);
+            CHECK(largest_difference(fast.lse, plain.lse) < 20 * growth * unit);
+            CHECK(largest_difference(fast.dqkv, plain.dqkv) < 40 * growth * scale * unit);
+            CHECK(largest_difference(fast.bias, plain.bias) < 400 * growth * scale * unit);
         }
-    }
-}
-
-TEST_CASE("attention: backward in float agrees with double") {
-    const int B = 1, T = tinygpt::kDepth + 75, NH = 2, HS = 64, C = NH * HS;
-    const std::vector<float> qkv = random_vector<float>(size_t(B) * T * 3 * C, 5, 0.5);
-    const std::vector<float> dout = random_vector<float>(size_t(B) * T * C, 6, 0.5);
-    const std::vector<double> qkv2(qkv.begin(), qkv.end()), dout2(dout.begin(), dout.end());
-    std::vector<float> out(dout.size()), lse(size_t(B) * NH * T), dqkv(qkv.size());
-    std::vector<double> out2(dout.size()), lse2(lse.size()), dqkv2(qkv.size());
-    tinygpt::attention_forward(out.data(), lse.data(), qkv.data(), B, T, NH, HS, {});
-    tinygpt::attention_backward(dqkv.data(), dout.data(), out.data(), lse.data(), qkv.data(), B, T,
-                                NH, HS, {});
-    tinygpt::attention_forward(out2.data(), lse2.data(), qkv2.data(), B, T, NH, HS, {});
-    tinygpt::attention_backward(dqkv2.data(), dout2.data(), out2.data(), lse2.data(), qkv2.data(),
-                                B, T, NH, HS, {});
-    CHECK(largest_difference(std::vector<double>(dqkv.begin(), dqkv.end()), dqkv2) < 1e-5);
 }
 
 TEST_CASE("attention: the same bits for any number of threads") {
-    const int B = 2, T = 77, NH = 3, HS = 20, C = NH * HS, before = omp_get_max_threads();
-    const std::vector<float> qkv = random_vector<float>(size_t(B) * T * 3 * C, 5, 0.5);
-    const std::vector<float> dout = random_vector<float>(size_t(B) * T * C, 6, 0.5);
+    const int before = omp_get_max_threads();
     std::vector<float> first;
     for (int threads : {1, 2, 3}) {
         omp_set_num_threads(threads);
-        std::vector<float> out(dout.size()), lse(size_t(B) * NH * T), dqkv(qkv.size());
-        tinygpt::attention_forward(out.data(), lse.data(), qkv.data(), B, T, NH, HS, {});
-        tinygpt::attention_backward(dqkv.data(), dout.data(), out.data(), lse.data(), qkv.data(), B,
-                                    T, NH, HS, {});
-        if (threads == 1) first = dqkv;
-        CHECK(dqkv == first);
+        const Attention<float, FastOps> a({2, 77, 3, 20}, 1);
+        if (threads == 1) first = a.dqkv;
+        CHECK(a.dqkv == first);
     }
     omp_set_num_threads(before);
 }
 
 TEST_CASE_TEMPLATE("attention: with a cache, the rows of the whole", real, float, double) {
-    const int T = tinygpt::kDepth + 35, NH = 3, HS = 20, C = NH * HS;
-    const std::vector<real> qkv = random_vector<real>(size_t(T) * 3 * C, 5, 0.5);
-    std::vector<real> out(size_t(T) * C), lse(size_t(NH) * T);
-    tinygpt::attention_forward(out.data(), lse.data(), qkv.data(), 1, T, NH, HS, {});
-    const std::pair<int, int> cases[] = {{0, 1}, {1, 1}, {63, 1},   {T - 1, 1},
-                                         {0, T}, {5, 9}, {40, 100}, {T - 50, 50}};
-    for (const auto& range : cases) {
-        const int past = range.first, n = range.second;
+    const int T = kDepth + 35, NH = 3, HS = 20, C = NH * HS;
+    const Attention<real, FastOps> whole({1, T, NH, HS}, 1);
+    const Attention<real, PlainOps> plain({1, T, NH, HS}, 1);
+    for (const auto& [past, n] : {std::pair{0, 1}, {1, 1}, {63, 1}, {T - 1, 1},
+                                  {0, T}, {5, 9}, {40, 100}, {T - 50, 50}}) {
         INFO("past ", past, ", n ", n);
-        std::vector<real> part(size_t(n) * C);
-        const std::vector<real> whole(out.begin() + size_t(past) * C,
-                                      out.begin() + size_t(past + n) * C);
-        tinygpt::attention_cached(part.data(), qkv.data(), past, n, NH, HS);
-        CHECK(largest_difference(part, whole) < 20 * std::numeric_limits<real>::epsilon());
+        std::vector<real> fast(size_t(n) * C), slow(fast.size());
+        tinygpt::Cpu<real>().attention_cached(fast.data(), whole.qkv.data(), past, n, NH, HS);
+        tinygpt::Reference<real>().attention_cached(slow.data(), whole.qkv.data(), past, n, NH,
+                                                    HS);
+        auto rows = [&, past = past](const std::vector<real>& all) {
+            const auto begin = all.begin() + ptrdiff_t(past) * C;
+            return std::vector<real>(begin, begin + ptrdiff_t(fast.size()));
+        };
+        CHECK(largest_difference(fast, rows(whole.out)) <
+              20 * std::numeric_limits<real>::epsilon());
+        CHECK(slow == rows(plain.out));
     }
 }
 
@@ -6956,7 +6923,7 @@ TEST_CASE("bench: a row for every function and linear layer") {
 #else  // TINYGPT_TEST_CUDA
 
 // =================================================================================================
-// CUDA: every kernel against Cpu<double>, on a GPU or on the CPU in its place
+// CUDA: every kernel against Reference<double>, on a GPU or on the CPU in its place
 // =================================================================================================
 // Both devices get the same inputs: random numbers, rounded to the activation type. What comes back
 // is held against double arithmetic. The tolerance is counted, not tuned: u is the rounding unit of
@@ -7115,7 +7082,7 @@ void again_in_other_orders(Work&& work) {
 
 TEST_CASE_TEMPLATE("cuda: embedding", A, float, bf16) {
     Cuda<A> cuda;
-    Cpu<double> cpu;
+    Reference<double> cpu;
     for (Dropout drop : {Dropout{}, kDrop})
         for (auto [B, T, C, V, past] : Sizes<5>{{1, 1, 8, 3, 0},
                                                 {3, 7, 24, 5, 2},
@@ -7155,7 +7122,7 @@ TEST_CASE_TEMPLATE("cuda: embedding", A, float, bf16) {
 
 TEST_CASE_TEMPLATE("cuda: layernorm", A, float, bf16) {
     Cuda<A> cuda;
-    Cpu<double> cpu;
+    Reference<double> cpu;
     // The first: more partial sums than a block has rows of threads. 520 and 2056: more columns
     // than a warp asks for at once. The last: a variance of the size of the epsilon added to it.
     for (auto [rows, C, mean, thousandths] : Sizes<4>{{300, 8, 0, 2000},
@@ -7220,7 +7187,7 @@ TEST_CASE_TEMPLATE("cuda: layernorm", A, float, bf16) {
 TEST_CASE_TEMPLATE("cuda: linear layers", Device, Cuda<float>, CudaTf32, Cuda<bf16>) {
     using A = typename Device::Activation;
     const double product = kProductUnit<Device>;
-    Cpu<double> cpu;
+    Reference<double> cpu;
     for (bool fuse : {true, false})
         for (auto [rows, C, OC] :
              Sizes<3>{{1, 8, 8}, {5, 24, 40}, {33, 16, 72}, {70, 264, 24}, {300, 16, 8}})
@@ -7288,7 +7255,7 @@ void check_attention(Shape s, Dropout drop, double scale) {
                                      {"scale", double(scale)}});
     CAPTURE(at);
     Cuda<A> cuda;
-    Cpu<double> cpu;
+    Reference<double> cpu;
     const size_t n = size_t(s.rows()) * s.C(), stats = size_t(s.rows()) * s.NH;
     const auto qkv = random_values<A>(3 * n, 1, scale), dout = random_values<A>(n, 2);
     Array<A> d_qkv(qkv), d_dout(dout), out(n), dqkv(3 * n);
@@ -7404,7 +7371,7 @@ TEST_CASE("cuda: attention has the same bits in blocks of 64 and of 128 rows") {
 TEST_CASE_TEMPLATE("cuda: head", Device, Cuda<float>, CudaTf32, Cuda<bf16>) {
     using A = typename Device::Activation;
     const double product = kProductUnit<Device>;
-    Cpu<double> cpu;
+    Reference<double> cpu;
     for (size_t bytes : {size_t(1) << 30, size_t(1500)})
         for (auto [rows, C, V, scale] : Sizes<4>{{1, 8, 1, 1},
                                                  {5, 16, 61, 1},
@@ -7433,7 +7400,7 @@ TEST_CASE_TEMPLATE("cuda: head", Device, Cuda<float>, CudaTf32, Cuda<bf16>) {
                 Array<int32_t> d_targets(targets);
                 Array<float> losses(targets.size()), scores(targets.size() * size_t(V));
                 Values want(rows), want_scores(size_t(rows) * V),
-                    space(Cpu<double>::head_workspace(rows, V)), want_dx(n);
+                    space(Reference<double>::head_workspace(rows, V)), want_dx(n);
                 Values dw = random_values<float>(ws, 4);
                 dw.resize(all);
                 Array<float> d_dw(dw);
@@ -7462,7 +7429,7 @@ TEST_CASE_TEMPLATE("cuda: head", Device, Cuda<float>, CudaTf32, Cuda<bf16>) {
 
 TEST_CASE_TEMPLATE("cuda: update", A, float, bf16) {
     Cuda<A> cuda;
-    Cpu<double> cpu;
+    Reference<double> cpu;
     for (size_t count : {size_t(64), size_t(4 * 1024 + 64), size_t(1 << 16)}) {
         const size_t decayed = count / 128 * 64;
         CAPTURE(count);
@@ -7571,7 +7538,7 @@ TEST_CASE_TEMPLATE("cuda: loss and every gradient of a whole model, again bit fo
             place_of({{"NH", NH}, {"HS", HS}, {"untied", untied}, {"dropout", dropout}});
         CAPTURE(at);
         Gpt2<Device> cuda(config);
-        Gpt2<Cpu<double>> cpu(config);
+        Gpt2<Reference<double>> cpu(config);
         const Values weights = random_weights<A>(config);
         cuda.reserve(2, 19, Use::training), cpu.reserve(2, 19, Use::training);
         set_weights(cuda, weights), set_weights(cpu, weights);
@@ -7631,7 +7598,7 @@ TEST_CASE_TEMPLATE("cuda: GELUs made again in backward are the same numbers", De
 }
 
 TEST_CASE_TEMPLATE(
-    "cuda: ten training steps follow Cpu<double>, and two runs are equal bit for bit", Device,
+    "cuda: ten training steps follow Reference<double>, and two runs are equal bit for bit", Device,
     Cuda<float>, CudaTf32, Cuda<bf16>) {
     using A = typename Device::Activation;
     const Config config{2, 1, 64, 16, 29};
@@ -7651,7 +7618,7 @@ TEST_CASE_TEMPLATE(
         return losses;
     };
     Gpt2<Device> cuda(config), again(config);
-    Gpt2<Cpu<double>> cpu(config);
+    Gpt2<Reference<double>> cpu(config);
     const Values got = run(cuda), want = run(cpu);
     compare("losses", got, want, kUnit<Device>, 8, 64);
     CHECK(want[8] < want[0]);
@@ -7676,7 +7643,7 @@ TEST_CASE_TEMPLATE("cuda: generation from the cache gives the logits of the whol
     const Config config{2, 2, 64, 24, 61};
     const Values weights = random_weights<A>(config);
     Gpt2<Device> cuda(config);
-    Gpt2<Cpu<double>> cpu(config);
+    Gpt2<Reference<double>> cpu(config);
     cuda.reserve(1, 24, Use::generation), cpu.reserve(1, 24, Use::generation);
     set_weights(cuda, weights), set_weights(cpu, weights);
     const auto tokens = random_tokens(24, 61, 5);

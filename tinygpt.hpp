@@ -742,239 +742,59 @@ void initialise(real* weights, const Config& config, const Layout& layout, uint6
 // =================================================================================================
 // §4 The layers, in the order the batch meets them
 // =================================================================================================
-// We hold one batch of tokens [B, T] and the parameters. From here on a row is one position of one
-// sequence; rows = B*T of them lie below each other, and x is [rows, C]: the residual stream.
+// What you have now: one batch of tokens [B, T] and the parameters. rows = B*T positions lie below
+// each other, and x [rows, C] is the residual stream.
 //
-// Backward is the chain rule, and nothing else. If the loss depends on out, and out on x, then
+// Backward is the chain rule. If the loss depends on out, and out on x, then
 //   dx_i = sum over j of dout_j (d out_j / d x_i)
-// Each backward function is that sum written out for one layer, with dout given: dx_i, by how much
-// the loss grows for a little more of x_i, is made of all the ways by which x_i reaches the loss.
-// So gradients of a value that was used twice are added, and those of a weight, which serves every
-// row, are summed over the rows. dx has the shape of x, and no Jacobian matrix is ever made.
+// dx_i, by how much the loss grows for a little more of x_i, adds up all the ways by which x_i
+// reaches the loss. Each backward function is that sum written out for one layer. So the gradients
+// of a value that was used twice are added, and those of a weight, which serves every row, are
+// summed over the rows. dx has the shape of x, and no Jacobian matrix is ever made.
 //
-// A device is a struct with the functions below. Cpu<real> has them as loops, Cuda as kernels;
-// model, training and generation (§5-9) are written once, over any device, and never ask which one
-// it is. For the reader: in every function outputs come first, d means "the gradient of the loss
-// with respect to", and a backward function stands directly below its forward. `accumulate` says
-// whether a parameter's gradient is set (first micro-batch of a step) or added to (those after it).
+// In every function outputs come first, and d means "the gradient of the loss with respect to". A
+// backward function stands directly below its forward. `accumulate`: a parameter's gradient is
+// added to (every micro-batch of a step but the first), otherwise it is set.
 
 // Dropout multiplies every element by 0 with probability p, otherwise by 1/(1-p), so that the mean
-// stays: (1-p) x/(1-p) = x (Srivastava et al. 2014). Which is decided by the element's index alone:
-// the backward pass makes the mask again instead of storing it, and the GPU makes the same one.
+// stays: (1-p) x/(1-p) = x (Srivastava et al. 2014). The element's index alone decides which, so
+// backward makes the mask again instead of storing it, and a GPU makes the same one.
 // With mask m_i, 0 or 1/(1-p):  out_i = m_i x_i,  so  dx_i = m_i dout_i: the same mask, once more.
 struct Dropout {
     uint64_t key = 0;
     float p = 0;  // 0: off
     auto operator<=>(const Dropout&) const = default;
     TINYGPT_HD bool on() const { return p > 0; }
-    // m_i: a random number of 32 bits, held against p 2^32.
+    // m_i: compares a random number of 32 bits with p 2^32.
     TINYGPT_HD float scale(uint64_t i) const {
         return double(random_bits(key, i) >> 32) < double(p) * 4294967296.0 ? 0.0f
                                                                             : 1.0f / (1.0f - p);
     }
 };
 
-// The few numbers of a step that live beside the weights, on the device, so that no step has to
-// wait for the host: what the host set (lr), what the device found, and the guards' memory (§7).
-struct StepState {
-    static constexpr int kWindow = 128;  // how many past steps an outlier is judged by
-    double lr = 0, loss = 0, grad_norm = 0;
-    double clip_scale = 1;              // gradients are multiplied by this in the update
-    int32_t skip = 0;                   // 1: this update is not made
-    int32_t broken = 0;                 // 1: loss or norm was NaN or infinite
-    int64_t updates = 0;                // updates made so far: AdamW's t
-    int64_t skipped = 0, outliers = 0;  // totals of the run
-    int64_t seen = 0;                   // steps in the window so far
-    double losses[kWindow] = {}, norms[kWindow] = {};
-};
-
-// The rules of the update (§7).
-struct Guards {
-    double grad_clip = 1;      // limit of the global norm; 0: none
-    double skip_outliers = 0;  // z-score above which an update is skipped; 0: never
-    auto operator<=>(const Guards&) const = default;
-};
-// The optimizer's (§7), with GPT-3's numbers where none are given (Brown et al. 2020, appendix B).
-struct AdamW {
-    // What it remembers of every weight, each an array like them: their names in a checkpoint.
-    static constexpr std::array kMoments = {"m.", "v."};
-    double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1;
-    auto operator<=>(const AdamW&) const = default;
-};
-
-// How the CPU computes matrix products. bf16: operands are rounded to bf16, sums stay fp32.
-struct MatmulOptions {
-    bool bf16 = false;
-};
-
-// The CPU. `real` is float for training and double for checking gradients. Here is what it can do;
-// how follows below, under `void Cpu<real>::...`: the body of a method outside of its class.
-template <class real>
-struct Cpu {
-    using Real = real;        // masters, moments, statistics, losses
-    using Weight = real;      // what the layers read (on a GPU in bf16: bf16 copies of the masters)
-    using Gradient = real;    // of parameters
-    using Activation = real;  // and their gradients
-    static constexpr bool kSeparateMasters = false;  // masters and weights are one array
-    static constexpr bool kHostMemory = true;        // the host may read and write its arrays
-    MatmulOptions matmul_options;                    // bf16 operands or not
-
-    // --- the machine
-    static constexpr const char* kProgram = "train_gpt";
-    std::string describe() const;    // one line
-    size_t free_memory() const;      // bytes
-    double peak_flops() const;       // operations a second, measured in registers alone
-    double tile_peak_flops() const;  // likewise, of the fp32 product's tiles in the first cache
-    double bf16_peak_flops() const;  // likewise, of matrix products in bf16; 0: it has none
-    bool bf16_products() const { return matmul_options.bf16; }
-    double peak_bandwidth() const;  // bytes a second, measured
-    void synchronize() {}           // wait until everything asked for is done: here it always is
-    void check_sizes(const Config&, int /*B*/) const {}  // its functions take any
-
-    // --- a step as one piece of work, and its numbers. A device that works behind the host's back
-    // may do a step while the host prepares the next: it may be kStepsBehind steps late.
-    static constexpr int kStepsBehind = 0;
-    // Does the work. A device may record it, and repeat the recording for the same pass and options.
-    void replay(const auto& /*pass*/, const auto& /*options*/, auto&& work) { work(); }
-    void post(const StepState*) {}  // asks for a copy of the state as it is after all work so far
-    StepState fetch(const StepState* state) { return *state; }  // waits for the oldest such copy
-
-    // --- memory
-    template <class T>
-    T* allocate(size_t count);
-    template <class T>
-    void release(T* pointer);
-    template <class T>
-    void zero(T* to, size_t count);
-    template <class T>
-    void upload(T* to, const T* from_host, size_t count);
-    template <class T>
-    void download(T* to_host, const T* from, size_t count);
-    void weights_from_masters(Weight*, const Real*, size_t) {}  // nothing to do: one array
-
-    // --- token and position embeddings
-    void embed_forward(Activation* out, const int32_t* tokens, const Weight* wte, const Weight* wpe,
-                       int B, int T, int C, int past, Dropout drop);
-    void embed_backward(Gradient* dwte, Gradient* dwpe, const Activation* dout,
-                        const int32_t* tokens, const int32_t* order, int B, int T, int C,
-                        Dropout drop);
-
-    // --- layernorm
-    void layernorm_forward(Activation* out, Real* mean, Real* rstd, const Activation* x,
-                           const Weight* weight, const Weight* bias, int rows, int C);
-    void layernorm_backward(Activation* dx, Gradient* dweight, Gradient* dbias, Activation* dbranch,
-                            Gradient* dbranch_bias, const Activation* dout,
-                            const Activation* dresidual, const Activation* x, const Real* mean,
-                            const Real* rstd, const Weight* weight, int rows, int C, Dropout drop,
-                            bool accumulate);
-
-    // --- linear layers: plain; followed by GELU; added to the residual stream
-    void linear_forward(Activation* out, const Activation* x, const Weight* w, const Weight* b,
-                        int rows, int C, int OC);
-    void linear_backward(Activation* dx, Gradient* dw, const Activation* dout, const Activation* x,
-                         const Weight* w, int rows, int C, int OC, bool accumulate);
-    void linear_gelu_forward(Activation* gelu, Activation* pre, const Activation* x,
-                             const Weight* w, const Weight* b, int rows, int C, int OC);
-    void gelu_forward(Activation* gelu, const Activation* pre, size_t count);
-    void linear_gelu_backward(Activation* dpre, Gradient* dw, Gradient* dpre_bias,
-                              const Activation* dout, const Activation* gelu, const Activation* pre,
-                              const Weight* w, int rows, int C, int OC, bool accumulate);
-    void linear_residual_forward(Activation* out, const Activation* residual, const Activation* x,
-                                 const Weight* w, const Weight* b, int rows, int C, int OC,
-                                 Dropout drop);
-
-    // --- causal attention over packed queries, keys and values
-    void attention_forward(Activation* out, Real* lse, const Activation* qkv, int B, int T, int NH,
-                           int HS, Dropout drop);
-    void attention_backward(Activation* dqkv, Gradient* dqkv_bias, const Activation* dout,
-                            const Activation* out, const Real* lse, const Activation* qkv, int B,
-                            int T, int NH, int HS, Dropout drop, bool accumulate);
-    void attention_cached(Activation* out, const Activation* qkv, int past, int n, int NH, int HS);
-
-    // --- head, softmax and cross-entropy in one. A device may also read the padding behind w, and
-    // set that behind dw to 0 (table_rows).
-    static size_t head_workspace(int rows, int V);  // elements of `logits` below
-    void head_forward(Real* losses, Activation* logits, const Activation* x, const Weight* w,
-                      const int32_t* targets, int rows, int C, int V);
-    void head_forward_backward(Real* losses, Activation* dx, Gradient* dw, Activation* logits,
-                               const Activation* x, const Weight* w, const int32_t* targets,
-                               int rows, int C, int V, Real scale, bool accumulate);
-    void head_logits(Real* logits, const Activation* x, const Weight* w, int rows, int C, int V);
-
-    // --- the update
-    void begin_step(StepState* state, double lr);
-    void add_loss(StepState* state, const Real* losses, int rows, double scale);
-    void gradient_norm(StepState* state, const Gradient* grads, size_t count);
-    void judge_step(StepState* state, Guards guards);
-    void adamw(Weight* weights, Real* masters, Real* m, Real* v, const Gradient* grads,
-               size_t count, size_t decayed, const StepState* state, AdamW hyper);
-};
-
-// --- memory: one aligned block; the host is the device
-
-// Uninitialised memory for count elements, at a multiple of 64 bytes. Fails when there is none.
-// Large blocks ask for large pages: the processor has fewer of them to look up when §10 jumps from
-// row to row.
-template <class real>
-template <class T>
-T* Cpu<real>::allocate(size_t count) {
-    const size_t large_page = size_t(1) << 21;
-    size_t bytes = std::max<size_t>(count, 1) * sizeof(T);
-    const size_t unit = bytes >= large_page / 2 ? large_page : 64;
-    bytes = round_up(bytes, unit);
-    void* pointer = std::aligned_alloc(unit, bytes);
-    TINYGPT_CHECK(pointer, "out of memory: %.2f GB more were needed", double(bytes) / 1e9);
-#ifdef MADV_HUGEPAGE
-    if (unit == large_page) ::madvise(pointer, bytes, MADV_HUGEPAGE);
-#endif
-    return static_cast<T*>(pointer);
-}
-// The other four are what a GPU needs calls of its own for: to give memory back, to set count
-// elements to zero bytes, and to copy count elements to the device and from it.
-template <class real>
-template <class T>
-void Cpu<real>::release(T* pointer) {
-    std::free(pointer);
-}
-template <class real>
-template <class T>
-void Cpu<real>::zero(T* to, size_t count) {
-    std::memset(static_cast<void*>(to), 0, count * sizeof(T));
-}
-template <class real>
-template <class T>
-void Cpu<real>::upload(T* to, const T* from_host, size_t count) {
-    std::memcpy(static_cast<void*>(to), from_host, count * sizeof(T));
-}
-template <class real>
-template <class T>
-void Cpu<real>::download(T* to_host, const T* from, size_t count) {
-    std::memcpy(static_cast<void*>(to_host), from, count * sizeof(T));
-}
-
 // A sum over rows must not depend on the number of threads: (a + b) + c and a + (b + c) differ in
-// their last bit. So the rows are cut into a fixed number of stripes, each stripe is summed by one
-// thread, and the stripes are added in order.
+// their last bit. So the rows are cut into a fixed number of stripes, one thread sums a stripe, and
+// the stripes are added in order.
 constexpr int kStripes = 32;
 inline int stripe_begin(int rows, int stripe) { return int(int64_t(rows) * stripe / kStripes); }
 
-// --- §4.1 Embedding: every position gets the vector of its token plus the vector of its place
+// --- §4.1 Embedding: the vector of the token plus the vector of the position
 //   out[b,t] = drop(wte[tokens[b,t]] + wpe[past + t])
 // It is a product with one-hot rows, out = onehot(tokens) wte, of which only the look-up is left.
-// The place is added because a score of attention does not depend on how far apart two tokens are.
+// Why wpe: to attention alone, a text is a bag of tokens; it cannot see where they stand.
 //   walk> embedded     [8,  8]   -0.0054  -0.0335   0.1426   0.0302  -0.0398  -0.0485 ...
 
 // sets out [B*T, C] from tokens [B*T], wte [V, C], wpe [P, C]. past: position of the first column,
-// 0 but in generation. Tokens must be below V and past + T at most P: checked where they come from.
+// 0 but in generation. Tokens must be below V and past + T at most P: callers check.
 template <class real>
-void Cpu<real>::embed_forward(real* out, const int32_t* tokens, const real* wte, const real* wpe,
-                              int B, int T, int C, int past, Dropout drop) {
+void embed_forward(real* out, const int32_t* tokens, const real* wte, const real* wpe, int B, int T,
+                   int C, int past, Dropout drop) {
 #pragma omp parallel for schedule(static)
     for (int row = 0; row < B * T; ++row) {
         const real* token = wte + size_t(tokens[row]) * C;
-        const real* place = wpe + size_t(past + row % T) * C;
+        const real* position = wpe + size_t(past + row % T) * C;
         real* o = out + size_t(row) * C;
-        for (int c = 0; c < C; ++c) o[c] = token[c] + place[c];
+        for (int c = 0; c < C; ++c) o[c] = token[c] + position[c];
         if (drop.on())
             for (int c = 0; c < C; ++c) o[c] *= drop.scale(size_t(row) * C + c);
     }
@@ -985,20 +805,20 @@ void Cpu<real>::embed_forward(real* out, const int32_t* tokens, const real* wte,
 // A token that is not in the batch gets nothing: most rows of dwte stay as they are.
 // adds to dwte [V, C] and dwpe [P, C]; reads dout [B*T, C], tokens [B*T].
 // Threads share the channels, not the rows: two rows may hold the same token. `order` (the rows
-// sorted by token) is for devices that share out tokens instead.
+// sorted by token) is for devices that share the tokens instead.
 template <class real>
-void Cpu<real>::embed_backward(real* dwte, real* dwpe, const real* dout, const int32_t* tokens,
-                               const int32_t* /*order*/, int B, int T, int C, Dropout drop) {
+void embed_backward(real* dwte, real* dwpe, const real* dout, const int32_t* tokens,
+                    const int32_t* /*order*/, int B, int T, int C, Dropout drop) {
     const int slice = 16;
 #pragma omp parallel for schedule(static)
     for (int first = 0; first < C; first += slice)
         for (int row = 0; row < B * T; ++row) {
             const real* d = dout + size_t(row) * C;
             real* token = dwte + size_t(tokens[row]) * C;
-            real* place = dwpe + size_t(row % T) * C;
+            real* position = dwpe + size_t(row % T) * C;
             for (int c = first; c < std::min(C, first + slice); ++c) {
                 real value = drop.on() ? d[c] * drop.scale(size_t(row) * C + c) : d[c];
-                token[c] += value, place[c] += value;
+                token[c] += value, position[c] += value;
             }
         }
 }
@@ -1013,8 +833,8 @@ constexpr double kLayernormEps = 1e-5;
 // sets out [rows, C], and mean and rstd (m and r) [rows], which are kept for backward, from x
 // [rows, C], weight and bias [C]. Two passes: x^2 - m^2 in one would lose digits where m is large.
 template <class real>
-void Cpu<real>::layernorm_forward(real* out, real* mean, real* rstd, const real* x,
-                                  const real* weight, const real* bias, int rows, int C) {
+void layernorm_forward(real* out, real* mean, real* rstd, const real* x, const real* weight,
+                       const real* bias, int rows, int C) {
 #pragma omp parallel for schedule(static) if (rows > 1)
     for (int row = 0; row < rows; ++row) {
         const real* in = x + size_t(row) * C;
@@ -1043,17 +863,16 @@ void Cpu<real>::layernorm_forward(real* out, real* mean, real* rstd, const real*
 //   dweight_i = sum over rows of dout_i n_i      dbias_i = sum over rows of dout_i
 // Layernorm reads the residual stream, which also flows on past it; dx joins both gradients:
 //   dx = dresidual + the above        (dresidual: null where nothing else read x; may be dx itself)
-// What was added to the stream just below came from a branch, x = residual + drop(branch), with a
-// bias. Its gradients ride along, since dx is at hand:
+// A branch with a bias was added to the stream just below, x = residual + drop(branch). Its
+// gradients are made here too, since dx is at hand:
 //   dbranch = drop(dx) (written only when drop is on)   dbranch_bias = column sums of dbranch
 // reads dout, dresidual, x [rows, C], mean, rstd [rows], weight [C]. sets dx and dbranch [rows, C];
 // sets dweight, dbias, dbranch_bias [C], or adds to them if accumulate. dbranch_bias may be null.
 template <class real>
-void Cpu<real>::layernorm_backward(real* dx, real* dweight, real* dbias, real* dbranch,
-                                   real* dbranch_bias, const real* dout, const real* dresidual,
-                                   const real* x, const real* mean, const real* rstd,
-                                   const real* weight, int rows, int C, Dropout drop,
-                                   bool accumulate) {
+void layernorm_backward(real* dx, real* dweight, real* dbias, real* dbranch, real* dbranch_bias,
+                        const real* dout, const real* dresidual, const real* x, const real* mean,
+                        const real* rstd, const real* weight, int rows, int C, Dropout drop,
+                        bool accumulate) {
     std::vector<real> sums(size_t(kStripes) * 3 * C);  // of dweight, dbias, dbranch_bias
 #pragma omp parallel for schedule(static)
     for (int stripe = 0; stripe < kStripes; ++stripe) {
@@ -1116,56 +935,92 @@ View<real> transpose_of(const real* data, ptrdiff_t stride) {
     return {data, 1, stride};
 }
 
-// The definition: c[m, n] = a[m, k] b[k, n]. That is all a product is: m n dot products of length
-// k, so 2 m n k operations. c is row-major, its rows ldc apart ("leading dimension").
+// What a layer does with finished sums: finish(row, col, count, values) changes `count` sums of a
+// row, from column col on, while they are in the cache. Bias, GELU and residual go here. (A
+// std::function holds any function or lambda; an empty one does nothing. type_identity keeps `real`
+// from being deduced here.)
 template <class real>
-void matmul_definition(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k) {
-    for (int i = 0; i < m; ++i)
-        for (int j = 0; j < n; ++j) {
-            double sum = 0;
-            for (int p = 0; p < k; ++p) sum += double(a(i, p)) * double(b(p, j));
-            c[i * ldc + j] = real(sum);
-        }
-}
+using Finish = std::function<void(int row, int col, int count, std::type_identity_t<real>* values)>;
 
-// What to do with finished sums: nothing.
-struct KeepSums {
-    void operator()(auto...) const {}
+// The six operations that take nearly all of a step's time, each by its definition. The layers get
+// them as an argument, `ops`, because §10 has the same six, some fifty times faster. Tests compare
+// the two; you can ignore how the fast ones work until §10.
+struct PlainOps {
+    template <class real>
+    static void matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
+                       bool accumulate = false, const Finish<real>& finish = {});
+    template <class real>
+    static void attend(real* out, real* lse, const real* qkv, int first, int last, int C, int HS,
+                       Dropout drop, uint64_t head);
+    template <class real>
+    static void attend_backward(real* dqkv, const real* dout, const real* out, const real* lse,
+                                const real* qkv, int T, int C, int HS, Dropout drop, uint64_t head);
+    template <class real>
+    static real exp(real x) {
+        return std::exp(x);
+    }
+    // The largest of n >= 1 numbers.
+    template <class real>
+    static real maximum(const real* x, int n) {
+        return *std::max_element(x, x + n);
+    }
+    // x [count] becomes e^(x - shift); returns the sum.
+    template <class real>
+    static real exp_and_sum(real* x, real shift, int count) {
+        real sum = 0;
+        for (int i = 0; i < count; ++i) sum += x[i] = std::exp(x[i] - shift);
+        return sum;
+    }
 };
 
-// The one that is used makes the same sums some fifty times faster. It is §10, it is held to the
-// definition by a test, and nothing before §10 needs to know how it works:
-//   c = finish(a b)      or, if accumulate,      c = finish(c + a b)
-// c shares no memory with a or b; m, n and k are at least 1.
-// finish(row, col, count, values) may change `count` finished sums of a row, from column col, where
-// they lie in c, while they are still in the cache: that is where bias, GELU and residual go. It is
-// a struct with an operator(), which makes it callable as __call__ does in Python.
-template <class real, class Finish = KeepSums>
-void matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
-            MatmulOptions options = {}, bool accumulate = false, Finish finish = {});
+// c[m, n] = finish(a b), or finish(c + a b) if accumulate; a [m, k], b [k, n]. That is all a
+// product is: m n dot products of length k, so 2 m n k operations. c is row-major, its rows ldc
+// apart (the leading dimension), and shares no memory with a or b; m, n and k are at least 1.
+template <class real>
+void PlainOps::matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
+                      bool accumulate, const Finish<real>& finish) {
+    for (int i = 0; i < m; ++i) {
+        real* row = c + i * ldc;
+        for (int j = 0; j < n; ++j) {
+            double sum = accumulate ? row[j] : 0;
+            for (int p = 0; p < k; ++p) sum += double(a(i, p)) * double(b(p, j));
+            row[j] = real(sum);
+        }
+        if (finish) finish(i, 0, n, row);
+    }
+}
 
 // --- §4.4 The linear layer: every output is a weighted sum of all inputs, plus a bias
 //   out = x w + bias        x [rows, C], bias [OC]
 // w is [C, OC], that is [in, out], as Hugging Face stores GPT-2; PyTorch's nn.Linear has it
 // the other way round.
 
-template <class real>
-struct AddBias {
-    const real* bias;
-    void operator()(int, int col, int count, real* values) const {
-        for (int j = 0; j < count; ++j) values[j] += bias[col + j];
-    }
-};
-
 // sets out [rows, OC] = x w + b, from x [rows, C], w [C, OC], b [OC].
-template <class real>
-void Cpu<real>::linear_forward(real* out, const real* x, const real* w, const real* b, int rows,
-                               int C, int OC) {
-    matmul(out, OC, rows_of(x, C), rows_of(w, OC), rows, OC, C, matmul_options, false,
-           AddBias<real>{b});
+template <class real, class Ops>
+void linear_forward(const Ops& ops, real* out, const real* x, const real* w, const real* b,
+                    int rows, int C, int OC) {
+    ops.matmul(out, OC, rows_of(x, C), rows_of(w, OC), rows, OC, C, false,
+               [=](int, int col, int count, real* values) {
+                   for (int j = 0; j < count; ++j) values[j] += b[col + j];
+               });
 }
 
-// out[n] = column sums of x [rows, n], or adds them. The rows are added in order, whoever does it.
+// out_ro = sum over c of x_rc w_co + b_o is linear in each of its three parts, so each gradient is
+// dout times what stood beside that part, summed over all the places where it was used:
+//   dx_rc = sum_o dout_ro w_co      dx = dout w^T      every output the input fed
+//   dw_co = sum_r x_rc dout_ro      dw = x^T dout      every row the weight served
+//   db_o  = sum_r dout_ro           column sums        every row the bias was added to
+// This is why x must be kept from forward to backward, and why backward takes twice as long. db is
+// made elsewhere: by the function that makes dout, which has its numbers at hand.
+// sets dx [rows, C]; sets dw [C, OC], or adds to it if accumulate.
+template <class real, class Ops>
+void linear_backward(const Ops& ops, real* dx, real* dw, const real* dout, const real* x,
+                     const real* w, int rows, int C, int OC, bool accumulate) {
+    ops.matmul(dx, C, rows_of(dout, OC), transpose_of(w, OC), rows, C, OC);
+    ops.matmul(dw, OC, transpose_of(x, C), rows_of(dout, OC), C, OC, rows, accumulate);
+}
+
+// out[n] = column sums of x [rows, n], or adds them. Rows are added in order, by any thread.
 template <class real>
 void column_sums(real* out, const real* x, int rows, int n, bool accumulate) {
     constexpr int width = 256;
@@ -1179,21 +1034,6 @@ void column_sums(real* out, const real* x, int rows, int n, bool accumulate) {
     }
 }
 
-// out_ro = sum over c of x_rc w_co + b_o is linear in each of its three parts, so each gradient is
-// dout times what stood beside that part, summed over all the places where it was used:
-//   dx_rc = sum_o dout_ro w_co      dx = dout w^T      every output the input fed
-//   dw_co = sum_r x_rc dout_ro      dw = x^T dout      every row the weight served
-//   db_o  = sum_r dout_ro           column sums        every row the bias was added to
-// This is why x must be kept from forward to backward, and why backward takes twice as long. db is
-// made elsewhere: by the function that makes dout, which has its numbers at hand.
-// sets dx [rows, C]; sets dw [C, OC], or adds to it if accumulate.
-template <class real>
-void Cpu<real>::linear_backward(real* dx, real* dw, const real* dout, const real* x, const real* w,
-                                int rows, int C, int OC, bool accumulate) {
-    matmul(dx, C, rows_of(dout, OC), transpose_of(w, OC), rows, C, OC, matmul_options);
-    matmul(dw, OC, transpose_of(x, C), rows_of(dout, OC), C, OC, rows, matmul_options, accumulate);
-}
-
 // --- §4.5 Causal self-attention (Vaswani et al. 2017): every position looks back at all before it
 // qkv [B*T, 3C]: a row holds the queries of all NH heads, then the keys, then the values; a head is
 // HS neighbouring channels, C = NH*HS. For each head, for query t and keys t2 <= t:
@@ -1203,42 +1043,54 @@ void Cpu<real>::linear_backward(real* dx, real* dw, const real* dout, const real
 // over; p[t,.] sums to 1, so out[t] is a mean of the values, weighted by how well the keys fit.
 // 1/sqrt(HS): where the entries of q and k have variance 1, q.k, a sum of HS products, has variance
 // HS; divided by sqrt(HS) it has 1 at any head size, and the softmax is not all on one key.
-// The mask (t2 <= t) makes it causal: no position sees what it is to predict. It costs nothing: the
-// scores behind it are not made at all, which halves the work, but for tiles on the diagonal.
-// lse[t] = log of that sum of e^s: all that the backward pass needs to make p again, so that no
-// T x T matrix is ever kept. Dropout, where it is on, multiplies p by a mask, of index
-// ((b NH + h) T + t) T + t2, after the sum.
+// The mask (t2 <= t) makes it causal: no position sees what it is to predict. The scores behind it
+// are not made at all, which halves the work.
+// lse[t] = log of that sum of e^s: all that backward needs to make p again, so no T x T matrix is
+// ever kept. Dropout, where it is on, multiplies p by a mask m, after the sum.
 //   walk> att of t=0 is its own value, qkv[16..23], since it sees nobody else:
 //   walk>   v of t=0   [1,  8]   -0.1347   1.1790  -0.1055   0.5021   0.3746  -0.3026 ...
 //   walk>   att        [8,  8]   -0.1347   1.1790  -0.1055   0.5021   0.3746  -0.3026 ...
 
-// The definition, of one head: q, k, v with rows `stride` apart, out [T, HS] with rows out_stride
-// apart. place: b NH + h. Careful: e^s itself overflows at s = 709, in float at 88. Where it counts
-// (§10) the row's maximum is taken out of all s first. p, a quotient, stays the same.
+// One head, queries first..last-1 over keys 0..last-1. qkv: the head's query of row 0, rows 3C
+// apart. Sets out [last - first, HS], rows C apart, and lse [last - first] unless it is null. head:
+// b NH + h, for the mask, whose index is (head T + t) T + t2 with T = last.
+// Careful: e^s overflows at s = 88 in float, so the row's maximum is subtracted from all s first. p
+// is a quotient, and stays the same.
 template <class real>
-void attention_definition(real* out, ptrdiff_t out_stride, const real* q, const real* k,
-                          const real* v, ptrdiff_t stride, int T, int HS, Dropout drop,
-                          uint64_t place) {
-    for (int t = 0; t < T; ++t) {
-        std::vector<double> p(t + 1), sum(HS);
-        double total = 0;
+void PlainOps::attend(real* out, real* lse, const real* qkv, int first, int last, int C, int HS,
+                      Dropout drop, uint64_t head) {
+    const View<real> q = rows_of(qkv, 3 * C), k = q.from(0, C), v = q.from(0, 2 * C);
+    std::vector<real> p(last);
+    for (int t = first; t < last; ++t) {
         for (int t2 = 0; t2 <= t; ++t2) {
-            for (int i = 0; i < HS; ++i)
-                p[t2] += double(q[t * stride + i]) * double(k[t2 * stride + i]);
-            total += p[t2] = std::exp(p[t2] / std::sqrt(double(HS)));
+            real s = 0;
+            for (int i = 0; i < HS; ++i) s += q(t, i) * k(t2, i);
+            p[t2] = s / std::sqrt(real(HS));
         }
+        const real highest = maximum(p.data(), t + 1);
+        const real sum = exp_and_sum(p.data(), highest, t + 1);  // p is e^(s - highest) now
+        if (lse) lse[t - first] = highest + std::log(sum);
+        real* o = out + size_t(t - first) * C;
+        std::fill_n(o, HS, real(0));
         for (int t2 = 0; t2 <= t; ++t2) {
-            if (drop.on()) p[t2] *= double(drop.scale((place * T + t) * T + t2));
-            for (int i = 0; i < HS; ++i) sum[i] += p[t2] / total * double(v[t2 * stride + i]);
+            const real m = drop.scale((head * last + t) * last + t2);
+            for (int i = 0; i < HS; ++i) o[i] += m * p[t2] / sum * v(t2, i);
         }
-        for (int i = 0; i < HS; ++i) out[t * out_stride + i] = real(sum[i]);
     }
 }
 
-// The fast ones, in §10, tested against it. Forward sets out [B*T, C] and lse [B, NH, T].
-template <class real>
-void attention_forward(real* out, real* lse, const real* qkv, int B, int T, int NH, int HS,
-                       Dropout drop);
+// The heads of all sequences. Sets out [B*T, C] and lse [B, NH, T] from qkv [B*T, 3C].
+template <class real, class Ops>
+void attention_forward(const Ops& ops, real* out, real* lse, const real* qkv, int B, int T, int NH,
+                       int HS, Dropout drop) {
+    const int C = NH * HS;
+#pragma omp parallel for schedule(dynamic)
+    for (int head = 0; head < B * NH; ++head) {
+        const size_t row = size_t(head / NH) * T, at = row * C + head % NH * HS;
+        ops.attend(out + at, lse + size_t(head) * T, qkv + at + 2 * row * C, 0, T, C, HS, drop,
+                   uint64_t(head));
+    }
+}
 
 // Backward goes the three lines of forward upside down. dout is the gradient of out, dp and ds
 // those of p and s (in dp_j/ds_i they are plain differentials); z is the sum of e^s. A key is seen
@@ -1253,33 +1105,59 @@ void attention_forward(real* out, real* lse, const real* qkv, int B, int T, int 
 // D is one number a row, from dout and out alone; p = e^(s - lse) is made again from q, k and lse
 // (Dao et al. 2022). With dropout out[t] = sum m p v, so dv has m p for p, and dp = m (dout.v);
 // then D = sum_j p_j dp_j = dout . sum_j m_j p_j v_j, which is dout . out as before.
-// Sets dqkv [B*T, 3C] from dout, out [B*T, C], lse [B, NH, T] and qkv [B*T, 3C].
+
+// One head; rows of dqkv and qkv are 3C apart, those of dout and out C; lse [T]. Sets the head's
+// channels of dqkv.
 template <class real>
-void attention_backward(real* dqkv, const real* dout, const real* out, const real* lse,
-                        const real* qkv, int B, int T, int NH, int HS, Dropout drop);
+void PlainOps::attend_backward(real* dqkv, const real* dout, const real* out, const real* lse,
+                               const real* qkv, int T, int C, int HS, Dropout drop, uint64_t head) {
+    const View<real> q = rows_of(qkv, 3 * C), k = q.from(0, C), v = q.from(0, 2 * C);
+    const View<real> d = rows_of(dout, C), o = rows_of(out, C);
+    const real scale = 1 / std::sqrt(real(HS));
+    for (int t = 0; t < T; ++t) {
+        real *dq = dqkv + q.row * t, D = 0;
+        for (int third = 0; third < 3; ++third) std::fill_n(dq + third * C, HS, real(0));
+        for (int i = 0; i < HS; ++i) D += d(t, i) * o(t, i);
+        for (int t2 = 0; t2 <= t; ++t2) {
+            real *dk = dqkv + q.row * t2 + C, *dv = dk + C, s = 0, dp = 0;
+            for (int i = 0; i < HS; ++i) s += q(t, i) * k(t2, i), dp += d(t, i) * v(t2, i);
+            const real m = drop.scale((head * T + t) * T + t2);
+            const real p = std::exp(s * scale - lse[t]), ds = p * (m * dp - D);
+            for (int i = 0; i < HS; ++i) {
+                dq[i] += ds * k(t2, i) * scale;
+                dk[i] += ds * q(t, i) * scale;
+                dv[i] += m * p * d(t, i);
+            }
+        }
+    }
+}
+
+// Sets dqkv [B*T, 3C] from dout, out [B*T, C], lse [B, NH, T] and qkv [B*T, 3C]. Also sets
+// dqkv_bias [3C], the bias gradient of the layer that made qkv, or adds to it if accumulate.
+template <class real, class Ops>
+void attention_backward(const Ops& ops, real* dqkv, real* dqkv_bias, const real* dout,
+                        const real* out, const real* lse, const real* qkv, int B, int T, int NH,
+                        int HS, Dropout drop, bool accumulate) {
+    const int C = NH * HS;
+#pragma omp parallel for schedule(dynamic)
+    for (int head = 0; head < B * NH; ++head) {
+        const size_t row = size_t(head / NH) * T, at = row * C + head % NH * HS,
+                     at3 = at + 2 * row * C;
+        ops.attend_backward(dqkv + at3, dout + at, out + at, lse + size_t(head) * T, qkv + at3, T,
+                            C, HS, drop, uint64_t(head));
+    }
+    column_sums(dqkv_bias, dqkv, B * T, 3 * C, accumulate);
+}
 
 // Generation: sets out [n, C] for positions past..past+n-1 of one sequence, whose qkv rows
-// 0..past+n-1 are the cache of keys and values. The queries of the rows before are not looked at.
-template <class real>
-void attention_cached(real* out, const real* qkv, int past, int n, int NH, int HS);
-
-template <class real>
-void Cpu<real>::attention_forward(real* out, real* lse, const real* qkv, int B, int T, int NH,
-                                  int HS, Dropout drop) {
-    tinygpt::attention_forward(out, lse, qkv, B, T, NH, HS, drop);
-}
-// Also sets dqkv_bias [3C], the bias gradient of the layer that made qkv, or adds to it if
-// accumulate.
-template <class real>
-void Cpu<real>::attention_backward(real* dqkv, real* dqkv_bias, const real* dout, const real* out,
-                                   const real* lse, const real* qkv, int B, int T, int NH, int HS,
-                                   Dropout drop, bool accumulate) {
-    tinygpt::attention_backward(dqkv, dout, out, lse, qkv, B, T, NH, HS, drop);
-    column_sums(dqkv_bias, dqkv, B * T, 3 * NH * HS, accumulate);
-}
-template <class real>
-void Cpu<real>::attention_cached(real* out, const real* qkv, int past, int n, int NH, int HS) {
-    tinygpt::attention_cached(out, qkv, past, n, NH, HS);
+// 0..past+n-1 are the KV cache. The queries of the rows before are not read.
+template <class real, class Ops>
+void attention_cached(const Ops& ops, real* out, const real* qkv, int past, int n, int NH, int HS) {
+    real* no_lse = nullptr;
+#pragma omp parallel for schedule(dynamic)
+    for (int head = 0; head < NH; ++head)
+        ops.attend(out + head * HS, no_lse, qkv + head * HS, past, past + n, NH * HS, HS, Dropout{},
+                   0);
 }
 
 // --- §4.6 The MLP's first layer: linear, then GELU with tanh (Hendrycks and Gimpel 2016)
@@ -1292,80 +1170,58 @@ void Cpu<real>::attention_cached(real* out, const real* qkv, int past, int n, in
 // Below, 1.5957691216057308 = 2 sqrt(2/pi), inner = -2u, slope = 2 du/dx.
 //   walk>   gelu       [8, 32]   -0.1343  -0.0577   0.6315  -0.0934   0.0724  -0.0707 ...
 
-// e^x of one number, in §10: float's within 2 units in the last place, double's the library's.
-inline float exp_fast(float x);
-inline double exp_fast(double x);
-
 // Careful: at -10 the true value is -1e-37; stopping there keeps -infinity * 0 away. For the same
 // reason the derivative stops at both ends, where it is 0 and 1 but for 1e-35.
-template <class real>
+template <class Ops, class real>
 real gelu(real x) {
     x = x < -10 ? real(-10) : x;
     const real inner = real(-1.5957691216057308) * x * (1 + real(0.044715) * x * x);
-    return x / (1 + exp_fast(inner));
+    return x / (1 + Ops::exp(inner));
 }
-template <class real>
+template <class Ops, class real>
 real gelu_derivative(real x) {
     x = x < -10 ? real(-10) : x;
     x = x > 10 ? real(10) : x;
     const real slope = real(1.5957691216057308) * (1 + 3 * real(0.044715) * x * x);
     const real inner = real(-1.5957691216057308) * x * (1 + real(0.044715) * x * x);
-    const real s = 1 / (1 + exp_fast(inner));
+    const real s = 1 / (1 + Ops::exp(inner));
     return s + x * s * (1 - s) * slope;
 }
 
-// Also keeps the sum before the GELU in pre [rows, OC]: the GELU's backward needs it.
-template <class real>
-struct AddBiasGelu {
-    const real* bias;
-    real* pre;
-    int OC;
-    void operator()(int row, int col, int count, real* values) const {
-        real* kept = pre + size_t(row) * OC + col;
-        for (int j = 0; j < count; ++j) kept[j] = values[j] + bias[col + j];
-        for (int j = 0; j < count; ++j) values[j] = gelu(kept[j]);
-    }
-};
-
 // sets pre [rows, OC] = x w + b and gelu [rows, OC] = GELU(pre). Both are kept: pre for the slope
 // of the GELU, gelu as the next layer's input. x [rows, C], w [C, OC], b [OC].
-template <class real>
-void Cpu<real>::linear_gelu_forward(real* gelu, real* pre, const real* x, const real* w,
-                                    const real* b, int rows, int C, int OC) {
-    matmul(gelu, OC, rows_of(x, C), rows_of(w, OC), rows, OC, C, matmul_options, false,
-           AddBiasGelu<real>{b, pre, OC});
+template <class real, class Ops>
+void linear_gelu_forward(const Ops& ops, real* gelu, real* pre, const real* x, const real* w,
+                         const real* b, int rows, int C, int OC) {
+    ops.matmul(gelu, OC, rows_of(x, C), rows_of(w, OC), rows, OC, C, false,
+               [=](int row, int col, int count, real* values) {
+                   real* kept = pre + size_t(row) * OC + col;
+                   for (int j = 0; j < count; ++j) kept[j] = values[j] + b[col + j];
+                   for (int j = 0; j < count; ++j) values[j] = tinygpt::gelu<Ops>(kept[j]);
+               });
 }
 
 // sets gelu [count] = GELU(pre), to the bit as above. For a backward that has not kept it (§5).
-template <class real>
-void Cpu<real>::gelu_forward(real* gelu, const real* pre, size_t count) {
+template <class real, class Ops>
+void gelu_forward(const Ops&, real* gelu, const real* pre, size_t count) {
 #pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < count; ++i) gelu[i] = tinygpt::gelu(pre[i]);
+    for (size_t i = 0; i < count; ++i) gelu[i] = tinygpt::gelu<Ops>(pre[i]);
 }
-
-// Multiplies a finished gradient of gelu(pre) by gelu'(pre): the chain rule, in place.
-template <class real>
-struct TimesGeluDerivative {
-    const real* pre;
-    int C;
-    void operator()(int row, int col, int count, real* values) const {
-        const real* x = pre + size_t(row) * C + col;
-        for (int j = 0; j < count; ++j) values[j] *= gelu_derivative(x[j]);
-    }
-};
 
 // Backward of a linear layer whose input was gelu = GELU(pre), and of that GELU:
 //   dpre = (dout w^T) gelu'(pre)     dw = gelu^T dout     dpre_bias = column sums of dpre
 // dpre_bias is the bias gradient of the layer that made pre. Shapes: dpre, gelu, pre [rows, C],
 // dout [rows, OC], w [C, OC]. sets dpre; sets dw, dpre_bias [C], or adds to them if accumulate.
-template <class real>
-void Cpu<real>::linear_gelu_backward(real* dpre, real* dw, real* dpre_bias, const real* dout,
-                                     const real* gelu, const real* pre, const real* w, int rows,
-                                     int C, int OC, bool accumulate) {
-    matmul(dpre, C, rows_of(dout, OC), transpose_of(w, OC), rows, C, OC, matmul_options, false,
-           TimesGeluDerivative<real>{pre, C});
-    matmul(dw, OC, transpose_of(gelu, C), rows_of(dout, OC), C, OC, rows, matmul_options,
-           accumulate);
+template <class real, class Ops>
+void linear_gelu_backward(const Ops& ops, real* dpre, real* dw, real* dpre_bias, const real* dout,
+                          const real* gelu, const real* pre, const real* w, int rows, int C, int OC,
+                          bool accumulate) {
+    ops.matmul(dpre, C, rows_of(dout, OC), transpose_of(w, OC), rows, C, OC, false,
+               [=](int row, int col, int count, real* values) {
+                   const real* x = pre + size_t(row) * C + col;
+                   for (int j = 0; j < count; ++j) values[j] *= gelu_derivative<Ops>(x[j]);
+               });
+    ops.matmul(dw, OC, transpose_of(gelu, C), rows_of(dout, OC), C, OC, rows, accumulate);
     column_sums(dpre_bias, dpre, rows, C, accumulate);
 }
 
@@ -1376,30 +1232,20 @@ void Cpu<real>::linear_gelu_backward(real* dpre, real* dw, real* dpre_bias, cons
 // That is what lets a deep model learn: from ln_f down, the gradient reaches every layer by a path
 // without a single multiplication.
 
-// What is done to the finished sums: the bias first, then dropout, then the residual.
-template <class real>
-struct AddBiasResidual {
-    const real *bias, *residual;
-    int OC;
-    Dropout drop;
-    void operator()(int row, int col, int count, real* values) const {
-        const size_t at = size_t(row) * OC + col;
-        for (int j = 0; j < count; ++j) values[j] += bias[col + j];
-        if (drop.on())
-            for (int j = 0; j < count; ++j) values[j] *= drop.scale(at + j);
-        for (int j = 0; j < count; ++j) values[j] += residual[at + j];
-    }
-};
-
 // sets out [rows, OC] = residual + drop(x w + b), from residual [rows, OC], x [rows, C], w [C, OC],
 // b [OC]. Its backward is linear_backward of drop(dout); the residual's gradient is dout itself
 // (see layernorm_backward, which makes both).
-template <class real>
-void Cpu<real>::linear_residual_forward(real* out, const real* residual, const real* x,
-                                        const real* w, const real* b, int rows, int C, int OC,
-                                        Dropout drop) {
-    matmul(out, OC, rows_of(x, C), rows_of(w, OC), rows, OC, C, matmul_options, false,
-           AddBiasResidual<real>{b, residual, OC, drop});
+template <class real, class Ops>
+void linear_residual_forward(const Ops& ops, real* out, const real* residual, const real* x,
+                             const real* w, const real* b, int rows, int C, int OC, Dropout drop) {
+    ops.matmul(out, OC, rows_of(x, C), rows_of(w, OC), rows, OC, C, false,
+               [=](int row, int col, int count, real* values) {
+                   const size_t at = size_t(row) * OC + col;
+                   for (int j = 0; j < count; ++j) values[j] += b[col + j];
+                   if (drop.on())
+                       for (int j = 0; j < count; ++j) values[j] *= drop.scale(at + j);
+                   for (int j = 0; j < count; ++j) values[j] += residual[at + j];
+               });
 }
 
 // --- §4.8 The head: logits, softmax and cross-entropy in one
@@ -1410,23 +1256,21 @@ void Cpu<real>::linear_residual_forward(real* out, const real* residual, const r
 //   walk> loss of the batch: the mean of 8 such = 2.433049; knowing nothing is log 11 = 2.3979
 //   walk> cat     -0.8429       0.4305        0.0351   <- the target
 //   walk> sum of exp 12.2585; loss = log(sum) - logit of the target = 2.5062 - -0.8429 = 3.3491
-// logits [rows, V] is by far the largest thing in the model (0.8 GB for 4 x 1024 rows of GPT-2), so
-// it is made a block of rows at a time, and used for everything it is needed for while it is there.
+// logits [rows, V] would be by far the largest array (0.8 GB for 4 x 1024 rows of GPT-2). So they
+// are made for some rows at a time, and used for everything before the next rows.
 
-constexpr int kHeadRows = 1024;  // of one block: enough for a fast product
-// Elements of `logits` that the functions below need: one block.
-template <class real>
-size_t Cpu<real>::head_workspace(int rows, int V) {
+constexpr int kHeadRows = 1024;  // at a time: enough for a fast product
+// Elements of `logits` that the functions below need.
+inline size_t head_workspace(int rows, int V) {
     return size_t(std::min(rows, kHeadRows)) * size_t(V);
 }
 
-// The largest of n >= 1 numbers. Fast, in §10.
-template <class real>
-real maximum(const real* x, int n);
-
-// x [count] becomes e^(x - shift); returns the sum. Fast, in §10.
-template <class real>
-real exp_and_sum(real* x, real shift, int count);
+// sets logits [rows, V] = x w^T. By itself for generation, which wants the scores themselves.
+template <class real, class Ops>
+void head_logits(const Ops& ops, real* logits, const real* x, const real* w, int rows, int C,
+                 int V) {
+    ops.matmul(logits, V, rows_of(x, C), transpose_of(w, C), rows, V, C);
+}
 
 // Loss of each row: -log p[target] = log(sum exp(logits)) - logits[target], with the maximum h
 // taken out so that exp cannot overflow: log sum e^l = h + log sum e^(l - h). With scale > 0 the
@@ -1438,9 +1282,9 @@ real exp_and_sum(real* x, real shift, int count);
 //   walk> dlogits of the first row, (p - [target]) / 8:  0.0094 -0.1206  0.0051  0.0179  0.0290
 // A row whose target is kIgnore has loss 0 and gradient 0.
 // sets losses [rows]; logits [rows, V] in place.
-template <class real>
-void softmax_cross_entropy(real* losses, real* logits, const int32_t* targets, int rows, int V,
-                           real scale) {
+template <class real, class Ops>
+void softmax_cross_entropy(const Ops& ops, real* losses, real* logits, const int32_t* targets,
+                           int rows, int V, real scale) {
 #pragma omp parallel for schedule(static)
     for (int row = 0; row < rows; ++row) {
         real* l = logits + size_t(row) * V;
@@ -1450,9 +1294,9 @@ void softmax_cross_entropy(real* losses, real* logits, const int32_t* targets, i
             if (scale > 0) std::fill(l, l + V, real(0));
             continue;
         }
-        const real highest = maximum(l, V);
+        const real highest = ops.maximum(l, V);
         const real at_target = l[target];
-        const real sum = exp_and_sum(l, highest, V);  // l[v] = exp(l[v] - highest)
+        const real sum = ops.exp_and_sum(l, highest, V);  // l[v] = exp(l[v] - highest)
         losses[row] = std::log(sum) + highest - at_target;
         if (scale <= 0) continue;
         const real factor = scale / sum;
@@ -1462,14 +1306,14 @@ void softmax_cross_entropy(real* losses, real* logits, const int32_t* targets, i
 }
 
 // sets losses [rows], in nats, 0 where the target is kIgnore. x [rows, C], w [V, C], targets
-// [rows]; logits [head_workspace(rows, V)] is workspace.
-template <class real>
-void Cpu<real>::head_forward(real* losses, real* logits, const real* x, const real* w,
-                             const int32_t* targets, int rows, int C, int V) {
+// [rows]; logits [head_workspace(rows, V)] is scratch.
+template <class real, class Ops>
+void head_forward(const Ops& ops, real* losses, real* logits, const real* x, const real* w,
+                  const int32_t* targets, int rows, int C, int V) {
     for (int first = 0; first < rows; first += kHeadRows) {
         const int n = std::min(kHeadRows, rows - first);
-        head_logits(logits, x + size_t(first) * C, w, n, C, V);
-        softmax_cross_entropy(losses + first, logits, targets + first, n, V, real(0));
+        head_logits(ops, logits, x + size_t(first) * C, w, n, C, V);
+        softmax_cross_entropy(ops, losses + first, logits, targets + first, n, V, real(0));
     }
 }
 
@@ -1480,27 +1324,149 @@ void Cpu<real>::head_forward(real* losses, real* logits, const real* x, const re
 // Where the head is tied w is wte, which is used twice, so its gradient is a sum: this dw, and what
 // embed_backward adds to it.
 // sets losses [rows], dx [rows, C]; sets dw [V, C], or adds to it if accumulate.
-template <class real>
-void Cpu<real>::head_forward_backward(real* losses, real* dx, real* dw, real* logits, const real* x,
-                                      const real* w, const int32_t* targets, int rows, int C, int V,
-                                      real scale, bool accumulate) {
+template <class real, class Ops>
+void head_forward_backward(const Ops& ops, real* losses, real* dx, real* dw, real* logits,
+                           const real* x, const real* w, const int32_t* targets, int rows, int C,
+                           int V, real scale, bool accumulate) {
     for (int first = 0; first < rows; first += kHeadRows) {
         const int n = std::min(kHeadRows, rows - first);
-        const real* x_block = x + size_t(first) * C;
-        head_logits(logits, x_block, w, n, C, V);
-        softmax_cross_entropy(losses + first, logits, targets + first, n, V, scale);
-        matmul(dx + size_t(first) * C, C, rows_of(logits, V), rows_of(w, C), n, C, V,
-               matmul_options);
-        matmul(dw, C, transpose_of(logits, V), rows_of(x_block, C), V, C, n, matmul_options,
-               accumulate || first > 0);
+        const real* x_rows = x + size_t(first) * C;
+        head_logits(ops, logits, x_rows, w, n, C, V);
+        softmax_cross_entropy(ops, losses + first, logits, targets + first, n, V, scale);
+        ops.matmul(dx + size_t(first) * C, C, rows_of(logits, V), rows_of(w, C), n, C, V);
+        ops.matmul(dw, C, transpose_of(logits, V), rows_of(x_rows, C), V, C, n,
+                   accumulate || first > 0);
     }
 }
 
-// sets logits [rows, V] = x w^T. By itself for generation, which wants the scores themselves.
-template <class real>
-void Cpu<real>::head_logits(real* logits, const real* x, const real* w, int rows, int C, int V) {
-    matmul(logits, V, rows_of(x, C), transpose_of(w, C), rows, V, C, matmul_options);
+// --- Memory: the device of these layers is the host
+
+// Uninitialised memory for count elements, aligned to 64 bytes. Fails when there is none. Large
+// arrays get large pages, which keeps the TLB small when §10 jumps from row to row.
+template <class T>
+T* allocate(size_t count) {
+    const size_t large_page = size_t(1) << 21;
+    size_t bytes = std::max<size_t>(count, 1) * sizeof(T);
+    const size_t unit = bytes >= large_page / 2 ? large_page : 64;
+    bytes = round_up(bytes, unit);
+    void* pointer = std::aligned_alloc(unit, bytes);
+    if (!pointer)
+        fail("out of memory: ", format("%.2f", double(bytes) / 1e9), " GB more were needed");
+#ifdef MADV_HUGEPAGE
+    if (unit == large_page) ::madvise(pointer, bytes, MADV_HUGEPAGE);
+#endif
+    return static_cast<T*>(pointer);
 }
+
+// --- The device: all that the model asks for, in one table
+
+// The few numbers of a step that live beside the weights, on the device, so that no step has to
+// wait for the host: what the host set (lr), what the device found, and the guards' memory (§7).
+struct StepState {
+    static constexpr int kWindow = 128;  // how many past steps an outlier is judged by
+    double lr = 0, loss = 0, grad_norm = 0;
+    double clip_scale = 1;              // gradients are multiplied by this in the update
+    int32_t skip = 0;                   // 1: this update is not made
+    int32_t broken = 0;                 // 1: loss or norm was NaN or infinite
+    int64_t updates = 0;                // updates made so far: AdamW's t
+    int64_t skipped = 0, outliers = 0;  // totals of the run
+    int64_t seen = 0;                   // steps in the window so far
+    double losses[kWindow] = {}, norms[kWindow] = {};
+};
+
+// The rules of the update.
+struct Guards {
+    double grad_clip = 1;      // limit of the global norm; 0: none
+    double skip_outliers = 0;  // z-score above which an update is skipped; 0: never
+    auto operator<=>(const Guards&) const = default;
+};
+// The optimizer's, with GPT-3's numbers (Brown et al. 2020, appendix B).
+struct AdamW {
+    // What it remembers of every weight, each an array like them: their names in a checkpoint.
+    static constexpr std::array kMoments = {"m.", "v."};
+    double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1;
+    auto operator<=>(const AdamW&) const = default;
+};
+// The update itself, in §7.
+inline void begin_step(StepState* state, double lr);
+template <class real>
+void add_loss(StepState* state, const real* losses, int rows, double scale);
+template <class real>
+void gradient_norm(StepState* state, const real* grads, size_t count);
+inline void judge_step(StepState* state, const Guards& guards);
+template <class real>
+void adamw(real* weights, real* masters, real* m, real* v, const real* grads, size_t count,
+           size_t decayed, const StepState* state, const AdamW& hyper);
+
+// A device is a struct with the names below. Model, training and generation (§5-9) are written
+// once, over any device, and never ask which one it is. This one does what stands above: with
+// PlainOps it is Reference, with the fast ones Cpu (§10). Cuda, in train_gpt.cu, has the same names,
+// as kernels. `real` is float for training and double for checking gradients.
+template <class real, class Ops = PlainOps>
+struct Layers {
+    using Real = real;        // masters, moments, statistics, losses
+    using Weight = real;      // what the layers read (on a GPU in bf16: bf16 copies of the masters)
+    using Gradient = real;    // of parameters
+    using Activation = real;  // and their gradients
+    static constexpr bool kSeparateMasters = false;  // masters and weights are one array
+    static constexpr bool kHostMemory = true;        // the host may read and write its arrays
+    Ops ops;
+
+    void embed_forward(auto... a) { tinygpt::embed_forward<real>(a...); }
+    void embed_backward(auto... a) { tinygpt::embed_backward<real>(a...); }
+    void layernorm_forward(auto... a) { tinygpt::layernorm_forward<real>(a...); }
+    void layernorm_backward(auto... a) { tinygpt::layernorm_backward<real>(a...); }
+    void linear_forward(auto... a) { tinygpt::linear_forward<real>(ops, a...); }
+    void linear_backward(auto... a) { tinygpt::linear_backward<real>(ops, a...); }
+    void attention_forward(auto... a) { tinygpt::attention_forward<real>(ops, a...); }
+    void attention_backward(auto... a) { tinygpt::attention_backward<real>(ops, a...); }
+    void attention_cached(auto... a) { tinygpt::attention_cached<real>(ops, a...); }
+    void linear_gelu_forward(auto... a) { tinygpt::linear_gelu_forward<real>(ops, a...); }
+    void gelu_forward(auto... a) { tinygpt::gelu_forward<real>(ops, a...); }
+    void linear_gelu_backward(auto... a) { tinygpt::linear_gelu_backward<real>(ops, a...); }
+    void linear_residual_forward(auto... a) { tinygpt::linear_residual_forward<real>(ops, a...); }
+    static size_t head_workspace(int rows, int V) { return tinygpt::head_workspace(rows, V); }
+    void head_logits(auto... a) { tinygpt::head_logits<real>(ops, a...); }
+    void head_forward(auto... a) { tinygpt::head_forward<real>(ops, a...); }
+    void head_forward_backward(auto... a) { tinygpt::head_forward_backward<real>(ops, a...); }
+
+    // The update of all parameters at once, and what it depends on.
+    void begin_step(auto... a) { tinygpt::begin_step(a...); }
+    void add_loss(auto... a) { tinygpt::add_loss<real>(a...); }
+    void gradient_norm(auto... a) { tinygpt::gradient_norm<real>(a...); }
+    void judge_step(auto... a) { tinygpt::judge_step(a...); }
+    void adamw(auto... a) { tinygpt::adamw<real>(a...); }
+
+    // Memory. upload copies to the device, download from it.
+    template <class T>
+    T* allocate(size_t count) {
+        return tinygpt::allocate<T>(count);
+    }
+    void release(auto* pointer) { std::free(pointer); }
+    void zero(auto* to, size_t count) {
+        std::memset(static_cast<void*>(to), 0, count * sizeof *to);
+    }
+    template <class T>
+    void upload(T* to, const T* from_host, size_t count) {
+        std::memcpy(static_cast<void*>(to), from_host, count * sizeof(T));
+    }
+    template <class T>
+    void download(T* to_host, const T* from, size_t count) {
+        std::memcpy(static_cast<void*>(to_host), from, count * sizeof(T));
+    }
+    void weights_from_masters(Weight*, const Real*, size_t) {}  // nothing to do: one array
+
+    // A device may work behind the host's back, and be kStepsBehind steps late. replay does the
+    // work; a device may record it, and repeat the recording for the same pass and options. post
+    // asks for a copy of the state as it is after all work so far, fetch waits for the oldest such copy.
+    static constexpr int kStepsBehind = 0;
+    void replay(const auto& /*pass*/, const auto& /*options*/, auto&& work) { work(); }
+    void post(const StepState*) {}
+    StepState fetch(const StepState* state) { return *state; }
+    void synchronize() {}  // waits until all work is done
+};
+template <class real>
+using Reference = Layers<real, PlainOps>;
 
 // =================================================================================================
 // §5 Forward: GPT-2 on one screen
@@ -1946,14 +1912,11 @@ TINYGPT_HD inline void adamw_element(real& w, real& m, real& v, real g, real lr,
 }
 
 // Sets the step's learning rate, and its loss to 0, to be added to.
-template <class real>
-void Cpu<real>::begin_step(StepState* state, double lr) {
-    state->lr = lr, state->loss = 0;
-}
+inline void begin_step(StepState* state, double lr) { state->lr = lr, state->loss = 0; }
 
 // state.loss += scale * sum of losses [rows]. In double, and by one thread in order: it is quick.
 template <class real>
-void Cpu<real>::add_loss(StepState* state, const real* losses, int rows, double scale) {
+void add_loss(StepState* state, const real* losses, int rows, double scale) {
     double sum = 0;
     for (int row = 0; row < rows; ++row) sum += double(losses[row]);
     state->loss += scale * sum;
@@ -1962,7 +1925,7 @@ void Cpu<real>::add_loss(StepState* state, const real* losses, int rows, double 
 // state.grad_norm = the length of the whole gradient [count] as one vector: sqrt(sum of squares).
 // Fixed pieces, added in order. Padding is 0 and adds nothing.
 template <class real>
-void Cpu<real>::gradient_norm(StepState* state, const real* grads, size_t count) {
+void gradient_norm(StepState* state, const real* grads, size_t count) {
     const size_t piece = 1 << 14, pieces = ceil_div(count, piece);
     std::vector<double> sums(pieces);
 #pragma omp parallel for schedule(static)
@@ -1978,17 +1941,14 @@ void Cpu<real>::gradient_norm(StepState* state, const real* grads, size_t count)
 }
 
 // Where the state lies is the device's business, so the judgement is made there.
-template <class real>
-void Cpu<real>::judge_step(StepState* state, Guards guards) {
-    judge(*state, guards);
-}
+inline void judge_step(StepState* state, const Guards& guards) { judge(*state, guards); }
 
 // Updates masters, m and v [count] from grads times clip_scale, unless state.skip. The elements
 // below `decayed` decay (the matrices, see Layout), those above do not. The first argument, the
 // weights that the layers read, is for devices that keep them apart from the masters.
 template <class real>
-void Cpu<real>::adamw(real*, real* masters, real* m, real* v, const real* grads, size_t count,
-                      size_t decayed, const StepState* state, AdamW hyper) {
+void adamw(real*, real* masters, real* m, real* v, const real* grads, size_t count, size_t decayed,
+           const StepState* state, const AdamW& hyper) {
     if (state->skip) return;
     const double t = double(state->updates);
     const real m_scale = real(1 / (1 - std::pow(hyper.beta1, t)));
@@ -2352,14 +2312,33 @@ V exp_float(V x) {
     const Bits power = (std::bit_cast<Bits>(shifted) << 23) + (127 << 23);
     return ((r * r) * q + r + 1.0f) * std::bit_cast<V>(power);
 }
-inline float exp_fast(float x) { return exp_float(x); }
-inline Vec<float> exp_fast(Vec<float> x) { return exp_float(x); }
-// In double, for checking gradients: the library's, to the last bit.
-inline double exp_fast(double x) { return std::exp(x); }
-inline Vec<double> exp_fast(Vec<double> x) {
-    for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
-    return x;
-}
+
+// The same operations as PlainOps (§4.3), fast. bf16: the operands of products are rounded to bf16;
+// sums stay fp32.
+struct FastOps {
+    bool bf16 = false;
+    template <class real>
+    void matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
+                bool accumulate = false, const Finish<real>& finish = {}) const;
+    template <class real>
+    static void attend(real* out, real* lse, const real* qkv, int first, int last, int C, int HS,
+                       Dropout drop, uint64_t head);
+    template <class real>
+    static void attend_backward(real* dqkv, const real* dout, const real* out, const real* lse,
+                                const real* qkv, int T, int C, int HS, Dropout drop, uint64_t head);
+    static float exp(float x) { return exp_float(x); }
+    static Vec<float> exp(Vec<float> x) { return exp_float(x); }
+    // In double, for checking gradients: the library's, to the last bit.
+    static double exp(double x) { return std::exp(x); }
+    static Vec<double> exp(Vec<double> x) {
+        for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+        return x;
+    }
+    template <class real>
+    static real maximum(const real* x, int n);
+    template <class real>
+    static real exp_and_sum(real* x, real shift, int count);
+};
 
 // All lanes joined into one number: halves, then halves of those.
 template <class real, class Join>
@@ -2377,7 +2356,7 @@ real sum_of_lanes(Vec<real> v) {
 
 // In both: whole vectors first, then what is left over; the order of additions is fixed.
 template <class real>
-real maximum(const real* x, int n) {
+real FastOps::maximum(const real* x, int n) {
     constexpr int L = kLanes<real>;
     Vec<real> most = Vec<real>{} + x[0];
     int j = 0;
@@ -2387,17 +2366,17 @@ real maximum(const real* x, int n) {
     return top;
 }
 template <class real>
-real exp_and_sum(real* x, real shift, int count) {
+real FastOps::exp_and_sum(real* x, real shift, int count) {
     constexpr int L = kLanes<real>;
     Vec<real> sums = {};
     int j = 0;
     for (; j + L <= count; j += L) {
-        const Vec<real> e = exp_fast(load(x + j) - shift);
+        const Vec<real> e = exp(load(x + j) - shift);
         store(x + j, e);
         sums += e;
     }
     real sum = sum_of_lanes<real>(sums);
-    for (; j < count; ++j) sum += x[j] = exp_fast(x[j] - shift);
+    for (; j < count; ++j) sum += x[j] = exp(x[j] - shift);
     return sum;
 }
 
@@ -2416,7 +2395,7 @@ private:
     void grow(size_t bytes) {
         block_.reset(), size_ = 0;
         try {
-            block_.reset(Cpu<float>().allocate<char>(bytes));
+            block_.reset(allocate<char>(bytes));
         } catch (const Error& error) {
             if (omp_get_level() == 0) throw;
             std::fprintf(stderr, "error: %s\n", error.what());  // no exception may leave a thread
@@ -2659,9 +2638,9 @@ void multiply_strip(real* c, ptrdiff_t ldc, View<typename Tiles::Packed> a, Pane
 // cache, and, where it cannot be read as it lies, some rows of a at a time, which meet them. So no
 // thread waits for another, and the sum over k of one element is made by one thread, in order: no
 // result depends on the number of threads.
-template <class Tiles, class real, class Finish>
+template <class Tiles, class real>
 void multiply(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
-              bool accumulate, Finish finish) {
+              bool accumulate, const Finish<real>& finish) {
     constexpr int R = Tiles::kRows, N = Tiles::kCols, kMostDepth = Tiles::kNumbers * kDepth;
     // Rows of a that are packed at a time: whole tiles, and whole squares to transpose.
     constexpr int kSome = round_up(100, std::lcm(R, kLanes<typename Tiles::Packed>));
@@ -2693,7 +2672,7 @@ void multiply(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, 
                         real* out = c + i * ldc + j0;
                         multiply_strip(out, ldc, left.from(i - i1, 0), right, rows, cols,
                                        Tiles::steps(depth), k0 > 0 || accumulate);
-                        for (int r = 0; k0 + depth == k && r < rows; ++r)
+                        for (int r = 0; finish && k0 + depth == k && r < rows; ++r)
                             finish(i + r, j0, cols, out + r * ldc);
                     }
                 }
@@ -2744,9 +2723,9 @@ void add_rows(real* sum, const real* x, View<real> b, int n, int first, int last
 // speed: each thread should read one stretch of it from start to end. Where b is row-major those
 // are stripes of rows, a fixed number of them, whose sums are added in order; where it is a
 // transpose they are columns, each a dot product.
-template <class real, class Finish>
+template <class real>
 void multiply_row(real* c, View<real> a, View<real> b, int n, int k, bool accumulate,
-                  Finish finish) {
+                  const Finish<real>& finish) {
     const bool row_major = b.col == 1;
     real *x = room(0).get<real>(k), *sums = room(1).get<real>(size_t(kStripes) * n);
     for (int p = 0; p < k; ++p) x[p] = a(0, p);
@@ -2768,7 +2747,7 @@ void multiply_row(real* c, View<real> a, View<real> b, int n, int k, bool accumu
             for (int j = 0; !row_major && j < count; ++j)
                 out[j] = dot(x, &b.data[(j0 + j) * b.col], k);
             for (int j = 0; j < count; ++j) c[j0 + j] = accumulate ? c[j0 + j] + out[j] : out[j];
-            finish(0, j0, count, c + j0);
+            if (finish) finish(0, j0, count, c + j0);
         }
     }
 }
@@ -2864,15 +2843,16 @@ struct MatrixTiles : PairTiles {
 
 // The product, the way the shape and the options ask for. One row in bf16 is made in fp32: its
 // speed is that of reading b, which is fp32 either way.
-template <class real, class Finish>
-void matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
-            MatmulOptions options, bool accumulate, Finish finish) {
+template <class real>
+void FastOps::matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
+                     bool accumulate, const Finish<real>& finish) const {
     if (m == 1) return multiply_row(c, a, b, n, k, accumulate, finish);
     if constexpr (std::is_same_v<real, float>)
-        if (options.bf16) {
-            TINYGPT_CHECK(cpu_has_bf16_dot(),
-                          "bf16 products need a CPU with avx512_bf16 and a build for it "
-                          "(-march=native), which this is not: use --precision fp32");
+        if (bf16) {
+            if (!cpu_has_bf16_dot())
+                fail(
+                    "bf16 products need a CPU with avx512_bf16 and a build for it "
+                    "(-march=native), which this is not: use --precision fp32");
             if (MatrixTiles::usable())
                 return multiply<MatrixTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
             return multiply<PairTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
@@ -2891,19 +2871,38 @@ void matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, in
 // brought up to date, and so are sums[HS].
 template <class real>
 void running_softmax(real* s, int count, real& max, real& total, real* sums, int HS) {
-    const real top = std::max(max, maximum(s, count));
-    const real shrink = exp_fast(max - top);
-    total = total * shrink + exp_and_sum(s, top, count);
+    const real top = std::max(max, FastOps::maximum(s, count));
+    const real shrink = FastOps::exp(max - top);
+    total = total * shrink + FastOps::exp_and_sum(s, top, count);
     max = top;
     for (int j = 0; j < HS; ++j) sums[j] *= shrink;
 }
 
-// One head: queries first..last-1 over keys 0..last-1. qkv: the head's query of row 0, rows 3C
-// apart. Sets out [last - first, HS], rows C apart, and lse [last - first] unless it is null.
-// place = b NH + h and T only say where dropout's mask lies (§4.5).
+// One query, the last of n rows, in one head. Nothing is used twice, so nothing is packed. Rows are
+// far apart, so that no CPU guesses the next one: it is asked for, some rows ahead.
 template <class real>
-void attend(real* out, real* lse, const real* qkv, int first, int last, int C, int HS, Dropout drop,
-            uint64_t place, int T) {
+void attend_one(real* out, const real* qkv, int n, int C, int HS) {
+    real* p = room(0).get<real>(n);
+    const ptrdiff_t stride = 3 * ptrdiff_t(C), ahead = 8 * stride;
+    const real *q = qkv + (n - 1) * stride, *k = qkv + C, *v = qkv + 2 * C;
+    real top = -std::numeric_limits<real>::infinity();
+    for (int t = 0; t < n; ++t, k += stride) {
+        p[t] = dot(q, k, HS, ahead) / std::sqrt(real(HS));
+        top = std::max(top, p[t]);
+    }
+    const real total = FastOps::exp_and_sum(p, top, n);
+    std::fill(out, out + HS, real(0));
+    for (int t = 0; t < n; ++t, v += stride) {
+        for (int i = 0; i < HS; i += kLanes<real>) ask_for(v + ahead + i);
+        const real share = p[t] / total;
+        for (int i = 0; i < HS; ++i) out[i] += share * v[i];
+    }
+}
+
+template <class real>
+void FastOps::attend(real* out, real* lse, const real* qkv, int first, int last, int C, int HS,
+                     Dropout drop, uint64_t head) {
+    if (first + 1 == last && !lse) return attend_one(out, qkv, last, C, HS);
     using Plain = PlainTiles<real>;
     constexpr int R = Plain::kRows;
     constexpr real kNever = -std::numeric_limits<real>::infinity();
@@ -2928,7 +2927,7 @@ void attend(real* out, real* lse, const real* qkv, int first, int last, int C, i
                 std::fill(row + seen, row + wide, kNever);  // keys later than the query
                 running_softmax(row, wide, max[i], total[i], sums + i * HS, HS);
                 for (int j = 0; drop.on() && j < seen; ++j)
-                    row[j] *= drop.scale((place * T + t + i) * T + k0 + j);
+                    row[j] *= drop.scale((head * last + t + i) * last + k0 + j);
             }
             multiply_strip(sums, HS, rows_of<real>(p, kStride), values.from(k0, 0), count, HS, n,
                            true);
@@ -2939,51 +2938,6 @@ void attend(real* out, real* lse, const real* qkv, int first, int last, int C, i
             if (lse) lse[t - first + i] = max[i] + std::log(total[i]);
         }
     }
-}
-
-template <class real>
-void attention_forward(real* out, real* lse, const real* qkv, int B, int T, int NH, int HS,
-                       Dropout drop) {
-    const int C = NH * HS;
-#pragma omp parallel for schedule(dynamic)
-    for (int head = 0; head < B * NH; ++head) {
-        const size_t row = size_t(head / NH) * T, at = row * C + head % NH * HS;
-        attend(out + at, lse + size_t(head) * T, qkv + at + 2 * row * C, 0, T, C, HS, drop,
-               uint64_t(head), T);
-    }
-}
-
-// One query, the last of n rows, in one head. Nothing is used twice, so nothing is packed. Rows are
-// far apart, so that no CPU guesses the next one: it is asked for, some rows ahead.
-template <class real>
-void attend_one(real* out, const real* qkv, int n, int C, int HS) {
-    real* p = room(0).get<real>(n);
-    const ptrdiff_t stride = 3 * ptrdiff_t(C), ahead = 8 * stride;
-    const real *q = qkv + (n - 1) * stride, *k = qkv + C, *v = qkv + 2 * C;
-    real top = -std::numeric_limits<real>::infinity();
-    for (int t = 0; t < n; ++t, k += stride) {
-        p[t] = dot(q, k, HS, ahead) / std::sqrt(real(HS));
-        top = std::max(top, p[t]);
-    }
-    const real total = exp_and_sum(p, top, n);
-    std::fill(out, out + HS, real(0));
-    for (int t = 0; t < n; ++t, v += stride) {
-        for (int i = 0; i < HS; i += kLanes<real>) ask_for(v + ahead + i);
-        const real share = p[t] / total;
-        for (int i = 0; i < HS; ++i) out[i] += share * v[i];
-    }
-}
-
-template <class real>
-void attention_cached(real* out, const real* qkv, int past, int n, int NH, int HS) {
-    const int C = NH * HS;
-#pragma omp parallel for schedule(dynamic)
-    for (int at = 0; at < C; at += HS)
-        if (n == 1)
-            attend_one(out + at, qkv + at, past + 1, C, HS);
-        else
-            attend(out + at, static_cast<real*>(nullptr), qkv + at, past, past + n, C, HS,
-                   Dropout{}, 0, past + n);
 }
 
 // --- Attention, backward
@@ -3002,7 +2956,7 @@ void softmax_row_backward(real* p, real* ds, real lse, real D, int count, int se
     real mask[kDepth];
     for (int j = 0; drop.on() && j < seen; ++j) ds[j] *= mask[j] = drop.scale(index + j);
     for (int j = 0; j < seen; j += kLanes<real>) {
-        const Vec<real> e = exp_fast(load(p + j) * scale - lse);
+        const Vec<real> e = FastOps::exp(load(p + j) * scale - lse);
         store(p + j, e), store(ds + j, e * (load(ds + j) - D) * scale);
     }
     for (int j = 0; drop.on() && j < seen; ++j) p[j] *= mask[j];
@@ -3012,8 +2966,8 @@ void softmax_row_backward(real* p, real* ds, real lse, real D, int count, int se
 // One head, place = b NH + h; rows of dqkv and qkv are 3C apart, those of dout and out C; lse [T].
 // Sets the head's channels of dqkv.
 template <class real>
-void attend_backward(real* dqkv, const real* dout, const real* out, const real* lse,
-                     const real* qkv, int T, int C, int HS, Dropout drop, uint64_t place) {
+void FastOps::attend_backward(real* dqkv, const real* dout, const real* out, const real* lse,
+                              const real* qkv, int T, int C, int HS, Dropout drop, uint64_t head) {
     using Plain = PlainTiles<real>;
     constexpr int R = Plain::kRows, kQueries = 8 * R;
     const View<real> q = rows_of(qkv, 3 * ptrdiff_t(C)), k = q.from(0, C), v = q.from(0, 2 * C),
@@ -3040,7 +2994,7 @@ void attend_backward(real* dqkv, const real* dout, const real* out, const real* 
                     softmax_row_backward(p + (s - t) * kStride, ds + (s - t) * kStride, lse[s],
                                          dot(d.from(s, 0).data, o.from(s, 0).data, HS), n,
                                          std::min(n, s + 1 - k0), HS, drop,
-                                         (place * T + s) * T + k0);
+                                         (head * T + s) * T + k0);
                 multiply_strip(dq + (t + i) * q.row, q.row, rows_of<real>(ds_i, kStride), k_right,
                                rows, HS, n, k0 > 0);
             }
@@ -3060,18 +3014,145 @@ void attend_backward(real* dqkv, const real* dout, const real* out, const real* 
     }
 }
 
-template <class real>
-void attention_backward(real* dqkv, const real* dout, const real* out, const real* lse,
-                        const real* qkv, int B, int T, int NH, int HS, Dropout drop) {
-    const int C = NH * HS;
-#pragma omp parallel for schedule(dynamic)
-    for (int head = 0; head < B * NH; ++head) {
-        const size_t row = size_t(head / NH) * T, at = row * C + head % NH * HS,
-                     at3 = at + 2 * row * C;
-        attend_backward(dqkv + at3, dout + at, out + at, lse + size_t(head) * T, qkv + at3, T, C,
-                        HS, drop, uint64_t(head));
-    }
+// --- The machine: what it is, how much memory is free, and what it can do at best
+
+// Seconds, from a clock that is never set; only differences mean something.
+inline double now_seconds() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
+        .count();
 }
+
+// The least seconds that f takes, of so many runs: disturbances only ever make a run longer.
+double least_seconds(int runs, auto&& f) {
+    double least = INFINITY;
+    for (int run = 0; run < runs; ++run) {
+        const double begin = now_seconds();
+        f();
+        least = std::min(least, now_seconds() - begin);
+    }
+    return least;
+}
+
+// Multiplies and adds in registers, nothing else. Returns the operations a second of one thread.
+// Why 12 sums: a core starts one or two of these operations a cycle and finishes each about four
+// cycles later; sums that do not wait for each other keep it busy.
+template <class real>
+double registers_only_flops() {
+    constexpr int kSums = 12, kRounds = 20000;
+    Vec<real> sums[kSums], factor = Vec<real>{} + real(1.0000001);
+    const Vec<real> addend = Vec<real>{} + real(1e-7);
+    for (int i = 0; i < kSums; ++i) sums[i] = Vec<real>{} + real(i);
+    const double seconds = least_seconds(8, [&] {
+        for (int round = 0; round < kRounds; ++round)
+#pragma GCC unroll 12
+            for (int i = 0; i < kSums; ++i) sums[i] = sums[i] * factor + addend;
+    });
+    volatile real sink = 0;  // so that the sums are needed
+    for (int i = 0; i < kSums; ++i) sink = sink + sums[i][0];
+    return 2.0 * kSums * kLanes<real> * kRounds / seconds;
+}
+
+// Operations a second of one thread in the product's tiles, with operands that lie in L1. What whole
+// products lose against this they lose on packing, on the caches and on ragged edges. In fp32 it is
+// below what registers alone reach, because every step has to load as well.
+template <class Tiles>
+double tile_flops() {
+    using Packed = typename Tiles::Packed;
+    constexpr int R = Tiles::kRows, N = Tiles::kCols, kSteps = 128, kCalls = 500;
+    [[maybe_unused]] Tiles setup{};
+    alignas(64) float c[R * N] = {};
+    Scratch scratch_a, scratch_b;
+    Packed *a = scratch_a.get<Packed>(R * kStride), *b = scratch_b.get<Packed>(N * kSteps);
+    std::memset(a, 0x3f, sizeof(Packed) * R * kStride);  // about 0.75, in fp32 as in bf16
+    std::memset(b, 0x3f, sizeof(Packed) * N * kSteps);
+    const double seconds = least_seconds(8, [&] {
+        for (int call = 0; call < kCalls; ++call) {
+            Tiles::tile(c, N, rows_of<Packed>(a, kStride), b, R, kSteps, true);
+            // Careful: without this the compiler may make one call and add it 500 times.
+            asm volatile("" ::"r"(a), "r"(b), "r"(c) : "memory");
+        }
+    });
+    return 2.0 * Tiles::kNumbers * R * N * kSteps * kCalls / seconds;
+}
+
+// The sum of f() over all threads at once: cores that share a power budget, or an arithmetic unit,
+// are slower together. Why f is a function: GCC 12 optimises work away that stands in the region.
+inline double on_all_threads(double (*f)()) {
+    double total = 0;
+#pragma omp parallel reduction(+ : total)
+    total += f();
+    return total;
+}
+
+// Operations of a training step per token: 2 for every weight in forward and 4 in backward;
+// attention's scores and sums over the causal half, on average (T+1)/2 positions of 2 C each,
+// twice, and twice as much again in backward.
+inline double flops_per_token(const Config& config, int T) {
+    const double C = config.n_embd, L = config.n_layer, V = config.vocab_size;
+    return 6 * (12 * C * C * L + V * C) + 6 * C * (T + 1.0) * L;
+}
+
+// What a device's matrix products could reach at most, in operations a second.
+double product_peak_flops(auto& device) {
+    return device.bf16_products() ? device.bf16_peak_flops() : device.peak_flops();
+}
+
+// The CPU as a device: the layers of §4 with the operations above, and what a program asks of the
+// machine. Peaks are measured: a data sheet's number is rarely what is left of it in a container, or
+// on a warm laptop.
+template <class real>
+struct Cpu : Layers<real, FastOps> {
+    static constexpr const char* kProgram = "train_gpt";
+    bool bf16_products() const { return this->ops.bf16; }
+    void check_sizes(const Config&, int /*B*/) const {}  // any will do
+
+    // "CPU, 2 threads, vectors of 512 bits, fp32"
+    std::string describe() const {
+        const char* numbers = bf16_products()     ? "bf16 products"
+                              : sizeof(real) == 4 ? "fp32"
+                                                  : "fp64";
+        return format("CPU, %d threads, vectors of %d bits, %s", omp_get_max_threads(),
+                      kVectorBytes * 8, numbers);
+    }
+    // Bytes that could be used without swapping; without /proc, all memory there is.
+    size_t free_memory() const {
+        char line[128];
+        size_t kB = 0;
+        if (std::FILE* info = std::fopen("/proc/meminfo", "r")) {
+            while (kB == 0 && std::fgets(line, sizeof line, info))
+                std::sscanf(line, "MemAvailable: %zu kB", &kB);
+            std::fclose(info);
+        }
+        if (kB > 0) return kB * 1024;
+        return size_t(::sysconf(_SC_PHYS_PAGES)) * size_t(::sysconf(_SC_PAGESIZE));
+    }
+    // Operations a second: in registers alone; of the fp32 product's tiles with operands in L1; of
+    // products in bf16, 0 where the CPU has none.
+    double peak_flops() const { return on_all_threads(registers_only_flops<real>); }
+    double tile_peak_flops() const { return on_all_threads(tile_flops<PlainTiles<float>>); }
+    double bf16_peak_flops() const {
+        if (MatrixTiles::usable()) return on_all_threads(tile_flops<MatrixTiles>);
+        return cpu_has_bf16_dot() ? on_all_threads(tile_flops<PairTiles>) : 0;
+    }
+    // Bytes a second: all threads read 256 MB, far more than any cache holds. Why integers: the
+    // compiler may add those in any order, and so a register full at a time.
+    double peak_bandwidth() const {
+        const size_t count = size_t(1) << 26;
+        uint32_t* data = tinygpt::allocate<uint32_t>(count);
+        // Why in parallel: memory lies near the thread that first writes it.
+#pragma omp parallel for schedule(static)
+        for (size_t i = 0; i < count; ++i) data[i] = 1;
+        [[maybe_unused]] volatile uint32_t sink = 0;  // so that the sum is needed
+        const double seconds = least_seconds(5, [&] {
+            uint32_t total = 0;
+#pragma omp parallel for schedule(static) reduction(+ : total)
+            for (size_t i = 0; i < count; ++i) total += data[i];
+            sink = total;
+        });
+        std::free(data);
+        return double(count * sizeof(uint32_t)) / seconds;
+    }
+};
 
 // =================================================================================================
 // §11 Files and JSON
@@ -5374,151 +5455,6 @@ inline void catch_signals() {
     for (int number : {SIGINT, SIGTERM}) ::signal(number, on_stop_signal);
     if (::signal(SIGHUP, on_stop_signal) == SIG_IGN) ::signal(SIGHUP, SIG_IGN);  // under nohup
     for (int number : {SIGPIPE, SIGXFSZ}) ::signal(number, SIG_IGN);
-}
-
-// ---- The machine --------------------------------------------------------------------------------
-
-// The CPU's answers to what every device is asked (§4): what it is, how much memory is free, and
-// what it can do at best. The peaks are measured, not looked up: what a data sheet promises is
-// rarely what is left of it in a container, or on a laptop that is warm.
-
-// "CPU, 2 threads, vectors of 512 bits, fp32"
-template <class real>
-std::string Cpu<real>::describe() const {
-    const char* numbers = matmul_options.bf16 ? "bf16 products"
-                          : sizeof(real) == 4 ? "fp32"
-                                              : "fp64";
-    return format("CPU, %d threads, vectors of %d bits, %s", omp_get_max_threads(),
-                  kVectorBytes * 8, numbers);
-}
-
-// What the system says could be used without swapping; without /proc, all memory there is.
-template <class real>
-size_t Cpu<real>::free_memory() const {
-    const std::string path = "/proc/meminfo", label = "MemAvailable:";  // then a number of kB
-    const std::string info = file_exists(path) ? read_file(path) : "";
-    const size_t at = info.find(label);
-    if (at != info.npos)
-        return size_t(std::strtoull(info.c_str() + at + label.size(), nullptr, 10)) * 1024;
-    return size_t(::sysconf(_SC_PHYS_PAGES)) * size_t(::sysconf(_SC_PAGESIZE));
-}
-
-// Floating-point operations of a training step per token: 2 for every weight that is multiplied in
-// forward and 4 in backward; attention's scores and sums over the causal half, on average (T+1)/2
-// positions of 2 C each, twice, and twice as much again in backward. Divided by the time it took
-// and by peak_flops, this is the MFU (model FLOPs utilisation) of the log.
-inline double flops_per_token(const Config& config, int T) {
-    const double C = config.n_embd, L = config.n_layer, V = config.vocab_size;
-    return 6 * (12 * C * C * L + V * C) + 6 * C * (T + 1.0) * L;
-}
-
-// Seconds, from a clock that is never set; only differences mean something.
-inline double now_seconds() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
-        .count();
-}
-
-// The least seconds that f takes, of so many runs: what disturbs a run makes it longer, never
-// shorter.
-double least_seconds(int runs, auto&& f) {
-    double least = INFINITY;
-    for (int run = 0; run < runs; ++run) {
-        const double begin = now_seconds();
-        f();
-        least = std::min(least, now_seconds() - begin);
-    }
-    return least;
-}
-
-// Multiplies and adds in registers, nothing else. Returns the operations a second of one thread.
-// Why 12 sums: a core begins one or two of these operations a cycle and ends each four or so later;
-// sums that do not wait for each other keep it busy.
-template <class real>
-double registers_only_flops() {
-    constexpr int kSums = 12, kRounds = 20000;
-    Vec<real> sums[kSums], factor = Vec<real>{} + real(1.0000001);
-    const Vec<real> addend = Vec<real>{} + real(1e-7);
-    for (int i = 0; i < kSums; ++i) sums[i] = Vec<real>{} + real(i);
-    const double seconds = least_seconds(8, [&] {
-        for (int round = 0; round < kRounds; ++round)
-#pragma GCC unroll 12
-            for (int i = 0; i < kSums; ++i) sums[i] = sums[i] * factor + addend;
-    });
-    volatile real sink = 0;  // so that the sums are needed
-    for (int i = 0; i < kSums; ++i) sink = sink + sums[i][0];
-    return 2.0 * kSums * kLanes<real> * kRounds / seconds;
-}
-
-// What the tiles of §10 reach when their operands lie in the first cache and nothing has to be
-// packed: operations a second of one thread. It is the yardstick for whole products: what they
-// lose, they lose on packing, on the caches, and on ragged edges. In fp32 it lies below what
-// registers alone reach, because every step has to load as well.
-template <class Tiles>
-double tile_flops() {
-    using Packed = typename Tiles::Packed;
-    constexpr int R = Tiles::kRows, N = Tiles::kCols, kSteps = 128, kCalls = 500;
-    [[maybe_unused]] Tiles setup{};
-    alignas(64) float c[R * N] = {};
-    Scratch scratch_a, scratch_b;
-    Packed *a = scratch_a.get<Packed>(R * kStride), *b = scratch_b.get<Packed>(N * kSteps);
-    std::memset(a, 0x3f, sizeof(Packed) * R * kStride);  // about 0.75, in fp32 as in bf16
-    std::memset(b, 0x3f, sizeof(Packed) * N * kSteps);
-    const double seconds = least_seconds(8, [&] {
-        for (int call = 0; call < kCalls; ++call) {
-            Tiles::tile(c, N, rows_of<Packed>(a, kStride), b, R, kSteps, true);
-            // Careful: else one call is made and added 500 times, of one number of the tile.
-            asm volatile("" ::"r"(a), "r"(b), "r"(c) : "memory");
-        }
-    });
-    return 2.0 * Tiles::kNumbers * R * N * kSteps * kCalls / seconds;
-}
-
-// The sum of f() over all threads at once: cores that share a power budget, or an arithmetic unit,
-// are slower together. Why f is a function: GCC 12 leaves work out that stands in the region.
-inline double on_all_threads(double (*f)()) {
-    double total = 0;
-#pragma omp parallel reduction(+ : total)
-    total += f();
-    return total;
-}
-template <class real>
-double Cpu<real>::peak_flops() const {
-    return on_all_threads(registers_only_flops<real>);
-}
-template <class real>
-double Cpu<real>::tile_peak_flops() const {
-    return on_all_threads(tile_flops<PlainTiles<float>>);
-}
-// 0 where the CPU has no bf16 products.
-template <class real>
-double Cpu<real>::bf16_peak_flops() const {
-    if (MatrixTiles::usable()) return on_all_threads(tile_flops<MatrixTiles>);
-    return cpu_has_bf16_dot() ? on_all_threads(tile_flops<PairTiles>) : 0;
-}
-// What the device's matrix products could reach at most, in operations a second: in bf16 they have
-// units of their own, and the multiply-adds of everything else say nothing about those.
-double product_peak_flops(auto& device) {
-    return device.bf16_products() ? device.bf16_peak_flops() : device.peak_flops();
-}
-
-// Memory's speed, in bytes a second: all threads read 256 MB, far more than any cache holds. Why
-// whole numbers: the compiler may add those in any order, and so a register full at a time.
-template <class real>
-double Cpu<real>::peak_bandwidth() const {
-    const size_t count = size_t(1) << 26;
-    uint32_t* data = Cpu<float>().allocate<uint32_t>(count);
-    // Why in parallel: memory lies near the thread that first writes it.
-#pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < count; ++i) data[i] = 1;
-    [[maybe_unused]] volatile uint32_t sink = 0;  // so that the sum is needed
-    const double seconds = least_seconds(5, [&] {
-        uint32_t total = 0;
-#pragma omp parallel for schedule(static) reduction(+ : total)
-        for (size_t i = 0; i < count; ++i) total += data[i];
-        sink = total;
-    });
-    std::free(data);
-    return double(count * sizeof(uint32_t)) / seconds;
 }
 
 // =================================================================================================

@@ -1575,7 +1575,7 @@ private:
         std::printf("loss of the batch before %.6f, after %.6f\n", model_.state->loss, loss());
     }
 
-    Gpt2<Watched<Cpu<double>>> model_;
+    Gpt2<Watched<Reference<double>>> model_;
     const Batch batch_ = batch_of(2, kT, [](int i) { return kText[i]; });
     std::vector<Candidate> before_;  // of the update
 };
@@ -1662,8 +1662,8 @@ inline Cpu<float> make_cpu(const Options& o) {
     if (o.tune_matmul)
         fail_usage("--tune-matmul is for GPUs (./train_gpt_cu): a CPU has one matmul kernel");
     Cpu<float> device;
-    device.matmul_options.bf16 = o.precision == "bf16";
-    if (device.matmul_options.bf16 && !cpu_has_bf16_dot())
+    device.ops.bf16 = o.precision == "bf16";
+    if (device.ops.bf16 && !cpu_has_bf16_dot())
         fail(
             "--precision bf16 needs a CPU with bf16 dot products (AVX-512 BF16), and a build for it "
             "(MARCH=native): use --precision fp32");

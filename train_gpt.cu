@@ -1479,7 +1479,7 @@ struct Matrix {
 inline Matrix transpose(const Matrix& x) { return {x.data, x.rows, x.columns, !x.transposed}; }
 
 // What is done with a product on its way to memory.
-struct Finish {
+struct Epilogue {
     bool single = false;        // it is kept in fp32, whatever the type of its operands
     const void* add = nullptr;  // a matrix like it is added; may be the result's own
     cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
@@ -1613,7 +1613,7 @@ public:
     // out = left right, finished; false if the library has no kernel for it, or none that was as
     // fast as by_hand when the plan was tuned.
     bool multiply(const Matrix& out, const Matrix& left, const Matrix& right,
-                  const Finish& finish = {}) {
+                  const Epilogue& finish = {}) {
         if (!workspace_) CUDA_CHECK(cudaMalloc(&workspace_, kMatmulWorkspace));
         const int64_t k = left.transposed ? left.rows : left.columns;
         const Key key{out.columns,      out.rows,        k,
@@ -1638,7 +1638,7 @@ private:
     // types.
     using Key = std::array<int64_t, 10>;
 
-    cudaDataType_t result_type(const Finish& finish) const {
+    cudaDataType_t result_type(const Epilogue& finish) const {
         return finish.single ? CUDA_R_32F : type_;
     }
     // out = left right, and add, which may be null.
@@ -1650,7 +1650,7 @@ private:
                               plan.d, &algorithm, workspace_, kMatmulWorkspace, stream_);
     }
 
-    void describe(Plan& plan, const Matrix& x, const Matrix& w, const Finish& finish) {
+    void describe(Plan& plan, const Matrix& x, const Matrix& w, const Epilogue& finish) {
         plan.name = format("product %c%c %ldx%ld, k %ld", x.transposed ? 't' : 'n',
                            w.transposed ? 't' : 'n', long(plan.n), long(plan.m), long(plan.k));
         CUDA_CHECK(cublasLtMatmulDescCreate(&plan.operation, compute_, CUDA_R_32F));
@@ -1666,7 +1666,7 @@ private:
 
     // Without tuning the library's first suggestion; with it what the file says.
     void choose(Plan& plan, const Key& key, const Matrix& out, const Matrix& left,
-                const Matrix& right, const Finish& finish) {
+                const Matrix& right, const Epilogue& finish) {
         const bool tune = file_ && plan.flops() >= tune_from;
         const auto suggested = suggestions(plan, tune ? 16 : 1);
         plan.possible = !suggested.empty();
@@ -1750,7 +1750,7 @@ private:
     // and its time. Where the result would be added to what is there, it goes elsewhere. Where
     // by_hand beats them all, the words are zeros: no plan.
     std::string fastest(const Plan& plan, Matrix out, const Matrix& left, const Matrix& right,
-                        const Finish& finish, std::vector<Algorithm> candidates) {
+                        const Epilogue& finish, std::vector<Algorithm> candidates) {
         if (plan.k >= 4 * std::max(plan.m, plan.n)) add_split_sums(candidates, plan);
         void* elsewhere = nullptr;
         if (finish.add == out.data) {
@@ -2129,7 +2129,7 @@ struct Cuda {
                               const A* pre, const A* w, int rows, int C, int OC, bool accumulate) {
         const Matrix dx{dpre, rows, C}, dy{dout, rows, OC}, turned = transpose({w, C, OC});
         // Why not the epilogue that also makes the bias gradient: it would round it to bf16.
-        const Finish fused{.epilogue = CUBLASLT_EPILOGUE_DGELU, .aux = pre};
+        const Epilogue fused{.epilogue = CUBLASLT_EPILOGUE_DGELU, .aux = pre};
         auto by_hand = [&] {
             multiply(dx, dy, turned);
             column_sums(dpre_bias, dpre, dpre, pre, rows, C, accumulate);
@@ -2301,14 +2301,14 @@ private:
     }
     // A product that there must be a kernel for.
     void multiply(const Matrix& out, const Matrix& left, const Matrix& right,
-                  const Finish& finish = {}) {
+                  const Epilogue& finish = {}) {
         TINYGPT_CHECK(context->matmuls->multiply(out, left, right, finish),
                       "cuBLASLt has no kernel for a matrix product");
     }
     // A product with GELU in it, by the library where it can (then true), or else by_hand. With
     // tune, by_hand may be timed: done again and again. Why by the library in bf16 only: it has
     // such kernels for 16 bits alone.
-    bool multiply_fused(const Matrix& out, const Matrix& left, const Matrix& right, Finish finish,
+    bool multiply_fused(const Matrix& out, const Matrix& left, const Matrix& right, Epilogue finish,
                         bool tune, const std::function<void()>& by_hand) {
         if (tune) finish.by_hand = by_hand;
         const bool may = fuse && kSeparateMasters;
