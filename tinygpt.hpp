@@ -5511,21 +5511,6 @@ struct RunOptions {
 
 // --- What a run learns from
 
-// The checksum of a shard's tokens. Of more than 64 million only the ends are read: a run must not
-// begin with minutes of reading.
-inline std::string checksum_of(const Shard& shard) {
-    Checksum sum;
-    std::vector<uint16_t> buffer(1 << 16);
-    const int64_t part = int64_t(buffer.size()), all = shard.tokens;
-    const int64_t stride = all <= 64'000'000 ? part : std::max(part, all - part);
-    for (int64_t at = 0; at < all; at += stride) {
-        const int64_t count = std::min(part, all - at);
-        shard.read(buffer.data(), at, count);
-        sum.add(buffer.data(), 2 * size_t(count));
-    }
-    return sum.hex();
-}
-
 // A data folder, or shards that were named one by one.
 struct Corpus {
     std::string folder;                  // empty where shards were named
@@ -5541,28 +5526,6 @@ struct Corpus {
     // The token at which evaluation windows begin (§9); -1: at any. The floor is that of documents
     // read from their start.
     int document_start() const { return std::isfinite(floor) ? end_of_text() : -1; }
-    // How many bytes each token stands for; empty without a tokenizer.
-    std::vector<int> token_bytes() const {
-        std::vector<int> bytes;
-        for (int id = 0; tokenizer && id < tokenizer->vocab_size(); ++id)
-            bytes.push_back(int(tokenizer->bytes_of(id).size()));
-        return bytes;
-    }
-    // What a checkpoint recognises the data by: no path, so data that was moved is the same data.
-    std::vector<std::string> fingerprint() const {
-        std::vector<std::string> list;
-        if (tokenizer) {
-            Checksum sum;
-            const std::string merges = tokenizer->merges_text();
-            sum.add(merges.data(), merges.size());
-            list.push_back(to_text("tokenizer: ", tokenizer->vocab_size(), " tokens, ", sum.hex()));
-        }
-        for (auto* split : {&train, &val})
-            for (const Shard& shard : split->files())
-                list.push_back(to_text(split == &train ? "train: " : "val: ", shard.tokens,
-                                       " tokens, ", checksum_of(shard)));
-        return list;
-    }
 };
 
 // A token as text; without a tokenizer its number. A model may have more tokens than its tokenizer:
@@ -5595,23 +5558,14 @@ inline std::vector<int32_t> prompt_tokens(const std::string& text,
     return tokens;
 }
 
-// The mean loss of the same `count` batches of training text every time, or of all the text where
-// that is less. The seed is not the run's, so that runs can be compared.
-double fixed_batches_loss(auto& model, const Shards& shards, int64_t count, bool overfit_batch) {
-    const DataOrder order{.shards = shards,
-                          .B = model.B,
-                          .T = model.T,
-                          .shuffle = true,
-                          .overfit_batch = overfit_batch};
-    count = std::min(count, ceil_div(order.blocks_per_epoch(), model.B));
-    double total = 0;
-    int64_t scored = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        const Batch batch = order.batch(i * model.B, model.config.vocab_size);
-        for (auto loss : batch_losses(model, batch)) total += double(loss);
-        scored += batch.scored;
-    }
-    return total / double(std::max<int64_t>(1, scored));
+// The training text that is scored beside the validation text: `batches` batches, always the same,
+// or all the text where that is less. The seed is not the run's, so that runs can be compared.
+inline std::vector<Window> fixed_windows(const DataOrder& order, int64_t batches) {
+    const DataOrder fixed{order.shards, order.B, order.T, 0, true, order.overfit_batch};
+    std::vector<Window> windows;
+    batches = std::min(batches, ceil_div(fixed.blocks_per_epoch(), fixed.B));
+    for (int64_t i = 0; i < batches * fixed.B; ++i) windows.push_back(fixed.window(i));
+    return windows;
 }
 
 // --- The run
@@ -5623,12 +5577,6 @@ enum class End { none, finished, out_of_time, plateau, interrupted };
 struct Start {
     std::string folder;  // the checkpoint's; empty: from scratch
     TrainerState state;
-};
-
-// A curve's point: a loss after so many updates.
-struct CurvePoint {
-    int64_t step;
-    double loss;
 };
 
 // The norms of every tensor's weight, gradient and update. update/weight is the one to watch: about
@@ -5662,13 +5610,12 @@ public:
     // The model has room for batches of batch_size x model.T; its weights and moments are those
     // that the run begins with.
     Trainer(const RunOptions& options, const Corpus& corpus, Gpt2<Device>& model)
-        : o_(options), corpus_(corpus), model_(model), order_{.shards = corpus.train,
-                                                              .B = o_.batch_size,
-                                                              .T = model.T,
-                                                              .seed = uint64_t(o_.seed),
-                                                              .shuffle = o_.shuffle,
-                                                              .overfit_batch = o_.overfit_batch},
-          windows_(evaluation_windows(corpus.val, model.T, corpus.document_start())) {}
+        : o_(options), corpus_(corpus),
+          model_(model), order_{corpus.train,      o_.batch_size, model.T,
+                                uint64_t(o_.seed), o_.shuffle,    o_.overfit_batch},
+          val_windows_(evaluation_windows(corpus.val, model.T, corpus.document_start())),
+          train_windows_(fixed_windows(order_, o_.eval_batches)),
+          peak_flops_(product_peak_flops(model.device)) {}
 
     // Trains from start.state.step to the end, and evaluates there unless it is Ctrl-C's.
     // The order within a step: the row is in the log before anything may fail. What ends the run is
@@ -5684,7 +5631,7 @@ public:
             check_broken(row);
             const bool evaluated = o_.eval_interval > 0 && (is_last() || due(o_.eval_interval));
             if (evaluated) evaluate_into(row), note_best(row);
-            write_row(row);
+            log_->add(row);
             end = end_reached();
             show(row, evaluated || end != End::none || due(o_.log_interval));
             const std::string title = sample_title(epoch);
@@ -5695,10 +5642,7 @@ public:
         }
         return end;
     }
-    int T() const { return model_.T; }
     const TrainerState& state() const { return state_; }
-    const std::vector<CurvePoint>& train_curve() const { return train_curve_; }
-    const std::vector<CurvePoint>& val_curve() const { return val_curve_; }
 
     // Text of the model's own, after the prompt or from the start of a document: printed, and added
     // to samples.txt. The seed is always the run's, so samples differ by what was learned.
@@ -5716,15 +5660,15 @@ public:
             SampleOptions s;
             s.max_new_tokens = count, s.seed = o_.seed, s.end_of_text = end_of_text;
             generate(model_, tokens, s, add);
-            const std::string text = take_characters(bytes, true),
-                              path = o_.output + "/samples.txt";
-            std::printf("\n%s\n%s\n\n", title.c_str(), text.c_str());
+            std::string entry = title + "\n" + take_characters(bytes, true) + "\n\n";
+            std::printf("\n%s", entry.c_str());
+            entry.insert(0, "=== ");
+            const std::string path = o_.output + "/samples.txt";
             const FileHandle file = open_to_append(path);
-            const std::string entry = "=== " + title + "\n" + text + "\n\n";
             if (write_all(file.fd, entry.data(), entry.size()) < entry.size())
                 fail_errno("cannot write ", path);
         } catch (const Error& error) {  // a sample is not worth ending the run
-            warn(to_text("no sample at step ", state_.step, ": ", error.what()));
+            warn(to_text("the sample at step ", state_.step, " failed: ", error.what()));
         }
     }
 
@@ -5734,27 +5678,35 @@ private:
     // kept in the state, because every step's learning rate depends on it.
     void begin(const Start& start) {
         const bool resumed = !start.folder.empty();
+        const std::string path = o_.output + "/log.csv";
         state_ = start.state;
         if (state_.planned_steps == 0) state_.planned_steps = planned_steps();
-        queued_ = state_.step;
-        peak_flops_ = product_peak_flops(model_.device);
         model_.device.upload(model_.state, &state_.guards, 1);
         // Later checkpoints, of steps that will be made again, must not count as the newest.
         for (const std::string& name : set_aside_later(o_.output, resumed ? state_.step : -1))
             say("set aside", name + ", as " + name + ".set-aside");
-        if (resumed) open_log(start.folder);
+        if (resumed) log_.emplace(path, rows_before(start.folder));
         const int64_t rows = state_.planned_steps * rows_per_step();
         say("run", with_commas(state_.planned_steps) + " steps of " +
                        with_commas(rows_per_step() * model_.T) + " tokens" +
-                       format(" (%.2f epochs) into ", double(rows) / order_.blocks_per_epoch()) +
-                       o_.output);
+                       format(" (%.2f epochs) into ", epochs(rows)) + o_.output);
         std::printf("\n");
         if (resumed) return;
         LogRow row = row_now();
         if (o_.eval_interval > 0) evaluate_into(row);
-        open_log("");  // only now: where the text cannot be read, no run is left behind
+        // Only now: where the text cannot be read, no run is left behind.
+        log_.emplace(path, std::vector<LogRow>{row});
         show(row, true);
-        write_row(row);
+    }
+
+    // The log so far of the run that this checkpoint is of.
+    std::vector<LogRow> rows_before(const std::string& checkpoint) const {
+        const std::string path = parent_folder(checkpoint) + "/log.csv";
+        std::vector<LogRow> rows = read_log(path, state_.step);
+        if (int64_t(rows.size()) != state_.step + 1)
+            warn(to_text(path, " has ", rows.size(), " of the ", state_.step + 1,
+                         " rows up to step ", state_.step));
+        return rows;
     }
 
     // As many steps as max_steps or epochs say, whichever is fewer; or, where only max_minutes is
@@ -5770,33 +5722,18 @@ private:
         if (steps < no_limit) return steps;
         // A step takes about as long as three evaluations of its batch (backward is twice forward),
         // and a tenth more for the update. The first one warms up.
-        evaluate_fixed(1);
+        const std::vector<Window> windows = fixed_windows(order_, 1);
+        evaluate(model_, windows, {});
         const double begin = now_seconds();
-        for (int i = 0; i < 3; ++i) evaluate_fixed(1);
+        for (int i = 0; i < 3; ++i) evaluate(model_, windows, {});
         const double a_step = (now_seconds() - begin) * 1.1 * o_.grad_accum_steps;
         return std::max<int64_t>(1, int64_t(o_.max_minutes * 60 / a_step));
     }
 
-    // Continues the log and the curves of the run that `checkpoint` is of; empty: begins them.
-    void open_log(const std::string& checkpoint) {
-        std::vector<LogRow> rows;
-        if (!checkpoint.empty()) {
-            const std::string path = parent_folder(checkpoint) + "/log.csv";
-            rows = read_log(path, state_.step);
-            if (int64_t(rows.size()) != state_.step + 1)
-                warn(to_text(path, " has ", rows.size(), " of the ", state_.step + 1,
-                             " rows up to step ", state_.step));
-        }
-        for (const LogRow& row : rows) add_to_curves(row);
-        log_.emplace(o_.output + "/log.csv", rows);
-    }
-    void add_to_curves(const LogRow& row) {
-        if (row.train_loss) train_curve_.push_back({int64_t(*row.step), *row.train_loss});
-        if (row.val_loss) val_curve_.push_back({int64_t(*row.step), *row.val_loss});
-    }
-
     // --- The step
 
+    // How often the training text has been read after so many rows.
+    double epochs(int64_t rows) const { return double(rows) / double(order_.blocks_per_epoch()); }
     // Rows of text that one update reads.
     int64_t rows_per_step() const { return int64_t(o_.batch_size) * o_.grad_accum_steps; }
     // Whether what happens every `interval` steps happens after this step, or after the last one.
@@ -5805,43 +5742,39 @@ private:
     // Why not the clock: of a resumed run, the minutes before it count too.
     bool time_is_up() const { return o_.max_minutes > 0 && state_.seconds > o_.max_minutes * 60; }
     bool is_last() const {
-        return state_.step == state_.planned_steps || (time_is_up() && queued_ == state_.step);
-    }
-
-    StepOptions step_options() const {
-        return {uint64_t(o_.seed),
-                {schedule_named(o_.schedule), o_.learning_rate, o_.min_lr_fraction, o_.warmup_steps,
-                 state_.planned_steps},
-                {o_.beta1, o_.beta2, o_.eps, o_.weight_decay},
-                {o_.grad_clip, o_.skip_outliers}};
+        return state_.step == state_.planned_steps || (time_is_up() && !ahead_);
     }
 
     // A row that knows where the run stands, with nothing measured yet.
     LogRow row_now() const {
         LogRow row;
-        row.step = state_.step, row.tokens = state_.samples * model_.T;
-        row.epoch = double(state_.samples) / double(order_.blocks_per_epoch());
-        row.seconds = state_.seconds;
+        row.step = state_.step, row.epoch = epochs(state_.samples);
+        row.tokens = state_.samples * model_.T, row.seconds = state_.seconds;
         return row;
     }
 
-    // Whether anything but the next step needs the model as this step leaves it. Then the device
-    // must not have the next step yet.
-    bool waited_for(int64_t step) const {
+    // Whether the model is needed as the next step leaves it: to be looked at, sampled or saved, or
+    // because the run may end there. Then the device must not get the step after it yet.
+    bool next_is_waited_for() const {
+        const int64_t step = state_.step + 1, samples = state_.samples + rows_per_step();
         for (int64_t interval :
              {o_.eval_interval, o_.save_interval, o_.sample_interval, o_.tensor_stats_interval})
             if (due(interval, step)) return true;
-        const int64_t samples = state_.samples + (step - state_.step) * rows_per_step();
-        const bool new_epoch = order_.epoch(samples) > order_.epoch(samples - rows_per_step());
-        return step >= state_.planned_steps || new_epoch ||
-               due(o_.tensor_stats_interval, step + 1) || stop_asked() != 0 || time_is_up();
+        return due(o_.tensor_stats_interval, step + 1) || step >= state_.planned_steps ||
+               order_.epoch(samples) > order_.epoch(state_.samples) || stop_asked() != 0 ||
+               time_is_up();
     }
 
-    void queue_step(BatchLoader& loader) {
+    // Gives the device step s.
+    void queue_step(BatchLoader& loader, int64_t s) {
         std::vector<Batch> batches;
         while (int(batches.size()) < o_.grad_accum_steps) batches.push_back(loader.next());
-        if (queued_ == state_.step) began_ = now_seconds();
-        train_step(model_, batches, step_options(), queued_++);
+        const StepOptions options{uint64_t(o_.seed),
+                                  {schedule_named(o_.schedule), o_.learning_rate,
+                                   o_.min_lr_fraction, o_.warmup_steps, state_.planned_steps},
+                                  {o_.beta1, o_.beta2, o_.eps, o_.weight_decay},
+                                  {o_.grad_clip, o_.skip_outliers}};
+        train_step(model_, batches, options, s);
         model_.device.post(model_.state);
     }
 
@@ -5852,9 +5785,9 @@ private:
         const bool wants_stats = due(o_.tensor_stats_interval, state_.step + 1);
         std::vector<typename Device::Real> before;
         if (wants_stats) before = model_.get_weights();
-        while (queued_ == state_.step ||
-               (queued_ - state_.step <= Device::kStepsBehind && !waited_for(queued_)))
-            queue_step(loader);
+        if (!ahead_) began_ = now_seconds(), queue_step(loader, state_.step);
+        ahead_ = Device::kStepsBehind > 0 && !next_is_waited_for();
+        if (ahead_) queue_step(loader, state_.step + 1);
         state_.guards = model_.device.fetch(model_.state);
         const double now = now_seconds(), seconds = now - std::exchange(began_, now);
         // Where the run stands now.
@@ -5864,7 +5797,7 @@ private:
         if (!done.broken) state_.epoch_loss += done.loss, ++state_.epoch_steps;
         // What it has learned about this step.
         LogRow row = row_now();
-        row.train_loss = done.loss, row.grad_norm = done.grad_norm,
+        row.train_loss = done.loss, row.grad_norm = done.grad_norm;
         row.lr = done.skip ? 0 : done.lr;
         row.tokens_per_s = double(rows_per_step() * model_.T) / seconds;
         if (peak_flops_ > 0)
@@ -5880,12 +5813,11 @@ private:
         const StepState& g = state_.guards;
         if (!g.skip) return;
         if (g.broken && o_.on_nan == "stop") {
-            write_row(row);
-            fail(
-                "step ", state_.step, ": the loss is ", g.loss, " and the gradient's norm ",
-                g.grad_norm, ": training has diverged. Nothing of this step was saved. Go on from ",
-                "the last checkpoint with a lower --learning-rate, --resume auto and --override, or ",
-                "pass over such steps with --on-nan skip");
+            log_->add(row);
+            fail("step ", state_.step, ": the loss is ", g.loss, " and the gradient's norm ",
+                 g.grad_norm, ": training has diverged. Nothing of this step was saved. Go on ",
+                 "from the last checkpoint with a lower --learning-rate, --resume auto and ",
+                 "--override, or pass over such steps with --on-nan skip");
         }
         // The more there are, the fewer are reported.
         if (g.skipped <= 4 || std::has_single_bit(uint64_t(g.skipped)))
@@ -5897,7 +5829,7 @@ private:
     // Whether the run is over after this step, and why. Ctrl-C comes last: a finished run is
     // finished. A step that the device has already is waited for first.
     End end_reached() const {
-        if (queued_ > state_.step) return End::none;
+        if (ahead_) return End::none;
         if (state_.step >= state_.planned_steps) return End::finished;
         if (o_.patience > 0 && state_.stale_evals >= o_.patience) return End::plateau;
         if (time_is_up()) return End::out_of_time;
@@ -5909,15 +5841,13 @@ private:
     // Scores the validation text, and --eval-batches batches of training text, always the same.
     // The gap between the two is what the model has memorised.
     void evaluate_into(LogRow& row) {
-        if (!windows_.empty()) {
-            const Evaluation e = evaluate(model_, windows_, corpus_.token_bytes());
+        if (!val_windows_.empty()) {
+            const Evaluation e = evaluate(model_, val_windows_, {});
             row.val_loss = state_.val_loss = e.loss(), row.perplexity = e.perplexity();
             if (std::isfinite(corpus_.floor)) row.floor = corpus_.floor;
         }
-        if (o_.eval_batches > 0) row.eval_train_loss = evaluate_fixed(o_.eval_batches);
-    }
-    double evaluate_fixed(int64_t batches) {
-        return fixed_batches_loss(model_, corpus_.train, batches, o_.overfit_batch);
+        if (!train_windows_.empty())
+            row.eval_train_loss = evaluate(model_, train_windows_, {}).loss();
     }
 
     // Is this the best evaluation so far? Counts those without progress, for --patience. Without
@@ -5928,11 +5858,6 @@ private:
         const bool better = *loss < state_.best_loss;
         if (better) state_.best_loss = *loss, state_.best_step = state_.step;
         state_.stale_evals = better ? 0 : state_.stale_evals + 1;
-    }
-
-    void write_row(const LogRow& row) {
-        add_to_curves(row);
-        log_->add(row);
     }
 
     // What is left is the time of the steps, or of --max-minutes where that is less.
@@ -5997,13 +5922,12 @@ private:
     const Corpus& corpus_;
     Gpt2<Device>& model_;
     const DataOrder order_;
-    const std::vector<Window> windows_;  // of the validation text; empty: there is none
+    const std::vector<Window> val_windows_, train_windows_;  // what is scored; either may be none
+    const double peak_flops_;
     std::optional<Log> log_;
     TrainerState state_;  // where the run stands; what a checkpoint keeps
-    int64_t queued_ = 0;  // steps that the device was given; state_.step: whose numbers are known
+    bool ahead_ = false;  // the device has the next step already
     double began_ = 0;    // when the step began that is under way
-    double peak_flops_ = 0;
-    std::vector<CurvePoint> train_curve_, val_curve_;
 };
 
 // =================================================================================================

@@ -306,7 +306,20 @@ inline std::string retyped(Options o, Command command) {
 // heart: that is overfitting, and best/ is the model to keep. When neither falls, there is either
 // nothing left to learn, which the floor tells, or the model is too small to learn it.
 
+// A loss after so many updates.
+struct CurvePoint {
+    int64_t step;
+    double loss;
+};
 using Curve = std::vector<CurvePoint>;
+
+// A column of the log, where it was measured.
+inline Curve curve_of(const std::vector<LogRow>& rows, std::optional<double> LogRow::*loss) {
+    Curve curve;
+    for (const LogRow& row : rows)
+        if (row.*loss) curve.push_back({int64_t(*row.step), *(row.*loss)});
+    return curve;
+}
 
 // Draws train (.), validation (o) and floor (-) into a box of text, or nothing where no loss is
 // finite. Why a log scale: the long tail of a run is still seen to fall.
@@ -389,7 +402,9 @@ inline std::string verdict(const TrainerState& state, const Curve& train, const 
 template <class Device>
 void report(const Options& o, const Corpus& corpus, Trainer<Device>& trainer, End end) {
     const TrainerState& state = trainer.state();
-    const Curve &train = trainer.train_curve(), &val = trainer.val_curve();
+    const std::vector<LogRow> rows = read_log(o.output + "/log.csv", state.step);
+    const Curve train = curve_of(rows, &LogRow::train_loss),
+                val = curve_of(rows, &LogRow::val_loss);
     const char* why = end == End::plateau       ? "stopped early: no progress (--patience)"
                       : end == End::out_of_time ? "time is up (--max-minutes)"
                                                 : "done";
@@ -668,6 +683,38 @@ inline Start find_start(const Options& o) {
     return {};
 }
 
+// The checksum of a shard's tokens. Of more than 64 million only the ends are read: a run must not
+// begin with minutes of reading.
+inline std::string checksum_of(const Shard& shard) {
+    Checksum sum;
+    std::vector<uint16_t> buffer(1 << 16);
+    const int64_t part = int64_t(buffer.size()), all = shard.tokens;
+    const int64_t stride = all <= 64'000'000 ? part : std::max(part, all - part);
+    for (int64_t at = 0; at < all; at += stride) {
+        const int64_t count = std::min(part, all - at);
+        shard.read(buffer.data(), at, count);
+        sum.add(buffer.data(), 2 * size_t(count));
+    }
+    return sum.hex();
+}
+
+// What a checkpoint recognises the data by: no path, so data that was moved is the same data.
+inline std::vector<std::string> fingerprint(const Corpus& corpus) {
+    std::vector<std::string> list;
+    if (corpus.tokenizer) {
+        Checksum sum;
+        const std::string merges = corpus.tokenizer->merges_text();
+        sum.add(merges.data(), merges.size());
+        list.push_back(
+            to_text("tokenizer: ", corpus.tokenizer->vocab_size(), " tokens, ", sum.hex()));
+    }
+    for (auto* split : {&corpus.train, &corpus.val})
+        for (const Shard& shard : split->files())
+            list.push_back(to_text(split == &corpus.train ? "train: " : "val: ", shard.tokens,
+                                   " tokens, ", checksum_of(shard)));
+    return list;
+}
+
 // A resumed run must be the run that was interrupted; fails with what has changed. Why paths may
 // change: data that was moved is the same data, which its checksums tell; the weights that the run
 // once began with have become the checkpoint's.
@@ -688,7 +735,7 @@ inline void check_same_run(const Options& o, const Start& start, const Corpus& c
         fail_usage(folder, " was made by ./", start.state.program,
                    ", whose sums are rounded differently: resume with that", override_hint);
     // The data.
-    std::vector<std::string> now = corpus.fingerprint(), saved = start.state.data;
+    std::vector<std::string> now = fingerprint(corpus), saved = start.state.data;
     now.resize(std::max(now.size(), saved.size()), "none"), saved.resize(now.size(), "none");
     for (size_t i = 0; i < now.size(); ++i)
         if (now[i] != saved[i])
@@ -758,7 +805,7 @@ int train_command(Device device, const Options& given) {
     load_start(*model, o, start);
     if (o.override_changes) start.state.planned_steps = 0;  // the plan may have changed
     start.state.options = options_that_change_numbers(o);
-    start.state.data = corpus.fingerprint(), start.state.program = Device::kProgram;
+    start.state.data = fingerprint(corpus), start.state.program = Device::kProgram;
     Trainer<Device> trainer(o, corpus, *model);
     // From here on things are written.
     const RunFolder folder(o.output);
@@ -902,6 +949,14 @@ int hellaswag_command(auto device, const Options& o, const Config& config) {
 //   perplexity  e^loss: the model is as unsure as among that many equally likely tokens
 //   bits/byte   what the text would take, compressed by this model. Careful: the other two depend
 //               on the tokenizer; only this one compares models with different ones
+// How many bytes each token stands for; empty without a tokenizer.
+inline std::vector<int> token_bytes(const std::optional<Tokenizer>& tokenizer) {
+    std::vector<int> bytes;
+    for (int id = 0; tokenizer && id < tokenizer->vocab_size(); ++id)
+        bytes.push_back(int(tokenizer->bytes_of(id).size()));
+    return bytes;
+}
+
 int eval_command(auto device, const Options& o) {
     const Config config = config_of_folder(need_init_from(o));
     if (!o.hellaswag.empty()) return hellaswag_command(device, o, config);
@@ -916,7 +971,7 @@ int eval_command(auto device, const Options& o) {
     const auto windows = evaluation_windows(corpus.val, T, corpus.document_start());
     if (windows.empty()) fail("the validation data is too short: at least two tokens are needed");
     const double begin = now_seconds();
-    const Evaluation e = evaluate(*model, windows, corpus.token_bytes());
+    const Evaluation e = evaluate(*model, windows, token_bytes(corpus.tokenizer));
     const double speed = double(e.tokens) / (now_seconds() - begin);
     say("val loss",
         format("%.9g nats a token over ", e.loss()) + with_commas(e.tokens) + " tokens");
@@ -926,9 +981,11 @@ int eval_command(auto device, const Options& o) {
         say("floor", format("%.6f: the loss is %.2f %% above it", corpus.floor,
                             100 * (e.loss() / corpus.floor - 1)));
     say("speed", with_commas(int64_t(speed)) + " tokens a second");
-    if (o.given.contains("eval-batches") && o.eval_batches > 0 && !corpus.train.empty())
-        say("train loss", format("%.9g nats a token over fixed batches",
-                                 fixed_batches_loss(*model, corpus.train, o.eval_batches, false)));
+    if (o.given.contains("eval-batches") && o.eval_batches > 0 && !corpus.train.empty()) {
+        const auto fixed = fixed_windows({corpus.train, o.batch_size, T}, o.eval_batches);
+        say("train loss",
+            format("%.9g nats a token over fixed batches", evaluate(*model, fixed, {}).loss()));
+    }
     return 0;
 }
 
