@@ -944,11 +944,6 @@ int hellaswag_command(auto device, const Options& o, const Config& config) {
     return 0;
 }
 
-// The loss of a model on the validation text, every token of it once, in three units.
-//   val loss    nats a token: the mean of -log p of the token that came
-//   perplexity  e^loss: the model is as unsure as among that many equally likely tokens
-//   bits/byte   what the text would take, compressed by this model. Careful: the other two depend
-//               on the tokenizer; only this one compares models with different ones
 // How many bytes each token stands for; empty without a tokenizer.
 inline std::vector<int> token_bytes(const std::optional<Tokenizer>& tokenizer) {
     std::vector<int> bytes;
@@ -957,6 +952,11 @@ inline std::vector<int> token_bytes(const std::optional<Tokenizer>& tokenizer) {
     return bytes;
 }
 
+// The loss of a model on the validation text, every token of it once, in three units.
+//   val loss    nats a token: the mean of -log p of the token that came
+//   perplexity  e^loss: the model is as unsure as among that many equally likely tokens
+//   bits/byte   what the text would take, compressed by this model. Careful: the other two depend
+//               on the tokenizer; only this one compares models with different ones
 int eval_command(auto device, const Options& o) {
     const Config config = config_of_folder(need_init_from(o));
     if (!o.hellaswag.empty()) return hellaswag_command(device, o, config);
