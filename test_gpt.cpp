@@ -344,9 +344,10 @@ inline void check_same_end(const std::string& a, const std::string& b) {
     CHECK(read_file(a + "/best/model.safetensors") == read_file(b + "/best/model.safetensors"));
 }
 
-// Calls `action` when row `step` is written to log.csv. (The file's first write is its header's.)
+// Calls `action` when row `step` is written to log.csv. (Row 0 comes with the file, under another
+// name.)
 inline void at_step(int step, std::function<void()> action) {
-    auto rows = std::make_shared<int>(-1);
+    auto rows = std::make_shared<int>(0);
     file_fault() = [=](const char* call, const std::string& path) {
         if (std::string(call) == "write" && path.ends_with("/log.csv") && ++*rows == step) action();
         return 0;
