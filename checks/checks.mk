@@ -85,11 +85,9 @@ nightly: check torture damaged
 	$(MAKE) fuzz SECONDS=1200
 	$(MAKE) fuzz_coverage
 
-# Curves of runs side by side: make plot RUNS="out/a out/b". The figures of README and docs.
+# Curves of runs side by side: make plot RUNS="out/a out/b".
 plot:
 	@RUNS="$(RUNS)" OUT="$(OUT)" checks/plot.sh $(RUNS)
-figures:
-	@checks/figures.sh
 
 # What the compilers do not say. Their configurations, with reasons: .clang-tidy, checks/cppcheck.txt.
 tidy:
@@ -122,4 +120,4 @@ count:
 	@awk '/^\/\/ What follows is plumbing/{exit} {t=$$0; sub(/^[ \t]+/,"",t); if(t!="" && t!~/^\/\//)k++} \
 	    END{printf "tinygpt.hpp, what a student reads: %d lines of code\n",k}' tinygpt.hpp
 	@cat checks/* .ci/run | awk '{t=$$0; sub(/^[ \t]+/,"",t); if(t!="" && t!~/^(\/\/|#[^i!])/)k++} END{printf "checks: %d lines of code\n",k}'
-.PHONY: check readme tidy grammar valgrind plot figures portable test_emulator cuda_compiles torture damaged fuzz fuzz_coverage test_hf nightly count
+.PHONY: check readme tidy grammar valgrind plot portable test_emulator cuda_compiles torture damaged fuzz fuzz_coverage test_hf nightly count

@@ -163,13 +163,10 @@ samples() {
         LC_ALL=C sed "s/[^ -~]/./g"
 }
 echo
-case " $(about "$name" panels) " in
-*" samples "*) samples "${done_runs# }" && echo ;;
-esac
+[ "$(about "$name" samples)" = yes ] && samples "${done_runs# }" && echo
 # shellcheck disable=SC2086  # words on purpose
 [ "$(about "$name" differences)" = yes ] && differences $done_runs && echo
 RUNS=$done_runs LABELS=$labels TITLE=$(about "$name" title) PANELS=$(about "$name" panels) \
-    LETTERS=$(about "$name" letters) COINCIDE=$(about "$name" differences) \
     OUT=$out/$name checks/plot.sh
 drawn=$?
 [ -z "$note" ] || echo "$note"
