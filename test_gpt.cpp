@@ -2508,6 +2508,8 @@ TEST_CASE_TEMPLATE("attention: with a cache, the rows of the whole", real, float
 
 namespace tokenizer_tests {
 
+using Merge = Tokenizer::Merge;
+
 // The folder with GPT-2's vocabulary and its golden tokens; empty where it is not there.
 inline std::string gpt2_data() {
     const char* named = std::getenv("TINYGPT_SHARED");
@@ -2519,20 +2521,16 @@ inline std::string gpt2_data() {
     return "";
 }
 
-// The SHA-256 of a file, by the system's own program, as in checks/fetch.sh.
-inline std::string sha256_of_file(const std::string& path) {
-    std::FILE* pipe = ::popen(("sha256sum < " + path).c_str(), "r");
+// The SHA-256 of some bytes, by the system's own program, as in checks/fetch.sh.
+inline std::string sha256_of(const std::string& bytes) {
+    TemporaryFolder temporary;
+    put_file(temporary / "bytes", bytes);
+    std::FILE* pipe = ::popen(("sha256sum < " + temporary / "bytes").c_str(), "r");
     REQUIRE(pipe != nullptr);
     char digest[65] = "";
     CHECK(std::fread(digest, 1, 64, pipe) == 64);
     ::pclose(pipe);
     return digest;
-}
-inline std::string sha256_of(const std::vector<uint16_t>& tokens) {
-    TemporaryFolder temporary;
-    write_file(temporary / "tokens",
-               {reinterpret_cast<const char*>(tokens.data()), tokens.size() * sizeof(uint16_t)});
-    return sha256_of_file(temporary / "tokens");
 }
 
 // Text for small vocabularies: several scripts, contractions, digits, odd spaces.
@@ -2548,43 +2546,15 @@ inline std::string sample_text() {
 }
 
 // Random text: words, spaces, apostrophes, characters beyond ASCII and broken UTF-8.
-inline std::string random_text(uint64_t seed, size_t atoms, bool broken = true) {
-    const std::vector<std::string> all = {"a",
-                                          "b",
-                                          "ab",
-                                          "the",
-                                          " ",
-                                          "  ",
-                                          "\n",
-                                          "\t",
-                                          "'",
-                                          "'s",
-                                          "'ll",
-                                          "'re",
-                                          "7",
-                                          "42",
-                                          "!",
-                                          "==",
-                                          "\u00e9",
-                                          "\u00a0",
-                                          "\u3000",
-                                          "\u732b",
-                                          "\u0661",
-                                          "\u0301",
-                                          "\U0001f431",
-                                          "\U00010400",
-                                          std::string(1, '\0'),
-                                          "\x80",
-                                          "\xff",
-                                          "\xe9",
-                                          "\xc3",
-                                          "\xed\xa0\x80",
-                                          "\xf0\x9f\x90",
-                                          "\xc0\xaf",
-                                          "\xf4\x90\x80\x80"};
-    size_t choices = broken ? all.size() : all.size() - 8;
+inline std::string random_text(uint64_t seed, size_t atoms) {
+    using namespace std::literals;
+    static const std::vector<std::string> all = split_at(
+        "a|b|ab|the| |  |\n|\t|'|'s|'ll|'re|7|42|!|==|\u00e9|\u00a0|\u3000|\u732b|\u0661|\u0301|"
+        "\U0001f431|\U00010400|\0|\x80|\xff|\xe9|\xc3|\xed\xa0\x80|\xf0\x9f\x90|\xc0\xaf|"
+        "\xf4\x90\x80\x80"sv,
+        '|');
     std::string text;
-    for (size_t i = 0; i < atoms; ++i) text += all[random_bits(seed, i) % choices];
+    for (size_t i = 0; i < atoms; ++i) text += all[random_bits(seed, i) % all.size()];
     return text;
 }
 inline std::string random_bytes(uint64_t seed, size_t count) {
@@ -2604,45 +2574,50 @@ inline Tokenizer trained_on(const std::vector<std::string>& texts, int64_t size)
     return train_bpe(std::vector<std::string_view>(texts.begin(), texts.end()), size);
 }
 
-// BPE by its definition: merge the earliest pair, leftmost first, until none is left.
+// --- BPE by its definition
+
+// The bytes of every piece, as tokens.
+inline std::vector<std::vector<uint16_t>> bytes_of_pieces(std::string_view text) {
+    std::vector<std::vector<uint16_t>> all;
+    for (const std::string& piece : pieces_of(text)) {
+        all.emplace_back();
+        for (char c : piece) all.back().push_back(kBytes.id_of_byte[uint8_t(c)]);
+    }
+    return all;
+}
+// Makes one merge, from left to right.
+inline void merge_all(std::vector<uint16_t>& ids, Merge merge, size_t token) {
+    for (size_t at = 0; at + 1 < ids.size(); ++at)
+        if (Merge(ids[at], ids[at + 1]) == merge) {
+            ids[at] = uint16_t(token);
+            ids.erase(ids.begin() + ptrdiff_t(at) + 1);
+        }
+}
+
+// Merge the earliest pair, leftmost first, until none is left.
 inline std::vector<uint16_t> encode_by_definition(const Tokenizer& tokenizer,
                                                   std::string_view text) {
     std::vector<uint16_t> out;
-    for (const std::string& piece : pieces_of(text)) {
-        std::vector<uint16_t> ids;
-        for (char c : piece) ids.push_back(kBytes.id_of_byte[uint8_t(c)]);
+    for (std::vector<uint16_t>& ids : bytes_of_pieces(text)) {
         for (size_t i = 0; i < tokenizer.merges().size(); ++i)
-            for (size_t at = 0; at + 1 < ids.size(); ++at)
-                if (Tokenizer::Merge(ids[at], ids[at + 1]) == tokenizer.merges()[i]) {
-                    ids[at] = uint16_t(256 + i);
-                    ids.erase(ids.begin() + ptrdiff_t(at) + 1);
-                }
+            merge_all(ids, tokenizer.merges()[i], 256 + i);
         out.insert(out.end(), ids.begin(), ids.end());
     }
     return out;
 }
 
-// BPE training by its definition: count all pairs anew for every merge.
-inline std::vector<Tokenizer::Merge> train_by_definition(std::string_view text, size_t wanted) {
-    std::vector<std::vector<uint16_t>> pieces;
-    for (const std::string& piece : pieces_of(text)) {
-        pieces.emplace_back();
-        for (char c : piece) pieces.back().push_back(kBytes.id_of_byte[uint8_t(c)]);
-    }
-    std::vector<Tokenizer::Merge> merges;
+// Count all pairs anew for every merge.
+inline std::vector<Merge> train_by_definition(std::string_view text, size_t wanted) {
+    std::vector<std::vector<uint16_t>> pieces = bytes_of_pieces(text);
+    std::vector<Merge> merges;
     while (merges.size() < wanted) {
-        std::map<Tokenizer::Merge, int> counts;
+        std::map<Merge, int> counts;
         for (auto& ids : pieces)
             for (size_t at = 0; at + 1 < ids.size(); ++at) ++counts[{ids[at], ids[at + 1]}];
         auto best = std::max_element(counts.begin(), counts.end(),
                                      [](auto& a, auto& b) { return a.second < b.second; });
         if (best == counts.end() || best->second < 2) break;
-        for (auto& ids : pieces)
-            for (size_t at = 0; at + 1 < ids.size(); ++at)
-                if (Tokenizer::Merge(ids[at], ids[at + 1]) == best->first) {
-                    ids[at] = uint16_t(256 + merges.size());
-                    ids.erase(ids.begin() + ptrdiff_t(at) + 1);
-                }
+        for (auto& ids : pieces) merge_all(ids, best->first, 256 + merges.size());
         merges.push_back(best->first);
     }
     return merges;
@@ -2662,47 +2637,40 @@ TEST_CASE("tokenizer: the table of characters is Unicode 17.0's") {
     CHECK(count[kLetter] == 145672);
     CHECK(count[kNumber] == 1924);
     CHECK(count[kSpace] == 25);
-    for (uint32_t space : {0x9, 0xd, 0x20, 0x85, 0xa0, 0x1680, 0x2000, 0x200a, 0x2028, 0x2029,
-                           0x202f, 0x205f, 0x3000})
-        CHECK(class_of(space) == kSpace);
-    for (uint32_t other :
-         {0x0, 0x1c, 0x1f, 0x5f, 0x180e, 0x200b, 0xfeff, 0x301, 0x1f431, 0xe0001, 0x10ffff})
-        CHECK(class_of(other) == kOther);
-    for (uint32_t letter : {0x41, 0x7a, 0xaa, 0xe9, 0x427, 0x732b, 0xac00, 0x10400, 0x33479})
-        CHECK(class_of(letter) == kLetter);
-    for (uint32_t number : {0x30, 0xb2, 0xbd, 0x661, 0x2167, 0x1fbf9})
-        CHECK(class_of(number) == kNumber);
+    const std::pair<CharClass, std::vector<uint32_t>> classes[] =
+        {{kSpace,
+          {0x9, 0xd, 0x20, 0x85, 0xa0, 0x1680, 0x2000, 0x200a, 0x2028, 0x2029, 0x202f, 0x205f,
+           0x3000}},
+         {kOther,
+          {0x0, 0x1c, 0x1f, 0x5f, 0x180e, 0x200b, 0xfeff, 0x301, 0x1f431, 0xe0001, 0x10ffff}},
+         {kLetter, {0x41, 0x7a, 0xaa, 0xe9, 0x427, 0x732b, 0xac00, 0x10400, 0x33479}},
+         {kNumber, {0x30, 0xb2, 0xbd, 0x661, 0x2167, 0x1fbf9}}};
+    for (const auto& [kind, codes] : classes)
+        for (uint32_t code : codes) CHECK(class_of(code) == kind);
 }
 
 TEST_CASE("tokenizer: text is cut into pieces as GPT-2 cuts it") {
-    using Pieces = std::vector<std::string>;
-    CHECK(pieces_of("Hello, world's") == Pieces{"Hello", ",", " world", "'s"});
-    CHECK(pieces_of("a   b") == Pieces{"a", "  ", " b"});
-    CHECK(pieces_of("a   ") == Pieces{"a", "   "});
-    CHECK(pieces_of("\n\nA") == Pieces{"\n", "\n", "A"});
-    CHECK(pieces_of("a\r\nb\tc") == Pieces{"a", "\r", "\n", "b", "\t", "c"});
-    CHECK(pieces_of("DON'T don't ''s 's x'sy") ==
-          Pieces{"DON", "'", "T", " don", "'t", " ''", "s", " '", "s", " x", "'s", "y"});
-    CHECK(pieces_of("we'll they're I've I'm he'd 'l") ==
-          Pieces{"we", "'ll", " they", "'re", " I", "'ve", " I", "'m", " he", "'d", " '", "l"});
-    CHECK(pieces_of("x\u00b2 \u00bd e\u0301") == Pieces{"x", "\u00b2", " \u00bd", " e", "\u0301"});
-    CHECK(pieces_of("a\u00a0\u00a0b\u3000") == Pieces{"a", "\u00a0", "\u00a0", "b", "\u3000"});
-    // A bad byte is a character of no class: it joins neither letters nor digits.
-    CHECK(pieces_of("caf\xe9 \xff\x80!") == Pieces{"caf", "\xe9", " \xff\x80!"});
-    CHECK(pieces_of("a\xed\xa0\x80"
-                    "b") == Pieces{"a", "\xed\xa0\x80", "b"});
+    const char* cases[] =
+        {"Hello|,| world|'s", "a|  | b", "a|   ", "\n|\n|A", "a|\r|\n|b|\t|c",
+         "DON|'|T| don|'t| ''|s| '|s| x|'s|y", "we|'ll| they|'re| I|'ve| I|'m| he|'d| '|l",
+         "x|\u00b2| \u00bd| e|\u0301", "a|\u00a0|\u00a0|b|\u3000",
+         // A bad byte is a character of no class: it joins neither letters nor digits.
+         "caf|\xe9| \xff\x80!", "a|\xed\xa0\x80|b"};
+    for (const std::string cut : cases) {
+        std::string text = cut;
+        std::erase(text, '|');
+        CHECK(pieces_of(text) == split_at(cut, '|'));
+    }
 }
 
 TEST_CASE("tokenizer: the fast scanner cuts the same pieces") {
     std::vector<std::string> texts;
     for (uint64_t seed = 0; seed < 100; ++seed) texts.push_back(random_text(seed, 100));
+    const std::string word = "QuickzebrAZqfgjlmnopquvwxydhkstABCDEFGHIJ";
     for (size_t letters = 0; letters < 40; ++letters)
         for (std::string before : {"", " ", "  ", "'", "\u00e9"})
             for (std::string after : {"", " ", "'s", "7", "@", "[", "`", "{", "\u00e9", "\xff"})
-                texts.push_back(
-                    before +
-                    std::string("QuickzebrAZqfgjlmnopquvwxydhkstABCDEFGHIJ").substr(40 - letters) +
-                    after);
+                texts.push_back(before + word.substr(40 - letters) + after);
     for (const std::string& text : texts)
         for (size_t at = 0; at < text.size(); at += next_piece(text, at).size())
             CHECK(fast_piece(text, at) == next_piece(text, at));
@@ -2714,11 +2682,11 @@ TEST_CASE("tokenizer: GPT-2's golden strings, pieces and tokens") {
     Tokenizer gpt2 = Tokenizer::load(folder);
     CHECK(gpt2.vocab_size() == 50257);
     CHECK(gpt2.end_of_text() == 50256);
-    std::string lines = read_file(folder + "/gpt2_golden.jsonl");
+    const std::vector<std::string> lines = split_at(read_file(folder + "/gpt2_golden.jsonl"), '\n');
     int strings = 0;
-    for (size_t at = 0, end; at < lines.size(); at = end + 1, ++strings) {
-        end = std::min(lines.find('\n', at), lines.size());
-        Json golden = Json::parse(lines.substr(at, end - at), "gpt2_golden.jsonl");
+    for (const std::string& line : lines) {
+        if (line.empty()) continue;
+        Json golden = Json::parse(line, "gpt2_golden.jsonl");
         const std::string& text = golden.get_string("text", "golden");
         std::vector<std::string> pieces;
         std::vector<uint16_t> ids;
@@ -2728,6 +2696,7 @@ TEST_CASE("tokenizer: GPT-2's golden strings, pieces and tokens") {
         CHECK(pieces_of(text) == pieces);
         CHECK(gpt2.encode(text) == ids);
         CHECK(gpt2.decode(ids) == text);
+        ++strings;
     }
     CHECK(strings == 91);
     CHECK(gpt2.encode("<|endoftext|>") == std::vector<uint16_t>{27, 91, 437, 1659, 5239, 91, 29});
@@ -2740,16 +2709,17 @@ TEST_CASE("tokenizer: tinyshakespeare has the published tokens") {
     std::string text = read_file(folder + "/tinyshakespeare.txt");
     std::vector<uint16_t> tokens = gpt2.encode(text);
     CHECK(tokens.size() == 338025);
-    CHECK(sha256_of(tokens) == "25c01b32b32f41897a6359dd222ec114992dc30c357bcafbfe6c56672f76cd31");
+    CHECK(sha256_of(raw(tokens)) ==
+          "25c01b32b32f41897a6359dd222ec114992dc30c357bcafbfe6c56672f76cd31");
     CHECK(gpt2.decode(tokens) == text);
     // nanoGPT's split: the first 90 % of the characters.
     Documents documents;
     documents.texts = {text};
     split_documents(documents, 0.1);
     CHECK(documents.val[0].size() == 111540);
-    CHECK(sha256_of(gpt2.encode(documents.train[0])) ==
+    CHECK(sha256_of(raw(gpt2.encode(documents.train[0]))) ==
           "502a2bdc8210d1ac5d5674867cb74467dd31db575d25cf6dbb08c8bdbea8680f");
-    CHECK(sha256_of(gpt2.encode(documents.val[0])) ==
+    CHECK(sha256_of(raw(gpt2.encode(documents.val[0]))) ==
           "68a53422394c26a655ebe641f5c6f49888e8f4e45fe5d6f02abda63ba3ebd65b");
     // llm.c's: a document for each section, the first 32,768 tokens for validation, as whole files.
     std::vector<std::string_view> sections;
@@ -2763,9 +2733,9 @@ TEST_CASE("tokenizer: tinyshakespeare has the published tokens") {
     REQUIRE(all.size() == 32768 + 305260);
     write_shard(temporary / "val.bin", all.data(), 32768);
     write_shard(temporary / "train.bin", all.data() + 32768, 305260);
-    CHECK(sha256_of_file(temporary / "val.bin") ==
+    CHECK(sha256_of(read_file(temporary / "val.bin")) ==
           "fe99db720dc7c83e694806d4e047a952909411da1daccde4ccc2e55f40882a62");
-    CHECK(sha256_of_file(temporary / "train.bin") ==
+    CHECK(sha256_of(read_file(temporary / "train.bin")) ==
           "8a70606be574040c26d225694f5f9759973b419852d22f7fe5c118e1b359dcc8");
 }
 
@@ -2790,45 +2760,60 @@ TEST_CASE("tokenizer: bytes, in GPT-2's order") {
     CHECK(bytes.name_of(220) == "\u0120");
     CHECK(error_of([&] { bytes.decode({257}); }) ==
           "there is no token 257: the vocabulary has 257");
-    TemporaryFolder temporary;
-    bytes.save(temporary.path);
-    CHECK(Tokenizer::load(temporary.path) == bytes);
+}
+
+TEST_CASE("tokenizer: a vocabulary is saved and loaded") {
+    Tokenizer learnt = trained_on({sample_text(), random_text(3, 500)}, 400);
+    CHECK(learnt.vocab_size() > 300);
+    CHECK(learnt.bytes_of(learnt.end_of_text()) == "");
+    CHECK_FALSE(learnt == Tokenizer::bytes());
+    for (const Tokenizer& tokenizer : {learnt, Tokenizer::bytes()}) {
+        TemporaryFolder temporary;
+        tokenizer.save(temporary.path);
+        CHECK(Tokenizer::load(temporary.path) == tokenizer);
+    }
 }
 
 TEST_CASE("tokenizer: decode(encode(x)) is x for any bytes") {
     for (const Tokenizer& tokenizer : {Tokenizer::bytes(), trained_on({sample_text()}, 320)})
-        for (uint64_t seed = 0; seed < 200; ++seed) {
-            std::string bytes = random_bytes(seed, seed * 3), text = random_text(seed, seed);
-            CHECK(tokenizer.decode(tokenizer.encode(bytes)) == bytes);
-            CHECK(tokenizer.decode(tokenizer.encode(text)) == text);
-        }
+        for (uint64_t seed = 0; seed < 200; ++seed)
+            for (const std::string& text : {random_bytes(seed, seed * 3), random_text(seed, seed)})
+                CHECK(tokenizer.decode(tokenizer.encode(text)) == text);
 }
 
-TEST_CASE("tokenizer: encoding agrees with BPE by its definition") {
+TEST_CASE("tokenizer: encoding agrees with BPE by its definition, also in prepare_data") {
     Tokenizer tokenizer = trained_on({sample_text(), std::string(40, 'a') + " aaa aaaa"}, 360);
-    for (uint64_t seed = 0; seed < 100; ++seed) {
-        std::string text = random_text(seed, 200) + sample_text().substr(seed);
-        CHECK(tokenizer.encode(text) == encode_by_definition(tokenizer, text));
-    }
-    for (int n : {1, 2, 3, 15, 16, 17, 100, 1001})
+    std::vector<std::string> texts;
+    for (uint64_t seed = 0; seed < 100; ++seed)
+        texts.push_back(random_text(seed, 200) + sample_text().substr(seed));
+    for (int n : {1, 2, 3, 15, 16, 17, 31, 32, 33, 100, 1001})
         for (std::string unit : {"a", "ab", " ", "=", "\xff", "\u732b"}) {
-            std::string text;
+            std::string& text = texts.emplace_back();
             for (int i = 0; i < n; ++i) text += unit;
-            CHECK(tokenizer.encode(text) == encode_by_definition(tokenizer, text));
         }
+    for (const std::string& text : texts) {
+        const std::vector<uint16_t> expected = encode_by_definition(tokenizer, text);
+        CHECK(tokenizer.encode(text) == expected);
+        Encoder encoder(tokenizer);
+        for (int round = 0; round < 2; ++round) {  // the second one finds words in the cache
+            std::vector<uint16_t> tokens;
+            encoder.encode(text, tokens);
+            CHECK(tokens == expected);
+        }
+    }
 }
 
 TEST_CASE("tokenizer: a megabyte of one character takes no more than moments") {
     Tokenizer tokenizer = trained_on({sample_text(), std::string(999, 'a') + std::string(999, ' ') +
                                                          std::string(999, '=')},
                                      380);
-    auto start = std::chrono::steady_clock::now();
+    const double start = now_seconds();
     for (char c : {'a', ' ', '=', '\n', '\xff'}) {
         std::string text(1'000'000, c);
         CHECK(tokenizer.decode(tokenizer.encode(text)) == text);
     }
     // Generous: sanitizers and a busy machine included. Quadratic work would take hours.
-    CHECK(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < 60);
+    CHECK(now_seconds() - start < 60);
 }
 
 TEST_CASE("tokenizer: the text may be cut where safe_cut says") {
@@ -2849,154 +2834,146 @@ TEST_CASE("tokenizer: the same tokens on any number of threads, and from the ser
     for (uint64_t seed = 0; seed < 40; ++seed)
         texts.push_back(random_text(seed, 10 + seed * seed * 30));
     std::vector<std::string_view> documents(texts.begin(), texts.end());
+    CHECK(make_jobs(documents).size() > 3);
     std::vector<uint16_t> serial;
     for (const std::string& text : texts) {
         std::vector<uint16_t> tokens = tokenizer.encode(text);
         serial.push_back(uint16_t(tokenizer.end_of_text()));
         serial.insert(serial.end(), tokens.begin(), tokens.end());
     }
-    int threads = omp_get_max_threads();
-    std::vector<std::vector<Tokenizer::Merge>> learnt;
+    const std::vector<Merge> learnt = train_bpe(documents, 400).merges();
     for (int n : {1, 2, 3}) {
-        omp_set_num_threads(n);
+        Threads threads(n);
         CHECK(encode_documents(tokenizer, documents) == serial);
-        learnt.push_back(train_bpe(documents, 400).merges());
+        CHECK(train_bpe(documents, 400).merges() == learnt);
     }
-    omp_set_num_threads(threads);
-    CHECK(make_jobs(documents).size() > 3);
-    CHECK(learnt[0] == learnt[1]);
-    CHECK(learnt[0] == learnt[2]);
 }
 
 TEST_CASE("tokenizer: learning, on the worked example aaabdaaabac") {
     auto id = [](char c) { return kBytes.id_of_byte[uint8_t(c)]; };
-    std::vector<Tokenizer::Merge> merges = BpeTrainer({{"aaabdaaabac", 1}}).train(3);
+    std::vector<Merge> merges = BpeTrainer({{"aaabdaaabac", 1}}).train(3);
     // aa, four times; then ab, twice, as is (aa)a, but with the smaller left token; then (aa)(ab).
-    CHECK(merges ==
-          std::vector<Tokenizer::Merge>{{id('a'), id('a')}, {id('a'), id('b')}, {256, 257}});
+    CHECK(merges == std::vector<Merge>{{id('a'), id('a')}, {id('a'), id('b')}, {256, 257}});
     CHECK(Tokenizer(merges).encode("aaabdaaabac") ==
           std::vector<uint16_t>{258, id('d'), 258, id('a'), id('c')});
     CHECK(BpeTrainer({{"aaabdaaabac", 1}}).train(99) == merges);  // nothing else occurs twice
     CHECK(BpeTrainer({{"ab", 2}, {"cd", 3}}).train(9) ==
-          std::vector<Tokenizer::Merge>{{id('c'), id('d')}, {id('a'), id('b')}});
+          std::vector<Merge>{{id('c'), id('d')}, {id('a'), id('b')}});
 }
 
 TEST_CASE("tokenizer: learning agrees with counting all pairs anew for each merge") {
     CHECK(trained_on({sample_text()}, 500).merges() == train_by_definition(sample_text(), 243));
     for (uint64_t seed = 0; seed < 60; ++seed) {
-        std::string text = random_text(seed, 300), letters;
+        std::string letters;
         for (size_t i = 0; i < 400; ++i)
             letters += "ab c"[random_bits(seed + 1000, i) % 4 * (i % 7 != 0)];
-        CHECK(trained_on({text}, 330).merges() == train_by_definition(text, 73));
-        CHECK(trained_on({letters}, 330).merges() == train_by_definition(letters, 73));
+        for (const std::string& text : {random_text(seed, 300), letters})
+            CHECK(trained_on({text}, 330).merges() == train_by_definition(text, 73));
     }
-}
-
-TEST_CASE("tokenizer: a learnt vocabulary is saved and loaded") {
-    TemporaryFolder temporary;
-    Tokenizer tokenizer = trained_on({sample_text(), random_text(3, 500)}, 400);
-    CHECK(tokenizer.vocab_size() > 300);
-    CHECK(tokenizer.bytes_of(tokenizer.end_of_text()) == "");
-    tokenizer.save(temporary.path);
-    CHECK(Tokenizer::load(temporary.path) == tokenizer);
-    CHECK_FALSE(tokenizer == Tokenizer::bytes());
 }
 
 TEST_CASE("tokenizer: damaged vocabulary files are refused in one clear line") {
     TemporaryFolder temporary;
     trained_on({"the cat the cat the hat"}, 262).save(temporary.path);
     const std::string vocab = read_file(temporary / "vocab.json"),
-                      merges = read_file(temporary / "merges.txt");
-    auto refusal = [&](const std::string& vocab_text, const std::string& merges_text) {
-        write_file(temporary / "vocab.json", vocab_text);
-        write_file(temporary / "merges.txt", merges_text);
-        std::string error = error_of([&] { Tokenizer::load(temporary.path); });
+                      merges = read_file(temporary / "merges.txt"),
+                      unversioned = merges.substr(merges.find('\n') + 1);
+    auto changed = [&](const std::string& from, const std::string& to) {
+        REQUIRE(contains(vocab, from));
+        return std::string(vocab).replace(vocab.find(from), from.size(), to);
+    };
+    struct Case {
+        std::string vocab, merges, refusal;
+    };
+    for (const Case& c :
+         std::vector<Case>{{vocab, merges, ""},
+                           {vocab, unversioned, ""},
+                           {vocab, merges + "zzz a\n", "line 7: \"zzz a\" is not two tokens"},
+                           {vocab, merges + "abc\n", "line 7: expected two tokens"},
+                           {vocab, merges + "\n", "line 7: expected two tokens"},
+                           {vocab, merges + "a b c\n", "line 7"},
+                           {vocab, merges + " a\n", "line 7"},
+                           {vocab, merges + unversioned, "exists already"},
+                           {vocab, merges + "q x\n", "expected an object of 263 tokens"},
+                           {changed("\"!\": 0", "\"!\": 1"), merges, "\"!\" must have the id 0"},
+                           {changed("\"!\": 0", "\"!\": 0.0"), merges, "\"!\" must have the id 0"},
+                           {changed("\"!\": 0", "\"?!\": 0"), merges,
+                            "no merge makes the token \"?!\""},
+                           {changed("<|endoftext|>", "<|end|>"), merges, "no merge makes"},
+                           {vocab.substr(0, 99), merges, "not valid JSON"},
+                           {"[]", merges, "expected an object of 262 tokens"}}) {
+        put_file(temporary / "vocab.json", c.vocab);
+        put_file(temporary / "merges.txt", c.merges);
+        const std::string error = error_of([&] { Tokenizer::load(temporary.path); });
+        CAPTURE(error);
+        CHECK(contains(error, c.refusal));
+        CHECK(error.empty() == c.refusal.empty());
         CHECK_FALSE(contains(error, "\n"));
-        return error;
-    };
-    auto changed = [](std::string text, const std::string& from, const std::string& to) {
-        REQUIRE(contains(text, from));
-        return text.replace(text.find(from), from.size(), to);
-    };
-    CHECK(refusal(vocab, merges) == "");
-    CHECK(refusal(vocab, merges.substr(merges.find('\n') + 1)) ==
-          "");  // the version line may be missing
-    CHECK(contains(refusal(vocab, merges + "zzz a\n"), "line 7: \"zzz a\" is not two tokens"));
-    CHECK(contains(refusal(vocab, merges + "abc\n"), "line 7: expected two tokens"));
-    CHECK(contains(refusal(vocab, merges + "\n"), "line 7: expected two tokens"));
-    CHECK(contains(refusal(vocab, merges + "a b c\n"), "line 7"));
-    CHECK(contains(refusal(vocab, merges + " a\n"), "line 7"));
-    CHECK(
-        contains(refusal(vocab, merges + merges.substr(merges.find('\n') + 1)), "exists already"));
-    CHECK(contains(refusal(vocab, merges + "q x\n"), "expected an object of 263 tokens"));
-    CHECK(contains(refusal(changed(vocab, "\"!\": 0", "\"!\": 1"), merges),
-                   "\"!\" must have the id 0"));
-    CHECK(contains(refusal(changed(vocab, "\"!\": 0", "\"!\": 0.0"), merges),
-                   "\"!\" must have the id 0"));
-    CHECK(contains(refusal(changed(vocab, "\"!\": 0", "\"?!\": 0"), merges),
-                   "no merge makes the token \"?!\""));
-    CHECK(contains(refusal(changed(vocab, "<|endoftext|>", "<|end|>"), merges), "no merge makes"));
-    CHECK(contains(refusal(vocab.substr(0, 99), merges), "not valid JSON"));
-    CHECK(contains(refusal("[]", merges), "expected an object of 262 tokens"));
+    }
     std::filesystem::remove(temporary / "merges.txt");
     CHECK(contains(error_of([&] { Tokenizer::load(temporary.path); }), "there is no tokenizer in"));
 }
 
 TEST_CASE("prepare_data: options") {
-    PrepareOptions o =
-        parse_prepare_options({"--input", "a", "b", "--vocab_size=300", "--tokenizer", "byte",
-                               "--tokenizer=bpe", "--output", "x", "--val-fraction", "0"});
+    PrepareOptions o = parse_prepare_options(
+        split_at("--input a b --vocab_size=300 --tokenizer byte --tokenizer=bpe --output x "
+                 "--val-fraction 0",
+                 ' '));
     CHECK(o.input == std::vector<std::string>{"a", "b"});
     CHECK(o.vocab_size == 300);
     CHECK(o.tokenizer == "bpe");
     CHECK(o.val_fraction == 0);
-    auto error = [](std::vector<std::string> arguments) { return prepare_data(arguments); };
-    CHECK(error({"--vocabsize", "300"}) ==
-          "2: unknown option --vocabsize; did you mean --vocab-size? (--help lists all options)");
-    CHECK(error({"--vocab-size", "12x"}) ==
-          "2: --vocab-size must be a whole number in [257, 65536], got 12x");
     for (const char* bad :
-         {"256", "65537", "-1", "0", "1e3", "99999999999999999999", " 300", "nan"})
-        CHECK(contains(error({"--vocab-size", bad}), "2: --vocab-size must be"));
+         {"12x", "256", "65537", "-1", "0", "1e3", "99999999999999999999", " 300", "nan"})
+        CHECK(prepare_data({"--vocab-size", bad}) ==
+              "2: --vocab-size must be a whole number in [257, 65536], got " + shown(bad));
     for (const char* bad : {"1", "-0.1", "nan", "inf", "half", "0.1x"})
-        CHECK(contains(error({"--val-fraction", bad}), "2: --val-fraction must be"));
-    CHECK(contains(error({"--shard-tokens=0"}), "2: --shard-tokens must be"));
-    CHECK(contains(error({"--output"}), "2: --output needs a value"));
-    CHECK(contains(error({"--output="}), "2: --output needs a value"));
-    CHECK(contains(error({"--input", "--output", "x"}), "2: --input needs a value"));
-    CHECK(contains(error({"book.txt"}), "2: expected an option"));
-    CHECK(contains(error({"--input", "x"}), "2: --input needs --output"));
-    CHECK(contains(error({"--input", "x", "--output", "y", "--tokenizer", "word"}),
-                   "2: --tokenizer must be one of bpe|byte|gpt2, got word"));
-    CHECK(contains(error({"--tokenizer", "byte", "--vocab-size", "300"}),
-                   "2: --vocab-size is for --tokenizer bpe"));
-    CHECK(contains(error({"--input", "x", "--output", "y", "--seed", "2"}),
-                   "2: --seed is for the default corpus"));
+        CHECK(contains(prepare_data({"--val-fraction", bad}), "2: --val-fraction must be"));
+    const std::pair<const char*, const char*> cases[] =
+        {{"--vocabsize 300",
+          "2: unknown option --vocabsize; did you mean --vocab-size? (--help lists all options)"},
+         {"--shard-tokens=0", "2: --shard-tokens must be"},
+         {"--output", "2: --output needs a value"},
+         {"--output=", "2: --output needs a value"},
+         {"--input --output x", "2: --input needs a value"},
+         {"book.txt", "2: expected an option"},
+         {"--input x", "2: --input needs --output"},
+         {"--from-llmc x", "2: --from-llmc needs --output"},
+         {"--tokenizer word", "2: --tokenizer must be one of bpe|byte|gpt2, got word"},
+         {"--tokenizer byte --vocab-size 300", "2: --vocab-size is for --tokenizer bpe"},
+         {"--tokenizer bpe --vocab x", "2: --vocab is for --tokenizer gpt2"},
+         {"--input x --output y --seed 2", "2: --seed is for the default corpus"}};
+    for (const auto& [arguments, error] : cases)
+        CHECK(contains(prepare_data(split_at(arguments, ' ')), error));
 }
 
 TEST_CASE("prepare_data: a text becomes shards, a tokenizer and dataset.json") {
     TemporaryFolder temporary;
     const std::string text = "The cat sat on the mat", out = temporary / "new/data";
-    write_file(temporary / "cat.txt", text);
-    CHECK(prepare_data(
-              {"--input", temporary / "cat.txt", "--tokenizer", "byte", "--output", out}) == "");
+    put_file(temporary / "cat.txt", text);
+    const Arguments byte = {"--input", temporary / "cat.txt", "--output", out, "--tokenizer",
+                            "byte",    "--shard-tokens"};
+    auto prepared = [&](Arguments arguments, const std::string& last) {
+        arguments.push_back(last);
+        CHECK(prepare_data(arguments) == "");
+    };
+    prepared(byte, "20");
     Tokenizer bytes = Tokenizer::load(out);
     CHECK(bytes == Tokenizer::bytes());
-    std::vector<uint16_t> train = shard_tokens(out + "/train_000001.bin"),
-                          val = shard_tokens(out + "/val_000000.bin");
+    const std::vector<uint16_t> train = shard_tokens(out + "/train_000001.bin");
     CHECK(bytes.decode(train, "|") == "|The cat sat on the ");
-    CHECK(bytes.decode(val, "|") == "|mat");
+    CHECK(bytes.decode(shard_tokens(out + "/val_000000.bin"), "|") == "|mat");
     Json json = Json::parse(read_file(out + "/dataset.json"), "dataset.json");
     CHECK(json.get_string("tokenizer", "") == "byte");
-    CHECK(json.get_int("vocab_size", "") == 257);
-    CHECK(json.get_int("train_characters", "") == 19);
-    CHECK(json.get_int("train_tokens", "") == 20);
-    CHECK(json.get_int("val_bytes", "") == 3);
-    CHECK(json.get_int("val_tokens", "") == 4);
+    const std::pair<const char*, int> numbers[] = {{"vocab_size", 257},
+                                                   {"train_characters", 19},
+                                                   {"train_tokens", 20},
+                                                   {"val_bytes", 3},
+                                                   {"val_tokens", 4}};
+    for (const auto& [name, number] : numbers) CHECK(json.get_int(name, "") == number);
     CHECK(json.find("floor") == nullptr);
-    // Shards of three tokens; then again without validation: the old files go.
-    CHECK(prepare_data({"--input", temporary / "cat.txt", "--tokenizer", "byte", "--output", out,
-                        "--shard-tokens", "6"}) == "");
+    // Shards of six tokens; then again without validation: the old files go.
+    prepared(byte, "6");
     CHECK(list_folder(out).size() == 4 + 3 + 1);
     std::vector<uint16_t> joined;
     for (int shard = 1; shard <= 4; ++shard) {
@@ -3004,8 +2981,7 @@ TEST_CASE("prepare_data: a text becomes shards, a tokenizer and dataset.json") {
         joined.insert(joined.end(), part.begin(), part.end());
     }
     CHECK(joined == train);
-    CHECK(prepare_data({"--input", temporary / "cat.txt", "--output", out, "--val-fraction=0"}) ==
-          "");
+    prepared({"--input", temporary / "cat.txt", "--output", out}, "--val-fraction=0");
     CHECK(list_folder(out) ==
           std::vector<std::string>{"dataset.json", "merges.txt", "train_000001.bin", "vocab.json"});
     CHECK(Tokenizer::load(out).decode(shard_tokens(out + "/train_000001.bin")) == text);
@@ -3014,13 +2990,15 @@ TEST_CASE("prepare_data: a text becomes shards, a tokenizer and dataset.json") {
 TEST_CASE("prepare_data: documents keep their order and their bytes") {
     TemporaryFolder temporary;
     make_folders(temporary / "in/b");
-    write_file(temporary / "in/b/1.md", "one\r\n");
-    write_file(temporary / "in/a.jsonl",
-               "\xef\xbb\xbf{\"text\": \" x\\n\", \"id\": 1}\n\n{\"id\": 2, \"text\": "
-               "\"\\u732b\\ud83d\\udc31\"}\r\n{\"text\": \"\"}\n");
-    write_file(temporary / "in/c", "\xff\xfe");
-    write_file(temporary / "in/.hidden", "no");
-    write_file(temporary / "in/empty", "");
+    const std::pair<const char*, const char*> files[] =
+        {{"in/b/1.md", "one\r\n"},
+         {"in/a.jsonl",
+          "\xef\xbb\xbf{\"text\": \" x\\n\", \"id\": 1}\n\n{\"id\": 2, \"text\": "
+          "\"\\u732b\\ud83d\\udc31\"}\r\n{\"text\": \"\"}\n"},
+         {"in/c", "\xff\xfe"},
+         {"in/.hidden", "no"},
+         {"in/empty", ""}};
+    for (const auto& [name, bytes] : files) put_file(temporary / name, bytes);
     Documents documents = read_documents({temporary / "in/c", temporary / "in"});
     CHECK(documents.texts ==
           std::vector<std::string>{"\xff\xfe", " x\n", "\u732b\U0001f431", "one\r\n", "\xff\xfe"});
@@ -3045,40 +3023,45 @@ TEST_CASE("prepare_data: documents keep their order and their bytes") {
 TEST_CASE("prepare_data: bad input ends in one line, and nothing is written") {
     TemporaryFolder temporary;
     const std::string out = temporary / "out";
-    write_file(temporary / "text", "some text");
-    write_file(temporary / "empty", "");
-    write_file(temporary / "bad.jsonl", "{\"text\": \"x\"}\n{\"text\": \"y\"\n");
-    write_file(temporary / "other.jsonl", "{\"text\": \"x\"}\n{\"body\": \"y\"}\n");
-    write_file(temporary / "list.jsonl", "[1]\n");
-    make_folders(temporary / "nothing");
-    make_folders(temporary / "links");
+    const std::pair<const char*, const char*> files[] = {{"text", "some text"},
+                                                         {"empty", ""},
+                                                         {"bad.jsonl",
+                                                          "{\"text\": \"x\"}\n{\"text\": \"y\"\n"},
+                                                         {"other.jsonl",
+                                                          "{\"text\": \"x\"}\n{\"body\": \"y\"}\n"},
+                                                         {"list.jsonl", "[1]\n"}};
+    for (const auto& [name, bytes] : files) put_file(temporary / name, bytes);
+    for (const char* folder : {"nothing", "links", "foreign"}) make_folders(temporary / folder);
     std::filesystem::create_symlink("nowhere", temporary / "links/gone");
-    auto error = [&](const std::string& input, std::vector<std::string> more = {}) {
-        more.insert(more.begin(), {"--input", temporary / input, "--output", out});
-        std::string message = prepare_data(more);
+    put_file(temporary / "foreign/train_000001.bin", "x");  // somebody else's
+    struct Case {
+        std::string input, output, error;
+        Arguments more = {};
+    };
+    for (const Case& c :
+         std::vector<Case>{{"missing", "out", "1: cannot read"},
+                           {"links", "out", "links/gone: No such file"},
+                           {"empty", "out", "1: there is no text in the input"},
+                           {"nothing", "out", "1: there is no text in the input"},
+                           {"bad.jsonl", "out", "bad.jsonl, line 2: not valid JSON"},
+                           {"other.jsonl", "out", "other.jsonl, line 2: \"text\" is missing"},
+                           {"list.jsonl", "out", "list.jsonl, line 1: expected an object"},
+                           {"text",
+                            "out",
+                            "there is no tokenizer in",
+                            {"--tokenizer", "gpt2", "--vocab", temporary / "nothing"}},
+                           {"text", "text", "it is a file"},
+                           {"text", "text/deeper", "cannot write to"},
+                           {"text", "foreign", "no dataset.json"}}) {
+        Arguments arguments = {"--input", temporary / c.input, "--output", temporary / c.output};
+        arguments.insert(arguments.end(), c.more.begin(), c.more.end());
+        const std::string message = prepare_data(arguments);
+        CAPTURE(message);
+        CHECK(contains(message, c.error));
         CHECK_FALSE(contains(message, "\n"));
         CHECK_FALSE(folder_exists(out));
-        return message;
-    };
-    CHECK(contains(error("missing"), "1: cannot read"));
-    CHECK(contains(error("links"), "links/gone: No such file"));
-    CHECK(contains(error("empty"), "1: there is no text in the input"));
-    CHECK(contains(error("nothing"), "1: there is no text in the input"));
-    CHECK(contains(error("bad.jsonl"), "bad.jsonl, line 2: not valid JSON"));
-    CHECK(contains(error("other.jsonl"), "other.jsonl, line 2: \"text\" is missing"));
-    CHECK(contains(error("list.jsonl"), "list.jsonl, line 1: expected an object"));
-    CHECK(contains(error("text", {"--tokenizer", "gpt2", "--vocab", temporary / "nothing"}),
-                   "there is no tokenizer in"));
-    CHECK(contains(prepare_data({"--input", temporary / "text", "--output", temporary / "text"}),
-                   "it is a file"));
-    CHECK(contains(prepare_data(
-                       {"--input", temporary / "text", "--output", temporary / "text/deeper"}),
-                   "cannot write to"));
-    // Shards without a dataset.json are somebody else's.
-    write_file(temporary / "nothing/train_000001.bin", "x");
-    CHECK(contains(prepare_data({"--input", temporary / "text", "--output", temporary / "nothing"}),
-                   "no dataset.json"));
-    CHECK(read_file(temporary / "nothing/train_000001.bin") == "x");
+    }
+    CHECK(read_file(temporary / "foreign/train_000001.bin") == "x");
 }
 
 TEST_CASE("prepare_data: when writing fails, the old dataset stays whole") {
@@ -3126,13 +3109,10 @@ TEST_CASE("prepare_data: a model of llm.c becomes a Hugging Face folder") {
     // A file whose element number i is i itself: every element of the result says where it was.
     std::vector<int32_t> header = {20240326, 3, P, V, L, NH, C, padded};
     header.resize(256);
-    std::string file(reinterpret_cast<const char*>(header.data()), 1024);
-    const size_t count = padded * C + P * C + L * (12 * C * C + 13 * C) + 2 * C;
-    for (size_t i = 0; i < count; ++i) {
-        const float value = float(i);
-        file.append(reinterpret_cast<const char*>(&value), 4);
-    }
-    write_file(temporary / "model.bin", file);
+    std::vector<float> elements(padded * C + P * C + L * (12 * C * C + 13 * C) + 2 * C);
+    std::iota(elements.begin(), elements.end(), 0.0f);
+    const std::string file = raw(header) + raw(elements);
+    put_file(temporary / "model.bin", file);
     Tokenizer::bytes().save(temporary / "bytes");
     CHECK(prepare_data({"--from-llmc", temporary / "model.bin", "--output", temporary / "out",
                         "--vocab", temporary / "bytes"}) == "");
@@ -3149,7 +3129,7 @@ TEST_CASE("prepare_data: a model of llm.c becomes a Hugging Face folder") {
           Element{"h.1.ln_1.weight", 2, ln_1 + C + 2},
           Element{"h.1.attn.c_attn.weight", 2 * 3 * C + 7, qkvw + 3 * C * C + 7 * C + 2},
           Element{"h.1.attn.c_attn.bias", 5, qkvb + 3 * C + 5},
-          Element{"ln_f.bias", C - 1, count - 1}}) {
+          Element{"ln_f.bias", C - 1, elements.size() - 1}}) {
         CAPTURE(name);
         const StoredTensor* tensor = safetensors.find(std::string("transformer.") + name);
         REQUIRE(tensor != nullptr);
@@ -3160,47 +3140,194 @@ TEST_CASE("prepare_data: a model of llm.c becomes a Hugging Face folder") {
     CHECK(config_of_folder(temporary / "out").n_head == NH);
     CHECK(config_of_folder(temporary / "out").vocab_size == V);
     // A file cut short, or of another kind, is refused.
-    auto error = [&](const std::string& bytes) {
-        write_file(temporary / "bad.bin", bytes);
-        std::string message =
-            prepare_data({"--from-llmc", temporary / "bad.bin", "--output", temporary / "none"});
+    auto with = [&](size_t at, const std::string& bytes) {
+        return std::string(file).replace(at, bytes.size(), bytes);
+    };
+    const std::pair<std::string, const char*> bad[] =
+        {{file.substr(0, file.size() - 1), "is damaged"},
+         {file.substr(0, 10), "impossible sizes"},
+         {with(20, "\x03"), "impossible sizes"},  // heads
+         {"", "no model of llm.c"},
+         {"x" + file, "no model of llm.c"},
+         {with(4, "\x05"), "in bf16 (version 5); only fp32 (version 3)"},
+         {with(file.size() - 2, "\xff\x7f"), "ln_f.bias"}};  // NaN, in the last element
+    for (const auto& [bytes, error] : bad) {
+        put_file(temporary / "bad.bin", bytes);
+        CHECK(contains(prepare_data(
+                           {"--from-llmc", temporary / "bad.bin", "--output", temporary / "none"}),
+                       error));
         CHECK_FALSE(folder_exists(temporary / "none"));
-        return message;
-    };
-    auto with_byte = [&](size_t at, char byte) {
-        std::string changed = file;
-        changed[at] = byte;
-        return changed;
-    };
-    CHECK(contains(error(file.substr(0, file.size() - 1)), "is damaged"));
-    CHECK(contains(error(file.substr(0, 10)), "impossible sizes"));
-    CHECK(contains(error(with_byte(20, 3)), "impossible sizes"));
-    CHECK(contains(error(""), "no model of llm.c"));
-    CHECK(contains(error("x" + file), "no model of llm.c"));
-    CHECK(contains(error(with_byte(4, 5)), "in bf16 (version 5); only fp32 (version 3)"));
-    std::string nan = file;  // the last element's high bytes
-    nan.replace(nan.size() - 2, 2, "\xff\x7f");
-    CHECK(contains(error(nan), "ln_f.bias"));
-    CHECK(contains(prepare_data({"--from-llmc", "x"}), "2: --from-llmc needs --output"));
+    }
 }
 
-}  // namespace tokenizer_tests
+// --- The stories: the floor is exact, and only a model with a memory comes near it
 
-// -------------------------------------------------------------------------------------------------
-// The stories: the floor is exact, and only a model with a memory comes near it
-// -------------------------------------------------------------------------------------------------
-
-namespace test_stories {
-
-inline std::string replaced(std::string text, const std::string& from, const std::string& to) {
-    size_t at = text.find(from);
-    REQUIRE(at != std::string::npos);
-    return text.replace(at, from.size(), to);
+// Story number i of a seed.
+inline stories::Teller told(uint64_t seed, int i) {
+    stories::Teller teller{stories::the_grammar(), random_key(seed, 0, uint64_t(i))};
+    teller.tell(teller.grammar.rules[0].alternatives[0]);
+    return teller;
 }
 
-// Words and punctuation marks, each a token: a fair stand-in for a trained vocabulary.
-inline std::vector<int> tokens(const std::string& story, std::map<std::string, int>& ids) {
-    std::vector<int> tokens;
+TEST_CASE("stories: the parser finds one derivation, and it costs what the teller paid") {
+    for (int i = 0; i < 20000; i++) {
+        const stories::Teller teller = told(99, i);
+        auto found = stories::derivations(teller.text);
+        CAPTURE(teller.text);
+        REQUIRE(found.size() == 1);
+        REQUIRE(std::abs(found[0] - teller.neg_log_prob) < 1e-9);
+        REQUIRE(teller.text.ends_with(" The end."));
+        REQUIRE(teller.text.find(" The end.") == teller.text.size() - 9);
+    }
+}
+
+TEST_CASE("stories: the closed-form entropy is the mean of many stories") {
+    double n = 100000, sum = 0, squares = 0;
+    for (int i = 0; i < int(n); i++) {
+        const double neg_log_prob = told(7, i).neg_log_prob;
+        sum += neg_log_prob;
+        squares += neg_log_prob * neg_log_prob;
+    }
+    double mean = sum / n, standard_error = std::sqrt((squares / n - mean * mean) / n);
+    double entropy = stories::entropy(stories::the_grammar(), stories::the_grammar().rules[0]);
+    CHECK(entropy > 25);
+    CHECK(standard_error < 0.02);
+    CHECK(std::abs(mean - entropy) < 4 * standard_error);
+}
+
+TEST_CASE("stories: the validation floor is the sum over its stories, none of them trained on") {
+    auto corpus = make_stories(1337, 20000, 600);
+    std::set<std::string> seen(corpus.train.begin(), corpus.train.end());
+    CHECK(seen.size() == corpus.train.size());
+    double sum = 0;
+    size_t shared = 0;
+    for (const std::string& story : corpus.val) {
+        sum += story_neg_log_prob(story);
+        shared += seen.count(story);
+    }
+    CHECK(shared == 0);
+    CHECK(std::abs(sum - corpus.val_neg_log_prob) < 1e-6);
+    CHECK(make_stories(1337, 3, 2).train[2] == corpus.train[2]);
+    CHECK(make_stories(1337, 3, 2).val[1] == corpus.val[1]);
+    CHECK(make_stories(1338, 3, 2).train[2] != corpus.train[2]);
+}
+
+TEST_CASE("stories: the recogniser takes every sentence and no shuffled one") {
+    int shuffled = 0, accepted = 0;
+    for (const std::string& story : make_stories(5, 0, 300).val) {
+        for (const std::string& sentence : story_sentences(story)) {
+            CAPTURE(sentence);
+            REQUIRE(is_story_sentence(sentence));
+
+            // Exchange two neighbouring words that differ.
+            size_t first = sentence.find(' '), second = sentence.find(' ', first + 1);
+            if (second == std::string::npos) continue;
+            std::string a = sentence.substr(0, first);
+            std::string b = sentence.substr(first + 1, second - first - 1);
+            shuffled++;
+            accepted += is_story_sentence(b + " " + a + sentence.substr(second));
+        }
+    }
+    CHECK(shuffled > 1000);
+    CHECK(accepted == 0);
+}
+
+TEST_CASE("stories: a sentence must agree with itself, a story with all of itself") {
+    const std::string story =
+        "Once there was a brave child called Mia. She lived on the farm. One rainy day, she had "
+        "three apples. Then she met two rabbits, and they were muddy. Mia gave them one to eat. "
+        "Now Mia had only two left. After that, she met the rabbits by the lake every evening. "
+        "The end.";
+    // Each change breaks one agreement. The last three together break none.
+    const std::pair<const char*, const char*> changes[] = {{"She lived", "He lived"},  // pronoun
+                                                           {"they were", "they was"},  // verb
+                                                           {"gave them", "gave it"},   // plural
+                                                           {"a brave", "an brave"},    // article
+                                                           {"the rabbits by", "the kittens by"},
+                                                           {"only two", "only three"},
+                                                           {" The end.", ""},
+                                                           {"The end.", "The end. The end."},
+                                                           {"called Mia", "called Anna"},
+                                                           {"Mia gave", "Anna gave"},
+                                                           {"Mia had", "Anna had"}};
+    auto change = [](std::string& text, const auto& pair) {
+        REQUIRE(contains(text, pair.first));
+        text.replace(text.find(pair.first), std::strlen(pair.first), pair.second);
+    };
+    CHECK(std::isfinite(story_neg_log_prob(story)));
+    for (const auto& pair : changes) {
+        std::string changed = story;
+        change(changed, pair);
+        CAPTURE(changed);
+        CHECK_FALSE(std::isfinite(story_neg_log_prob(changed)));
+    }
+    std::string anna = story;
+    for (size_t i = std::size(changes) - 3; i < std::size(changes); ++i) change(anna, changes[i]);
+    CHECK(std::isfinite(story_neg_log_prob(anna)));
+
+    const std::pair<const char*, bool> sentences[] =
+        {{"The end.", true},
+         {"The end", false},
+         {"", false},
+         {"Mia looked behind the tree, but they found it near the well.", true},
+         {"Mia looked near the well, but they found it near the well.", false},
+         {"The frogs were first, so Tom gave them some cake.", true},
+         {"The frogs was first, so Tom gave them some cake.", false},
+         {"The frogs were first, so Tom gave it some cake.", false},
+         {"Lily told her uncle about the owl and went to bed.", true},
+         {"Lily told his uncle about the owl and went to bed.", false}};
+    for (const auto& [sentence, occurs] : sentences) {
+        CAPTURE(sentence);
+        CHECK(is_story_sentence(sentence) == occurs);
+    }
+}
+
+// An n-gram model with absolute discounting: what an order takes off its counts goes to the next
+// shorter one. As in Kneser and Ney (1995), the shorter orders count contexts, not occurrences.
+struct Ngram {
+    static constexpr int order = 5;
+    struct Context {
+        double total = 0, kinds = 0;
+    };
+    double discount, vocabulary;
+    std::unordered_map<uint64_t, double> counts;
+    std::unordered_map<uint64_t, Context> contexts;
+
+    // The n words before and at `at`; 12 bits a word hold any of these vocabularies.
+    static uint64_t key(const std::vector<int>& story, size_t at, int n) {
+        uint64_t key = 1;
+        for (int i = n - 1; i >= 0; i--) key = key << 12 | uint64_t(story[at - size_t(i)]);
+        return key;
+    }
+
+    void add(const std::vector<int>& story, size_t at) {
+        for (int n = order - 1; n >= 0; n--) {
+            double& count = counts[key(story, at, n + 1)];
+            Context& context = contexts[key(story, at - 1, n)];
+            context.total++;
+            context.kinds += count == 0;
+            if (count++ > 0) return;  // the shorter orders have seen this continuation
+        }
+    }
+
+    double prob(const std::vector<int>& story, size_t at) const {
+        double p = 1 / vocabulary;
+        for (int n = 0; n < order; n++) {
+            auto context = contexts.find(key(story, at - 1, n));
+            if (context == contexts.end()) break;
+            auto found = counts.find(key(story, at, n + 1));
+            double count = found == counts.end() ? 0 : found->second;
+            p = (std::max(count - discount, 0.0) + discount * context->second.kinds * p) /
+                context->second.total;
+        }
+        return p;
+    }
+};
+
+// A story's words and punctuation marks, each a token: a fair stand-in for a trained vocabulary.
+// Token 0, the end of text, stands after it, and before it often enough for a whole context.
+inline std::vector<int> padded_tokens(const std::string& story, std::map<std::string, int>& ids) {
+    std::vector<int> tokens(Ngram::order, 0);
     std::string word;
     auto flush = [&] {
         if (!word.empty()) tokens.push_back(ids.emplace(word, int(ids.size())).first->second);
@@ -3212,193 +3339,35 @@ inline std::vector<int> tokens(const std::string& story, std::map<std::string, i
         if (!std::isalpha(uint8_t(c))) flush();
     }
     flush();
+    tokens.push_back(0);
     return tokens;
 }
 
-// An n-gram model with absolute discounting: what an order takes off its counts goes to the next
-// shorter one. As in Kneser and Ney (1995), the shorter orders count contexts, not occurrences.
-struct Ngram {
-    static constexpr int order = 5;
-    struct Context {
-        double total = 0, kinds = 0;
-    };
-    double discount, vocabulary;
-    std::array<std::unordered_map<uint64_t, double>, order> counts;
-    std::array<std::unordered_map<uint64_t, Context>, order> contexts;
-
-    // The n words before and at `at`; 12 bits a word hold any of these vocabularies.
-    static uint64_t key(const std::vector<int>& story, size_t at, int n) {
-        uint64_t key = 1;
-        for (int i = n - 1; i >= 0; i--) key = key << 12 | uint64_t(story[at - size_t(i)]);
-        return key;
-    }
-
-    void add(const std::vector<int>& story, size_t at) {
-        for (int n = order - 1; n >= 0; n--) {
-            double& count = counts[size_t(n)][key(story, at, n + 1)];
-            Context& context = contexts[size_t(n)][key(story, at - 1, n)];
-            context.total++;
-            context.kinds += count == 0;
-            if (count++ > 0) return;  // the shorter orders have seen this continuation
-        }
-    }
-
-    double prob(const std::vector<int>& story, size_t at) const {
-        double p = 1 / vocabulary;
-        for (int n = 0; n < order; n++) {
-            auto context = contexts[size_t(n)].find(key(story, at - 1, n));
-            if (context == contexts[size_t(n)].end()) break;
-            auto found = counts[size_t(n)].find(key(story, at, n + 1));
-            double count = found == counts[size_t(n)].end() ? 0 : found->second;
-            p = (std::max(count - discount, 0.0) + discount * context->second.kinds * p) /
-                context->second.total;
-        }
-        return p;
-    }
-};
-
-// A story with end-of-text before and after it, and room for a whole context before its first word.
-inline std::vector<int> padded(const std::vector<int>& story, int end) {
-    std::vector<int> padded(Ngram::order, end);
-    padded.insert(padded.end(), story.begin(), story.end());
-    padded.push_back(end);
-    return padded;
-}
-
-}  // namespace test_stories
-
-TEST_CASE("stories: the parser finds one derivation, and it costs what the teller paid") {
-    const auto& grammar = tinygpt::stories::the_grammar();
-    for (int i = 0; i < 20000; i++) {
-        tinygpt::stories::Teller teller{grammar, tinygpt::random_key(99, 0, uint64_t(i))};
-        teller.tell(grammar.rules[0].alternatives[0]);
-        auto found = tinygpt::stories::derivations(teller.text);
-        CAPTURE(teller.text);
-        REQUIRE(found.size() == 1);
-        REQUIRE(std::abs(found[0] - teller.neg_log_prob) < 1e-9);
-        REQUIRE(teller.text.ends_with(" The end."));
-        REQUIRE(teller.text.find(" The end.") == teller.text.size() - 9);
-    }
-}
-
-TEST_CASE("stories: the closed-form entropy is the mean of many stories") {
-    const auto& grammar = tinygpt::stories::the_grammar();
-    double n = 100000, sum = 0, squares = 0;
-    for (int i = 0; i < int(n); i++) {
-        tinygpt::stories::Teller teller{grammar, tinygpt::random_key(7, 0, uint64_t(i))};
-        teller.tell(grammar.rules[0].alternatives[0]);
-        sum += teller.neg_log_prob;
-        squares += teller.neg_log_prob * teller.neg_log_prob;
-    }
-    double mean = sum / n, standard_error = std::sqrt((squares / n - mean * mean) / n);
-    double entropy = tinygpt::stories::entropy(grammar, grammar.rules[0]);
-    CHECK(entropy > 25);
-    CHECK(standard_error < 0.02);
-    CHECK(std::abs(mean - entropy) < 4 * standard_error);
-}
-
-TEST_CASE("stories: the validation floor is the sum over its stories, none of them trained on") {
-    auto corpus = tinygpt::make_stories(1337, 20000, 600);
-    std::set<std::string> seen(corpus.train.begin(), corpus.train.end());
-    CHECK(seen.size() == corpus.train.size());
-    double sum = 0;
-    size_t shared = 0;
-    for (const std::string& story : corpus.val) {
-        sum += tinygpt::story_neg_log_prob(story);
-        shared += seen.count(story);
-    }
-    CHECK(shared == 0);
-    CHECK(std::abs(sum - corpus.val_neg_log_prob) < 1e-6);
-    CHECK(tinygpt::make_stories(1337, 3, 2).train[2] == corpus.train[2]);
-    CHECK(tinygpt::make_stories(1337, 3, 2).val[1] == corpus.val[1]);
-    CHECK(tinygpt::make_stories(1338, 3, 2).train[2] != corpus.train[2]);
-}
-
-TEST_CASE("stories: the recogniser takes every sentence and no shuffled one") {
-    auto corpus = tinygpt::make_stories(5, 0, 300);
-    int shuffled = 0, accepted = 0;
-    for (const std::string& story : corpus.val) {
-        for (const std::string& sentence : tinygpt::story_sentences(story)) {
-            CAPTURE(sentence);
-            REQUIRE(tinygpt::is_story_sentence(sentence));
-
-            // Exchange two neighbouring words that differ.
-            size_t first = sentence.find(' '), second = sentence.find(' ', first + 1);
-            if (second == std::string::npos) continue;
-            std::string a = sentence.substr(0, first);
-            std::string b = sentence.substr(first + 1, second - first - 1);
-            shuffled++;
-            accepted += tinygpt::is_story_sentence(b + " " + a + sentence.substr(second));
-        }
-    }
-    CHECK(shuffled > 1000);
-    CHECK(accepted == 0);
-    CHECK_FALSE(tinygpt::is_story_sentence(""));
-    CHECK_FALSE(tinygpt::is_story_sentence("The end"));
-    CHECK(tinygpt::is_story_sentence("The end."));
-}
-
-TEST_CASE("stories: a sentence must agree with itself, a story with all of itself") {
-    using test_stories::replaced;
-    const std::string story =
-        "Once there was a brave child called Mia. She lived on the farm. One rainy day, she had "
-        "three apples. Then she met two rabbits, and they were muddy. Mia gave them one to eat. "
-        "Now Mia had only two left. After that, she met the rabbits by the lake every evening. "
-        "The end.";
-    auto tells = [](const std::string& text) {
-        return std::isfinite(tinygpt::story_neg_log_prob(text));
-    };
-    CHECK(tells(story));
-    CHECK_FALSE(tells(replaced(story, "She lived", "He lived")));             // pronoun
-    CHECK_FALSE(tells(replaced(story, "they were", "they was")));             // verb
-    CHECK_FALSE(tells(replaced(story, "gave them", "gave it")));              // singular, plural
-    CHECK_FALSE(tells(replaced(story, "a brave", "an brave")));               // article
-    CHECK_FALSE(tells(replaced(story, "Mia gave", "Anna gave")));             // name
-    CHECK_FALSE(tells(replaced(story, "the rabbits by", "the kittens by")));  // friend
-    CHECK_FALSE(tells(replaced(story, "only two", "only three")));            // number
-    CHECK_FALSE(tells(replaced(story, " The end.", "")));
-    CHECK_FALSE(tells(story + " The end."));
-    CHECK(tells(
-        replaced(replaced(replaced(story, "called Mia", "called Anna"), "Mia gave", "Anna gave"),
-                 "Mia had", "Anna had")));
-
-    auto occurs = [](const char* sentence) { return tinygpt::is_story_sentence(sentence); };
-    CHECK(occurs("Mia looked behind the tree, but they found it near the well."));
-    CHECK_FALSE(occurs("Mia looked near the well, but they found it near the well."));
-    CHECK(occurs("The frogs were first, so Tom gave them some cake."));
-    CHECK_FALSE(occurs("The frogs was first, so Tom gave them some cake."));
-    CHECK_FALSE(occurs("The frogs were first, so Tom gave it some cake."));
-    CHECK(occurs("Lily told her uncle about the owl and went to bed."));
-    CHECK_FALSE(occurs("Lily told his uncle about the owl and went to bed."));
-}
-
 TEST_CASE("stories: a 5-gram with the best discount stays 20 % above the floor") {
-    using namespace test_stories;
     auto corpus = make_stories(1337, 20000, 600);
     std::map<std::string, int> ids{{"end of text", 0}};
     std::vector<std::vector<int>> train, val;
-    for (const std::string& story : corpus.train) train.push_back(padded(tokens(story, ids), 0));
-    for (const std::string& story : corpus.val) val.push_back(padded(tokens(story, ids), 0));
+    for (const std::string& story : corpus.train) train.push_back(padded_tokens(story, ids));
+    for (const std::string& story : corpus.val) val.push_back(padded_tokens(story, ids));
     REQUIRE(ids.size() < 4096);
 
     Ngram model{0, double(ids.size()), {}, {}};
-    for (const auto& story : train) {
+    for (const auto& story : train)
         for (size_t at = Ngram::order; at < story.size(); at++) model.add(story, at);
-    }
     double best = 1e300;
     for (double discount : {0.3, 0.5, 0.7, 0.9}) {
         model.discount = discount;
         double loss = 0;
-        for (const auto& story : val) {
-            for (size_t at = Ngram::order; at < story.size(); at++) {
+        for (const auto& story : val)
+            for (size_t at = Ngram::order; at < story.size(); at++)
                 loss -= std::log(model.prob(story, at));
-            }
-        }
         best = std::min(best, loss);
     }
     MESSAGE("5-gram / floor: " << best / corpus.val_neg_log_prob);
     CHECK(best > 1.2 * corpus.val_neg_log_prob);
 }
+
+}  // namespace tokenizer_tests
 
 // ---- files, JSON, safetensors, config.json ------------------------------------------------------
 
