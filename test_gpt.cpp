@@ -1296,7 +1296,7 @@ TEST_CASE("init: normal, the right width, biases 0, norms 1, and no thread matte
 
 TEST_CASE("model: the one list has GPT-2's parameters, and only matrices decay") {
     auto count = [](const char* name, bool untied) {
-        for (const Preset& preset : presets())
+        for (const Preset& preset : kPresets)
             if (preset.name == std::string(name)) {
                 Config config = preset.config;
                 config.untied_head = untied;

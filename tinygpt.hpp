@@ -1,12 +1,12 @@
 // tinygpt.hpp - v0.1.0 - train a GPT-2, on a CPU or a GPU, in one header
 //
-// All that trains: the model with an explicit forward and an explicit backward for every layer, the
-// update, and the training loop. Two programs use it: train_gpt.cpp on a CPU (OpenMP), train_gpt.cu
-// on an NVIDIA GPU. It is GPT-2 exactly, in fp32 or bf16, from scratch or from a Hugging Face
-// checkpoint. It is not a framework: no autograd, no other model, one machine, one GPU.
+// The model, an explicit forward and an explicit backward for every layer, the update, and the
+// training loop. Two programs use it: train_gpt.cpp on a CPU, train_gpt.cu on an NVIDIA GPU. It is
+// GPT-2 exactly, in fp32 or bf16, from scratch or from a Hugging Face checkpoint. It is not a
+// framework: no autograd, no other model, one machine, one GPU.
 //
 //   make train_gpt && ./train_gpt   learns the default corpus in about a minute
-//   ./train_gpt walk                shows one training step of a tiny model, with every number
+//   ./train_gpt walk                shows one training step, with every number
 //   make test                       checks every gradient against finite differences, and much more
 //
 // Read it from the top: it follows one batch through one training step.
@@ -25,25 +25,22 @@
 //   §14 checkpoints   §15 log, terminal   §16 the training loop   §17 options
 //
 // Notation. x is a layer's input, out its output, w and b its weight and bias; dx is the gradient
-// of the loss with respect to x. (B, T, C): B rows of T tokens of C channels, where the last index
-// runs fastest. Functions take their outputs first, and say what they set and what they add to.
-// "Why:" gives a reason, "Careful:" marks a trap, "walk>" quotes a line that ./train_gpt walk
-// prints.
+// of the loss with respect to x. (B, T, C): B rows of T tokens of C channels, the last index running
+// fastest. Functions take their outputs first, and say what they set and what they add to. "Why:"
+// gives a reason, "Careful:" marks a trap, "walk>" quotes a line of ./train_gpt walk.
 //
 // If you know Python, this is the C++ you need:
 //   const real* x           an array that is only read: the address of its first number. Its length
 //                           is stated nearby; nothing checks it
 //   x + size_t(row) * C     the address of a row, as x[row] of a NumPy array with C columns. size_t
 //                           has 64 bits; an int ends at 2^31, fewer than a batch may have logits
-//   template <class real>   compiled once for every type it is used with: float to train, double to
-//                           check gradients
+//   template <class real>   compiled once for each type: float to train, double to check gradients
 //   [&](int i) { ... }      a lambda that sees the variables around it; [=] gives it copies
-//   auto& y = x             another name for x, not a copy; auto is "the type of the right side"
-//   std::vector<float>      a list that owns its numbers. std::span and std::string_view are slices
-//                           of a list and of a text
-//   {.B = 1, .T = 8}        a struct with these members set, and the others at their defaults
-//   #pragma omp parallel for   the iterations of the next loop are shared out among the threads
-//   #pragma omp simd        several of its iterations are done at once, in one register
+//   auto& y = x             another name for x, not a copy; auto: the type of the right side
+//   std::vector<float>      a list that owns its numbers; std::span, std::string_view: slices
+//   {.B = 1, .T = 8}        a struct with these members set, the others at their defaults
+//   #pragma omp parallel for   shares out the iterations of the next loop among the threads
+//   #pragma omp simd        does several iterations at once, in one register
 //   ~Name()                 runs when an object's scope ends, as __exit__ at the end of a `with`
 // Read past the other words (inline, explicit, noexcept, [[...]]): they are for the compiler.
 //
@@ -120,20 +117,20 @@ namespace tinygpt {
 // =================================================================================================
 // §1 Ground rules: errors, and random numbers
 // =================================================================================================
-// What you have now: nothing. Three rules come first, and hold everywhere.
-//   Nothing fails silently: every check stays on, and its message says what to do.
+// What you have now: nothing but three rules.
+//   Nothing fails silently: checks stay on in every build, and say what to do.
 //   A run repeats bit for bit: a random number depends on where it is used (below), a sum has one
-//   order for any number of threads, and the order of the data depends on the seed alone. So 1
-//   thread or 16, interrupted and resumed or not, the weights are the same.
+//   order for any number of threads, the order of the data depends on the seed. So 1 thread or 16,
+//   interrupted and resumed or not, the weights are the same.
 //   Nothing is hidden: what a step computes is in this file, and `walk` prints it.
 
-// Every failure is thrown as an Error. main prints its message and exits with its status.
+// Every failure is thrown as an Error. main prints the message and exits with the status.
 struct Error : std::runtime_error {
     int status;  // 1: failed at run time, 2: bad usage
     Error(int status, const std::string& message) : std::runtime_error(message), status(status) {}
 };
 
-// printf into a string: format("%d of %s", 3, "x") is "3 of x". The first vsnprintf only counts.
+// printf into a string: format("%d of %s", 3, "x") is "3 of x".
 [[gnu::format(printf, 1, 2)]] inline std::string format(const char* pattern, ...) {
     va_list args, again;
     va_start(args, pattern);
@@ -157,8 +154,8 @@ std::string to_text(const Parts&... parts) {
     return out;
 }
 
-// Throws an Error with the parts as its message: what was expected, what was found, where, and what
-// to do. fail_usage is for what the command line can put right.
+// Throws an Error. The message says what was expected, what was found, where, and what to do.
+// fail_usage is for what the command line can put right.
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
     throw Error(1, to_text(parts...));
@@ -168,8 +165,7 @@ template <class... Parts>
     throw Error(2, to_text(parts...));
 }
 
-// A system call failed. code is its errno, so that a full disk can be told from a missing folder;
-// the message ends in the system's reason.
+// A system call failed, for the reason in errno: code, and the end of the message.
 struct FileError : Error {
     int code;
     FileError(int code, const std::string& message) : Error(1, message), code(code) {}
@@ -192,12 +188,12 @@ template <class... Parts>
 constexpr auto ceil_div(auto a, auto b) { return (a + b - 1) / b; }
 constexpr auto round_up(auto a, auto b) { return ceil_div(a, b) * b; }
 
-// bf16: the upper half of a float. It has float's range, and 8 significant bits instead of 24.
+// bf16: the upper half of a float, with its range but 8 significant bits instead of 24.
 struct bf16 {
     uint16_t bits;
     bf16() = default;
-    // Rounds to nearest, ties to even; a NaN stays a NaN. Adding 0x7fff, plus 1 where the last bit
-    // that stays is odd, carries into the upper half exactly where the value must be rounded up.
+    // Rounds to nearest, ties to even. Adding 0x7fff, and 1 more if the last bit that stays is 1,
+    // carries into the upper half exactly when the value must be rounded up. A NaN stays a NaN.
     TINYGPT_HD explicit bf16(float value) {
         uint32_t u;
         std::memcpy(&u, &value, 4);
@@ -213,15 +209,15 @@ struct bf16 {
 };
 
 // A random number is a pure function: random_bits(key, i) is number i of the stream `key`. None is
-// drawn "next", so threads, resumed runs and GPUs all see the same ones. mix_bits is the finaliser
-// of SplitMix64 (Steele, Lea, Flood 2014): each step can be undone, so different inputs give
-// different outputs, and each step spreads every bit over more of the others.
+// drawn "next", so threads, resumed runs and GPUs see the same ones. mix_bits is the finaliser of
+// SplitMix64 (Steele, Lea, Flood 2014): each step can be undone, so different inputs give different
+// outputs, and spreads every bit over more of the others.
 TINYGPT_HD inline uint64_t mix_bits(uint64_t x) {
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
     return x ^ (x >> 31);
 }
-// What a stream is for. No two uses share one, whatever the seed and the step.
+// What a stream is for: no two uses share one.
 enum RandomUse : uint64_t {
     kBlockOrder = 1,  // §2, of an epoch
     kCutOffset,       // §2, of an epoch
@@ -233,17 +229,16 @@ enum RandomUse : uint64_t {
 TINYGPT_HD inline uint64_t random_key(uint64_t seed, uint64_t step, uint64_t use) {
     return mix_bits(mix_bits(mix_bits(seed + 0x9e3779b97f4a7c15ull) + step) + use);
 }
-// Number i of a stream, 64 bits. The multiplier is 2^64 / golden ratio: it spreads 0, 1, 2, ...
-// evenly over all numbers before they are mixed.
+// The multiplier is 2^64 / golden ratio: it spreads 0, 1, 2, ... evenly before they are mixed.
 TINYGPT_HD inline uint64_t random_bits(uint64_t key, uint64_t i) {
     return mix_bits(key + i * 0x9e3779b97f4a7c15ull);
 }
-// Uniform in [0, 1): the upper 53 bits.
+// Uniform in [0, 1).
 TINYGPT_HD inline double random_uniform(uint64_t key, uint64_t i) {
     return double(random_bits(key, i) >> 11) * 0x1.0p-53;
 }
-// Standard normal (Box, Muller 1958): if u and v are uniform, the point at distance sqrt(-2 log u)
-// and angle 2 pi v is normal in both coordinates. Why 1 - ...: log 0 must not happen.
+// Standard normal (Box, Muller 1958): for uniform u and v, the point at distance sqrt(-2 log u) and
+// angle 2 pi v is normal in both coordinates. Why 1 - ...: log 0 is infinite.
 inline double random_normal(uint64_t key, uint64_t i) {
     double u = 1.0 - random_uniform(key, 2 * i), v = random_uniform(key, 2 * i + 1);
     return std::sqrt(-2.0 * std::log(u)) * std::cos(2.0 * M_PI * v);
@@ -252,24 +247,24 @@ inline double random_normal(uint64_t key, uint64_t i) {
 // =================================================================================================
 // §2 One batch: B rows of T tokens, and the same text shifted by one
 // =================================================================================================
-// What you have now: errors and random numbers. Next is what the model reads: tokens. A token is a
-// number below 65,536 that stands for a piece of text (§12).
+// What you have now: errors and random numbers. Next is what the model reads: tokens, numbers below
+// 65,536 that each stand for a piece of text (§12).
 //
 //   text      the   cat   sat   on   the   mat   and
 //   inputs    the   cat   sat   on                       one row of a batch, with T = 4
 //   targets         cat   sat   on   the                 the same text, one token later
 //
-// So a row asks T questions: what comes after "the", what comes after "the cat", and so on.
-// Tokens are stored in files called shards. Numbers are little-endian, the lowest byte first:
+// So a row asks T questions: what comes after "the", what after "the cat", and so on. Tokens are
+// stored in files called shards, all numbers with the lowest byte first:
 //
 //   byte     0  88 d8 34 01   20240520: this is a shard
 //            4  01 00 00 00   version 1
 //            8  31 a3 13 00   1,286,961 tokens follow the header
 //           12  zeros, up to byte 1023
-//         1024  9f 03         token 927, the end of a text, which stands before every text
+//         1024  9f 03         token 927, end-of-text, which stands before every text
 //         1026  51 01         token 337, and so on: two bytes each, to the end of the file
 //
-// The public FineWeb shards for GPT-2 have this layout, so they work as they are.
+// The public FineWeb shards for GPT-2 have this layout and work as they are.
 
 constexpr int kShardHeaderBytes = 1024;
 constexpr int32_t kShardMagic = 20240520;
@@ -284,13 +279,13 @@ struct Batch {
     std::vector<int32_t> inputs, targets;  // [B, T] each
     std::vector<int32_t> order;            // 0 .. B*T-1, sorted by input token (for §4.1)
     int64_t scored = 0;                    // targets that are not kIgnore
-    // Makes an empty batch [rows, columns]: inputs 0, nothing to score.
+    // Makes an empty batch: inputs 0, nothing to score.
     void resize(int rows, int columns) {
         B = rows, T = columns, scored = 0;
         inputs.assign(size_t(B) * T, 0);
         targets.assign(size_t(B) * T, kIgnore);
     }
-    // Sets order. Why stable: the positions of one token stay in order, and so does their sum.
+    // Sets order. Why stable: a sum over the positions of one token has one order.
     void sort_rows() {
         order.resize(inputs.size());
         std::iota(order.begin(), order.end(), 0);
@@ -300,8 +295,8 @@ struct Batch {
     }
 };
 
-// An open file, closed at the end of its scope. It can be moved, which leaves -1 behind, but not
-// copied: it must be closed once only.
+// An open file, closed at the end of its scope. It can be moved, but not copied: it must be closed
+// once only.
 struct FileHandle {
     int fd;
     explicit FileHandle(int fd) : fd(fd) {}
@@ -311,8 +306,8 @@ struct FileHandle {
     }
 };
 
-// A file of known length; several threads may read it at once. Why pread and not a memory-mapped
-// file: when the file shrinks, pread reports it, and a mapping raises SIGBUS.
+// A file of known length, which several threads may read at once. Why not memory-mapped: if the
+// file shrinks, pread reports it, but a mapping raises SIGBUS.
 struct InputFile {
     std::string path;
     FileHandle file;
@@ -327,8 +322,8 @@ struct InputFile {
         if (!S_ISREG(info.st_mode)) fail(path, ": expected a file, found a folder, pipe or device");
         bytes = size_t(info.st_size);
     }
-    // Sets out[count] from the bytes at `offset`. One pread may bring fewer than requested, or fail
-    // with EINTR because of a signal.
+    // Sets out[count] from the bytes at `offset`. pread may return fewer than requested, or EINTR
+    // because of a signal.
     void read_bytes(void* out, size_t count, size_t offset) const {
         for (char* to = static_cast<char*>(out); count > 0;) {
             const ssize_t got = ::pread(file.fd, to, count, off_t(offset));
@@ -343,7 +338,6 @@ struct InputFile {
 struct Shard : InputFile {
     int64_t tokens = 0;
 
-    // Opens the file and checks it: magic, version, and a length that agrees with the count.
     explicit Shard(const std::string& path) : InputFile(path) {
         int32_t header[kShardHeaderBytes / 4] = {};
         read_bytes(header, std::min(bytes, sizeof header), 0);
@@ -356,10 +350,10 @@ struct Shard : InputFile {
             fail(path, " is damaged: its header promises ", tokens, " tokens, which take ",
                  kShardHeaderBytes + 2 * tokens, " bytes, but it has ", bytes);
     }
-    // Every token but the first is predicted, from those before it.
+    // Every token but the first is predicted.
     int64_t predictions() const { return std::max<int64_t>(0, tokens - 1); }
-    // Sets out[count] to the tokens from `begin` on. Fails if one is not below vocab_size: it would
-    // be a row of wte that does not exist.
+    // Sets out[count] to the tokens from `begin` on. Fails on one that is not below vocab_size: wte
+    // has no row for it.
     void read(uint16_t* out, int64_t begin, int64_t count, int vocab_size = 65536) const {
         read_bytes(out, 2 * size_t(count), kShardHeaderBytes + 2 * size_t(begin));
         for (int64_t i = 0; i < count; ++i)
@@ -374,8 +368,8 @@ struct Shard : InputFile {
 // The shards of one split: training or validation.
 class Shards {
 public:
-    // Opens every file that matches the pattern (as in a shell: *, ?, [...]), in name order. It is
-    // no error if there is none.
+    // Opens every file that matches the pattern (as in a shell: *, ?, [...]), in name order. There
+    // may be none.
     explicit Shards(const std::string& pattern) : pattern_(pattern) {
         glob_t found{};
         if (::glob(pattern.c_str(), 0, nullptr, &found) == 0)
@@ -396,8 +390,7 @@ public:
         return sum;
     }
 
-    // Reads every token once. Why before training: a token that is not below vocab_size is reported
-    // now, not hours later.
+    // Why before training: a token that is not below vocab_size is reported now, not hours later.
     void check_tokens(int vocab_size) const {
         std::vector<uint16_t> buffer(1 << 14);
         for (const Shard& shard : files_)
@@ -412,18 +405,18 @@ private:
     std::vector<Shard> files_;
 };
 
-// Neighbouring predictions of one shard, to be one row of a batch. Prediction i reads the tokens up
-// to i and is scored by token i + 1.
+// Neighbouring predictions of a shard: one row of a batch. Prediction i reads the tokens up to i and
+// is scored by token i + 1.
 struct Window {
     const Shard* shard = nullptr;
     int64_t begin = 0;  // the first prediction
-    int64_t count = 0;  // how many; the shard is a ring: after its last prediction comes its first
-    int64_t skip = 0;   // this many at the start are context only, and not scored
+    int64_t count = 0;  // how many; after the shard's last one comes its first, as on a ring
+    int64_t skip = 0;   // the first of them are context only and not scored
 };
 
-// A batch of B rows of T, a window in each. What the windows do not fill is not scored. This is
-// where inputs and targets part: both are copied from the same text, targets from one token later.
-// Needs at most B windows of at most T predictions.
+// A batch [B, T] with a window in each row; the rest is not scored. This is where inputs and targets
+// part: both are copied from the same text, targets from one token later.
+// Needs at most B windows, of at most T predictions.
 inline Batch read_batch(std::span<const Window> windows, int B, int T, int vocab_size) {
     Batch batch;
     batch.resize(B, T);
@@ -449,11 +442,11 @@ inline Batch read_batch(std::span<const Window> windows, int B, int T, int vocab
 }
 
 // Where i goes when 0 .. n-1 are shuffled: a permutation without a list. The bits of i are cut into
-// two halves, and each round mixes one half into the other (a Feistel cipher):
+// two halves, and each round mixes one into the other (a Feistel cipher):
 //   (left, right) -> (right, left ^ mix(right))     undone by     (l, r) -> (r ^ mix(l), l)
-// Every round can be undone, so no two numbers go to the same one: this permutes 4^half >= n
-// numbers. A result that is not below n goes through again until it is (Black, Rogaway 2002). For
-// n > 1, 4^half < 4n, so that takes fewer than four tries on average.
+// What can be undone sends no two numbers to the same one, so this permutes 4^half >= n numbers. A
+// result >= n goes through again until it is below (Black, Rogaway 2002): fewer than four times on
+// average, as 4^half < 4n for n > 1.
 inline uint64_t shuffled(uint64_t i, uint64_t n, uint64_t key) {
     int half = 1;
     while (half < 32 && (uint64_t(1) << (2 * half)) < n) ++half;
@@ -469,14 +462,13 @@ inline uint64_t shuffled(uint64_t i, uint64_t n, uint64_t key) {
     return i;
 }
 
-// The order in which training reads the text. Each shard is cut into blocks of T predictions (the
-// last may be shorter), and a block is one sample; so one epoch makes every prediction exactly
-// once. With shuffle, every epoch has its own order of the blocks, and cuts each shard from its own
-// offset on, so that blocks do not always begin at the same words. All of it is a function of the
-// seed and the sample's number: there is no state to save.
-// With 10 tokens, so predictions 0 to 8, and T = 4:
-//   in order    0 1 2 3 | 4 5 6 7 | 8            the same in every epoch
-//   shuffled    6 7 8 0 | 1 2 3 4 | 5            say, from offset 6; the three blocks in any order
+// The order in which training reads the text. Shards are cut into blocks of T predictions (the last
+// of a shard may be shorter). A block is one sample, so one epoch makes every prediction once. With
+// shuffle, every epoch has its own order of the blocks, and cuts each shard from another offset on,
+// so that blocks do not always begin at the same words. All of it is a function of the seed and the
+// sample's number: there is no state to save. With 10 tokens, so predictions 0 to 8, and T = 4:
+//   in order    0 1 2 3 | 4 5 6 7 | 8            in every epoch
+//   shuffled    6 7 8 0 | 1 2 3 4 | 5            from offset 6, say; the blocks in any order
 struct DataOrder {
     const Shards& shards;
     int B = 1, T = 1;
@@ -500,7 +492,7 @@ struct DataOrder {
         if (overfit_batch) return {&shards.files()[0], block * T, T};
         auto key = [&](RandomUse use) { return random_key(seed, uint64_t(epoch(i)), use); };
         if (shuffle) block = int64_t(shuffled(uint64_t(block), uint64_t(blocks), key(kBlockOrder)));
-        // Blocks are numbered through all shards: from here on, block counts within shard s.
+        // Blocks are numbered through all shards; from here on, block counts within shard s.
         size_t s = 0;
         for (; block >= blocks_of(shards.files()[s]); ++s) block -= blocks_of(shards.files()[s]);
         const Shard& shard = shards.files()[s];
@@ -516,12 +508,12 @@ struct DataOrder {
     }
 };
 
-// Reads the batches of a run in order, one ahead: a thread reads the next while the model computes.
-// std::async starts a function on a thread and returns a future; its get() waits for the result (as
-// with Python's executor.submit).
+// Reads the batches of a run in order: a thread reads the next one while the model computes.
+// std::async starts a function on a thread and returns a future, whose get() waits for the result
+// (Python's executor.submit).
 class BatchLoader {
 public:
-    // Careful: the shards of `order` must outlive it. first_sample: 0, or where a resumed run is.
+    // Careful: the shards of `order` must outlive it.
     BatchLoader(const DataOrder& order, int vocab_size, int64_t first_sample)
         : order_(order), vocab_size_(vocab_size), sample_(first_sample) {
         read_ahead();
@@ -545,16 +537,16 @@ private:
     const DataOrder order_;
     const int vocab_size_;
     int64_t sample_;
-    // Why shared: every next() throws the error again. Careful: it must be the last member. Members
-    // are destroyed last first, so the thread ends before what it uses goes.
+    // Why shared: every next() throws the error again. Careful: it must be the last member, which is
+    // destroyed first, so that the thread ends before what it uses goes.
     std::shared_future<Batch> ahead_;
 };
 
 // =================================================================================================
 // §3 What a model is made of: its sizes, and the one list of its parameters
 // =================================================================================================
-// What you have now: a batch, inputs and targets [B, T]. The model turns each token into a vector x
-// of C numbers; L layers add to it; at the end it is compared with the vectors of all V tokens:
+// What you have now: a batch, inputs and targets [B, T]. A token becomes a vector x of C numbers, L
+// layers add to it, and at the end it is compared with the vectors of all V tokens:
 //
 //   tokens --> wte[token] + wpe[position] --> x           the residual stream, C numbers a position
 //                                             |
@@ -564,9 +556,9 @@ private:
 //                                             |
 //                                        ln_f(x) wte^T --> a score for every token
 //
-// The last line uses the embedding's table again (the "tied head"): the vector by which a token is
-// read is the vector by which it is predicted. Nearly all parameters are in wte and in the layers'
-// four matrices. For GPT-2 small, with C = 768, L = 12, V = 50257, P = 1024:
+// The last line uses the embedding table again (the "tied head"): a token is read and predicted by
+// the same vector. Nearly all parameters are in wte and in the four matrices of each layer. For
+// GPT-2 small, with C = 768, L = 12, V = 50257, P = 1024:
 //   a layer   3 C^2 (c_attn) + C^2 (attn's c_proj) + 4 C^2 (c_fc) + 4 C^2 (mlp's c_proj) = 12 C^2,
 //             and 13 C of biases and norms: 7,087,872
 //   in all    V C + P C + 12 * 7,087,872 + 2 C (ln_f) = 124,439,808
@@ -587,22 +579,17 @@ struct Preset {
     const char* name;
     Config config;
 };
-// `tiny` learns the default corpus in about a minute on two cores. The others are GPT-2's (Radford
-// et al. 2019), with the published sizes.
-inline const std::vector<Preset>& presets() {
-    static const std::vector<Preset> list = {
-        // n_layer, n_head, n_embd, n_positions, vocab_size
-        {"tiny", {2, 4, 128, 128, 1024}},
-        {"gpt2", {12, 12, 768, 1024, 50257}},
-        {"gpt2-medium", {24, 16, 1024, 1024, 50257}},
-        {"gpt2-large", {36, 20, 1280, 1024, 50257}},
-        {"gpt2-xl", {48, 25, 1600, 1024, 50257}},
-    };
-    return list;
-}
+// All but `tiny` are GPT-2's, as published (Radford et al. 2019).
+inline const Preset kPresets[] = {
+    // n_layer, n_head, n_embd, n_positions, vocab_size
+    {"tiny", {2, 4, 128, 128, 1024}},
+    {"gpt2", {12, 12, 768, 1024, 50257}},
+    {"gpt2-medium", {24, 16, 1024, 1024, 50257}},
+    {"gpt2-large", {36, 20, 1280, 1024, 50257}},
+    {"gpt2-xl", {48, 25, 1600, 1024, 50257}},
+};
 
-// Every tensor of the model by name: pointers into a flat array that is owned elsewhere. Element is
-// what that array holds: weights, or their gradients.
+// Every tensor by name: pointers into a flat array of weights, or of gradients.
 template <class Element>
 struct Parameters {
     struct Layer {
@@ -620,11 +607,10 @@ struct Parameters {
 // What a tensor holds before training. residual: normal, scaled by 1/sqrt(2L).
 enum class Init { zeros, ones, normal, residual };
 
-// The one list. Calls visit(name, pointer, shape, init) once for every tensor, from the embeddings
-// to the head. Allocation, initialisation, weight decay, checkpoints, the parameter table and the
-// gradient test all use it, so none of them can forget a tensor. visit gets p.wte itself, not a
-// copy of the pointer, so it can also set it: see point_into.
-// Names and shapes are Hugging Face's for GPT-2: linear weights are [in, out], y = x W + b.
+// The one list. Calls visit(name, pointer, shape, init) once for every tensor. Allocation,
+// initialisation, weight decay, checkpoints, the parameter table and the gradient test all use it,
+// so none of them can forget a tensor. visit gets p.wte itself, not a copy, so it can set it: see
+// point_into. Names and shapes are Hugging Face's: linear weights are [in, out], y = x W + b.
 template <class Element, class Visit>
 void for_each_tensor(const Config& config, Parameters<Element>& p, Visit&& visit) {
     using Shape = std::vector<int64_t>;
@@ -657,18 +643,17 @@ struct TensorInfo {
     std::string name;
     std::vector<int64_t> shape;
     Init init;
-    size_t offset, count;
-    size_t room = 0;                                   // count and the padding behind it
+    size_t count = 1, room = 0;  // elements; with the padding behind them
+    size_t offset = 0;
     bool decays() const { return shape.size() >= 2; }  // weight decay is for matrices only
 };
 
 // All parameters lie in one flat array, and so do their gradients and moments: the update is one
-// loop, and so is saving. The tensors that decay come first (matrices and both embeddings), then
-// those that do not (biases, layernorms), so element i decays if i < decayed. Why not all: decay
-// pulls a weight towards 0, and a bias or a scale has no reason to be small.
-// Each tensor starts at a multiple of 64 elements, so at a cache line. The tables of V tokens have
-// padding up to a multiple of 64 rows, because a GPU's head multiplies whole tiles. Padding is 0
-// and has a gradient of 0, so it stays 0.
+// loop, and so is saving. First come the tensors that decay (matrices and both embeddings), then
+// those that do not (biases, layernorms): element i decays if i < decayed. Why not all: decay pulls
+// a weight towards 0, and a bias or a scale has no reason to be small.
+// Each tensor starts at a multiple of 64 elements, so at a cache line. Tables of V tokens are padded
+// to a multiple of 64 rows, because a GPU multiplies whole tiles. Padding is 0, with gradient 0.
 struct Layout {
     std::vector<TensorInfo> tensors;  // in the order of the list
     size_t size = 0, decayed = 0;     // elements with padding; how many of them decay
@@ -683,45 +668,40 @@ inline Layout layout_of(const Config& config) {
     Layout layout;
     Parameters<char> none;
     none.h.resize(size_t(config.n_layer));
-    for_each_tensor(
-        config, none, [&](std::string name, char*, std::vector<int64_t> shape, Init init) {
-            size_t count = 1;
-            for (int64_t n : shape) count *= size_t(n);
-            layout.tensors.push_back({std::move(name), std::move(shape), init, 0, count});
-            layout.count += count;
-        });
-    for (bool decays : {true, false}) {
+    for_each_tensor(config, none, [&](auto name, char*, const auto& shape, Init init) {
+        TensorInfo t{name, shape, init};
+        for (int64_t n : shape) t.count *= size_t(n);
+        const int V = config.vocab_size, rows = t.decays() && shape[0] == V ? table_rows(V) - V : 0;
+        t.room = round_up(t.count + size_t(rows) * size_t(config.n_embd), size_t(64));
+        layout.count += t.count;
+        layout.tensors.push_back(t);
+    });
+    for (bool decays : {true, false})
         for (TensorInfo& t : layout.tensors)
             if (t.decays() == decays) {
-                const int V = decays && t.shape[0] == config.vocab_size ? config.vocab_size : 0;
-                const size_t padding = size_t(table_rows(V) - V) * size_t(config.n_embd);
-                t.room = round_up(t.count + padding, size_t(64));
                 t.offset = layout.size, layout.size += t.room;
+                if (decays) layout.decayed = layout.size;
             }
-        if (decays) layout.decayed = layout.size;
-    }
     return layout;
 }
 
-// Points every tensor of p into the flat array at base. `Element*& pointer` is a reference: to set
-// it is to set p.wte, then p.wpe, and so on, in the order of the list.
+// Points every tensor of p into the array at base. `Element*& pointer` is a reference: to set it is
+// to set p.wte, then p.wpe, and so on.
 template <class Element>
 void point_into(Parameters<Element>& p, Element* base, const Config& config, const Layout& layout) {
     p.h.resize(size_t(config.n_layer));
     size_t i = 0;
-    auto visit = [&](const std::string&, Element*& pointer, const std::vector<int64_t>&, Init) {
+    for_each_tensor(config, p, [&](const auto&, Element*& pointer, const auto&, Init) {
         pointer = base + layout.tensors[i++].offset;
-    };
-    for_each_tensor(config, p, visit);
+    });
     if (!config.untied_head) p.lm_head = p.wte;
 }
 
-// Sets weights[layout.size] afresh: normal, with mean 0 and deviation 0.02; biases 0, the norms'
-// scales 1, padding 0. The two projections of a layer that write into the residual stream are
-// scaled by 1/sqrt(2L) (Radford et al. 2019, §2.3). Why: variances of independent numbers add up.
-// 2L additions of variance s^2 give the stream 2L s^2, which grows with the depth; of variance
-// s^2/(2L) each, they give s^2 at any depth.
-// Element i of a tensor depends on (seed, tensor, i) alone, so any number of threads sets the same.
+// Sets weights[layout.size]: normal with mean 0 and deviation 0.02; biases and padding 0, the norms'
+// scales 1. The two projections of a layer that write into the residual stream are scaled by
+// 1/sqrt(2L) (Radford et al. 2019, §2.3). Why: variances of independent numbers add up. 2L additions
+// of variance s^2 give the stream 2L s^2, which grows with depth; with s^2/(2L) each, it is s^2.
+// Element i of a tensor depends on (seed, tensor, i) alone, not on the threads.
 template <class real>
 void initialise(real* weights, const Config& config, const Layout& layout, uint64_t seed) {
     std::fill(weights, weights + layout.size, real(0));
@@ -1478,15 +1458,15 @@ using Reference = Layers<real, PlainOps>;
 //                 -> ln_2 [rows, C] -> fc [rows, 4C]  -> gelu [rows, 4C] -> x_out [rows, C]
 //   at the end    -> ln_f [rows, C] -> logits [rows, V], at most 1024 rows at a time
 //
-// Memory limits training, so forward keeps only what backward needs. For each layer that is
+// Memory limits training, so forward keeps only what backward needs. Of each layer:
 //   ln_1, att, ln_2, gelu     the input of each matmul: its weight gradient is input^T dout
 //   x (twice), mean, rstd     the input of each layernorm, and what it was normalised by
 //   qkv, att, lse             attention computes its probabilities again from these
 //   fc                        the GELU's derivative is taken at its input
-// or 16 C numbers a position: for GPT-2 small, 4 x 1024 tokens and fp32, 2.4 GB in all layers.
-// A quarter of it is gelu, which can be computed again from fc: with --recompute-gelu all layers
-// share one, and backward fills it for the layer it is at. The gradients of activations are used up
-// at once, so all layers share one set.
+// These are 16 C numbers a position: for GPT-2 small, 4 x 1024 tokens and fp32, 2.4 GB in all.
+// A quarter is gelu, which can be computed again from fc: with --recompute-gelu all layers share one
+// buffer, and backward refills it. Gradients of activations share one set of buffers anyway, since
+// each is used up before the next layer needs it.
 
 // The buffers of one pass, by name. (typename Device::Real is the type that Device calls Real.)
 template <class Device>
@@ -1507,17 +1487,17 @@ struct Activations {
     Activation* logits;           // the head's scratch: on a CPU at most 1024 rows
     Real* losses;                 // [rows]
     Real* next_logits;            // [V], of one row, for generation
-    // Gradients: dx of the residual stream; dbranch of a branch's output (dx itself without
-    // dropout); dnarrow and dwide of what lies within a branch.
+    // Gradients: dx of the residual stream; dbranch of a branch's output (without dropout dx
+    // itself); dnarrow and dwide within a branch.
     Activation *dx, *dbranch, *dwide, *dnarrow;  // [rows, C], [rows, C], [rows, 4C], [rows, C]
 };
 
-// What the buffers are for. Training keeps those of all layers; evaluation and generation keep one
-// layer's, and generation also qkv of all layers: its rows are the key/value cache.
+// Training keeps the buffers of all layers. Evaluation and generation have those of one, which all
+// layers share; but in generation each has its own qkv, whose rows are the key/value cache.
 enum class Use { training, evaluation, generation };
 
-// Hands out aligned parts of one allocation. Without memory (base is null) it only counts, which
-// tells how much a run will take before it takes any. take<float>(n) has room for n floats.
+// Hands out aligned parts of one allocation. Without one (base is null) it only counts, which tells
+// how much memory a run will take. take<float>(n) has room for n floats.
 struct Arena {
     char* base = nullptr;
     size_t used = 0;
@@ -1566,9 +1546,9 @@ void take_buffers(Activations<Device>& a, Arena& arena, const Config& config, in
     a.dbranch = config.dropout > 0 ? wide(C) : a.dx;
 }
 
-// A model on a device: the parameters, what training adds to them, and the buffers of one pass. It
-// owns its memory and cannot be copied. (device.template allocate<Weight>(n) is
-// device.allocate<Weight>(n): the word tells the compiler that < is no comparison.)
+// A model on a device: it owns the memory of its parameters, of what training adds to them, and of
+// one pass. (device.template allocate<Weight>(n) is device.allocate<Weight>(n): the word `template`
+// tells the compiler that < is no comparison.)
 template <class Device>
 struct Gpt2 {
     using Real = typename Device::Real;
@@ -1607,8 +1587,8 @@ struct Gpt2 {
         device.release(state);
     }
 
-    // Makes room for batches of up to B x T, and for training also for gradients and moments, which
-    // are 0. take_buffers runs twice: without memory, to count, and then with it.
+    // Makes room for batches of up to B x T; for training also for gradients and moments, all 0.
+    // take_buffers runs twice: first it counts.
     void reserve(int rows, int columns, Use use) {
         device.release(std::exchange(buffers, nullptr));
         Arena arena;
@@ -1626,7 +1606,7 @@ struct Gpt2 {
         point_into(g, grads, config, layout);
     }
 
-    // Takes masters [layout.size] from the host; the weights are rounded from them.
+    // Sets masters from the host's array, and rounds the weights from them.
     void set_weights(const Real* host) {
         device.upload(masters, host, layout.size);
         device.weights_from_masters(weights, masters, layout.size);
@@ -1645,13 +1625,13 @@ struct Gpt2 {
     }
 };
 
-// Bytes that a model takes on its device. In fp32 training that is 16 bytes a parameter (weight,
-// gradient, two moments) before the first activation.
+// Bytes that a model takes on its device: in fp32 training, 16 a parameter (weight, gradient, two
+// moments), and the activations.
 struct MemoryNeed {
     size_t weights = 0, gradients = 0, moments = 0, activations = 0;
     size_t total() const { return weights + gradients + moments + activations; }
 };
-// For batches of B x T: counts what the constructor and reserve() would take.
+// Counts what the constructor and reserve(B, T, use) would take.
 template <class Device>
 MemoryNeed memory_need(const Config& config, int B, int T, Use use) {
     const size_t n = layout_of(config).size, real = n * sizeof(typename Device::Real);
@@ -1682,13 +1662,12 @@ struct Pass {
     // The mask of dropout number i. Number 0 follows the embedding. Layer l has 3l + 1 on
     // attention's probabilities, and 3l + 2 and 3l + 3 on what its two branches add to x.
     Dropout drop(int i) const {
-        if (!dropout.on()) return {};
         return {random_key(dropout.key, uint64_t(i), kDropoutMask), dropout.p};
     }
 };
 
-// The whole of GPT-2 but its head: reads tokens a.inputs [B, T] and the weights; sets a.ln_f
-// [B*T, C], from which the head makes logits, and on the way what backward needs.
+// The whole of GPT-2 but its head: from tokens a.inputs [B, T] sets a.ln_f [B*T, C], from which the
+// head makes logits, and on the way what backward needs.
 template <class Device>
 void forward(Gpt2<Device>& model, const Pass& pass) {
     const Config& config = model.config;
@@ -1967,12 +1946,12 @@ void adamw(real*, real* masters, real* m, real* v, const real* grads, size_t cou
 // =================================================================================================
 // §8 One training step
 // =================================================================================================
-// We hold everything. A step is: for each micro-batch forward, backward, then one update.
-// Gradients of the micro-batches add up, and each is scaled by 1 / (targets of the whole step): k
-// micro-batches of B rows make the same update as one of k B rows, in a k-th of the memory. With
-// n_j targets in micro-batch j, n in all, the step's loss is 1/n times the sum of all losses:
-//   gradient = sum over j of (1/n) d(sum of losses of micro-batch j)
-// Careful: the mean of the micro-batches' means would be another number where the n_j differ.
+// What you have now: all of it. A step is forward and backward for every micro-batch, and then one
+// update. The gradients of the micro-batches add up, each scaled by 1 / (targets of the whole step).
+// So k micro-batches of B rows make the same update as one batch of k B rows, in a k-th of the
+// memory. With n targets in all:
+//   gradient = sum over the micro-batches of (1/n) d(sum of its losses)
+// Careful: with unequal numbers of targets, the mean of the micro-batches' means is another number.
 
 // What all steps of a run have in common.
 struct StepOptions {
@@ -1983,7 +1962,7 @@ struct StepOptions {
     auto operator<=>(const StepOptions&) const = default;
 };
 
-// Puts a batch where the model reads it: a.inputs, a.targets, a.order. Needs reserve(>= B, >= T).
+// Sets a.inputs, a.targets and a.order. Needs reserve(>= B, >= T).
 template <class Device>
 void set_batch(Gpt2<Device>& model, const Batch& batch) {
     const size_t rows = batch.inputs.size();
@@ -2006,7 +1985,8 @@ inline Pass training_pass(const Config& config, const std::vector<Batch>& micro_
     return pass;
 }
 
-// From the gradients of a step to new weights.
+// From the gradients of a step to new weights. (A sum of gradients over several machines would come
+// first.)
 template <class Device>
 void update(Gpt2<Device>& model, const StepOptions& o) {
     Device& device = model.device;
@@ -2016,10 +1996,10 @@ void update(Gpt2<Device>& model, const StepOptions& o) {
                  model.layout.size, model.layout.decayed, model.state, o.adamw);
 }
 
-// Step s (from 0): gradients of all micro-batches, then one update. Afterwards model.state holds
-// the loss and the norm of the batch, both from before the update. Why replay: all that changes from
-// one step to the next lies in the device's memory (tokens, learning rate, loss), so a GPU records
-// the calls once, as a CUDA graph, and repeats it; but for dropout, whose keys are new.
+// Step s (from 0). Afterwards model.state has the loss and the gradient norm of the batch, both from
+// before the update. Why replay: all that changes from step to step (tokens, learning rate, loss) is
+// in the device's memory, so a GPU records the calls once, as a CUDA graph, and replays it. (With
+// dropout it does not: the keys are arguments.)
 template <class Device>
 void train_step(Gpt2<Device>& model, const std::vector<Batch>& micro_batches, const StepOptions& o,
                 int64_t s) {
@@ -2039,19 +2019,18 @@ void train_step(Gpt2<Device>& model, const std::vector<Batch>& micro_batches, co
 // =================================================================================================
 // §9 Evaluate and generate
 // =================================================================================================
-// We hold a model that trains. How good is it on text it has not seen, and what does it write? Both
-// are forward passes only, without dropout. The loss is a mean over tokens, in nats (natural
-// logarithms); made of it are
+// What you have now: a model that trains. How good is it on text it has not seen, and what does it
+// write? Both need forward passes only, without dropout. The loss is a mean over tokens, in nats
+// (natural logarithms), and
 //   perplexity = e^loss            bits per byte = (sum of losses) / log 2 / (bytes of the text)
-// Careful: only the last compares models of different tokenizers. A token of more bytes is harder.
+// Careful: only bits per byte compare models with different tokenizers. A longer token is harder.
 
-// Windows that score every prediction of the shards exactly once. Plainly, they lie end to end.
-// With document_start >= 0 (the end-of-text token), each window starts at the start of a document
-// instead, and tokens that were scored already are skipped: then every token is predicted from the
-// whole of its document so far, which is what the floor of the default corpus assumes. With T = 8
-// and documents (each a capital, then its letters) Abcdef Ghij Klmno:
-//   inputs of window 0     A b c d e f G h        all 8 are scored: the answers are b ... i
-//             window 1     G h i j K l m n        2 are context, and 6 are scored: j ... o
+// Windows that score every prediction exactly once. Normally they lie end to end. Given a
+// document_start >= 0 (the end-of-text token), each window begins where a document begins, and skips
+// what was scored before. Then every token is predicted from all of its document so far, which is
+// what the floor of the default corpus assumes. With T = 8 and the documents Abcdef Ghij Klmno:
+//   inputs of window 0     A b c d e f G h        8 are scored; the targets are b ... i
+//             window 1     G h i j K l m n        2 are context, 6 are scored; the targets are j ... o
 inline std::vector<Window> evaluation_windows(const Shards& shards, int T, int document_start) {
     std::vector<Window> windows;
     for (const Shard& shard : shards.files()) {
@@ -2071,7 +2050,6 @@ inline std::vector<Window> evaluation_windows(const Shards& shards, int T, int d
     return windows;
 }
 
-// Sums over what has been scored, and what is made of them.
 struct Evaluation {
     double total = 0;               // sum of -log p, in nats
     int64_t tokens = 0, bytes = 0;  // scored; what they decode to
@@ -2082,7 +2060,7 @@ struct Evaluation {
     }
 };
 
-// The losses of one batch, row by row [B*T], without dropout. Needs model.reserve(>= B, >= T).
+// The losses of one batch [B*T], without dropout. Needs reserve(>= B, >= T).
 template <class Device>
 std::vector<typename Device::Real> batch_losses(Gpt2<Device>& model, const Batch& batch) {
     const int rows = batch.B * batch.T;
@@ -2095,8 +2073,8 @@ std::vector<typename Device::Real> batch_losses(Gpt2<Device>& model, const Batch
     return losses;
 }
 
-// Scores every window, model.B of them at a time. token_bytes[id]: how many bytes a token stands
-// for; empty where nobody asks for bits per byte.
+// Scores every window, model.B at a time. token_bytes[id]: how many bytes a token stands for; empty
+// if bits per byte are not needed.
 template <class Device>
 Evaluation evaluate(Gpt2<Device>& model, std::span<const Window> windows,
                     const std::vector<int>& token_bytes) {
@@ -2116,30 +2094,29 @@ Evaluation evaluate(Gpt2<Device>& model, std::span<const Window> windows,
 }
 
 // --- Generation: predict one token, append it, predict the next
-// The key/value cache: a new token changes nothing about the ones before it, because none of them
-// can look ahead. So their keys and values are kept, and only the new row is computed: one pass
-// over the weights for one token, which is why memory, not arithmetic, sets the speed.
+// The key/value cache: positions do not look ahead, so a new token changes nothing in the rows before
+// it. Their keys and values are kept, and only the new row is computed. That is one pass over the
+// weights for one token, so memory sets the speed, not arithmetic.
 //   pass 1   reads "the cat"   T = 2, past = 0   rows 0, 1 of every layer's qkv   -> " sat", say
 //   pass 2   reads " sat"      T = 1, past = 2   row 2                            -> " on"
 
-// How tokens are picked (see likeliest), and how many.
+// How tokens are picked (see candidates and likeliest), and how many.
 struct SampleOptions {
     int max_new_tokens = 50;
     double temperature = 0.8;  // 0: always the likeliest token
     int top_k = 0;             // 0: all tokens
     double top_p = 1;          // 1: all tokens
     uint64_t seed = 0;
-    int end_of_text = -1;  // stops there; -1: never
+    int end_of_text = -1;  // the token at which generation stops; -1: none
 };
 
-// A token that may come next.
 struct Candidate {
     int token;
     double probability;
 };
 
-// The softmax of logits / temperature, in the order of ids. A temperature below 1 makes the likely
-// likelier, since e^(l/t) = (e^l)^(1/t); at 0, where only the order counts, it is taken for 1.
+// The softmax of logits / temperature, in the order of ids. A temperature below 1 makes likely tokens
+// likelier, since e^(l/t) = (e^l)^(1/t). At 0 only the order counts, and 1 is used.
 inline std::vector<Candidate> candidates(const std::vector<float>& logits, double temperature) {
     const double highest = double(*std::max_element(logits.begin(), logits.end()));
     std::vector<Candidate> list(logits.size());
@@ -2149,52 +2126,52 @@ inline std::vector<Candidate> candidates(const std::vector<float>& logits, doubl
         list[i] = {int(i), std::exp(below)};
         total += list[i].probability;
     }
-    TINYGPT_CHECK(std::isfinite(total),
-                  "the model's scores are no numbers, so nothing can be sampled: use an earlier "
-                  "checkpoint");
+    if (!std::isfinite(total))
+        fail(
+            "the model's scores are no numbers, so nothing can be sampled: use an earlier checkpoint");
     for (Candidate& c : list) c.probability /= total;
     return list;
 }
 
-// Cuts a list to the top_k likeliest and then to the fewest whose probabilities reach top_p
-// (nucleus sampling, Holtzman et al. 2020), likeliest first (equal ones by id); what is left is
-// scaled to sum 1. From probabilities .5 .3 .15 .05, top_k = 3 leaves .5 .3 .15; of those top_p =
-// .8 needs two, as .5 + .3 >= .8 * .95; so .625 and .375 are left to pick from. Only what is needed
-// is sorted: to sort fifty thousand tokens would take longer than a tenth of a pass.
+// The top_k likeliest, and of those the fewest whose probabilities reach top_p of their sum (nucleus
+// sampling, Holtzman et al. 2020), likeliest first, equal ones by id; scaled to sum 1. For example
+// .5 .3 .15 .05: top_k = 3 leaves .5 .3 .15, whose sum is .95; of these top_p = .8 takes two, as
+// .5 + .3 >= .8 * .95; the result is .625 .375.
 inline std::vector<Candidate> likeliest(std::vector<Candidate> list, int top_k, double top_p) {
-    size_t sorted = 0, count = 0;
-    auto sort_until = [&](size_t end) {
-        auto likelier = [](const Candidate& a, const Candidate& b) {
-            return a.probability != b.probability ? a.probability > b.probability
-                                                  : a.token < b.token;
-        };
-        std::partial_sort(list.begin() + ptrdiff_t(sorted), list.begin() + ptrdiff_t(end),
-                          list.end(), likelier);
-        sorted = end;
+    auto likelier = [](const Candidate& a, const Candidate& b) {
+        return a.probability != b.probability ? a.probability > b.probability : a.token < b.token;
     };
-    if (top_k > 0 && size_t(top_k) < list.size()) sort_until(size_t(top_k)), list.resize(sorted);
+    if (top_k > 0 && size_t(top_k) < list.size()) {
+        std::partial_sort(list.begin(), list.begin() + top_k, list.end(), likelier);
+        list.resize(size_t(top_k));
+    }
     double total = 0, reached = 0;
     for (const Candidate& c : list) total += c.probability;
-    while (count < list.size() && (count == 0 || top_p >= 1 || reached < top_p * total)) {
-        if (count == sorted) sort_until(std::min(list.size(), 8 * sorted + 64));
-        reached += list[count++].probability;
+    // A heap yields the likeliest one by one. Why: sorting all of 50,257 takes longer than a tenth
+    // of a pass.
+    auto less_likely = [&](const Candidate& a, const Candidate& b) { return likelier(b, a); };
+    std::make_heap(list.begin(), list.end(), less_likely);
+    std::vector<Candidate> kept;
+    while (!list.empty() && (kept.empty() || top_p >= 1 || reached < top_p * total)) {
+        std::pop_heap(list.begin(), list.end(), less_likely);
+        kept.push_back(list.back()), list.pop_back();
+        reached += kept.back().probability;
     }
-    list.resize(count);
-    for (Candidate& c : list) c.probability /= reached;
-    return list;
+    for (Candidate& c : kept) c.probability /= reached;
+    return kept;
 }
 
-// Picks by a uniform number u in [0, 1): goes through the list until its probabilities exceed u.
-// Why the last line: rounding may leave them a little short of 1.
+// Picks by a uniform number u in [0, 1): the first token at which the sum of probabilities exceeds
+// u. Why the last line: rounding may leave the sum a little below 1.
 inline int pick(const std::vector<Candidate>& list, double u) {
     for (const Candidate& c : list)
         if ((u -= c.probability) < 0) return c.token;
     return list.back().token;
 }
 
-// Reads tokens into the key/value cache behind `past` earlier ones; returns the logits of what
-// comes after the last [V]. The cache is nothing but the rows of qkv that forward keeps anyway.
-// Needs past + tokens.size() <= the rows that are reserved, and <= n_positions.
+// Reads tokens into the key/value cache, after `past` earlier ones; returns the logits of the token
+// that comes next [V]. The cache is the rows of qkv that forward keeps anyway.
+// Needs past + tokens.size() <= the reserved rows, and <= n_positions.
 template <class Device>
 std::vector<float> next_logits(Gpt2<Device>& model, const std::vector<int32_t>& tokens, int past) {
     using Real = typename Device::Real;
@@ -2209,8 +2186,8 @@ std::vector<float> next_logits(Gpt2<Device>& model, const std::vector<int32_t>& 
 }
 
 // Continues `tokens` (at least one) and calls on_token(token) for each new one; stops when that
-// returns false, at end of text, or after max_new_tokens. When the context is full it slides: the
-// later half of it is read again as a new beginning. Returns how often that happened.
+// returns false, at end_of_text, or after max_new_tokens. A full context slides: its later half is
+// read again as a new beginning. Returns how often.
 template <class Device, class OnToken>
 int generate(Gpt2<Device>& model, std::vector<int32_t> tokens, const SampleOptions& o,
              OnToken&& on_token) {

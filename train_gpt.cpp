@@ -64,7 +64,7 @@ constexpr unsigned kBuild = kRun | kInfo | kBench, kBatch = kBuild | kEval;
 // "tiny|gpt2|...": what --model may be.
 inline std::string preset_names() {
     std::string names;
-    for (const Preset& preset : presets()) join(names, "|", preset.name);
+    for (const Preset& preset : kPresets) join(names, "|", preset.name);
     return names;
 }
 
@@ -539,7 +539,7 @@ inline Config config_for(const Options& o, const Corpus& corpus, const std::stri
     if (given_weights) {
         config = config_of_folder(folder);
     } else {
-        for (const Preset& preset : presets())
+        for (const Preset& preset : kPresets)
             if (o.model == preset.name) config = preset.config;
         if (tokens) config.vocab_size = tokens;
     }
