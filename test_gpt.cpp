@@ -1580,7 +1580,7 @@ TEST_CASE("guards: a norm above the limit is scaled to it exactly, any other lef
     auto scale_for = [](double norm, double limit) {
         StepState state;
         state.loss = 1, state.grad_norm = norm;
-        judge(state, {limit, 0});
+        judge_step(&state, {limit, 0});
         CHECK(state.skip == 0);
         CHECK(state.grad_norm == norm);  // the log has the norm before clipping
         return state.clip_scale;
@@ -1608,7 +1608,7 @@ TEST_CASE("guards: NaN and infinity are never let through, outliers only if aske
          {std::pair{nan, 1.0}, {1.0, nan}, {inf, 1.0}, {-inf, 1.0}, {1.0, inf}, {nan, nan}}) {
         StepState state;
         state.loss = loss, state.grad_norm = norm;
-        judge(state, {1, 0});
+        judge_step(&state, {1, 0});
         CHECK(state.broken == 1);
         CHECK(state.skip == 1);
         CHECK(state.updates == 0);
@@ -1616,7 +1616,7 @@ TEST_CASE("guards: NaN and infinity are never let through, outliers only if aske
         CHECK(state.outliers == 0);
         CHECK(state.seen == 0);  // not remembered
         state.loss = 1, state.grad_norm = 1;
-        judge(state, {1, 0});  // and the next good step is good
+        judge_step(&state, {1, 0});  // and the next good step is good
         CHECK((state.broken == 0 && state.skip == 0 && state.updates == 1 && state.skipped == 1 &&
                state.seen == 1));
     }
@@ -1624,7 +1624,7 @@ TEST_CASE("guards: NaN and infinity are never let through, outliers only if aske
         StepState state;
         auto step = [&](double loss, double norm) {
             state.loss = loss, state.grad_norm = norm;
-            judge(state, {0, z});
+            judge_step(&state, {0, z});
             return state.skip;
         };
         for (int i = 0; i < StepState::kWindow; ++i) {

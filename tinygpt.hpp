@@ -1373,7 +1373,7 @@ template <class real>
 void add_loss(StepState* state, const real* losses, int rows, double scale);
 template <class real>
 void gradient_norm(StepState* state, const real* grads, size_t count);
-inline void judge_step(StepState* state, const Guards& guards);
+TINYGPT_HD inline void judge_step(StepState* state, const Guards& guards);
 template <class real>
 void adamw(real* weights, real* masters, real* m, real* v, const real* grads, size_t count,
            size_t decayed, const StepState* state, const AdamW& hyper);
@@ -1782,13 +1782,13 @@ void backward(Gpt2<Device>& model, const Pass& pass) {
 // =================================================================================================
 // §7 The update: how far, how much, and whether at all
 // =================================================================================================
-// We hold a gradient for every parameter, flat. It says which way is uphill from here, for this
-// batch; it does not say how far to trust it. Three questions: which learning rate (schedule), is
-// the gradient too long (clip) or not to be trusted (guards), and which way to go (AdamW).
+// What you have now: a gradient for every parameter, in one flat array. It says which way is uphill
+// for this batch. Open are how far to go (schedule), whether the gradient is too long (clipping) or
+// not to be trusted (guards), and what each weight does with it (AdamW).
 
-// Schedules. Warm-up: at the start the moments of AdamW are estimates from a few batches, and the
-// model changes fast; small steps do no harm. Decay: near the end, the noise of single batches is
-// what keeps the loss up, and smaller steps average it away.
+// Warm-up: at the start AdamW's moments are estimates from few batches, and the model changes fast;
+// small steps do no harm. Decay: near the end, the noise of single batches keeps the loss up, and
+// smaller steps average it away.
 //
 //            cosine            linear            constant          wsd
 //   peak     /``-.             /`-.              /-----------      /-------.
@@ -1802,18 +1802,17 @@ inline Schedule schedule_named(const std::string& name) {
     if (found == names.end()) fail("there is no schedule ", name);
     return Schedule(found - names.begin());
 }
-// What is asked for. The rate itself is a function of this and the step, below: nothing to save.
 struct LearningRate {
     Schedule schedule = Schedule::cosine;
-    double peak = 1e-3, min_fraction = 0.1;  // the end of the decay, as a fraction of the peak
+    double peak = 1e-3, min_fraction = 0.1;  // where the decay ends, as a fraction of the peak
     int64_t warmup = 0, steps = 1;           // warm-up steps; N, all steps
     auto operator<=>(const LearningRate&) const = default;
 };
 
-// The rate of step s = 0 .. N-1. Warm-up: peak (s+1)/warmup. Then, with r from 0 towards 1 and
-// lo = peak min_fraction: cosine lo + (peak - lo)(1 + cos(pi r))/2 (Loshchilov, Hutter 2017);
-// linear; constant; wsd (warm-up, stable, decay; Hu et al. 2024): constant for 80 % of all steps,
-// then lo + (peak - lo)(1 - sqrt(r')), r' over what is left.
+// The rate of step s = 0 .. N-1. Warm-up: peak (s+1)/warmup. Then, with r going from 0 to 1 and lo =
+// peak min_fraction: cosine lo + (peak - lo)(1 + cos(pi r))/2 (Loshchilov, Hutter 2017); linear;
+// constant; wsd (warm-up, stable, decay; Hu et al. 2024), the peak for 80 % of all steps and then
+// lo + (peak - lo)(1 - sqrt(r')), with r' going from 0 to 1 in the rest.
 inline double learning_rate(const LearningRate& rate, int64_t s) {
     const double peak = rate.peak, lo = peak * rate.min_fraction;
     const double N = double(rate.steps), warmup = double(rate.warmup);
@@ -1830,7 +1829,7 @@ inline double learning_rate(const LearningRate& rate, int64_t s) {
     return lo + (peak - lo) * (1 - std::sqrt(std::min(1.0, (double(s) - stable) / (N - stable))));
 }
 
-// How many standard deviations `value` lies above the mean of window[count]; 0 where all are equal.
+// How many standard deviations `value` lies above the mean of window[count]; 0 if all are equal.
 TINYGPT_HD inline double z_score(const double* window, int64_t count, double value) {
     double mean = 0, squares = 0;
     for (int64_t i = 0; i < count; ++i) mean += window[i];
@@ -1840,46 +1839,43 @@ TINYGPT_HD inline double z_score(const double* window, int64_t count, double val
     return deviation > 0 ? (value - mean) / deviation : 0;
 }
 
-// Decides about the step in `state` from its loss and norm: sets broken, skip and clip_scale,
-// counts, and remembers both unless they are broken. A NaN or an infinity always skips: it must
-// never reach the weights. An outlier, a loss or norm more than skip_outliers deviations above the
-// last 128, skips too: bad text, say. Clipping: a norm above the limit scales the gradient by limit
-// / norm (Pascanu et al. 2013), after which its norm is the limit. All of it is scaled by one
-// number, so it gets shorter and points the same way.
+// From the loss and the norm in `state` decides about the update: sets broken, skip and clip_scale,
+// counts, and remembers both. A NaN or an infinity always skips: it must never reach the weights. An
+// outlier, which is a loss or a norm more than skip_outliers deviations above the last 128, skips
+// too. Clipping (Pascanu et al. 2013): a norm above the limit scales the gradient by limit / norm,
+// so it has the limit's length and the same direction.
 //   walk> norm of all gradients 2.550270; the limit is 0.5, so each is multiplied by 0.196058
-TINYGPT_HD inline void judge(StepState& state, const Guards& guards) {
+TINYGPT_HD inline void judge_step(StepState* state, const Guards& guards) {
     const int64_t window = StepState::kWindow;
     const double limit = 1.7976931348623157e308;  // comparisons with a NaN are false
-    state.broken = !(state.loss <= limit && state.loss >= -limit && state.grad_norm <= limit);
+    state->broken = !(state->loss <= limit && state->loss >= -limit && state->grad_norm <= limit);
     bool outlier = false;
-    if (!state.broken && guards.skip_outliers > 0 && state.seen >= window)
-        outlier = z_score(state.losses, window, state.loss) > guards.skip_outliers ||
-                  z_score(state.norms, window, state.grad_norm) > guards.skip_outliers;
-    state.skip = state.broken || outlier;
-    state.outliers += outlier, state.skipped += state.skip, state.updates += !state.skip;
-    state.clip_scale = guards.grad_clip > 0 && state.grad_norm > guards.grad_clip
-                           ? guards.grad_clip / state.grad_norm
-                           : 1.0;
-    if (state.broken) return;
-    state.losses[state.seen % window] = state.loss;
-    state.norms[state.seen % window] = state.grad_norm;
-    ++state.seen;
+    if (!state->broken && guards.skip_outliers > 0 && state->seen >= window)
+        outlier = z_score(state->losses, window, state->loss) > guards.skip_outliers ||
+                  z_score(state->norms, window, state->grad_norm) > guards.skip_outliers;
+    state->skip = state->broken || outlier;
+    state->outliers += outlier, state->skipped += state->skip, state->updates += !state->skip;
+    state->clip_scale = guards.grad_clip > 0 && state->grad_norm > guards.grad_clip
+                            ? guards.grad_clip / state->grad_norm
+                            : 1.0;
+    if (state->broken) return;
+    state->losses[state->seen % window] = state->loss;
+    state->norms[state->seen % window] = state->grad_norm;
+    ++state->seen;
 }
 
-// AdamW (Loshchilov, Hutter 2019). m remembers which way the gradient went lately, v how large it
-// was (its square). The step m / sqrt(v) has no unit: about 1 for a weight whose gradient always
-// points the same way, about 0 for one whose gradient only jitters, however large either is. So
-// every weight moves by about lr at most. m and v start at 0, so early on they are too small:
-//   m_t = (1-beta1) (g_t + beta1 g_(t-1) + ... + beta1^(t-1) g_1)
-// whose factors sum to 1 - beta1^t (a geometric series), not to 1. Divided by that, m is a weighted
-// mean of the gradients so far, and v one of their squares: the bias correction. The decay is not
-// part of the gradient, where sqrt(v) would divide it too: it shrinks the weight itself, and only
-// that of matrices (§3). With beta2 = 0.95, v looks back on some 20 steps: 1/(1-beta2).
-// One element, t = number of this update, from 1:
+// AdamW (Loshchilov, Hutter 2019). For every weight, m is a running mean of its gradient g, and v of
+// g^2. The step m / sqrt(v) has no unit: it is about 1 if g always points the same way, and about 0
+// if g only jitters, however large it is. So a weight moves by about lr at most.
 //   m <- beta1 m + (1-beta1) g        v <- beta2 v + (1-beta2) g^2
 //   w <- w - lr (m/(1-beta1^t) / (sqrt(v/(1-beta2^t)) + eps) + weight_decay w)
-// m_scale = 1/(1-beta1^t), v_scale = 1/(1-beta2^t). decay is 0 for vectors. eps stands outside of
-// the root; it keeps 0/0 away where a weight has never had a gradient. In the walk:
+// t is the number of this update, from 1. Why divide by 1-beta1^t: m starts at 0, so
+//   m_t = (1-beta1) (g_t + beta1 g_(t-1) + ... + beta1^(t-1) g_1)
+// whose factors add up to 1 - beta1^t (a geometric series), not to 1. Divided by it, m is a weighted
+// mean; so is v. eps keeps 0/0 away where a weight has had no gradient yet. The decay is not part of
+// the gradient, since sqrt(v) would divide it too; it shrinks the weight itself, and only that of a
+// matrix (§3). With beta2 = 0.95, v looks back on about 1/(1-beta2) = 20 steps.
+// One element, with m_scale = 1/(1-beta1^t) and v_scale = 1/(1-beta2^t). In the walk:
 //   walk> g  = -0.507637 * 0.196058 = -0.099526
 //   walk> w  = 0.141984 - 0.1 (-0.099526 / (sqrt(0.009905) + 1e-8) + 0.1 * 0.141984) = 0.240565
 template <class real>
@@ -1890,10 +1886,10 @@ TINYGPT_HD inline void adamw_element(real& w, real& m, real& v, real g, real lr,
     w -= lr * (m * m_scale / (std::sqrt(v * v_scale) + eps) + decay * w);
 }
 
-// Sets the step's learning rate, and its loss to 0, to be added to.
+// The first of a step. Its loss is added up by add_loss.
 inline void begin_step(StepState* state, double lr) { state->lr = lr, state->loss = 0; }
 
-// state.loss += scale * sum of losses [rows]. In double, and by one thread in order: it is quick.
+// state.loss += scale * sum of losses [rows], in order.
 template <class real>
 void add_loss(StepState* state, const real* losses, int rows, double scale) {
     double sum = 0;
@@ -1902,15 +1898,15 @@ void add_loss(StepState* state, const real* losses, int rows, double scale) {
 }
 
 // state.grad_norm = the length of the whole gradient [count] as one vector: sqrt(sum of squares).
-// Fixed pieces, added in order. Padding is 0 and adds nothing.
+// Chunks of fixed size are added in order, for any number of threads. Padding is 0 and adds nothing.
 template <class real>
 void gradient_norm(StepState* state, const real* grads, size_t count) {
-    const size_t piece = 1 << 14, pieces = ceil_div(count, piece);
-    std::vector<double> sums(pieces);
+    const size_t chunk = 1 << 14, chunks = ceil_div(count, chunk);
+    std::vector<double> sums(chunks);
 #pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < pieces; ++i) {
-        const real* g = grads + i * piece;
-        const size_t n = std::min(piece, count - i * piece);
+    for (size_t i = 0; i < chunks; ++i) {
+        const real* g = grads + i * chunk;
+        const size_t n = std::min(chunk, count - i * chunk);
         double sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (size_t j = 0; j < n; ++j) sum += double(g[j]) * double(g[j]);
@@ -1919,12 +1915,9 @@ void gradient_norm(StepState* state, const real* grads, size_t count) {
     state->grad_norm = std::sqrt(std::accumulate(sums.begin(), sums.end(), 0.0));
 }
 
-// Where the state lies is the device's business, so the judgement is made there.
-inline void judge_step(StepState* state, const Guards& guards) { judge(*state, guards); }
-
-// Updates masters, m and v [count] from grads times clip_scale, unless state.skip. The elements
-// below `decayed` decay (the matrices, see Layout), those above do not. The first argument, the
-// weights that the layers read, is for devices that keep them apart from the masters.
+// Updates masters, m and v [count] from grads times clip_scale, unless state.skip. Elements below
+// `decayed` decay (the matrices, see Layout). The first argument, the weights that the layers read,
+// is for devices that keep them apart from the masters.
 template <class real>
 void adamw(real*, real* masters, real* m, real* v, const real* grads, size_t count, size_t decayed,
            const StepState* state, const AdamW& hyper) {
@@ -1996,10 +1989,10 @@ void update(Gpt2<Device>& model, const StepOptions& o) {
                  model.layout.size, model.layout.decayed, model.state, o.adamw);
 }
 
-// Step s (from 0). Afterwards model.state has the loss and the gradient norm of the batch, both from
-// before the update. Why replay: all that changes from step to step (tokens, learning rate, loss) is
-// in the device's memory, so a GPU records the calls once, as a CUDA graph, and replays it. (With
-// dropout it does not: the keys are arguments.)
+// Step s (from 0). Afterwards model.state has the loss and the gradient norm of the step's batches,
+// from before the update. Why replay: what changes from step to step (tokens, learning rate, loss)
+// is in the device's memory, so a GPU can record the calls once, as a CUDA graph, and replay it. (Not
+// with dropout: its keys are arguments of the calls.)
 template <class Device>
 void train_step(Gpt2<Device>& model, const std::vector<Batch>& micro_batches, const StepOptions& o,
                 int64_t s) {

@@ -1331,7 +1331,7 @@ __global__ void gradient_norm_kernel(StepState* state, const double* sums, int p
     if (threadIdx.x == 0) state->grad_norm = sqrt(sum);
 }
 
-__global__ void judge_step_kernel(StepState* state, Guards guards) { judge(*state, guards); }
+__global__ void judge_step_kernel(StepState* state, Guards guards) { judge_step(state, guards); }
 
 __device__ inline void store_weights(float*, const float (&)[4]) {}  // the masters are the weights
 __device__ inline void store_weights(bf16* to, const float (&w)[4]) {
