@@ -4606,26 +4606,16 @@ TEST_CASE("options: commands, and options of other commands") {
 
 TEST_CASE("options: an unknown name is answered with the nearest") {
     using namespace options_test;
-    for (auto [typed, meant] :
-         {std::pair<const char*, const char*>{"learningrate", "learning-rate"},
-          {"lr", "learning-rate"},
-          {"batchsize", "batch-size"},
-          {"bs", "batch-size"},
-          {"steps", "max-steps"},
-          {"epoch", "epochs"},
-          {"drop-out", "dropout"},
-          {"seqlen", "seq-len"},
-          {"layers", "n-layer"},
-          {"wieght-decay", "weight-decay"},
-          {"outptu", "output"},
-          {"beta3", "beta1"},
-          {"thread", "threads"},
-          {"n-heads", "n-head"},
-          {"vocab", "vocab-size"},
-          {"-data", "data"}})
-        CHECK(refusal({"--" + std::string(typed), "1"}) ==
-              "unknown option --" + std::string(typed) + "; did you mean --" + meant +
-                  "? (--help lists all options)");
+    for (const std::string& pair : split_at(
+             "learningrate:learning-rate lr:learning-rate batchsize:batch-size bs:batch-size "
+             "steps:max-steps epoch:epochs drop-out:dropout seqlen:seq-len layers:n-layer "
+             "wieght-decay:weight-decay outptu:output beta3:beta1 thread:threads n-heads:n-head "
+             "vocab:vocab-size -data:data",
+             ' ')) {
+        const std::string typed = "--" + split_at(pair, ':')[0], meant = split_at(pair, ':')[1];
+        CHECK(refusal({typed, "1"}) == "unknown option " + typed + "; did you mean --" + meant +
+                                           "? (--help lists all options)");
+    }
     CHECK(contains(refusal({"--batchsize=4"}), "did you mean --batch-size?"));
     CHECK(edit_distance("kitten", "sitting") == 3);
     CHECK(edit_distance("", "abc") == 3);

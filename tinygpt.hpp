@@ -5498,6 +5498,27 @@ struct Corpus {
     int document_start() const { return std::isfinite(floor) ? end_of_text() : -1; }
 };
 
+// The data of a folder: opens every shard and reads the tokenizer and dataset.json, but no token.
+inline Corpus open_corpus(const std::string& folder) {
+    if (!folder_exists(folder))
+        fail("there is no data folder ", folder,
+             ": make the default one with ./prepare_data, or one of your own with ./prepare_data "
+             "--input book.txt --output ",
+             folder);
+    std::string pattern;  // in which every character of the name means itself
+    for (char c : folder) {
+        if (std::strchr("*?[\\", c)) pattern += '\\';
+        pattern += c;
+    }
+    Corpus corpus(pattern + "/train_*.bin", pattern + "/val_*.bin");
+    corpus.folder = folder;
+    corpus.tokenizer = tokenizer_of(folder);
+    const std::string about = folder + "/dataset.json";
+    if (file_exists(about))
+        corpus.floor = number_or(Json::parse(read_file(about, 10'000'000), about), "floor", NAN);
+    return corpus;
+}
+
 // A token as text; without a tokenizer its number. A model may have more tokens than its tokenizer:
 // those are shown as <number>.
 inline std::string text_of_token(const std::optional<Tokenizer>& tokenizer, int token) {

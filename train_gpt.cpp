@@ -450,31 +450,10 @@ void report(const Options& o, const Corpus& corpus, Trainer<Device>& trainer, En
 
 // --- The data
 
-// The data of a folder: opens every shard and reads the tokenizer and dataset.json, but no token.
-inline Corpus open_folder(const std::string& folder) {
-    if (!folder_exists(folder))
-        fail("there is no data folder ", folder,
-             ": make the default one with ./prepare_data, or one of your own with ./prepare_data "
-             "--input book.txt --output ",
-             folder);
-    std::string pattern;  // in which every character of the name means itself
-    for (char c : folder) {
-        if (std::strchr("*?[\\", c)) pattern += '\\';
-        pattern += c;
-    }
-    Corpus corpus(pattern + "/train_*.bin", pattern + "/val_*.bin");
-    corpus.folder = folder;
-    corpus.tokenizer = tokenizer_of(folder);
-    const std::string about = folder + "/dataset.json";
-    if (file_exists(about))
-        corpus.floor = number_or(Json::parse(read_file(about, 10'000'000), about), "floor", NAN);
-    return corpus;
-}
-
 // The data that the options name. Shards that are named one by one have no tokenizer and no floor.
 inline Corpus open_corpus(const Options& o) {
     const bool named = !o.train_shards.empty() || !o.val_shards.empty();
-    Corpus corpus = named ? Corpus(o.train_shards, o.val_shards) : open_folder(o.data);
+    Corpus corpus = named ? Corpus(o.train_shards, o.val_shards) : open_corpus(o.data);
     for (const Shards* split : {&corpus.train, &corpus.val})
         if (named && split->empty() && !split->pattern().empty())
             fail("no file matches ", split->pattern());
@@ -527,10 +506,10 @@ void for_each_size(auto& o, auto& config, auto&& visit) {
     visit("untied-head", o.untied_head, config.untied_head);
 }
 
-// The sizes of the model: a preset's, with the tokenizer's vocabulary and the sizes that were given;
-// or those of the folder that its weights come from (`weights`, where a run is resumed), and then
-// options that say otherwise are refused. A vocabulary larger than the tokenizer's is allowed: some
-// round it up for speed.
+// The sizes of the model: a preset's, with the tokenizer's vocabulary and the sizes given; or those
+// of the folder that its weights come from (`weights`, where a run is resumed), and then options
+// that differ are refused. A vocabulary may be larger than the tokenizer's: some round it up for
+// speed.
 inline Config config_for(const Options& o, const Corpus& corpus, const std::string& weights = "") {
     const bool given_weights = !o.init_from.empty();
     const std::string folder = weights.empty() ? o.init_from : weights;
@@ -856,12 +835,10 @@ struct HellaswagExample {
 inline std::vector<HellaswagExample> read_hellaswag(const std::string& path, int vocab_size) {
     const std::string bytes = read_file(path, size_t(1) << 30);
     int32_t header[256] = {};
-    if (bytes.size() < sizeof header)
-        fail(path, ": expected a header of 1024 bytes, found ", bytes.size(), " bytes");
-    std::memcpy(header, bytes.data(), sizeof header);
-    if (header[0] != 20240522 || header[1] != 1)
-        fail(path, " is no HellaSwag file: expected 20240522 and version 1, found ", header[0],
-             " and ", header[1]);
+    std::memcpy(header, bytes.data(), std::min(bytes.size(), sizeof header));
+    if (bytes.size() < sizeof header || header[0] != 20240522 || header[1] != 1)
+        fail(path, " is no HellaSwag file: expected a header of 1024 bytes with 20240522 and ",
+             "version 1, found ", header[0], " and ", header[1], " (", bytes.size(), " bytes)");
     std::vector<uint16_t> words((bytes.size() - sizeof header) / 2);
     std::memcpy(words.data(), bytes.data() + sizeof header, 2 * words.size());
 
@@ -1657,8 +1634,8 @@ int run_command(auto device, const Options& o) {
 }
 
 // From here on numbers below 1.2e-38 (subnormals) count as zero, in this thread and in those it
-// starts. Why: arithmetic with them takes the CPU about a hundred cycles each, they mean nothing, and
-// a softmax that is sure of itself makes thousands of them.
+// starts. Why: they mean nothing, a softmax that is sure of itself makes thousands of them, and
+// arithmetic with each takes the CPU about a hundred cycles.
 inline void flush_tiny_numbers() {
 #if defined(__SSE__)
     __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | 0x8040);  // FTZ and DAZ: results, operands
@@ -1669,8 +1646,8 @@ inline void flush_tiny_numbers() {
 #endif
 }
 
-// Lets waiting threads sleep soon: on a busy machine, spinning makes a step ten times slower. OpenMP
-// reads these variables before main, so the program sets them and starts itself again.
+// Lets waiting threads sleep soon: on a busy machine, spinning makes a step ten times slower.
+// OpenMP reads these variables before main, so the program sets them and starts itself again.
 inline void wait_politely(char** argv) {
     if (std::getenv("OMP_WAIT_POLICY") || std::getenv("GOMP_SPINCOUNT") ||
         std::getenv("KMP_BLOCKTIME"))
@@ -1684,8 +1661,8 @@ inline void wait_politely(char** argv) {
     ::execv(self, argv);
 }
 
-// Reads the command line, hands the options to `run`, and turns errors into a line on standard error
-// and an exit status. All errors end here; destructors tidy up on the way.
+// Reads the command line, hands the options to `run`, and turns errors into a line on standard
+// error and an exit status. All errors end here; destructors tidy up on the way.
 int program(int argc, char** argv, const char* name, auto&& run) {
     auto failed = [](int status, const std::string& message) {
         std::fflush(stdout);
@@ -1722,8 +1699,8 @@ inline Cpu<float> make_cpu(const Options& o) {
     device.ops.bf16 = o.precision == "bf16";
     if (device.ops.bf16 && !cpu_has_bf16_dot())
         fail(
-            "--precision bf16 needs a CPU with bf16 dot products (AVX-512 BF16), and a build for it "
-            "(MARCH=native): use --precision fp32");
+            "--precision bf16 needs a CPU with bf16 dot products (AVX-512 BF16), and a build for "
+            "it (MARCH=native): use --precision fp32");
     return device;
 }
 
