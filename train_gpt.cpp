@@ -102,7 +102,7 @@ inline std::vector<Option> model_options(Options& o) {
 
         {"config", &o.config, "run", kAll, "FILE",
          "read options from this file, lines of `name = value` (# begins a comment); the command "
-         "line counts before it"},
+         "line takes precedence"},
         {"resume", &o.resume, "run", kTrain, "DIR|auto",
          "continue from this checkpoint; auto: from the newest intact one in --output, if any"},
         {"override", &o.override_changes, "run", kTrain, "0|1",
@@ -113,7 +113,7 @@ inline std::vector<Option> model_options(Options& o) {
          "random seed of initial weights, data order, dropout and sampling"},
         {"threads", &o.threads, "run", kAll, "[0, 1024]", "CPU threads; 0: all cores"},
         {"precision", &o.precision, "run", kBatch | kSample, "fp32|bf16|tf32",
-         "number format of the products; not set: bf16 on a GPU that has it, otherwise fp32"},
+         "precision of the computation; not set: bf16 on a GPU that has it, otherwise fp32"},
         {"tune-matmul", &o.tune_matmul, "run", kRun | kBench, "0|1",
          "on a GPU: time matmul kernels once, keep the fastest in data/matmul-plans.txt"},
         {"help", &o.help, "run", kAll, "0|1",
