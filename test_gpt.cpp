@@ -4549,7 +4549,7 @@ TEST_CASE("options: the two forms, switches, lists, - for _, and values given tw
     }
     std::vector<std::string> list;
     const std::vector<Option> table = {{"input", &list, "", 1, "FILE...", "files"}};
-    CommandLine(table, {}, 1).read({"--input", "a", "b", "--input=c"});
+    CommandLine{table, {}, 1}.read({"--input", "a", "b", "--input=c"});
     CHECK(list == std::vector<std::string>{"a", "b", "c"});
     CHECK(value_text(table[0]) == "a b c");
 }

@@ -6102,11 +6102,10 @@ const auto& nearest(const auto& table, const std::string& typed) {
 // --- Reading the command line
 
 // Reads the options of one command.
-class CommandLine {
-public:
-    CommandLine(const std::vector<Option>& table, const std::vector<CommandName>& commands,
-                unsigned command)
-        : table_(table), commands_(commands), command_(command) {}
+struct CommandLine {
+    const std::vector<Option>& table;
+    const std::vector<CommandName>& commands;
+    unsigned command;
 
     // Reads and sets the options in the arguments; returns the names of those that were given.
     // Reads no file but that of --config. Given twice, the last counts, of files too; the command
@@ -6125,14 +6124,14 @@ public:
     // The option of that name, which the command must take. '-' and '_' are the same.
     const Option& find(std::string name) const {
         std::replace(name.begin(), name.end(), '_', '-');
-        for (const Option& option : table_) {
+        for (const Option& option : table) {
             if (option.name != name) continue;
-            if (option.commands & command_) return option;
-            fail_usage(command_names(commands_, command_), " takes no option --", name,
-                       "; it is for ", command_names(commands_, option.commands));
+            if (option.commands & command) return option;
+            fail_usage(command_names(commands, command), " takes no option --", name,
+                       "; it is for ", command_names(commands, option.commands));
         }
         fail_usage("unknown option ", shown("--" + name), "; did you mean --",
-                   nearest(table_, name).name, "? (--help lists all options)");
+                   nearest(table, name).name, "? (--help lists all options)");
     }
 
     // What follows an option is its value, unless it begins with "--". A switch may stand alone and
@@ -6143,7 +6142,7 @@ public:
             const std::string argument = arguments[i] == "-h" ? "--help" : arguments[i];
             ++i;
             if (!argument.starts_with("--") || argument.size() < 3)
-                fail_usage("expected an option such as --", table_[0].name, ", found ",
+                fail_usage("expected an option such as --", table[0].name, ", found ",
                            shown(argument), " (--help lists all options)");
             const size_t equals = argument.find('=');
             const Option& option = find(argument.substr(2, equals - 2));
@@ -6183,7 +6182,6 @@ public:
         return all;
     }
 
-private:
     void read_config_line(std::string line, std::vector<Assignment>& all) const {
         const auto trim = [blanks = " \t\r"](std::string s) {
             s.erase(0, s.find_first_not_of(blanks));
@@ -6203,10 +6201,6 @@ private:
         if (name == "config" || name == "help") fail("a config file cannot hold --", name);
         all.push_back(checked(find(name), trim(line.substr(equals + 1))));
     }
-
-    const std::vector<Option>& table_;
-    const std::vector<CommandName>& commands_;
-    unsigned command_;
 };
 
 // --- Help and echo

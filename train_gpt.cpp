@@ -248,7 +248,7 @@ inline Options parse_options(std::vector<std::string> arguments) {
         arguments.erase(arguments.begin());
     }
     const std::vector<Option> table = option_table(o);
-    o.given = CommandLine(table, kCommands, o.command).read(arguments);
+    o.given = CommandLine{table, kCommands, o.command}.read(arguments);
     if (!o.help) check_together(o);  // --help works whatever else is on the line
     if (!o.given.contains("max-steps") &&
         (o.given.contains("epochs") || o.given.contains("max-minutes")))

@@ -8,7 +8,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     accepts([&] {
         Options options;
         const std::vector<Option> table = option_table(options);
-        for (const Assignment& a : CommandLine(table, kCommands, command).read_config(file.path())) {
+        for (const Assignment& a : CommandLine{table, kCommands, command}.read_config(file.path())) {
             a.set();
             check(is_set(*a.option) || a.text.empty(), "what was assigned is set");
         }
