@@ -7932,9 +7932,9 @@ TEST_CASE("cuda: resumed at every step, it is the same run to the bit") {
     for (bool dropout : {true, false}) {
         const std::string all = format(
             "--grad-accum-steps 2 --dropout %g --max-steps 30 --learning-rate 0.1 "
-            "--min-lr-fraction 0.5 --warmup-steps %d --eval-interval %d --patience 2 "
+            "--min-lr-fraction 0.5 --warmup-steps %d --eval-interval %d --patience %d "
             "--keep 100 --save-interval ",
-            dropout ? 0.1 : 0.0, dropout ? 16 : 8, dropout ? 2 : 3);
+            dropout ? 0.1 : 0.0, dropout ? 16 : 8, dropout ? 2 : 3, dropout ? 3 : 1);
         const std::string name = dropout ? "dropout" : "none", straight = text.out(name);
         REQUIRE(text.train(Cuda<bf16>(), name, all + "1") == 0);
         const int64_t end = checkpoint_steps(straight)[0];
