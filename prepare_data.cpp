@@ -69,7 +69,7 @@ inline std::string prepare_help() {
 // Reads nothing but the arguments. Fails where options do not go together; sets the default folder.
 inline PrepareOptions parse_prepare_options(const std::vector<std::string>& arguments) {
     PrepareOptions o;
-    o.given = CommandLine(option_table(o), {{1, "prepare_data", ""}}, 1).read(arguments);
+    o.given = CommandLine{option_table(o), {{1, "prepare_data", ""}}, 1}.read(arguments);
     if (o.help) return o;
     if (o.tokenizer != "bpe" && o.has("vocab-size"))
         fail_usage("--vocab-size is for --tokenizer bpe; the size of a ", o.tokenizer,
