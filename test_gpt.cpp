@@ -2278,12 +2278,13 @@ TEST_CASE_TEMPLATE("matmul: agrees with the plain one, ragged or not, in every o
 
 TEST_CASE("matmul: finish sees every sum once, and what it leaves is stored") {
     // Sums over k that are made in one go, in two, in seven; and many rows.
-    for (const auto& [m, n, k] : {std::array{31, 67, 400},
-                                  {31, 67, kDepth + 100},
-                                  {31, 67, 6 * kDepth + 100},
-                                  {1, 67, 100},
-                                  {4300, 33, 20}})
+    for (const auto& size : {std::array{31, 67, 400},
+                             {31, 67, kDepth + 100},
+                             {31, 67, 6 * kDepth + 100},
+                             {1, 67, 100},
+                             {4300, 33, 20}})
         for (bool plain_ops : {false, true}) {
+            const int m = size[0], n = size[1], k = size[2];
             INFO("m, n, k ", m, ", ", n, ", ", k, ", plain ", plain_ops);
             const Operand<float> a(m, k, false, 1), b(k, n, false, 2);
             std::vector<float> c(size_t(m) * n), sums(c.size()), seen(c.size());
@@ -2349,14 +2350,15 @@ TEST_CASE("matmul: in bf16 every product is of rounded operands, and sums are fp
         CHECK_THROWS_AS(ops.matmul(c.data(), 2, a.view, b.view, 2, 2, 3), tinygpt::Error);
         return;
     }
-    for (const auto& [m, n, k] : {std::array{2, 3, 1},
-                                  {15, 33, 17},
-                                  {43, 97, 385},
-                                  {30, 70, 801},
-                                  {30, 70, 1100},
-                                  {20, 40, 3100},
-                                  {4300, 40, 40}})
+    for (const auto& size : {std::array{2, 3, 1},
+                             {15, 33, 17},
+                             {43, 97, 385},
+                             {30, 70, 801},
+                             {30, 70, 1100},
+                             {20, 40, 3100},
+                             {4300, 40, 40}})
         for (int order = 0; order < 4; ++order) {
+            const int m = size[0], n = size[1], k = size[2];
             INFO("m, n, k ", m, ", ", n, ", ", k, ", order ", order);
             Operand<float> a(m, k, order & 1, 1), b(k, n, order & 2, 2);
             std::vector<float> c(size_t(m) * n), exact(c.size()), rounded(c.size());
@@ -2487,8 +2489,9 @@ TEST_CASE_TEMPLATE("attention: with a cache, the rows of the whole", real, float
     const int T = kDepth + 35, NH = 3, HS = 20, C = NH * HS;
     const Attention<real, FastOps> whole({1, T, NH, HS}, 1);
     const Attention<real, PlainOps> plain({1, T, NH, HS}, 1);
-    for (const auto& [past, n] :
+    for (const auto& [first, count] :
          {std::pair{0, 1}, {1, 1}, {63, 1}, {T - 1, 1}, {0, T}, {5, 9}, {40, 100}, {T - 50, 50}}) {
+        const int past = first, n = count;
         INFO("past ", past, ", n ", n);
         std::vector<real> fast(size_t(n) * C), slow(fast.size());
         tinygpt::Cpu<real>().attention_cached(fast.data(), whole.qkv.data(), past, n, NH, HS);
@@ -3098,7 +3101,8 @@ TEST_CASE("prepare_data: a model of llm.c becomes a Hugging Face folder") {
          {"h.1.attn.c_attn.weight", 2 * 3 * C + 7, qkvw + 3 * C * C + 7 * C + 2},  // [in 2, out 7]
          {"h.1.attn.c_attn.bias", 5, qkvb + 3 * C + 5},
          {"ln_f.bias", C - 1, elements.size() - 1}};
-    for (const auto& [name, at, was_at] : moved) {
+    for (const auto& [moved_name, at, was_at] : moved) {
+        const std::string name = moved_name;
         CAPTURE(name);
         const StoredTensor* tensor = safetensors.find("transformer." + name);
         REQUIRE(tensor != nullptr);
@@ -3245,7 +3249,8 @@ TEST_CASE("stories: a sentence must agree with itself, a story with all of itsel
          {"The frogs were first, so Tom gave it some cake.", false},
          {"Lily told her uncle about the owl and went to bed.", true},
          {"Lily told his uncle about the owl and went to bed.", false}};
-    for (const auto& [sentence, occurs] : sentences) {
+    for (const auto& [text, occurs] : sentences) {
+        const std::string sentence = text;
         CAPTURE(sentence);
         CHECK(is_story_sentence(sentence) == occurs);
     }
@@ -4436,9 +4441,9 @@ std::string refusal(const Arguments& arguments) {
 
 // Each command line is refused with a message that has this part.
 void check_refused(const std::vector<std::pair<Arguments, std::string>>& cases) {
-    for (const auto& [arguments, part] : cases) {
-        CAPTURE(arguments);
-        CHECK_MESSAGE(contains(refusal(arguments), part), refusal(arguments));
+    for (const auto& refused : cases) {
+        CAPTURE(refused.first);
+        CHECK_MESSAGE(contains(refusal(refused.first), refused.second), refusal(refused.first));
     }
 }
 
@@ -4764,7 +4769,7 @@ TEST_CASE("options: a bad config file is refused, naming file and line") {
            "ELF",
            ":1: this is not text"},
           {"data = a\vb", ":1: this is not text"}})
-        CHECK_MESSAGE(contains(message(text), path + part), message(text));
+        CHECK(contains(message(text), path + part));
     CHECK(contains(message("seed = 1", "walk"), ":1: walk takes no option --seed"));
     CHECK(contains(message(std::string(1 << 17, '\n')), "expected at most 65536 bytes"));
     CHECK(message(std::string(60000, 'x')).size() < 300);
@@ -5169,7 +5174,8 @@ TEST_CASE("run: the number of steps is that of --max-steps or --epochs, whicheve
          {"--epochs 0.1 --max-steps 3 --batch-size 5", 2},
          {"--epochs 2 --batch-size 90", 3}};
     int number = 0;
-    for (const auto& [options, steps] : cases) {
+    for (const auto& [line, steps] : cases) {
+        const std::string options = line;
         CAPTURE(options);
         const std::string name = to_text("run", number++);
         const Outcome run = train_gpt(joined(
@@ -5888,7 +5894,8 @@ TEST_CASE("run: refused however late, a run leaves no folder behind") {
                                                         weights.substr(0, weights.size() - 1)},
                                                        {"ln_g", renamed},
                                                        {"none", ""}};
-    for (const auto& [name, bytes] : broken) {
+    for (const auto& [key, bytes] : broken) {
+        const std::string name = key;
         CAPTURE(name);
         make_folders(place.out(name));
         for (const char* file : {"config.json", "vocab.json", "merges.txt"})
@@ -5938,7 +5945,8 @@ TEST_CASE("run: the report says what the run was, and what it says to type next 
          "--max-steps 100 --eval-interval 0 --learning-rate 0.01"},
         {"too short a run", "--max-steps 4 --epochs 9"},
     };
-    for (const auto& [verdict, more] : cases) {
+    for (const auto& [start, more] : cases) {
+        const std::string verdict = start;
         CAPTURE(verdict);
         TestRuns place;
         const Outcome outcome = train_gpt(
