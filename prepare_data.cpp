@@ -119,8 +119,8 @@ inline void add_jsonl(Documents& documents, const std::string& path) {
         const std::string where = to_text(path, ", line ", ++line_number);
         if (line.find_first_not_of(" \t\r") == line.npos) continue;
         const Json object = Json::parse(line, where);
-        if (!object.is_object())
-            fail(where, ": expected an object with a \"text\", found ", Json::name_of(object.kind));
+        if (object.kind != Json::Kind::object)
+            fail(where, ": expected an object with a \"text\", found ", shown(line));
         documents.add(object.get_string("text", where));
     }
 }
@@ -1268,7 +1268,7 @@ inline void prepare_stories(const PrepareOptions& o) {
     // tokens that are predicted (all but the first). The entropy is what a story costs on average.
     prepare(o, documents, to_text("stories, seed ", o.seed), [&](Json& json) {
         if (val == 0) return;
-        const double tokens = double(json.find("val_tokens")->integer);
+        const double tokens = json.find("val_tokens")->as<double>().value();
         const double floor = stories.val_neg_log_prob / (tokens - 1);
         json.set("floor", floor).set("entropy", stories.entropy_per_story / (tokens / val));
         std::printf(
@@ -1368,7 +1368,7 @@ inline void convert_llmc(const PrepareOptions& o) {
     }
     const FolderToFill to_fill(o.output);
     write_safetensors(o.output + "/model.safetensors", llmc_tensors(model));
-    write_model_description(o.output, model.config, tokenizer ? &*tokenizer : nullptr, "float32");
+    write_model_description(o.output, model.config, tokenizer ? &*tokenizer : nullptr);
     std::printf("%s -> %s: %zu parameters, %s\n", o.from_llmc.c_str(), o.output.c_str(),
                 layout_of(model.config).count,
                 tokenizer ? "with its tokenizer" : "without a tokenizer (--vocab DIR adds one)");

@@ -377,13 +377,13 @@ struct PyTorchNumbers {
 
     explicit PyTorchNumbers(const std::string& folder)
         : weights(folder + "/model.safetensors"), expected(folder + "/expected.safetensors"),
-          config(read_hf_config(folder + "/config.json").model) {
+          config(read_hf_config(folder + "/config.json")) {
         const std::string path = folder + "/expected.json";
         const Json run = Json::parse(read_file(path), path).get("run", Json::Kind::object, path);
         auto number = [&](const char* key) {
-            return run.get(key, Json::Kind::number, path).number;
+            return run.get(key, Json::Kind::number, path).as<double>().value();
         };
-        compact = run.get_bool("compact", path);
+        compact = run.get("compact", Json::Kind::boolean, path).text == "true";
         options.rate = {Schedule::cosine, number("lr"), number("min_lr_fraction"),
                         int64_t(number("warmup")), int64_t(number("steps"))};
         options.adamw = {number("beta1"), number("beta2"), number("eps"), number("decay")};
@@ -2680,8 +2680,9 @@ TEST_CASE("tokenizer: GPT-2's golden strings, pieces and tokens; its files as pu
         const std::string& text = golden.get_string("text", "golden");
         std::vector<std::string> pieces;
         std::vector<uint16_t> ids;
-        for (const Json& piece : golden.find("pieces")->items) pieces.push_back(piece.text);
-        for (const Json& id : golden.find("ids")->items) ids.push_back(uint16_t(id.integer));
+        for (auto& [none, piece] : golden.find("pieces")->members) pieces.push_back(piece.text);
+        for (auto& [none, id] : golden.find("ids")->members)
+            ids.push_back(id.as<uint16_t>().value());
         CAPTURE(text);
         CHECK(pieces_of(text) == pieces);
         CHECK(gpt2.encode(text) == ids);
@@ -2879,9 +2880,9 @@ TEST_CASE("tokenizer: damaged vocabulary files are refused in one clear line") {
          {vocab, merges + " a\n", "line 7"},
          {vocab, merges + unversioned, "exists already"},
          {vocab, merges + "q x\n", "expected an object of 263 tokens"},
-         {changed("\"!\": 0", "\"!\": 1"), merges, "\"!\" must have the id 0"},
-         {changed("\"!\": 0", "\"!\": 0.0"), merges, "\"!\" must have the id 0"},
-         {changed("\"!\": 0", "\"?!\": 0"), merges, "no merge makes the token \"?!\""},
+         {changed("\"!\": 0", "\"!\": 1"), merges, "! must have the id 0"},
+         {changed("\"!\": 0", "\"!\": 0.0"), merges, "! must have the id 0"},
+         {changed("\"!\": 0", "\"?!\": 0"), merges, "no merge makes the token ?!"},
          {changed("<|endoftext|>", "<|end|>"), merges, "no merge makes"},
          {vocab.substr(0, 99), merges, "not valid JSON"},
          {"[]", merges, "expected an object of 262 tokens"}};
@@ -3070,8 +3071,8 @@ TEST_CASE("prepare_data: the stories have a floor, and it agrees with the gramma
     TemporaryFolder temporary;
     CHECK(prepare_data({"--output", temporary / "stories"}) == "");
     Json json = Json::parse(read_file(temporary / "stories/dataset.json"), "dataset.json");
-    double floor = json.get("floor", Json::Kind::number, "").number,
-           entropy = json.get("entropy", Json::Kind::number, "").number;
+    double floor = json.get("floor", Json::Kind::number, "").as<double>().value(),
+           entropy = json.get("entropy", Json::Kind::number, "").as<double>().value();
     CHECK(floor == doctest::Approx(entropy).epsilon(0.02));
     CHECK(json.get_int("val_tokens", "") == Shard(temporary / "stories/val_000000.bin").tokens);
 }
@@ -3407,13 +3408,8 @@ struct Weights {
 
 }  // namespace files_test
 
-TEST_CASE("files: the checksum sees every flipped bit, every length, and no portions") {
+TEST_CASE("files: the checksum sees every flipped bit and every length") {
     using namespace tinygpt;
-    auto checksum = [](const std::string& bytes) {
-        Checksum sum;
-        sum.add(bytes.data(), bytes.size());
-        return sum.hex();
-    };
     std::set<std::string> seen;
     size_t tried = 0;
     for (size_t length = 0; length < 100; length++, tried++)
@@ -3428,12 +3424,6 @@ TEST_CASE("files: the checksum sees every flipped bit, every length, and no port
     }
     seen.insert(whole);
     CHECK(seen.size() == tried + 1);
-    for (size_t cut = 0; cut <= text.size(); cut++) {
-        Checksum portions;
-        portions.add(text.data(), cut);
-        portions.add(text.data() + cut, text.size() - cut);
-        CHECK(portions.hex() == whole);
-    }
 }
 
 TEST_CASE("files: what is written is read back; folders are made, listed and removed") {
@@ -3454,7 +3444,7 @@ TEST_CASE("files: what is written is read back; folders are made, listed and rem
     CHECK(read_file(deep + "/f", bytes.size()) == bytes);
     rename_path(deep + "/e", deep + "/f");
     CHECK(read_file(deep + "/f").empty());
-    CHECK(file_checksum(deep + "/f") == Checksum().hex());
+    CHECK(file_checksum(deep + "/f") == checksum(""));
     // A link in a folder that is removed takes nothing else with it.
     write_file(scratch / "keep", "kept");
     REQUIRE(::symlink(scratch.path.c_str(), (deep + "/link").c_str()) == 0);
@@ -3587,9 +3577,9 @@ TEST_CASE("json: what RFC 8259 allows is read") {
         {"-9223372036854775808", "-9223372036854775808"},
         {"9007199254740993", "9007199254740993"},
         {"0.5", "0.5"},
-        {"1e2", "100"},
-        {"1E+2", "100"},
-        {"-1.5e-3", "-0.0015"},
+        {"1e2", "1e2"},
+        {"1E+2", "1E+2"},
+        {"-1.5e-3", "-1.5e-3"},
         {"1e-05", "1e-05"},
         {"0.1", "0.1"},
         {"\"\"", "\"\""},
@@ -3614,9 +3604,9 @@ TEST_CASE("json: what RFC 8259 allows is read") {
         CHECK(json.write() == written);
         CHECK(Json::parse(json.write(2), "x.json").write() == written);
     }
-    CHECK(Json::parse("1.0", "x.json").integral == false);
-    CHECK(Json::parse("12345678901234567890", "x.json").integral == false);
-    CHECK(Json::parse("12345678901234567890", "x.json").number == 12345678901234567890.0);
+    for (const char* text : {"1.0", "1e3", "12345678901234567890"})
+        CHECK(!Json::parse(text, "x.json").as<int64_t>());
+    CHECK(Json::parse("12345678901234567890", "x.json").as<double>() == 12345678901234567890.0);
 }
 
 TEST_CASE("json: what RFC 8259 does not allow is refused, with its place") {
@@ -3624,12 +3614,12 @@ TEST_CASE("json: what RFC 8259 does not allow is refused, with its place") {
     const std::pair<std::string, const char*> list[] = {
         {"", "line 1, byte 0: expected a value, found the end"},
         {" ", "found the end"},
-        {"nul", "expected a value, found 'n'"},
+        {"nul", "expected a value, found \"n\""},
         {"True", "expected a value"},
         {"NaN", "expected a value"},
         {"Infinity", "expected a value"},
-        {"-Infinity", "expected a digit, found 'I'"},
-        {"nullx", "expected the end of the text, found 'x'"},
+        {"-Infinity", "expected a digit, found \"I\""},
+        {"nullx", "expected the end of the text, found \"x\""},
         {"1 2", "expected the end of the text"},
         {"01", "expected the end of the text"},
         {"-", "expected a digit"},
@@ -3640,13 +3630,13 @@ TEST_CASE("json: what RFC 8259 does not allow is refused, with its place") {
         {"1e+", "expected a digit"},
         {"0x10", "expected the end of the text"},
         {"1e400", "number out of range"},
-        {"'a'", "expected a value, found '''"},
+        {"'a'", "expected a value, found \"'\""},
         {"\"", "expected the rest of a string, found the end"},
-        {"\"a\nb\"", "expected the rest of a string, found byte 0x0a"},
-        {std::string("\"a\0b\"", 5), "found byte 0x00"},
-        {std::string("1\0", 2), "expected the end of the text, found byte 0x00"},
-        {R"("\x41")", "expected an escape sequence, found 'x'"},
-        {R"("\u12g4")", "expected four hexadecimal digits, found 'g'"},
+        {"\"a\nb\"", "expected the rest of a string, found \"\\n\""},
+        {std::string("\"a\0b\"", 5), "found \"\\u0000\""},
+        {std::string("1\0", 2), "expected the end of the text, found \"\\u0000\""},
+        {R"("\x41")", "expected an escape sequence, found \"x\""},
+        {R"("\u12g4")", "expected four hexadecimal digits, found \"g\""},
         {R"("\u12)", "expected four hexadecimal digits"},
         {R"("\ud800")", "half a surrogate pair"},
         {R"("\ud800\u0041")", "half a surrogate pair"},
@@ -3660,9 +3650,9 @@ TEST_CASE("json: what RFC 8259 does not allow is refused, with its place") {
         {"\"\xf0\x8f\xbf\xbf\"", "invalid UTF-8"},
         {"\"\xf4\x90\x80\x80\"", "invalid UTF-8"},
         {"\"\xff\"", "invalid UTF-8"},
-        {"\xef\xbb\xbf{}", "expected a value, found byte 0xef"},
+        {"\xef\xbb\xbf{}", "expected a value, found \"\xef\xbf\xbd\""},
         {"[", "expected a value, found the end"},
-        {"[1,]", "expected a value, found ']'"},
+        {"[1,]", "expected a value, found \"]\""},
         {"[1 2]", "expected ',' or ']'"},
         {"[1,\n 2", "line 2, byte 6: expected ',' or ']', found the end"},
         {"]", "expected a value"},
@@ -3673,8 +3663,8 @@ TEST_CASE("json: what RFC 8259 does not allow is refused, with its place") {
         {"{\"a\":1,}", "expected a key in quotes"},
         {"{\"a\":1 \"b\":2}", "expected ',' or '}'"},
         {"{\"a\":1}}", "expected the end of the text"},
-        {"{\"a\":1,\"b\":2,\"a\":3}", "has the key \"a\" twice"},
-        {"{\"a\":1,\"\\u0061\":3}", "has the key \"a\" twice"},
+        {"{\"a\":1,\"b\":2,\"a\":3}", "has the key a twice"},
+        {"{\"a\":1,\"\\u0061\":3}", "has the key a twice"},
         {"/* c */ 1", "expected a value"},
     };
     for (auto& [input, reason] : list) {
@@ -3690,18 +3680,18 @@ TEST_CASE("json: numbers and strings come back as they were, members by name and
     using namespace tinygpt;
     for (double x : {1.0, 0.1, -1e-300, 1.7976931348623157e308, 2.0 / 3, 123456789012345680.0}) {
         CAPTURE(x);
-        CHECK(Json::parse(Json(x).write(), "x").number == x);
+        CHECK(Json::parse(Json(x).write(), "x").as<double>() == x);
     }
-    CHECK_THROWS_AS(Json(std::nan("")).write(), Error);
+    CHECK(Json(std::nan("")).write() == "null");
     CHECK(Json("\xff\"\\\x1b").write() == "\"\xef\xbf\xbd\\\"\\\\\\u001b\"");
     Json json = Json::object();
     json.set("n", 3).set("x", 0.5).set("s", "text").set("b", true).set("n", 4);
     CHECK(json.write() == R"({"n":4,"x":0.5,"s":"text","b":true})");
     CHECK(json.write(2) == "{\n  \"n\": 4,\n  \"x\": 0.5,\n  \"s\": \"text\",\n  \"b\": true\n}");
     CHECK(json.get_int("n", "f") == 4);
-    CHECK(json.get("x", Json::Kind::number, "f").number == 0.5);
+    CHECK(json.get("x", Json::Kind::number, "f").as<double>() == 0.5);
     CHECK(json.get_string("s", "f") == "text");
-    CHECK(json.get_bool("b", "f"));
+    CHECK(json.get("b", Json::Kind::boolean, "f").text == "true");
     CHECK(json.find("none") == nullptr);
     auto error = [&](auto action) { return error_of(action); };
     CHECK(error([&] { json.get_int("none", "f"); }) == "f: \"none\" is missing");
@@ -3720,12 +3710,12 @@ TEST_CASE("json: large and hostile texts take linear time and bounded depth") {
         vocabulary += format("%s\"word%d\": %d", i ? ", " : "", i * 7, i);
     Json json = Json::parse(vocabulary + "}", "vocab.json");
     REQUIRE(json.members.size() == 50257);
-    CHECK(json.members[50256].second.integer == 50256);
+    CHECK(json.members[50256].second.as<int>() == 50256);
     std::string twice = vocabulary + ", \"word0\": 1}";
     auto error = [](const std::string& text, JsonLimits limits = {}) {
         return error_of([&] { Json::parse(text, "x", limits); });
     };
-    CHECK(contains(error(twice), "\"word0\" twice"));
+    CHECK(contains(error(twice), "word0 twice"));
     CHECK(error(std::string(64, '[') + std::string(64, ']')) == "");
     CHECK(contains(error(std::string(65, '[') + std::string(65, ']')), "64 levels"));
     CHECK(contains(error(std::string(1'000'000, '[')), "64 levels"));
@@ -3773,25 +3763,17 @@ TEST_CASE("safetensors: a file is what the format says, byte for byte") {
     TemporaryFolder scratch;
     const std::vector<float> b = {1.0f, -2.0f}, a = {0.5f, 3.0f, 1.0e-3f}, d = {0.1f};
     using files_test::tensor_to_write;
-    // Wide types come first, then names decide.
-    const std::vector<StoredTensor> tensors = {tensor_to_write("D", {3, 1}, a.data(), "BF16"),
-                                               tensor_to_write("d", {}, d.data(), "F32"),
-                                               tensor_to_write("b", {2}, b.data(), "F32"),
-                                               tensor_to_write("C", {2}, b.data(), "BF16"),
-                                               tensor_to_write("a", {3}, a.data(), "F32")};
-    write_safetensors(scratch / "f", tensors);
+    write_safetensors(scratch / "f", {tensor_to_write("d", {}, d.data(), "F32"),
+                                      tensor_to_write("b", {2, 1}, b.data(), "F32"),
+                                      tensor_to_write("a", {3}, a.data(), "F32")});
     std::string header = R"({"__metadata__":{"format":"pt"},)"
                          R"("a":{"dtype":"F32","shape":[3],"data_offsets":[0,12]},)"
-                         R"("b":{"dtype":"F32","shape":[2],"data_offsets":[12,20]},)"
-                         R"("d":{"dtype":"F32","shape":[],"data_offsets":[20,24]},)"
-                         R"("C":{"dtype":"BF16","shape":[2],"data_offsets":[24,28]},)"
-                         R"("D":{"dtype":"BF16","shape":[3,1],"data_offsets":[28,34]}})";
+                         R"("b":{"dtype":"F32","shape":[2,1],"data_offsets":[12,20]},)"
+                         R"("d":{"dtype":"F32","shape":[],"data_offsets":[20,24]}})";
     header.append((8 - header.size() % 8) % 8, ' ');
-    // 1e-3 is 0x3a83126f: to the nearest bf16, 0x3a83.
-    std::string data =
-        raw(a) + raw(b) + raw(d) + raw<uint16_t>({0x3f80, 0xc000, 0x3f00, 0x4040, 0x3a83});
+    std::string data = raw(a) + raw(b) + raw(d);
     CHECK(read_file(scratch / "f") == files_test::safetensors_bytes(header, data));
-    for (const char* dtype : {"F64", "F16", "I64", ""})
+    for (const char* dtype : {"F64", "F16", "BF16", "I64", ""})
         CHECK(contains(error_of([&] {
                            const auto w = tensor_to_write("a", {3}, a.data(), dtype);
                            write_safetensors(scratch / "g", {w});
@@ -3802,16 +3784,14 @@ TEST_CASE("safetensors: a file is what the format says, byte for byte") {
 
 TEST_CASE("safetensors: GPT-2 small has the published size") {
     using namespace tinygpt;
-    // 8 + 14,968 + 497,759,232 bytes in F32, 248,894,656 in BF16: 148 tensors, name-sorted.
-    for (auto& [dtype, bytes] : {std::pair("F32", size_t(497'774'208)), {"BF16", 248'894'656}}) {
-        std::vector<StoredTensor> tensors;
-        Layout layout = layout_of({12, 12, 768, 1024, 50257, false, 0.0f});
-        for (const TensorInfo& info : layout.tensors)
-            tensors.push_back({name_in_checkpoint(info.name), dtype, info.shape, nullptr});
-        std::sort(tensors.begin(), tensors.end(), [](auto& a, auto& b) { return a.name < b.name; });
-        CHECK(tensors.size() == 148);
-        CHECK(safetensors_header(tensors).size() + layout.count * dtype_bytes(dtype) == bytes);
-    }
+    // 8 + 14,968 + 497,759,232 bytes: 148 tensors, name-sorted.
+    std::vector<StoredTensor> tensors;
+    Layout layout = layout_of({12, 12, 768, 1024, 50257, false, 0.0f});
+    for (const TensorInfo& info : layout.tensors)
+        tensors.push_back({name_in_checkpoint(info.name), "F32", info.shape, nullptr});
+    std::sort(tensors.begin(), tensors.end(), [](auto& a, auto& b) { return a.name < b.name; });
+    CHECK(tensors.size() == 148);
+    CHECK(safetensors_header(tensors).size() + layout.count * 4 == 497'774'208);
 }
 
 TEST_CASE("safetensors: every type of weight is read exactly, on any number of threads") {
@@ -3835,10 +3815,7 @@ TEST_CASE("safetensors: every type of weight is read exactly, on any number of t
                  files_test::safetensors_bytes("{\"__metadata__\":{\"a\":\"b\"}," + one + "}",
                                                data));
         SafetensorsFile file(scratch / "f");
-        CHECK(file.metadata.get_string("a", "") == "b");
         REQUIRE(file.tensors.size() == 1);
-        CHECK(file.find("w") == &file.tensors[0]);
-        CHECK(file.find("v") == nullptr);
         for (int threads : {1, 3}) {
             omp_set_num_threads(threads);
             std::fill(back.begin(), back.end(), 0.0);
@@ -3935,16 +3912,16 @@ TEST_CASE("safetensors: each rule of the format broken once is refused, by name 
         {"length 0", length(0), "must begin with '{'"},
         {"length one more than the file", length(whole.size() - 7), "cut short"},
         {"length 100000000", length(100'000'000), "cut short"},
-        {"length 100000001", length(100'000'001), "the format allows 100000000"},
-        {"length 2^31", length(1ull << 31), "the format allows"},
-        {"length 2^32", length(1ull << 32), "the format allows"},
-        {"length 2^63 - 1", length(INT64_MAX), "the format allows"},
-        {"length 2^63", length(1ull << 63), "the format allows"},
-        {"length 2^64 - 8", length(0 - 8ull), "the format allows"},
-        {"length 2^64 - 1", length(UINT64_MAX), "the format allows"},
+        {"length 100000001", length(100'000'001), "no safetensors file"},
+        {"length 2^31", length(1ull << 31), "no safetensors file"},
+        {"length 2^32", length(1ull << 32), "no safetensors file"},
+        {"length 2^63 - 1", length(INT64_MAX), "no safetensors file"},
+        {"length 2^63", length(1ull << 63), "no safetensors file"},
+        {"length 2^64 - 8", length(0 - 8ull), "no safetensors file"},
+        {"length 2^64 - 1", length(UINT64_MAX), "no safetensors file"},
         {"length too short", length(good.size() - 1), "not valid JSON"},
         {"length reaches into the data", length(good.size() + 8), "must end with '}'"},
-        {"big-endian length", length(uint64_t(good.size()) << 56), "the format allows"},
+        {"big-endian length", length(uint64_t(good.size()) << 56), "no safetensors file"},
         {"a header of 5 MB", safetensors_bytes("{}" + std::string(5'000'000, ' '), ""),
          "a GPT-2 needs less than"},
         // The JSON
@@ -3965,23 +3942,23 @@ TEST_CASE("safetensors: each rule of the format broken once is refused, by name 
         {"half a surrogate pair", pair(a, entry("\\ud800", "F32", "[2]", "[16,24]")), "surrogate"},
         {"NUL in a name", pair(a, entry(std::string(1, '\0'), "F32", "[2]", "[16,24]")),
          "not valid JSON"},
-        {"a name twice", pair(a, entry("a", "F32", "[2]", "[16,24]")), "\"a\" twice"},
+        {"a name twice", pair(a, entry("a", "F32", "[2]", "[16,24]")), "key a twice"},
         {"a name twice, escaped", pair(a, entry("\\u0061", "F32", "[2]", "[16,24]")),
-         "\"a\" twice"},
+         "key a twice"},
         {"dtype twice", header("{" + a.substr(0, a.size() - 1) + ",\"dtype\":\"F32\"}," + b + "}"),
-         "\"dtype\" twice"},
+         "key dtype twice"},
         {"100000 levels", safetensors_bytes(nested + "}", ""), "more than 8 levels"},
         {"metadata: a number", header("{\"__metadata__\":{\"x\":1}," + a + "," + b + "}"),
-         "\"x\" must be a string"},
+         "__metadata__ x must be a string"},
         {"metadata: an object", header("{\"__metadata__\":{\"x\":{}}," + a + "," + b + "}"),
-         "\"x\" must be a string"},
+         "__metadata__ x must be a string"},
         {"metadata: null", header("{\"__metadata__\":null," + a + "," + b + "}"),
-         "must be an object"},
+         "\"__metadata__\" must be an object"},
         {"metadata twice", header("{\"__metadata__\":{},\"__metadata__\":{}," + a + "," + b + "}"),
          "twice"},
         // A tensor's description
-        {"a tensor that is a number", pair(a, "\"b\":7"), "\"b\": must be an object"},
-        {"a tensor that is null", pair(a, "\"b\":null"), "\"b\": must be an object"},
+        {"a tensor that is a number", pair(a, "\"b\":7"), "tensor b: \"dtype\" is missing"},
+        {"a tensor that is null", pair(a, "\"b\":null"), "tensor b: \"dtype\" is missing"},
         {"no dtype", pair(a, R"("b":{"shape":[2],"data_offsets":[16,24]})"),
          "\"dtype\" is missing"},
         {"no shape", pair(a, R"("b":{"dtype":"F32","data_offsets":[16,24]})"),
@@ -3989,9 +3966,9 @@ TEST_CASE("safetensors: each rule of the format broken once is refused, by name 
         {"no offsets", pair(a, R"("b":{"dtype":"F32","shape":[2]})"),
          "\"data_offsets\" is missing"},
         {"a key too many", pair(a, b.substr(0, b.size() - 1) + ",\"strides\":[1]}"),
-         "unknown key \"strides\""},
-        {"unknown dtype", with_a("F128", "[2,2]", "[0,16]"), "unknown dtype \"F128\""},
-        {"dtype in small letters", with_a("f32", "[2,2]", "[0,16]"), "unknown dtype \"f32\""},
+         "unknown key strides"},
+        {"unknown dtype", with_a("F128", "[2,2]", "[0,16]"), "unknown dtype F128"},
+        {"dtype in small letters", with_a("f32", "[2,2]", "[0,16]"), "unknown dtype f32"},
         {"empty dtype", with_a("", "[2,2]", "[0,16]"), "unknown dtype \"\""},
         {"dtype with bars", with_a("U16|F16", "[2,2]", "[0,8]"), "unknown dtype"},
         {"dtype a number", pair(R"("a":{"dtype":4,"shape":[],"data_offsets":[0,16]})", b),
@@ -4046,9 +4023,10 @@ TEST_CASE("safetensors: each rule of the format broken once is refused, by name 
         {"a byte too many", whole + '\0', "cut short or too long"},
         {"two files in one", whole + whole, "cut short or too long"},
         {"data without tensors", header("{}"), "cut short or too long"},
-        {"something else", "PK\x03\x04 this is a zip archive", "the format allows"},
-        {"a page", "<!DOCTYPE html><html>404</html>", "the format allows"},
-        {"a git-lfs pointer", "version https://git-lfs.github.com/spec/v1\n", "the format allows"},
+        {"something else", "PK\x03\x04 this is a zip archive", "no safetensors file"},
+        {"a page", "<!DOCTYPE html><html>404</html>", "no safetensors file"},
+        {"a git-lfs pointer", "version https://git-lfs.github.com/spec/v1\n",
+         "no safetensors file"},
     };
     put_file(path, whole);
     REQUIRE(error_of([&] { SafetensorsFile file(path); }) == "");
@@ -4124,15 +4102,15 @@ TEST_CASE("safetensors: NaN and infinity are neither read nor written") {
     std::vector<float> late(700'000, 1.0f);
     late[699'999] = nan;
     const std::tuple<const char*, std::string, const char*> list[] = {
-        {"F32", raw<float>({1, nan}), "NaN in tensor \"h.0.ln_1.weight\", element 1"},
-        {"F32", raw<float>({-inf, nan}), "infinity in tensor \"h.0.ln_1.weight\", element 0"},
-        {"F32", raw(late), "NaN in tensor \"h.0.ln_1.weight\", element 699999"},
-        {"F64", raw<double>({1, 2, double(nan)}), "NaN in tensor \"h.0.ln_1.weight\", element 2"},
-        {"F64", raw<double>({1e300}), "infinity in tensor \"h.0.ln_1.weight\", element 0"},
-        {"BF16", raw<uint16_t>({0x3f80, 0x7fc0}), "NaN in tensor \"h.0.ln_1.weight\", element 1"},
-        {"BF16", raw<uint16_t>({0x3f80, 0xff80}), "infinity in tensor \"h.0.ln_1.weight\""},
-        {"F16", raw<uint16_t>({0x7e00}), "NaN in tensor \"h.0.ln_1.weight\", element 0"},
-        {"F16", raw<uint16_t>({0x7c00}), "infinity in tensor \"h.0.ln_1.weight\""},
+        {"F32", raw<float>({1, nan}), "tensor h.0.ln_1.weight: NaN in element 1"},
+        {"F32", raw<float>({-inf, nan}), "tensor h.0.ln_1.weight: infinity in element 0"},
+        {"F32", raw(late), "tensor h.0.ln_1.weight: NaN in element 699999"},
+        {"F64", raw<double>({1, 2, double(nan)}), "tensor h.0.ln_1.weight: NaN in element 2"},
+        {"F64", raw<double>({1e300}), "tensor h.0.ln_1.weight: infinity in element 0"},
+        {"BF16", raw<uint16_t>({0x3f80, 0x7fc0}), "tensor h.0.ln_1.weight: NaN in element 1"},
+        {"BF16", raw<uint16_t>({0x3f80, 0xff80}), "tensor h.0.ln_1.weight: infinity in element"},
+        {"F16", raw<uint16_t>({0x7e00}), "tensor h.0.ln_1.weight: NaN in element 0"},
+        {"F16", raw<uint16_t>({0x7c00}), "tensor h.0.ln_1.weight: infinity in element"},
         {"I64", raw<int64_t>({1}), "expected type F32, BF16, F16 or F64, found I64"},
         {"F8_E4M3", "x", "expected type F32, BF16, F16 or F64, found F8_E4M3"},
     };
@@ -4143,16 +4121,14 @@ TEST_CASE("safetensors: NaN and infinity are neither read nor written") {
     }
     CHECK(read_it("F32", raw<float>({1, -3.4028235e38f, 1e-45f})) == "");
     put_file(path, "the old bytes");
-    for (const char* dtype : {"F32", "BF16"})
-        for (float bad : {nan, -inf, dtype[0] == 'B' ? 3.4e38f : inf}) {  // too large for bf16
-            std::vector<float> w(300'000, 1.0f);
-            w[299'999] = bad;
-            const StoredTensor tensor =
-                files_test::tensor_to_write("w", {300'000}, w.data(), dtype);
-            std::string message = error_of([&] { write_safetensors(path, {tensor}); });
-            CHECK(files_test::is_refusal(message, path, "NaN or infinity in tensor \"w\""));
-            CHECK(read_file(path) == "the old bytes");
-        }
+    for (float bad : {nan, -inf, inf}) {
+        std::vector<float> w(300'000, 1.0f);
+        w[299'999] = bad;
+        const StoredTensor tensor = files_test::tensor_to_write("w", {300'000}, w.data(), "F32");
+        std::string message = error_of([&] { write_safetensors(path, {tensor}); });
+        CHECK(files_test::is_refusal(message, path, "NaN or infinity in tensor w"));
+        CHECK(read_file(path) == "the old bytes");
+    }
     CHECK(list_folder(scratch.path).size() == 1);
 }
 
@@ -4179,7 +4155,7 @@ TEST_CASE("checkpoints: the checksum of a file sees every change, on any number 
         return *seen.insert(file_checksum(scratch / "f")).first;
     };
     // Lengths around the pieces', zeros and not; a bit here and there; pieces that change places.
-    for (size_t length : {size_t(0), size_t(1), kPiece - 1, kPiece, kPiece + 1, 7 * kPiece + 3}) {
+    for (size_t length : {size_t(0), size_t(1), kChunk - 1, kChunk, kChunk + 1, 7 * kChunk + 3}) {
         std::string bytes(length, '\0');
         sum_of(bytes);
         for (size_t i = 0; i < length; i++) bytes[i] = char(random_bits(3, i));
@@ -4194,8 +4170,8 @@ TEST_CASE("checkpoints: the checksum of a file sees every change, on any number 
             changed[bit / 8] = char(changed[bit / 8] ^ (1 << bit % 8));
             sum_of(changed);
         }
-        if (length < 2 * kPiece) continue;
-        std::swap_ranges(bytes.begin(), bytes.begin() + kPiece, bytes.begin() + 3 * kPiece);
+        if (length < 2 * kChunk) continue;
+        std::swap_ranges(bytes.begin(), bytes.begin() + kChunk, bytes.begin() + 3 * kChunk);
         sum_of(bytes);
     }
     CHECK(seen.size() == tried);
@@ -4244,27 +4220,27 @@ TEST_CASE("checkpoints: a missing, extra or misshapen tensor is named with what 
     const std::string p = "transformer.";
     const std::tuple<Config, Change, const char*> list[] = {
         {files_test::tiny_config, [&](W& w) { w.remove(p + "wpe.weight"); },
-         "tensor \"wpe.weight\" is missing: expected shape [4, 8]"},
+         "tensor wpe.weight is missing: expected shape [4,8]"},
         {files_test::tiny_config, [&](W& w) { w.remove(p + "h.1.mlp.c_fc.bias"); },
-         "tensor \"h.1.mlp.c_fc.bias\" is missing: expected shape [32]"},
+         "tensor h.1.mlp.c_fc.bias is missing: expected shape [32]"},
         {untied, [&](W& w) { w.remove("lm_head.weight"); },
-         "tensor \"lm_head.weight\" is missing: expected shape [11, 8]"},
+         "tensor lm_head.weight is missing: expected shape [11,8]"},
         {files_test::tiny_config,
          [&](W& w) {
              w.add("lm_head.weight", {8, 11});
          },
-         "tensor \"lm_head.weight\": expected shape [11, 8], found [8, 11]"},
+         "tensor lm_head.weight: expected shape [11,8], found [8,11]"},
         {files_test::tiny_config, [&](W& w) { w.add("lm_head.bias", {11}); },
-         "tensor \"lm_head.bias\": unexpected"},
+         "tensor lm_head.bias: unexpected"},
         {files_test::tiny_config, [&](W& w) { w.add(p + "h.2.ln_1.weight", {8}); },
-         "tensor \"transformer.h.2.ln_1.weight\": unexpected"},
+         "tensor transformer.h.2.ln_1.weight: unexpected"},
         {files_test::tiny_config,
          [&](W& w) {
              w.add("score.weight", {2, 8});
          },
-         "tensor \"score.weight\": unexpected"},
+         "tensor score.weight: unexpected"},
         {files_test::tiny_config, [&](W& w) { w.add(p + "h.0.attn.biases", {1}); },
-         "tensor \"transformer.h.0.attn.biases\": unexpected"},
+         "tensor transformer.h.0.attn.biases: unexpected"},
         {files_test::tiny_config, [&](W& w) { w.add(p + "h..attn.bias", {1}); }, "unexpected"},
         {files_test::tiny_config,
          [&](W& w) {
@@ -4283,17 +4259,17 @@ TEST_CASE("checkpoints: a missing, extra or misshapen tensor is named with what 
          [&](W& w) {
              w.at(p + "wte.weight").shape = {8, 11};
          },
-         "tensor \"transformer.wte.weight\": expected shape [11, 8], found [8, 11]"},
+         "tensor transformer.wte.weight: expected shape [11,8], found [8,11]"},
         {files_test::tiny_config,
          [&](W& w) {
              w.at(p + "h.0.attn.c_attn.weight").shape = {24, 8};
          },
-         "expected shape [8, 24], found [24, 8]"},
+         "expected shape [8,24], found [24,8]"},
         {files_test::tiny_config,
          [&](W& w) {
              w.at(p + "ln_f.weight").shape = {1, 8};
          },
-         "expected shape [8], found [1, 8]"},
+         "expected shape [8], found [1,8]"},
         {files_test::tiny_config, [&](W& w) { w.at(p + "ln_f.bias").shape = {}; },
          "expected shape [8], found []"},
         {files_test::tiny_config, [&](W& w) { w.at(p + "ln_f.bias").shape = {0}; },
@@ -4334,16 +4310,11 @@ TEST_CASE("config.json: written here it is read here; Hugging Face's own is unde
     };
     for (bool untied_head : {false, true}) {
         Config config{3, 2, 10, 7, 300, untied_head, 0.1f};
-        put_file(path, hf_config_text(config, 299, "float32"));
-        CHECK(same(read_hf_config(path).model, config));
-        CHECK(read_hf_config(path).end_of_text == 299);
-        put_file(path, hf_config_text(config, -1, "bfloat16"));
-        CHECK(read_hf_config(path).end_of_text == -1);
+        put_file(path, hf_config_text(config, 299));
+        CHECK(same(read_hf_config(path), config));
+        put_file(path, hf_config_text(config, -1));
         CHECK(contains(read_file(path), "\"attn_pdrop\": 0.1,"));
         CHECK(contains(read_file(path), "\"eos_token_id\": null"));
-        // An end of text that the vocabulary does not have: transformers' default in a small model.
-        put_file(path, hf_config_text(config, 50256, "float32"));
-        CHECK(read_hf_config(path).end_of_text == -1);
     }
     // The fields of the published GPT-2, in an order of their own.
     put_file(path, R"({"activation_function": "gelu_new", "attn_pdrop": 0.1,
@@ -4354,14 +4325,14 @@ TEST_CASE("config.json: written here it is read here; Hugging Face's own is unde
         "resid_pdrop": 0.1,
         "summary_activation": null, "summary_use_proj": true, "vocab_size": 50257,
         "task_specific_params": {"text-generation": {"do_sample": true, "max_length": 50}}})");
-    CHECK(same(read_hf_config(path).model, {12, 12, 768, 1024, 50257, false, 0.0f}));
+    CHECK(same(read_hf_config(path), {12, 12, 768, 1024, 50257, false, 0.0f}));
 }
 
 TEST_CASE("config.json: what this model does not do is refused by name") {
     using namespace tinygpt;
     TemporaryFolder scratch;
     const std::string path = scratch / "config.json";
-    const std::string text = hf_config_text(files_test::tiny_config, 10, "float32");
+    const std::string text = hf_config_text(files_test::tiny_config, 10);
     const Json good = Json::parse(text, "x");
     const std::tuple<const char*, const char*, const char*> list[] = {
         {"model_type", "\"gpt_neo\"", "\"model_type\" is \"gpt_neo\": only \"gpt2\""},
@@ -4372,7 +4343,7 @@ TEST_CASE("config.json: what this model does not do is refused by name") {
         {"n_inner", "31", "\"n_inner\" is 31: only null or 4 n_embd"},
         {"n_inner", "0", "\"n_inner\" is 0"},
         {"n_ctx", "5", "\"n_ctx\" is 5: it must equal n_positions"},
-        {"layer_norm_epsilon", "1e-6", "\"layer_norm_epsilon\" is 1e-06: only 1e-5"},
+        {"layer_norm_epsilon", "1e-6", "\"layer_norm_epsilon\" is 1e-6: only 1e-5"},
         {"layer_norm_epsilon", "0", "\"layer_norm_epsilon\" is 0"},
         {"layer_norm_epsilon", "\"1e-5\"", "\"layer_norm_epsilon\" is \"1e-5\""},
         {"scale_attn_weights", "false", "\"scale_attn_weights\" is false"},
@@ -4398,8 +4369,6 @@ TEST_CASE("config.json: what this model does not do is refused by name") {
         {"vocab_size", "0", "\"vocab_size\" must be an integer"},
         {"vocab_size", "[11]", "\"vocab_size\" must be a number, found an array"},
         {"vocab_size", "65537", "\"vocab_size\" must be an integer from 1 to 65536, found 65537"},
-        {"eos_token_id", "1.5", "\"eos_token_id\" must be null or an integer"},
-        {"eos_token_id", "\"x\"", "\"eos_token_id\" must be null or an integer"},
     };
     for (auto& [key, text_of_value, reason] : list) {
         const std::string value = text_of_value;
@@ -5481,7 +5450,7 @@ TEST_CASE(
     auto save = [&](const std::string& name, int64_t step) {
         model.initialise(uint64_t(step));
         state.step = step;
-        save_checkpoint(model, place.out(name), &tokenizer, state, true);
+        save_checkpoint(model, place.out(name), &tokenizer, state, Purpose::resume);
     };
     auto step_in = [&](const std::string& name) { return verify_checkpoint(place.out(name)).step; };
     // Errno -1: a write comes up short, which is no failure.
@@ -5507,17 +5476,19 @@ TEST_CASE(
             save("checkpoint-1", 1), save("best", 1);
             int calls = 0;
             failed = false;
+            bool harmless = c.code < 0;
             file_fault() = [&](const char* call, const std::string&) {
                 const std::string name = call;
                 if (name == "exchange" && !c.can_exchange) return EINVAL;
                 if ((c.code < 0 && name != "write") || calls++ != nth) return 0;
                 failed = true, failed_calls.insert(name);
+                harmless |= name == "exchange";  // then they are renamed one after the other
                 return c.code;
             };
             const std::string message = error_of([&] { save(c.target, 2); });
             file_fault() = nullptr;
             CAPTURE(message);
-            CHECK((message == "") == (!failed || c.code < 0));
+            CHECK((message == "") == (!failed || harmless));
             CHECK(step_in("checkpoint-1") == 1);
             recover_folders(place.path);
             if (folder_exists(place.out("checkpoint-2"))) CHECK(step_in("checkpoint-2") == 2);
@@ -5544,7 +5515,7 @@ TEST_CASE(
             return 0;
         };
         const std::string folder = place / "checkpoint-1", temporary = folder + ".tmp";
-        save_checkpoint(model, folder, &tokenizer, {}, true);
+        save_checkpoint(model, folder, &tokenizer, {}, Purpose::resume);
         file_fault() = nullptr;
         auto last = [&](const std::string& call, const std::string& path) {
             const auto found = std::find(calls.rbegin(), calls.rend(), std::pair(call, path));
@@ -5695,7 +5666,7 @@ TEST_CASE("run: a NaN stops the run, keeping nothing of it, or is skipped and st
     for (size_t i = 0; i < model.layout.decayed; i++)
         model.weights[i] = model.weights[i] < 0 ? -3e38f : 3e38f;
     const std::string weights = place.out("weights");
-    save_checkpoint(model, weights, nullptr, {}, false);
+    save_checkpoint(model, weights, nullptr, {}, Purpose::use);
     auto with = [&](const std::string& name, const std::string& on_nan) {
         return train_gpt(
             words("--batch-size 2 --max-steps 9 --save-interval 2 --eval-interval 0 "
@@ -6053,7 +6024,7 @@ void save_model(const std::string& folder, const Config& config, const Tokenizer
     Gpt2<Cpu<float>> model(config);
     model.initialise(11);
     for (size_t i = 0; i < model.layout.size; ++i) model.weights[i] *= float(scale);
-    save_checkpoint(model, folder, tokenizer, {}, false);
+    save_checkpoint(model, folder, tokenizer, {}, Purpose::use);
 }
 
 }  // namespace hf_test
@@ -6072,8 +6043,8 @@ struct Golden {
     }
     std::vector<int32_t> tokens(const char* key) const {
         std::vector<int32_t> list;
-        for (const Json& item : expected.get(key, Json::Kind::array, folder).items)
-            list.push_back(int32_t(item.integer));
+        for (auto& [none, item] : expected.get(key, Json::Kind::array, folder).members)
+            list.push_back(item.as<int32_t>().value());
         return list;
     }
 };
@@ -6095,7 +6066,9 @@ void compare_with_golden(const Golden& golden) {
     batch.sort_rows();
     double loss = 0, worst = 0;
     for (real row : batch_losses(model, batch)) loss += double(row) / T;
-    CHECK(std::abs(loss - golden.expected.get("loss", Json::Kind::number, "").number) < 1e-5);
+    CHECK(
+        std::abs(loss - golden.expected.get("loss", Json::Kind::number, "").as<double>().value()) <
+        1e-5);
     std::vector<real> logits(size_t(T) * size_t(V));
     model.device.head_logits(logits.data(), model.a.ln_f, model.w.lm_head, T, config.n_embd, V);
     const SafetensorsFile file(golden.folder + "/expected.safetensors");
@@ -6131,7 +6104,7 @@ TEST_CASE("hf: a folder that transformers wrote has its loss, logits and greedy 
         const Config config = config_of_folder(golden.folder);
         Gpt2<Cpu<float>> model(config), again(config);
         load_weights(model, golden.folder);
-        save_checkpoint(model, scratch / "saved", nullptr, {}, false);
+        save_checkpoint(model, scratch / "saved", nullptr, {}, Purpose::use);
         load_weights(again, scratch / "saved");
         for (const TensorInfo& t : model.layout.tensors) {
             CAPTURE(t.name);
@@ -6167,7 +6140,7 @@ TEST_CASE("hf: a saved model has all that transformers asks for, for every kind 
         save_model(scratch / "m", {12, 2, 8, 16, V}, tokenizer);
         const SafetensorsFile file(scratch / "m/model.safetensors");
         CHECK(file.tensors.size() == 148);  // two embeddings, 12 a layer, the last norm's two
-        CHECK(file.metadata.write() == "{\"format\":\"pt\"}");
+        CHECK(contains(read_file(file.path), "{\"__metadata__\":{\"format\":\"pt\"},"));
         CHECK(file.find("transformer.h.11.mlp.c_proj.weight") != nullptr);
         auto json = [&](const char* name) { return Json::parse(read_file(scratch / name), name); };
         const Json config = json("m/config.json"), generation = json("m/generation_config.json");
@@ -6330,13 +6303,13 @@ std::vector<Damage> damaged_configs() {
         {"empty", [=](F& f) { f[c] = ""; }, c, "expected"},
         {"half", [=](F& f) { f.cut(c, f[c].size() / 2); }, c, ""},
         {"zeros", [=](F& f) { f[c] = std::string(500, '\0'); }, c, ""},
-        {"a list", [=](F& f) { f[c] = "[1]"; }, c, "must be a JSON object"},
+        {"a list", [=](F& f) { f[c] = "[1]"; }, c, "\"n_layer\" is missing"},
         {"deep", [=](F& f) { f[c] = repeated("[", 900'000); }, c, "more than 64 levels"},
         {"long", [=](F& f) { f[c] = std::string(2'000'000, ' '); }, c, "at most 1000000 bytes"},
         {"key twice", [=](F& f) { f[c].insert(1, "\"n_layer\":2,"); }, c, "n_layer"},
         {"no UTF-8", [=](F& f) { f[c].insert(1, "\"\xff\":2,"); }, c, "UTF-8"},
         {"another model", with("model_type", "\"llama\""), c, "only \"gpt2\""},
-        {"no such layers", with("n_layer", "3"), m, "\"h.2.ln_1.weight\" is missing"},
+        {"no such layers", with("n_layer", "3"), m, "h.2.ln_1.weight is missing"},
         {"more layers", with("n_layer", "1"), m, "unexpected"},
         {"too many layers", with("n_layer", "2000000000"), c, "\"n_layer\" must be"},
         {"heads", with("n_head", "3"), c, "does not divide"},
@@ -6344,12 +6317,12 @@ std::vector<Damage> damaged_configs() {
         {"many channels", with("n_embd", "65536"), m, "expected shape"},
         {"endless channels", with("n_embd", "1000000"), c, "n_embd"},
         {"positions", with("n_positions", "8"), c, "n_ctx"},
-        {"another vocabulary", with("vocab_size", "300"), m, "expected shape [300, 8]"},
+        {"another vocabulary", with("vocab_size", "300"), m, "expected shape [300,8]"},
         {"a large one", with("vocab_size", "65537"), c, "from 1 to 65536, found 65537"},
         {"2^63", with("vocab_size", "9223372036854775808"), c, "\"vocab_size\" must be"},
         {"-1", with("vocab_size", "-1"), c, "\"vocab_size\" must be"},
         {"1e400", [=](F& f) { f[c].insert(1, "\"x\":1e400,"); }, c, ""},
-        {"untied, but no head", with("tie_word_embeddings", "false"), m, "\"lm_head.weight\" is"},
+        {"untied, but no head", with("tie_word_embeddings", "false"), m, "lm_head.weight is"},
         {"n_inner", with("n_inner", "64"), c, "\"n_inner\" is 64"},
         {"activation", with("activation_function", "\"gelu\""), c, "activation_function"},
         {"epsilon", with("layer_norm_epsilon", "1e-6"), c, "layer_norm_epsilon"},
@@ -6384,7 +6357,7 @@ std::vector<Damage> damaged_weights() {
         {"a byte more", [=](F& f) { f[m] += '\0'; }, m, "cut short or too long"},
         {"length 0", length(0), m, "'{'"},
         {"length 2^64 - 1", length(~uint64_t(0)), m, "header of 18446744073709551615 bytes"},
-        {"length 2^63", length(uint64_t(1) << 63), m, "the format allows 100000000"},
+        {"length 2^63", length(uint64_t(1) << 63), m, "no safetensors file"},
         {"length 100 million", length(100'000'000), m, "cut short"},
         {"no object", [](F& f) { f.header("[]" + f.header()); }, m, "begin with '{'"},
         {"zeros at its end", [](F& f) { f.header(f.header() + '\0'); }, m, "then only spaces"},
@@ -6409,7 +6382,7 @@ std::vector<Damage> damaged_weights() {
         {"another key", edit(first, "\"dtype\"", "\"a\":1,\"dtype\""), m, "unknown key"},
         {"metadata", edit("", "\"pt\"", "7"), m, "must be a string"},
         {"renamed", edit(wpe, "wpe", "wpx"), m, "unexpected"},
-        {"turned round", edit(wpe, "[16,8]", "[8,16]"), m, "expected shape [16, 8], found [8, 16]"},
+        {"turned round", edit(wpe, "[16,8]", "[8,16]"), m, "expected shape [16,8], found [8,16]"},
         {"NaN", bits(5, 0x7fc00000), m, "NaN"},
         {"another NaN", bits(30, 0xff800001), m, "NaN"},
         {"infinity", bits(77, 0x7f800000), m, "infinity"},
@@ -6789,17 +6762,12 @@ TEST_CASE("hf: a model of llm.c has, converted, the very same weights") {
     const Config config{2, 2, 8, 6, 11};
     Gpt2<Cpu<float>> model(config), back(config);
     model.initialise(3);
-    for (int version : {3, 5}) {
+    {
         // What llm.c's write_model does: each kind of tensor for all layers, weights as [out, in].
-        std::vector<int32_t> header = {20240326, version, 6, 11, 2, 2, 8, 16};
+        std::vector<int32_t> header = {20240326, 3, 6, 11, 2, 2, 8, 16};
         header.resize(256);
         std::string file = raw(header);
-        auto put = [&](float& value) {
-            value = version == 3 ? value : float(bf16(value));
-            const bf16 half(value);
-            version == 3 ? file.append(reinterpret_cast<const char*>(&value), 4)
-                         : file.append(reinterpret_cast<const char*>(&half), 2);
-        };
+        auto put = [&](float& value) { file.append(reinterpret_cast<const char*>(&value), 4); };
         auto write = [&](const std::string& name, bool turn) {
             for (const TensorInfo& t : model.layout.tensors) {
                 if (t.name != name) continue;
@@ -6819,7 +6787,7 @@ TEST_CASE("hf: a model of llm.c has, converted, the very same weights") {
                     write(format("h.%d.%s.%s", l, part, kind), *part != 'l' && *kind == 'w');
         write("ln_f.weight", false), write("ln_f.bias", false);
         put_file(scratch / "model.bin", file);
-        const std::string folder = scratch / format("v%d", version);
+        const std::string folder = scratch / "v3";
         CHECK(prepare_data({"--from-llmc", scratch / "model.bin", "--output", folder}) == "");
         load_weights(back, folder);
         for (const TensorInfo& t : model.layout.tensors) {
@@ -6827,7 +6795,7 @@ TEST_CASE("hf: a model of llm.c has, converted, the very same weights") {
             CHECK(!std::memcmp(model.weights + t.offset, back.weights + t.offset, 4 * t.count));
         }
         const Json json = Json::parse(read_file(folder + "/config.json"), "config.json");
-        CHECK(json.get_string("torch_dtype", "") == (version == 3 ? "float32" : "bfloat16"));
+        CHECK(json.get_string("torch_dtype", "") == "float32");
     }
 }
 
@@ -6890,7 +6858,7 @@ TEST_CASE("hf: sample stops at the end of text, and says when the context slides
         std::fill(model.w.ln_f_weight, model.w.ln_f_weight + 8, 0.0f);
         std::fill(model.w.ln_f_bias, model.w.ln_f_bias + 8, 1.0f);
         std::fill(model.w.wte + token * 8, model.w.wte + token * 8 + 8, 1.0f);
-        save_checkpoint(model, folder, &bytes, {}, false);
+        save_checkpoint(model, folder, &bytes, {}, Purpose::use);
     };
     auto sample = [&](const std::string& folder) {
         return train_gpt({"sample", "--init-from", folder, "--prompt", "a", "--temperature", "0",

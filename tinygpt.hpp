@@ -3127,21 +3127,18 @@ struct Cpu : Layers<real, FastOps> {
 // =================================================================================================
 // §11 Files and JSON
 // =================================================================================================
-// The model is done, and all of it is in memory. What it learns from and what it becomes are files:
-// text, tokens, checkpoints, logs. This section reads and writes files, tells whether one has
-// changed, and knows two formats: UTF-8, in which text is stored, and JSON, in which a model, a
-// vocabulary and a run are described.
+// What you have now: a model that trains, in memory. Data, checkpoints and logs are files: here is
+// how they are read and written, and the two formats that are text: UTF-8 and JSON.
 //
-// A file must survive whatever happens to the program: a kill, a full disk, a power cut. So it is
-// written in full under another name, and only then renamed; and no call goes unchecked.
+// A file must survive a kill, a full disk and a power cut. So it is written in full under another
+// name and then renamed, and no call goes unchecked.
 
-[[noreturn]] inline void fail_file(const std::string& what, const std::string& path, int code) {
-    throw FileError(code, "cannot " + what + " " + path + ": " + std::strerror(code));
-}
+// --- Files and folders
+// Each function does all that it says, or throws a FileError with the path and the reason.
 
 // Writes all the bytes, in as many calls as it takes: one may be interrupted by a signal (EINTR),
 // or come up short, as on a disk that is nearly full; the next call then says why. A call that
-// writes nothing and names no error counts as a full disk, or the loop would never end.
+// writes nothing without an error counts as a full disk, or the loop would never end.
 // Returns how many were written; where they are fewer, errno says why.
 inline size_t write_all(int fd, const void* data, size_t bytes) {
     const char* from = static_cast<const char*>(data);
@@ -3155,21 +3152,14 @@ inline size_t write_all(int fd, const void* data, size_t bytes) {
     return done;
 }
 
-// ---- Files and folders -------------------------------------------------------------------------
-// What the rest of the program asks of a disk. Each of these does all that it says, or fails with a
-// FileError that names the path and the reason.
-
-// What is there under that name (a file, a folder, a device), as stat says it; 0 for nothing.
+// The type of what has that name (file, folder, device), as stat says it; 0: nothing has it.
 inline mode_t mode_of(const std::string& path) {
     struct stat info;
     return ::stat(path.c_str(), &info) == 0 ? info.st_mode : 0;
 }
 inline bool folder_exists(const std::string& path) { return S_ISDIR(mode_of(path)); }
 // Anything but a folder: pipes and devices count.
-inline bool file_exists(const std::string& path) {
-    const mode_t mode = mode_of(path);
-    return mode != 0 && !S_ISDIR(mode);
-}
+inline bool file_exists(const std::string& path) { return mode_of(path) && !folder_exists(path); }
 // "a/b/c" -> "a/b", "c" -> ".", "/c" -> "/".
 inline std::string parent_folder(std::string path) {
     while (path.size() > 1 && path.back() == '/') path.pop_back();
@@ -3178,119 +3168,91 @@ inline std::string parent_folder(std::string path) {
     return slash == 0 ? "/" : path.substr(0, slash);
 }
 
-// The names in a folder, sorted, without "." and "..". Careful: readdir returns null at the end as
-// for an error. Only errno tells them apart, so it is cleared first.
+// The names in a folder, sorted, without "." and "..". Careful: readdir returns null at the end and
+// for an error; only errno tells them apart, so it is cleared first.
 inline std::vector<std::string> list_folder(const std::string& path) {
     std::unique_ptr<DIR, int (*)(DIR*)> folder(::opendir(path.c_str()), ::closedir);
-    if (!folder) fail_file("list folder", path, errno);
+    if (!folder) fail_errno("cannot list folder ", path);
     std::vector<std::string> names;
     errno = 0;
     while (const dirent* entry = ::readdir(folder.get())) names.push_back(entry->d_name);
-    if (errno != 0) fail_file("list folder", path, errno);
+    if (errno != 0) fail_errno("cannot list folder ", path);
     std::erase_if(names, [](const std::string& name) { return name == "." || name == ".."; });
     std::sort(names.begin(), names.end());
     return names;
 }
 
-// O_CLOEXEC, here as everywhere: a program that this one starts does not get the open file.
-inline FileHandle open_to_read(const std::string& path) {
-    FileHandle file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
-    if (file.fd < 0) fail_file("read", path, errno);
-    return file;
-}
-// Reads what comes next, up to `bytes`. Returns how many there were: 0 at the end only.
-inline size_t read_some(const FileHandle& file, const std::string& path, char* to, size_t bytes) {
-    for (;;) {
-        const ssize_t got = ::read(file.fd, to, bytes);
-        if (got >= 0) return size_t(got);
-        if (errno != EINTR) fail_file("read", path, errno);
-    }
-}
-
-// The whole file. Pipes are fine too: their length is not known beforehand, so the room grows, and
-// the end is where nothing more comes. More than max_bytes is an error before it is read.
+// The whole file. More than max_bytes is an error before it is read. Pipes are fine too: their
+// length is not known, so the buffer grows until nothing more comes.
 inline std::string read_file(const std::string& path, size_t max_bytes = SIZE_MAX) {
-    const FileHandle file = open_to_read(path);
+    const FileHandle file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
     struct stat info;
-    if (::fstat(file.fd, &info) != 0) fail_file("read", path, errno);
+    if (file.fd < 0 || ::fstat(file.fd, &info) != 0) fail_errno("cannot read ", path);
     const size_t expected = S_ISREG(info.st_mode) ? size_t(info.st_size) : 0;
     std::string bytes;
-    size_t used = 0, got = 0;
-    do {
-        const size_t known = std::max(used, expected);
-        TINYGPT_CHECK(known <= max_bytes, "%s: expected at most %zu bytes, found more",
-                      path.c_str(), max_bytes);
-        try {
-            // One byte more than expected: the read that finds the end has room for it at once.
-            if (used == bytes.size()) bytes.resize(std::max(expected + 1, 2 * used + 4096));
-        } catch (const std::exception&) {
-            fail(format("%s: %zu bytes do not fit in memory", path.c_str(), known));
-        }
-        got = read_some(file, path, bytes.data() + used, bytes.size() - used);
-        used += got;
-    } while (got > 0);
+    size_t used = 0;
+    for (ssize_t got = 1; got != 0;) {
+        if (std::max(used, expected) > max_bytes)
+            fail(path, ": expected at most ", max_bytes, " bytes, found more");
+        // One more than expected, so that the read that finds the end needs no larger buffer.
+        if (used == bytes.size()) bytes.resize(std::max(expected + 1, 2 * used + 4096));
+        got = ::read(file.fd, bytes.data() + used, bytes.size() - used);
+        if (got < 0 && errno != EINTR) fail_errno("cannot read ", path);
+        used += size_t(std::max<ssize_t>(got, 0));
+    }
     bytes.resize(used);
     return bytes;
 }
 
-// Makes the names in a folder survive a power cut. A folder is a file of names: to sync what a name
-// stands for does not sync the name, which may still be in memory only. Careful: some network file
-// systems cannot (EINVAL, ENOTSUP); there is nothing to be done about those, so they count as done.
+// Makes the names in a folder survive a power cut. A folder is a file of names: to sync a file does
+// not sync its name. Careful: some network file systems cannot (EINVAL, ENOTSUP); that is let go.
 inline void sync_folder(const std::string& path) {
     const FileHandle folder(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-    if (folder.fd < 0) fail_file("open folder", path, errno);
+    if (folder.fd < 0) fail_errno("cannot open folder ", path);
     const bool synced = ::fsync(folder.fd) == 0;
-    if (!synced && errno != EINVAL && errno != ENOTSUP) fail_file("sync folder", path, errno);
+    if (!synced && errno != EINVAL && errno != ENOTSUP) fail_errno("cannot sync folder ", path);
 }
 
-// Creates a folder and those above it, and makes their names last; those that exist are left alone.
-// From the top down: a/b/c needs a/b. Each new name is in the folder above, so that one is synced.
-// Returns those that it made, the deepest first. Where it fails, none of them is left.
-inline std::vector<std::string> make_folders(const std::string& path) {
-    std::vector<std::string> made;
-    for (std::string p = path; !p.empty() && !folder_exists(p); p = parent_folder(p))
-        made.push_back(p);
-    size_t at = made.size();
-    try {
-        while (at-- > 0) {
-            const std::string folder = made[at];
-            if (::mkdir(folder.c_str(), 0777) != 0) {
-                const int code = errno;
-                // Somebody else may have made it meanwhile: that is as good.
-                if (code != EEXIST || !folder_exists(folder))
-                    fail_file("create folder", folder, code);
-                made.erase(made.begin() + ptrdiff_t(at));
-            }
-            sync_folder(parent_folder(folder));
-        }
-    } catch (const Error&) {
-        for (; at < made.size(); ++at) ::rmdir(made[at].c_str());
-        throw;
+// A folder to write into, made where it is missing, with those above it. Those that were made and
+// are still empty at the end of the scope are removed: a run that fails leaves nothing behind.
+class FolderToFill {
+    FolderToFill() = default;
+    // a/b/c needs a/b first. The new name is in the folder above, so that one is synced.
+    void make(const std::string& path) {
+        const std::string above = parent_folder(path);
+        if (folder_exists(path)) return;
+        if (above != path) make(above);
+        const bool is_new = ::mkdir(path.c_str(), 0777) == 0;
+        if (is_new) made.push_back(path);
+        // EEXIST: another program may have made it meanwhile.
+        if (!is_new && (errno != EEXIST || !folder_exists(path)))
+            fail_errno("cannot create folder ", path);
+        sync_folder(above);
     }
-    return made;
-}
-// A folder to write into, made where it is not there. At the end of the scope those of the folders
-// made that are still empty go again: nothing came of them, and nothing is left behind.
-struct FolderToFill {
-    std::vector<std::string> made;
-    explicit FolderToFill(const std::string& path) : made(make_folders(path)) {}
+
+public:
+    std::vector<std::string> made;  // from the top down
+    // Why two constructors: once the first has ended there is an object, so where the second throws
+    // the destructor still runs.
+    explicit FolderToFill(const std::string& path) : FolderToFill() { make(path); }
     FolderToFill(const FolderToFill&) = delete;
     ~FolderToFill() {
-        for (const std::string& folder : made) ::rmdir(folder.c_str());
+        for (; !made.empty(); made.pop_back()) ::rmdir(made.back().c_str());
     }
 };
+// Creates a folder and those above it, or none of them.
+inline void make_folders(const std::string& path) { FolderToFill(path).made.clear(); }
 
 // Gives a file or folder another name, and makes the new name last. Replaces a file of that name.
 inline void rename_path(const std::string& from, const std::string& to) {
-    if (::rename(from.c_str(), to.c_str()) != 0) fail_file("rename " + from + " to", to, errno);
+    if (::rename(from.c_str(), to.c_str()) != 0) fail_errno("cannot rename ", from, " to ", to);
     sync_folder(parent_folder(to));
 }
-
 // Removes a file; one that is not there is no error.
 inline void remove_file(const std::string& path) {
-    if (::unlink(path.c_str()) != 0 && errno != ENOENT) fail_file("remove", path, errno);
+    if (::unlink(path.c_str()) != 0 && errno != ENOENT) fail_errno("cannot remove ", path);
 }
-// Removes a folder and all in it, following no link. For our own temporary and old checkpoints.
+// Removes a folder and all in it; links are removed, not followed.
 inline void remove_folder(const std::string& path) {
     for (const std::string& name : list_folder(path)) {
         const std::string inner = path + "/" + name;
@@ -3298,56 +3260,45 @@ inline void remove_folder(const std::string& path) {
         const bool folder = ::lstat(inner.c_str(), &info) == 0 && S_ISDIR(info.st_mode);
         folder ? remove_folder(inner) : remove_file(inner);
     }
-    if (::rmdir(path.c_str()) != 0) fail_file("remove folder", path, errno);
+    if (::rmdir(path.c_str()) != 0) fail_errno("cannot remove folder ", path);
 }
 
-// A file that appears whole or not at all:
-//     open      a temporary name beside it, so that its own name still means the old file
-//     write     the bytes, in as many pieces as there are
-//     fsync     now they are on the disk, not only on their way to it
-//     rename    in one step, the name means the new file
-//     fsync     of the folder: now the name is on the disk too
-// commit() makes the last three. Without it the temporary is removed, and the old file, if there
-// was one, stays as it was. After a commit() that failed at its very last step the new file is
-// there, whole, but may not survive a power cut.
-// Each step is needed. What a kill or a power cut could leave without it:
-//     temporary name    half of the new file under the real name, and the old one gone
-//     first fsync       the new name with an empty file: names and bytes go to the disk separately,
-//                       and nothing says in which order
-//     last fsync        the old file, although the program went on as if it had saved
-// The temporary must lie in the same folder: between two disks a rename is a copy.
+// A file that appears whole or not at all. Each step is needed; beside it is what a kill or a power
+// cut could leave without it:
+//     open a temporary name    half of the new file under the real name, and the old one gone
+//     write
+//     fsync                    the new name with an empty file: the disk may write names first
+//     rename                   (in one step, the name means the new file)
+//     fsync of the folder      the old file, although the program went on as if it had saved
+// commit() makes the last three. Without it the temporary is removed and the old file stays. After
+// a commit() that failed at the last step the new file is there, but may not survive a power cut.
+// The temporary lies in the same folder: between two disks a rename would be a copy.
 class FileWriter {
     std::string path_, temporary_;
-    FileHandle file_{-1};  // of the temporary name; -1 before and after
+    FileHandle file_{-1};  // of the temporary
 
 public:
-    // Opens the temporary. O_EXCL: fails rather than write into a file that somebody else made.
+    // O_EXCL: fails rather than write into a file that another program made.
     explicit FileWriter(const std::string& path)
-        : path_(path), temporary_(path + format(".tmp-%d", int(::getpid()))) {
+        : path_(path), temporary_(to_text(path, ".tmp-", ::getpid())) {
         const mode_t old = mode_of(path);  // a rename over /dev/null would be a surprise
-        TINYGPT_CHECK(old == 0 || S_ISREG(old), "cannot write %s: it exists and is not a file",
-                      path.c_str());
+        if (old != 0 && !S_ISREG(old)) fail("cannot write ", path, ": it exists and is not a file");
         std::remove(temporary_.c_str());  // left by a killed process that had our number
-        const int flags = O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC;
-        file_.fd = ::open(temporary_.c_str(), flags, 0666);
-        if (file_.fd < 0) fail_file("write", path, errno);
+        file_.fd = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+        if (file_.fd < 0) fail_errno("cannot write ", path);
     }
     ~FileWriter() {
         if (file_.fd >= 0) std::remove(temporary_.c_str());
     }
-    // Appends. Not buffered: give it large pieces.
+    // Appends. Not buffered: give it large portions.
     void write(const void* data, size_t bytes) {
-        if (write_all(file_.fd, data, bytes) < bytes) fail_file("write", path_, errno);
+        if (write_all(file_.fd, data, bytes) < bytes) fail_errno("cannot write ", path_);
     }
-    // Careful: the order is the promise. Were the name synced before the data, a power cut could
-    // leave the name with an empty file. Why fsync's answer matters: a disk may report here, and
-    // only here, that an earlier write was lost.
+    // Careful: a disk may report here, and only here, that an earlier write was lost.
     void commit() {
-        if (::fsync(file_.fd) != 0) fail_file("write (fsync)", path_, errno);
-        if (::rename(temporary_.c_str(), path_.c_str()) != 0)
-            fail_file("write (rename to)", path_, errno);
+        if (::fsync(file_.fd) != 0) fail_errno("cannot write (fsync) ", path_);
+        rename_path(temporary_, path_);
         ::close(std::exchange(file_.fd, -1));
-        sync_folder(parent_folder(path_));
     }
 };
 
@@ -3358,65 +3309,43 @@ inline void write_file(const std::string& path, std::string_view bytes) {
     writer.commit();
 }
 
-// ---- Has this file changed? --------------------------------------------------------------------
-
 // A 64-bit checksum at the speed of memory, against accidents (a flipped bit, a lost page), not
-// against somebody who wants to deceive. Four lanes take every fourth 8-byte word, mixed:
-//     word = word * K;  word ^= word >> 32;  lane = rotate((lane ^ word) * K'),  K and K' odd.
-// Each of these can be undone, for a fixed word as for a fixed lane: so two files of one length
-// that differ only within one word, by a single bit, say, always have different checksums. Others
-// escape with a chance of about 2^-64. K and K' are the multipliers of mix_bits.
-//     bytes   0-7  8-15  16-23  24-31  32-39  40-47 ...   the last block filled up with zeros
-//     lane     0     1     2      3      0      1   ...   then length and lanes become one number
-// Why four lanes: the processor works on all of them at once; one alone is half as fast.
-class Checksum {
-    uint64_t lanes_[4] = {1, 2, 3, 4}, length_ = 0;
-    char block_[32];  // the last bytes, where they are no whole block
-
-    static uint64_t step(uint64_t lane, uint64_t word) {
+// against attackers; 16 hexadecimal digits. Four lanes take every fourth 8-byte word, mixed:
+//     word = word * K;  word ^= word >> 32;  lane = rotate((lane ^ word) * K'),  K and K' odd
+//     bytes   0-7  8-15  16-23  24-31  32-39 ...   the last 32 filled up with zeros
+//     lane     0     1     2      3      0   ...   then length and lanes become one number
+// Each step can be undone, for a fixed word as for a fixed lane: so two files of one length that
+// differ within one word always have different checksums; others agree with a chance of about
+// 2^-64. K and K' are those of mix_bits. Why four lanes: the processor works on all at once.
+inline std::string checksum(std::string_view bytes) {
+    uint64_t lanes[4] = {1, 2, 3, 4}, sum = bytes.size();
+    auto step = [](uint64_t lane, uint64_t word) {
         word *= 0xbf58476d1ce4e5b9ull;
         return std::rotl((lane ^ word ^ (word >> 32)) * 0x94d049bb133111ebull, 29);
-    }
-    void add_block(const char* from) {
-        uint64_t words[4];
-        std::memcpy(words, from, sizeof words);
-        for (int i = 0; i < 4; i++) lanes_[i] = step(lanes_[i], words[i]);
-    }
-    void add_byte(char byte) {
-        block_[length_++ % 32] = byte;
-        if (length_ % 32 == 0) add_block(block_);
-    }
+    };
+    auto add = [&](size_t at, size_t count) {
+        uint64_t words[4] = {};
+        std::memcpy(words, bytes.data() + at, count);
+        for (int i = 0; i < 4; i++) lanes[i] = step(lanes[i], words[i]);
+    };
+    const size_t rest = bytes.size() % 32, whole = bytes.size() - rest;
+    for (size_t at = 0; at < whole; at += 32) add(at, 32);
+    if (rest > 0) add(whole, rest);
+    for (uint64_t lane : lanes) sum = step(sum, lane);
+    return format("%016llx", (unsigned long long)mix_bits(sum));
+}
 
-public:
-    // Adds bytes, in any portions: the sum is that of all the bytes in a row.
-    void add(const void* data, size_t bytes) {
-        const char *at = static_cast<const char*>(data), *end = at + bytes;
-        while (at < end && length_ % 32 != 0) add_byte(*at++);
-        for (; end - at >= 32; at += 32, length_ += 32) add_block(at);
-        while (at < end) add_byte(*at++);
-    }
-    // 16 hexadecimal digits. The last block is filled up with zeros; the length tells them apart.
-    std::string hex() const {
-        Checksum last = *this;
-        while (last.length_ % 32 != 0) last.add_byte(0);
-        uint64_t sum = length_;
-        for (uint64_t lane : last.lanes_) sum = step(sum, lane);
-        return format("%016llx", (unsigned long long)mix_bits(sum));
-    }
-};
-
-// ---- Characters in UTF-8 -----------------------------------------------------------------------
-// Text is bytes, and UTF-8 says which of them make a character. Its number in Unicode, the code
-// point, is spread over one to four bytes (the x are its bits):
+// --- Characters in UTF-8
+// UTF-8 spreads the number of a character in Unicode, its code point, over one to four bytes (the x
+// are its bits):
 //
 //     0xxxxxxx                               up to U+007F: ASCII
 //     110xxxxx 10xxxxxx                      up to U+07FF: most of Europe, the Middle East
 //     1110xxxx 10xxxxxx 10xxxxxx             up to U+FFFF: nearly all that is written today
 //     11110xxx 10xxxxxx 10xxxxxx 10xxxxxx    up to U+10FFFF: old scripts, emoji
 //
-// So "é", U+00E9, whose bits are 00011 101001, is the bytes c3 a9, and "€", U+20AC, 0010 000010
-// 101100, is e2 82 ac. A byte tells by itself whether a character begins there: 10xxxxxx never
-// does. Not all bytes are text: a file may hold anything, and a model may write half a character.
+// So "é", U+00E9, whose bits are 00011 101001, is the bytes c3 a9. Not all bytes are text: a file
+// may hold anything, and a model may write half a character.
 
 // The character that a text begins with: how many bytes it has, and its code point. 0 bytes where
 // that is not valid UTF-8 (too long a form, half a surrogate pair, above U+10FFFF, cut short).
@@ -3425,7 +3354,6 @@ struct Utf8Character {
     uint32_t code;
 };
 inline Utf8Character utf8_character(std::string_view text) {
-    // The first byte says how many there are; each of the others adds six bits.
     const uint32_t lead = text.empty() ? 0xff : uint8_t(text[0]);
     if (lead < 0x80) return {1, lead};
     // c0 and c1 would be ASCII in two bytes; f5 and more are beyond U+10FFFF.
@@ -3436,7 +3364,7 @@ inline Utf8Character utf8_character(std::string_view text) {
         if ((text[i] & 0xc0) != 0x80) return {0, 0};
         code = code << 6 | (text[i] & 0x3f);
     }
-    // Careful: one character in several forms is a way to smuggle it past a check. One is valid.
+    // Careful: a character with several forms could be smuggled past a check. Only one is valid.
     const bool too_long = (bytes == 3 && code < 0x800) || (bytes == 4 && code < 0x10000);
     const bool surrogate = code >= 0xd800 && code < 0xe000;
     return {too_long || surrogate || code > 0x10ffff ? 0 : bytes, code};
@@ -3450,19 +3378,15 @@ inline void append_utf8(std::string& out, uint32_t code) {
     for (int i = more - 1; i >= 0; i--) out += char(0x80 | (code >> (6 * i) & 0x3f));
 }
 
-// ---- JSON (RFC 8259) ---------------------------------------------------------------------------
-// JSON writes down values: null, true and false, numbers, strings, lists of values (arrays), and
-// lists of values with names (objects).
-//
+// --- JSON (RFC 8259)
 //     {"model_type": "gpt2", "n_layer": 12, "layer_norm_epsilon": 1e-05, "n_inner": null}
-//
-// Below: how a string is written, Json (a value), JsonParser (text to a value), and how a value is
-// written.
+// Values are null, true, false, numbers, strings, lists of values (arrays), and lists of values
+// with names (objects).
 
-// Appends a JSON string, quotes included. A byte that is no UTF-8 becomes U+FFFD, the mark for what
-// cannot be shown: the text stays JSON whatever it quotes.
-inline void append_json_string(std::string& out, std::string_view text) {
-    out += '"';
+// A JSON string, quotes included. A byte that is not UTF-8 becomes U+FFFD, so that the text stays
+// JSON whatever it quotes.
+inline std::string json_string(std::string_view text) {
+    std::string out = "\"";
     for (size_t i = 0, bytes; i < text.size(); i += std::max<size_t>(bytes, 1)) {
         const char c = text[i];
         bytes = utf8_character(text.substr(i, 4)).bytes;
@@ -3472,72 +3396,85 @@ inline void append_json_string(std::string& out, std::string_view text) {
                : bytes == 0          ? "\xef\xbf\xbd"
                                      : std::string(text.substr(i, bytes));
     }
-    out += '"';
+    return out + '"';
 }
-// Names for messages: one line, not long, whatever a file holds.
-inline std::string in_quotes(std::string_view text) {
-    std::string out;
-    append_json_string(out, text.substr(0, 60));
-    size_t cut = 120;  // where much of it cannot be printed; not inside a character
-    while (cut < out.size() && (uint8_t(out[cut]) & 0xc0) == 0x80) --cut;
-    if (out.size() > 130) out.replace(cut, out.npos, "\"");
-    return text.size() > 60 ? out + "..." : out;
+// Any text for a message: as it is where it is short and plain, else as a JSON string, cut.
+inline std::string shown(std::string_view text) {
+    auto is_plain = [](char c) { return c > ' ' && c < 127; };
+    if (!text.empty() && text.size() <= 60 && std::all_of(text.begin(), text.end(), is_plain))
+        return std::string(text);
+    size_t most = 60;
+    std::string out = json_string(text.substr(0, most));
+    if (out.size() > 130) out = json_string(text.substr(0, most = 20));  // much is not printable
+    return text.size() > most ? out + "..." : out;
 }
 
-// What a text may ask of the parser; a file that asks for more is refused before memory runs out.
+// A text that holds more values (keys not counted), or nests them deeper, is refused before it
+// takes the memory.
 struct JsonLimits {
-    int depth = 64;              // arrays and objects inside one another
-    size_t values = 10'000'000;  // of any kind, keys not counted
+    int depth = 64;
+    size_t values = 10'000'000;
 };
 
-// A value. It is of one kind, and the fields of the others are empty. Numbers and texts turn into
-// values by themselves: Json::object().set("step", 7).set("finished", false).
+// A value. Numbers, texts and bool convert to one: Json::object().set("step", 7).set("done", true).
 struct Json {
     enum class Kind { null, boolean, number, string, array, object };
     Kind kind = Kind::null;
-    bool boolean = false;
-    bool integral = false;  // a number written without fraction or exponent that fits `integer`
-    int64_t integer = 0;
-    double number = 0;  // of every number, the integral ones too
-    std::string text;
-    std::vector<Json> items;                            // of an array
-    std::vector<std::pair<std::string, Json>> members;  // of an object, in the order of the file
+    std::string text = "null";  // what a string says; a number, true, false, null: as written
+    std::vector<std::pair<std::string, Json>> members;  // in order; an array's have no names
 
     Json(std::nullptr_t = nullptr) {}
-    explicit Json(Kind kind) : kind(kind) {}
-    Json(bool value) : kind(Kind::boolean), boolean(value) {}
-    Json(double value) : kind(Kind::number), number(value) {}
-    // Whole numbers of any width, and no other type: `requires` is a condition on it.
-    template <class Integer>
-    requires std::is_integral_v<Integer> Json(Integer n)
-        : kind(Kind::number), integral(true), integer(int64_t(n)), number(double(n)) {}
+    explicit Json(Kind kind) : kind(kind), text() {}
+    Json(bool value) : kind(Kind::boolean), text(value ? "true" : "false") {}
+    Json(std::integral auto value) : kind(Kind::number), text(std::to_string(value)) {}
+    // In the fewest digits that give the same bits back. NaN and infinity, which JSON cannot say,
+    // become null.
+    Json(double value) {
+        if (!std::isfinite(value)) return;
+        char digits[32];
+        text.assign(digits, std::to_chars(digits, digits + sizeof digits, value).ptr);
+        kind = Kind::number;
+    }
     Json(std::string value) : kind(Kind::string), text(std::move(value)) {}
     Json(const char* value) : Json(std::string(value)) {}
-    static Json array() { return Json(Kind::array); }
     static Json object() { return Json(Kind::object); }
+    static Json array(const auto& values) {
+        Json list(Kind::array);
+        for (const auto& value : values) list.members.emplace_back("", value);
+        return list;
+    }
 
-    // `where` (a file's name) begins every error's message.
+    // The text's value. Errors begin with `where`, a file's name.
     static Json parse(std::string_view text, const std::string& where, JsonLimits limits = {});
-    // The value as text. One line with indent 0; otherwise a line for each member, and for each
-    // item of an array. Fails at NaN and infinity, for which JSON has no words.
-    std::string write(int indent = 0) const {
+    // The value as text: in one line with indent 0, else with a line for each member.
+    std::string write(int indent = 0, int depth = 0) const {
+        if (kind == Kind::string) return json_string(text);
+        const bool object = kind == Kind::object;
+        if (!object && kind != Kind::array) return text;
+        auto line = [&](int depth) {
+            return indent > 0 ? "\n" + std::string(size_t(indent * depth), ' ') : "";
+        };
         std::string out;
-        write_to(out, indent, 0);
-        return out;
+        for (auto& [name, value] : members) {
+            out += (out.empty() ? "" : ",") + line(depth + 1);
+            if (object) out += json_string(name) + (indent > 0 ? ": " : ":");
+            out += value.write(indent, depth + 1);
+        }
+        if (!members.empty()) out += line(depth);
+        return object ? "{" + out + "}" : "[" + out + "]";
     }
 
-    bool is_null() const { return kind == Kind::null; }
-    bool is_object() const { return kind == Kind::object; }
-    bool is_array() const { return kind == Kind::array; }
-    bool is_string() const { return kind == Kind::string; }
-    static const char* name_of(Kind kind) {
-        constexpr const char* names[] = {"null",     "true or false", "a number",
-                                         "a string", "an array",      "an object"};
-        return names[size_t(kind)];
+    // The number as int64_t or double; none where it is no such: 1.0 and 1e3 are no integers.
+    template <class Number>
+    std::optional<Number> as() const {
+        Number n{};
+        const char* end = text.data() + text.size();
+        const auto [stop, error] = std::from_chars(text.data(), end, n);
+        if (kind != Kind::number || error != std::errc() || stop != end) return std::nullopt;
+        return n;
     }
 
-    // Sets a member, at its old place or the end. Careful: it looks through all of them; a large
-    // object is filled through `members`.
+    // Sets a member, where it was or at the end. Careful: looks through all of them.
     Json& set(std::string_view key, Json value) {
         for (auto& [name, old] : members)
             if (name == key) return old = std::move(value), *this;
@@ -3551,39 +3488,33 @@ struct Json {
         return nullptr;
     }
     // A member that must be there and of that kind; otherwise an error naming `where` and the key.
-    // The others are the same for one kind each; an integer must also lie within bounds.
-    const Json& get(const std::string& key, Kind wanted, const std::string& where) const {
+    const Json& get(std::string_view key, Kind wanted, const std::string& where) const {
+        static constexpr const char* names[] = {"null",     "true or false", "a number",
+                                                "a string", "an array",      "an object"};
         const Json* value = find(key);
-        TINYGPT_CHECK(value, "%s: \"%s\" is missing", where.c_str(), key.c_str());
-        TINYGPT_CHECK(value->kind == wanted, "%s: \"%s\" must be %s, found %s", where.c_str(),
-                      key.c_str(), name_of(wanted), name_of(value->kind));
+        if (!value) fail(where, ": \"", key, "\" is missing");
+        if (value->kind != wanted)
+            fail(where, ": \"", key, "\" must be ", names[int(wanted)], ", found ",
+                 names[int(value->kind)]);
         return *value;
     }
-    int64_t get_int(const std::string& key, const std::string& where, int64_t lowest = INT64_MIN,
+    int64_t get_int(std::string_view key, const std::string& where, int64_t lowest = INT64_MIN,
                     int64_t highest = INT64_MAX) const {
         const Json& value = get(key, Kind::number, where);
-        TINYGPT_CHECK(value.integral && value.integer >= lowest && value.integer <= highest,
-                      "%s: \"%s\" must be an integer from %lld to %lld, found %s", where.c_str(),
-                      key.c_str(), (long long)lowest, (long long)highest, value.write().c_str());
-        return value.integer;
+        const auto n = value.as<int64_t>();
+        if (!n || *n < lowest || *n > highest)
+            fail(where, ": \"", key, "\" must be an integer from ", lowest, " to ", highest,
+                 ", found ", shown(value.text));
+        return *n;
     }
-    bool get_bool(const std::string& key, const std::string& where) const {
-        return get(key, Kind::boolean, where).boolean;
-    }
-    const std::string& get_string(const std::string& key, const std::string& where) const {
+    const std::string& get_string(std::string_view key, const std::string& where) const {
         return get(key, Kind::string, where).text;
     }
-
-private:
-    void write_to(std::string& out, int indent, int depth) const;
 };
 
-// Text to a value: a recursive descent, with a function for each rule of the grammar. Each of them
-// reads its thing at text[at] and moves `at` behind it, or fails with the place where the text
-// breaks the rule. A hostile text costs no more than others: depth is bounded, and time and memory
-// are linear in its length but for the sort that finds a key that is there twice. The
-// text {"a": [1, 2]} goes through
-//     document > value { > object > string "a", value [ > array > value 1, value 2
+// Text to a value: recursive descent, a function for each rule of the grammar. Each reads from
+// text[at] on and moves `at` behind what it read, or fails. A hostile text costs no more than
+// others: depth is bounded, and time and memory are linear in its length but for one sort.
 // Why not a library: it would be one more package to install.
 struct JsonParser {
     std::string_view text;
@@ -3591,23 +3522,14 @@ struct JsonParser {
     JsonLimits limits;
     size_t at = 0, values = 0;
 
-    // document: a value, and nothing behind it
-    Json document() {
-        Json out = value(0);
-        space();
-        if (at < text.size()) wrong("the end of the text");
-        return out;
-    }
-
-    // value: object | array | string | number | true | false | null
+    // value: list | string | number | true | false | null
     Json value(int depth) {
         space();
         const char c = peek();
         const bool nests = c == '{' || c == '[';
-        if (++values > limits.values) error(at, format("more than %zu values", limits.values));
-        if (nests && depth == limits.depth) error(at, format("more than %d levels", limits.depth));
-        if (accept("{")) return object(depth + 1);
-        if (accept("[")) return array(depth + 1);
+        if (++values > limits.values) error(at, "more than ", limits.values, " values");
+        if (nests && depth == limits.depth) error(at, "more than ", limits.depth, " levels");
+        if (nests) return list(depth + 1);
         if (accept("\"")) return string();
         if (c == '-' || std::isdigit(uint8_t(c))) return number();
         if (accept("true")) return true;
@@ -3616,40 +3538,35 @@ struct JsonParser {
         return nullptr;
     }
 
-    // array: [ value , value , ... ], whose [ is read
-    Json array(int depth) {
-        Json out = Json::array();
-        if (next("]")) return out;
-        do out.items.push_back(value(depth));
-        while (next(","));
-        if (!next("]")) wrong("',' or ']'");
-        return out;
-    }
-
-    // object: { string : value , string : value , ... }, whose { is read
-    Json object(int depth) {
+    // list: [ value , value , ... ]  or  { string : value , string : value , ... }, no name twice
+    Json list(int depth) {
         const size_t start = at;
-        Json out = Json::object();
-        if (next("}")) return out;
+        const bool object = text[at++] == '{';
+        const char* close = object ? "}" : "]";
+        Json out(object ? Json::Kind::object : Json::Kind::array);
+        if (next(close)) return out;
         do {
-            if (!next("\"")) wrong("a key in quotes");
-            std::string key = string();
-            if (!next(":")) wrong("':'");
+            std::string key;
+            if (object) {
+                if (!next("\"")) wrong("a key in quotes");
+                key = string();
+                if (!next(":")) wrong("':'");
+            }
             out.members.emplace_back(std::move(key), value(depth));
         } while (next(","));
-        if (!next("}")) wrong("',' or '}'");
-        refuse_duplicates(out, start);
+        if (!next(close)) wrong(object ? "',' or '}'" : "',' or ']'");
+        if (object) refuse_duplicates(out, start);
         return out;
     }
-    // Why sorting: comparing every pair takes minutes on a vocabulary of 50,000 keys, and the keys
-    // of a hostile file could be chosen to fall into one slot of a hash table.
+    // Why sorting: comparing every pair takes minutes on a vocabulary of 50,000 keys, and a hostile
+    // file could choose keys that fall into one slot of a hash table.
     void refuse_duplicates(const Json& object, size_t start) const {
         std::vector<std::string_view> keys;
         for (auto& member : object.members) keys.push_back(member.first);
         std::sort(keys.begin(), keys.end());
-        auto twice = std::adjacent_find(keys.begin(), keys.end());
+        const auto twice = std::adjacent_find(keys.begin(), keys.end());
         if (twice != keys.end())
-            error(start, "the object that starts here has the key " + in_quotes(*twice) + " twice");
+            error(start, "the object that starts here has the key ", shown(*twice), " twice");
     }
 
     // number: -? (0 | digits) (. digits)? ([eE] [+-]? digits)?
@@ -3658,20 +3575,14 @@ struct JsonParser {
         const size_t start = at;
         accept("-");
         if (!accept("0")) digits();
-        const size_t whole = at;
         if (accept(".")) digits();
         if (accept("e") || accept("E")) {
             if (!accept("+")) accept("-");
             digits();
         }
-        const char *begin = text.data() + start, *end = text.data() + at;
-        Json out = 0.0;
-        if (std::from_chars(begin, end, out.number).ec != std::errc())
-            error(start, "number out of range");
-        // -0 is a number that no integer is; 1e3 and 1.0 were not written as integers.
-        const bool minus_zero = out.number == 0 && *begin == '-';
-        out.integral = whole == at && !minus_zero &&
-                       std::from_chars(begin, end, out.integer).ec == std::errc();
+        Json out = 0;
+        out.text = text.substr(start, at - start);
+        if (!out.as<double>()) error(start, "number out of range");
         return out;
     }
     void digits() {
@@ -3682,16 +3593,14 @@ struct JsonParser {
     // string: " (character | \ escape) ... ", whose first quote is read
     std::string string() {
         std::string out;
-        while (!accept("\"")) append_utf8(out, accept("\\") ? escape() : character());
+        while (!accept("\"")) {
+            if (uint8_t(peek()) < 0x20) wrong("the rest of a string");
+            if (accept("\\"))
+                append_utf8(out, escape());
+            else
+                out += text[at++];
+        }
         return out;
-    }
-    // Returns a code point, as escape does.
-    uint32_t character() {
-        if (uint8_t(peek()) < 0x20) wrong("the rest of a string");
-        const Utf8Character c = utf8_character(text.substr(at, 4));
-        if (c.bytes == 0) error(at, "invalid UTF-8");
-        at += c.bytes;
-        return c.code;
     }
     // escape: a letter, as in \n, or u and the four digits of a unit of UTF-16, whose \ is read
     uint32_t escape() {
@@ -3709,7 +3618,6 @@ struct JsonParser {
         if (code >> 11 == 0xd800 >> 11) error(start, "half a surrogate pair");
         return code;
     }
-    // Four hexadecimal digits: from_chars says where it stopped, which must be behind the fourth.
     uint32_t hex4() {
         uint32_t code = 0;
         const char *begin = text.data() + at, *end = text.data() + std::min(at + 4, text.size());
@@ -3730,55 +3638,25 @@ struct JsonParser {
     bool next(std::string_view token) { return space(), accept(token); }
 
     [[noreturn]] void wrong(const char* expected) const {
-        const char c = peek();
-        const std::string found = at == text.size()    ? "the end"
-                                  : c > ' ' && c < 127 ? format("'%c'", c)
-                                                       : format("byte 0x%02x", uint8_t(c));
-        error(at, format("expected %s, found %s", expected, found.c_str()));
+        const bool end = at == text.size();
+        error(at, "expected ", expected, ", found ",
+              end ? "the end" : json_string(text.substr(at, 1)));
     }
-    // Any error. Why lines are counted only here: a good text pays nothing for them.
-    [[noreturn]] void error(size_t place, const std::string& message) const {
-        const size_t line = 1 + size_t(std::count(text.begin(), text.begin() + place, '\n'));
-        fail(where + format(": not valid JSON: line %zu, byte %zu: ", line, place) + message);
+    // Any error at byte `from`. Why lines are counted only here: a good text pays nothing for them.
+    [[noreturn]] void error(size_t from, const auto&... parts) const {
+        const auto line = 1 + std::count(text.begin(), text.begin() + from, '\n');
+        fail(where, ": not valid JSON: line ", line, ", byte ", from, ": ", parts...);
     }
 };
 inline Json Json::parse(std::string_view text, const std::string& where, JsonLimits limits) {
-    return JsonParser{text, where, limits}.document();
-}
-
-// Appends the value; its first line is already indented.
-inline void Json::write_to(std::string& out, int indent, int depth) const {
-    auto new_line = [&](int level) {
-        if (indent > 0) out.append("\n").append(size_t(indent * level), ' ');
-    };
-    // n things between brackets, with commas between them.
-    auto list = [&](char open, size_t n, char close, const auto& write_one) {
-        out += open;
-        for (size_t i = 0; i < n; i++) {
-            if (i > 0) out += ',';
-            new_line(depth + 1);
-            write_one(i);
-        }
-        if (n > 0) new_line(depth);
-        out += close;
-    };
-    if (kind == Kind::null) out += "null";
-    if (kind == Kind::boolean) out += boolean ? "true" : "false";
-    if (kind == Kind::string) append_json_string(out, text);
-    if (kind == Kind::number && integral) out += std::to_string(integer);
-    if (kind == Kind::number && !integral) {  // in digits that give the same bits back
-        TINYGPT_CHECK(std::isfinite(number), "JSON has no NaN and no infinity: cannot write one");
-        char digits[32];
-        out.append(digits, std::to_chars(digits, digits + sizeof digits, number).ptr);
-    }
-    if (kind == Kind::array)
-        list('[', items.size(), ']', [&](size_t i) { items[i].write_to(out, indent, depth + 1); });
-    if (kind == Kind::object)
-        list('{', members.size(), '}', [&](size_t i) {
-            append_json_string(out, members[i].first);
-            out += indent > 0 ? ": " : ":";
-            members[i].second.write_to(out, indent, depth + 1);
-        });
+    JsonParser parser{text, where, limits};
+    for (size_t at = 0, bytes; at < text.size(); at += bytes)
+        if ((bytes = utf8_character(text.substr(at, 4)).bytes) == 0)
+            parser.error(at, "invalid UTF-8");
+    Json out = parser.value(0);
+    parser.space();
+    if (parser.at < text.size()) parser.wrong("the end of the text");
+    return out;
 }
 
 // =================================================================================================
@@ -4078,15 +3956,15 @@ inline std::vector<Tokenizer::Merge> read_merges(const std::string& path,
         const std::string where = to_text(path, ", line ", line_number, ": ");
         const size_t blank = line.find(' ');
         if (blank == line.npos)
-            fail(where, "expected two tokens with a blank between them, found ", in_quotes(line));
+            fail(where, "expected two tokens with a blank between them, found ", shown(line));
         const auto left = ids.find(line.substr(0, blank)), right = ids.find(line.substr(blank + 1));
         if (left == ids.end() || right == ids.end())
-            fail(where, in_quotes(line),
+            fail(where, shown(line),
                  " is not two tokens that exist before it (bytes, or made by an earlier line)");
         if (ids.size() == 65535) fail(where, "expected at most 65279 merges: ids have 16 bits");
         merges.emplace_back(left->second, right->second);
         if (!ids.emplace(left->first + right->first, uint16_t(ids.size())).second)
-            fail(where, in_quotes(line), " makes a token that exists already");
+            fail(where, shown(line), " makes a token that exists already");
     }
     return merges;
 }
@@ -4109,9 +3987,9 @@ inline Tokenizer Tokenizer::load(const std::string& folder) {
              tokenizer.merges().size(), " merges, ", kEndOfText, "), found ", vocab.members.size());
     for (const auto& [name, id] : vocab.members) {
         const auto expected = ids.find(name);
-        if (expected == ids.end()) fail(path, ": no merge makes the token ", in_quotes(name));
-        if (!id.integral || id.integer != expected->second)
-            fail(path, ": the token ", in_quotes(name), " must have the id ", expected->second,
+        if (expected == ids.end()) fail(path, ": no merge makes the token ", shown(name));
+        if (id.as<int>() != expected->second)
+            fail(path, ": the token ", shown(name), " must have the id ", expected->second,
                  ", as its merge has, found ", format("%.20s", id.write().c_str()));
     }
     return tokenizer;
@@ -4181,10 +4059,11 @@ inline CharClass class_of(uint32_t code) {
 // =================================================================================================
 // §13 Hugging Face in, Hugging Face out: safetensors files and config.json
 // =================================================================================================
-// The model reads and writes text; what is left is to keep it. A trained model is worth what other
-// tools can do with it, so on disk it is a folder as Hugging Face's transformers writes it:
-// model.safetensors has the weights, config.json says which model they are of, and the tokenizer's
-// files stand beside them. No conversion, either way. A safetensors file is
+// What you have now: a model that reads and writes text. On disk it is a folder as Hugging Face's
+// transformers writes it, so that other tools can use it; nothing is converted, either way.
+//
+// model.safetensors holds the weights, config.json says of which model, and the tokenizer's files
+// stand beside them. A safetensors file (github.com/huggingface/safetensors, README and tensor.rs):
 //
 //     8 bytes        N, the length of the header, little-endian
 //     N bytes        JSON, {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...},
@@ -4192,8 +4071,7 @@ inline CharClass class_of(uint32_t code) {
 //     the rest       the tensors' bytes, in C order, at those offsets: each byte belongs to one
 //                    tensor, none is left over
 //
-// (github.com/huggingface/safetensors, README and tensor.rs.) The smallest that is of any use, the
-// numbers 1 and 2 under the name "a", as it is written here:
+// For example the numbers 1 and 2 under the name "a":
 //
 //     byte   0  58 00 00 00 00 00 00 00   N = 88
 //            8  {"__metadata__":{"format":"pt"},
@@ -4202,17 +4080,15 @@ inline CharClass class_of(uint32_t code) {
 //           96  00 00 80 3f               1, at offset 0 of the data
 //          100  00 00 00 40               2; the file ends at byte 104
 //
-// Files come from the internet, and copies are cut short. So the reader checks every rule above
-// before it allocates anything of a size that the file names, and all weights for NaN: a damaged or
-// hostile file is refused with one line that names it and the rule.
+// Files come from the internet, and copies are cut short. So every rule above is checked before
+// memory is taken for what a file claims, and all weights are checked for NaN. A damaged or hostile
+// file is refused with one line that names the file and the rule.
 static_assert(std::endian::native == std::endian::little, "files hold numbers as memory does");
 
-// ---- Types of elements --------------------------------------------------------------------------
+// --- Types of elements
 
-// The header gives the type of a tensor's elements by name. Four kinds of numbers can be weights;
-// of all the others only the size matters, to check that the tensors fill the file.
-
-// Bytes of an element of that type; 0 for a type that is not of the format (or not of whole bytes).
+// Bytes of an element of that type; 0: the format has no such type. Four of these can be weights;
+// of the others only the size matters, to check that the tensors fill the file.
 inline size_t dtype_bytes(std::string_view dtype) {
     static constexpr std::pair<std::string_view, size_t> sizes[] =
         {{"F64", 8}, {"F32", 4},  {"F16", 2},     {"BF16", 2},    {"I64", 8},    {"U64", 8},
@@ -4224,13 +4100,11 @@ inline size_t dtype_bytes(std::string_view dtype) {
 }
 
 // IEEE half precision: one bit of sign, five of exponent, ten of significand. It is only read.
-//     3c00 = 0 01111 0000000000 is 1: its exponent is 15, the bias. 13 bits further up it is
-//     07800000, a float with the exponent 15, where 127 is the bias: 2^-112; times 2^112, 1 again
 struct f16 {
     uint16_t bits;
-    // Exact. A float's exponent is biased by 127, a half's by 15: moved to their places in a float,
-    // the bits mean 2^-112 times the value. (So they do for the smallest ones, without an implicit
-    // 1.) The largest exponent stands for infinity and NaN, here as there.
+    // Exact. A float's exponent is biased by 127, a half's by 15: moved to their positions in a
+    // float, the bits mean 2^-112 times the value, also for the smallest ones, which have no
+    // implicit 1. The largest exponent stands for infinity and NaN in both.
     explicit operator float() const {
         const uint32_t moved = uint32_t(bits & 0x7fff) << 13;
         float value = std::bit_cast<float>(moved) * 0x1p112f;
@@ -4242,33 +4116,23 @@ struct f16 {
 // The first of n numbers that is NaN or infinite, or n.
 template <class real>
 size_t first_not_finite(const real* x, size_t n) {
-    // x - x is 0 for every number; for NaN and infinity it is NaN, which equals nothing.
-    auto bad = [x](size_t i) { return !(x[i] - x[i] == 0); };
-    int any = 0;  // Why two loops: this one has no exit, so it vectorises.
-    for (size_t i = 0; i < n; ++i) any |= bad(i);
-    size_t i = any ? 0 : n;
-    while (i < n && !bad(i)) ++i;
-    return i;
+    return size_t(std::find_if(x, x + n, [](real value) { return !std::isfinite(value); }) - x);
 }
 
-// ---- Reading ------------------------------------------------------------------------------------
-// Opening a file reads its header, some 15,000 bytes for GPT-2, and then knows where every tensor
-// lies. The weights follow one tensor at a time, straight to where the model keeps them: a model of
-// any size takes its memory once.
+// --- Reading
 
-// Large files are read a piece at a time, so that all threads have work and a piece is still in the
-// cache when it is looked at again. Cuts [0, count), of elements or bytes, into pieces of kPiece
-// and calls use(first, n) for each of them.
-// Careful: no exception may leave a parallel loop. Each is caught there, and the one of the first
-// piece that failed is thrown behind the loop: the message is the same on any number of threads.
-constexpr size_t kPiece = size_t(1) << 16;
+// Cuts [0, count), of elements or bytes, into chunks of kChunk and calls use(first, n) for each, on
+// all threads. Why: a chunk stays in L2 while it is checked and converted.
+// Careful: no exception may leave a parallel loop. Each is caught, and that of the first chunk that
+// failed is thrown behind the loop: the message is the same on any number of threads.
+constexpr size_t kChunk = size_t(1) << 16;
 template <class Use>
-void for_each_piece(size_t count, Use&& use) {
-    std::vector<std::exception_ptr> errors(ceil_div(count, kPiece));
+void for_each_chunk(size_t count, Use&& use) {
+    std::vector<std::exception_ptr> errors(ceil_div(count, kChunk));
 #pragma omp parallel for schedule(dynamic) if (errors.size() > 4)
     for (size_t i = 0; i < errors.size(); ++i) {
         try {
-            use(i * kPiece, std::min(kPiece, count - i * kPiece));
+            use(i * kChunk, std::min(kChunk, count - i * kChunk));
         } catch (...) {
             errors[i] = std::current_exception();
         }
@@ -4277,10 +4141,9 @@ void for_each_piece(size_t count, Use&& use) {
         if (error) std::rethrow_exception(error);
 }
 
-// A tensor of a file, by its name. One that was found in a file has the bytes [begin, end) of it:
-// the first of them and the one after the last, so end - begin is how many.
-// One to be written has fill(out, first, n), which sets out[n] to the elements from `first` on. Why
-// a function: they may come from an array, or a piece at a time from a GPU.
+// A tensor of a file. One that is read has the bytes [begin, end) of the file. One to be written
+// has fill(out, first, n), which sets out[n] to the elements from `first` on: they may come from an
+// array, or in chunks from a GPU.
 struct StoredTensor {
     std::string name, dtype;
     std::vector<int64_t> shape;
@@ -4291,22 +4154,17 @@ struct StoredTensor {
     }
 };
 
-// A shape for messages, never long.
+// A shape for messages.
 inline std::string shape_text(const std::vector<int64_t>& shape) {
-    std::string out = "[";
-    for (size_t i = 0; i < shape.size() && i < 8; ++i)
-        out += (i ? ", " : "") + std::to_string(shape[i]);
-    return out + (shape.size() > 8 ? ", ...]" : "]");
+    return shown(Json::array(shape).write());
 }
 
-// A safetensors file that follows the rules. To open it is to check them; the weights themselves
-// are read later, a tensor at a time, to where they are wanted.
+// A safetensors file that follows the rules. The constructor reads and checks the header (some
+// 15,000 bytes for GPT-2) against the file's size; read() then brings one tensor's weights.
 class SafetensorsFile : public InputFile {
 public:
     std::vector<StoredTensor> tensors;  // in the order of their bytes
-    Json metadata;                      // "__metadata__", where there is one
 
-    // Opens the file and checks the whole header against the file's size.
     explicit SafetensorsFile(const std::string& path) : InputFile(path) {
         parse_header(read_header());
     }
@@ -4326,37 +4184,31 @@ public:
         if (tensor.dtype == "F32") return read_as<float>(tensor, out);
         if (tensor.dtype == "F16") return read_as<f16>(tensor, out);
         if (tensor.dtype == "BF16") return read_as<bf16>(tensor, out);
-        require(false, tensor, "expected type F32, BF16, F16 or F64, found " + tensor.dtype);
+        fail(about(tensor), "expected type F32, BF16, F16 or F64, found ", tensor.dtype);
     }
-
-    // A rule of the file, or of one tensor in it, and what to say where it is broken.
-    void require(bool rule, const std::string& reason) const {
-        if (!rule) fail(path + ": " + reason);
-    }
-    void require(bool rule, const StoredTensor& tensor, const std::string& reason) const {
-        if (!rule) fail(path + ": tensor " + in_quotes(tensor.name) + ": " + reason);
+    // How a message about a tensor begins.
+    std::string about(const StoredTensor& tensor) const {
+        return path + ": tensor " + shown(tensor.name) + ": ";
     }
 
 private:
-    // Reads straight into place where the types are the same, otherwise through a piece that stays
-    // in the cache: at no time is there a second copy of the tensor. Why all threads: half of the
-    // time goes into first touching the memory of `out`.
+    // Straight into `out` where the types are the same, else through one chunk: there is never a
+    // second copy of the tensor. Why all threads: half of the time goes into first touching `out`.
     template <class Stored, class real>
     void read_as(const StoredTensor& tensor, real* out) const {
-        for_each_piece(tensor.count(), [&](size_t first, size_t n) {
+        for_each_chunk(tensor.count(), [&](size_t first, size_t n) {
             const size_t offset = tensor.begin + first * sizeof(Stored);
             if constexpr (std::is_same_v<Stored, real>) {
                 read_bytes(out + first, n * sizeof(Stored), offset);
             } else {
-                Stored piece[kPiece];
-                read_bytes(piece, n * sizeof(Stored), offset);
-                for (size_t i = 0; i < n; ++i) out[first + i] = real(float(piece[i]));
+                Stored chunk[kChunk];
+                read_bytes(chunk, n * sizeof(Stored), offset);
+                for (size_t i = 0; i < n; ++i) out[first + i] = real(float(chunk[i]));
             }
             const size_t bad = first + first_not_finite(out + first, n);
             if (bad < first + n)
-                fail(format("%s: %s in tensor %s, element %zu: these weights are broken",
-                            path.c_str(), std::isnan(out[bad]) ? "NaN" : "infinity",
-                            in_quotes(tensor.name).c_str(), bad));
+                fail(about(tensor), std::isnan(out[bad]) ? "NaN" : "infinity", " in element ", bad,
+                     ": these weights are broken");
         });
     }
 
@@ -4364,83 +4216,76 @@ private:
     // before it is used.
     std::string read_header() const {
         size_t N = 0;
-        require(bytes >= 8,
-                "a safetensors file has at least 10 bytes, found " + std::to_string(bytes));
+        if (bytes < 8) fail(path, ": a safetensors file has at least 10 bytes, found ", bytes);
         read_bytes(&N, 8, 0);
-        const std::string found = "header of " + std::to_string(N) + " bytes";
-        require(N <= 100'000'000,
-                found + ": the format allows 100000000; is this a safetensors file?");
-        require(N <= bytes - 8, found + " in a file of " + std::to_string(bytes) +
-                                    ": cut short; fetch or copy it again");
+        if (N > bytes - 8)
+            fail(path, ": header of ", N, " bytes in a file of ", bytes,
+                 ": cut short, or no safetensors file; fetch or copy it again");
         // Why: a header of GPT-2 has about 110 bytes a tensor; parsing 100 MB would take seconds.
-        require(N <= 4'000'000, found + ": a GPT-2 needs less than 4000000");
+        if (N > 4'000'000) fail(path, ": header of ", N, " bytes: a GPT-2 needs less than 4000000");
         std::string header(N, '\0');
         read_bytes(header.data(), N, 8);
-        require(header.starts_with('{'), "the header must begin with '{'");
-        require(header[header.find_last_not_of(' ')] == '}',
-                "the header must end with '}', then only spaces");
+        if (!header.starts_with('{')) fail(path, ": the header must begin with '{'");
+        if (header[header.find_last_not_of(' ')] != '}')
+            fail(path, ": the header must end with '}', then only spaces");
         return header;
     }
 
-    // Sets tensors and metadata, with all the rules that concern the file as a whole.
+    // Sets tensors; with the rules that concern the file as a whole.
     void parse_header(const std::string& header) {
         // Why 40000 values: 300 layers need fewer, and a hostile header is refused in little time.
         const Json json = Json::parse(header, path + ": header", {.depth = 8, .values = 40'000});
         for (auto& [name, value] : json.members)
-            if (name != "__metadata__")
-                tensors.push_back(parse_tensor(name, value));
-            else
-                require((metadata = value).is_object(), "__metadata__ must be an object");
-        for (auto& [key, text] : metadata.members)
-            require(text.is_string(), "__metadata__ " + in_quotes(key) + " must be a string");
+            if (name != "__metadata__") tensors.push_back(parse_tensor(name, value));
+        if (json.find("__metadata__"))
+            for (auto& [key, text] : json.get("__metadata__", Json::Kind::object, path).members)
+                if (text.kind != Json::Kind::string)
+                    fail(path, ": __metadata__ ", shown(key), " must be a string");
         // Every byte of the data belongs to exactly one tensor: in the order of their bytes, each
         // begins where the one before it ends, and the last ends with the file. Why so strict: a
         // million tensors could share the same bytes and ask for a million times the file's size in
-        // memory, and what no tensor covers can hide anything. Order in the header means nothing.
+        // memory, and what no tensor covers can hide anything.
         std::stable_sort(tensors.begin(), tensors.end(), [](auto& a, auto& b) {
             return std::pair(a.begin, a.end) < std::pair(b.begin, b.end);
         });
         const size_t data = 8 + header.size();
         size_t at = 0;
         for (StoredTensor& tensor : tensors) {
-            require(tensor.begin == at, tensor,
-                    format("its bytes begin at %zu, the tensor before it ends at %zu: %s",
-                           tensor.begin, at, tensor.begin < at ? "overlap" : "hole"));
+            if (tensor.begin != at)
+                fail(about(tensor), "its bytes begin at ", tensor.begin,
+                     ", the tensor before it ends at ", at,
+                     tensor.begin < at ? ": overlap" : ": hole");
             at = tensor.end;
             tensor.begin += data, tensor.end += data;
         }
-        require(data + at == bytes, format("the header describes %zu bytes, the file has %zu: it "
-                                           "is cut short or too long; fetch it again",
-                                           data + at, bytes));
+        if (data + at != bytes)
+            fail(path, ": the header describes ", data + at, " bytes, the file has ", bytes,
+                 ": it is cut short or too long; fetch it again");
     }
     // One member of the header, such as
     //     "h.0.ln_1.bias": {"dtype": "F32", "shape": [768], "data_offsets": [0, 3072]}
     // where 768 elements of 4 bytes must make 3072 bytes. begin and end still count from the data.
     StoredTensor parse_tensor(const std::string& name, const Json& value) const {
         StoredTensor tensor{name, "", {}};
-        const std::string where = path + ": tensor " + in_quotes(name);
-        auto rule = [&](bool kept, const std::string& reason) { require(kept, tensor, reason); };
-        rule(value.is_object(), "must be an object");
+        const std::string where = path + ": tensor " + shown(name);
         for (auto& [key, part] : value.members)
-            rule(key == "dtype" || key == "shape" || key == "data_offsets",
-                 "unknown key " + in_quotes(key));
+            if (key != "dtype" && key != "shape" && key != "data_offsets")
+                fail(where, ": unknown key ", shown(key));
         tensor.dtype = value.get_string("dtype", where);
-        size_t size = dtype_bytes(tensor.dtype);
-        rule(size > 0, "unknown dtype " + in_quotes(tensor.dtype));
-        // Careful: a product that wraps around to a small number is the classic way in: 2^32 * 2^32
-        // is 0 in 64 bits, so a huge tensor would take no bytes of the file, and pass.
         tensor.shape = parse_sizes(value, "shape", where);
-        bool wraps = false;
-        for (int64_t n : tensor.shape) wraps |= __builtin_mul_overflow(size, size_t(n), &size);
-        const std::string shape = "shape " + shape_text(tensor.shape);
-        rule(!wraps, shape + " overflows 64 bits");
+        size_t size = dtype_bytes(tensor.dtype);
+        if (size == 0) fail(where, ": unknown dtype ", shown(tensor.dtype));
+        // Careful: 2^32 * 2^32 is 0 in 64 bits, so a huge tensor would take no bytes and pass.
+        for (int64_t n : tensor.shape)
+            if (__builtin_mul_overflow(size, size_t(n), &size))
+                fail(where, ": shape ", shape_text(tensor.shape), " overflows 64 bits");
         const std::vector<int64_t> offsets = parse_sizes(value, "data_offsets", where);
-        rule(offsets.size() == 2, "data_offsets must be two integers");
+        if (offsets.size() != 2) fail(where, ": data_offsets must be two integers");
         tensor.begin = size_t(offsets[0]), tensor.end = size_t(offsets[1]);
-        rule(tensor.begin <= tensor.end, "data_offsets end before they begin");
-        rule(tensor.end - tensor.begin == size,
-             format("%s of %s takes %zu bytes, data_offsets say %zu", shape.c_str(),
-                    tensor.dtype.c_str(), size, tensor.end - tensor.begin));
+        if (tensor.begin > tensor.end) fail(where, ": data_offsets end before they begin");
+        if (tensor.end - tensor.begin != size)
+            fail(where, ": shape ", shape_text(tensor.shape), " of ", tensor.dtype, " takes ", size,
+                 " bytes, data_offsets say ", tensor.end - tensor.begin);
         return tensor;
     }
     // A member that is an array of sizes. Why 2^53: readers that keep numbers as doubles would see
@@ -4448,26 +4293,16 @@ private:
     static std::vector<int64_t> parse_sizes(const Json& tensor, const char* key,
                                             const std::string& where) {
         std::vector<int64_t> sizes;
-        for (const Json& item : tensor.get(key, Json::Kind::array, where).items) {
-            if (!item.integral || item.integer < 0 || item.integer > (int64_t(1) << 53))
-                fail(where + ": " + key + " must be integers from 0 to 2^53");
-            sizes.push_back(item.integer);
+        for (auto& [name, item] : tensor.get(key, Json::Kind::array, where).members) {
+            sizes.push_back(item.as<int64_t>().value_or(-1));
+            if (sizes.back() < 0 || sizes.back() > int64_t(1) << 53)
+                fail(where, ": ", key, " must be integers from 0 to 2^53");
         }
         return sizes;
     }
 };
 
-// ---- Writing ------------------------------------------------------------------------------------
-// Always F32 from a run, since that is what it keeps its masters in; BF16 for models converted from
-// elsewhere.
-
-// The numbers or texts of a list as a JSON array.
-template <class List>
-Json json_list(const List& values) {
-    Json json = Json::array();
-    json.items.assign(std::begin(values), std::end(values));
-    return json;
-}
+// --- Writing
 
 // The first 8 + N bytes of a file of these tensors, which lie in this order.
 inline std::string safetensors_header(const std::vector<StoredTensor>& tensors) {
@@ -4477,8 +4312,8 @@ inline std::string safetensors_header(const std::vector<StoredTensor>& tensors) 
     for (const StoredTensor& tensor : tensors) {
         const size_t end = at + tensor.count() * dtype_bytes(tensor.dtype);
         Json entry = Json::object();
-        entry.set("dtype", tensor.dtype).set("shape", json_list(tensor.shape));
-        entry.set("data_offsets", json_list(std::vector{at, end}));
+        entry.set("dtype", tensor.dtype).set("shape", Json::array(tensor.shape));
+        entry.set("data_offsets", Json::array(std::vector{at, end}));
         header.members.emplace_back(tensor.name, std::move(entry));
         at = end;
     }
@@ -4489,50 +4324,36 @@ inline std::string safetensors_header(const std::vector<StoredTensor>& tensors) 
     return length + json;
 }
 
-// Writes the file, whole or not at all. The order is that of the reference writer, which keeps
-// every tensor aligned: wide types first, then by name. So the same weights always make the same
-// file. NaN and infinities are refused: they must not reach a checkpoint. The tensors pass through
-// a piece of 1 MB: a model is never in memory twice.
+// Writes the file, whole or not at all, of F32 tensors in the order of their names: the same
+// weights always make the same file. NaN and infinities are refused: they must not reach a
+// checkpoint. The tensors pass through 1 MB, so a model is never in memory twice.
 inline void write_safetensors(const std::string& path, std::vector<StoredTensor> tensors) {
-    std::sort(tensors.begin(), tensors.end(), [](auto& a, auto& b) {
-        const size_t wide_a = dtype_bytes(a.dtype), wide_b = dtype_bytes(b.dtype);
-        return wide_a != wide_b ? wide_a > wide_b : a.name < b.name;
-    });
-    for (const StoredTensor& tensor : tensors)
-        TINYGPT_CHECK(tensor.dtype == "F32" || tensor.dtype == "BF16",
-                      "%s: cannot write a tensor as %s", path.c_str(), tensor.dtype.c_str());
+    std::sort(tensors.begin(), tensors.end(), [](auto& a, auto& b) { return a.name < b.name; });
     FileWriter file(path);
     const std::string header = safetensors_header(tensors);
     file.write(header.data(), header.size());
-    std::vector<float> piece(size_t(1) << 18);
+    std::vector<float> buffer(size_t(1) << 18);
     for (const StoredTensor& tensor : tensors) {
-        const bool narrow = tensor.dtype == "BF16";
+        if (tensor.dtype != "F32") fail(path, ": cannot write a tensor as ", tensor.dtype);
         for (size_t first = 0, n, count = tensor.count(); first < count; first += n) {
-            n = std::min(count - first, piece.size());
-            tensor.fill(piece.data(), first, n);
-            // Rounded first, for what is too large for bf16 becomes infinity.
-            for (size_t i = 0; narrow && i < n; ++i) piece[i] = float(bf16(piece[i]));
-            TINYGPT_CHECK(first_not_finite(piece.data(), n) == n,
-                          "%s: not written: NaN or infinity in tensor %s", path.c_str(),
-                          in_quotes(tensor.name).c_str());
-            if (narrow)
-                file.write(std::vector<bf16>(piece.data(), piece.data() + n).data(), 2 * n);
-            else
-                file.write(piece.data(), 4 * n);
+            n = std::min(count - first, buffer.size());
+            tensor.fill(buffer.data(), first, n);
+            if (first_not_finite(buffer.data(), n) < n)
+                fail(path, ": not written: NaN or infinity in tensor ", shown(tensor.name));
+            file.write(buffer.data(), 4 * n);
         }
     }
     file.commit();
 }
 
-// ---- GPT-2's names ------------------------------------------------------------------------------
+// --- GPT-2's names
 // The list of the model's tensors (§3) has Hugging Face's names, shapes and order of elements, so
-// loading is to find each by its name and to read it into place; nothing is transposed. But there
-// are several ways to name them:
+// to load is to find each by its name; nothing is transposed. But files name them in several ways:
 //
 //     transformer.h.0.ln_1.weight    as transformers saves a language model, and as we do
 //     h.0.ln_1.weight                as OpenAI's own checkpoint has it
-//     h.0.attn.bias                  the causal mask, in older files: a constant, passed over
-//     lm_head.weight                 the head; a tied one is wte once more, and passed over
+//     h.0.attn.bias                  the causal mask, in older files: a constant, ignored
+//     lm_head.weight                 the head; a tied one is wte once more, and ignored
 
 // The name to write; the head stands outside of the transformer.
 inline std::string name_in_checkpoint(const std::string& name) {
@@ -4549,7 +4370,6 @@ inline std::string_view without_prefix(std::string_view name) {
 // Why so strict: a model that lacks a tensor, or has one of another model, runs and talks nonsense.
 inline std::vector<const StoredTensor*> match_tensors(const SafetensorsFile& file,
                                                       const std::vector<TensorInfo>& expected) {
-    // Names on both sides are compared without the prefix.
     std::map<std::string_view, size_t> index;
     for (size_t i = 0; i < expected.size(); ++i) index[without_prefix(expected[i].name)] = i;
     // A causal mask is named like a layer's tensor: h.0.attn.bias or h.0.attn.masked_bias.
@@ -4561,82 +4381,75 @@ inline std::vector<const StoredTensor*> match_tensors(const SafetensorsFile& fil
     std::vector<const StoredTensor*> found(expected.size(), nullptr);
     for (const StoredTensor& tensor : file.tensors) {
         const std::string_view name = without_prefix(tensor.name);
-        // A tied head is wte once more: it must have that shape, and is not read.
+        // A tied head must have wte's shape, and is not read.
         const bool spare_head = name == "lm_head.weight" && index.count(name) == 0;
         const auto entry = index.find(spare_head ? "wte.weight" : name);
         if (entry == index.end() && is_mask(name)) continue;
-        file.require(entry != index.end(), tensor,
-                     "unexpected: the model of config.json has no such tensor");
-        const auto& [wanted_name, i] = *entry;
-        file.require(tensor.shape == expected[i].shape, tensor,
-                     "expected shape " + shape_text(expected[i].shape) + ", found " +
-                         shape_text(tensor.shape));
+        if (entry == index.end())
+            fail(file.about(tensor), "unexpected: the model of config.json has no such tensor");
+        const TensorInfo& wanted = expected[entry->second];
+        if (tensor.shape != wanted.shape)
+            fail(file.about(tensor), "expected shape ", shape_text(wanted.shape), ", found ",
+                 shape_text(tensor.shape));
         if (spare_head) continue;
-        file.require(!found[i], tensor, "there twice, with and without \"transformer.\"");
-        found[i] = &tensor;
+        if (std::exchange(found[entry->second], &tensor))
+            fail(file.about(tensor), "there twice, with and without \"transformer.\"");
     }
     for (size_t i = 0; i < expected.size(); ++i)
-        file.require(found[i], "tensor " + in_quotes(without_prefix(expected[i].name)) +
-                                   " is missing: expected shape " + shape_text(expected[i].shape));
+        if (!found[i])
+            fail(file.path, ": tensor ", shown(without_prefix(expected[i].name)),
+                 " is missing: expected shape ", shape_text(expected[i].shape));
     return found;
 }
 
 // The file of a folder's weights. A folder that has them in another form gets an answer that helps.
 inline std::string find_weights(const std::string& folder) {
-    if (!folder_exists(folder)) fail(folder + ": there is no such folder");
-    std::string path = folder + "/model.safetensors";
+    if (!folder_exists(folder)) fail(folder, ": there is no such folder");
+    const std::string path = folder + "/model.safetensors";
     if (file_exists(path)) return path;
     for (const char* other : {"model.safetensors.index.json", "pytorch_model.bin", "tf_model.h5"})
         if (file_exists(folder + "/" + other))
-            fail(folder + ": expected model.safetensors, found " + other +
+            fail(folder, ": expected model.safetensors, found ", other,
                  "; save the model again with transformers: save_pretrained(folder, "
                  "max_shard_size=\"100GB\")");
-    fail(folder + ": expected model.safetensors, found no such file");
+    fail(folder, ": expected model.safetensors, found no such file");
 }
 
-// ---- config.json --------------------------------------------------------------------------------
+// --- config.json
 //     {"model_type": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024,
 //      "vocab_size": 50257, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-05, ...}
-// Its members can describe many models that this program is not, and whose weights have the same
-// names and shapes. To read such weights all the same would give wrong numbers without a word. An
-// example: "activation_function": "gelu" is the exact GELU; the tanh form (§4.6) differs from it
-// by up to 0.0005.
-
-// What config.json says that matters here.
-struct HfConfig {
-    Config model;
-    int64_t end_of_text = -1;  // eos_token_id; -1 where there is none
-};
+// It can describe models that this program is not, with weights of the same names and shapes: to
+// read those would give wrong numbers without a word. For example "activation_function": "gelu" is
+// the exact GELU; the tanh form (§4.6) differs from it by up to 0.0005.
 
 // Reads GPT-2's config.json. What this model does not do is refused by name; what makes no
-// difference to the numbers (initializer_range, summary_*, use_cache, ...) is passed over, dropout
-// too: it is the run's choice. Missing switches have Hugging Face's defaults.
-inline HfConfig read_hf_config(const std::string& path) {
+// difference to the numbers (initializer_range, summary_*, use_cache, ...) is ignored, dropout too:
+// it is the run's choice. Missing switches have Hugging Face's defaults.
+inline Config read_hf_config(const std::string& path) {
     const Json json =
         Json::parse(read_file(path, 1'000'000), path, {.depth = 64, .values = 100'000});
-    if (!json.is_object()) fail(path + ": must be a JSON object");
-    auto size = [&](const char* key, int64_t highest) {
-        return int(json.get_int(key, path, 1, highest));
-    };
     // A rule: the member is missing, or has one of these values.
     auto only = [&](const char* key, const std::vector<Json>& allowed, const char* why) {
         const Json* value = json.find(key);
-        bool good = !value;
-        for (const Json& one : allowed) good = good || value->write() == one.write();
-        if (!good) fail(path + ": \"" + key + "\" is " + value->write().substr(0, 60) + ": " + why);
+        auto is_value = [&](const Json& one) {
+            const auto number = one.as<double>();
+            return number ? number == value->as<double>() : one.write() == value->write();
+        };
+        if (value && std::none_of(allowed.begin(), allowed.end(), is_value))
+            fail(path, ": \"", key, "\" is ", value->write().substr(0, 60), ": ", why);
+    };
+    auto size = [&](const char* key, int64_t highest) {
+        return int(json.get_int(key, path, 1, highest));
     };
     only("model_type", {"gpt2"}, "only \"gpt2\" is supported");
-    HfConfig config;
-    Config& model = config.model;
-    model.n_layer = size("n_layer", 300);
-    model.n_head = size("n_head", 1'000'000);
-    model.n_embd = size("n_embd", 1'000'000);
-    model.n_positions = size("n_positions", 100'000'000);
-    model.vocab_size = size("vocab_size", 65536);  // tokens have 16 bits in the shards
+    Config model;
+    // The bounds are the options': tokens have 16 bits, and products of sizes must stay below 2^63.
+    model.n_layer = size("n_layer", 300), model.n_head = size("n_head", 65536);
+    model.n_embd = size("n_embd", 65536), model.n_positions = size("n_positions", 1 << 20);
+    model.vocab_size = size("vocab_size", 65536);
     if (model.n_embd % model.n_head != 0)
-        fail(format("%s: \"n_head\" %d does not divide \"n_embd\" %d", path.c_str(), model.n_head,
-                    model.n_embd));
-    only("n_inner", {nullptr, 4 * int64_t(model.n_embd)}, "only null or 4 n_embd is supported");
+        fail(path, ": \"n_head\" ", model.n_head, " does not divide \"n_embd\" ", model.n_embd);
+    only("n_inner", {nullptr, 4 * model.n_embd}, "only null or 4 n_embd is supported");
     only("n_ctx", {model.n_positions}, "it must equal n_positions");
     only("activation_function", {"gelu_new", "gelu_pytorch_tanh"},
          "only the tanh GELU (\"gelu_new\") is supported");
@@ -4648,24 +4461,17 @@ inline HfConfig read_hf_config(const std::string& path) {
     only("quantization_config", {nullptr}, "quantised weights are not supported");
     only("pruned_heads", {nullptr, Json::object()}, "pruned heads are not supported");
     only("tie_word_embeddings", {true, false}, "must be true or false");
-    const Json *tied = json.find("tie_word_embeddings"), *end = json.find("eos_token_id");
-    model.untied_head = tied && !tied->boolean;
-    if (end && end->is_array() && !end->items.empty()) end = &end->items[0];
-    if (!end || end->is_null()) return config;
-    if (!end->integral) fail(path + ": \"eos_token_id\" must be null or an integer");
-    // Small models often keep GPT-2's 50256, which they have not: then no token ends a text.
-    if (end->integer >= 0 && end->integer < model.vocab_size) config.end_of_text = end->integer;
-    return config;
+    const Json* tied = json.find("tie_word_embeddings");
+    model.untied_head = tied && tied->text == "false";
+    return model;
 }
 
-// The same file from this side: every member that transformers needs to build the model again, with
-// the names that it has there. dtype is "float32" or "bfloat16", end_of_text is -1 where there is
-// none.
-inline std::string hf_config_text(const Config& model, int64_t end_of_text,
-                                  const std::string& dtype) {
+// The same file, written: every member that transformers needs to build the model again.
+// end_of_text: -1 where there is none.
+inline std::string hf_config_text(const Config& model, int64_t end_of_text) {
     Json json = Json::object(), end = end_of_text < 0 ? Json() : Json(end_of_text);
     json.set("model_type", "gpt2");
-    json.set("architectures", json_list(std::vector{"GPT2LMHeadModel"}));
+    json.set("architectures", Json::array(std::vector{"GPT2LMHeadModel"}));
     json.set("vocab_size", model.vocab_size).set("n_positions", model.n_positions);
     json.set("n_ctx", model.n_positions).set("n_embd", model.n_embd);
     json.set("n_layer", model.n_layer).set("n_head", model.n_head).set("n_inner", nullptr);
@@ -4674,7 +4480,7 @@ inline std::string hf_config_text(const Config& model, int64_t end_of_text,
     for (const char* key : {"resid_pdrop", "embd_pdrop", "attn_pdrop"})
         json.set(key, std::stod(format("%.6g", double(model.dropout))));
     json.set("tie_word_embeddings", !model.untied_head);
-    json.set("bos_token_id", end).set("eos_token_id", end).set("torch_dtype", dtype);
+    json.set("bos_token_id", end).set("eos_token_id", end).set("torch_dtype", "float32");
     return json.write(2) + "\n";
 }
 
@@ -4685,9 +4491,9 @@ inline std::string hf_config_text(const Config& model, int64_t end_of_text,
 //     vocab.json merges.txt    the vocabulary (§12)     GPT2Tokenizer.from_pretrained(folder)
 //     tokenizer_config.json    its kind and its limit   AutoTokenizer.from_pretrained(folder)
 inline void write_model_description(const std::string& folder, const Config& config,
-                                    const Tokenizer* tokenizer, const std::string& dtype) {
+                                    const Tokenizer* tokenizer) {
     const int64_t end = tokenizer ? tokenizer->end_of_text() : -1;
-    write_file(folder + "/config.json", hf_config_text(config, end, dtype));
+    write_file(folder + "/config.json", hf_config_text(config, end));
     Json generation = Json::object(), about = Json::object();
     generation.set("_from_model_config", true);
     if (end >= 0) generation.set("bos_token_id", end).set("eos_token_id", end);
@@ -4703,8 +4509,8 @@ inline void write_model_description(const std::string& folder, const Config& con
 // =================================================================================================
 // §14 Checkpoints: a run that is interrupted goes on as if it had not been
 // =================================================================================================
-// A training run has more to lose than its weights. A checkpoint is a Hugging Face folder, which
-// any tool can open, and beside the model it has all that resuming needs:
+// What you have now: a model on disk that any tool can open. A checkpoint is such a folder, and
+// beside the model it has all that resuming needs:
 //
 //   checkpoint-<step>/  model.safetensors  config.json  generation_config.json
 //                       vocab.json  merges.txt  tokenizer_config.json  (if there is a tokenizer)
@@ -4712,16 +4518,15 @@ inline void write_model_description(const std::string& folder, const Config& con
 //                       trainer_state.json       everything else, the checksum of every other file,
 //                                                and in its last line its own
 //
-// Two promises. A checkpoint is there whole or not at all, whatever kills the program: it is
-// written under a temporary name, synced to the disk, and renamed. And what is loaded is what was
-// saved: the state, written last, holds the checksums of all the other files, so a folder whose
-// state verifies is complete and unchanged.
+// Two promises. A checkpoint is there whole or not at all: it is written under a temporary name,
+// synced to the disk, and renamed. And what is loaded is what was saved: the state, written last,
+// holds the checksums of all the other files.
 //
 // Why is that all? A run is a function of its weights, its moments, the step and the position in
-// the data. There is no generator of random numbers whose state would have to be kept (§1), and no
-// order of the data (§2). So a run that was resumed makes the same numbers, to the bit.
+// the data: random numbers (§1) and the order of the data (§2) have no state of their own. So a run
+// that was resumed makes the same numbers, to the bit.
 
-// ---- The state of a run -------------------------------------------------------------------------
+// --- The state of a run
 // trainer_state.json is text, to be read by people too:
 //
 //     {"planned_steps": 1500, "step": 1500, "samples": 12000, ..., "val_loss": 0.471601092630086,
@@ -4749,7 +4554,7 @@ struct TrainerState {
 };
 
 // The one list of what trainer_state.json holds, for writing and for reading it: calls
-// visit(name, field) for each field, and gives the least value of a whole number where it is not 0.
+// visit(name, field), with the least value of a whole number where that is not 0.
 template <class Visit>
 void for_each_field(TrainerState& s, Visit& visit) {
     visit("planned_steps", s.planned_steps), visit("step", s.step), visit("samples", s.samples);
@@ -4766,75 +4571,73 @@ void for_each_field(TrainerState& s, Visit& visit) {
 // The value of a member that is a number; otherwise what is given.
 inline double number_or(const Json& json, const char* key, double otherwise) {
     const Json* value = json.find(key);
-    return value && value->kind == Json::Kind::number ? value->number : otherwise;
+    return value ? value->as<double>().value_or(otherwise) : otherwise;
 }
 
-// The visitor of that list: carries a field into JSON, or out of it. There is a function for each
-// type of field, with both ways side by side, so that what is written is what is read; the compiler
-// picks the one for the field's type. A member that is missing, or of another kind, is an error
-// that names it.
-struct FieldCarrier {
-    const Json* from = nullptr;  // null: fields go to `to`
-    std::string where = {};      // the name of the file that is read, for messages
-    Json to = Json::object();
-    void put(const char* name, Json value) { to.members.emplace_back(name, std::move(value)); }
+using Texts = std::vector<std::string>;
+using NamedTexts = std::vector<std::pair<std::string, std::string>>;
+using Recent = double[StepState::kWindow];
 
+// The two visitors of that list: one function for each type of field.
+struct FieldWriter {
+    Json json = Json::object();
+    void operator()(const char* name, const auto& field, int64_t = 0) { json.set(name, field); }
+    void operator()(const char* name, const Recent& field) { json.set(name, Json::array(field)); }
+    void operator()(const char* name, const Texts& field) { json.set(name, Json::array(field)); }
+    void operator()(const char* name, const NamedTexts& field) {
+        json.set(name, Json::object())
+            .members.back()
+            .second.members.assign(field.begin(), field.end());
+    }
+};
+// A member that is missing, or of another kind, is an error that names it. But a double may be
+// missing or null (a NaN or infinity): then it stays as in a fresh state.
+struct FieldReader {
+    const Json& json;
+    const std::string& where;  // the file's name
+
+    const auto& members(const char* name, Json::Kind kind) {
+        return json.get(name, kind, where).members;
+    }
     void operator()(const char* name, int64_t& field, int64_t lowest = 0) {
-        if (!from) return put(name, field);
-        field = from->get_int(name, where, lowest);
+        field = json.get_int(name, where, lowest);
     }
     void operator()(const char* name, bool& field) {
-        if (!from) return put(name, field);
-        field = from->get_bool(name, where);
+        field = json.get(name, Json::Kind::boolean, where).text == "true";
     }
-    void operator()(const char* name, std::string& field) {
-        if (!from) return put(name, field);
-        field = from->get_string(name, where);
+    void operator()(const char* name, double& field) { field = number_or(json, name, field); }
+    void operator()(const char* name, std::string& field) { field = json.get_string(name, where); }
+    void operator()(const char* name, Recent& field) {
+        const auto& list = members(name, Json::Kind::array);
+        if (list.size() != std::size(field))
+            fail(where, ": \"", name, "\" must have ", std::size(field), " numbers");
+        for (size_t i = 0; i < list.size(); ++i) field[i] = list[i].second.as<double>().value_or(0);
     }
-    // JSON has no NaN and no infinity: they are written as null, and read as in a fresh state.
-    void operator()(const char* name, double& field) {
-        if (!from) return put(name, std::isfinite(field) ? Json(field) : Json());
-        field = number_or(*from, name, field);
+    void operator()(const char* name, Texts& field) {
+        for (auto& [none, text] : members(name, Json::Kind::array)) field.push_back(text.text);
     }
-    void operator()(const char* name, double (&field)[StepState::kWindow]) {
-        if (!from) return put(name, json_list(field));
-        const std::vector<Json>& items = from->get(name, Json::Kind::array, where).items;
-        TINYGPT_CHECK(items.size() == std::size(field), "%s: \"%s\" must have %zu numbers",
-                      where.c_str(), name, std::size(field));
-        for (size_t i = 0; i < items.size(); ++i) field[i] = items[i].number;
-    }
-    void operator()(const char* name, std::vector<std::string>& field) {
-        if (!from) return put(name, json_list(field));
-        for (const Json& item : from->get(name, Json::Kind::array, where).items)
-            field.push_back(item.text);
-    }
-    void operator()(const char* name, std::vector<std::pair<std::string, std::string>>& field) {
-        if (!from) {
-            put(name, Json::object());
-            return to.members.back().second.members.assign(field.begin(), field.end());
-        }
-        for (auto& [key, value] : from->get(name, Json::Kind::object, where).members)
-            field.emplace_back(key, value.text);
+    void operator()(const char* name, NamedTexts& field) {
+        for (auto& [key, text] : members(name, Json::Kind::object))
+            field.emplace_back(key, text.text);
     }
 };
 
 // The state as JSON, without checksums: they are added when the other files are there.
 inline Json state_to_json(TrainerState state) {
-    FieldCarrier writer;
+    FieldWriter writer;
     for_each_field(state, writer);
-    return writer.to;
+    return writer.json;
 }
 // `where` is the file's name, for messages.
 inline TrainerState state_from_json(const Json& json, const std::string& where) {
     TrainerState state;
-    FieldCarrier reader{&json, where};
+    FieldReader reader{json, where};
     for_each_field(state, reader);
     return state;
 }
 
-// ---- Checksums: nothing that changed on the disk is used unnoticed ------------------------------
-// Disks lose bits, copies break off, and people edit files. What went into a checkpoint is written
-// down in its state; what comes out is compared with that, every byte of it.
+// --- Checksums: nothing that changed on the disk is used unnoticed
+// Disks lose bits, copies break off, and people edit files.
 //
 //     trainer_state.json
 //       "checksums"      every other file of the folder, each as a whole
@@ -4842,30 +4645,24 @@ inline TrainerState state_from_json(const Json& json, const std::string& where) 
 //     checked by         --resume: all of it; --init-from, eval and sample: all but the moments
 //     not covered        a file that is added to the folder; log.csv and samples.txt outside of it
 
-// The checksum of a file: that of the checksums of its pieces of 65,536 bytes, as text. A single
-// flipped bit always changes the one of its piece.
-// Why pieces: all threads can work on them. Opening a model waits for this, and one thread alone
-// would take as long as all the rest together.
+// The checksum of a file: that of the checksums of its chunks, as text. Why chunks: all threads can
+// work on them; one alone would take as long as all the rest of opening a model.
 inline std::string file_checksum(const std::string& path) {
     const InputFile file(path);
-    std::vector<Checksum> sums(ceil_div(file.bytes, kPiece));
-    for_each_piece(file.bytes, [&](size_t first, size_t n) {
-        char piece[kPiece];
-        file.read_bytes(piece, n, first);
-        sums[first / kPiece].add(piece, n);
+    std::string sums(16 * ceil_div(file.bytes, kChunk), '0');
+    for_each_chunk(file.bytes, [&](size_t first, size_t n) {
+        char chunk[kChunk];
+        file.read_bytes(chunk, n, first);
+        checksum({chunk, n}).copy(&sums[16 * (first / kChunk)], 16);
     });
-    Checksum whole;
-    for (const Checksum& sum : sums) whole.add(sum.hex().data(), 16);
-    return whole.hex();
+    return checksum(sums);
 }
 
 // The state cannot hold the checksum of its own file, so its last line is that of every byte before
 // it: the seal. Why of the bytes, not of what they mean: a changed byte may mean the same and is
 // damage all the same.
 inline std::string state_seal(std::string_view body) {
-    Checksum sum;
-    sum.add(body.data(), body.size());
-    return ",\n  \"own_checksum\": \"" + sum.hex() + "\"\n}\n";
+    return ",\n  \"own_checksum\": \"" + checksum(body) + "\"\n}\n";
 }
 // Writes the state, sealed, whole or not at all.
 inline void write_sealed(const std::string& path, const Json& json) {
@@ -4873,14 +4670,13 @@ inline void write_sealed(const std::string& path, const Json& json) {
     body.resize(body.size() - 2);  // the closing "\n}" is part of the seal
     write_file(path, body + state_seal(body));
 }
-
-// Refuses what is not as it was written. A state has a few thousand bytes, and a line a shard.
+// Refuses what is not as it was written.
 inline Json read_sealed(const std::string& path) {
     const std::string text = read_file(path, 16'000'000);
     const size_t end = text.size() - std::min(text.size(), state_seal("").size());
     const std::string_view body = std::string_view(text).substr(0, end);
-    TINYGPT_CHECK(text.substr(end) == state_seal(body),
-                  "%s is damaged: its checksum does not match", path.c_str());
+    if (text.substr(end) != state_seal(body))
+        fail(path, " is damaged: its checksum does not match");
     return Json::parse(text, path, {.depth = 8, .values = 100'000});
 }
 
@@ -4895,22 +4691,26 @@ inline bool has_checksums(const std::string& folder) {
     return top.find("\"log_history\"") == top.npos;
 }
 
-// Verifies every file that a folder's state names, and returns the state. A run that resumes needs
-// them all; who only uses the model does not read the moments, and may have changed the model on
-// purpose (saved it again with transformers, say): for them the message says how to go on.
-inline Json verify_files(const std::string& folder, bool resumes) {
+// What a checkpoint is for. To resume it, its moments are needed too.
+enum class Purpose { use, resume };
+
+// Verifies every file that a folder's state names (the moments only to resume), and returns the
+// state. Weights in use may have been changed on purpose (saved again with transformers, say): then
+// the message says how to go on.
+inline Json verify_files(const std::string& folder, Purpose purpose) {
+    const bool resume = purpose == Purpose::resume;
     const std::string path = folder + "/trainer_state.json";
     const std::string advice =
-        resumes ? "" : "; if it was changed on purpose, remove trainer_state.json beside it";
+        resume ? "" : "; if it was changed on purpose, remove trainer_state.json beside it";
     Json state = read_sealed(path);
     for (auto& [name, sum] : state.get("checksums", Json::Kind::object, path).members) {
         const std::string file = folder + "/" + name;
         if (name.find('/') != std::string::npos)
-            fail(folder + ": its state names a file outside, " + in_quotes(name));
-        if (!resumes && name == "optimizer.safetensors") continue;
-        if (!file_exists(file)) fail(file + " is missing" + advice);
+            fail(folder, ": its state names a file outside, ", shown(name));
+        if (!resume && name == "optimizer.safetensors") continue;
+        if (!file_exists(file)) fail(file, " is missing", advice);
         if (file_checksum(file) != sum.text)
-            fail(file + " is damaged, or was changed: its checksum does not match" + advice);
+            fail(file, " is damaged, or was changed: its checksum does not match", advice);
     }
     return state;
 }
@@ -4919,71 +4719,74 @@ inline Json verify_files(const std::string& folder, bool resumes) {
 // why it cannot be: --resume auto then tries the one before it.
 inline TrainerState verify_checkpoint(const std::string& folder) {
     const std::string path = folder + "/trainer_state.json";
-    TINYGPT_CHECK(file_exists(path),
-                  "%s is no checkpoint to resume: it has no trainer_state.json (--init-from starts "
-                  "a new run from any Hugging Face folder)",
-                  folder.c_str());
-    const Json state = verify_files(folder, true);
-    TINYGPT_CHECK(state.find("checksums")->find("optimizer.safetensors"),
-                  "%s has no moments of AdamW: it can be used with --init-from, but not resumed",
-                  folder.c_str());
+    if (!file_exists(path))
+        fail(folder,
+             " is no checkpoint to resume: it has no trainer_state.json (--init-from "
+             "starts a new run from any Hugging Face folder)");
+    const Json state = verify_files(folder, Purpose::resume);
+    if (!state.find("checksums")->find("optimizer.safetensors"))
+        fail(folder, " has no moments of AdamW: it can be used with --init-from, but not resumed");
     return state_from_json(state, path);
 }
 
-// ---- Saving -------------------------------------------------------------------------------------
+// --- Saving
 
-// The flat arrays of the model that one file holds, the weights' or the moments', each with what
-// the names of its tensors begin with. Saving and opening share this list.
+// The tensors that one file of a checkpoint holds, under their names there, and where the device
+// keeps them: the model's weights, or each of the optimizer's moments of them. Saving and opening
+// share this list.
+enum class Contents { weights, moments };
 template <class Device>
-auto arrays_of(Gpt2<Device>& model, bool moments) {
-    std::vector<std::pair<const char*, typename Device::Real*>> arrays;
-    if (!moments) return arrays = {{"", model.masters}};
-    for (size_t i = 0; i < model.moments.size(); ++i)
-        arrays.push_back({AdamW::kMoments[i], model.moments[i]});
-    return arrays;
+auto arrays_of(Gpt2<Device>& model, Contents contents) {
+    std::pair<std::vector<TensorInfo>, std::vector<typename Device::Real*>> list;
+    auto add = [&](const char* prefix, typename Device::Real* array) {
+        for (TensorInfo info : model.layout.tensors) {
+            list.second.push_back(array + info.offset);
+            info.name = prefix + name_in_checkpoint(info.name);
+            list.first.push_back(std::move(info));
+        }
+    };
+    if (contents == Contents::weights) add("", model.masters);
+    for (size_t i = 0; contents == Contents::moments && i < model.moments.size(); ++i)
+        add(AdamW::kMoments[i], model.moments[i]);
+    return list;
 }
 
-// Writes the file of these arrays, every tensor of the model in each. A piece at a time leaves the
-// device: a checkpoint takes no memory to speak of.
+// Writes such a file. The tensors leave the device in chunks: no second copy of the model.
 template <class Device>
-void write_arrays(const std::string& path, Gpt2<Device>& model, bool moments) {
+void write_arrays(const std::string& path, Gpt2<Device>& model, Contents contents) {
+    const auto [infos, arrays] = arrays_of(model, contents);
     std::vector<StoredTensor> tensors;
-    for (auto& [prefix, array] : arrays_of(model, moments))
-        for (const TensorInfo& info : model.layout.tensors) {
-            auto fill = [&model, from = array + info.offset](float* out, size_t first, size_t n) {
-                std::vector<typename Device::Real> host(n);
-                model.device.download(host.data(), from + first, n);
-                std::copy(host.begin(), host.end(), out);
-            };
-            tensors.push_back({prefix + name_in_checkpoint(info.name), "F32", info.shape, fill});
-        }
+    for (size_t i = 0; i < infos.size(); ++i) {
+        auto fill = [&model, array = arrays[i]](float* out, size_t first, size_t n) {
+            std::vector<typename Device::Real> host(n);
+            model.device.download(host.data(), array + first, n);
+            std::copy(host.begin(), host.end(), out);
+        };
+        tensors.push_back({infos[i].name, "F32", infos[i].shape, fill});
+    }
     write_safetensors(path, std::move(tensors));
 }
 
-// Renames a folder; one that has the new name already goes.
+// Renames a folder; one that has the new name already is removed.
 inline void move_folder(const std::string& from, const std::string& to) {
     if (folder_exists(to)) remove_folder(to);
     rename_path(from, to);
 }
 
-// Gives a finished folder its name. Where one of that name is there already, the two change places
-// in one step (Linux), and the old one is removed: at no moment is there none. For best/:
+// Gives a finished folder its name. Where there is one of that name, the two change places in one
+// step (Linux), and the old one is removed: at no moment is there none. For best/:
 //     before          best.tmp new     best old
-//     exchange        best.tmp old     best new      both names in one step: a kill finds the line
-//     remove                           best new      above or this one, and best/ is whole in both
+//     exchange        best.tmp old     best new      a kill leaves the line above or this one
+//     remove                           best new
 // Why not rename alone: it replaces a file, but no folder that has something in it.
 inline void replace_folder(const std::string& temporary, const std::string& folder) {
     if (!folder_exists(folder)) return rename_path(temporary, folder);
-    const bool exchanged =
-        ::renameat2(AT_FDCWD, temporary.c_str(), AT_FDCWD, folder.c_str(), RENAME_EXCHANGE) == 0;
-    if (exchanged) {
+    if (::renameat2(AT_FDCWD, temporary.c_str(), AT_FDCWD, folder.c_str(), RENAME_EXCHANGE) == 0) {
         sync_folder(parent_folder(folder));
         return remove_folder(temporary);
     }
-    if (errno != EINVAL && errno != ENOSYS && errno != ENOTSUP)
-        fail_file("rename " + temporary + " to", folder, errno);
-    // A file system that cannot (EINVAL and its like): between the two renames only the .old name
-    // exists. Should we be killed there, recover_folders gives it its name back.
+    // A file system that cannot exchange: between two renames only the .old name exists. After a
+    // kill there, recover_folders gives it its name back.
     const std::string old = folder + ".old";
     move_folder(folder, old);
     try {
@@ -4995,27 +4798,25 @@ inline void replace_folder(const std::string& temporary, const std::string& fold
     remove_folder(old);
 }
 
-// Writes the checkpoint `folder`, whole or not at all; the folder it is in must exist. Without
-// moments it can be opened and sampled but not resumed. An error of the disk is a FileError.
-// Careful: the order. The state comes last, and only then the name:
+// Writes the checkpoint `folder`, whole or not at all; the folder it is in must exist.
+// Careful: the order. Each step is on the disk before the next begins, and the name comes last:
 //   1  mkdir checkpoint-500.tmp
 //   2  each file in it: write, fsync, rename, fsync of the folder (FileWriter)
 //   3  read them all again, for their checksums; write the state in the same way
 //   4  rename to checkpoint-500, fsync of the folder above
-// So a kill at any moment leaves
-//     checkpoint-500.tmp/    before 4, while the files are written: the next run removes it
-//     checkpoint-500/        from 4 on: whole, with a state that verifies
-// The name says that 1 to 3 are on the disk, since each was synced before the next began.
+// A kill before 4 leaves checkpoint-500.tmp, which the next run removes; from 4 on checkpoint-500
+// is there, whole, with a state that verifies.
 template <class Device>
 void save_checkpoint(Gpt2<Device>& model, const std::string& folder, const Tokenizer* tokenizer,
-                     const TrainerState& state, bool with_moments) {
+                     const TrainerState& state, Purpose purpose) {
     const std::string temporary = folder + ".tmp";
     if (folder_exists(temporary)) remove_folder(temporary);
-    if (::mkdir(temporary.c_str(), 0777) != 0) fail_file("create folder", temporary, errno);
+    if (::mkdir(temporary.c_str(), 0777) != 0) fail_errno("cannot create folder ", temporary);
     try {
-        write_arrays(temporary + "/model.safetensors", model, false);
-        if (with_moments) write_arrays(temporary + "/optimizer.safetensors", model, true);
-        write_model_description(temporary, model.config, tokenizer, "float32");
+        write_arrays(temporary + "/model.safetensors", model, Contents::weights);
+        if (purpose == Purpose::resume)
+            write_arrays(temporary + "/optimizer.safetensors", model, Contents::moments);
+        write_model_description(temporary, model.config, tokenizer);
         // Made from the files as they can be read back, while the model is still in memory.
         Json sums = Json::object();
         for (const std::string& name : list_folder(temporary))
@@ -5023,7 +4824,7 @@ void save_checkpoint(Gpt2<Device>& model, const std::string& folder, const Token
         write_sealed(temporary + "/trainer_state.json",
                      state_to_json(state).set("checksums", sums));
     } catch (...) {
-        // Gives the room back. Best effort: the error that matters is the first one.
+        // Makes room again. Where that fails too, the first error is the one that matters.
         try {
             remove_folder(temporary);
         } catch (const Error&) {}
@@ -5032,52 +4833,38 @@ void save_checkpoint(Gpt2<Device>& model, const std::string& folder, const Token
     replace_folder(temporary, folder);
 }
 
-// ---- Opening ------------------------------------------------------------------------------------
+// --- Opening
 // First what the folder claims to be, then, when there is memory for it, the weights. Nothing that
 // a file says is believed before it has been checked against something else: its length against the
 // disk's, its shapes against config.json's, config.json's sizes against the options' bounds.
 
 // The model that a Hugging Face folder describes; dropout is the run's choice. Whatever is wrong
-// with the folder is found here, but for weights that are no numbers, before memory is taken for
-// tensors that a damaged folder only claims to have.
+// with the folder, but for weights that are no numbers, is found here, before memory is taken.
 inline Config config_of_folder(const std::string& folder) {
-    if (!folder_exists(folder)) fail(folder + ": there is no such folder");
-    if (has_checksums(folder)) verify_files(folder, false);
+    if (!folder_exists(folder)) fail(folder, ": there is no such folder");
+    if (has_checksums(folder)) verify_files(folder, Purpose::use);
     if (file_exists(folder + "/best/config.json") && !file_exists(folder + "/config.json"))
-        fail(folder + " is the folder of a run: its model is " + folder + "/best");
-    const Config config = read_hf_config(folder + "/config.json").model;
-    // Careful: the options' bounds. Token ids have 16 bits; products of sizes must stay below 2^63.
-    TINYGPT_CHECK(
-        config.vocab_size <= 65536 && config.n_embd <= 65536 && config.n_positions <= 1 << 20,
-        "%s/config.json: expected vocab_size and n_embd up to 65536 and n_positions up to "
-        "1048576, found %d, %d and %d",
-        folder.c_str(), config.vocab_size, config.n_embd, config.n_positions);
+        fail(folder, " is the folder of a run: its model is ", folder, "/best");
+    const Config config = read_hf_config(folder + "/config.json");
     match_tensors(SafetensorsFile(find_weights(folder)), layout_of(config).tensors);
     return config;
 }
 
-// Sets the arrays from a file that has their tensors, all of them and no others. In the CPU's
-// memory they are read straight into place; for a GPU a tensor at a time passes through the host's.
+// Sets the arrays from a file that has their tensors, all of them and no others: straight into the
+// CPU's memory; for a GPU through the host, a tensor at a time.
 template <class Device>
-void read_arrays(const std::string& path, Gpt2<Device>& model, bool moments) {
+void read_arrays(const std::string& path, Gpt2<Device>& model, Contents contents) {
     const SafetensorsFile file(path);
-    const auto arrays = arrays_of(model, moments);
-    std::vector<TensorInfo> wanted;
-    for (auto& [prefix, array] : arrays)
-        for (TensorInfo info : model.layout.tensors) {
-            info.name = prefix + name_in_checkpoint(info.name);
-            wanted.push_back(info);
-        }
-    const std::vector<const StoredTensor*> stored = match_tensors(file, wanted);
+    const auto [infos, arrays] = arrays_of(model, contents);
+    const std::vector<const StoredTensor*> stored = match_tensors(file, infos);
     std::vector<typename Device::Real> host;
-    for (size_t i = 0; i < wanted.size(); ++i) {
-        auto* to = arrays[i / model.layout.tensors.size()].second + wanted[i].offset;
+    for (size_t i = 0; i < stored.size(); ++i) {
         if constexpr (Device::kHostMemory) {
-            file.read(*stored[i], to);
+            file.read(*stored[i], arrays[i]);
         } else {
-            host.resize(wanted[i].count);
+            host.resize(infos[i].count);
             file.read(*stored[i], host.data());
-            model.device.upload(to, host.data(), host.size());
+            model.device.upload(arrays[i], host.data(), host.size());
         }
     }
 }
@@ -5086,23 +4873,22 @@ template <class Device>
 void load_weights(Gpt2<Device>& model, const std::string& folder) {
     for (const TensorInfo& t : model.layout.tensors)
         model.device.zero(model.masters + t.offset + t.count, t.room - t.count);
-    read_arrays(find_weights(folder), model, false);
+    read_arrays(find_weights(folder), model, Contents::weights);
     model.device.weights_from_masters(model.weights, model.masters, model.layout.size);
 }
 // Sets AdamW's moments from a checkpoint. Needs reserve(..., Use::training) before.
 template <class Device>
 void load_moments(Gpt2<Device>& model, const std::string& folder) {
-    read_arrays(folder + "/optimizer.safetensors", model, true);
+    read_arrays(folder + "/optimizer.safetensors", model, Contents::moments);
 }
 
-// ---- The checkpoints of a run -------------------------------------------------------------------
-// A run's folder has checkpoint-<step>/, several of them, and best/. Their names say all: which is
-// the newest, and which were unfinished (.tmp) or about to be replaced (.old) when the program was
-// killed.
+// --- The checkpoints of a run
+// The names in a run's folder say all: which checkpoint is the newest, and which were unfinished
+// (.tmp) or about to be replaced (.old) when the program was killed.
 //     out/stories/   checkpoint-2000/  checkpoint-2500/   to resume from; --keep says how many
 //                    best/                                lowest validation loss so far, no moments
-//                    log.csv  samples.txt                 what a run leaves for people (§16)
-//                    lock                                 held while a run writes here (§18)
+//                    log.csv  samples.txt                 what a run leaves for people
+//                    lock                                 held while a run writes here
 
 // The folder of the checkpoint after that many steps.
 inline std::string checkpoint_folder(const std::string& output, int64_t step) {
@@ -5110,11 +4896,9 @@ inline std::string checkpoint_folder(const std::string& output, int64_t step) {
 }
 // The step of a checkpoint's name, "checkpoint-500"; -1 for any other name.
 inline int64_t step_of_name(const std::string& name) {
-    const std::string prefix = "checkpoint-";
-    int64_t step = -1;
-    if (!name.starts_with(prefix)) return -1;
-    std::from_chars(name.data() + prefix.size(), name.data() + name.size(), step);
-    return step >= 0 && name == prefix + std::to_string(step) ? step : -1;
+    const bool named = name.starts_with("checkpoint-");
+    const int64_t step = named ? std::strtoll(name.c_str() + 11, nullptr, 10) : -1;
+    return step >= 0 && name == checkpoint_folder("", step).substr(1) ? step : -1;
 }
 
 // The steps of the checkpoints in a run's folder, newest first. Unfinished ones do not count.
@@ -5139,8 +4923,8 @@ inline void remove_old_checkpoints(const std::string& output, int keep) {
     }
 }
 
-// Tidies a run's folder after a kill: what a save left half done goes, and a checkpoint that was
-// about to be replaced gets its name back. Touches nothing but names that this program gives.
+// Tidies a run's folder after a kill: what a save left half done is removed, and a checkpoint that
+// was about to be replaced gets its name back. Touches only names that this program gives.
 // Careful: only with the folder's lock held, or it would remove what another run is writing.
 inline void recover_folders(const std::string& output) {
     for (const std::string& name : list_folder(output)) {
@@ -5156,9 +4940,9 @@ inline void recover_folders(const std::string& output) {
     }
 }
 
-// A run that goes on from `step` makes the later steps again. What another run left of those
-// (checkpoints that are damaged, or from before the user went back) is set aside, or it would count
-// as the newest. A run that starts (step -1) sets aside all, best/ too. Returns the names.
+// A run that goes on from `step` makes the later steps again. Checkpoints of those (damaged, or
+// from before the user went back) are set aside, or they would count as the newest. A run that
+// starts (step -1) sets aside all, best/ too. Returns the names.
 inline std::vector<std::string> set_aside_later(const std::string& output, int64_t step) {
     std::vector<std::string> names;
     for (int64_t later : checkpoint_steps(output))
@@ -5198,13 +4982,6 @@ inline void join(std::string& list, const char* separator, const std::string& it
 // A message says what was expected, what was found, where, and what to do next; on one line, and
 // not a long one, whatever was typed. "error: unknown option --lr; did you mean --learning-rate?"
 // What such sentences are made of is below.
-
-// What the user typed: as it is where it is short and plain, else quoted and cut.
-inline std::string shown(const std::string& text) {
-    auto is_plain = [](char c) { return c > ' ' && c < 127; };
-    const bool plain = std::all_of(text.begin(), text.end(), is_plain);
-    return plain && !text.empty() && text.size() <= 60 ? text : in_quotes(text);
-}
 
 // One word of a shell's command line that means this text. Within single quotes everything but a
 // single quote means itself; that one is written '\'' between two quoted parts.
@@ -5626,7 +5403,7 @@ public:
             end = end_reached();
             show(row, evaluated || end != End::none || due(o_.log_interval));
             const std::string title = sample_title(epoch);
-            if (evaluated && state_.best_step == state_.step) try_save("best", false);
+            if (evaluated && state_.best_step == state_.step) try_save("best", Purpose::use);
             if (end != End::none || due(o_.save_interval)) save(end);
             // Why last: Ctrl-C need not wait for a sample, only for the checkpoint.
             if (!title.empty() && end != End::interrupted) write_sample(title, 50);
@@ -5878,11 +5655,11 @@ private:
 
     // Saves under the run's folder; returns whether it did. A full disk is a warning: the last good
     // checkpoint is untouched, and somebody may make room. Any other error stops the run.
-    bool try_save(const std::string& name, bool with_moments) {
+    bool try_save(const std::string& name, Purpose purpose) {
         try {
             log_->sync();  // first: no checkpoint may be ahead of its log
             const Tokenizer* tokenizer = corpus_.tokenizer ? &*corpus_.tokenizer : nullptr;
-            save_checkpoint(model_, o_.output + "/" + name, tokenizer, state_, with_moments);
+            save_checkpoint(model_, o_.output + "/" + name, tokenizer, state_, purpose);
             return true;
         } catch (const FileError& e) {
             const std::string what =
@@ -5898,7 +5675,7 @@ private:
     // A checkpoint to resume from. One that ends the run must succeed.
     void save(End end) {
         state_.finished = end != End::none && end != End::interrupted;
-        const bool saved = try_save("checkpoint-" + std::to_string(state_.step), true);
+        const bool saved = try_save("checkpoint-" + std::to_string(state_.step), Purpose::resume);
         if (!saved && end != End::none)
             fail("the run has ended at step ", state_.step, ", but it could not be saved there: ",
                  "make room and type --resume auto to make the last steps again");

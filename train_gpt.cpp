@@ -665,28 +665,19 @@ inline Start find_start(const Options& o) {
 // The checksum of a shard's tokens. Of more than 64 million only the ends are read: a run must not
 // begin with minutes of reading.
 inline std::string checksum_of(const Shard& shard) {
-    Checksum sum;
-    std::vector<uint16_t> buffer(1 << 16);
-    const int64_t part = int64_t(buffer.size()), all = shard.tokens;
-    const int64_t stride = all <= 64'000'000 ? part : std::max(part, all - part);
-    for (int64_t at = 0; at < all; at += stride) {
-        const int64_t count = std::min(part, all - at);
-        shard.read(buffer.data(), at, count);
-        sum.add(buffer.data(), 2 * size_t(count));
-    }
-    return sum.hex();
+    const int64_t all = shard.tokens, end = all <= 64'000'000 ? all : 1 << 16;
+    std::vector<uint16_t> tokens(size_t(end == all ? all : 2 * end));
+    shard.read(tokens.data(), 0, end);
+    if (end < all) shard.read(tokens.data() + end, all - end, end);
+    return checksum({reinterpret_cast<const char*>(tokens.data()), 2 * tokens.size()});
 }
 
 // What a checkpoint recognises the data by: no path, so data that was moved is the same data.
 inline std::vector<std::string> fingerprint(const Corpus& corpus) {
     std::vector<std::string> list;
-    if (corpus.tokenizer) {
-        Checksum sum;
-        const std::string merges = corpus.tokenizer->merges_text();
-        sum.add(merges.data(), merges.size());
-        list.push_back(
-            to_text("tokenizer: ", corpus.tokenizer->vocab_size(), " tokens, ", sum.hex()));
-    }
+    if (corpus.tokenizer)
+        list.push_back(to_text("tokenizer: ", corpus.tokenizer->vocab_size(), " tokens, ",
+                               checksum(corpus.tokenizer->merges_text())));
     for (auto* split : {&corpus.train, &corpus.val})
         for (const Shard& shard : split->files())
             list.push_back(to_text(split == &corpus.train ? "train: " : "val: ", shard.tokens,
@@ -738,8 +729,8 @@ void load_start(auto& model, const Options& o, const Start& start) {
 struct RunFolder : FolderToFill {
     using FolderToFill::FolderToFill;
     ~RunFolder() {
-        if (made.empty() || file_exists(made[0] + "/log.csv")) return;
-        ::unlink((made[0] + "/lock").c_str());
+        if (made.empty() || file_exists(made.back() + "/log.csv")) return;
+        ::unlink((made.back() + "/lock").c_str());
     }
 };
 
@@ -980,7 +971,7 @@ void show_top(auto& model, const std::vector<int32_t>& tokens,
         const bool end = tokenizer && c.token == tokenizer->end_of_text();
         const std::string text = end ? "<|endoftext|>" : text_of_token(tokenizer, c.token);
         std::printf("%8.4f %%  %6d  %s\n", 100 * c.probability, c.token,
-                    tokenizer ? in_quotes(text).c_str() : "");
+                    tokenizer ? shown(text).c_str() : "");
     }
 }
 

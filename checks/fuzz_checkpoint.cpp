@@ -8,9 +8,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     accepts([&] {
         switch (data[0] % 5) {
             case 0: {
-                const HfConfig config = read_hf_config(file.path());
-                check(config.model.n_embd % config.model.n_head == 0, "heads divide channels");
-                hf_config_text(config.model, config.end_of_text, "float32");
+                const Config config = read_hf_config(file.path());
+                check(config.n_embd % config.n_head == 0, "heads divide channels");
+                hf_config_text(config, -1);
                 break;
             }
             case 1: {  // the state without its seal, which nothing but luck would get right

@@ -8,10 +8,10 @@ import subprocess
 import sys
 
 PARSERS = {  # by the names of their functions and classes; a class stands for all its functions
-    "json": "JsonParser Json append_json_string in_quotes append_utf8 utf8_character",
+    "json": "JsonParser Json json_string shown append_utf8 utf8_character",
     "safetensors": "SafetensorsFile InputFile f16 dtype_bytes shape_text match_tensors without_prefix",
     "checkpoint: config.json": "read_hf_config hf_config_text",
-    "checkpoint: trainer_state.json": "state_from_json FieldCarrier number_or read_sealed state_seal",
+    "checkpoint: trainer_state.json": "state_from_json FieldReader FieldWriter number_or read_sealed state_seal",
     "checkpoint: HellaSwag": "read_hellaswag",
     "checkpoint: log.csv": "read_log log_line",
     "options": "parse_options find_command check_together CommandLine checked parse_number shown "

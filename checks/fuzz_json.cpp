@@ -9,11 +9,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
             const std::string written = json.write(indent);
             check(Json::parse(written, "again").write(indent) == written, "reads what it writes");
         }
-        if (!json.is_object()) return;
+        if (json.kind != Json::Kind::object) return;
         for (const char* key : {"a", "step", "shape"}) {
             accepts([&] { json.get_int(key, "fuzz", -5, 5); });
             accepts([&] { json.get(key, Json::Kind::number, "fuzz"); });
-            accepts([&] { json.get_bool(key, "fuzz"); });
             accepts([&] { json.get_string(key, "fuzz"); });
         }
     });
