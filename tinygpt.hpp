@@ -926,15 +926,22 @@ using Finish = std::function<void(int row, int col, int count, std::type_identit
 // them as an argument, `ops`, because §10 has the same six, some fifty times faster. Tests compare
 // the two; you can ignore how the fast ones work until §10.
 struct PlainOps {
+    // c[m, n] = finish(a b), or finish(c + a b) if accumulate; a [m, k], b [k, n]. That is all a
+    // product is: m n dot products of length k, so 2 m n k operations. c is row-major, its rows ldc
+    // apart (the leading dimension), and shares no memory with a or b; m, n and k are at least 1.
     template <class real>
     static void matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
-                       bool accumulate = false, const Finish<real>& finish = {});
-    template <class real>
-    static void attend(real* out, real* lse, const real* qkv, int first, int last, int C, int HS,
-                       Dropout drop, uint64_t head);
-    template <class real>
-    static void attend_backward(real* dqkv, const real* dout, const real* out, const real* lse,
-                                const real* qkv, int T, int C, int HS, Dropout drop, uint64_t head);
+                       bool accumulate = false, const Finish<real>& finish = {}) {
+        for (int i = 0; i < m; ++i) {
+            real* row = c + i * ldc;
+            for (int j = 0; j < n; ++j) {
+                double sum = accumulate ? row[j] : 0;
+                for (int p = 0; p < k; ++p) sum += double(a(i, p)) * double(b(p, j));
+                row[j] = real(sum);
+            }
+            if (finish) finish(i, 0, n, row);
+        }
+    }
     template <class real>
     static real exp(real x) {
         return std::exp(x);
@@ -951,24 +958,14 @@ struct PlainOps {
         for (int i = 0; i < count; ++i) sum += x[i] = std::exp(x[i] - shift);
         return sum;
     }
+    // One head of attention, and its backward: §4.5.
+    template <class real>
+    static void attend(real* out, real* lse, const real* qkv, int first, int last, int C, int HS,
+                       Dropout drop, uint64_t head);
+    template <class real>
+    static void attend_backward(real* dqkv, const real* dout, const real* out, const real* lse,
+                                const real* qkv, int T, int C, int HS, Dropout drop, uint64_t head);
 };
-
-// c[m, n] = finish(a b), or finish(c + a b) if accumulate; a [m, k], b [k, n]. That is all a
-// product is: m n dot products of length k, so 2 m n k operations. c is row-major, its rows ldc
-// apart (the leading dimension), and shares no memory with a or b; m, n and k are at least 1.
-template <class real>
-void PlainOps::matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
-                      bool accumulate, const Finish<real>& finish) {
-    for (int i = 0; i < m; ++i) {
-        real* row = c + i * ldc;
-        for (int j = 0; j < n; ++j) {
-            double sum = accumulate ? row[j] : 0;
-            for (int p = 0; p < k; ++p) sum += double(a(i, p)) * double(b(p, j));
-            row[j] = real(sum);
-        }
-        if (finish) finish(i, 0, n, row);
-    }
-}
 
 // --- §4.4 The linear layer: every output is a weighted sum of all inputs, plus a bias
 //   out = x w + bias        x [rows, C], bias [OC]
@@ -1240,10 +1237,6 @@ void linear_residual_forward(const Ops& ops, real* out, const real* residual, co
 // are made for some rows at a time, and used for everything before the next rows.
 
 constexpr int kHeadRows = 1024;  // at a time: enough for a fast product
-// Elements of `logits` that the functions below need.
-inline size_t head_workspace(int rows, int V) {
-    return size_t(std::min(rows, kHeadRows)) * size_t(V);
-}
 
 // sets logits [rows, V] = x w^T. By itself for generation, which wants the scores themselves.
 template <class real, class Ops>
@@ -1286,7 +1279,7 @@ void softmax_cross_entropy(const Ops& ops, real* losses, real* logits, const int
 }
 
 // sets losses [rows], in nats, 0 where the target is kIgnore. x [rows, C], w [V, C], targets
-// [rows]; logits [head_workspace(rows, V)] is scratch.
+// [rows]; logits [at most kHeadRows, V] is scratch.
 template <class real, class Ops>
 void head_forward(const Ops& ops, real* losses, real* logits, const real* x, const real* w,
                   const int32_t* targets, int rows, int C, int V) {
@@ -1405,7 +1398,9 @@ struct Layers {
     void gelu_forward(auto... a) { tinygpt::gelu_forward<real>(ops, a...); }
     void linear_gelu_backward(auto... a) { tinygpt::linear_gelu_backward<real>(ops, a...); }
     void linear_residual_forward(auto... a) { tinygpt::linear_residual_forward<real>(ops, a...); }
-    static size_t head_workspace(int rows, int V) { return tinygpt::head_workspace(rows, V); }
+    static size_t head_workspace(int rows, int V) {  // elements of `logits`
+        return size_t(std::min(rows, kHeadRows)) * size_t(V);
+    }
     void head_logits(auto... a) { tinygpt::head_logits<real>(ops, a...); }
     void head_forward(auto... a) { tinygpt::head_forward<real>(ops, a...); }
     void head_forward_backward(auto... a) { tinygpt::head_forward_backward<real>(ops, a...); }
@@ -1426,14 +1421,10 @@ struct Layers {
     void zero(auto* to, size_t count) {
         std::memset(static_cast<void*>(to), 0, count * sizeof *to);
     }
-    template <class T>
-    void upload(T* to, const T* from_host, size_t count) {
-        std::memcpy(static_cast<void*>(to), from_host, count * sizeof(T));
+    void upload(auto* to, const auto* from_host, size_t count) {
+        std::memcpy(static_cast<void*>(to), from_host, count * sizeof *to);
     }
-    template <class T>
-    void download(T* to_host, const T* from, size_t count) {
-        std::memcpy(static_cast<void*>(to_host), from, count * sizeof(T));
-    }
+    void download(auto* to_host, const auto* from, size_t count) { upload(to_host, from, count); }
     void weights_from_masters(Weight*, const Real*, size_t) {}  // nothing to do: one array
 
     // A device may work behind the host's back, and be kStepsBehind steps late. replay does the
@@ -2213,14 +2204,16 @@ int generate(Gpt2<Device>& model, std::vector<int32_t> tokens, const SampleOptio
 // =================================================================================================
 // §10 The CPU at full speed: products of matrices, attention and e^x
 // =================================================================================================
-// Why products can be fast: n^3 operations on n^2 numbers, so each number can be used many times
-// once it is near. A core does 32 multiply-adds a cycle here, and loads far fewer numbers from its
-// caches, hardly any from memory. So: keep sums in registers, and operands in the caches; those
-// that are read again and again lie in the order of reading.
+// What you have now: a model that trains, in plain loops. This section makes its six slowest
+// operations fast; none of the layers changes.
+// Why products can be fast: n^3 operations on n^2 numbers, so each number that was loaded can be
+// used many times. A core does 32 multiply-adds a cycle here, but can load far fewer numbers, and
+// hardly any from memory. So: keep sums in registers and operands in the caches, and store what is
+// read again and again in the order of reading.
 
-// --- The compiler's vectors: arithmetic on a whole register at a time, on any CPU
+// --- Vectors: arithmetic on a whole register at a time, on any CPU
 #ifdef __CUDACC__
-#pragma nv_diag_suppress 1675  // it need not know "GCC unroll"
+#pragma nv_diag_suppress 1675  // nvcc does not know "GCC unroll"
 #endif
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64, kVectorRegisters = 32;
@@ -2232,8 +2225,8 @@ constexpr int kVectorBytes = 16, kVectorRegisters = 32;
 constexpr int kVectorBytes = 16, kVectorRegisters = 16;
 #endif
 
-// Vec<real>: kLanes<real> numbers in one register. + - * / < work lane by lane, and a number beside
-// a vector stands for a vector full of it.
+// Vec<real>: kLanes<real> numbers in one register. + - * / < work lane by lane; a number beside a
+// vector acts on every lane.
 template <class real>
 struct VectorOf {
     typedef real type __attribute__((vector_size(kVectorBytes)));
@@ -2254,9 +2247,8 @@ template <class V, class real>
 void store(real* to, V v) {
     std::memcpy(to, &v, sizeof v);
 }
-// Has what lies there brought from memory into the second cache (the first can wait for far fewer
-// at a time), while work goes on. The address may be any, even beyond an array's end.
-inline void ask_for(const void* address) { __builtin_prefetch(address, 0, 2); }
+// Prefetches into L2; L1 has room for far fewer outstanding loads. Any address is safe.
+inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
 
 // --- e^x without a library call: the same lines for one float and for a vector of them
 //   x = n ln2 + r,  |r| <= ln2/2,  n whole:   e^x = 2^n e^r,  and e^r = 1 + r + r^2 q(r)
@@ -2268,7 +2260,7 @@ inline void ask_for(const void* address) { __builtin_prefetch(address, 0, 2); }
 // stays NaN.
 template <class V>
 V exp_float(V x) {
-    // int32_t for a float; for a vector what its comparisons give, which is a vector of int32_t.
+    // int32_t for a float; for a vector the type of its comparisons, a vector of int32_t.
     using Bits = std::conditional_t<std::is_same_v<V, float>, int32_t, decltype(x < x)>;
     x = x < -88.0f ? -88.0f : x;
     x = x > 89.0f ? 89.0f : x;
@@ -2278,39 +2270,21 @@ V exp_float(V x) {
     const V q =
         (((1.38138782e-3f * r + 8.36906396e-3f) * r + 4.16684225e-2f) * r + 1.66665182e-1f) * r +
         0.49999994f;
-    // 2^n as a float has n + 127 in its exponent, which begins at bit 23, and no other bit.
+    // The exponent of a float begins at bit 23; that of 2^n is n + 127.
     const Bits power = (std::bit_cast<Bits>(shifted) << 23) + (127 << 23);
     return ((r * r) * q + r + 1.0f) * std::bit_cast<V>(power);
 }
 
-// The same operations as PlainOps (§4.3), fast. bf16: the operands of products are rounded to bf16;
-// sums stay fp32.
-struct FastOps {
-    bool bf16 = false;
-    template <class real>
-    void matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
-                bool accumulate = false, const Finish<real>& finish = {}) const;
-    template <class real>
-    static void attend(real* out, real* lse, const real* qkv, int first, int last, int C, int HS,
-                       Dropout drop, uint64_t head);
-    template <class real>
-    static void attend_backward(real* dqkv, const real* dout, const real* out, const real* lse,
-                                const real* qkv, int T, int C, int HS, Dropout drop, uint64_t head);
-    static float exp(float x) { return exp_float(x); }
-    static Vec<float> exp(Vec<float> x) { return exp_float(x); }
-    // In double, for checking gradients: the library's, to the last bit.
-    static double exp(double x) { return std::exp(x); }
-    static Vec<double> exp(Vec<double> x) {
-        for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
-        return x;
-    }
-    template <class real>
-    static real maximum(const real* x, int n);
-    template <class real>
-    static real exp_and_sum(real* x, real shift, int count);
-};
+inline float exp_fast(float x) { return exp_float(x); }
+inline Vec<float> exp_fast(Vec<float> x) { return exp_float(x); }
+// In double, for tests: the library's, to the last bit.
+inline double exp_fast(double x) { return std::exp(x); }
+inline Vec<double> exp_fast(Vec<double> x) {
+    for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+    return x;
+}
 
-// All lanes joined into one number: halves, then halves of those.
+// Joins all lanes into one number: halves, then halves of those.
 template <class real, class Join>
 real join_lanes(Vec<real> v, Join join) {
     real lanes[kLanes<real>];
@@ -2324,9 +2298,9 @@ real sum_of_lanes(Vec<real> v) {
     return join_lanes<real>(v, [](real a, real b) { return a + b; });
 }
 
-// In both: whole vectors first, then what is left over; the order of additions is fixed.
+// In both: whole vectors first, then the rest; the order of additions is fixed.
 template <class real>
-real FastOps::maximum(const real* x, int n) {
+real maximum(const real* x, int n) {
     constexpr int L = kLanes<real>;
     Vec<real> most = Vec<real>{} + x[0];
     int j = 0;
@@ -2336,36 +2310,36 @@ real FastOps::maximum(const real* x, int n) {
     return top;
 }
 template <class real>
-real FastOps::exp_and_sum(real* x, real shift, int count) {
+real exp_and_sum(real* x, real shift, int count) {
     constexpr int L = kLanes<real>;
     Vec<real> sums = {};
     int j = 0;
     for (; j + L <= count; j += L) {
-        const Vec<real> e = exp(load(x + j) - shift);
+        const Vec<real> e = exp_fast(load(x + j) - shift);
         store(x + j, e);
         sums += e;
     }
     real sum = sum_of_lanes<real>(sums);
-    for (; j < count; ++j) sum += x[j] = exp(x[j] - shift);
+    for (; j < count; ++j) sum += x[j] = exp_fast(x[j] - shift);
     return sum;
 }
 
-// --- Memory to work in
-// Memory that its owner keeps and that grows on demand. What lies in it is not set, and is lost
-// when it grows.
+// --- Scratch memory
+
+// A buffer that grows on demand. It is not cleared, and growing loses what it holds.
 class Scratch {
 public:
     template <class T>
     T* get(size_t count) {
         if (count * sizeof(T) > size_) grow(count * sizeof(T));
-        return reinterpret_cast<T*>(block_.get());
+        return reinterpret_cast<T*>(memory_.get());
     }
 
 private:
     void grow(size_t bytes) {
-        block_.reset(), size_ = 0;
+        memory_.reset(), size_ = 0;
         try {
-            block_.reset(allocate<char>(bytes));
+            memory_.reset(allocate<char>(bytes));
         } catch (const Error& error) {
             if (omp_get_level() == 0) throw;
             std::fprintf(stderr, "error: %s\n", error.what());  // no exception may leave a thread
@@ -2373,16 +2347,15 @@ private:
         }
         size_ = bytes;
     }
-    std::unique_ptr<char, decltype(&std::free)> block_{nullptr, &std::free};
+    std::unique_ptr<char, decltype(&std::free)> memory_{nullptr, &std::free};
     size_t size_ = 0;
 };
 
-// A thread's own memory to work in, in 7 pieces: attention's backward needs so many. ("static
-// thread_local": made once for each thread, and kept.) Careful: what works inside something else
-// takes other pieces. Why not where each is needed: a template would keep its own for every type.
-inline Scratch& room(int piece) {
-    static thread_local Scratch pieces[7];
-    return pieces[piece];
+// A thread's own scratch buffers; attention's backward needs 7. ("static thread_local": made once
+// for each thread, and kept.) Careful: a function must not use those of its caller.
+inline Scratch& thread_scratch(int i) {
+    static thread_local Scratch buffers[7];
+    return buffers[i];
 }
 
 // --- The fast product
@@ -2394,24 +2367,24 @@ inline Scratch& room(int piece) {
 //         |  | | |  |              bf16, some rows and kDepth columns at a time are copied.
 //
 //   a          c                   A tile of c is kTileRows rows of a times one panel of b. Its
-// +---+---+ +---------+            sums stay in registers for kDepth steps; every step takes one
+// +---+---+ +---------+            sums stay in registers for kDepth steps. Each step takes one
 // |   |   | |         |            number of each row of a and one row of b's panel, and does
 // |===|===| |--- [] --| <- tile    kTileRows * kCols multiply-adds with them.
 // |   |   | |         |
 // +---+---+ +---------+
 //
-// The rows of a of one tile, in the first cache, meet the panels of b in turn, which come from the
-// second: c is walked along its rows, which is how memory likes it. That is the blocking of Goto
-// and van de Geijn (2008) and of BLIS, with the parts of the two operands exchanged. Ragged edges:
-// panels are filled up with zeros, and there is a micro-kernel for each number of rows.
+// A tile's rows of a, in L1, meet the panels of b in turn, which come from L2; so c is written
+// along its rows, which suits memory. That is the blocking of Goto and van de Geijn (2008) and of
+// BLIS, with the two operands exchanged. At ragged edges panels are padded with zeros, and smaller
+// micro-kernels make the last rows.
 
 // Two registers of sums a row, two for b's row, one for a's number: 2 * 14 + 3 of 32, or 2 * 6 + 3
 // of 16.
 constexpr int kTileRows = kVectorRegisters == 32 ? 14 : 6;
-constexpr int kDepth = 512;           // steps of k at a time: a tile's rows fit the first cache
-constexpr int kBlock = 512 * kDepth;  // elements of b packed at a time: they stay in the second
+constexpr int kDepth = 512;             // steps of k at a time: a tile's rows of a fit into L1
+constexpr int kPackedB = 512 * kDepth;  // elements of b packed at a time: they fit into L2
 // From row to row of a's copies, and of attention's scores. Careful: rows 512 numbers apart would
-// all lie in 2 of the first cache's 64 sets, and evict each other where they are read downwards.
+// all lie in 2 of L1's 64 sets, and evict each other where they are read downwards.
 constexpr int kStride = kDepth + 16;
 
 // One step of the product: sum += a b, a number a beside a vector b.
@@ -2432,10 +2405,10 @@ inline bool cpu_has_bf16_dot() { return false; }
 inline void multiply_add(Vec<float>&, uint32_t, Vec<uint32_t>) {}  // refused before it gets here
 #endif
 
-// Tile [rows, 2 L] (+)= a [rows, k] * panel of b [k, 2 L]; the tile's rows are ldc apart, b's
+// Tile [rows, 2 L] (+)= a [rows, k] * panel of b [k, 2 L]. The tile's rows are ldc apart, b's
 // follow each other. down: the steps of k run down a's columns, and its rows are one number apart;
-// else it is the other way round. rows and down are template arguments because only then does the
-// compiler know how many sums there are, and gives each a register, and that one distance is 1.
+// else they run along its rows. Why template arguments: the compiler must know how many sums there
+// are, to give each a register, and which distance is 1.
 template <int rows, bool down, class real, class Packed>
 void micro_kernel(real* tile, ptrdiff_t ldc, View<Packed> a, const Packed* b, int k, bool add) {
     constexpr int L = kLanes<real>;
@@ -2483,8 +2456,7 @@ template <class real, int step = 1>
     }
 }
 
-// A way to compute tiles: what the functions below need to know of it. This one takes numbers as
-// they are.
+// A way to compute tiles. This one takes numbers as they are; the two for bf16 are below.
 template <class real>
 struct PlainTiles {
     using Packed = real;                           // an element of a packed operand
@@ -2499,18 +2471,20 @@ struct PlainTiles {
     static constexpr int kRows = kTileRows, kCols = 2 * kLanes<Packed>;
     static constexpr int kSteps = kDepth;   // that tile() makes at a time
     static constexpr bool kAnyRows = true;  // tile() writes `rows` rows, else all kRows
-    static constexpr int kBelow = 0;        // c is asked for so many rows below the tile
-    // c [rows, kCols] (+)= a b, with b one panel. There is a micro-kernel for each number of rows:
-    // tries kTileRows, then one fewer, and so on.
+    static constexpr int kBelow = 0;        // prefetch c so many rows below the tile
+    // c [rows, kCols] (+)= a b, with b one panel: some rows at a time, as often as they fit, then
+    // fewer (14, 8, 4, 2, 1). A packed a has its steps along its rows.
     template <int some = kTileRows, class Sum>
     static void tile(Sum* c, ptrdiff_t ldc, View<Packed> a, const Packed* b, int rows, int k,
                      bool add) {
+        constexpr bool in_place = std::is_same_v<Packed, Sum>;
+        for (; rows >= some; rows -= some, c += some * ldc, a = a.from(some, 0))
+            if (!in_place || a.col == 1)
+                micro_kernel<some, false>(c, ldc, a, b, k, add);
+            else
+                micro_kernel<some, in_place>(c, ldc, a, b, k, add);
         if constexpr (some > 1)
-            if (rows < some) return tile<some - 1>(c, ldc, a, b, rows, k, add);
-        if (a.col == 1)
-            micro_kernel<some, false>(c, ldc, a, b, k, add);
-        else
-            micro_kernel<some, true>(c, ldc, a, b, k, add);
+            if (rows > 0) tile<int(std::bit_floor(unsigned(some - 1)))>(c, ldc, a, b, rows, k, add);
     }
 };
 
@@ -2518,8 +2492,7 @@ struct PlainTiles {
 // out[j / N][i][j % N], and what lies beyond x counts as 0. down: the steps of k run down the
 // columns, else along the rows; an element is made of I numbers of a column, or of J of a row.
 // L by L elements at a time, in the order in which they lie in memory: L vectors are read, and
-// unless x's rows are rows in memory they are transposed. What comes L rows of elements later is
-// asked for. Then, one by one, what is left at the edges.
+// unless x's rows are rows in memory they are transposed. Then, one by one, the rest at the edges.
 template <class Tiles, int N, bool down, class Packed, class real>
 void pack(Packed* out, View<real> x, int rows, int cols, int i_end, int j_end) {
     constexpr int L = kLanes<Packed>, I = down ? Tiles::kNumbers : 1, J = Tiles::kNumbers / I;
@@ -2534,7 +2507,7 @@ void pack(Packed* out, View<real> x, int rows, int cols, int i_end, int j_end) {
             Vec<Packed> square[L] = {};
 #pragma GCC unroll 16
             for (int p = 0; p < L; ++p, from += next) {
-                if (copy) ask_for(from + L * next);
+                if (copy) prefetch(from + L * next);
                 square[p] = Tiles::elements(from, down ? x.row : x.col);
             }
             if (!copy) transpose_square<Packed>(square);
@@ -2547,8 +2520,8 @@ void pack(Packed* out, View<real> x, int rows, int cols, int i_end, int j_end) {
             *at(i, j) = Tiles::element(number(i * I, j * J), number(i * I + down, j * J + !down));
 }
 
-// The left operand of tiles, a [rows, depth]: as it lies, if it can be read there; else packed in
-// `memory`, its rows kStride apart.
+// The left operand of tiles, a [rows, depth]: where it lies, if it can be read there; else packed
+// into `memory`, its rows kStride apart.
 template <class Tiles, class Packed = typename Tiles::Packed, class real>
 View<Packed> pack_left(Scratch& memory, View<real> a, int rows, int depth) {
     if constexpr (std::is_same_v<Packed, real>)
@@ -2568,7 +2541,7 @@ struct Panels {
         return {data + row * Tiles::kCols + col / Tiles::kCols * panel, panel};
     }
 };
-// Packs b [depth, cols] in `memory`; the last panel is filled up with zeros.
+// Packs b [depth, cols] into `memory`; the last panel is padded with zeros.
 template <class Tiles, class real>
 Panels<Tiles> pack_right(Scratch& memory, View<real> b, int depth, int cols) {
     constexpr int N = Tiles::kCols;
@@ -2578,11 +2551,11 @@ Panels<Tiles> pack_right(Scratch& memory, View<real> b, int depth, int cols) {
     return {out, size_t(steps) * N};
 }
 
-// A strip of tiles, at most kRows high: c [rows, cols] (+)= a b, `steps` packed elements deep; add:
+// A row of tiles, at most kRows high: c [rows, cols] (+)= a b, `steps` packed elements deep; add:
 // to what is there. A tile that is cut off by the edge of c is made beside it. c comes from memory:
-// while a tile's sums are made, it or the one below is asked for, some rows in each pass.
+// while a tile's sums are made, it or the one below is prefetched, some rows in each pass.
 template <class Tiles, class real>
-void multiply_strip(real* c, ptrdiff_t ldc, View<typename Tiles::Packed> a, Panels<Tiles> b,
+void multiply_tiles(real* c, ptrdiff_t ldc, View<typename Tiles::Packed> a, Panels<Tiles> b,
                     int rows, int cols, int steps, bool add) {
     constexpr int R = Tiles::kRows, N = Tiles::kCols, S = Tiles::kSteps;
     const int passes = ceil_div(steps, S);
@@ -2593,7 +2566,7 @@ void multiply_strip(real* c, ptrdiff_t ldc, View<typename Tiles::Packed> a, Pane
             const bool whole = count == N && (rows == R || Tiles::kAnyRows);
             real *out = c + j, *later = out + Tiles::kBelow * ldc;
             for (int i = pass; whole && i < rows; i += passes)
-                ask_for(later + i * ldc), ask_for(later + i * ldc + N / 2);
+                prefetch(later + i * ldc), prefetch(later + i * ldc + N / 2);
             Tiles::tile(whole ? out : edge, whole ? ldc : N, a.from(0, pass * S),
                         b.from(pass * S, j).data, rows, k, whole && add);
             for (int i = 0; !whole && i < rows; ++i)
@@ -2602,45 +2575,46 @@ void multiply_strip(real* c, ptrdiff_t ldc, View<typename Tiles::Packed> a, Pane
         }
 }
 
-// c[m, n] = finish(a b), or finish(c + a b) if accumulate. c is cut into blocks of columns, and
-// these into stretches of rows where there are fewer blocks than threads. A thread takes one piece
-// after another, and packs what it needs for itself: the columns of b, which stay in its second
-// cache, and, where it cannot be read as it lies, some rows of a at a time, which meet them. So no
-// thread waits for another, and the sum over k of one element is made by one thread, in order: no
-// result depends on the number of threads.
+// c[m, n] = finish(a b), or finish(c + a b) if accumulate. c is cut into tasks, each some columns
+// by some or all rows. A thread takes one task after another and packs for itself what it needs:
+// columns of b, which stay in its L2, and some rows of a at a time, where a cannot be read in
+// place. So no thread waits for another, and one thread makes the whole sum of an element, in
+// order: no result depends on the number of threads.
 template <class Tiles, class real>
 void multiply(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
               bool accumulate, const Finish<real>& finish) {
     constexpr int R = Tiles::kRows, N = Tiles::kCols, kMostDepth = Tiles::kNumbers * kDepth;
     // Rows of a that are packed at a time: whole tiles, and whole squares to transpose.
     constexpr int kSome = round_up(100, std::lcm(R, kLanes<typename Tiles::Packed>));
-    // Blocks of about kBlock elements at most, as many for each thread where whole panels allow it,
-    // and four panels or more.
+    // A task's columns: at most about kPackedB elements and at least four panels, and as many tasks
+    // for each thread where whole panels allow it.
     const int threads = omp_get_max_threads();
-    const int most_cols = kBlock / Tiles::steps(std::min(k, kMostDepth));
+    const int most_cols = kPackedB / Tiles::steps(std::min(k, kMostDepth));
     const int wanted = round_up(ceil_div(n, most_cols), threads);
-    const int width = std::max(4 * N, round_up(ceil_div(n, wanted), N));
-    const int blocks = ceil_div(n, width);
-    // Of rows, where there are fewer blocks than threads: about two pieces a thread.
-    const int cuts = blocks < threads ? 2 * threads / blocks : 1;
-    const int stretch = round_up(ceil_div(m, cuts), R), stretches = ceil_div(m, stretch);
+    const int task_cols = std::max(4 * N, round_up(ceil_div(n, wanted), N));
+    const int across = ceil_div(n, task_cols);
+    // Its rows: all, unless that makes fewer tasks than threads; then about two tasks a thread.
+    const int cuts = across < threads ? 2 * threads / across : 1;
+    const int task_rows = round_up(ceil_div(m, cuts), R), down = ceil_div(m, task_rows);
 #pragma omp parallel
     {
         [[maybe_unused]] Tiles setup{};  // what a thread needs first: see MatrixTiles
 #pragma omp for schedule(dynamic)
-        for (int piece = 0; piece < blocks * stretches; ++piece) {
-            const int j0 = piece / stretches * width, cols = std::min(width, n - j0);
-            const int i0 = piece % stretches * stretch, end = std::min(m, i0 + stretch);
+        for (int task = 0; task < across * down; ++task) {
+            const int j0 = task / down * task_cols, cols = std::min(task_cols, n - j0);
+            const int i0 = task % down * task_rows, end = std::min(m, i0 + task_rows);
             for (int k0 = 0; k0 < k; k0 += kMostDepth) {
                 const int depth = std::min(kMostDepth, k - k0);
-                const auto right = pack_right<Tiles>(room(1), b.from(k0, j0), depth, cols);
+                const auto right =
+                    pack_right<Tiles>(thread_scratch(1), b.from(k0, j0), depth, cols);
                 for (int i1 = i0; i1 < end; i1 += kSome) {
                     const int some = std::min(kSome, end - i1);
-                    const auto left = pack_left<Tiles>(room(0), a.from(i1, k0), some, depth);
+                    const auto left =
+                        pack_left<Tiles>(thread_scratch(0), a.from(i1, k0), some, depth);
                     for (int i = i1; i < i1 + some; i += R) {
                         const int rows = std::min(R, i1 + some - i);
                         real* out = c + i * ldc + j0;
-                        multiply_strip(out, ldc, left.from(i - i1, 0), right, rows, cols,
+                        multiply_tiles(out, ldc, left.from(i - i1, 0), right, rows, cols,
                                        Tiles::steps(depth), k0 > 0 || accumulate);
                         for (int r = 0; finish && k0 + depth == k && r < rows; ++r)
                             finish(i + r, j0, cols, out + r * ldc);
@@ -2651,13 +2625,14 @@ void multiply(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, 
     }
 }
 
-// --- One row, as in generation
-// Operands that come from memory are asked for so many numbers ahead: 8 KB.
+// --- A product of one row, as in generation
+
+// How far ahead to prefetch operands that come from memory, in numbers: 8 KB.
 template <class real>
 constexpr int kAhead = 8192 / int(sizeof(real));
 
-// a.b of k numbers: four vectors of partial sums, then their lanes, then what is left over. What
-// lies `ahead` numbers beyond those of b is asked for.
+// a.b of k numbers: four vectors of partial sums, then their lanes, then the rest. Prefetches
+// `ahead` numbers beyond those of b.
 template <class real>
 real dot(const real* a, const real* b, int k, ptrdiff_t ahead = kAhead<real>) {
     constexpr int L = kLanes<real>;
@@ -2665,7 +2640,7 @@ real dot(const real* a, const real* b, int k, ptrdiff_t ahead = kAhead<real>) {
     int p = 0;
     for (; p + 4 * L <= k; p += 4 * L)
         for (int i = 0; i < 4; ++i) {
-            ask_for(b + p + i * L + ahead);
+            prefetch(b + p + i * L + ahead);
             sums[i] += load(a + p + i * L) * load(b + p + i * L);
         }
     real sum = sum_of_lanes<real>((sums[0] + sums[1]) + (sums[2] + sums[3]));
@@ -2682,7 +2657,7 @@ void add_rows(real* sum, const real* x, View<real> b, int n, int first, int last
         const real* row = &b.data[p * b.row];
         int j = 0;
         for (; j + L <= n; j += L) {
-            ask_for(row + j + kAhead<real>);
+            prefetch(row + j + kAhead<real>);
             store(sum + j, load(sum + j) + x[p] * load(row + j));
         }
         for (; j < n; ++j) sum[j] += x[p] * row[j];
@@ -2690,14 +2665,15 @@ void add_rows(real* sum, const real* x, View<real> b, int n, int first, int last
 }
 
 // c[1, n] of one row a. Every number of b is used once, so nothing is packed, and memory sets the
-// speed: each thread should read one stretch of it from start to end. Where b is row-major those
-// are stripes of rows, a fixed number of them, whose sums are added in order; where it is a
-// transpose they are columns, each a dot product.
+// speed: each thread should read one part of b from start to end. A row-major b is cut into
+// kStripes stripes of rows, whose sums are added in order; a transposed one into columns, each a
+// dot product.
 template <class real>
 void multiply_row(real* c, View<real> a, View<real> b, int n, int k, bool accumulate,
                   const Finish<real>& finish) {
     const bool row_major = b.col == 1;
-    real *x = room(0).get<real>(k), *sums = room(1).get<real>(size_t(kStripes) * n);
+    real *x = thread_scratch(0).get<real>(k),
+         *sums = thread_scratch(1).get<real>(size_t(kStripes) * n);
     for (int p = 0; p < k; ++p) x[p] = a(0, p);
     constexpr int kSome = 256;
 #pragma omp parallel
@@ -2722,9 +2698,9 @@ void multiply_row(real* c, View<real> a, View<real> b, int n, int k, bool accumu
     }
 }
 
-// --- Two ways to do the same in bf16
-// A packed element is a pair: two neighbouring steps of k. Numbers are rounded while they are
-// packed; sums stay fp32.
+// --- Tiles in bf16, in two ways
+// A packed element is a pair: two neighbouring steps of k. Packing rounds the numbers; sums stay
+// fp32.
 
 // What bf16 (§1) does, for a vector: the rounded bits are the upper halves.
 inline Vec<uint32_t> bf16_bits(Vec<float> x) {
@@ -2735,7 +2711,7 @@ inline Vec<uint32_t> bf16_bits(Vec<float> x) {
 // With the vector unit's dot product.
 struct PairTiles : PlainTiles<uint32_t> {
     static constexpr int kNumbers = 2;
-    // Pairs are filled up with zeros to whole registers.
+    // Pairs are padded with zeros to whole registers.
     static int steps(int depth) { return round_up(depth, 32) / 2; }
     static uint32_t element(float low, float high) {
         return bf16(low).bits | uint32_t(bf16(high).bits) << 16;
@@ -2747,7 +2723,7 @@ struct PairTiles : PlainTiles<uint32_t> {
         if (next == 1) return neighbours(from, std::make_integer_sequence<int, kLanes<float>>());
         return pair(bf16_bits(load(from)), bf16_bits(load(from + next)));
     }
-    // Of numbers that lie side by side in memory too: those with even and odd places.
+    // Pairs of numbers that are neighbours in memory: the even and the odd ones.
     template <int... lane>
     static Vec<uint32_t> neighbours(const float* from, std::integer_sequence<int, lane...>) {
         constexpr int L = kLanes<float>, H = L / 2;
@@ -2761,7 +2737,7 @@ struct PairTiles : PlainTiles<uint32_t> {
 // register holds 16 rows of 64 bytes, and one instruction multiplies 16 x 32 by 32 x 16 numbers.
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__)
 struct MatrixTiles : PairTiles {
-    // Why fewer steps: 32 rows of kDepth pairs do not fit into the first cache beside b's panel.
+    // Why fewer steps: 32 rows of kDepth pairs do not fit into L1 beside b's panel.
     static constexpr int kRows = 32, kCols = 32, kSteps = 128, kBelow = kRows;
     static constexpr bool kAnyRows = false;
     // Linux lends the unit to a process that asks: ARCH_REQ_XCOMP_PERM, for tile data.
@@ -2811,48 +2787,29 @@ struct MatrixTiles : PairTiles {
 };
 #endif
 
-// The product, the way the shape and the options ask for. One row in bf16 is made in fp32: its
-// speed is that of reading b, which is fp32 either way.
-template <class real>
-void FastOps::matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
-                     bool accumulate, const Finish<real>& finish) const {
-    if (m == 1) return multiply_row(c, a, b, n, k, accumulate, finish);
-    if constexpr (std::is_same_v<real, float>)
-        if (bf16) {
-            if (!cpu_has_bf16_dot())
-                fail(
-                    "bf16 products need a CPU with avx512_bf16 and a build for it "
-                    "(-march=native), which this is not: use --precision fp32");
-            if (MatrixTiles::usable())
-                return multiply<MatrixTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
-            return multiply<PairTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
-        }
-    multiply<PlainTiles<real>>(c, ldc, a, b, m, n, k, accumulate, finish);
-}
-
 // --- Attention, forward
-// A tile of queries meets the keys in blocks; scores and weights of one block are all that is ever
-// kept, and they stay in the first cache. The softmax runs along (Milakov and Gimelshein 2018):
+// A tile of queries meets kDepth keys at a time; only their scores are ever kept, and they stay in
+// L1. The softmax is updated as keys come (Milakov and Gimelshein 2018):
 //   new max = max(old max, s)    p = e^(s - new max)    old sums shrink by e^(old max - new max)
-// Keys later than the last query of a tile are left out, but for those of its last panel: that is
-// the causal half.
+// Keys later than a tile's last query are left out, but for those of its last panel: that is the
+// causal half.
 
-// One step of the running softmax, for one query: scores s[count] become p; max and total are
-// brought up to date, and so are sums[HS].
+// One step of that softmax, for one query: scores s[count] become p; max, total and sums[HS] are
+// updated.
 template <class real>
 void running_softmax(real* s, int count, real& max, real& total, real* sums, int HS) {
-    const real top = std::max(max, FastOps::maximum(s, count));
-    const real shrink = FastOps::exp(max - top);
-    total = total * shrink + FastOps::exp_and_sum(s, top, count);
+    const real top = std::max(max, maximum(s, count));
+    const real shrink = exp_fast(max - top);
+    total = total * shrink + exp_and_sum(s, top, count);
     max = top;
     for (int j = 0; j < HS; ++j) sums[j] *= shrink;
 }
 
-// One query, the last of n rows, in one head. Nothing is used twice, so nothing is packed. Rows are
-// far apart, so that no CPU guesses the next one: it is asked for, some rows ahead.
+// One query, the last of n rows, in one head. Nothing is used twice, so nothing is packed. Rows lie
+// too far apart for the CPU to guess the next one, so it is prefetched.
 template <class real>
 void attend_one(real* out, const real* qkv, int n, int C, int HS) {
-    real* p = room(0).get<real>(n);
+    real* p = thread_scratch(0).get<real>(n);
     const ptrdiff_t stride = 3 * ptrdiff_t(C), ahead = 8 * stride;
     const real *q = qkv + (n - 1) * stride, *k = qkv + C, *v = qkv + 2 * C;
     real top = -std::numeric_limits<real>::infinity();
@@ -2860,29 +2817,29 @@ void attend_one(real* out, const real* qkv, int n, int C, int HS) {
         p[t] = dot(q, k, HS, ahead) / std::sqrt(real(HS));
         top = std::max(top, p[t]);
     }
-    const real total = FastOps::exp_and_sum(p, top, n);
+    const real total = exp_and_sum(p, top, n);
     std::fill(out, out + HS, real(0));
     for (int t = 0; t < n; ++t, v += stride) {
-        for (int i = 0; i < HS; i += kLanes<real>) ask_for(v + ahead + i);
+        for (int i = 0; i < HS; i += kLanes<real>) prefetch(v + ahead + i);
         const real share = p[t] / total;
         for (int i = 0; i < HS; ++i) out[i] += share * v[i];
     }
 }
 
 template <class real>
-void FastOps::attend(real* out, real* lse, const real* qkv, int first, int last, int C, int HS,
-                     Dropout drop, uint64_t head) {
+void attend(real* out, real* lse, const real* qkv, int first, int last, int C, int HS, Dropout drop,
+            uint64_t head) {
     if (first + 1 == last && !lse) return attend_one(out, qkv, last, C, HS);
     using Plain = PlainTiles<real>;
     constexpr int R = Plain::kRows;
     constexpr real kNever = -std::numeric_limits<real>::infinity();
     const View<real> q = rows_of(qkv, 3 * ptrdiff_t(C)), k = q.from(0, C), v = q.from(0, 2 * C);
-    const auto keys = pack_right<Plain>(room(0), k.transposed(), HS, last),
-               values = pack_right<Plain>(room(1), v, last, HS);
+    const auto keys = pack_right<Plain>(thread_scratch(0), k.transposed(), HS, last),
+               values = pack_right<Plain>(thread_scratch(1), v, last, HS);
     for (size_t i = 0; i < size_t(HS) * round_up(last, Plain::kCols); ++i)
-        keys.data[i] *= 1 / std::sqrt(real(HS));       // so scores come out divided by it
-    real* p = room(2).get<real>(size_t(R) * kStride);  // scores, then p
-    real* sums = room(3).get<real>(size_t(R) * HS);    // of p v, not yet divided by total
+        keys.data[i] *= 1 / std::sqrt(real(HS));                 // so scores come out divided by it
+    real* p = thread_scratch(2).get<real>(size_t(R) * kStride);  // scores, then p
+    real* sums = thread_scratch(3).get<real>(size_t(R) * HS);    // of p v, not yet divided by total
     for (int t = first; t < last; t += R) {
         const int count = std::min(R, last - t), end = t + count;
         real max[R], total[R] = {};
@@ -2890,7 +2847,7 @@ void FastOps::attend(real* out, real* lse, const real* qkv, int first, int last,
         std::fill_n(sums, R * HS, real(0));
         for (int k0 = 0; k0 < end; k0 += kDepth) {
             const int n = std::min(kDepth, end - k0), wide = round_up(n, Plain::kCols);
-            multiply_strip(p, kStride, q.from(t, 0), keys.from(0, k0), count, wide, HS, false);
+            multiply_tiles(p, kStride, q.from(t, 0), keys.from(0, k0), count, wide, HS, false);
             for (int i = 0; i < count; ++i) {
                 real* row = p + i * kStride;
                 const int seen = std::clamp(t + i + 1 - k0, 0, n);
@@ -2899,7 +2856,7 @@ void FastOps::attend(real* out, real* lse, const real* qkv, int first, int last,
                 for (int j = 0; drop.on() && j < seen; ++j)
                     row[j] *= drop.scale((head * last + t + i) * last + k0 + j);
             }
-            multiply_strip(sums, HS, rows_of<real>(p, kStride), values.from(k0, 0), count, HS, n,
+            multiply_tiles(sums, HS, rows_of<real>(p, kStride), values.from(k0, 0), count, HS, n,
                            true);
         }
         for (int i = 0; i < count; ++i) {
@@ -2911,14 +2868,14 @@ void FastOps::attend(real* out, real* lse, const real* qkv, int first, int last,
 }
 
 // --- Attention, backward
-// The scores are made again, block by block, and p = e^(s - lse). Then dp = dout v^T and
-// ds = p (dp - D). ds is the left operand of dq = ds k as it is; read downwards, p and ds are those
-// of dv = p^T dout and dk = ds^T q.
+// kDepth keys at a time, and the queries that see them: scores and p = e^(s - lse) are made again,
+// then dp = dout v^T and ds = p (dp - D). ds is the left operand of dq = ds k as it is; read
+// downwards, p and ds are those of dv = p^T dout and dk = ds^T q.
 
 // One query: products p = q k^T and ds = dout v^T [count] become p (times the mask) and
-// ds / sqrt(HS), zero from `seen` on. D: dout . out of this query (§4.5); index: of the block's
-// first key in dropout's mask. Careful: whole registers are worked on, so both must be set up to
-// `seen` rounded up to kLanes.
+// ds / sqrt(HS), zero from `seen` on. D: dout . out of this query (§4.5); index: of the first of
+// these keys in dropout's mask. Careful: works on whole registers, so both must be set up to `seen`
+// rounded up to kLanes.
 template <class real>
 void softmax_row_backward(real* p, real* ds, real lse, real D, int count, int seen, int HS,
                           Dropout drop, uint64_t index) {
@@ -2926,46 +2883,46 @@ void softmax_row_backward(real* p, real* ds, real lse, real D, int count, int se
     real mask[kDepth];
     for (int j = 0; drop.on() && j < seen; ++j) ds[j] *= mask[j] = drop.scale(index + j);
     for (int j = 0; j < seen; j += kLanes<real>) {
-        const Vec<real> e = FastOps::exp(load(p + j) * scale - lse);
+        const Vec<real> e = exp_fast(load(p + j) * scale - lse);
         store(p + j, e), store(ds + j, e * (load(ds + j) - D) * scale);
     }
     for (int j = 0; drop.on() && j < seen; ++j) p[j] *= mask[j];
     std::fill(p + seen, p + count, real(0)), std::fill(ds + seen, ds + count, real(0));
 }
 
-// One head, place = b NH + h; rows of dqkv and qkv are 3C apart, those of dout and out C; lse [T].
-// Sets the head's channels of dqkv.
 template <class real>
-void FastOps::attend_backward(real* dqkv, const real* dout, const real* out, const real* lse,
-                              const real* qkv, int T, int C, int HS, Dropout drop, uint64_t head) {
+void attend_backward(real* dqkv, const real* dout, const real* out, const real* lse,
+                     const real* qkv, int T, int C, int HS, Dropout drop, uint64_t head) {
     using Plain = PlainTiles<real>;
     constexpr int R = Plain::kRows, kQueries = 8 * R;
     const View<real> q = rows_of(qkv, 3 * ptrdiff_t(C)), k = q.from(0, C), v = q.from(0, 2 * C),
                      d = rows_of(dout, C), o = rows_of(out, C);
     real *dq = dqkv, *dk = dqkv + C, *dv = dqkv + 2 * C;
-    const size_t square = size_t(kQueries) * kStride;
-    real *p = room(0).get<real>(square), *ds = room(1).get<real>(square);  // [queries][keys]
-    const auto q_right = pack_right<Plain>(room(2), q, T, HS),
-               d_right = pack_right<Plain>(room(3), d, T, HS);
+    const size_t square = size_t(kQueries) * kStride;  // [queries][keys]
+    real *p = thread_scratch(0).get<real>(square), *ds = thread_scratch(1).get<real>(square);
+    const auto q_right = pack_right<Plain>(thread_scratch(2), q, T, HS),
+               d_right = pack_right<Plain>(thread_scratch(3), d, T, HS);
     for (int k0 = 0; k0 < T; k0 += kDepth) {
         const int keys = std::min(kDepth, T - k0);
-        const auto k_across = pack_right<Plain>(room(4), k.from(k0, 0).transposed(), HS, keys),
-                   v_across = pack_right<Plain>(room(5), v.from(k0, 0).transposed(), HS, keys),
-                   k_right = pack_right<Plain>(room(6), k.from(k0, 0), keys, HS);
+        const auto k_right = pack_right<Plain>(thread_scratch(4), k.from(k0, 0), keys, HS),
+                   k_across =
+                       pack_right<Plain>(thread_scratch(5), k.from(k0, 0).transposed(), HS, keys),
+                   v_across =
+                       pack_right<Plain>(thread_scratch(6), v.from(k0, 0).transposed(), HS, keys);
         for (int t = k0; t < T; t += kQueries) {
             const int queries = std::min(kQueries, T - t);
             for (int i = 0; i < queries; i += R) {
                 const int rows = std::min(R, queries - i), n = std::min(keys, t + i + rows - k0),
                           wide = round_up(n, Plain::kCols);
                 real *p_i = p + i * kStride, *ds_i = ds + i * kStride;
-                multiply_strip(p_i, kStride, q.from(t + i, 0), k_across, rows, wide, HS, false);
-                multiply_strip(ds_i, kStride, d.from(t + i, 0), v_across, rows, wide, HS, false);
+                multiply_tiles(p_i, kStride, q.from(t + i, 0), k_across, rows, wide, HS, false);
+                multiply_tiles(ds_i, kStride, d.from(t + i, 0), v_across, rows, wide, HS, false);
                 for (int s = t + i; s < t + i + rows; ++s)
                     softmax_row_backward(p + (s - t) * kStride, ds + (s - t) * kStride, lse[s],
                                          dot(d.from(s, 0).data, o.from(s, 0).data, HS), n,
                                          std::min(n, s + 1 - k0), HS, drop,
                                          (head * T + s) * T + k0);
-                multiply_strip(dq + (t + i) * q.row, q.row, rows_of<real>(ds_i, kStride), k_right,
+                multiply_tiles(dq + (t + i) * q.row, q.row, rows_of<real>(ds_i, kStride), k_right,
                                rows, HS, n, k0 > 0);
             }
             for (int j = 0; j < keys; j += R) {
@@ -2974,15 +2931,45 @@ void FastOps::attend_backward(real* dqkv, const real* dout, const real* out, con
                 const int rows = std::min(R, keys - j), n = queries - first;
                 const ptrdiff_t at = (k0 + j) * q.row;
                 const bool add = t > k0 + j;  // earlier queries have seen it
-                multiply_strip(dv + at, q.row, transpose_of<real>(p + first * kStride + j, kStride),
+                multiply_tiles(dv + at, q.row, transpose_of<real>(p + first * kStride + j, kStride),
                                d_right.from(t + first, 0), rows, HS, n, add);
-                multiply_strip(dk + at, q.row,
+                multiply_tiles(dk + at, q.row,
                                transpose_of<real>(ds + first * kStride + j, kStride),
                                q_right.from(t + first, 0), rows, HS, n, add);
             }
         }
     }
 }
+
+// --- The operations of §4.3 again, now fast
+
+struct FastOps {
+    bool bf16 = false;  // products round their operands to bf16; sums stay fp32
+
+    // Chooses by shape and type. One row in bf16 is made in fp32: its speed is that of reading b,
+    // which is fp32 either way.
+    template <class real>
+    void matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
+                bool accumulate = false, const Finish<real>& finish = {}) const {
+        if (m == 1) return multiply_row(c, a, b, n, k, accumulate, finish);
+        if constexpr (std::is_same_v<real, float>)
+            if (bf16) {
+                if (!cpu_has_bf16_dot())
+                    fail(
+                        "bf16 products need a CPU with avx512_bf16 and a build for it "
+                        "(-march=native), which this is not: use --precision fp32");
+                if (MatrixTiles::usable())
+                    return multiply<MatrixTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
+                return multiply<PairTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
+            }
+        multiply<PlainTiles<real>>(c, ldc, a, b, m, n, k, accumulate, finish);
+    }
+    static auto exp(auto x) { return exp_fast(x); }
+    static auto maximum(auto... a) { return tinygpt::maximum(a...); }
+    static auto exp_and_sum(auto... a) { return tinygpt::exp_and_sum(a...); }
+    static void attend(auto... a) { tinygpt::attend(a...); }
+    static void attend_backward(auto... a) { tinygpt::attend_backward(a...); }
+};
 
 // --- The machine: what it is, how much memory is free, and what it can do at best
 
