@@ -24,16 +24,16 @@
 //   §10 the fast CPU   §11 files, JSON   §12 tokenizer   §13 Hugging Face folders
 //   §14 checkpoints   §15 log, terminal   §16 the training loop   §17 options
 //
-// Notation. x is a layer's input, out its output, w and b its weight and bias; dx is the gradient
-// of the loss with respect to x. (B, T, C): B rows of T tokens of C channels, the last index running
-// fastest. Functions take their outputs first, and say what they set and what they add to. "Why:"
-// gives a reason, "Careful:" marks a trap, "walk>" quotes a line of ./train_gpt walk.
+// Notation. x is a layer's input, out its output, w and b its weight and bias; dx is the gradient of
+// the loss with respect to x. (B, T, C): B rows of T tokens of C channels, the last index running
+// fastest. Outputs are the first arguments. Comments say what a function sets and what it adds to;
+// "Why:" gives a reason, "Careful:" marks a trap, "walk>" quotes a line of ./train_gpt walk.
 //
 // If you know Python, this is the C++ you need:
 //   const real* x           an array that is only read: the address of its first number. Its length
 //                           is stated nearby; nothing checks it
 //   x + size_t(row) * C     the address of a row, as x[row] of a NumPy array with C columns. size_t
-//                           has 64 bits; an int ends at 2^31, fewer than a batch may have logits
+//                           has 64 bits; an int overflows at 2^31, and a batch can have more logits
 //   template <class real>   compiled once for each type: float to train, double to check gradients
 //   [&](int i) { ... }      a lambda that sees the variables around it; [=] gives it copies
 //   auto& y = x             another name for x, not a copy; auto: the type of the right side
@@ -42,10 +42,10 @@
 //   #pragma omp parallel for   shares out the iterations of the next loop among the threads
 //   #pragma omp simd        does several iterations at once, in one register
 //   ~Name()                 runs when an object's scope ends, as __exit__ at the end of a `with`
-// Read past the other words (inline, explicit, noexcept, [[...]]): they are for the compiler.
+// Ignore the other words (inline, explicit, noexcept, [[...]]): they are for the compiler.
 //
-// To use it in a program of your own: C++20, -fopenmp, one #include. Everything is in namespace
-// tinygpt and may be included from several files. Licence: MIT, see LICENSE.
+// In a program of your own: C++20, -fopenmp, one #include, in as many files as you like. Everything
+// is in namespace tinygpt. Licence: MIT, see LICENSE.
 //
 #ifndef TINYGPT_HPP_INCLUDED
 #define TINYGPT_HPP_INCLUDED
@@ -120,8 +120,8 @@ namespace tinygpt {
 // What you have now: nothing but three rules.
 //   Nothing fails silently: checks stay on in every build, and say what to do.
 //   A run repeats bit for bit: a random number depends on where it is used (below), a sum has one
-//   order for any number of threads, the order of the data depends on the seed. So 1 thread or 16,
-//   interrupted and resumed or not, the weights are the same.
+//   order for any number of threads, the order of the data depends on the seed. So the weights are
+//   the same with 1 thread or 16, and whether or not the run was interrupted.
 //   Nothing is hidden: what a step computes is in this file, and `walk` prints it.
 
 // Every failure is thrown as an Error. main prints the message and exits with the status.
@@ -217,13 +217,13 @@ TINYGPT_HD inline uint64_t mix_bits(uint64_t x) {
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
     return x ^ (x >> 31);
 }
-// What a stream is for: no two uses share one.
+// What a stream is for, and what its step counts. No two uses share a stream.
 enum RandomUse : uint64_t {
-    kBlockOrder = 1,  // §2, of an epoch
-    kCutOffset,       // §2, of an epoch
-    kInitialWeights,  // §3, of a tensor
-    kDropoutMask,     // §5, of one dropout in the model
-    kMicroBatch,      // §8, of a micro-batch
+    kBlockOrder = 1,  // §2, epochs
+    kCutOffset,       // §2, epochs
+    kInitialWeights,  // §3, tensors
+    kDropoutMask,     // §5, dropouts of the model
+    kMicroBatch,      // §8, micro-batches
     kGeneration       // §9
 };
 TINYGPT_HD inline uint64_t random_key(uint64_t seed, uint64_t step, uint64_t use) {
@@ -247,8 +247,8 @@ inline double random_normal(uint64_t key, uint64_t i) {
 // =================================================================================================
 // §2 One batch: B rows of T tokens, and the same text shifted by one
 // =================================================================================================
-// What you have now: errors and random numbers. Next is what the model reads: tokens, numbers below
-// 65,536 that each stand for a piece of text (§12).
+// What you have now: errors and random numbers. A model reads tokens: numbers below 65,536 that each
+// stand for a piece of text (§12).
 //
 //   text      the   cat   sat   on   the   mat   and
 //   inputs    the   cat   sat   on                       one row of a batch, with T = 4
@@ -411,7 +411,7 @@ struct Window {
     const Shard* shard = nullptr;
     int64_t begin = 0;  // the first prediction
     int64_t count = 0;  // how many; after the shard's last one comes its first, as on a ring
-    int64_t skip = 0;   // the first of them are context only and not scored
+    int64_t skip = 0;   // this many of the first are context only, not scored
 };
 
 // A batch [B, T] with a window in each row; the rest is not scored. This is where inputs and targets
@@ -463,10 +463,10 @@ inline uint64_t shuffled(uint64_t i, uint64_t n, uint64_t key) {
 }
 
 // The order in which training reads the text. Shards are cut into blocks of T predictions (the last
-// of a shard may be shorter). A block is one sample, so one epoch makes every prediction once. With
-// shuffle, every epoch has its own order of the blocks, and cuts each shard from another offset on,
-// so that blocks do not always begin at the same words. All of it is a function of the seed and the
-// sample's number: there is no state to save. With 10 tokens, so predictions 0 to 8, and T = 4:
+// of a shard may be shorter). A block is one sample, so an epoch makes every prediction once. With
+// shuffle, every epoch has its own order of the blocks, and begins to cut at its own offset, so that
+// blocks begin at other words. All of it is a function of the seed and the sample's number: there is
+// no state to save. With 10 tokens, so predictions 0 to 8, and T = 4:
 //   in order    0 1 2 3 | 4 5 6 7 | 8            in every epoch
 //   shuffled    6 7 8 0 | 1 2 3 4 | 5            from offset 6, say; the blocks in any order
 struct DataOrder {
@@ -537,8 +537,8 @@ private:
     const DataOrder order_;
     const int vocab_size_;
     int64_t sample_;
-    // Why shared: every next() throws the error again. Careful: it must be the last member, which is
-    // destroyed first, so that the thread ends before what it uses goes.
+    // Why shared: every next() throws an error again. Careful: the last member is destroyed first, so
+    // the thread ends before what it uses goes.
     std::shared_future<Batch> ahead_;
 };
 
@@ -1456,8 +1456,8 @@ using Reference = Layers<real, PlainOps>;
 //   fc                        the GELU's derivative is taken at its input
 // These are 16 C numbers a position: for GPT-2 small, 4 x 1024 tokens and fp32, 2.4 GB in all.
 // A quarter is gelu, which can be computed again from fc: with --recompute-gelu all layers share one
-// buffer, and backward refills it. Gradients of activations share one set of buffers anyway, since
-// each is used up before the next layer needs it.
+// buffer, and backward refills it. The gradients of activations need one set of buffers for all
+// layers, since each is used up before the next layer begins.
 
 // The buffers of one pass, by name. (typename Device::Real is the type that Device calls Real.)
 template <class Device>
@@ -1616,8 +1616,7 @@ struct Gpt2 {
     }
 };
 
-// Bytes that a model takes on its device: in fp32 training, 16 a parameter (weight, gradient, two
-// moments), and the activations.
+// Bytes. In fp32, training takes 16 a parameter: weight, gradient, two moments.
 struct MemoryNeed {
     size_t weights = 0, gradients = 0, moments = 0, activations = 0;
     size_t total() const { return weights + gradients + moments + activations; }
@@ -1642,8 +1641,8 @@ struct Pass {
     int B = 0, T = 0;
     // Training. Evaluation and generation leave these as they are.
     double scale = 0;      // of the losses: 1 / (number of scored targets in the whole step)
-    bool first = true;     // of the step's micro-batches: backward sets gradients; else it adds
-    bool last = true;      // of the step's micro-batches: the update follows
+    bool first = true;     // micro-batch of its step: backward sets gradients; in others it adds
+    bool last = true;      // micro-batch of its step: the update follows
     Dropout dropout = {};  // its key differs in every micro-batch of every step
     // Generation: the tokens follow `past` earlier ones in the key/value cache, and B is 1.
     int past = 0;
@@ -1773,9 +1772,8 @@ void backward(Gpt2<Device>& model, const Pass& pass) {
 // =================================================================================================
 // §7 The update: how far, how much, and whether at all
 // =================================================================================================
-// What you have now: a gradient for every parameter, in one flat array. It says which way is uphill
-// for this batch. Open are how far to go (schedule), whether the gradient is too long (clipping) or
-// not to be trusted (guards), and what each weight does with it (AdamW).
+// What you have now: a gradient for every parameter, in one flat array: which way is uphill. Open are
+// how far to go (schedule), how far to trust it (clipping, guards), and each weight's step (AdamW).
 
 // Warm-up: at the start AdamW's moments are estimates from few batches, and the model changes fast;
 // small steps do no harm. Decay: near the end, the noise of single batches keeps the loss up, and
@@ -2197,8 +2195,7 @@ int generate(Gpt2<Device>& model, std::vector<int32_t> tokens, const SampleOptio
 }
 
 // =================================================================================================
-// What follows is plumbing. The model is done: §10 makes its products fast on a CPU; the rest
-// reads and writes files, and talks to the user.
+// What follows is plumbing: the fast CPU, files, and the run.
 // =================================================================================================
 
 // =================================================================================================
