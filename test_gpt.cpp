@@ -8238,7 +8238,8 @@ TEST_CASE_TEMPLATE("cuda: the kernels of a step are all timed", Device, Cuda<flo
     CHECK(calls["zero"] == 1);
     CHECK(flops == 6.0 * B * T * C * (12 * C * L + double(table_rows(V))));
 #ifdef CUDA_ON_CPU
-    for (const auto& [name, after] : launches()) {
+    for (const auto& [kernel, after] : launches()) {
+        const std::string name = kernel;
         CAPTURE(name);
         CHECK(calls[name.substr(0, name.find("_kernel"))] == after - before[name]);
     }

@@ -7,10 +7,10 @@ namespace tinygpt {
 // =================================================================================================
 // 1 Options: what the user can ask for, each said once
 // =================================================================================================
-// What you have now: all that trains, and an engine for options (§17). Here are the options.
+// What you have now: all that trains, and an engine for options (§17).
 //
-// A new option is a member of Options, which gives its type and its default, and a row of the
-// table. What happens to --batch-size 4:
+// A new option is a member of Options (type and default) and a row of the table. What happens to
+// --batch-size 4:
 //
 //   parse_options      sees no command before it, so this is train
 //   CommandLine::read  finds the row "batch-size", which train takes; 4 is in [1, 1000000], so it
@@ -302,9 +302,9 @@ inline std::string retyped(Options o, Command command) {
 // 2 Report: what a run's own numbers say, and what to type next
 // =================================================================================================
 // How to read a curve. While both losses fall, the model learns what all such texts have in
-// common. When training loss falls and validation loss does not, it learns the training text by
-// heart: that is overfitting, and best/ is the model to keep. When neither falls, there is either
-// nothing left to learn, which the floor tells, or the model is too small to learn it.
+// common. When only training loss falls, it learns the training text by heart: overfitting; best/
+// is the model to keep. When neither falls, nothing is left to learn (compare the floor), or the
+// model is too small to learn it.
 
 // A loss after so many updates.
 struct CurvePoint {
@@ -464,8 +464,7 @@ inline Corpus open_corpus(const Options& o) {
     return corpus;
 }
 
-// Another tokenizer's numbers mean other text: the model would read nonsense, and only a high loss
-// would tell.
+// With another tokenizer's tokens the model would read nonsense, and only a high loss would tell.
 inline void check_same_tokenizer(const Corpus& corpus, const std::string& model_folder) {
     const std::optional<Tokenizer> theirs = tokenizer_of(model_folder);
     if (corpus.tokenizer && theirs && !(*theirs == *corpus.tokenizer))
@@ -552,7 +551,7 @@ inline int sequence_length(const Options& o, const Config& config, int otherwise
 }
 
 // Refuses sizes that the device cannot hold, and says which batch would fit. Why before allocating:
-// Linux promises memory that it does not have, and kills the process that uses it.
+// Linux grants memory that it does not have, and kills the process that uses it.
 template <class Device>
 void check_memory(const Device& device, const Config& config, int B, int T, Use use) {
     device.check_sizes(config, B);
@@ -582,8 +581,7 @@ std::unique_ptr<Gpt2<Device>> open_model(Device device, const Config& config, in
     return model;
 }
 
-// What the model is made of, and what it takes to train it. The weights are the smaller part:
-// gradients and AdamW's two moments have as many numbers each, and activations grow with B and T.
+// What the model is made of, and what it takes to train it.
 template <class Device>
 void print_model(const Config& config, int B, int T) {
     say("model", to_text(config.n_layer, " layers, ", config.n_head, " heads, ", config.n_embd,
@@ -611,8 +609,8 @@ inline std::string output_folder(const Options& o) {
     return "out/" + (name.empty() || name == "." || name == ".." ? "run" : name);
 }
 
-// One run in a folder at a time: fails where another run holds the lock. It is held while the
-// returned handle lives, and is gone when the process is, however it dies.
+// Fails where another run holds the folder's lock. The lock lives as long as the handle returned,
+// and no longer than the process.
 inline FileHandle lock_folder(const std::string& folder) {
     const std::string path = folder + "/lock";
     FileHandle file(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666));
@@ -642,8 +640,8 @@ inline void check_output(const Options& o) {
         fail(o.output, " already holds a run: go on with --resume auto, or give another --output");
 }
 
-// With --resume DIR that checkpoint, which must verify. With --resume auto the newest that does;
-// damaged ones are passed over, with a line on standard error.
+// --resume DIR: that checkpoint, which must verify. --resume auto: the newest that does; damaged
+// ones are passed over, with a line on standard error.
 inline Start find_start(const Options& o) {
     if (o.resume.empty()) return {};
     if (o.resume != "auto") return {o.resume, verify_checkpoint(o.resume)};
@@ -685,9 +683,8 @@ inline std::vector<std::string> fingerprint(const Corpus& corpus) {
     return list;
 }
 
-// A resumed run must be the run that was interrupted; fails with what has changed. Why paths may
-// change: data that was moved is the same data, which its checksums tell; the weights that the run
-// once began with have become the checkpoint's.
+// Fails where a resumed run would not be the run that was interrupted. Paths may change: checksums
+// tell whether the data is the same, and --init-from no longer matters.
 inline void check_same_run(const Options& o, const Start& start, const Corpus& corpus,
                            const std::string& program) {
     const std::string& folder = start.folder;
@@ -713,8 +710,8 @@ inline void check_same_run(const Options& o, const Start& start, const Corpus& c
                        now[i], "): resume with the same data", override_hint);
 }
 
-// Sets the model's weights, and when it resumes AdamW's moments, to where the run begins: those of
-// the checkpoint, or the weights of --init-from (fine-tuning), or new random ones.
+// Sets the weights with which the run begins: those of the checkpoint (with its moments), of
+// --init-from (fine-tuning), or new random ones.
 void load_start(auto& model, const Options& o, const Start& start) {
     if (!start.folder.empty())
         load_weights(model, start.folder), load_moments(model, start.folder);
@@ -724,8 +721,8 @@ void load_start(auto& model, const Options& o, const Start& start) {
         model.initialise(o.seed);
 }
 
-// The folder of a run. A run that ends before it has a log was refused after all. Then its lock is
-// removed, so that a folder which was made for it is empty and is removed too.
+// The folder of a run. A run that ends before it has a log was refused after all: its lock is
+// removed, and so is the folder if it was made for it.
 struct RunFolder : FolderToFill {
     using FolderToFill::FolderToFill;
     ~RunFolder() {
@@ -734,10 +731,10 @@ struct RunFolder : FolderToFill {
     }
 };
 
-// Trains. Refused is what is wrong with the data, the output folder, the checkpoint, the sizes, the
-// options against the checkpoint's, and memory, in this order.
-// Careful: a folder that is resumed is locked first, because what is read there (and what a killed
-// run left, which is tidied up) must not change meanwhile. A new one is only made at the end.
+// Checks the data, the output folder, the checkpoint, the sizes, the options against the
+// checkpoint's, and memory, in this order; then trains.
+// Careful: a folder that is resumed is locked before it is read, a new one is made after all
+// checks.
 template <class Device>
 int train_command(Device device, const Options& given) {
     Options o = given;
@@ -756,8 +753,8 @@ int train_command(Device device, const Options& given) {
     // Does it fit together?
     const Config config = config_for(o, corpus, start.folder);
     const int B = o.batch_size, T = sequence_length(o, config);
-    // What was left to the program becomes an option: a checkpoint remembers it, so that a later
-    // version's defaults do not change a run that is half done.
+    // What was left to the program becomes an option that the checkpoint remembers: another
+    // version's defaults must not change a run that is half done.
     for_each_size(o, config, [](const char*, auto& wanted, auto size) { wanted = size; });
     o.seq_len = T;
     if (o.precision.empty() && Device::kHostMemory) o.precision = "fp32";
@@ -810,13 +807,12 @@ inline const std::string& need_init_from(const Options& o) {
     return o.init_from;
 }
 
-// HellaSwag (Zellers et al. 2019): which of four endings fits? The ending of the lowest mean loss
-// is the model's answer. A quarter is right by luck; GPT-2 small is right in about 3 of 10. Why the
-// mean: a sum would prefer short endings. The file is llm.c's (dev/data/hellaswag.py): a header of
-// 256 int32, which are 20240522, 1, the number of examples and the longest; then each example as
-// uint16:
-//   65535, its bytes, its index, the label, 4, then a length and so many tokens for the context and
-//   for each of the four endings
+// HellaSwag (Zellers et al. 2019): which of four endings fits? The model's answer is the ending of
+// the lowest mean loss; a sum would prefer short endings. A quarter is right by luck; GPT-2 small
+// gets about 3 of 10. The file is llm.c's (dev/data/hellaswag.py): a header of 256 int32 (20240522,
+// 1, number of examples, bytes of the longest), then each example as uint16:
+//   65535, its bytes, its index, the label, 4, then for the context and each of the four endings
+//   its length and its tokens
 struct HellaswagExample {
     int label = 0;  // which ending is right
     std::vector<uint16_t> context, endings[4];
