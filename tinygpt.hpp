@@ -727,19 +727,17 @@ void initialise(real* weights, const Config& config, const Layout& layout, uint6
 //
 // Backward is the chain rule. If the loss depends on out, and out on x, then
 //   dx_i = sum over j of dout_j (d out_j / d x_i)
-// dx_i, by how much the loss grows for a little more of x_i, adds up all the ways by which x_i
-// reaches the loss. Each backward function is that sum written out for one layer. So the gradients
-// of a value that was used twice are added, and those of a weight, which serves every row, are
-// summed over the rows. dx has the shape of x, and no Jacobian matrix is ever made.
+// dx_i says how much the loss grows when x_i grows a little; it adds up all the ways in which x_i
+// reaches the loss. Each backward function is that sum for one layer, written out. So the gradients
+// of a value that is used twice are added, and those of a weight, which serves every row, are
+// summed over the rows. dx has the shape of x; no Jacobian matrix is ever made.
 //
-// In every function outputs come first, and d means "the gradient of the loss with respect to". A
-// backward function stands directly below its forward. `accumulate`: a parameter's gradient is
-// added to (every micro-batch of a step but the first), otherwise it is set.
+// A backward function stands directly below its forward. `accumulate`: a parameter's gradient is
+// added to (in every micro-batch of a step but the first), otherwise it is set.
 
-// Dropout multiplies every element by 0 with probability p, otherwise by 1/(1-p), so that the mean
-// stays: (1-p) x/(1-p) = x (Srivastava et al. 2014). The element's index alone decides which, so
-// backward makes the mask again instead of storing it, and a GPU makes the same one.
-// With mask m_i, 0 or 1/(1-p):  out_i = m_i x_i,  so  dx_i = m_i dout_i: the same mask, once more.
+// Dropout multiplies each element by a mask, 0 with probability p, otherwise 1/(1-p), so that the
+// mean stays: (1-p) x/(1-p) = x (Srivastava et al. 2014). out_i = m_i x_i, so dx_i = m_i dout_i. The
+// mask depends on the element's index alone, so backward makes it again instead of storing it.
 struct Dropout {
     uint64_t key = 0;
     float p = 0;  // 0: off
@@ -753,19 +751,18 @@ struct Dropout {
 };
 
 // A sum over rows must not depend on the number of threads: (a + b) + c and a + (b + c) differ in
-// their last bit. So the rows are cut into a fixed number of stripes, one thread sums a stripe, and
-// the stripes are added in order.
+// their last bit. So rows are cut into a fixed number of stripes; one thread sums a stripe, and the
+// stripes are added in order.
 constexpr int kStripes = 32;
 inline int stripe_begin(int rows, int stripe) { return int(int64_t(rows) * stripe / kStripes); }
 
 // --- §4.1 Embedding: the vector of the token plus the vector of the position
 //   out[b,t] = drop(wte[tokens[b,t]] + wpe[past + t])
-// It is a product with one-hot rows, out = onehot(tokens) wte, of which only the look-up is left.
-// Why wpe: to attention alone, a text is a bag of tokens; it cannot see where they stand.
+// Why wpe: attention alone cannot tell where a token stands; a text would be a bag of tokens.
 //   walk> embedded     [8,  8]   -0.0054  -0.0335   0.1426   0.0302  -0.0398  -0.0485 ...
 
-// sets out [B*T, C] from tokens [B*T], wte [V, C], wpe [P, C]. past: position of the first column,
-// 0 but in generation. Tokens must be below V and past + T at most P: callers check.
+// sets out [B*T, C] from tokens [B*T] (each below V), wte [V, C], wpe [P, C]. past: the position of
+// the first column, 0 except in generation; past + T is at most P.
 template <class real>
 void embed_forward(real* out, const int32_t* tokens, const real* wte, const real* wpe, int B, int T,
                    int C, int past, Dropout drop) {
@@ -780,12 +777,11 @@ void embed_forward(real* out, const int32_t* tokens, const real* wte, const real
     }
 }
 
-// The output is a plain sum, so its gradient goes to both addends as it is. With d = mask dout:
+// A sum passes its gradient on to both addends. With d = mask dout:
 //   dwte[v] = sum over all rows whose token is v of d[row]      dwpe[t] = sum over b of d[b,t]
-// A token that is not in the batch gets nothing: most rows of dwte stay as they are.
 // adds to dwte [V, C] and dwpe [P, C]; reads dout [B*T, C], tokens [B*T].
-// Threads share the channels, not the rows: two rows may hold the same token. `order` (the rows
-// sorted by token) is for devices that share the tokens instead.
+// Why threads share the channels, not the rows: two rows may hold the same token. `order` (rows
+// sorted by token) is for devices whose threads share the tokens.
 template <class real>
 void embed_backward(real* dwte, real* dwpe, const real* dout, const int32_t* tokens,
                     const int32_t* /*order*/, int B, int T, int C, Dropout drop) {
@@ -805,13 +801,13 @@ void embed_backward(real* dwte, real* dwpe, const real* dout, const int32_t* tok
 
 // --- §4.2 Layernorm (Ba et al. 2016): each row is shifted to mean 0 and scaled to variance 1
 //   m = mean(x)   r = 1/sqrt(mean((x - m)^2) + 1e-5)   n = (x - m) r   out = n weight + bias
-// Every layer reads the stream through one, so it always meets numbers of about the same size,
-// however much has been added before. 1e-5 keeps r finite for a row of equal numbers.
+// Every layer reads the stream through one, so its inputs have about the same size however much was
+// added before. 1e-5 keeps r finite for a row of equal numbers.
 //   walk>   ln_1       [8,  8]   -0.4404  -0.7322   1.0990  -0.0701  -0.7977  -0.8881 ...
 constexpr double kLayernormEps = 1e-5;
 
-// sets out [rows, C], and mean and rstd (m and r) [rows], which are kept for backward, from x
-// [rows, C], weight and bias [C]. Two passes: x^2 - m^2 in one would lose digits where m is large.
+// sets out [rows, C], and for backward mean and rstd (m and r) [rows], from x [rows, C], weight and
+// bias [C]. Why two passes: mean(x^2) - m^2, in one, loses digits where m is large.
 template <class real>
 void layernorm_forward(real* out, real* mean, real* rstd, const real* x, const real* weight,
                        const real* bias, int rows, int C) {
@@ -837,14 +833,13 @@ void layernorm_forward(real* out, real* mean, real* rstd, const real* x, const r
 //   dn_i/dx_j = r [i=j] - r/C - n_i n_j r / C       ([i=j]: 1 where i is j, else 0)
 //   dx_j = r g_j - r (sum_i g_i)/C - r n_j (sum_i g_i n_i)/C
 // so  dx = r (g - mean(g) - n mean(g n)): three terms, for x itself, for the mean, for the scale.
-// Why the last two: adding a constant to the row, or stretching it, does not change n (but for the
-// 1e-5). So moving x that way cannot change the loss, and the gradient has no part in these two
-// directions. And out_i = n_i weight_i + bias_i in every row, so
+// Why the last two: adding a constant to the row, or scaling it, does not change n (apart from the
+// 1e-5), nor the loss, so the gradient has no part in these two directions. And
+// out_i = n_i weight_i + bias_i in every row, so
 //   dweight_i = sum over rows of dout_i n_i      dbias_i = sum over rows of dout_i
-// Layernorm reads the residual stream, which also flows on past it; dx joins both gradients:
+// x, the residual stream, also flows on past the layernorm; dx joins both gradients:
 //   dx = dresidual + the above        (dresidual: null where nothing else read x; may be dx itself)
-// A branch with a bias was added to the stream just below, x = residual + drop(branch). Its
-// gradients are made here too, since dx is at hand:
+// And x = residual + drop(branch), the sum just below, has its gradients made here from dx:
 //   dbranch = drop(dx) (written only when drop is on)   dbranch_bias = column sums of dbranch
 // reads dout, dresidual, x [rows, C], mean, rstd [rows], weight [C]. sets dx and dbranch [rows, C];
 // sets dweight, dbias, dbranch_bias [C], or adds to them if accumulate. dbranch_bias may be null.
@@ -894,9 +889,9 @@ void layernorm_backward(real* dx, real* dweight, real* dbias, real* dbranch, rea
 
 // --- §4.3 Products of matrices: where nearly all the arithmetic is
 
-// A matrix in memory: element (i, j) is data[i * row + j * col]. One of the two steps is 1. So a
-// transpose costs nothing: it is the same numbers, walked the other way. (NumPy's and PyTorch's
-// arrays have strides too; ptrdiff_t is a 64-bit integer with a sign.) Nothing is owned or copied.
+// A matrix in memory, not owned: element (i, j) is data[i * row + j * col], and one of the two
+// strides is 1. So a transpose costs nothing: the same numbers, read the other way, as in NumPy.
+// (ptrdiff_t: a 64-bit integer with a sign.)
 template <class real>
 struct View {
     const real* data;
@@ -905,7 +900,7 @@ struct View {
     View from(ptrdiff_t i, ptrdiff_t j) const { return {data + i * row + j * col, row, col}; }
     View transposed() const { return {data, col, row}; }
 };
-// Row-major data, its rows `stride` elements apart; and the transpose of such a matrix.
+// Row-major data with rows `stride` elements apart, and its transpose.
 template <class real>
 View<real> rows_of(const real* data, ptrdiff_t stride) {
     return {data, stride, 1};
@@ -915,20 +910,18 @@ View<real> transpose_of(const real* data, ptrdiff_t stride) {
     return {data, 1, stride};
 }
 
-// What a layer does with finished sums: finish(row, col, count, values) changes `count` sums of a
-// row, from column col on, while they are in the cache. Bias, GELU and residual go here. (A
-// std::function holds any function or lambda; an empty one does nothing. type_identity keeps `real`
-// from being deduced here.)
+// What a layer does with finished sums while they are in the cache: finish(row, col, count, values)
+// changes `count` of them, from column col of a row. Bias, GELU and residual go here. (A
+// std::function holds any lambda; an empty one does nothing. type_identity: do not deduce `real`.)
 template <class real>
 using Finish = std::function<void(int row, int col, int count, std::type_identity_t<real>* values)>;
 
-// The six operations that take nearly all of a step's time, each by its definition. The layers get
-// them as an argument, `ops`, because §10 has the same six, some fifty times faster. Tests compare
-// the two; you can ignore how the fast ones work until §10.
+// The six operations that take nearly all of a step's time, by their definitions. Layers get them
+// as an argument, `ops`: §10 has the same six, fifty times faster, and tests compare the two.
 struct PlainOps {
-    // c[m, n] = finish(a b), or finish(c + a b) if accumulate; a [m, k], b [k, n]. That is all a
-    // product is: m n dot products of length k, so 2 m n k operations. c is row-major, its rows ldc
-    // apart (the leading dimension), and shares no memory with a or b; m, n and k are at least 1.
+    // c[m, n] = finish(a b), or finish(c + a b) if accumulate; a [m, k], b [k, n]: m n dot products
+    // of length k, so 2 m n k operations. c is row-major with leading dimension ldc, and shares no
+    // memory with a or b; m, n and k are at least 1.
     template <class real>
     static void matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
                        bool accumulate = false, const Finish<real>& finish = {}) {
@@ -969,8 +962,7 @@ struct PlainOps {
 
 // --- §4.4 The linear layer: every output is a weighted sum of all inputs, plus a bias
 //   out = x w + bias        x [rows, C], bias [OC]
-// w is [C, OC], that is [in, out], as Hugging Face stores GPT-2; PyTorch's nn.Linear has it
-// the other way round.
+// w is [in, out], as Hugging Face stores GPT-2; PyTorch's nn.Linear is the other way round.
 
 // sets out [rows, OC] = x w + b, from x [rows, C], w [C, OC], b [OC].
 template <class real, class Ops>
@@ -982,13 +974,13 @@ void linear_forward(const Ops& ops, real* out, const real* x, const real* w, con
                });
 }
 
-// out_ro = sum over c of x_rc w_co + b_o is linear in each of its three parts, so each gradient is
-// dout times what stood beside that part, summed over all the places where it was used:
+// out_ro = sum over c of x_rc w_co + b_o is linear in x, w and b, so each gradient is dout times its
+// factor, summed over all uses:
 //   dx_rc = sum_o dout_ro w_co      dx = dout w^T      every output the input fed
 //   dw_co = sum_r x_rc dout_ro      dw = x^T dout      every row the weight served
 //   db_o  = sum_r dout_ro           column sums        every row the bias was added to
-// This is why x must be kept from forward to backward, and why backward takes twice as long. db is
-// made elsewhere: by the function that makes dout, which has its numbers at hand.
+// So x must be kept from forward to backward, and backward takes twice as long. The function that
+// makes dout also makes db, since it has the numbers at hand.
 // sets dx [rows, C]; sets dw [C, OC], or adds to it if accumulate.
 template <class real, class Ops>
 void linear_backward(const Ops& ops, real* dx, real* dw, const real* dout, const real* x,
@@ -997,7 +989,7 @@ void linear_backward(const Ops& ops, real* dx, real* dw, const real* dout, const
     ops.matmul(dw, OC, transpose_of(x, C), rows_of(dout, OC), C, OC, rows, accumulate);
 }
 
-// out[n] = column sums of x [rows, n], or adds them. Rows are added in order, by any thread.
+// sets out [n] to the column sums of x [rows, n], added in the order of rows, or adds them to it.
 template <class real>
 void column_sums(real* out, const real* x, int rows, int n, bool accumulate) {
     constexpr int width = 256;
@@ -1016,23 +1008,23 @@ void column_sums(real* out, const real* x, int rows, int n, bool accumulate) {
 // HS neighbouring channels, C = NH*HS. For each head, for query t and keys t2 <= t:
 //   s[t,t2] = q[t].k[t2] / sqrt(HS)    p[t,t2] = e^s[t,t2] / sum of e^s[t,.]
 //   out[t] = sum over t2 of p[t,t2] v[t2]
-// In words: a query says what position t looks for, a key what t2 offers, a value what t2 hands
-// over; p[t,.] sums to 1, so out[t] is a mean of the values, weighted by how well the keys fit.
-// 1/sqrt(HS): where the entries of q and k have variance 1, q.k, a sum of HS products, has variance
-// HS; divided by sqrt(HS) it has 1 at any head size, and the softmax is not all on one key.
-// The mask (t2 <= t) makes it causal: no position sees what it is to predict. The scores behind it
-// are not made at all, which halves the work.
-// lse[t] = log of that sum of e^s: all that backward needs to make p again, so no T x T matrix is
-// ever kept. Dropout, where it is on, multiplies p by a mask m, after the sum.
+// A query says what position t looks for, a key what t2 offers, a value what t2 hands over; p[t,.]
+// sums to 1, so out[t] is a mean of the values, weighted by how well the keys fit.
+// 1/sqrt(HS): if the entries of q and k have variance 1, q.k has variance HS; divided by sqrt(HS) it
+// has 1 at any head size, and the softmax is not all on one key.
+// t2 <= t makes it causal: no position sees what it is to predict. Later scores are not made at all,
+// which halves the work.
+// lse[t], the log of the sum of e^s, is all that backward needs to make p again, so no T x T matrix
+// is kept. Dropout multiplies p by a mask m, after the sum.
 //   walk> att of t=0 is its own value, qkv[16..23], since it sees nobody else:
 //   walk>   v of t=0   [1,  8]   -0.1347   1.1790  -0.1055   0.5021   0.3746  -0.3026 ...
 //   walk>   att        [8,  8]   -0.1347   1.1790  -0.1055   0.5021   0.3746  -0.3026 ...
 
-// One head, queries first..last-1 over keys 0..last-1. qkv: the head's query of row 0, rows 3C
-// apart. Sets out [last - first, HS], rows C apart, and lse [last - first] unless it is null. head:
-// b NH + h, for the mask, whose index is (head T + t) T + t2 with T = last.
-// Careful: e^s overflows at s = 88 in float, so the row's maximum is subtracted from all s first. p
-// is a quotient, and stays the same.
+// One head: queries first..last-1 over keys 0..last-1. qkv: the head's query of row 0, rows 3C
+// apart. Sets out [last - first, HS], rows C apart, and lse [last - first] unless it is null. The
+// mask's index is (head T + t) T + t2, with head = b NH + h and T = last.
+// Careful: e^s overflows at s = 88 in float, so a row's maximum is subtracted from its scores. p, a
+// quotient, stays the same.
 template <class real>
 void PlainOps::attend(real* out, real* lse, const real* qkv, int first, int last, int C, int HS,
                       Dropout drop, uint64_t head) {
@@ -1056,7 +1048,7 @@ void PlainOps::attend(real* out, real* lse, const real* qkv, int first, int last
     }
 }
 
-// The heads of all sequences. Sets out [B*T, C] and lse [B, NH, T] from qkv [B*T, 3C].
+// All heads of all sequences: sets out [B*T, C] and lse [B, NH, T] from qkv [B*T, 3C].
 template <class real, class Ops>
 void attention_forward(const Ops& ops, real* out, real* lse, const real* qkv, int B, int T, int NH,
                        int HS, Dropout drop) {
@@ -1069,9 +1061,9 @@ void attention_forward(const Ops& ops, real* out, real* lse, const real* qkv, in
     }
 }
 
-// Backward goes the three lines of forward upside down. dout is the gradient of out, dp and ds
-// those of p and s (in dp_j/ds_i they are plain differentials); z is the sum of e^s. A key is seen
-// by the queries t >= t2: sums over t are over those.
+// Backward goes through forward's three lines upside down. dp and ds are the gradients of p and s
+// (in dp_j/ds_i they are plain differentials); z is the sum of e^s. Sums over t are over the queries
+// that see key t2, those with t >= t2.
 //   out[t] = sum p[t,t2] v[t2]:  dv[t2] = sum over t of p[t,t2] dout[t],   dp[t,t2] = dout[t].v[t2]
 //   p = softmax(s), of one row:  p_j = e^s_j / z and z' = e^s_i, by the quotient rule
 //                                dp_j/ds_i = [i=j] e^s_j/z - e^s_j e^s_i/z^2 = p_j ([i=j] - p_i)
@@ -1080,11 +1072,10 @@ void attention_forward(const Ops& ops, real* out, real* lse, const real* qkv, in
 //   s = q k^T / sqrt(HS):        dq[t] = sum over t2 of ds[t,t2] k[t2] / sqrt(HS)
 //                                dk[t2] = sum over t of ds[t,t2] q[t] / sqrt(HS)
 // D is one number a row, from dout and out alone; p = e^(s - lse) is made again from q, k and lse
-// (Dao et al. 2022). With dropout out[t] = sum m p v, so dv has m p for p, and dp = m (dout.v);
-// then D = sum_j p_j dp_j = dout . sum_j m_j p_j v_j, which is dout . out as before.
+// (Dao et al. 2022). With dropout out[t] = sum m p v, so dv has m p for p, and dp = m (dout.v); D is
+// dout . out as before, since sum_j p_j dp_j = dout . sum_j m_j p_j v_j.
 
-// One head; rows of dqkv and qkv are 3C apart, those of dout and out C; lse [T]. Sets the head's
-// channels of dqkv.
+// One head: sets its channels of dqkv. Rows of dqkv and qkv are 3C apart, those of dout and out C.
 template <class real>
 void PlainOps::attend_backward(real* dqkv, const real* dout, const real* out, const real* lse,
                                const real* qkv, int T, int C, int HS, Dropout drop, uint64_t head) {
@@ -1109,8 +1100,8 @@ void PlainOps::attend_backward(real* dqkv, const real* dout, const real* out, co
     }
 }
 
-// Sets dqkv [B*T, 3C] from dout, out [B*T, C], lse [B, NH, T] and qkv [B*T, 3C]. Also sets
-// dqkv_bias [3C], the bias gradient of the layer that made qkv, or adds to it if accumulate.
+// sets dqkv [B*T, 3C] from dout, out [B*T, C], lse [B, NH, T] and qkv [B*T, 3C]; sets dqkv_bias
+// [3C], the bias gradient of the layer that made qkv, or adds to it if accumulate.
 template <class real, class Ops>
 void attention_backward(const Ops& ops, real* dqkv, real* dqkv_bias, const real* dout,
                         const real* out, const real* lse, const real* qkv, int B, int T, int NH,
@@ -1126,8 +1117,8 @@ void attention_backward(const Ops& ops, real* dqkv, real* dqkv_bias, const real*
     column_sums(dqkv_bias, dqkv, B * T, 3 * C, accumulate);
 }
 
-// Generation: sets out [n, C] for positions past..past+n-1 of one sequence, whose qkv rows
-// 0..past+n-1 are the KV cache. The queries of the rows before are not read.
+// Generation: sets out [n, C] for positions past..past+n-1 of one sequence, from the KV cache, its
+// qkv rows 0..past+n-1.
 template <class real, class Ops>
 void attention_cached(const Ops& ops, real* out, const real* qkv, int past, int n, int NH, int HS) {
     real* no_lse = nullptr;
@@ -1139,16 +1130,16 @@ void attention_cached(const Ops& ops, real* out, const real* qkv, int past, int 
 
 // --- §4.6 The MLP's first layer: linear, then GELU with tanh (Hendrycks and Gimpel 2016)
 //   gelu(x) = x/2 (1 + tanh u),   u = sqrt(2/pi) (x + 0.044715 x^3)
-// Without it two linear layers would be one. It passes large x on, holds negative ones back, and
-// has a slope everywhere. tanh u = (1 - e^(-2u)) / (1 + e^(-2u)), so
+// Without it two linear layers would be one. It passes large x, holds negative ones back, and has a
+// slope everywhere. tanh u = (1 - e^(-2u)) / (1 + e^(-2u)), so
 //   (1 + tanh u)/2 = 1/(1 + e^(-2u)) = s, the logistic function:  gelu(x) = x s, one exponential
 //   ds/du = 2 e^(-2u) / (1 + e^(-2u))^2 = 2 s (1 - s)
 //   gelu'(x) = s + x ds/dx = s + x s (1 - s) 2 du/dx,   2 du/dx = 2 sqrt(2/pi) (1 + 3*0.044715 x^2)
 // Below, 1.5957691216057308 = 2 sqrt(2/pi), inner = -2u, slope = 2 du/dx.
 //   walk>   gelu       [8, 32]   -0.1343  -0.0577   0.6315  -0.0934   0.0724  -0.0707 ...
 
-// Careful: at -10 the true value is -1e-37; stopping there keeps -infinity * 0 away. For the same
-// reason the derivative stops at both ends, where it is 0 and 1 but for 1e-35.
+// Careful: x is clamped, to avoid -infinity * 0. At -10 gelu is -1e-37; at the ends the derivative
+// is within 1e-35 of 0 and 1.
 template <class Ops, class real>
 real gelu(real x) {
     x = x < -10 ? real(-10) : x;
@@ -1165,8 +1156,8 @@ real gelu_derivative(real x) {
     return s + x * s * (1 - s) * slope;
 }
 
-// sets pre [rows, OC] = x w + b and gelu [rows, OC] = GELU(pre). Both are kept: pre for the slope
-// of the GELU, gelu as the next layer's input. x [rows, C], w [C, OC], b [OC].
+// sets pre [rows, OC] = x w + b and gelu [rows, OC] = GELU(pre). Both are kept: pre for GELU's
+// derivative, gelu as the next layer's input. x [rows, C], w [C, OC], b [OC].
 template <class real, class Ops>
 void linear_gelu_forward(const Ops& ops, real* gelu, real* pre, const real* x, const real* w,
                          const real* b, int rows, int C, int OC) {
@@ -1178,7 +1169,7 @@ void linear_gelu_forward(const Ops& ops, real* gelu, real* pre, const real* x, c
                });
 }
 
-// sets gelu [count] = GELU(pre), to the bit as above. For a backward that has not kept it (§5).
+// sets gelu [count] = GELU(pre), to the bit as above. For --recompute-gelu (§5).
 template <class real, class Ops>
 void gelu_forward(const Ops&, real* gelu, const real* pre, size_t count) {
 #pragma omp parallel for schedule(static)
@@ -1206,12 +1197,12 @@ void linear_gelu_backward(const Ops& ops, real* dpre, real* dw, real* dpre_bias,
 //   out = x + drop(branch w + bias)
 // The sum passes its gradient on unchanged to both sides (He et al. 2016):
 //   dx = dout + what the branch itself sends back      dbias = column sums of drop(dout)
-// That is what lets a deep model learn: from ln_f down, the gradient reaches every layer by a path
-// without a single multiplication.
+// So a deep model can learn: from ln_f down, the gradient reaches every layer by a path without a
+// single multiplication.
 
 // sets out [rows, OC] = residual + drop(x w + b), from residual [rows, OC], x [rows, C], w [C, OC],
-// b [OC]. Its backward is linear_backward of drop(dout); the residual's gradient is dout itself
-// (see layernorm_backward, which makes both).
+// b [OC]. Its backward is linear_backward of drop(dout); layernorm_backward makes that, and the
+// residual's gradient, which is dout itself.
 template <class real, class Ops>
 void linear_residual_forward(const Ops& ops, real* out, const real* residual, const real* x,
                              const real* w, const real* b, int rows, int C, int OC, Dropout drop) {
@@ -1227,34 +1218,32 @@ void linear_residual_forward(const Ops& ops, real* out, const real* residual, co
 
 // --- §4.8 The head: logits, softmax and cross-entropy in one
 //   logits = x w^T,  w [V, C]      p = softmax(logits)      loss = -log p[target]
-// Every token gets a score, and the loss is how surprised the softmax is by the one that came: 0 if
-// it was certain of it, log V if it knows nothing. e^loss, the perplexity, is the number of tokens
-// among which it seems to be guessing. x [rows, C] is ln_f, and w is wte where the head is tied.
+// Every token gets a score. The loss is how surprised the softmax is by the one that came: 0 if it
+// was certain of it, log V if it knows nothing. e^loss, the perplexity, is the number of tokens it
+// seems to be guessing among. x [rows, C] is ln_f; w is wte where the head is tied.
 //   walk> loss of the batch: the mean of 8 such = 2.433049; knowing nothing is log 11 = 2.3979
 //   walk> cat     -0.8429       0.4305        0.0351   <- the target
 //   walk> sum of exp 12.2585; loss = log(sum) - logit of the target = 2.5062 - -0.8429 = 3.3491
-// logits [rows, V] would be by far the largest array (0.8 GB for 4 x 1024 rows of GPT-2). So they
-// are made for some rows at a time, and used for everything before the next rows.
+// logits [rows, V] would be by far the largest array (0.8 GB for 4 x 1024 rows of GPT-2), so they
+// are made, and used up, for some rows at a time.
 
-constexpr int kHeadRows = 1024;  // at a time: enough for a fast product
+constexpr int kHeadRows = 1024;  // enough for a fast product
 
-// sets logits [rows, V] = x w^T. By itself for generation, which wants the scores themselves.
+// sets logits [rows, V] = x w^T. A function of the device for generation.
 template <class real, class Ops>
 void head_logits(const Ops& ops, real* logits, const real* x, const real* w, int rows, int C,
                  int V) {
     ops.matmul(logits, V, rows_of(x, C), transpose_of(w, C), rows, V, C);
 }
 
-// Loss of each row: -log p[target] = log(sum exp(logits)) - logits[target], with the maximum h
-// taken out so that exp cannot overflow: log sum e^l = h + log sum e^(l - h). With scale > 0 the
-// row of logits becomes its own gradient. The log of the sum has the slope e^l_v / sum = p_v, and
-// the target's logit stands in the loss itself, with a minus:
+// Loss of a row: -log p[target] = log(sum exp(logits)) - logits[target], with the maximum h
+// subtracted so that exp cannot overflow: log sum e^l = h + log sum e^(l - h). With scale > 0 the
+// logits become their own gradient. The log of the sum has the slope e^l_v / sum = p_v, so
 //   dloss/dlogits_v = d/dlogits_v (log sum_u exp(logits_u) - logits_target) = p_v - [v = target]
 // softmax minus one-hot: push every token down by the probability it was given, and the target up
 // by what it lacked. Times scale (1/8 in the walk, and -0.1206 = (0.0351 - 1) / 8):
 //   walk> dlogits of the first row, (p - [target]) / 8:  0.0094 -0.1206  0.0051  0.0179  0.0290
-// A row whose target is kIgnore has loss 0 and gradient 0.
-// sets losses [rows]; logits [rows, V] in place.
+// sets losses [rows], and logits [rows, V] in place; both 0 where the target is kIgnore.
 template <class real, class Ops>
 void softmax_cross_entropy(const Ops& ops, real* losses, real* logits, const int32_t* targets,
                            int rows, int V, real scale) {
@@ -1290,12 +1279,11 @@ void head_forward(const Ops& ops, real* losses, real* logits, const real* x, con
     }
 }
 
-// As head_forward, and the gradients of scale * (sum of losses). logits_rv = sum_c x_rc w_vc, a
+// As head_forward, and the gradients of scale * (sum of losses). logits_rv = sum_c x_rc w_vc is a
 // linear layer with w transposed, so
 //   dx_rc = sum_v dlogits_rv w_vc     dx = dlogits w
 //   dw_vc = sum_r dlogits_rv x_rc     dw = dlogits^T x
-// Where the head is tied w is wte, which is used twice, so its gradient is a sum: this dw, and what
-// embed_backward adds to it.
+// A tied w is wte, which is used twice, so its gradient is a sum: embed_backward adds to this dw.
 // sets losses [rows], dx [rows, C]; sets dw [V, C], or adds to it if accumulate.
 template <class real, class Ops>
 void head_forward_backward(const Ops& ops, real* losses, real* dx, real* dw, real* logits,
@@ -1314,8 +1302,8 @@ void head_forward_backward(const Ops& ops, real* losses, real* dx, real* dw, rea
 
 // --- Memory: the device of these layers is the host
 
-// Uninitialised memory for count elements, aligned to 64 bytes. Fails when there is none. Large
-// arrays get large pages, which keeps the TLB small when §10 jumps from row to row.
+// Uninitialised memory for count elements, aligned to 64 bytes. Large arrays get large pages: fewer
+// TLB misses when §10 jumps from row to row.
 template <class T>
 T* allocate(size_t count) {
     const size_t large_page = size_t(1) << 21;
@@ -1333,8 +1321,8 @@ T* allocate(size_t count) {
 
 // --- The device: all that the model asks for, in one table
 
-// The few numbers of a step that live beside the weights, on the device, so that no step has to
-// wait for the host: what the host set (lr), what the device found, and the guards' memory (§7).
+// The numbers of a step that live beside the weights, on the device, so that no step has to wait
+// for the host: what the host set (lr), what the device found, and the guards' memory (§7).
 struct StepState {
     static constexpr int kWindow = 128;  // how many past steps an outlier is judged by
     double lr = 0, loss = 0, grad_norm = 0;
@@ -1372,9 +1360,9 @@ void adamw(real* weights, real* masters, real* m, real* v, const real* grads, si
            size_t decayed, const StepState* state, const AdamW& hyper);
 
 // A device is a struct with the names below. Model, training and generation (§5-9) are written
-// once, over any device, and never ask which one it is. This one does what stands above: with
-// PlainOps it is Reference, with the fast ones Cpu (§10). Cuda, in train_gpt.cu, has the same names,
-// as kernels. `real` is float for training and double for checking gradients.
+// once, over any device, and never ask which one it is. This one is the functions above: Reference
+// with PlainOps, Cpu (§10) with the fast ones. Cuda, in train_gpt.cu, has the same names, as
+// kernels. (auto... a: any arguments, passed on, as *args in Python.)
 template <class real, class Ops = PlainOps>
 struct Layers {
     using Real = real;        // masters, moments, statistics, losses
@@ -1427,9 +1415,9 @@ struct Layers {
     void download(auto* to_host, const auto* from, size_t count) { upload(to_host, from, count); }
     void weights_from_masters(Weight*, const Real*, size_t) {}  // nothing to do: one array
 
-    // A device may work behind the host's back, and be kStepsBehind steps late. replay does the
-    // work; a device may record it, and repeat the recording for the same pass and options. post
-    // asks for a copy of the state as it is after all work so far, fetch waits for the oldest such copy.
+    // A device may run behind the host by kStepsBehind steps. replay does the work; a device may
+    // keep it as a CUDA graph, and launch that for the same pass and options. post asks for a copy
+    // of the state after all work so far; fetch waits for the oldest such copy.
     static constexpr int kStepsBehind = 0;
     void replay(const auto& /*pass*/, const auto& /*options*/, auto&& work) { work(); }
     void post(const StepState*) {}
