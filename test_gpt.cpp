@@ -21,6 +21,9 @@
 #include "train_gpt.cpp"
 #define PREPARE_DATA_NO_MAIN
 #include "prepare_data.cpp"
+#define main embedding_main
+#include "docs/embedding.cpp"
+#undef main
 #else
 #define TRAIN_GPT_CU_NO_MAIN
 #ifdef __CUDACC__
@@ -5204,7 +5207,7 @@ TEST_CASE("run: an interrupt finishes the step, saves and exits 130; the rest is
     CHECK(exit_status({20'000'000, 40'000'000}) == 130);
     // Under nohup a closed terminal is ignored.
     ::signal(SIGHUP, SIG_IGN);
-    CHECK(child_status([] { ::raise(SIGHUP), ::_exit(stop_asked() == 0 ? 7 : 8); }) == 7);
+    CHECK(child_status([] { ::raise(SIGHUP), ::_exit(stop_asked == 0 ? 7 : 8); }) == 7);
     ::signal(SIGHUP, SIG_DFL);
 }
 
@@ -5925,6 +5928,28 @@ TEST_CASE("run: what users once stumbled over") {
     CHECK(info.status == 1);
     CHECK_MESSAGE(info.says("cannot write what is printed: No space left on device"), info.err);
     CHECK(train_gpt(place.arguments("out", {"--max-steps", "2"}), full()).status == 0);
+}
+
+TEST_CASE("run: the program of docs/embedding.cpp trains, saves, loads and samples") {
+    using namespace run_test;
+    TestRuns place;
+    auto embedding = [](Arguments arguments) {
+        std::vector<char*> argv;
+        for (std::string& word : arguments) argv.push_back(word.data());
+        return outcome_of([&] { return embedding_main(int(argv.size()), argv.data()); });
+    };
+    const Outcome run = embedding({"embedding", place.data(), place.out(), "61"});
+    REQUIRE_MESSAGE(run.status == 0, run.err);
+    double first = 0, last = 0;
+    std::sscanf(run.out.c_str(), "step 0: loss %lf", &first);
+    std::sscanf(run.out.c_str() + run.out.find("step 60: "), "step 60: loss %lf", &last);
+    CHECK(std::abs(first - std::log(257)) < 0.1);
+    CHECK(last < 0.6 * first);
+    const Outcome sample =
+        train_gpt({"sample", "--init-from", place.out("out/model"), "--threads", "1"});
+    CHECK_MESSAGE(sample.status == 0, sample.err);
+    CHECK(embedding({"embedding", place.data()}).status == 2);
+    CHECK(embedding({"embedding", place.out(), place.out(), "1"}).status == 1);
 }
 
 // =================================================================================================

@@ -4926,16 +4926,11 @@ inline std::vector<std::string> set_aside_later(const std::string& output, int64
 }
 
 // =================================================================================================
-// §15 Log and terminal: what a run leaves behind, what it shows, and what it runs on
+// §15 Log and terminal: what a run writes and shows
 // =================================================================================================
+// What you have now: all that trains, and files. This is how a run reports.
 
-// TINYGPT_CHECK (§1) for what the user can put right on the command line: exit status 2, not 1.
-#define TINYGPT_USAGE(condition, ...)                                            \
-    do {                                                                         \
-        if (!(condition)) ::tinygpt::fail_usage(::tinygpt::format(__VA_ARGS__)); \
-    } while (0)
-
-// "a|b" -> "a", "b". There is always at least one part, if an empty one.
+// "a|b" -> "a", "b". Always at least one part, which may be empty.
 inline std::vector<std::string> split_at(std::string_view text, char separator) {
     std::vector<std::string> parts;
     for (size_t end; (end = text.find(separator)) != text.npos; text.remove_prefix(end + 1))
@@ -4949,14 +4944,7 @@ inline void join(std::string& list, const char* separator, const std::string& it
     list += (list.empty() ? "" : separator) + item;
 }
 
-// ---- Words for messages -------------------------------------------------------------------------
-
-// A message says what was expected, what was found, where, and what to do next; on one line, and
-// not a long one, whatever was typed. "error: unknown option --lr; did you mean --learning-rate?"
-// What such sentences are made of is below.
-
-// One word of a shell's command line that means this text. Within single quotes everything but a
-// single quote means itself; that one is written '\'' between two quoted parts.
+// The text as one word for a shell: in single quotes, where only a single quote is special.
 inline std::string shell_word(const std::string& text) {
     auto plain = [](char c) { return std::isalnum(uint8_t(c)) || std::strchr("_-+=:,./@%", c); };
     if (!text.empty() && std::all_of(text.begin(), text.end(), plain)) return text;
@@ -4967,14 +4955,14 @@ inline std::string shell_word(const std::string& text) {
 
 // --- The terminal
 
-// Something is wrong that does not end the run.
+// Reports what is wrong but does not end the run.
 inline void warn(const std::string& message) {
     std::fflush(stdout);
     const bool live = ::isatty(STDOUT_FILENO);  // then the live line may not have ended
     std::fprintf(stderr, "%swarning: %s\n", live ? "\n" : "", message.c_str());
 }
 
-// A label and what there is to say; further lines of the text are aligned with its first.
+// A label and a text; its further lines are aligned with the first.
 inline void say(std::string label, const std::string& text) {
     for (const std::string& line : split_at(text, '\n'))
         std::printf("%-10s %s\n", std::exchange(label, "").c_str(), line.c_str());
@@ -5001,31 +4989,31 @@ inline std::string duration_text(double seconds) {
 
 // --- log.csv: one row a step
 
-// Row 0 is the evaluation before training. Row s has the loss, rate and norm of update s, all
-// measured before it, and the evaluation after it. An empty field was not measured.
+// Row 0 is the evaluation before training. Row s has the loss, rate and norm of update s, taken
+// before it, and the evaluation after it. An empty field was not measured.
 struct LogRow {
     std::optional<double> step, epoch, tokens, train_loss, eval_train_loss, val_loss, perplexity;
     std::optional<double> floor, lr, grad_norm, tokens_per_s, mfu, seconds;
 };
 
-// The one list of columns: name, printf pattern, member. Nine digits give a float back exactly.
+// All columns: name, printf pattern, member. Nine digits restore a float exactly.
 struct LogColumn {
     const char *name, *pattern;
     std::optional<double> LogRow::*value;
 };
 constexpr LogColumn kLogColumns[] = {
     {"step", "%.0f", &LogRow::step},
-    {"epoch", "%.6g", &LogRow::epoch},  // how often the training text has been read
+    {"epoch", "%.6g", &LogRow::epoch},  // passes over the training text
     {"tokens", "%.0f", &LogRow::tokens},
     {"train_loss", "%.9g", &LogRow::train_loss},
     {"eval_train_loss", "%.9g", &LogRow::eval_train_loss},  // of --eval-batches
     {"val_loss", "%.9g", &LogRow::val_loss},
     {"perplexity", "%.9g", &LogRow::perplexity},
-    {"floor", "%.9g", &LogRow::floor},  // no model's loss can be lower, where that is known
+    {"floor", "%.9g", &LogRow::floor},  // the lowest possible loss, where it is known
     {"lr", "%.9g", &LogRow::lr},        // 0: the update was skipped
     {"grad_norm", "%.9g", &LogRow::grad_norm},
     {"tokens_per_s", "%.1f", &LogRow::tokens_per_s},
-    {"mfu", "%.4f", &LogRow::mfu},  // share of the machine's peak that the model used
+    {"mfu", "%.4f", &LogRow::mfu},  // share of the machine's peak
     {"seconds", "%.3f", &LogRow::seconds},
 };
 
@@ -5034,7 +5022,7 @@ inline std::string log_header() {
     for (const LogColumn& column : kLogColumns) join(line, ",", column.name);
     return line + "\n";
 }
-// Why "nan" by hand: printf writes some as "-nan", and two equal runs must have equal logs.
+// Why "nan": printf writes some as "-nan", and equal runs must have equal logs.
 inline std::string log_line(const LogRow& row) {
     std::string line;
     for (const LogColumn& column : kLogColumns) {
@@ -5045,8 +5033,7 @@ inline std::string log_line(const LogRow& row) {
     line.back() = '\n';
     return line;
 }
-// The rows up to step `last`; later steps will be made again. A damaged line, and half a line that
-// a crash left at the end, are left out.
+// The rows up to step `last`, without damaged lines and half a line that a crash left at the end.
 inline std::vector<LogRow> read_log(const std::string& path, int64_t last) {
     std::vector<LogRow> rows;
     const std::string text = file_exists(path) ? read_file(path) : "";
@@ -5059,7 +5046,7 @@ inline std::vector<LogRow> read_log(const std::string& path, int64_t last) {
             if (fields[i].empty()) continue;
             char* end = nullptr;
             row.*kLogColumns[i].value = std::strtod(fields[i].c_str(), &end);
-            if (*end) row.step.reset();  // no number
+            if (*end) row.step.reset();
         }
         if (!(row.step > before && row.step <= double(last))) continue;
         before = *row.step;
@@ -5074,11 +5061,10 @@ inline FileHandle open_to_append(const std::string& path) {
     return file;
 }
 
-// Each row goes to the system at once, so that a plot can follow the run. Rows that a full disk
-// refuses wait in memory and go with a later one.
+// Writes each row at once, so that a plot can follow the run. On a full disk, rows wait in memory.
 class Log {
 public:
-    // Begins with these rows. They replace the file: nothing may be appended to half a row.
+    // The rows replace the file. Why: do not append to a half-written row.
     Log(const std::string& path, const std::vector<LogRow>& rows) : path_(path) {
         std::string text = log_header();
         for (const LogRow& row : rows) text += log_line(row);
@@ -5091,7 +5077,7 @@ public:
             warn(to_text("cannot write ", path_, ": ", std::strerror(errno),
                          "; rows wait in memory"));
     }
-    // All rows so far are on the disk, or this fails.
+    // Fails unless all rows are on the disk.
     void sync() {
         if (!flush() || ::fsync(file_->fd) != 0) fail_errno("cannot write ", path_);
     }
@@ -5106,7 +5092,7 @@ private:
     bool warned_ = false;
 };
 
-// What a row has, on one line: "step 50/2500 | loss 4.3021 | ... | 2m 05s left".
+// "step 50/2500 | loss 4.3021 | ... | 2m 05s left"
 inline std::string live_line(const LogRow& row, int64_t steps, double seconds_left) {
     std::string line = format("step %.0f/%ld", *row.step, steps);
     if (row.train_loss) line += format(" | loss %.4f", *row.train_loss);
@@ -5119,8 +5105,8 @@ inline std::string live_line(const LogRow& row, int64_t steps, double seconds_le
     if (row.train_loss) line += " | " + duration_text(seconds_left) + " left";
     return line;
 }
-// Shows the live line, over the one before. With `keep` it stays. Not on a terminal, only lines
-// that stay are printed. Why cut: of a line that wrapped, only the last part would be overwritten.
+// Overwrites the live line; with `keep`, the next does not overwrite it. In a file or a pipe only
+// those are printed. Why cut: of a line that wrapped, only the last part would be overwritten.
 inline void show_line(std::string line, bool keep) {
     const bool live = ::isatty(STDOUT_FILENO);
     if (!live && !keep) return;
@@ -5131,16 +5117,15 @@ inline void show_line(std::string line, bool keep) {
     std::fflush(stdout);
 }
 
-// Takes the whole characters from the front of sampled text. A token may end inside a UTF-8
-// character, so bytes that may still become one stay, unless the text has ended. A byte that is
-// part of none is shown as U+FFFD.
+// Takes all whole characters from the front of sampled bytes. A token may end inside a character:
+// its bytes stay for the next call, unless the text has ended. Invalid bytes become U+FFFD.
 inline std::string take_characters(std::string& text, bool ended) {
     auto size_of = [](const std::string& bytes) { return utf8_character(bytes).bytes; };
     std::string out;
     while (!text.empty()) {
         const std::string next = text.substr(0, 4);
         const size_t size = size_of(next);
-        // The least and the greatest bytes that may follow: some first bytes allow only one half.
+        // Why two: after some first bytes, only low or only high ones may follow.
         const bool unfinished = size_of(next + "\x80\x80\x80") || size_of(next + "\xbf\xbf\xbf");
         if (size == 0 && unfinished && !ended) break;
         out += size ? text.substr(0, size) : "\xef\xbf\xbd";
@@ -5152,25 +5137,23 @@ inline std::string take_characters(std::string& text, bool ended) {
 // --- Ctrl-C
 
 // When the run was asked to stop, in nanoseconds of the steady clock; 0: it was not. The loop looks
-// after every step: it then saves and exits with 130.
-inline std::atomic<int64_t>& stop_asked() {
-    static std::atomic<int64_t> when{0};
-    static_assert(std::atomic<int64_t>::is_always_lock_free, "a signal handler must not wait");
-    return when;
-}
-// A second signal exits at once, which harms no file: each is whole or not there.
-// Careful: a handler interrupts anything, so nothing in here may lock or allocate.
+// at it after every step, then saves and exits with 130.
+inline std::atomic<int64_t> stop_asked{0};
+static_assert(std::atomic<int64_t>::is_always_lock_free, "a signal handler must not wait");
+
+// A second signal exits at once, which harms no file. Careful: this may interrupt anything, so it
+// must not lock or allocate.
 inline void on_stop_signal(int) {
     const int64_t now = std::chrono::steady_clock::now().time_since_epoch().count();
     int64_t first = 0;
-    if (stop_asked().compare_exchange_strong(first, now)) return;
+    if (stop_asked.compare_exchange_strong(first, now)) return;
     // Why 50 ms: `timeout` and a closing terminal send two signals at once and mean one.
     if (now - first > 50'000'000) ::_exit(130);
 }
-// Ctrl-C, `kill` and a closed terminal ask the run to stop. A closed pipe and a file-size limit
-// do not end it: the failed write reports the error.
+// Ctrl-C, `kill` and a closed terminal ask the run to stop. SIGPIPE and SIGXFSZ are ignored: the
+// failed write reports the error.
 inline void catch_signals() {
-    stop_asked() = 0;
+    stop_asked = 0;
     for (int number : {SIGINT, SIGTERM}) ::signal(number, on_stop_signal);
     if (::signal(SIGHUP, on_stop_signal) == SIG_IGN) ::signal(SIGHUP, SIG_IGN);  // under nohup
     for (int number : {SIGPIPE, SIGXFSZ}) ::signal(number, SIG_IGN);
@@ -5179,51 +5162,42 @@ inline void catch_signals() {
 // =================================================================================================
 // §16 The training loop
 // =================================================================================================
-// What you have now: a step (§8), an evaluation (§9), checkpoints (§14) and a log. A run makes step
-// after step. Trainer::run is the loop and shows what happens between two steps; what it calls
-// stands below it, in the order of the calls.
+// What you have now: a step (§8), an evaluation (§9), checkpoints (§14) and a log (§15). Trainer::run
+// is the loop: what happens between two steps, in order. What it calls stands below it, in the order
+// of the calls.
 //
-// Three numbers of the live line to watch. loss: in nats a token; e^loss, the perplexity, says among
+// Three numbers of the live line to watch. loss: in nats a token; e^loss is the perplexity, among
 // how many tokens the model hesitates. norm: the gradient's length; a jump means that a batch, or
 // the learning rate, throws the weights off. MFU: the share of the machine's peak that went into
 // the model; half is good.
 //
-// The run's folder:
-//   log.csv             the losses of every step (§15)
-//   samples.txt         what the model wrote along the way
-//   checkpoint-<step>/  a Hugging Face folder, and what resuming needs
-//   best/               the model of the best evaluation
+// The run's folder has log.csv, samples.txt, checkpoint-<step>/ and best/ (of the best evaluation).
 //
-// A run may be stopped anywhere and resumes bit for bit: what decides the next step is in the
-// weights, the moments and TrainerState, and a batch is a function of how many samples were read
-// before it (§2).
+// A run resumes bit for bit: what decides the next step is in the weights, the moments and
+// TrainerState, and a batch is a function of how many samples were read before it (§2).
 
-// The settings of a run. It ends at max_steps, epochs or max_minutes, whichever comes first; 0: no
-// such limit. Intervals are in steps; 0: never.
+// A run ends at max_steps, epochs or max_minutes, whichever comes first; 0: no such limit.
+// Intervals are in steps; 0: never.
 struct RunOptions {
     std::string output;  // the run's folder
     int64_t seed = 1337;
 
-    // What one update reads.
     int batch_size = 8, grad_accum_steps = 1;
     bool shuffle = true, overfit_batch = false;
 
     int64_t max_steps = 2500;
     double epochs = 0, max_minutes = 0;
 
-    // How far it goes (§7).
     double learning_rate = 2e-3, min_lr_fraction = 0.1;
     std::string schedule = "cosine";  // a word of schedule_named (§7)
     int64_t warmup_steps = 100;
     double weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, grad_clip = 1;
 
-    // What is looked at along the way.
     int64_t log_interval = 50, eval_interval = 250, eval_batches = 10, sample_interval = 500;
     int64_t tensor_stats_interval = 0, patience = 0, save_interval = 500;
-    int keep = 2;        // newest checkpoints not deleted
-    std::string prompt;  // how samples begin
+    int keep = 2;        // newest checkpoints
+    std::string prompt;  // of samples
 
-    // When something goes wrong.
     std::string on_nan = "stop";  // or "skip"
     double skip_outliers = 0;
 };
@@ -5235,15 +5209,13 @@ struct Corpus {
     std::string folder;                  // empty where shards were named
     Shards train, val;                   // either may have no files
     std::optional<Tokenizer> tokenizer;  // none: tokens are shown as numbers
-    double floor = NAN;                  // no model's loss can be lower, where that is known
+    double floor = NAN;                  // the lowest possible loss; NaN: not known
 
     explicit Corpus(const std::string& train_glob = "", const std::string& val_glob = "")
         : train(train_glob), val(val_glob) {}
 
-    // The token between documents; -1: not known.
     int end_of_text() const { return tokenizer ? tokenizer->end_of_text() : -1; }
-    // The token at which evaluation windows begin (§9); -1: at any. The floor is that of documents
-    // read from their start.
+    // For evaluation_windows (§9). Why: the floor is that of documents read from their start.
     int document_start() const { return std::isfinite(floor) ? end_of_text() : -1; }
 };
 
@@ -5268,16 +5240,14 @@ inline Corpus open_corpus(const std::string& folder) {
     return corpus;
 }
 
-// A token as text; without a tokenizer its number. A model may have more tokens than its tokenizer:
-// those are shown as <number>.
+// Without a tokenizer, the token's number; <number> where the model has more tokens than it.
 inline std::string text_of_token(const std::optional<Tokenizer>& tokenizer, int token) {
     if (!tokenizer) return std::to_string(token) + " ";
     if (token >= tokenizer->vocab_size()) return "<" + std::to_string(token) + ">";
     return std::string(tokenizer->bytes_of(token));
 }
 
-// The tokens of a prompt; may be none. Without a tokenizer the text must be numbers below
-// vocab_size.
+// May be empty. Without a tokenizer, the text must be numbers below vocab_size.
 inline std::vector<int32_t> prompt_tokens(const std::string& text,
                                           const std::optional<Tokenizer>& tokenizer,
                                           int vocab_size) {
@@ -5298,8 +5268,8 @@ inline std::vector<int32_t> prompt_tokens(const std::string& text,
     return tokens;
 }
 
-// The training text that is scored beside the validation text: `batches` batches, always the same,
-// or all the text where that is less. The seed is not the run's, so that runs can be compared.
+// The training text that evaluations score: that many batches, always the same, at most all. Why
+// not the run's seed: runs can be compared.
 inline std::vector<Window> fixed_windows(const DataOrder& order, int64_t batches) {
     const DataOrder fixed{order.shards, order.B, order.T, 0, true, order.overfit_batch};
     std::vector<Window> windows;
@@ -5310,7 +5280,7 @@ inline std::vector<Window> fixed_windows(const DataOrder& order, int64_t batches
 
 // --- The run
 
-// Why a run ended: all steps made, --max-minutes, --patience, Ctrl-C; none: it goes on.
+// Why a run ended; none: it goes on.
 enum class End { none, finished, out_of_time, plateau, interrupted };
 
 // Where a run begins: from scratch, or at a checkpoint that verifies.
@@ -5319,8 +5289,8 @@ struct Start {
     TrainerState state;
 };
 
-// The norms of every tensor's weight, gradient and update. update/weight is the one to watch: about
-// 0.001 is healthy; far less learns slowly, far more is about to break.
+// The norms of every tensor's weight, gradient and update. Watch update/weight: about 0.001 is
+// healthy; far less learns slowly, far more is about to break.
 template <class Device>
 void print_tensor_stats(Gpt2<Device>& model, const std::vector<typename Device::Real>& before,
                         int64_t step) {
@@ -5341,26 +5311,24 @@ void print_tensor_stats(Gpt2<Device>& model, const std::vector<typename Device::
     }
 }
 
-// One run. Members end in an underscore, so that the loop shows what outlives a step. It writes
-// into options.output, whose lock the caller holds, and prints. A training that diverged, or a disk
-// that fails (not one that is full), ends it with an Error, after which --resume auto goes on.
+// One run. It prints, and writes into options.output, which no other run may use. Divergence, or a
+// disk that fails (not one that is full), ends it with an Error; --resume auto then goes on.
 template <class Device>
 class Trainer {
 public:
-    // The model has room for batches of batch_size x model.T; its weights and moments are those
-    // that the run begins with.
+    // The model must be reserved for batch_size x T, and have the weights and moments to begin
+    // with.
     Trainer(const RunOptions& options, const Corpus& corpus, Gpt2<Device>& model)
-        : o_(options), corpus_(corpus),
-          model_(model), order_{corpus.train,      o_.batch_size, model.T,
-                                uint64_t(o_.seed), o_.shuffle,    o_.overfit_batch},
+        : o_(options), corpus_(corpus), model_(model),
+          order_(DataOrder{corpus.train, o_.batch_size, model.T, uint64_t(o_.seed), o_.shuffle,
+                           o_.overfit_batch}),
           val_windows_(evaluation_windows(corpus.val, model.T, corpus.document_start())),
           train_windows_(fixed_windows(order_, o_.eval_batches)),
           peak_flops_(product_peak_flops(model.device)) {}
 
-    // Trains from start.state.step to the end, and evaluates there unless it is Ctrl-C's.
-    // The order within a step: the row is in the log before anything may fail. What ends the run is
-    // decided once. The checkpoint comes after best/, so that a run which resumes from it finds the
-    // best model that it remembers.
+    // Trains to the end, and evaluates there unless Ctrl-C ends it. Why this order: the row is in
+    // the log before anything may fail; what ends the run is decided once; the checkpoint comes
+    // after best/, because it remembers which model was the best.
     End run(const Start& start) {
         begin(start);
         BatchLoader loader(order_, model_.config.vocab_size, state_.samples);
@@ -5377,15 +5345,16 @@ public:
             const std::string title = sample_title(epoch);
             if (evaluated && state_.best_step == state_.step) try_save("best", Purpose::use);
             if (end != End::none || due(o_.save_interval)) save(end);
-            // Why last: Ctrl-C need not wait for a sample, only for the checkpoint.
+            // Why last: Ctrl-C waits only for the checkpoint.
             if (!title.empty() && end != End::interrupted) write_sample(title, 50);
         }
         return end;
     }
     const TrainerState& state() const { return state_; }
 
-    // Text of the model's own, after the prompt or from the start of a document: printed, and added
-    // to samples.txt. The seed is always the run's, so samples differ by what was learned.
+    // Prints some text of the model's own, and appends it to samples.txt. It begins with the
+    // prompt, or where a document does. Always the run's seed, so samples differ by what was
+    // learned.
     void write_sample(const std::string& title, int count) {
         try {
             auto tokens = prompt_tokens(o_.prompt, corpus_.tokenizer, model_.config.vocab_size);
@@ -5407,22 +5376,21 @@ public:
             const FileHandle file = open_to_append(path);
             if (write_all(file.fd, entry.data(), entry.size()) < entry.size())
                 fail_errno("cannot write ", path);
-        } catch (const Error& error) {  // a sample is not worth ending the run
+        } catch (const Error& error) {  // do not end the run for a sample
             warn(to_text("the sample at step ", state_.step, " failed: ", error.what()));
         }
     }
 
 private:
-    // Plans the run and evaluates the model as it is: row 0. Why: a model that knows nothing has a
-    // loss of log V; a first row far from it shows a mistake before an hour is spent. The plan is
-    // kept in the state, because every step's learning rate depends on it.
+    // Plans the run, and evaluates the model as it is: row 0. Why: a model that knows nothing has a
+    // loss of log V; a first row far from it shows a mistake early.
     void begin(const Start& start) {
         const bool resumed = !start.folder.empty();
         const std::string path = o_.output + "/log.csv";
         state_ = start.state;
         if (state_.planned_steps == 0) state_.planned_steps = planned_steps();
         model_.device.upload(model_.state, &state_.guards, 1);
-        // Later checkpoints, of steps that will be made again, must not count as the newest.
+        // Checkpoints of steps that will be made again must not count as the newest.
         for (const std::string& name : set_aside_later(o_.output, resumed ? state_.step : -1))
             say("set aside", name + ", as " + name + ".set-aside");
         if (resumed) log_.emplace(path, rows_before(start.folder));
@@ -5434,12 +5402,12 @@ private:
         if (resumed) return;
         LogRow row = row_now();
         if (o_.eval_interval > 0) evaluate_into(row);
-        // Only now: where the text cannot be read, no run is left behind.
+        // Why only now: if the text cannot be read, no run is left behind.
         log_.emplace(path, std::vector<LogRow>{row});
         show(row, true);
     }
 
-    // The log so far of the run that this checkpoint is of.
+    // The log up to the checkpoint.
     std::vector<LogRow> rows_before(const std::string& checkpoint) const {
         const std::string path = parent_folder(checkpoint) + "/log.csv";
         std::vector<LogRow> rows = read_log(path, state_.step);
@@ -5449,8 +5417,7 @@ private:
         return rows;
     }
 
-    // As many steps as max_steps or epochs say, whichever is fewer; or, where only max_minutes is
-    // set, as fit into it.
+    // The fewer of max_steps and epochs; where only max_minutes is set, what fits into it.
     int64_t planned_steps() {
         const int64_t no_limit = std::numeric_limits<int64_t>::max();
         int64_t steps = o_.max_steps > 0 ? o_.max_steps : no_limit;
@@ -5460,8 +5427,8 @@ private:
             steps = std::min(steps, int64_t(std::clamp(wanted, 1.0, 1e15)));
         }
         if (steps < no_limit) return steps;
-        // A step takes about as long as three evaluations of its batch (backward is twice forward),
-        // and a tenth more for the update. The first one warms up.
+        // A step takes about three evaluations of its batch (backward is twice forward), and a
+        // tenth more for the update. The first evaluation warms up.
         const std::vector<Window> windows = fixed_windows(order_, 1);
         evaluate(model_, windows, {});
         const double begin = now_seconds();
@@ -5472,20 +5439,20 @@ private:
 
     // --- The step
 
-    // How often the training text has been read after so many rows.
+    // Passes over the training text in so many rows.
     double epochs(int64_t rows) const { return double(rows) / double(order_.blocks_per_epoch()); }
     // Rows of text that one update reads.
     int64_t rows_per_step() const { return int64_t(o_.batch_size) * o_.grad_accum_steps; }
-    // Whether what happens every `interval` steps happens after this step, or after the last one.
+    // Whether what happens every `interval` steps happens after this one; without `step`, the last.
     static bool due(int64_t interval, int64_t step) { return interval > 0 && step % interval == 0; }
     bool due(int64_t interval) const { return due(interval, state_.step); }
-    // Why not the clock: of a resumed run, the minutes before it count too.
+    // Why not the clock: the minutes before a resume count too.
     bool time_is_up() const { return o_.max_minutes > 0 && state_.seconds > o_.max_minutes * 60; }
     bool is_last() const {
         return state_.step == state_.planned_steps || (time_is_up() && !ahead_);
     }
 
-    // A row that knows where the run stands, with nothing measured yet.
+    // A row with nothing measured yet.
     LogRow row_now() const {
         LogRow row;
         row.step = state_.step, row.epoch = epochs(state_.samples);
@@ -5493,19 +5460,19 @@ private:
         return row;
     }
 
-    // Whether the model is needed as the next step leaves it: to be looked at, sampled or saved, or
-    // because the run may end there. Then the device must not get the step after it yet.
+    // Whether the model is needed as the next step leaves it: evaluated, sampled, saved, or the run
+    // may end there. If so, the device must not get the step after it yet.
     bool next_is_waited_for() const {
         const int64_t step = state_.step + 1, samples = state_.samples + rows_per_step();
         for (int64_t interval :
              {o_.eval_interval, o_.save_interval, o_.sample_interval, o_.tensor_stats_interval})
             if (due(interval, step)) return true;
         return due(o_.tensor_stats_interval, step + 1) || step >= state_.planned_steps ||
-               order_.epoch(samples) > order_.epoch(state_.samples) || stop_asked() != 0 ||
+               order_.epoch(samples) > order_.epoch(state_.samples) || stop_asked != 0 ||
                time_is_up();
     }
 
-    // Gives the device step s.
+    // Starts step s on the device.
     void queue_step(BatchLoader& loader, int64_t s) {
         std::vector<Batch> batches;
         while (int(batches.size()) < o_.grad_accum_steps) batches.push_back(loader.next());
@@ -5518,9 +5485,9 @@ private:
         model_.device.post(model_.state);
     }
 
-    // Makes one update; returns its row. A device that may be late (a GPU) gets the step after it,
-    // too, before the host waits for this one's numbers. They are all that comes back, and waiting
-    // for them makes the time true. MFU: model FLOPs utilisation (Chowdhery et al. 2022).
+    // Makes one update; returns its row. A GPU gets the step after it, too, before the host waits
+    // for this one's numbers; that wait is what makes the time true. MFU: model FLOPs utilisation
+    // (Chowdhery et al. 2022).
     LogRow one_step(BatchLoader& loader) {
         const bool wants_stats = due(o_.tensor_stats_interval, state_.step + 1);
         std::vector<typename Device::Real> before;
@@ -5530,12 +5497,11 @@ private:
         if (ahead_) queue_step(loader, state_.step + 1);
         state_.guards = model_.device.fetch(model_.state);
         const double now = now_seconds(), seconds = now - std::exchange(began_, now);
-        // Where the run stands now.
         const StepState& done = state_.guards;
         ++state_.step, state_.samples += rows_per_step(), state_.seconds += seconds;
         state_.train_loss = done.loss;
         if (!done.broken) state_.epoch_loss += done.loss, ++state_.epoch_steps;
-        // What it has learned about this step.
+
         LogRow row = row_now();
         row.train_loss = done.loss, row.grad_norm = done.grad_norm;
         row.lr = done.skip ? 0 : done.lr;
@@ -5546,9 +5512,8 @@ private:
         return row;
     }
 
-    // Reports an update that was not made: NaN, infinity or an outlier (§7). With --on-nan stop the
-    // first two end the run: the row is logged, nothing else of the step is kept. Why stop: such a
-    // loss comes again, and the hours after it would be wasted.
+    // Reports an update that was skipped (§7). With --on-nan stop, a NaN or infinity ends the run:
+    // its row is logged, nothing else of the step is kept. Why: such a loss comes again.
     void check_broken(const LogRow& row) {
         const StepState& g = state_.guards;
         if (!g.skip) return;
@@ -5559,27 +5524,25 @@ private:
                  "from the last checkpoint with a lower --learning-rate, --resume auto and ",
                  "--override, or pass over such steps with --on-nan skip");
         }
-        // The more there are, the fewer are reported.
         if (g.skipped <= 4 || std::has_single_bit(uint64_t(g.skipped)))
             warn(to_text("step ", state_.step, " was skipped: loss ", g.loss, ", norm ",
                          g.grad_norm, g.broken ? " (not a number; " : " (an outlier; ", g.skipped,
                          " so far)"));
     }
 
-    // Whether the run is over after this step, and why. Ctrl-C comes last: a finished run is
-    // finished. A step that the device has already is waited for first.
+    // Ctrl-C comes last: a run that is finished anyway is finished. A step that the device already
+    // has is completed first.
     End end_reached() const {
         if (ahead_) return End::none;
         if (state_.step >= state_.planned_steps) return End::finished;
         if (o_.patience > 0 && state_.stale_evals >= o_.patience) return End::plateau;
         if (time_is_up()) return End::out_of_time;
-        return stop_asked() != 0 ? End::interrupted : End::none;
+        return stop_asked != 0 ? End::interrupted : End::none;
     }
 
     // --- Watching it
 
-    // Scores the validation text, and --eval-batches batches of training text, always the same.
-    // The gap between the two is what the model has memorised.
+    // Validation and training text: the gap between their losses is what the model has memorised.
     void evaluate_into(LogRow& row) {
         if (!val_windows_.empty()) {
             const Evaluation e = evaluate(model_, val_windows_, {});
@@ -5590,8 +5553,7 @@ private:
             row.eval_train_loss = evaluate(model_, train_windows_, {}).loss();
     }
 
-    // Is this the best evaluation so far? Counts those without progress, for --patience. Without
-    // validation text the fixed training batches decide.
+    // Without validation text, the fixed training batches decide which evaluation is the best.
     void note_best(const LogRow& row) {
         const std::optional<double> loss = row.val_loss ? row.val_loss : row.eval_train_loss;
         if (!loss) return;
@@ -5600,7 +5562,7 @@ private:
         state_.stale_evals = better ? 0 : state_.stale_evals + 1;
     }
 
-    // What is left is the time of the steps, or of --max-minutes where that is less.
+    // The time left is that of the steps, or of --max-minutes where that is less.
     void show(const LogRow& row, bool keep) {
         const double a_step = state_.seconds / double(std::max<int64_t>(1, state_.step));
         double left = double(state_.planned_steps - state_.step) * a_step;
@@ -5608,9 +5570,8 @@ private:
         show_line(live_line(row, state_.planned_steps, left), keep);
     }
 
-    // The title of a sample that is due after this step; empty: none is. epoch: that of the step.
-    // At its end, its mean loss is reported and the sum begins again. Epochs of a few steps come
-    // too fast to report.
+    // The title of a sample that is due; empty: none is. `epoch` is the step's. At its end, reports
+    // its mean loss, unless it has only a few steps, and resets the sum.
     std::string sample_title(int64_t epoch) {
         std::string title;
         if (due(o_.sample_interval)) title = to_text("sample at step ", state_.step);
@@ -5625,8 +5586,8 @@ private:
 
     // --- Saving it
 
-    // Saves under the run's folder; returns whether it did. A full disk is a warning: the last good
-    // checkpoint is untouched, and somebody may make room. Any other error stops the run.
+    // Returns whether it saved. A full disk is a warning: the last good checkpoint is untouched,
+    // and somebody may make space. Any other error stops the run.
     bool try_save(const std::string& name, Purpose purpose) {
         try {
             log_->sync();  // first: no checkpoint may be ahead of its log
@@ -5644,7 +5605,7 @@ private:
         }
     }
 
-    // A checkpoint to resume from. One that ends the run must succeed.
+    // A checkpoint. The one that ends the run must succeed.
     void save(End end) {
         state_.finished = end != End::none && end != End::interrupted;
         const bool saved = try_save("checkpoint-" + std::to_string(state_.step), Purpose::resume);
@@ -5662,12 +5623,12 @@ private:
     const Corpus& corpus_;
     Gpt2<Device>& model_;
     const DataOrder order_;
-    const std::vector<Window> val_windows_, train_windows_;  // what is scored; either may be none
+    const std::vector<Window> val_windows_, train_windows_;  // what is scored
     const double peak_flops_;
     std::optional<Log> log_;
-    TrainerState state_;  // where the run stands; what a checkpoint keeps
+    TrainerState state_;  // what a checkpoint keeps
     bool ahead_ = false;  // the device has the next step already
-    double began_ = 0;    // when the step began that is under way
+    double began_ = 0;    // when the current step began
 };
 
 // =================================================================================================
