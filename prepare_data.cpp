@@ -49,7 +49,7 @@ inline std::vector<Option> option_table(PrepareOptions& o) {
         {"val-fraction", &o.val_fraction, group, 1, "[0, 0.999]",
          "share of the text, at its end, that is kept for validation; 0: none"},
         {"shard-tokens", &o.shard_tokens, group, 1, "[1, 2147483647]",
-         "number of tokens in a shard, the last one apart"},
+         "number of tokens in a shard; the last may have fewer"},
         {"seed", &o.seed, group, 1, "[0, 9223372036854775807]",
          "random seed that chooses the stories of the default corpus"},
         {"from-llmc", &o.from_llmc, group, 1, "FILE",
@@ -231,8 +231,7 @@ inline std::vector<Job> make_jobs(const std::vector<std::string_view>& documents
 
 inline size_t thread_count() { return size_t(omp_get_max_threads()); }
 
-// Calls work(job number, thread number) for every job, on all cores, and throws what one has
-// thrown.
+// Calls work(job number, thread number) for every job, on all cores. Throws what one of them threw.
 template <class Work>
 inline void for_all_jobs(size_t jobs, const Work& work) {
     std::exception_ptr error;
@@ -413,11 +412,11 @@ inline Tokenizer train_bpe(const std::vector<std::string_view>& documents, int64
 // =================================================================================================
 // Encoding, fast
 // =================================================================================================
-// The tokens are those of Tokenizer::encode (§12); a test compares them. Faster, because it has a
-// cache of short pieces and their tokens, where 96 of 100 pieces of English are found, and because
-// it merges the others without a heap.
+// The tokens are those of Tokenizer::encode (§12); a test compares them. This is faster because it
+// caches the tokens of short pieces, where it finds 96 of 100 pieces of English, and because it
+// merges the others without a heap.
 
-// One for each thread, as it has a cache.
+// Careful: one for each thread, because of the cache.
 class Encoder {
     static constexpr size_t kMaxBytes = 15, kMaxTokens = 7;  // of a cached piece
     static constexpr size_t kShort = 32;                     // up to here, merge_short is faster
@@ -461,8 +460,8 @@ private:
     // From the cache. A piece that is not there replaces the one in its entry. Careful: reads 16
     // bytes, though the piece has at most 15.
     size_t cached(std::string_view piece, uint16_t* to) {
-        // Why: to read 16 bytes and clear those behind the piece takes a few instructions, where to
-        // copy as many as it has is a call.
+        // Why: reading 16 bytes and clearing those after the piece takes a few instructions;
+        // copying just its own is a call.
         uint64_t low, high;
         std::memcpy(&low, piece.data(), 8);
         std::memcpy(&high, piece.data() + 8, 8);
@@ -598,9 +597,8 @@ inline void write_dataset_files(const std::string& folder, const Dataset& data,
 // the first half leaves the old data as it was.
 inline void write_dataset(const std::string& folder, const Dataset& data, int64_t shard_tokens) {
     const std::string incoming = folder + "/" + kIncoming;
-    const FolderToFill to_fill(folder);
     if (folder_exists(incoming)) remove_folder(incoming);
-    make_folders(incoming);
+    const FolderToFill to_fill(incoming);
     try {
         write_dataset_files(incoming, data, size_t(shard_tokens));
         for (const std::string& name : list_folder(folder))
@@ -614,7 +612,6 @@ inline void write_dataset(const std::string& folder, const Dataset& data, int64_
         std::filesystem::remove_all(incoming, ignored);
         throw;
     }
-    remove_folder(incoming);
 }
 
 // Adds to the description how large one split is, and prints it.
@@ -845,9 +842,7 @@ food: honey | bread | soup | cheese | porridge | jam | cake | rice | pie | toast
 family: mother | father | sister | brother | grandma | grandpa | aunt | uncle
 )";
 
-// -------------------------------------------------------------------------------------------------
-// The grammar as data
-// -------------------------------------------------------------------------------------------------
+// --- The grammar as data
 
 // A part of an alternative: letters to be written, a rule to be expanded, a word to be drawn and
 // remembered, or a remembered word.
@@ -1055,9 +1050,7 @@ inline std::string spell(const Grammar& grammar, const Item& item, int word) {
     return text;
 }
 
-// -------------------------------------------------------------------------------------------------
-// Telling a story, and adding up what its choices cost
-// -------------------------------------------------------------------------------------------------
+// --- Telling a story, and adding up what its choices cost
 
 struct Teller {
     const Grammar& grammar;
@@ -1117,9 +1110,7 @@ inline double entropy(const Grammar& grammar, const Rule& rule) {
     return std::log(n) + sum / n;
 }
 
-// -------------------------------------------------------------------------------------------------
-// Reading a story back
-// -------------------------------------------------------------------------------------------------
+// --- Reading a story back
 
 // What is still to be read: the rest of some items, and then the rest of those around them.
 struct Todo {

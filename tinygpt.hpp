@@ -3655,8 +3655,8 @@ inline Json Json::parse(std::string_view text, const std::string& where, JsonLim
 enum CharClass : uint8_t { kOther, kLetter, kNumber, kSpace };
 inline CharClass class_of(uint32_t code);  // of a code point; the table ends this section
 
-// The class of the character at text[at], whose length becomes `bytes`; at < text.size(). A byte that
-// begins no valid UTF-8 is taken alone, as kOther: broken text loses nothing.
+// The class of the character at text[at], for at < text.size(); sets `bytes` to its length. A byte
+// that begins no valid UTF-8 is taken alone, as kOther: broken text loses nothing.
 inline CharClass class_at(std::string_view text, size_t at, size_t& bytes) {
     const Utf8Character c = utf8_character(text.substr(at));
     bytes = std::max<size_t>(c.bytes, 1);
@@ -3758,8 +3758,7 @@ public:
     explicit Tokenizer(std::vector<Merge> merge_list)
         : merges_(std::move(merge_list)), table_(merges_.size()) {
         if (merges_.size() > 65536 - 257)
-            fail("expected at most ", 65536 - 257, " merges, found ", merges_.size(),
-                 ": token ids have 16 bits");
+            fail("expected at most 65279 merges, found ", merges_.size(), ": ids have 16 bits");
         for (int b : kBytes.byte_of_id) bytes_.emplace_back(1, char(b));
         for (auto [left, right] : merges_) {
             if (left >= bytes_.size() || right >= bytes_.size())
@@ -3811,12 +3810,10 @@ private:
 
 // --- Encoding
 
-// Appends the tokens of one piece to `out`. With GPT-2's vocabulary, where "er" is token 263, " l"
-// is 300, "ow" 322, "ower" 789, and " lower" 2793:
-//     (blank) l o w e r  ->  (blank) l o w er  ->  " l" o w er  ->  " l" ow er  ->  " l" ower
-// It takes n log n steps, as a piece may be a megabyte of one letter. The tokens are a linked list.
-// Every pair that has a merge waits in a heap, the earliest merge first and, of the same merge, the
-// leftmost: aaa becomes (aa)a. With merges a a -> A and A A -> B, aaaaa goes through
+// Appends the tokens of one piece to `out`, in n log n steps: a piece may be a megabyte of one
+// letter. The tokens are a linked list. Every pair that has a merge waits in a heap, the earliest
+// merge first and, of the same merge, the leftmost: aaa becomes (aa)a. With merges a a -> A and
+// A A -> B, aaaaa goes through
 //     tokens        waiting, smallest first           taken
 //     a a a a a     A at 0, A at 1, A at 2, A at 3    A at 0
 //     A . a a a     A at 1, A at 2, A at 3            A at 1: that a is gone, skip
@@ -3831,8 +3828,8 @@ inline void merge_piece(const MergeTable& table, std::string_view piece,
     std::priority_queue<uint64_t, std::vector<uint64_t>, std::greater<>> waiting;
     // What token i and its right neighbour make. kNoToken also where its left one has taken it in.
     auto merged_at = [&](uint32_t i) {
-        return token[i] == kNoToken || next[i] == n ? kNoToken
-                                                    : table.find(token[i], token[next[i]]);
+        const bool is_pair = token[i] != kNoToken && next[i] < n;
+        return is_pair ? table.find(token[i], token[next[i]]) : kNoToken;
     };
     auto offer = [&](uint32_t i) {
         const uint64_t merged = merged_at(i);
@@ -3978,8 +3975,7 @@ inline std::optional<Tokenizer> tokenizer_of(const std::string& folder) {
 // \p{L}, \p{N} and \s of Unicode 17.0, written by checks/unicode_classes.py. The code points 0, 1,
 // 2, ... fall into runs of one class. Each run is the number (length - 1) * 4 + class in base 32,
 // lowest digit first. The digits are the 64 characters from '0' to 'p' without the backslash; the
-// upper 32 of them say that another digit follows. So "P1", which is 0 + 32 * 1 = 32, says that the
-// first 9 code points are kOther, and "C", 19, that the next 5, from the tabulator on, are kSpace.
+// upper 32 of them say that another digit follows. So "P1", 0 + 32 * 1, is 9 code points of kOther.
 // (GPT-2 was trained with the Unicode of 2017: only characters that were added later differ.)
 constexpr std::string_view kClassRuns =
     "P1CT23i1V1HU3DU3T13T33P11H6018210:0j20j30Uj1<^1e1AH101P@A054=01D109010^20Y:0YALfD0f441DQ5i8Y"
