@@ -45,12 +45,12 @@ public:
         const char* base = std::getenv("TMPDIR");
         folder_ = base && *base ? base : ::access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp";
         folder_ += "/tinygpt-torture-XXXXXX";
-        TINYGPT_CHECK(::mkdtemp(folder_.data()), "cannot make the folder %s", folder_.c_str());
+        if (!::mkdtemp(folder_.data())) fail_errno("cannot make the folder ", folder_);
         progress_ = static_cast<Progress*>(::mmap(nullptr, sizeof(Progress), PROT_READ | PROT_WRITE,
                                                   MAP_SHARED | MAP_ANONYMOUS, -1, 0));
         make_data();
-        TINYGPT_CHECK(finish(start({arguments("straight")})) == 0, "the undisturbed run fails: %s",
-                      said().c_str());
+        if (finish(start({arguments("straight")})) != 0)
+            fail("the undisturbed run fails: ", said());
     }
     ~Torture() { fs::remove_all(folder_); }
 
@@ -157,7 +157,7 @@ pid_t Torture::start(const Child& child) {
     progress_->in_save = 0, progress_->calls = 0, progress_->failed = 0;
     std::fflush(stdout);
     const pid_t pid = ::fork();
-    TINYGPT_CHECK(pid >= 0, "cannot fork: %s", std::strerror(errno));
+    if (pid < 0) fail_errno("cannot fork");
     if (pid == 0) be_child(child);
     return pid;
 }
@@ -399,8 +399,7 @@ void Torture::every_step(const std::string& program, int max_threads) {
         return Child{arguments(output, more), 0, -1, 0, RLIM_INFINITY, program};
     };
     finish(start(child("steps", {"--save-interval", "1", "--keep", "100"})));
-    TINYGPT_CHECK(folder_exists(path("steps") + "/best"), "the run of every step fails: %s",
-                  said().c_str());
+    if (!folder_exists(path("steps") + "/best")) fail("the run of every step fails: ", said());
     const int64_t end = checkpoint_steps(path("steps"))[0];
     for (int threads = 1; threads <= max_threads; threads++)
         for (int64_t step = 1; step < end; step += scale_ < 1 ? 5 : 1, tries++) {
