@@ -4838,6 +4838,13 @@ int child_status(const std::function<void()>& f) {
     return WEXITSTATUS(status);
 }
 
+// A small model with new weights, and one from a folder.
+std::unique_ptr<Gpt2<Cpu<float>>> small_model() {
+    auto model = std::make_unique<Gpt2<Cpu<float>>>(Config{1, 2, 8, 8, 257});
+    model->reserve(1, 8, Use::training);
+    model->initialise(1);
+    return model;
+}
 std::unique_ptr<Gpt2<Cpu<float>>> loaded(const std::string& folder, int B, int T) {
     auto model = std::make_unique<Gpt2<Cpu<float>>>(config_of_folder(folder));
     model->reserve(B, T, Use::evaluation);
@@ -4912,10 +4919,6 @@ TEST_CASE("run: log.csv is read as it was written; half a row, and one too late,
     using namespace run_test;
     TemporaryFolder scratch;
     std::vector<LogRow> rows(4);
-    std::string text = log_header();
-    CHECK(text ==
-          "step,epoch,tokens,train_loss,eval_train_loss,val_loss,perplexity,floor,lr,"
-          "grad_norm,tokens_per_s,mfu,seconds\n");
     for (size_t i = 0; i < rows.size(); ++i) {
         for (const LogColumn& column : kLogColumns)
             if (random_bits(i, size_t(&column - kLogColumns)) % 3)
@@ -4924,20 +4927,17 @@ TEST_CASE("run: log.csv is read as it was written; half a row, and one too late,
     }
     rows[1] = {};
     rows[1].step = 1, rows[1].train_loss = 0.5, rows[1].lr = INFINITY, rows[1].grad_norm = -NAN;
-    for (const LogRow& row : rows) text += log_line(row);
+    const std::string text = log_text(rows);
+    CHECK(
+        text.starts_with("step,epoch,tokens,train_loss,eval_train_loss,val_loss,perplexity,floor,"
+                         "lr,grad_norm,tokens_per_s,mfu,seconds\n"));
     CHECK(log_line(rows[1]) == "1,,,0.5,,,,,inf,nan,,,\n");
     // Lines that are no row: a step again, too many fields, no number, too few, no line end.
     const std::string bad = "3,,,,,,,,,,,,\n4,,,,,,,,,,,,,\n4,,,x,,,,,,,,,\n4,,,\n4,,,,,,,,,,,,";
     put_file(scratch / "log.csv", text + bad);
-    std::string again = log_header();
-    for (const LogRow& row : read_log(scratch / "log.csv", 9)) again += log_line(row);
-    CHECK(again == text);
+    CHECK(log_text(read_log(scratch / "log.csv", 9)) == text);
     CHECK(read_log(scratch / "log.csv", 2).size() == 3);
     CHECK(read_log(scratch / "none.csv", 2).empty());
-    // A log begins with rows and goes on behind them.
-    Log log(scratch / "log.csv", {rows[0], rows[1]});
-    log.add(rows[2]), log.add(rows[3]), log.sync();
-    CHECK(read_file(scratch / "log.csv") == text);
 }
 
 TEST_CASE("run: a row of the log is what was measured, and when it was due") {
@@ -5065,19 +5065,13 @@ TEST_CASE("run: the number of steps is that of --max-steps or --epochs, whicheve
          {"--epochs 0.5 --max-steps 3", 3},
          {"--epochs 0.1 --max-steps 3 --batch-size 5", 2},
          {"--epochs 2 --batch-size 90", 3}};
-    int number = 0;
-    for (const auto& [line, steps] : cases) {
-        const std::string options = line;
+    for (const auto& [options, steps] : cases) {
         CAPTURE(options);
-        const std::string name = to_text("run", number++);
-        const Outcome run = train_gpt(joined(
-            words("--n-layer 1 --n-embd 8 --n-head 2 --seq-len 8 --threads 1 --sample-interval "
-                  "0 --data " +
-                  place.data() + " --output " + place.out(name)),
-            words(options)));
-        CHECK_MESSAGE(run.status == 0, run.err);
-        CHECK(last_step(place.out(name)) == steps);
-        CHECK(verify_checkpoint(checkpoint_folder(place.out(name), steps)).planned_steps == steps);
+        std::filesystem::remove_all(place.out());
+        const Arguments more = words("--grad-accum-steps 1 --patience 0 " + options);
+        CHECK(place.train("out", more).status == 0);
+        REQUIRE(last_step(place.out()) == steps);
+        CHECK(verify_checkpoint(checkpoint_folder(place.out(), steps)).planned_steps == steps);
     }
 }
 
@@ -5216,7 +5210,7 @@ TEST_CASE("run: an interrupt finishes the step, saves and exits 130; the rest is
     ::signal(SIGHUP, SIG_DFL);
 }
 
-TEST_CASE("run: a finished run is left alone, and a folder with a run is not written over") {
+TEST_CASE("run: a finished run is left alone, no run is written over, and one writes at a time") {
     using namespace run_test;
     Runs place;
     const auto before = snapshot(place.path);
@@ -5226,7 +5220,18 @@ TEST_CASE("run: a finished run is left alone, and a folder with a run is not wri
     CHECK(over.says("already holds a run"));
     CHECK(over.lines() == 1);
     CHECK(snapshot(place.path) == before);
-    place.resume("new");  // with nothing to resume, --resume auto starts
+    // One run in a folder at a time; a lock file that was left behind locks nothing. With nothing to
+    // resume, --resume auto starts.
+    make_folders(place.out());
+    {
+        const FileHandle lock = lock_folder(place.out());
+        const Outcome second = place.train("out");
+        CHECK(second.status == 1);
+        CHECK(second.says("another run is writing into"));
+        CHECK(second.lines() == 1);
+        CHECK(list_folder(place.out()) == std::vector<std::string>{"lock"});
+    }
+    place.resume("out");
 }
 
 TEST_CASE("run: resuming with any option that changes the numbers is refused, naming it") {
@@ -5313,7 +5318,7 @@ TEST_CASE("run: a damaged checkpoint is passed over, saying why; with none left 
     CHECK(snapshot(place.out("copy")) == before);
     // A log that lacks rows is continued, with a warning.
     const std::string log = place.out("no log") + "/log.csv";
-    put_file(log, log_header() + "3,0,0,0.5,,,,,,,,,\n");
+    put_file(log, log_text({}) + "3,0,0,0.5,,,,,,,,,\n");
     const Outcome without = place.train("no log", {"--resume", "auto"});
     CHECK(without.status == 0);
     CHECK(without.says("warning: " + log + " has 1 of the 6 rows up to step 5"));
@@ -5366,14 +5371,13 @@ TEST_CASE(
     "run: whichever call of a save fails, the last good checkpoint stays, and all can go on") {
     using namespace run_test;
     TestRuns place;
-    Gpt2<Cpu<float>> model({1, 2, 8, 8, 257});
-    model.reserve(1, 8, Use::training);
+    const auto model = small_model();
     const Tokenizer tokenizer = Tokenizer::bytes();
     TrainerState state;
     auto save = [&](const std::string& name, int64_t step) {
-        model.initialise(uint64_t(step));
+        model->initialise(uint64_t(step));
         state.step = step;
-        save_checkpoint(model, place.out(name), &tokenizer, state, Purpose::resume);
+        save_checkpoint(*model, place.out(name), &tokenizer, state, Purpose::resume);
     };
     auto step_in = [&](const std::string& name) { return verify_checkpoint(place.out(name)).step; };
     // Errno -1: a write comes up short, which is no failure.
@@ -5427,9 +5431,9 @@ TEST_CASE(
 
 TEST_CASE(
     "run: a save syncs every file before its name, its folder, the rename, and the folder above") {
+    using namespace run_test;
     TemporaryFolder place;
-    Gpt2<Cpu<float>> model({1, 2, 8, 8, 257});
-    model.reserve(1, 8, Use::training);
+    const auto model = small_model();
     const Tokenizer tokenizer = Tokenizer::bytes();
     for (bool replaces : {false, true}) {
         std::vector<std::pair<std::string, std::string>> calls;
@@ -5438,7 +5442,7 @@ TEST_CASE(
             return 0;
         };
         const std::string folder = place / "checkpoint-1", temporary = folder + ".tmp";
-        save_checkpoint(model, folder, &tokenizer, {}, Purpose::resume);
+        save_checkpoint(*model, folder, &tokenizer, {}, Purpose::resume);
         file_fault() = nullptr;
         auto last = [&](const std::string& call, const std::string& path) {
             const auto found = std::find(calls.rbegin(), calls.rend(), std::pair(call, path));
@@ -5532,7 +5536,7 @@ TEST_CASE("run: what goes wrong in the middle costs no row and no checkpoint tha
         CHECK_MESSAGE(outcome.status == c.status, outcome.err);
         CHECK_MESSAGE(outcome.says(c.says), outcome.err);
         const bool full_disk = std::string(c.what).starts_with("full");
-        const std::string waiting = "log.csv: " + no_space + "; rows wait in memory";
+        const std::string waiting = "log.csv: " + no_space + "; what is missing waits in memory";
         if (!full_disk) CHECK_MESSAGE(outcome.lines() == c.status, outcome.err);
         if (full_disk) CHECK(outcome.says("warning: cannot write " + out + "/" + waiting));
         CHECK(outcome.err.find(waiting) == outcome.err.rfind(waiting));  // said once
@@ -5565,31 +5569,15 @@ TEST_CASE("run: a limit on file sizes at any byte is a full disk, not a signal")
     }
 }
 
-TEST_CASE("run: one run in a folder at a time; a lock file that was left behind locks nothing") {
-    TestRuns place;
-    make_folders(place.out());
-    {
-        const FileHandle lock = lock_folder(place.out());
-        const Outcome second = place.train("out");
-        CHECK(second.status == 1);
-        CHECK(second.says("another run is writing into"));
-        CHECK(second.lines() == 1);
-        CHECK(list_folder(place.out()) == std::vector<std::string>{"lock"});
-    }
-    CHECK(place.train("out").status == 0);
-}
-
 TEST_CASE("run: a NaN stops the run, keeping nothing of it, or is skipped and stays in the log") {
     using namespace run_test;
     TestRuns place;
     // Weights so large that the logits overflow.
-    Gpt2<Cpu<float>> model({1, 2, 8, 8, 257});
-    model.reserve(1, 8, Use::training);
-    model.initialise(1);
-    for (size_t i = 0; i < model.layout.decayed; i++)
-        model.weights[i] = model.weights[i] < 0 ? -3e38f : 3e38f;
+    const auto model = small_model();
+    for (size_t i = 0; i < model->layout.decayed; i++)
+        model->weights[i] = model->weights[i] < 0 ? -3e38f : 3e38f;
     const std::string weights = place.out("weights");
-    save_checkpoint(model, weights, nullptr, {}, Purpose::use);
+    save_checkpoint(*model, weights, nullptr, {}, Purpose::use);
     auto with = [&](const std::string& name, const std::string& on_nan) {
         return train_gpt(
             words("--batch-size 2 --max-steps 9 --save-interval 2 --eval-interval 0 "

@@ -4983,6 +4983,36 @@ inline std::string duration_text(double seconds) {
     return s >= 60 ? format("%ldm %02lds", s / 60, s % 60) : format("%lds", s);
 }
 
+// A file that grows during a run, so that others can follow it. On a full disk, its text waits in
+// memory; the user is warned once.
+class GrowingFile {
+public:
+    explicit GrowingFile(const std::string& path)
+        : path_(path),
+          file_(::open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666)) {
+        if (file_.fd < 0) fail_errno("cannot write ", path);
+    }
+    void append(const std::string& text) {
+        waiting_ += text;
+        if (!flush() && !std::exchange(warned_, true))
+            warn(to_text("cannot write ", path_, ": ", std::strerror(errno),
+                         "; what is missing waits in memory"));
+    }
+    // Fails unless all text is on the disk.
+    void sync() {
+        if (!flush() || ::fsync(file_.fd) != 0) fail_errno("cannot write ", path_);
+    }
+
+private:
+    bool flush() {
+        waiting_.erase(0, write_all(file_.fd, waiting_.data(), waiting_.size()));
+        return waiting_.empty();
+    }
+    std::string path_, waiting_;
+    FileHandle file_;
+    bool warned_ = false;
+};
+
 // --- log.csv: one row a step
 
 // Row 0 is the evaluation before training. Row s has the loss, rate and norm of update s, taken
@@ -5013,11 +5043,6 @@ constexpr LogColumn kLogColumns[] = {
     {"seconds", "%.3f", &LogRow::seconds},
 };
 
-inline std::string log_header() {
-    std::string line;
-    for (const LogColumn& column : kLogColumns) join(line, ",", column.name);
-    return line + "\n";
-}
 // Why "nan": printf writes some as "-nan", and equal runs must have equal logs.
 inline std::string log_line(const LogRow& row) {
     std::string line;
@@ -5028,6 +5053,13 @@ inline std::string log_line(const LogRow& row) {
     }
     line.back() = '\n';
     return line;
+}
+inline std::string log_text(const std::vector<LogRow>& rows) {
+    std::string text;
+    for (const LogColumn& column : kLogColumns) join(text, ",", column.name);
+    text += "\n";
+    for (const LogRow& row : rows) text += log_line(row);
+    return text;
 }
 // The rows up to step `last`, without damaged lines and half a line that a crash left at the end.
 inline std::vector<LogRow> read_log(const std::string& path, int64_t last) {
@@ -5050,43 +5082,6 @@ inline std::vector<LogRow> read_log(const std::string& path, int64_t last) {
     }
     return rows;
 }
-
-inline FileHandle open_to_append(const std::string& path) {
-    FileHandle file(::open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666));
-    if (file.fd < 0) fail_errno("cannot write ", path);
-    return file;
-}
-
-// Writes each row at once, so that a plot can follow the run. On a full disk, rows wait in memory.
-class Log {
-public:
-    // The rows replace the file. Why: do not append to a half-written row.
-    Log(const std::string& path, const std::vector<LogRow>& rows) : path_(path) {
-        std::string text = log_header();
-        for (const LogRow& row : rows) text += log_line(row);
-        write_file(path, text);
-        file_.emplace(open_to_append(path));
-    }
-    void add(const LogRow& row) {
-        waiting_ += log_line(row);
-        if (!flush() && !std::exchange(warned_, true))
-            warn(to_text("cannot write ", path_, ": ", std::strerror(errno),
-                         "; rows wait in memory"));
-    }
-    // Fails unless all rows are on the disk.
-    void sync() {
-        if (!flush() || ::fsync(file_->fd) != 0) fail_errno("cannot write ", path_);
-    }
-
-private:
-    bool flush() {
-        waiting_.erase(0, write_all(file_->fd, waiting_.data(), waiting_.size()));
-        return waiting_.empty();
-    }
-    std::string path_, waiting_;
-    std::optional<FileHandle> file_;
-    bool warned_ = false;
-};
 
 // "step 50/2500 | loss 4.3021 | ... | 2m 05s left"
 inline std::string live_line(const LogRow& row, int64_t steps, double seconds_left) {
@@ -5335,7 +5330,7 @@ public:
             check_broken(row);
             const bool evaluated = o_.eval_interval > 0 && (is_last() || due(o_.eval_interval));
             if (evaluated) evaluate_into(row), note_best(row);
-            log_->add(row);
+            log_->append(log_line(row));
             end = end_reached();
             show(row, evaluated || end != End::none || due(o_.log_interval));
             const std::string title = sample_title(epoch);
@@ -5365,13 +5360,10 @@ public:
             SampleOptions s;
             s.max_new_tokens = count, s.seed = o_.seed, s.end_of_text = end_of_text;
             generate(model_, tokens, s, add);
-            std::string entry = title + "\n" + take_characters(bytes, true) + "\n\n";
-            std::printf("\n%s", entry.c_str());
-            entry.insert(0, "=== ");
-            const std::string path = o_.output + "/samples.txt";
-            const FileHandle file = open_to_append(path);
-            if (write_all(file.fd, entry.data(), entry.size()) < entry.size())
-                fail_errno("cannot write ", path);
+            const std::string text = title + "\n" + take_characters(bytes, true) + "\n\n";
+            std::printf("\n%s", text.c_str());
+            if (!samples_) samples_.emplace(o_.output + "/samples.txt");
+            samples_->append("=== " + text);
         } catch (const Error& error) {  // do not end the run for a sample
             warn(to_text("the sample at step ", state_.step, " failed: ", error.what()));
         }
@@ -5382,14 +5374,13 @@ private:
     // loss of log V; a first row far from it shows a mistake early.
     void begin(const Start& start) {
         const bool resumed = !start.folder.empty();
-        const std::string path = o_.output + "/log.csv";
         state_ = start.state;
         if (state_.planned_steps == 0) state_.planned_steps = planned_steps();
         model_.device.upload(model_.state, &state_.guards, 1);
         // Checkpoints of steps that will be made again must not count as the newest.
         for (const std::string& name : set_aside_later(o_.output, resumed ? state_.step : -1))
             say("set aside", name + ", as " + name + ".set-aside");
-        if (resumed) log_.emplace(path, rows_before(start.folder));
+        if (resumed) replace_log(rows_before(start.folder));
         const int64_t rows = state_.planned_steps * rows_per_step();
         say("run", with_commas(state_.planned_steps) + " steps of " +
                        with_commas(rows_per_step() * model_.T) + " tokens" +
@@ -5399,7 +5390,7 @@ private:
         LogRow row = row_now();
         if (o_.eval_interval > 0) evaluate_into(row);
         // Why only now: if the text cannot be read, no run is left behind.
-        log_.emplace(path, std::vector<LogRow>{row});
+        replace_log({row});
         show(row, true);
     }
 
@@ -5411,6 +5402,12 @@ private:
             warn(to_text(path, " has ", rows.size(), " of the ", state_.step + 1,
                          " rows up to step ", state_.step));
         return rows;
+    }
+
+    // Why: never append to a half-written row.
+    void replace_log(const std::vector<LogRow>& rows) {
+        write_file(o_.output + "/log.csv", log_text(rows));
+        log_.emplace(o_.output + "/log.csv");
     }
 
     // The fewer of max_steps and epochs; where only max_minutes is set, what fits into it.
@@ -5514,7 +5511,7 @@ private:
         const StepState& g = state_.guards;
         if (!g.skip) return;
         if (g.broken && o_.on_nan == "stop") {
-            log_->add(row);
+            log_->append(log_line(row));
             fail("step ", state_.step, ": the loss is ", g.loss, " and the gradient's norm ",
                  g.grad_norm, ": training has diverged. Nothing of this step was saved. Go on ",
                  "from the last checkpoint with a lower --learning-rate, --resume auto and ",
@@ -5621,7 +5618,7 @@ private:
     const DataOrder order_;
     const std::vector<Window> val_windows_, train_windows_;  // what is scored
     const double peak_flops_;
-    std::optional<Log> log_;
+    std::optional<GrowingFile> log_, samples_;
     TrainerState state_;  // what a checkpoint keeps
     bool ahead_ = false;  // the device has the next step already
     double began_ = 0;    // when the current step began

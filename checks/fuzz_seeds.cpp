@@ -128,7 +128,7 @@ static void checkpoint_seeds() {
     int32_t header[256] = {20240522, 1, 1, 40};
     std::string hellaswag(reinterpret_cast<const char*>(header), sizeof header);
     put(3, hellaswag.append(reinterpret_cast<const char*>(words.data()), 2 * words.size()));
-    put(4, log_header() + log_line({}) + "1,0.1,32,5.5,,nan,,,1e-3,-inf,,,0.5\n2,0.2");
+    put(4, log_text({LogRow()}) + "1,0.1,32,5.5,,nan,,,1e-3,-inf,,,0.5\n2,0.2");
 }
 
 int main(int, char** argv) {
