@@ -6678,7 +6678,6 @@ TEST_CASE("bench: watching a step changes no number of it, and shows every call"
         watched.device.gelu_forward(watched.a.dx, watched.a.dx, 0);  // no call of the step
         call.make();
     };
-    watched.device.watching = true;
     plain.initialise(1), watched.initialise(1);
     plain.reserve(2, 4, Use::training), watched.reserve(2, 4, Use::training);
     for (int s = 0; s < 2; ++s) {
@@ -6712,7 +6711,7 @@ TEST_CASE("bench: watching a step changes no number of it, and shows every call"
 TEST_CASE("bench: a row for every function and linear layer") {
     using namespace tinygpt;
     const Outcome ran = outcome_of([] {
-        Bench(Cpu<float>(), Config{2, 1, 8, 128, 11}, 1, 128).run(0);
+        Bench(Cpu<float>(), parse_options({"bench", "--n-embd", "8", "--n-head", "1"})).run(0);
         return 0;
     });
     auto calls = [&](const std::string& row) {
@@ -8014,12 +8013,13 @@ TEST_CASE_TEMPLATE("cuda: the kernels of a step are all timed", Device, Cuda<flo
         model.device.kernels_are_for(call.function == "layernorm_forward" ? 7 : -1);
         call.make();
     };
-    model.device.watching = true;
     const auto timed = model.device.kernel_times([&] { train_step(model, batches, options, 3); });
-    model.device.watching = false;
+    model.device.watcher = nullptr;
     for (const KernelTime& kernel : timed)
         CHECK((kernel.row == 7) == (kernel.name == "layernorm_forward"));
-    for (const KernelTime& kernel : sum_calls(timed)) {
+    std::vector<KernelTime> sums;
+    for (const KernelTime& kernel : timed) add_call(sums, kernel);
+    for (const KernelTime& kernel : sums) {
         CAPTURE(kernel.name);
         CHECK(kernel.seconds >= 0);
         CHECK((kernel.flops > 0) == kernel.name.starts_with("product "));

@@ -1074,28 +1074,26 @@ struct Call {
     std::function<void()> make;
 };
 
-// While `watching`, every call goes to `watcher`, which must make it and may do anything before and
-// after. What the watcher itself calls is not watched.
+// While there is a watcher, every call goes to it. The watcher must make it, and may do anything
+// before and after; what it calls itself is not watched.
 template <class Device>
 struct Watched : Device {
     std::function<void(const Call&)> watcher = nullptr;
-    bool watching = false;
 
     // Why eager: when a CUDA graph is replayed, no calls are made.
     void replay(const Pass& pass, const StepOptions& o, auto&& work) {
-        watching ? work() : Device::replay(pass, o, work);
+        watcher ? work() : Device::replay(pass, o, work);
     }
     void watch(auto&& make, const char* function, auto... arguments) {
-        if (!watching) return make();
+        if (!watcher) return make();
         Call call{function, {}, make};
-        auto keep = [&]<class Argument>(Argument argument) {
-            if constexpr (std::is_integral_v<Argument> && !std::is_same_v<Argument, bool>)
-                call.sizes.push_back(double(argument));
+        auto keep = [&]<class A>(A argument) {
+            if constexpr (std::is_integral_v<A>) call.sizes.push_back(double(argument));
         };
         (keep(arguments), ...);
-        watching = false;
-        watcher(call);
-        watching = true;
+        const auto kept = std::exchange(watcher, nullptr);
+        kept(call);
+        watcher = kept;
     }
 #define WATCH(f)                                   \
     void f(auto... a) {                            \
@@ -1137,80 +1135,68 @@ Batch batch_of(int B, int T, auto&& token) {
 }
 
 // --- bench
-// How to read a row: a function does so many operations, and moves at least so many bytes to and
-// from memory. Each takes a least time at the machine's peak; the longer one binds, and the last
-// column is the share of that peak that was reached (the roofline model; Williams et al. 2009).
+// How to read a row: a function does so many operations and moves at least so many bytes. Each takes
+// a least time at the machine's peak. The longer one binds; the last column is the share of that
+// peak that was reached (the roofline model; Williams et al. 2009).
 //   linear c_attn  12 calls  3.990 ms a call  227.0 GFLOP/s  0.9 GB/s   61.4 % of FLOP/s
-// Large products should come near their peak, and most of a step's time should be theirs.
-// Embedding, layernorm, the norm and AdamW do little with each number they touch: memory binds
-// them. (The default model fits into the caches: that is what more than 100 % of GB/s means.) Look
-// at what is far below both peaks: too little work for all cores (try more rows), or a function
-// that could be better.
+// Large products should come near their peak, and take most of a step. Embedding, layernorm, the
+// norm and AdamW are bound by memory (more than 100 %: the operands were in a cache). A row far
+// below both peaks has too little work for all cores (try more rows), or could be better.
 //
-// The first table is of training steps at --batch-size. A whole step, unwatched, that takes much
-// longer than the sum of its calls loses the time between them. Then evaluations of 256, 1024 and
-// 4096 rows: with --model gpt2 those are the products that the literature's figures refer to.
+// The first table is of training steps at --batch-size. If a whole step, unwatched, takes much
+// longer than the sum of its calls, time is lost between them. Then evaluations of 256, 1024 and
+// 4096 rows: with --model gpt2 these are the products that the literature reports.
 
 // On a GPU a function is one or more kernels. Below a row of several stands a row for each:
 //   d linear c_fc                  12 calls  1.512 ms a call ...
 //       product nt 65536x768, k 3072   12 calls  0.741 ms a call  417000.0 GFLOP/s  ...
-// t marks a transposed operand: nn is x w of forward; nt is dout w^T, so dx; tn is x^T dout, so dw.
-// (The head's table lies the other way: its logits are nt, its dx is nn.) Below the whole step
-// stand all its kernels, the costliest first. copy brings the batch from the host; zero clears.
+// t marks a transposed operand: nn is x w of forward, nt is dout w^T (dx), tn is x^T dout (dw). The
+// head's table lies the other way: its logits are nt, its dx is nn. Below the whole step stand all
+// its kernels, the costliest first: copy brings the batch from the host, zero clears memory.
 
-// What a kernel of a GPU took, in one call or in several. flops: of matrix products, else 0. row:
-// whatever the device was told that it works for.
+// What a GPU's kernel took, in one call or several. flops: of matrix products, else 0. row: what
+// kernels_are_for said, else -1.
 struct KernelTime {
     std::string name;
     double flops = 0, seconds = 0;
-    int calls = 1, row = -1;
+    int calls = 0, row = -1;
 };
 
-// The same kernels, each name once, with the sums of its calls; the costliest first.
-inline std::vector<KernelTime> sum_calls(const std::vector<KernelTime>& calls) {
-    std::map<std::string, KernelTime> by_name;
-    for (const KernelTime& one : calls) {
-        KernelTime& sum =
-            by_name.try_emplace(one.name, KernelTime{one.name, 0, 0, 0}).first->second;
-        sum.flops += one.flops, sum.seconds += one.seconds, sum.calls += one.calls;
-    }
-    std::vector<KernelTime> sums;
-    for (const auto& [name, sum] : by_name) sums.push_back(sum);
-    std::sort(sums.begin(), sums.end(), [](auto& a, auto& b) { return a.seconds > b.seconds; });
-    return sums;
+// Adds a call to the sum of those with its name.
+inline void add_call(std::vector<KernelTime>& sums, const KernelTime& call) {
+    const auto same = [&](const KernelTime& sum) { return sum.name == call.name; };
+    auto sum = std::find_if(sums.begin(), sums.end(), same);
+    if (sum == sums.end()) sum = sums.insert(sums.end(), {call.name});
+    sum->flops += call.flops, sum->seconds += call.seconds, sum->calls += call.calls;
 }
 
 template <class Device>
 class Bench {
 public:
-    // Makes a model with random weights, and a batch of random tokens: speed does not depend on
-    // what the numbers are.
-    Bench(const Device& device, const Config& config, int B, int T)
-        : config_(config), C(config.n_embd), T_(T),
-          model_(open_model(Watched<Device>{device}, config, B, T, Use::training)),
+    // Random weights and tokens will do: speed does not depend on the numbers.
+    Bench(const Device& device, const Options& o)
+        : config_(config_for(o, Corpus())), C(config_.n_embd), T_(sequence_length(o, config_)),
+          model_(open_model(Watched<Device>{device}, config_, o.batch_size, T_, Use::training)),
           device_(model_->device) {
         model_->initialise(1);
-        device_.watcher = [this](const Call& call) { time_call(call); };
-        set_batch_size(B, Use::training);
+        set_batch_size(o.batch_size, Use::training);
     }
 
     // Measures and prints all tables; about so many seconds for each.
     void run(double seconds = 3) {
         show_machine();
-        int64_t s = 0;
         StepOptions options;
         options.rate.peak = 1e-5;
-        const double step = table("function", "step", seconds,
-                                  [&] { train_step(*model_, batches_, options, s++); });
+        const double step =
+            table("function", "step", seconds, [&] { train_step(*model_, batches_, options, 0); });
         const double flops = flops_per_token(config_, T_) * rows_ / step;
         std::printf("whole step        %s tokens a second, %.1f GFLOP/s, %.1f %% of the peak\n",
                     with_commas(int64_t(rows_ / step)).c_str(), flops / 1e9,
                     100 * flops / product_peak_);
-        show_kernels(step);
+        if (kKernels) show_kernels();
         for (int rows : {256, 1024, 4096}) {
             if (rows < T_) continue;
             set_batch_size(rows / T_, Use::evaluation);
-            std::printf("\n");
             table(format("%d rows", rows).c_str(), "evaluation", seconds,
                   [&] { batch_losses(*model_, batches_[0]); });
         }
@@ -1221,23 +1207,20 @@ private:
                             kR = sizeof(typename Device::Real),
                             kW = sizeof(typename Device::Weight),
                             kG = sizeof(typename Device::Gradient);
-    // Whether the device can tell what each of its kernels takes; then names are longer.
-    static constexpr bool kKernels = requires(Device device, void (*work)()) {
-        device.kernel_times(work);
-    };
-    static constexpr int kName = kKernels ? 34 : 22;  // the width of the first column
+    static constexpr bool kKernels = !Device::kHostMemory;  // a GPU tells what each takes
+    static constexpr int kName = kKernels ? 34 : 22;        // the width of the first column
 
-    // Calls of one kind. What each must at least do: operations (a multiply-add is two), and bytes
-    // to and from memory if everything it is given is read once and everything it makes is written
-    // once. product: it is a matrix product, which has a peak of its own.
+    // Calls of one kind, and what each must at least do: operations (a multiply-add is two), and
+    // bytes, if every input is read once and every output written once. product: a matrix product,
+    // which has a peak of its own.
     struct Row {
         std::string label;
         double flops = 0, bytes = 0;
         bool product = false;
-        std::string way = "";              // how it was done, where the device has several ways
-        int calls = 0;                     // in all passes
-        std::vector<double> seconds = {};  // of all its calls, for each pass
-        std::vector<KernelTime> kernels = {};
+        std::string way = "";                  // how it was done, where the device has several ways
+        int calls = 0;                         // in all passes
+        std::vector<double> seconds = {};      // of all its calls, for each pass
+        std::vector<KernelTime> kernels = {};  // the sums of all passes
     };
 
     // From now on B texts at a time, of random tokens.
@@ -1257,13 +1240,13 @@ private:
             std::printf("%.1f with operands from L1, ", device_.tile_peak_flops() / 1e9);
         if (bf16_peak > 0) std::printf("%.1f GFLOP/s in bf16 products, ", bf16_peak / 1e9);
         std::printf("%.1f GB/s\n", peak_bytes_ / 1e9);
-        std::printf(
-            "model             %d layers, %d heads, %d channels, vocabulary %d; B=%d T=%d\n\n",
-            config_.n_layer, config_.n_head, C, config_.vocab_size, rows_ / T_, T_);
+        std::printf("model             %d layers, %d heads, %d channels, ", config_.n_layer,
+                    config_.n_head, C);
+        std::printf("vocabulary %d; B=%d T=%d\n", config_.vocab_size, rows_ / T_, T_);
     }
 
-    // The row of a call. No label: it does too little to be shown. What little is computed in passes
-    // over rows is not counted.
+    // The row of a call. No label: it does too little to be shown. The little arithmetic of rows
+    // that memory binds is not counted.
     Row row_of(const Call& call) const {
         const std::vector<double>& s = call.sizes;
         const double n = rows_, x = kA * n * C;  // bytes of a [rows, C]
@@ -1272,9 +1255,8 @@ private:
         // Reads gradients, masters, both moments; writes the last three, and separate weights.
         const double adamw = kG + 6 * kR + (Device::kSeparateMasters ? kW : 0);
         auto products = [&](int times, const std::string& label) {
-            const double in = s[1], out = s[2];
-            return Row{label, times * 2 * n * in * out,
-                       times * (kA * n * (in + out) + kW * in * out), true};
+            return Row{label, times * 2 * n * s[1] * s[2],
+                       times * (kA * n * (s[1] + s[2]) + kW * s[1] * s[2]), true};
         };
         auto is = [&](const char* function) { return call.function == function; };
         if (is("embed_forward")) return {"embed", 0, 3 * x};
@@ -1282,9 +1264,9 @@ private:
         if (is("layernorm_forward")) return {"layernorm", 0, 2 * x};
         if (is("layernorm_backward")) return {"d layernorm", 0, 4 * x};
         if (is("gelu_forward")) return {"gelu again", 0, 8 * x};
-        if (is("attention_forward")) return {"attention", 2 * attention, 4 * x};  // scores, sums
-        if (is("attention_backward"))  // the scores again, dv, dp, dq, dk
-            return {"d attention", 5 * attention, 8 * x};
+        // Products: the scores and the sums; the scores again, dv, dp, dq, dk.
+        if (is("attention_forward")) return {"attention", 2 * attention, 4 * x};
+        if (is("attention_backward")) return {"d attention", 5 * attention, 8 * x};
         if (is("head_forward")) return products(1, "head");
         if (is("head_forward_backward")) return products(3, "head, both ways");
         if (is("gradient_norm")) return {"gradient norm", 0, kG * s[0]};
@@ -1298,8 +1280,7 @@ private:
         return backward ? products(2, "d " + layer) : products(1, layer);
     }
 
-    // Makes a call and adds its time to its row. A GPU has not done the work by then: its kernels'
-    // times come at the end of the pass.
+    // Makes a call and adds its time to its row; on a GPU the kernels' times come after the pass.
     void time_call(const Call& call) {
         const Row kind = row_of(call);
         if (kind.label.empty()) return call.make();
@@ -1307,7 +1288,7 @@ private:
         while (i < table_.size() && table_[i].label != kind.label) ++i;
         if (i == table_.size()) table_.push_back(kind);
         Row& row = table_[i];
-        row.seconds.resize(passes_), ++row.calls;
+        row.seconds.resize(size_t(passes_)), ++row.calls;
         if constexpr (kKernels) device_.kernels_are_for(int(i));
         const double begin = now_seconds();
         call.make();
@@ -1319,18 +1300,19 @@ private:
     // Makes a pass, a step or an evaluation, with every call timed.
     void watch(auto&& pass) {
         ++passes_;
-        device_.watching = true;
-        if constexpr (kKernels) {
-            for (const KernelTime& kernel : device_.kernel_times(pass)) {
-                kernels_.push_back(kernel);
-                if (kernel.row < 0) continue;
-                table_[size_t(kernel.row)].seconds.back() += kernel.seconds;
-                table_[size_t(kernel.row)].kernels.push_back(kernel);
-            }
-        } else {
+        device_.watcher = [this](const Call& call) { time_call(call); };
+        std::vector<KernelTime> kernels;
+        if constexpr (kKernels)
+            kernels = device_.kernel_times(pass);
+        else
             pass();
+        device_.watcher = nullptr;
+        for (const KernelTime& kernel : kernels) {
+            add_call(kernels_, kernel);
+            if (kernel.row < 0) continue;
+            Row& row = table_[size_t(kernel.row)];
+            row.seconds.back() += kernel.seconds, add_call(row.kernels, kernel);
         }
-        device_.watching = false;
     }
     // Why not the least, as for the peaks: a step is made of usual calls, not of lucky ones.
     static double median(std::vector<double> values) {
@@ -1353,8 +1335,8 @@ private:
         }
         // A processor slows down when it gets hot: the peaks are those of this moment.
         peak_ = device_.peak_flops(), product_peak_ = product_peak_flops(device_);
-        std::printf("%-*s %6s %10s %12s %12s %10s\n", kName, title, "calls", "ms a call", "GFLOP/s",
-                    "GB/s", "of peak");
+        std::printf("\n%-*s %6s %10s %12s %12s %10s\n", kName, title, "calls", "ms a call",
+                    "GFLOP/s", "GB/s", "of peak");
         double sum = 0;
         for (const Row& row : table_) sum += show(row);
         std::printf("\nsum of the above  %.2f ms; a whole %s takes %.2f ms\n", sum * 1e3, what,
@@ -1364,12 +1346,10 @@ private:
     // Prints a row and its kernels, where these are several; returns the seconds of its calls.
     double show(const Row& row) const {
         const double seconds = median(row.seconds);
-        const int calls = row.calls / int(passes_);
-        show_line(row.label + row.way, calls, seconds / calls, row);
-        const std::vector<KernelTime> kernels = sum_calls(row.kernels);
-        for (const KernelTime& k : kernels)
-            if (kernels.size() > 1)
-                show_line("    " + k.name, k.calls / int(passes_), k.seconds / k.calls,
+        show_line(row.label + row.way, row.calls / passes_, seconds * passes_ / row.calls, row);
+        for (const KernelTime& k : row.kernels)
+            if (row.kernels.size() > 1)
+                show_line("    " + k.name, k.calls / passes_, k.seconds / k.calls,
                           {"", k.flops / k.calls, 0, true});
         return seconds;
     }
@@ -1385,19 +1365,18 @@ private:
                         least_flops > least_bytes ? "FLOP/s" : "GB/s");
         std::printf("\n");
     }
-    // All kernels of a step, if there are kernels. step: seconds of one that was not watched.
-    void show_kernels(double step) const {
-        const std::vector<KernelTime> kernels = sum_calls(kernels_);
-        if (kernels.empty()) return;
-        double all = 0;
-        for (const KernelTime& k : kernels) all += k.seconds;
+    // All kernels of a step.
+    void show_kernels() {
+        KernelTime all{"all"};
+        for (const KernelTime& k : kernels_) all.seconds += k.seconds, all.calls += k.calls;
+        kernels_.push_back(all);
+        std::stable_sort(kernels_.begin(), kernels_.end(),
+                         [](auto& a, auto& b) { return a.seconds > b.seconds; });
         std::printf("\n%-*s %6s %10s %9s\n", kName, "kernels of a step", "calls", "ms", "share");
-        for (const KernelTime& k : kernels)
+        for (const KernelTime& k : kernels_)
             std::printf("    %-*s %6d %10.3f %7.1f %%\n", kName - 4, k.name.c_str(),
-                        k.calls / int(passes_), k.seconds / double(passes_) * 1e3,
-                        100 * k.seconds / all);
-        std::printf("    %-*s %6d %10.3f; a whole step takes %.3f ms\n", kName - 4, "all",
-                    int(kernels_.size() / passes_), all / double(passes_) * 1e3, step * 1e3);
+                        k.calls / passes_, k.seconds / passes_ * 1e3,
+                        100 * k.seconds / all.seconds);
     }
 
     const Config config_;
@@ -1410,22 +1389,14 @@ private:
     // The latest table: its rows, all kernels of all watched passes, and how many passes.
     std::vector<Row> table_;
     std::vector<KernelTime> kernels_;
-    size_t passes_ = 0;
+    int passes_ = 0;
 };
-
-// --model and its sizes, with random weights: no data and no checkpoint are needed.
-int bench_command(auto device, const Options& o) {
-    const Config config = config_for(o, Corpus());
-    Bench(device, config, o.batch_size, sequence_length(o, config)).run();
-    return 0;
-}
 
 // --- walk
 // B = 2 rows of T = 4 tokens, C = 8 channels, 2 heads, 2 layers, a vocabulary of 11 words, in
-// double: a step small enough to follow with a pocket calculator. It is a call of train_step (§8);
-// the watcher stops before some of its calls to print what there is by then, and how to get it by
-// hand. The header's comments quote lines of it ("walk>"), and a test compares them. The numbers
-// are the same on every machine: random weights are a function of the seed (§1).
+// double: a training step (§8) small enough to follow with a pocket calculator. The watcher stops
+// before some calls, prints what there is by then, and how to get it by hand. The header quotes
+// lines of it ("walk>"), and a test compares them. The numbers are the same on every machine.
 
 class Walk {
 public:
@@ -1445,9 +1416,8 @@ public:
         options.rate = {.schedule = Schedule::constant, .peak = 0.1};
         options.guards.grad_clip = 0.5;
         model_.device.watcher = [this](const Call& call) { watch(call); };
-        model_.device.watching = true;
         train_step(model_, {batch_}, options, 0);
-        model_.device.watching = false;
+        model_.device.watcher = nullptr;
         show_dropout(), show_effect();
     }
 
@@ -1481,7 +1451,7 @@ private:
         return std::accumulate(losses.begin(), losses.end(), 0.0) / kRows;
     }
 
-    // Row 1 goes on where row 0 ends, so the last target of row 0 is the first input of row 1.
+    // Row 1 continues row 0, so the last target of row 0 is the first input of row 1.
     void show_batch() {
         title("The batch: two rows of four tokens; the targets are the same text, one later");
         for (int i = 0; i < kRows; ++i)
@@ -1526,9 +1496,8 @@ private:
         std::printf("knowing nothing is log 11 = %.4f\n", std::log(11.0));
     }
 
-    // What backward says the slope of the loss is, and what the slope is found to be by moving one
-    // weight: this is how the tests know that every formula of §4 is right. The error of the
-    // difference is about h^2, and what rounding leaves is divided by 2h: h = 1e-5 is between both.
+    // The slope of the loss from backward, and from moving one weight: the tests check every formula
+    // of §4 like this. Why 1e-5: the difference errs by about h^2, and rounding by 1e-16 / h.
     void show_backward() {
         title("Backward: gradients, beside (loss(w + h) - loss(w - h)) / 2h with h = 1e-5");
         std::printf("dlogits of the first row, (p - [target]) / 8:");
@@ -1546,13 +1515,13 @@ private:
         }
     }
 
-    // Why m and v are divided: they begin at 0, so after one step they hold only a tenth of g and a
-    // twentieth of g^2. Corrected, m is g and v is g^2, and g / |g| is 1: the first step moves
-    // every weight by the rate, however small its gradient (and decay by a little more).
+    // Why m and v are divided: they start at 0, so after one step they are a tenth of g and a
+    // twentieth of g^2. Corrected, m / sqrt(v) is g / |g|: the first step moves every weight by the
+    // rate, however small its gradient (and decay by a little more).
     void show_update() {
         title("The update: clip, then AdamW, of the first weight of wte");
         before_ = next_words();
-        // By hand, as AdamW's definition has it for the first step: m and v were 0.
+        // AdamW's first step by hand: m and v were 0.
         const StepState& state = *model_.state;
         const double clip = state.clip_scale, w = model_.weights[0], g = model_.grads[0] * clip;
         const double m = 0.1 * g, v = 0.05 * g * g, m_hat = m / 0.1, v_hat = v / 0.05;
@@ -1614,7 +1583,7 @@ int run_command(auto device, const Options& o) {
         case kEval: return eval_command(device, o);
         case kSample: return sample_command(device, o);
         case kInfo: return info_command(device, o);
-        case kBench: return bench_command(device, o);
+        case kBench: return Bench(device, o).run(), 0;
         case kWalk: return Walk().run(), 0;
     }
     return 2;

@@ -1449,8 +1449,7 @@ public:
     void lap(std::string_view name, double flops = 0) {
         if (!laps_) return;
         Lap& lap = laps_->emplace_back();
-        lap.kernel = {std::string(name.substr(0, name.find("_kernel"))), flops};
-        lap.kernel.row = lap_row;
+        lap.kernel = {std::string(name.substr(0, name.find("_kernel"))), flops, 0, 1, lap_row};
         mark(lap.end);
     }
     int lap_row = -1;  // KernelTime::row of the kernels to come
