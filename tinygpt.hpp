@@ -24,10 +24,11 @@
 //   §10 the fast CPU   §11 files, JSON   §12 tokenizer   §13 Hugging Face folders
 //   §14 checkpoints   §15 log, terminal   §16 the training loop   §17 options
 //
-// Notation. x is a layer's input, out its output, w and b its weight and bias; dx is the gradient of
-// the loss with respect to x. (B, T, C): B rows of T tokens of C channels, the last index running
-// fastest. Outputs are the first arguments. Comments say what a function sets and what it adds to;
-// "Why:" gives a reason, "Careful:" marks a trap, "walk>" quotes a line of ./train_gpt walk.
+// Notation. x is a layer's input, out its output, w and b its weight and bias; dx is the gradient
+// of the loss with respect to x. [B, T, C]: B rows of T tokens of C channels, the last index
+// running fastest. Outputs are the first arguments. Comments say what a function sets and what it
+// adds to; "Why:" gives a reason, "Careful:" marks a trap, "walk>" quotes a line of ./train_gpt
+// walk.
 //
 // If you know Python, this is the C++ you need:
 //   const real* x           an array that is only read: the address of its first number. Its length
@@ -41,6 +42,8 @@
 //   {.B = 1, .T = 8}        a struct with these members set, the others at their defaults
 //   #pragma omp parallel for   shares out the iterations of the next loop among the threads
 //   #pragma omp simd        does several iterations at once, in one register
+//   c ? a : b               a if c else b;   a = 1, b = 2: two assignments, one after the other
+//   p->x, p.x, A::x         x of the object that p points to; of p itself; of the type A
 //   ~Name()                 runs when an object's scope ends, as __exit__ at the end of a `with`
 // Ignore the other words (inline, explicit, noexcept, [[...]]): they are for the compiler.
 //
@@ -210,14 +213,15 @@ struct bf16 {
 
 // A random number is a pure function: random_bits(key, i) is number i of the stream `key`. None is
 // drawn "next", so threads, resumed runs and GPUs see the same ones. mix_bits is the finaliser of
-// SplitMix64 (Steele, Lea, Flood 2014): each step can be undone, so different inputs give different
-// outputs, and spreads every bit over more of the others.
+// SplitMix64 (Steele, Lea, Flood 2014). None of its steps loses information, so different inputs
+// give different outputs; each step spreads every bit over others.
 TINYGPT_HD inline uint64_t mix_bits(uint64_t x) {
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
     return x ^ (x >> 31);
 }
-// What a stream is for, and what its step counts. No two uses share a stream.
+// The last argument of random_key: who uses the numbers, so that no two share a stream. The
+// comments say where, and what `step` counts there.
 enum RandomUse : uint64_t {
     kBlockOrder = 1,  // §2, epochs
     kCutOffset,       // §2, epochs
@@ -247,8 +251,8 @@ inline double random_normal(uint64_t key, uint64_t i) {
 // =================================================================================================
 // §2 One batch: B rows of T tokens, and the same text shifted by one
 // =================================================================================================
-// What you have now: errors and random numbers. A model reads tokens: numbers below 65,536 that each
-// stand for a piece of text (§12).
+// What you have now: errors and random numbers. A model reads tokens: numbers below 65,536 that
+// each stand for a piece of text (§12).
 //
 //   text      the   cat   sat   on   the   mat   and
 //   inputs    the   cat   sat   on                       one row of a batch, with T = 4
@@ -405,8 +409,8 @@ private:
     std::vector<Shard> files_;
 };
 
-// Neighbouring predictions of a shard: one row of a batch. Prediction i reads the tokens up to i and
-// is scored by token i + 1.
+// `count` neighbouring positions of a shard's text; they fill one row of a batch. Prediction i
+// reads the tokens up to i and is scored by token i + 1.
 struct Window {
     const Shard* shard = nullptr;
     int64_t begin = 0;  // the first prediction
@@ -414,9 +418,9 @@ struct Window {
     int64_t skip = 0;   // this many of the first are context only, not scored
 };
 
-// A batch [B, T] with a window in each row; the rest is not scored. This is where inputs and targets
-// part: both are copied from the same text, targets from one token later.
-// Needs at most B windows, of at most T predictions.
+// A batch [B, T] with a window in each row; the rest is not scored. This is where inputs and
+// targets part: both are copied from the same text, targets from one token later. Needs at most B
+// windows, of at most T predictions.
 inline Batch read_batch(std::span<const Window> windows, int B, int T, int vocab_size) {
     Batch batch;
     batch.resize(B, T);
@@ -464,9 +468,9 @@ inline uint64_t shuffled(uint64_t i, uint64_t n, uint64_t key) {
 
 // The order in which training reads the text. Shards are cut into blocks of T predictions (the last
 // of a shard may be shorter). A block is one sample, so an epoch makes every prediction once. With
-// shuffle, every epoch has its own order of the blocks, and begins to cut at its own offset, so that
-// blocks begin at other words. All of it is a function of the seed and the sample's number: there is
-// no state to save. With 10 tokens, so predictions 0 to 8, and T = 4:
+// shuffle, every epoch has its own order of the blocks, and cuts each shard from an offset of its
+// own, so that blocks begin at other words. All of it is a function of the seed and the sample's
+// number: there is no state to save. With 10 tokens, so predictions 0 to 8, and T = 4:
 //   in order    0 1 2 3 | 4 5 6 7 | 8            in every epoch
 //   shuffled    6 7 8 0 | 1 2 3 4 | 5            from offset 6, say; the blocks in any order
 struct DataOrder {
@@ -537,8 +541,9 @@ private:
     const DataOrder order_;
     const int vocab_size_;
     int64_t sample_;
-    // Why shared: every next() throws an error again. Careful: the last member is destroyed first, so
-    // the thread ends before what it uses goes.
+    // A shared_future's result, or error, can be fetched more than once. Careful: keep it the last
+    // member. Members are destroyed from the last up, and this one waits for its thread, which
+    // still uses the others.
     std::shared_future<Batch> ahead_;
 };
 
@@ -645,15 +650,16 @@ struct TensorInfo {
     Init init;
     size_t count = 1, room = 0;  // elements; with the padding behind them
     size_t offset = 0;
-    bool decays() const { return shape.size() >= 2; }  // weight decay is for matrices only
+    bool decays() const { return shape.size() >= 2; }  // only tensors of two dimensions do
 };
 
 // All parameters lie in one flat array, and so do their gradients and moments: the update is one
 // loop, and so is saving. First come the tensors that decay (matrices and both embeddings), then
 // those that do not (biases, layernorms): element i decays if i < decayed. Why not all: decay pulls
 // a weight towards 0, and a bias or a scale has no reason to be small.
-// Each tensor starts at a multiple of 64 elements, so at a cache line. Tables of V tokens are padded
-// to a multiple of 64 rows, because a GPU multiplies whole tiles. Padding is 0, with gradient 0.
+// Each tensor starts at a multiple of 64 elements, so at a cache line. Tables of V tokens are
+// padded to a multiple of 64 rows, because a GPU multiplies whole tiles. Padding is 0, with
+// gradient 0.
 struct Layout {
     std::vector<TensorInfo> tensors;  // in the order of the list
     size_t size = 0, decayed = 0;     // elements with padding; how many of them decay
@@ -697,11 +703,11 @@ void point_into(Parameters<Element>& p, Element* base, const Config& config, con
     if (!config.untied_head) p.lm_head = p.wte;
 }
 
-// Sets weights[layout.size]: normal with mean 0 and deviation 0.02; biases and padding 0, the norms'
-// scales 1. The two projections of a layer that write into the residual stream are scaled by
-// 1/sqrt(2L) (Radford et al. 2019, §2.3). Why: variances of independent numbers add up. 2L additions
-// of variance s^2 give the stream 2L s^2, which grows with depth; with s^2/(2L) each, it is s^2.
-// Element i of a tensor depends on (seed, tensor, i) alone, not on the threads.
+// Sets weights[layout.size]: normal with mean 0 and deviation 0.02; biases and padding 0, the
+// norms' scales 1. The two projections of a layer that write into the residual stream are scaled by
+// 1/sqrt(2L) (Radford et al. 2019, §2.3). Why: variances of independent numbers add up. 2L
+// additions of variance s^2 give the stream 2L s^2, which grows with depth; with s^2/(2L) each, it
+// is s^2. Element i of a tensor depends on (seed, tensor, i) alone, not on the threads.
 template <class real>
 void initialise(real* weights, const Config& config, const Layout& layout, uint64_t seed) {
     std::fill(weights, weights + layout.size, real(0));
@@ -723,7 +729,8 @@ void initialise(real* weights, const Config& config, const Layout& layout, uint6
 // §4 The layers, in the order the batch meets them
 // =================================================================================================
 // What you have now: one batch of tokens [B, T] and the parameters. rows = B*T positions lie below
-// each other, and x [rows, C] is the residual stream.
+// each other, and x [rows, C] is the residual stream. What computes is called the device (a CPU or
+// a GPU); the host is the CPU's side. In this section both are the same.
 //
 // Backward is the chain rule. If the loss depends on out, and out on x, then
 //   dx_i = sum over j of dout_j (d out_j / d x_i)
@@ -732,18 +739,19 @@ void initialise(real* weights, const Config& config, const Layout& layout, uint6
 // of a value that is used twice are added, and those of a weight, which serves every row, are
 // summed over the rows. dx has the shape of x; no Jacobian matrix is ever made.
 //
-// A backward function stands directly below its forward. `accumulate`: a parameter's gradient is
-// added to (in every micro-batch of a step but the first), otherwise it is set.
+// A backward function stands directly below its forward, except where layers are fused: the
+// backward of the residual's sum (§4.7) is in layernorm_backward; and forward joins c_fc with GELU,
+// where backward joins GELU with the linear layer above it. `accumulate`: add to a parameter's
+// gradient, otherwise set it. (A step may take its batch in several parts, micro-batches: §8.)
 
 // Dropout multiplies each element by a mask, 0 with probability p, otherwise 1/(1-p), so that the
-// mean stays: (1-p) x/(1-p) = x (Srivastava et al. 2014). out_i = m_i x_i, so dx_i = m_i dout_i. The
-// mask depends on the element's index alone, so backward makes it again instead of storing it.
+// mean stays: (1-p) x/(1-p) = x (Srivastava et al. 2014). out_i = m_i x_i, so dx_i = m_i dout_i.
+// The mask depends on the element's index alone, so backward makes it again instead of storing it.
 struct Dropout {
     uint64_t key = 0;
     float p = 0;  // 0: off
     auto operator<=>(const Dropout&) const = default;
     TINYGPT_HD bool on() const { return p > 0; }
-    // m_i: compares a random number of 32 bits with p 2^32.
     TINYGPT_HD float scale(uint64_t i) const {
         return double(random_bits(key, i) >> 32) < double(p) * 4294967296.0 ? 0.0f
                                                                             : 1.0f / (1.0f - p);
@@ -780,8 +788,9 @@ void embed_forward(real* out, const int32_t* tokens, const real* wte, const real
 // A sum passes its gradient on to both addends. With d = mask dout:
 //   dwte[v] = sum over all rows whose token is v of d[row]      dwpe[t] = sum over b of d[b,t]
 // adds to dwte [V, C] and dwpe [P, C]; reads dout [B*T, C], tokens [B*T].
-// Why threads share the channels, not the rows: two rows may hold the same token. `order` (rows
-// sorted by token) is for devices whose threads share the tokens.
+// The threads divide the channels among them: if they divided the rows, two could add to the same
+// token's vector at once. `order` (rows sorted by token) is not needed here, but on a GPU, where
+// each thread takes a token.
 template <class real>
 void embed_backward(real* dwte, real* dwpe, const real* dout, const int32_t* tokens,
                     const int32_t* /*order*/, int B, int T, int C, Dropout drop) {
@@ -833,13 +842,16 @@ void layernorm_forward(real* out, real* mean, real* rstd, const real* x, const r
 //   dn_i/dx_j = r [i=j] - r/C - n_i n_j r / C       ([i=j]: 1 where i is j, else 0)
 //   dx_j = r g_j - r (sum_i g_i)/C - r n_j (sum_i g_i n_i)/C
 // so  dx = r (g - mean(g) - n mean(g n)): three terms, for x itself, for the mean, for the scale.
-// Why the last two: adding a constant to the row, or scaling it, does not change n (apart from the
-// 1e-5), nor the loss, so the gradient has no part in these two directions. And
+// Why the last two: adding a constant to the row, or scaling it, does not change out (apart from
+// the 1e-5), so what comes back through the layernorm has no part in these two directions. And
 // out_i = n_i weight_i + bias_i in every row, so
 //   dweight_i = sum over rows of dout_i n_i      dbias_i = sum over rows of dout_i
-// x, the residual stream, also flows on past the layernorm; dx joins both gradients:
+// x is the residual stream, which also flows on past the layernorm. dresidual is the gradient that
+// comes that way, and is added:
 //   dx = dresidual + the above        (dresidual: null where nothing else read x; may be dx itself)
-// And x = residual + drop(branch), the sum just below, has its gradients made here from dx:
+// x was made by x = residual + drop(branch) (§4.7), just before this layernorm in forward. As dx is
+// at hand, the start of that step's backward is made here too; branch ends in a linear layer, and
+// dbranch_bias is the gradient of its bias:
 //   dbranch = drop(dx) (written only when drop is on)   dbranch_bias = column sums of dbranch
 // reads dout, dresidual, x [rows, C], mean, rstd [rows], weight [C]. sets dx and dbranch [rows, C];
 // sets dweight, dbias, dbranch_bias [C], or adds to them if accumulate. dbranch_bias may be null.
@@ -890,8 +902,8 @@ void layernorm_backward(real* dx, real* dweight, real* dbias, real* dbranch, rea
 // --- §4.3 Products of matrices: where nearly all the arithmetic is
 
 // A matrix in memory, not owned: element (i, j) is data[i * row + j * col], and one of the two
-// strides is 1. So a transpose costs nothing: the same numbers, read the other way, as in NumPy.
-// (ptrdiff_t: a 64-bit integer with a sign.)
+// strides is 1. A transpose swaps the strides and copies nothing, as in NumPy. (ptrdiff_t: a 64-bit
+// integer with a sign.)
 template <class real>
 struct View {
     const real* data;
@@ -912,7 +924,7 @@ View<real> transpose_of(const real* data, ptrdiff_t stride) {
 
 // What a layer does with finished sums while they are in the cache: finish(row, col, count, values)
 // changes `count` of them, from column col of a row. Bias, GELU and residual go here. (A
-// std::function holds any lambda; an empty one does nothing. type_identity: do not deduce `real`.)
+// std::function holds any lambda; an empty one does nothing. Read type_identity_t<real> as real.)
 template <class real>
 using Finish = std::function<void(int row, int col, int count, std::type_identity_t<real>* values)>;
 
@@ -920,8 +932,8 @@ using Finish = std::function<void(int row, int col, int count, std::type_identit
 // as an argument, `ops`: §10 has the same six, fifty times faster, and tests compare the two.
 struct PlainOps {
     // c[m, n] = finish(a b), or finish(c + a b) if accumulate; a [m, k], b [k, n]: m n dot products
-    // of length k, so 2 m n k operations. c is row-major with leading dimension ldc, and shares no
-    // memory with a or b; m, n and k are at least 1.
+    // of length k, so 2 m n k operations. c is row-major, its rows ldc elements apart (the leading
+    // dimension), and shares no memory with a or b; m, n and k are at least 1.
     template <class real>
     static void matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
                        bool accumulate = false, const Finish<real>& finish = {}) {
@@ -974,14 +986,15 @@ void linear_forward(const Ops& ops, real* out, const real* x, const real* w, con
                });
 }
 
-// out_ro = sum over c of x_rc w_co + b_o is linear in x, w and b, so each gradient is dout times its
-// factor, summed over all uses:
+// out_ro = sum over c of x_rc w_co + b_o is linear in x, w and b, so each gradient is dout times
+// its factor, summed over all uses:
 //   dx_rc = sum_o dout_ro w_co      dx = dout w^T      every output the input fed
 //   dw_co = sum_r x_rc dout_ro      dw = x^T dout      every row the weight served
 //   db_o  = sum_r dout_ro           column sums        every row the bias was added to
-// So x must be kept from forward to backward, and backward takes twice as long. The function that
-// makes dout also makes db, since it has the numbers at hand.
-// sets dx [rows, C]; sets dw [C, OC], or adds to it if accumulate.
+// So x must be kept from forward to backward, and backward takes twice as long. db is made by the
+// function that makes dout, which has the numbers at hand: c_attn's by attention_backward, c_fc's
+// by linear_gelu_backward, those of the two projections by layernorm_backward. sets dx [rows, C];
+// sets dw [C, OC], or adds to it if accumulate.
 template <class real, class Ops>
 void linear_backward(const Ops& ops, real* dx, real* dw, const real* dout, const real* x,
                      const real* w, int rows, int C, int OC, bool accumulate) {
@@ -1010,12 +1023,12 @@ void column_sums(real* out, const real* x, int rows, int n, bool accumulate) {
 //   out[t] = sum over t2 of p[t,t2] v[t2]
 // A query says what position t looks for, a key what t2 offers, a value what t2 hands over; p[t,.]
 // sums to 1, so out[t] is a mean of the values, weighted by how well the keys fit.
-// 1/sqrt(HS): if the entries of q and k have variance 1, q.k has variance HS; divided by sqrt(HS) it
-// has 1 at any head size, and the softmax is not all on one key.
-// t2 <= t makes it causal: no position sees what it is to predict. Later scores are not made at all,
-// which halves the work.
-// lse[t], the log of the sum of e^s, is all that backward needs to make p again, so no T x T matrix
-// is kept. Dropout multiplies p by a mask m, after the sum.
+// 1/sqrt(HS): if the entries of q and k have variance 1, q.k has variance HS; divided by sqrt(HS)
+// it has 1 at any head size, and the softmax is not all on one key. The causal mask is t2 <= t: no
+// position sees what it is to predict. It costs nothing and saves half of the work, since later
+// scores are not made at all (§10 makes a few, to fill its tiles). From lse[t], the log of the sum
+// of e^s, and q and k, backward makes p again, so no T x T matrix is kept. Dropout multiplies p by
+// random numbers m, 0 or 1/(1-p), after the sum.
 //   walk> att of t=0 is its own value, qkv[16..23], since it sees nobody else:
 //   walk>   v of t=0   [1,  8]   -0.1347   1.1790  -0.1055   0.5021   0.3746  -0.3026 ...
 //   walk>   att        [8,  8]   -0.1347   1.1790  -0.1055   0.5021   0.3746  -0.3026 ...
@@ -1055,25 +1068,25 @@ void attention_forward(const Ops& ops, real* out, real* lse, const real* qkv, in
     const int C = NH * HS;
 #pragma omp parallel for schedule(dynamic)
     for (int head = 0; head < B * NH; ++head) {
-        const size_t row = size_t(head / NH) * T, at = row * C + head % NH * HS;
+        const size_t row = size_t(head / NH) * T, at = row * C + head % NH * HS;  // in out
         ops.attend(out + at, lse + size_t(head) * T, qkv + at + 2 * row * C, 0, T, C, HS, drop,
                    uint64_t(head));
     }
 }
 
-// Backward goes through forward's three lines upside down. dp and ds are the gradients of p and s
-// (in dp_j/ds_i they are plain differentials); z is the sum of e^s. Sums over t are over the queries
-// that see key t2, those with t >= t2.
+// Backward goes through forward's three lines upside down. dp and ds are the gradients of p and s;
+// @ is a partial derivative; z is the sum of e^s. Sums over t are over the queries that see key t2,
+// those with t >= t2.
 //   out[t] = sum p[t,t2] v[t2]:  dv[t2] = sum over t of p[t,t2] dout[t],   dp[t,t2] = dout[t].v[t2]
-//   p = softmax(s), of one row:  p_j = e^s_j / z and z' = e^s_i, by the quotient rule
-//                                dp_j/ds_i = [i=j] e^s_j/z - e^s_j e^s_i/z^2 = p_j ([i=j] - p_i)
+//   p = softmax(s), of one row:  p_j = e^s_j / z and @z/@s_i = e^s_i, so by the quotient rule
+//                                @p_j/@s_i = [i=j] e^s_j/z - e^s_j e^s_i/z^2 = p_j ([i=j] - p_i)
 //                                ds_i = sum_j dp_j p_j ([i=j] - p_i) = p_i (dp_i - D)
 //                                D = sum_j p_j dp_j = dout . sum_j p_j v_j = dout . out
 //   s = q k^T / sqrt(HS):        dq[t] = sum over t2 of ds[t,t2] k[t2] / sqrt(HS)
 //                                dk[t2] = sum over t of ds[t,t2] q[t] / sqrt(HS)
 // D is one number a row, from dout and out alone; p = e^(s - lse) is made again from q, k and lse
-// (Dao et al. 2022). With dropout out[t] = sum m p v, so dv has m p for p, and dp = m (dout.v); D is
-// dout . out as before, since sum_j p_j dp_j = dout . sum_j m_j p_j v_j.
+// (Dao et al. 2022). With dropout out[t] = sum m p v, so dv has m p for p, and dp = m (dout.v); D
+// is dout . out as before, since sum_j p_j dp_j = dout . sum_j m_j p_j v_j.
 
 // One head: sets its channels of dqkv. Rows of dqkv and qkv are 3C apart, those of dout and out C.
 template <class real>
@@ -1138,8 +1151,9 @@ void attention_cached(const Ops& ops, real* out, const real* qkv, int past, int 
 // Below, 1.5957691216057308 = 2 sqrt(2/pi), inner = -2u, slope = 2 du/dx.
 //   walk>   gelu       [8, 32]   -0.1343  -0.0577   0.6315  -0.0934   0.0724  -0.0707 ...
 
-// Careful: x is clamped, to avoid -infinity * 0. At -10 gelu is -1e-37; at the ends the derivative
-// is within 1e-35 of 0 and 1.
+// Careful: x is clamped. For very negative x the exponential overflows, and the derivative would be
+// infinity * 0, a NaN. At -10 gelu is -1e-37; at the ends the derivative is within 1e-35 of 0 and
+// 1.
 template <class Ops, class real>
 real gelu(real x) {
     x = x < -10 ? real(-10) : x;
@@ -1176,7 +1190,8 @@ void gelu_forward(const Ops&, real* gelu, const real* pre, size_t count) {
     for (size_t i = 0; i < count; ++i) gelu[i] = tinygpt::gelu<Ops>(pre[i]);
 }
 
-// Backward of a linear layer whose input was gelu = GELU(pre), and of that GELU:
+// From the gradient of the MLP's output back to pre: the backward of its second linear layer (w),
+// whose input was gelu = GELU(pre), then that of GELU:
 //   dpre = (dout w^T) gelu'(pre)     dw = gelu^T dout     dpre_bias = column sums of dpre
 // dpre_bias is the bias gradient of the layer that made pre. Shapes: dpre, gelu, pre [rows, C],
 // dout [rows, OC], w [C, OC]. sets dpre; sets dw, dpre_bias [C], or adds to them if accumulate.
@@ -1201,8 +1216,8 @@ void linear_gelu_backward(const Ops& ops, real* dpre, real* dw, real* dpre_bias,
 // single multiplication.
 
 // sets out [rows, OC] = residual + drop(x w + b), from residual [rows, OC], x [rows, C], w [C, OC],
-// b [OC]. Its backward is linear_backward of drop(dout); layernorm_backward makes that, and the
-// residual's gradient, which is dout itself.
+// b [OC]. Its backward: layernorm_backward (§4.2) makes drop(dout) and the bias gradient,
+// linear_backward the rest; the residual's gradient is dout itself.
 template <class real, class Ops>
 void linear_residual_forward(const Ops& ops, real* out, const real* residual, const real* x,
                              const real* w, const real* b, int rows, int C, int OC, Dropout drop) {
@@ -1229,7 +1244,7 @@ void linear_residual_forward(const Ops& ops, real* out, const real* residual, co
 
 constexpr int kHeadRows = 1024;  // enough for a fast product
 
-// sets logits [rows, V] = x w^T. A function of the device for generation.
+// sets logits [rows, V] = x w^T. By itself, because generation (§9) needs logits without a loss.
 template <class real, class Ops>
 void head_logits(const Ops& ops, real* logits, const real* x, const real* w, int rows, int C,
                  int V) {
@@ -1238,12 +1253,12 @@ void head_logits(const Ops& ops, real* logits, const real* x, const real* w, int
 
 // Loss of a row: -log p[target] = log(sum exp(logits)) - logits[target], with the maximum h
 // subtracted so that exp cannot overflow: log sum e^l = h + log sum e^(l - h). With scale > 0 the
-// logits become their own gradient. The log of the sum has the slope e^l_v / sum = p_v, so
+// logits are overwritten by their gradient. The log of the sum has the slope e^l_v / sum = p_v, so
 //   dloss/dlogits_v = d/dlogits_v (log sum_u exp(logits_u) - logits_target) = p_v - [v = target]
 // softmax minus one-hot: push every token down by the probability it was given, and the target up
 // by what it lacked. Times scale (1/8 in the walk, and -0.1206 = (0.0351 - 1) / 8):
 //   walk> dlogits of the first row, (p - [target]) / 8:  0.0094 -0.1206  0.0051  0.0179  0.0290
-// sets losses [rows], and logits [rows, V] in place; both 0 where the target is kIgnore.
+// sets losses [rows], 0 where the target is kIgnore; works on logits [rows, V] in place.
 template <class real, class Ops>
 void softmax_cross_entropy(const Ops& ops, real* losses, real* logits, const int32_t* targets,
                            int rows, int V, real scale) {
@@ -1300,7 +1315,7 @@ void head_forward_backward(const Ops& ops, real* losses, real* dx, real* dw, rea
     }
 }
 
-// --- Memory: the device of these layers is the host
+// --- Memory
 
 // Uninitialised memory for count elements, aligned to 64 bytes. Large arrays get large pages: fewer
 // TLB misses when §10 jumps from row to row.
@@ -1335,15 +1350,15 @@ struct StepState {
     double losses[kWindow] = {}, norms[kWindow] = {};
 };
 
-// The rules of the update.
+// When to clip a gradient, and when to skip an update (§7).
 struct Guards {
     double grad_clip = 1;      // limit of the global norm; 0: none
     double skip_outliers = 0;  // z-score above which an update is skipped; 0: never
     auto operator<=>(const Guards&) const = default;
 };
-// The optimizer's, with GPT-3's numbers (Brown et al. 2020, appendix B).
+// AdamW's settings, by default GPT-3's (Brown et al. 2020, appendix B).
 struct AdamW {
-    // What it remembers of every weight, each an array like them: their names in a checkpoint.
+    // For every weight it keeps two numbers, m and v: their prefixes in a checkpoint.
     static constexpr std::array kMoments = {"m.", "v."};
     double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1;
     auto operator<=>(const AdamW&) const = default;
@@ -1360,16 +1375,18 @@ void adamw(real* weights, real* masters, real* m, real* v, const real* grads, si
            size_t decayed, const StepState* state, const AdamW& hyper);
 
 // A device is a struct with the names below. Model, training and generation (§5-9) are written
-// once, over any device, and never ask which one it is. This one is the functions above: Reference
-// with PlainOps, Cpu (§10) with the fast ones. Cuda, in train_gpt.cu, has the same names, as
-// kernels. (auto... a: any arguments, passed on, as *args in Python.)
+// once, over any device, and never ask which one it is. Layers passes each name on to the function
+// above. With PlainOps it is called Reference, with §10's operations Cpu. Cuda, in train_gpt.cu,
+// has the same names, as kernels. (auto... a: any arguments, passed on, as *args in Python.)
 template <class real, class Ops = PlainOps>
 struct Layers {
-    using Real = real;        // masters, moments, statistics, losses
-    using Weight = real;      // what the layers read (on a GPU in bf16: bf16 copies of the masters)
-    using Gradient = real;    // of parameters
-    using Activation = real;  // and their gradients
-    static constexpr bool kSeparateMasters = false;  // masters and weights are one array
+    // AdamW changes the masters, in fp32. Layers read the weights: in bf16 on a GPU those are
+    // rounded copies of the masters, otherwise the same array.
+    using Real = real;                               // masters, moments, statistics, losses
+    using Weight = real;                             // what the layers read
+    using Gradient = real;                           // of parameters
+    using Activation = real;                         // and their gradients
+    static constexpr bool kSeparateMasters = false;  // whether weights are copies
     static constexpr bool kHostMemory = true;        // the host may read and write its arrays
     Ops ops;
 
@@ -1415,9 +1432,9 @@ struct Layers {
     void download(auto* to_host, const auto* from, size_t count) { upload(to_host, from, count); }
     void weights_from_masters(Weight*, const Real*, size_t) {}  // nothing to do: one array
 
-    // A device may run behind the host by kStepsBehind steps. replay does the work; a device may
-    // keep it as a CUDA graph, and launch that for the same pass and options. post asks for a copy
-    // of the state after all work so far; fetch waits for the oldest such copy.
+    // A GPU works while the CPU prepares later steps, up to kStepsBehind of them. post: copy the
+    // state when the work so far is done; fetch: wait for the oldest such copy. replay does the
+    // work; a GPU keeps it as a CUDA graph, and launches that for the same pass and options.
     static constexpr int kStepsBehind = 0;
     void replay(const auto& /*pass*/, const auto& /*options*/, auto&& work) { work(); }
     void post(const StepState*) {}
@@ -1440,11 +1457,11 @@ using Reference = Layers<real, PlainOps>;
 // Memory limits training, so forward keeps only what backward needs. Of each layer:
 //   ln_1, att, ln_2, gelu     the input of each matmul: its weight gradient is input^T dout
 //   x (twice), mean, rstd     the input of each layernorm, and what it was normalised by
-//   qkv, att, lse             attention computes its probabilities again from these
+//   qkv, lse (and att)        attention computes its probabilities again from these
 //   fc                        the GELU's derivative is taken at its input
 // These are 16 C numbers a position: for GPT-2 small, 4 x 1024 tokens and fp32, 2.4 GB in all.
-// A quarter is gelu, which can be computed again from fc: with --recompute-gelu all layers share one
-// buffer, and backward refills it. The gradients of activations need one set of buffers for all
+// A quarter is gelu, which can be computed again from fc: with --recompute-gelu all layers share
+// one buffer, and backward refills it. The gradients of activations need one set of buffers for all
 // layers, since each is used up before the next layer begins.
 
 // The buffers of one pass, by name. (typename Device::Real is the type that Device calls Real.)
@@ -1511,7 +1528,7 @@ void take_buffers(Activations<Device>& a, Arena& arena, const Config& config, in
             l.ln_2_mean = per_row(), l.ln_2_rstd = per_row();
             l.lse = arena.take<Real>(rows * size_t(config.n_head));
         } else {
-            l = a.layers[0];  // x_out too: a layer has read it before it sets it
+            l = a.layers[0];  // x_out too: a layer reads its input before it overwrites it
             if (use == Use::generation) l.qkv = wide(3 * C);
         }
     }
@@ -1538,7 +1555,7 @@ struct Gpt2 {
     Device device;
     // Flat arrays of layout.size elements.
     Weight* weights = nullptr;
-    Real* masters = nullptr;  // the same array as weights, unless the device keeps both
+    Real* masters = nullptr;  // the weights themselves, unless the device keeps them apart (§4)
     Gradient* grads = nullptr;
     std::array<Real*, AdamW::kMoments.size()> moments{};
     StepState* state = nullptr;
@@ -1629,8 +1646,8 @@ struct Pass {
     int B = 0, T = 0;
     // Training. Evaluation and generation leave these as they are.
     double scale = 0;      // of the losses: 1 / (number of scored targets in the whole step)
-    bool first = true;     // micro-batch of its step: backward sets gradients; in others it adds
-    bool last = true;      // micro-batch of its step: the update follows
+    bool first = true;     // the first micro-batch of its step: backward sets gradients, else adds
+    bool last = true;      // the last one of its step: the update follows
     Dropout dropout = {};  // its key differs in every micro-batch of every step
     // Generation: the tokens follow `past` earlier ones in the key/value cache, and B is 1.
     int past = 0;
@@ -1688,10 +1705,10 @@ void forward(Gpt2<Device>& model, const Pass& pass) {
 // §6 Backward: the same lines upside down
 // =================================================================================================
 // What you have now: a.ln_f [rows, C], the targets, and what forward kept. The head turns them into
-// the loss and its first two gradients. From there on every line of forward has its mirror image,
-// last first. dx is the gradient of the residual stream. As x_out = x_mid + branch, dx goes into the
-// branch and also past it, and layernorm's backward adds the two up again. The second half of a
-// layer, for one; read the right side from the bottom:
+// the loss, and the gradients of ln_f and of its own weight. From there on every line of forward
+// has its mirror image, last first. dx is the gradient of the residual stream. As x_out = x_mid +
+// branch, dx goes into the branch and also past it, and layernorm's backward adds the two up again.
+// The second half of a layer, for one; read the right side from the bottom:
 //
 //   forward                                        backward
 //   ln_2  = layernorm(x_mid)                       dx      = dx + layernorm'(dnarrow)
@@ -1720,8 +1737,8 @@ void backward(Gpt2<Device>& model, const Pass& pass) {
 
     device.head_forward_backward(a.losses, a.dnarrow, g.lm_head, a.logits, a.ln_f, w.lm_head,
                                  a.targets, rows, C, V, typename Device::Real(pass.scale), add);
-    // Layernorm's backward also sums up dbranch, which is the gradient of the bias below: its input
-    // is x_mid + drop(gelu w + bias) of the layer below.
+    // The columns of dbranch, summed, are the gradient of the bias just before a layernorm, so its
+    // backward is given that bias: before ln_1 of layer i it is mlp_proj_bias of layer i - 1.
     auto bias_below = [&](int i) { return i > 0 ? g.h[size_t(i - 1)].mlp_proj_bias : nullptr; };
     device.layernorm_backward(a.dx, g.ln_f_weight, g.ln_f_bias, dbranch, bias_below(L), a.dnarrow,
                               nullptr, input_of(L), a.ln_f_mean, a.ln_f_rstd, w.ln_f_weight, rows,
@@ -1746,6 +1763,7 @@ void backward(Gpt2<Device>& model, const Pass& pass) {
                                   HS, pass.drop(3 * i + 1), add);
         device.linear_backward(a.dnarrow, d.c_attn_weight, a.dwide, l.ln_1, p.c_attn_weight, rows,
                                C, 3 * C, add);
+        // Below layer 0 is the embedding, which drops for itself.
         device.layernorm_backward(a.dx, d.ln_1_weight, d.ln_1_bias, dbranch, bias_below(i),
                                   a.dnarrow, a.dx, input_of(i), l.ln_1_mean, l.ln_1_rstd,
                                   p.ln_1_weight, rows, C, i > 0 ? pass.drop(3 * i) : Dropout{},
@@ -1760,8 +1778,9 @@ void backward(Gpt2<Device>& model, const Pass& pass) {
 // =================================================================================================
 // §7 The update: how far, how much, and whether at all
 // =================================================================================================
-// What you have now: a gradient for every parameter, in one flat array: which way is uphill. Open are
-// how far to go (schedule), how far to trust it (clipping, guards), and each weight's step (AdamW).
+// What you have now: a gradient for every parameter, in one flat array: which way is uphill. Three
+// questions remain: how far to go (schedule), how far to trust it (clipping, guards), and which
+// step each weight takes (AdamW).
 
 // Warm-up: at the start AdamW's moments are estimates from few batches, and the model changes fast;
 // small steps do no harm. Decay: near the end, the noise of single batches keeps the loss up, and
@@ -1786,10 +1805,13 @@ struct LearningRate {
     auto operator<=>(const LearningRate&) const = default;
 };
 
-// The rate of step s = 0 .. N-1. Warm-up: peak (s+1)/warmup. Then, with r going from 0 to 1 and lo =
-// peak min_fraction: cosine lo + (peak - lo)(1 + cos(pi r))/2 (Loshchilov, Hutter 2017); linear;
-// constant; wsd (warm-up, stable, decay; Hu et al. 2024), the peak for 80 % of all steps and then
-// lo + (peak - lo)(1 - sqrt(r')), with r' going from 0 to 1 in the rest.
+// The rate of step s = 0 .. N-1. Warm-up: peak (s+1)/warmup. Then, with r going from 0 to 1 and lo
+// = peak min_fraction:
+//   cosine     lo + (peak - lo)(1 + cos(pi r))/2                      (Loshchilov, Hutter 2017)
+//   linear     peak - (peak - lo) r
+//   constant   peak
+//   wsd        peak for 80 % of all steps, then lo + (peak - lo)(1 - sqrt(r')), with r' going from
+//              0 to 1 in the rest               (warm-up, stable, decay; Hu et al. 2024)
 inline double learning_rate(const LearningRate& rate, int64_t s) {
     const double peak = rate.peak, lo = peak * rate.min_fraction;
     const double N = double(rate.steps), warmup = double(rate.warmup);
@@ -1817,10 +1839,10 @@ TINYGPT_HD inline double z_score(const double* window, int64_t count, double val
 }
 
 // From the loss and the norm in `state` decides about the update: sets broken, skip and clip_scale,
-// counts, and remembers both. A NaN or an infinity always skips: it must never reach the weights. An
-// outlier, which is a loss or a norm more than skip_outliers deviations above the last 128, skips
-// too. Clipping (Pascanu et al. 2013): a norm above the limit scales the gradient by limit / norm,
-// so it has the limit's length and the same direction.
+// counts, and remembers both. A NaN or an infinity always skips: it must never reach the weights.
+// An outlier, which is a loss or a norm more than skip_outliers deviations above the last 128,
+// skips too. Clipping (Pascanu et al. 2013): a norm above the limit scales the gradient by limit /
+// norm, so it has the limit's length and the same direction.
 //   walk> norm of all gradients 2.550270; the limit is 0.5, so each is multiplied by 0.196058
 TINYGPT_HD inline void judge_step(StepState* state, const Guards& guards) {
     const int64_t window = StepState::kWindow;
@@ -1841,18 +1863,18 @@ TINYGPT_HD inline void judge_step(StepState* state, const Guards& guards) {
     ++state->seen;
 }
 
-// AdamW (Loshchilov, Hutter 2019). For every weight, m is a running mean of its gradient g, and v of
-// g^2. The step m / sqrt(v) has no unit: it is about 1 if g always points the same way, and about 0
-// if g only jitters, however large it is. So a weight moves by about lr at most.
+// AdamW (Loshchilov, Hutter 2019). For every weight, m is a running mean of its gradient g, and v
+// of g^2. The step m / sqrt(v) has no unit: it is about 1 if g always points the same way, and
+// about 0 if g only jitters, however large it is. So a weight moves by about lr at most.
 //   m <- beta1 m + (1-beta1) g        v <- beta2 v + (1-beta2) g^2
 //   w <- w - lr (m/(1-beta1^t) / (sqrt(v/(1-beta2^t)) + eps) + weight_decay w)
 // t is the number of this update, from 1. Why divide by 1-beta1^t: m starts at 0, so
 //   m_t = (1-beta1) (g_t + beta1 g_(t-1) + ... + beta1^(t-1) g_1)
-// whose factors add up to 1 - beta1^t (a geometric series), not to 1. Divided by it, m is a weighted
-// mean; so is v. eps keeps 0/0 away where a weight has had no gradient yet. The decay is not part of
-// the gradient, since sqrt(v) would divide it too; it shrinks the weight itself, and only that of a
-// matrix (§3). With beta2 = 0.95, v looks back on about 1/(1-beta2) = 20 steps.
-// One element, with m_scale = 1/(1-beta1^t) and v_scale = 1/(1-beta2^t). In the walk:
+// whose factors add up to 1 - beta1^t (a geometric series), not to 1. Divided by it, m is a
+// weighted mean; so is v. eps keeps 0/0 away where a weight has had no gradient yet. The decay is
+// not part of the gradient, since sqrt(v) would divide it too; it shrinks the weight itself, and
+// only in tensors of two dimensions (§3). With beta2 = 0.95, v looks back on about 1/(1-beta2) = 20
+// steps. One element, with m_scale = 1/(1-beta1^t) and v_scale = 1/(1-beta2^t). In the walk:
 //   walk> g  = -0.507637 * 0.196058 = -0.099526
 //   walk> w  = 0.141984 - 0.1 (-0.099526 / (sqrt(0.009905) + 1e-8) + 0.1 * 0.141984) = 0.240565
 template <class real>
@@ -1863,7 +1885,7 @@ TINYGPT_HD inline void adamw_element(real& w, real& m, real& v, real g, real lr,
     w -= lr * (m * m_scale / (std::sqrt(v * v_scale) + eps) + decay * w);
 }
 
-// The first of a step. Its loss is added up by add_loss.
+// Called first in a step: sets the rate, and the loss to 0; add_loss then adds to it.
 inline void begin_step(StepState* state, double lr) { state->lr = lr, state->loss = 0; }
 
 // state.loss += scale * sum of losses [rows], in order.
@@ -1875,7 +1897,8 @@ void add_loss(StepState* state, const real* losses, int rows, double scale) {
 }
 
 // state.grad_norm = the length of the whole gradient [count] as one vector: sqrt(sum of squares).
-// Chunks of fixed size are added in order, for any number of threads. Padding is 0 and adds nothing.
+// Chunks of fixed size are added in order, for any number of threads. Padding is 0 and adds
+// nothing.
 template <class real>
 void gradient_norm(StepState* state, const real* grads, size_t count) {
     const size_t chunk = 1 << 14, chunks = ceil_div(count, chunk);
@@ -1893,7 +1916,7 @@ void gradient_norm(StepState* state, const real* grads, size_t count) {
 }
 
 // Updates masters, m and v [count] from grads times clip_scale, unless state.skip. Elements below
-// `decayed` decay (the matrices, see Layout). The first argument, the weights that the layers read,
+// `decayed` decay (see Layout). The first argument, the weights that the layers read,
 // is for devices that keep them apart from the masters.
 template <class real>
 void adamw(real*, real* masters, real* m, real* v, const real* grads, size_t count, size_t decayed,
@@ -1917,9 +1940,9 @@ void adamw(real*, real* masters, real* m, real* v, const real* grads, size_t cou
 // §8 One training step
 // =================================================================================================
 // What you have now: all of it. A step is forward and backward for every micro-batch, and then one
-// update. The gradients of the micro-batches add up, each scaled by 1 / (targets of the whole step).
-// So k micro-batches of B rows make the same update as one batch of k B rows, in a k-th of the
-// memory. With n targets in all:
+// update. The gradients of the micro-batches add up, each scaled by 1 / (targets of the whole
+// step). So k micro-batches of B rows make the same update as one batch of k B rows (up to
+// rounding, and without dropout), with a k-th of the activations. With n targets in all:
 //   gradient = sum over the micro-batches of (1/n) d(sum of its losses)
 // Careful: with unequal numbers of targets, the mean of the micro-batches' means is another number.
 
@@ -1968,8 +1991,8 @@ void update(Gpt2<Device>& model, const StepOptions& o) {
 
 // Step s (from 0). Afterwards model.state has the loss and the gradient norm of the step's batches,
 // from before the update. Why replay: what changes from step to step (tokens, learning rate, loss)
-// is in the device's memory, so a GPU can record the calls once, as a CUDA graph, and replay it. (Not
-// with dropout: its keys are arguments of the calls.)
+// is in the device's memory, so a GPU can record the calls once, as a CUDA graph, and replay it.
+// (Not with dropout: its keys are arguments of the calls.)
 template <class Device>
 void train_step(Gpt2<Device>& model, const std::vector<Batch>& micro_batches, const StepOptions& o,
                 int64_t s) {
@@ -1996,11 +2019,12 @@ void train_step(Gpt2<Device>& model, const std::vector<Batch>& micro_batches, co
 // Careful: only bits per byte compare models with different tokenizers. A longer token is harder.
 
 // Windows that score every prediction exactly once. Normally they lie end to end. Given a
-// document_start >= 0 (the end-of-text token), each window begins where a document begins, and skips
-// what was scored before. Then every token is predicted from all of its document so far, which is
-// what the floor of the default corpus assumes. With T = 8 and the documents Abcdef Ghij Klmno:
-//   inputs of window 0     A b c d e f G h        8 are scored; the targets are b ... i
-//             window 1     G h i j K l m n        2 are context, 6 are scored; the targets are j ... o
+// document_start >= 0 (the end-of-text token), each window begins where a document begins, and
+// skips what was scored before. Then every token is predicted from all of its document so far,
+// which is what the floor of the default corpus assumes. (A document longer than T is cut.) With T
+// = 8 and the documents Abcdef Ghij Klmno, whose first tokens are the capitals:
+//   inputs of window 0     A b c d e f G h        8 are scored; targets b ... i
+//             window 1     G h i j K l m n        2 are context, 6 are scored; targets j ... o
 inline std::vector<Window> evaluation_windows(const Shards& shards, int T, int document_start) {
     std::vector<Window> windows;
     for (const Shard& shard : shards.files()) {
@@ -2064,9 +2088,9 @@ Evaluation evaluate(Gpt2<Device>& model, std::span<const Window> windows,
 }
 
 // --- Generation: predict one token, append it, predict the next
-// The key/value cache: positions do not look ahead, so a new token changes nothing in the rows before
-// it. Their keys and values are kept, and only the new row is computed. That is one pass over the
-// weights for one token, so memory sets the speed, not arithmetic.
+// The key/value cache: positions do not look ahead, so a new token changes nothing in the rows
+// before it. Their keys and values are kept, and only the new row is computed. That is one pass
+// over the weights for one token, so the time goes into reading them from memory.
 //   pass 1   reads "the cat"   T = 2, past = 0   rows 0, 1 of every layer's qkv   -> " sat", say
 //   pass 2   reads " sat"      T = 1, past = 2   row 2                            -> " on"
 
@@ -2085,8 +2109,8 @@ struct Candidate {
     double probability;
 };
 
-// The softmax of logits / temperature, in the order of ids. A temperature below 1 makes likely tokens
-// likelier, since e^(l/t) = (e^l)^(1/t). At 0 only the order counts, and 1 is used.
+// The softmax of logits / temperature, in the order of ids. A temperature below 1 makes likely
+// tokens likelier, since e^(l/t) = (e^l)^(1/t). At 0 only the order counts, and 1 is used.
 inline std::vector<Candidate> candidates(const std::vector<float>& logits, double temperature) {
     const double highest = double(*std::max_element(logits.begin(), logits.end()));
     std::vector<Candidate> list(logits.size());
@@ -2103,10 +2127,10 @@ inline std::vector<Candidate> candidates(const std::vector<float>& logits, doubl
     return list;
 }
 
-// The top_k likeliest, and of those the fewest whose probabilities reach top_p of their sum (nucleus
-// sampling, Holtzman et al. 2020), likeliest first, equal ones by id; scaled to sum 1. For example
-// .5 .3 .15 .05: top_k = 3 leaves .5 .3 .15, whose sum is .95; of these top_p = .8 takes two, as
-// .5 + .3 >= .8 * .95; the result is .625 .375.
+// The top_k likeliest, and of those the fewest whose probabilities reach top_p of their sum
+// (nucleus sampling, Holtzman et al. 2020), likeliest first, equal ones by id; scaled to sum 1. For
+// example .5 .3 .15 .05: top_k = 3 leaves .5 .3 .15, whose sum is .95; of these top_p = .8 takes
+// two, as .5 + .3 >= .8 * .95; the result is .625 .375.
 inline std::vector<Candidate> likeliest(std::vector<Candidate> list, int top_k, double top_p) {
     auto likelier = [](const Candidate& a, const Candidate& b) {
         return a.probability != b.probability ? a.probability > b.probability : a.token < b.token;
@@ -2117,8 +2141,7 @@ inline std::vector<Candidate> likeliest(std::vector<Candidate> list, int top_k, 
     }
     double total = 0, reached = 0;
     for (const Candidate& c : list) total += c.probability;
-    // A heap yields the likeliest one by one. Why: sorting all of 50,257 takes longer than a tenth
-    // of a pass.
+    // A heap yields the likeliest one by one. Why: few are needed, and sorting all 50,257 is slow.
     auto less_likely = [&](const Candidate& a, const Candidate& b) { return likelier(b, a); };
     std::make_heap(list.begin(), list.end(), less_likely);
     std::vector<Candidate> kept;
@@ -2994,9 +3017,9 @@ double registers_only_flops() {
     return 2.0 * kSums * kLanes<real> * kRounds / seconds;
 }
 
-// Operations a second of one thread in the product's tiles, with operands that lie in L1. What whole
-// products lose against this they lose on packing, on the caches and on ragged edges. In fp32 it is
-// below what registers alone reach, because every step has to load as well.
+// Operations a second of one thread in the product's tiles, with operands that lie in L1. What
+// whole products lose against this they lose on packing, on the caches and on ragged edges. In fp32
+// it is below what registers alone reach, because every step has to load as well.
 template <class Tiles>
 double tile_flops() {
     using Packed = typename Tiles::Packed;
@@ -3040,8 +3063,8 @@ double product_peak_flops(auto& device) {
 }
 
 // The CPU as a device: the layers of §4 with the operations above, and what a program asks of the
-// machine. Peaks are measured: a data sheet's number is rarely what is left of it in a container, or
-// on a warm laptop.
+// machine. Peaks are measured: a data sheet's number is rarely what is left of it in a container,
+// or on a warm laptop.
 template <class real>
 struct Cpu : Layers<real, FastOps> {
     static constexpr const char* kProgram = "train_gpt";
@@ -3728,8 +3751,8 @@ class MergeTable {
 
 public:
     explicit MergeTable(size_t merges) : entries_(std::bit_ceil(2 * merges + 2)) {}
-    // The token that left and right become, or kNoToken. The smaller it is, the earlier the merge was
-    // learnt, so nothing else has to be stored. Both ids must be below 65,536.
+    // The token that left and right become, or kNoToken. The smaller it is, the earlier the merge
+    // was learnt, so nothing else has to be stored. Both ids must be below 65,536.
     uint32_t find(uint32_t left, uint32_t right) const {
         return entries_[index_of(left << 16 | right)].token;
     }
@@ -5153,9 +5176,9 @@ inline void catch_signals() {
 // =================================================================================================
 // §16 The training loop
 // =================================================================================================
-// What you have now: a step (§8), an evaluation (§9), checkpoints (§14) and a log (§15). Trainer::run
-// is the loop: what happens between two steps, in order. What it calls stands below it, in the order
-// of the calls.
+// What you have now: a step (§8), an evaluation (§9), checkpoints (§14) and a log (§15).
+// Trainer::run is the loop: what happens between two steps, in order. What it calls stands below
+// it, in the order of the calls.
 //
 // Three numbers of the live line to watch. loss: in nats a token; e^loss is the perplexity, among
 // how many tokens the model hesitates. norm: the gradient's length; a jump means that a batch, or
@@ -5724,8 +5747,8 @@ inline bool is_set(const Option& option) {
                                       : "");
 }
 
-// The number that the whole text is. Strict: no blanks, no "+5", no hexadecimal, no infinity or NaN,
-// nothing that does not fit the type; a whole number has digits only.
+// The number that the whole text is. Strict: no blanks, no "+5", no hexadecimal, no infinity or
+// NaN, nothing that does not fit the type; a whole number has digits only.
 template <class T>
 T parse_number(const Option& option, const std::string& text) {
     T value{};
@@ -5736,8 +5759,8 @@ T parse_number(const Option& option, const std::string& text) {
     return value;
 }
 
-// An option and a value for it that was checked; set() stores it. Why in two steps: the command line
-// is checked first and stored last.
+// An option and a value for it that was checked; set() stores it. Why in two steps: the command
+// line is checked first and stored last.
 struct Assignment {
     const Option* option;
     std::string text;
