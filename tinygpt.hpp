@@ -376,9 +376,11 @@ public:
     // may be none.
     explicit Shards(const std::string& pattern) : pattern_(pattern) {
         glob_t found{};
-        if (::glob(pattern.c_str(), 0, nullptr, &found) == 0)
-            for (size_t i = 0; i < found.gl_pathc; ++i) files_.emplace_back(found.gl_pathv[i]);
+        const bool matches = ::glob(pattern.c_str(), 0, nullptr, &found) == 0;
+        const std::vector<std::string> paths(found.gl_pathv,
+                                             found.gl_pathv + (matches ? found.gl_pathc : 0));
         ::globfree(&found);
+        for (const std::string& path : paths) files_.emplace_back(path);
     }
     bool empty() const { return files_.empty(); }
     const std::string& pattern() const { return pattern_; }

@@ -827,7 +827,7 @@ inline std::vector<HellaswagExample> read_hellaswag(const std::string& path, int
         fail(path, " is no HellaSwag file: expected a header of 1024 bytes with 20240522 and ",
              "version 1, found ", header[0], " and ", header[1], " (", bytes.size(), " bytes)");
     std::vector<uint16_t> words((bytes.size() - sizeof header) / 2);
-    std::memcpy(words.data(), bytes.data() + sizeof header, 2 * words.size());
+    bytes.copy(reinterpret_cast<char*>(words.data()), 2 * words.size(), sizeof header);
 
     size_t at = 0;
     auto next = [&] {

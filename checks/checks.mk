@@ -55,23 +55,22 @@ damaged: $(BUILD)/test_gpt $(BUILD)/train_gpt
 # libFuzzer on every parser: make fuzz SECONDS=60. What it finds stays in build/.../corpus and is where
 # the next one begins. The time limit of an input is long: it is of the clock, and a machine may stand still.
 SECONDS ?= 30
-FUZZERS := $(patsubst checks/%.cpp,%,$(filter-out %seeds.cpp,$(wildcard checks/fuzz_*.cpp)))
-$(BUILD)/fuzz_seeds: checks/fuzz_seeds.cpp tinygpt.hpp | $(BUILD)
-	$(CXX) $(CXXFLAGS) $< -o $@
-$(BUILD)/fuzz_%: checks/fuzz_%.cpp checks/fuzz.hpp tinygpt.hpp | $(BUILD)
-	clang++ -std=c++20 -O2 -g -fopenmp -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined $< -o $@
-fuzz: $(FUZZERS:%=$(BUILD)/%) $(BUILD)/fuzz_seeds
-	$(BUILD)/fuzz_seeds $(BUILD)/corpus
-	for f in $(FUZZERS); do OMP_NUM_THREADS=1 ASAN_OPTIONS=quarantine_size_mb=8 $(BUILD)/$$f \
+FUZZ_TARGETS := json safetensors shard checkpoint options config tokenizer
+FUZZ_BUILD   := clang++ -std=c++20 -fopenmp checks/fuzz.cpp
+$(BUILD)/fuzz: checks/fuzz.cpp train_gpt.cpp tinygpt.hpp | $(BUILD)
+	$(FUZZ_BUILD) -O2 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -o $@
+fuzz: $(BUILD)/fuzz
+	$< seeds $(BUILD)/corpus
+	for t in $(FUZZ_TARGETS); do OMP_NUM_THREADS=1 ASAN_OPTIONS=quarantine_size_mb=8 $< $$t \
 	    -max_total_time=$(SECONDS) -runs=10000000 -max_len=4096 -rss_limit_mb=256 -malloc_limit_mb=256 -timeout=120 \
-	    -print_final_stats=1 $(BUILD)/corpus/$${f#fuzz_} || exit 1; done
+	    -print_final_stats=1 $(BUILD)/corpus/$$t || exit 1; done
 # The lines of every parser that what make fuzz has found reaches: at least 90 %.
 fuzz_coverage:
-	clang++ -std=c++20 -O1 -fopenmp -fprofile-instr-generate -fcoverage-mapping checks/corpus_coverage.cpp \
-	    -o $(BUILD)/corpus_coverage
-	OMP_NUM_THREADS=1 LLVM_PROFILE_FILE=$(BUILD)/corpus.raw $(BUILD)/corpus_coverage $(BUILD)/corpus
-	llvm-profdata merge -sparse $(BUILD)/corpus.raw -o $(BUILD)/corpus.profile
-	python3 checks/fuzz_coverage.py $(BUILD)/corpus_coverage $(BUILD)/corpus.profile
+	$(FUZZ_BUILD) -O1 -fsanitize=fuzzer -fprofile-instr-generate -fcoverage-mapping -o $(BUILD)/coverage
+	for t in $(FUZZ_TARGETS); do OMP_NUM_THREADS=1 LLVM_PROFILE_FILE=$(BUILD)/corpus/$$t.raw \
+	    $(BUILD)/coverage $$t -runs=0 $(BUILD)/corpus/$$t || exit 1; done
+	llvm-profdata merge -sparse $(BUILD)/corpus/*.raw -o $(BUILD)/corpus.profile
+	python3 checks/fuzz_coverage.py $(BUILD)/coverage $(BUILD)/corpus.profile
 
 # Against transformers, both ways. Needs Python with torch and transformers; PYTHON=... names it.
 PYTHON ?= python3

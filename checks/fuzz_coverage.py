@@ -1,6 +1,6 @@
 """How many lines of each parser the fuzz corpora reach: make fuzz_coverage, after make fuzz.
 
-    fuzz_coverage.py PROGRAM PROFILE     built from corpus_coverage.cpp; merged by llvm-profdata
+    fuzz_coverage.py PROGRAM PROFILE     fuzz.cpp built for coverage; merged by llvm-profdata
 """
 import json
 import re
@@ -26,31 +26,30 @@ def export(form):
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-# Of every line of tinygpt.hpp that is code, whether it was run.
-run, here = {}, False
+# Of every line that is code, by file and number, whether it was run.
+run, path = {}, ""
 for line in export("lcov").splitlines():
     if line.startswith("SF:"):
-        here = line.endswith("tinygpt.hpp")
-    elif here and line.startswith("DA:"):
+        path = line[3:]
+    elif line.startswith("DA:"):
         number, count = map(int, line[3:].split(",")[:2])
-        run[number] = run.get(number, False) or count > 0
-functions = [f for f in json.loads(export("text"))["data"][0]["functions"]
-             if f["filenames"][0].endswith("tinygpt.hpp")]
+        run[path, number] = run.get((path, number), False) or count > 0
+functions = json.loads(export("text"))["data"][0]["functions"]
 worst = 1
 for parser, names in PARSERS.items():
     lines = set()
     for name in names.split():
         # tinygpt::name, as the linker knows it; Z+ for what is inside, such as a lambda.
         mangled = re.compile("_Z+NK?7tinygpt%d%s" % (len(name), name))
-        found = [f for f in functions if mangled.match(f["name"])]
+        found = [f for f in functions if mangled.match(f["name"].split(":")[-1])]
         if not found:
             sys.exit("fuzz_coverage: there is no %s any more" % name)
         for f in found:
             first, _, last = f["regions"][0][:3]
-            lines |= {n for n in range(first, last + 1) if n in run}
-    missed = sorted(n for n in lines if not run[n])
+            lines |= {(f["filenames"][0], n) for n in range(first, last + 1)} & run.keys()
+    missed = sorted(line for line in lines if not run[line])
     worst = min(worst, 1 - len(missed) / len(lines))
     print("%-31s %4d of %4d lines (%5.1f %%)  missed: %s" % (
         parser, len(lines) - len(missed), len(lines), 100 - 100 * len(missed) / len(lines),
-        " ".join(map(str, missed)) or "none"))
+        " ".join(str(n) for _, n in missed) or "none"))
 sys.exit(worst < 0.9)
