@@ -1,4 +1,4 @@
-// tinygpt.hpp - v0.1.0 - train a GPT-2, on a CPU or a GPU, in one header
+// tinygpt.hpp - v0.2.0 - train a GPT-2, on a CPU or a GPU, in one header
 //
 // The model, an explicit forward and an explicit backward for every layer, the update, and the
 // training loop. Two programs use it: train_gpt.cpp on a CPU, train_gpt.cu on an NVIDIA GPU. It is
@@ -53,7 +53,7 @@
 #ifndef TINYGPT_HPP_INCLUDED
 #define TINYGPT_HPP_INCLUDED
 
-#define TINYGPT_VERSION 100  // major * 10000 + minor * 100 + patch
+#define TINYGPT_VERSION 200  // major * 10000 + minor * 100 + patch
 
 #include <dirent.h>     // opendir: the files of a folder
 #include <fcntl.h>      // open
@@ -3131,8 +3131,6 @@ struct Cpu : Layers<real, FastOps> {
 // name and then renamed, and no call goes unchecked.
 
 // --- Files and folders
-// Each function does all that it says, or throws a FileError with the path and the reason.
-
 // Writes all the bytes, in as many calls as it takes: one may be interrupted by a signal (EINTR),
 // or come up short, as on a disk that is nearly full; the next call then says why. A call that
 // writes nothing without an error counts as a full disk, or the loop would never end.
@@ -3148,6 +3146,9 @@ inline size_t write_all(int fd, const void* data, size_t bytes) {
     }
     return done;
 }
+
+// Each of the functions below does all that it says, or throws an Error with the path and the
+// reason.
 
 // The type of what has that name (file, folder, device), as stat says it; 0: nothing has it.
 inline mode_t mode_of(const std::string& path) {
@@ -3810,7 +3811,7 @@ public:
         return bytes_[size_t(id)];
     }
     // The text of some tokens, with `end_of_text_mark` for every end of text. Careful: a token may
-    // be half a character, so the result need not be valid UTF-8 (see Utf8Stream).
+    // be half a character, so the result need not be valid UTF-8 (see take_characters, §15).
     std::string decode(const std::vector<uint16_t>& tokens,
                        std::string_view end_of_text_mark = "") const {
         std::string text;
@@ -4397,7 +4398,6 @@ inline std::vector<const StoredTensor*> match_tensors(const SafetensorsFile& fil
 
 // The file of a folder's weights. A folder that has them in another form gets an answer that helps.
 inline std::string find_weights(const std::string& folder) {
-    if (!folder_exists(folder)) fail(folder, ": there is no such folder");
     const std::string path = folder + "/model.safetensors";
     if (file_exists(path)) return path;
     for (const char* other : {"model.safetensors.index.json", "pytorch_model.bin", "tf_model.h5"})
@@ -4471,7 +4471,7 @@ inline std::string hf_config_text(const Config& model, int64_t end_of_text) {
     json.set("activation_function", "gelu_new").set("layer_norm_epsilon", 1e-5);
     json.set("initializer_range", 0.02).set("scale_attn_weights", true);
     for (const char* key : {"resid_pdrop", "embd_pdrop", "attn_pdrop"})
-        json.set(key, std::stod(format("%.6g", double(model.dropout))));
+        json.set(key, std::stod(format("%.6g", double(model.dropout))));  // as it was typed
     json.set("tie_word_embeddings", !model.untied_head);
     json.set("bos_token_id", end).set("eos_token_id", end).set("torch_dtype", "float32");
     return json.write(2) + "\n";
@@ -4495,7 +4495,7 @@ inline void write_model_description(const std::string& folder, const Config& con
     tokenizer->save(folder);
     about.set("model_max_length", config.n_positions).set("tokenizer_class", "GPT2Tokenizer");
     for (const char* role : {"bos_token", "eos_token", "unk_token"})
-        about.set(role, "<|endoftext|>");
+        about.set(role, std::string(kEndOfText));
     write_file(folder + "/tokenizer_config.json", about.write(2) + "\n");
 }
 
@@ -4883,15 +4883,15 @@ void load_moments(Gpt2<Device>& model, const std::string& folder) {
 //                    log.csv  samples.txt                 what a run leaves for people
 //                    lock                                 held while a run writes here
 
-// The folder of the checkpoint after that many steps.
-inline std::string checkpoint_folder(const std::string& output, int64_t step) {
-    return output + "/checkpoint-" + std::to_string(step);
-}
-// The step of a checkpoint's name, "checkpoint-500"; -1 for any other name.
+// The checkpoint after that many steps, "checkpoint-500"; and its step, -1 for any other name.
+inline std::string checkpoint_name(int64_t step) { return "checkpoint-" + std::to_string(step); }
 inline int64_t step_of_name(const std::string& name) {
     const bool named = name.starts_with("checkpoint-");
     const int64_t step = named ? std::strtoll(name.c_str() + 11, nullptr, 10) : -1;
-    return step >= 0 && name == checkpoint_folder("", step).substr(1) ? step : -1;
+    return step >= 0 && name == checkpoint_name(step) ? step : -1;
+}
+inline std::string checkpoint_folder(const std::string& output, int64_t step) {
+    return output + "/" + checkpoint_name(step);
 }
 
 // The steps of the checkpoints in a run's folder, newest first. Unfinished ones do not count.
@@ -4939,7 +4939,7 @@ inline void recover_folders(const std::string& output) {
 inline std::vector<std::string> set_aside_later(const std::string& output, int64_t step) {
     std::vector<std::string> names;
     for (int64_t later : checkpoint_steps(output))
-        if (later > step) names.push_back("checkpoint-" + std::to_string(later));
+        if (later > step) names.push_back(checkpoint_name(later));
     if (step < 0 && folder_exists(output + "/best")) names.push_back("best");
     for (const std::string& name : names)
         move_folder(output + "/" + name, output + "/" + name + ".set-aside");
@@ -5007,6 +5007,8 @@ inline std::string duration_text(double seconds) {
     if (s >= 3600) return format("%ldh %02ldm", s / 3600, s % 3600 / 60);
     return s >= 60 ? format("%ldm %02lds", s / 60, s % 60) : format("%lds", s);
 }
+
+// --- Files that grow
 
 // A file that grows during a run, so that others can follow it. On a full disk, its text waits in
 // memory; the user is warned once.
@@ -5187,11 +5189,6 @@ inline void catch_signals() {
 // the learning rate, throws the weights off. MFU: the share of the machine's peak that went into
 // the model; half is good.
 //
-// The run's folder has log.csv, samples.txt, checkpoint-<step>/ and best/ (of the best evaluation).
-//
-// A run resumes bit for bit: what decides the next step is in the weights, the moments and
-// TrainerState, and a batch is a function of how many samples were read before it (§2).
-
 // A run ends at max_steps, epochs or max_minutes, whichever comes first; 0: no such limit.
 // Intervals are in steps; 0: never.
 struct RunOptions {
@@ -5328,7 +5325,8 @@ void print_tensor_stats(Gpt2<Device>& model, const std::vector<typename Device::
 }
 
 // One run. It prints, and writes into options.output, which no other run may use. Divergence, or a
-// disk that fails (not one that is full), ends it with an Error; --resume auto then goes on.
+// disk that fails, ends it with an Error; --resume auto then goes on. A full disk is an Error only
+// where the run has ended.
 template <class Device>
 class Trainer {
 public:
@@ -5461,7 +5459,8 @@ private:
     double epochs(int64_t rows) const { return double(rows) / double(order_.blocks_per_epoch()); }
     // Rows of text that one update reads.
     int64_t rows_per_step() const { return int64_t(o_.batch_size) * o_.grad_accum_steps; }
-    // Whether what happens every `interval` steps happens after this one; without `step`, the last.
+    // Whether something of that interval is due after step `step`; without it, after the step just
+    // made.
     static bool due(int64_t interval, int64_t step) { return interval > 0 && step % interval == 0; }
     bool due(int64_t interval) const { return due(interval, state_.step); }
     // Why not the clock: the minutes before a resume count too.
@@ -5626,7 +5625,7 @@ private:
     // A checkpoint. The one that ends the run must succeed.
     void save(End end) {
         state_.finished = end != End::none && end != End::interrupted;
-        const bool saved = try_save("checkpoint-" + std::to_string(state_.step), Purpose::resume);
+        const bool saved = try_save(checkpoint_name(state_.step), Purpose::resume);
         if (!saved && end != End::none)
             fail("the run has ended at step ", state_.step, ", but it could not be saved there: ",
                  "make room and type --resume auto to make the last steps again");

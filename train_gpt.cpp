@@ -375,8 +375,8 @@ inline CurvePoint curve_at(const Curve& curve, double step, double window) {
     return last;
 }
 
-// Improving, flat or overfitting, by what the losses did in the last quarter of the run: the
-// validation loss where there were evaluations. Less than 1 % counts as nothing.
+// Improving, flat, rising or overfitting, by what the losses did in the last quarter of the run:
+// the validation loss where there were evaluations. Less than 1 % counts as nothing.
 inline std::string verdict(const TrainerState& state, const Curve& train, const Curve& val) {
     const double end = double(state.step), start = 0.75 * end;
     if (state.step < 20) return "too short a run to judge by";
@@ -395,7 +395,7 @@ inline std::string verdict(const TrainerState& state, const Curve& train, const 
         return format("overfitting: validation loss is %.1f %% above its best, of step %ld;\n",
                       above_best, state.best_step) +
                learned.second;
-    return (percent < -1 ? "improving: " : "flat: ") + text;
+    return (percent < -1 ? "improving: " : percent > 1 ? "rising: " : "flat: ") + text;
 }
 
 // The end of a run: the curve, the verdict, a sample, and lines to paste.
@@ -505,10 +505,10 @@ void for_each_size(auto& o, auto& config, auto&& visit) {
     visit("untied-head", o.untied_head, config.untied_head);
 }
 
-// The sizes of the model: a preset's, with the tokenizer's vocabulary and the sizes given; or those
-// of the folder that its weights come from (`weights`, where a run is resumed), and then options
-// that differ are refused. A vocabulary may be larger than the tokenizer's: some round it up for
-// speed.
+// The sizes of the model. With --init-from: those of its folder, or of the checkpoint `weights`
+// where a run is resumed, and options that differ are refused. Else a preset's, with the
+// tokenizer's vocabulary and the sizes given. A vocabulary may be larger than the tokenizer's: some
+// round it up for speed.
 inline Config config_for(const Options& o, const Corpus& corpus, const std::string& weights = "") {
     const bool given_weights = !o.init_from.empty();
     const std::string folder = weights.empty() ? o.init_from : weights;
@@ -743,8 +743,8 @@ int train_command(Device device, const Options& given) {
     Corpus corpus = open_corpus(o);
     check_output(o);
     std::optional<FileHandle> lock;
-    const bool holds_run = o.resume == "auto" || file_exists(o.output + "/log.csv");
-    if (!o.resume.empty() && holds_run && folder_exists(o.output)) {
+    const bool resumes_here = o.resume == "auto" || file_exists(o.output + "/log.csv");
+    if (!o.resume.empty() && resumes_here && folder_exists(o.output)) {
         lock.emplace(lock_folder(o.output));
         recover_folders(o.output);
     }
@@ -965,7 +965,7 @@ void show_top(auto& model, const std::vector<int32_t>& tokens,
     for (const Candidate& c : likeliest(candidates(next_logits(model, tail, 0), 1), 0, 1)) {
         if (count-- <= 0) break;
         const bool end = tokenizer && c.token == tokenizer->end_of_text();
-        const std::string text = end ? "<|endoftext|>" : text_of_token(tokenizer, c.token);
+        const std::string text = end ? std::string(kEndOfText) : text_of_token(tokenizer, c.token);
         std::printf("%8.4f %%  %6d  %s\n", 100 * c.probability, c.token,
                     tokenizer ? shown(text).c_str() : "");
     }
@@ -1066,8 +1066,8 @@ int info_command(Device device, const Options& o) {
 
 // --- Watched: a device that shows its calls
 
-// A call of one of the device's functions. sizes: its whole numbers in their order, such as rows,
-// C, OC.
+// A call of one of the device's functions. sizes: its integers and flags in their order, such as
+// rows, C, OC.
 struct Call {
     std::string_view function;
     std::vector<double> sizes;
@@ -1135,9 +1135,9 @@ Batch batch_of(int B, int T, auto&& token) {
 }
 
 // --- bench
-// How to read a row: a function does so many operations and moves at least so many bytes. Each takes
-// a least time at the machine's peak. The longer one binds; the last column is the share of that
-// peak that was reached (the roofline model; Williams et al. 2009).
+// How to read a row: a function does so many operations and moves at least so many bytes. Each
+// takes a least time at the machine's peak. The longer one binds; the last column is the share of
+// that peak that was reached (the roofline model; Williams et al. 2009).
 //   linear c_attn  12 calls  3.990 ms a call  227.0 GFLOP/s  0.9 GB/s   61.4 % of FLOP/s
 // Large products should come near their peak, and take most of a step. Embedding, layernorm, the
 // norm and AdamW are bound by memory (more than 100 %: the operands were in a cache). A row far
@@ -1173,7 +1173,7 @@ inline void add_call(std::vector<KernelTime>& sums, const KernelTime& call) {
 template <class Device>
 class Bench {
 public:
-    // Random weights and tokens will do: speed does not depend on the numbers.
+    // Random weights and tokens will do.
     Bench(const Device& device, const Options& o)
         : config_(config_for(o, Corpus())), C(config_.n_embd), T_(sequence_length(o, config_)),
           model_(open_model(Watched<Device>{device}, config_, o.batch_size, T_, Use::training)),
@@ -1496,8 +1496,9 @@ private:
         std::printf("knowing nothing is log 11 = %.4f\n", std::log(11.0));
     }
 
-    // The slope of the loss from backward, and from moving one weight: the tests check every formula
-    // of §4 like this. Why 1e-5: the difference errs by about h^2, and rounding by 1e-16 / h.
+    // The slope of the loss from backward, and from moving one weight: the tests check every
+    // formula of §4 like this. Why 1e-5: the difference errs by about h^2, and rounding by 1e-16 /
+    // h.
     void show_backward() {
         title("Backward: gradients, beside (loss(w + h) - loss(w - h)) / 2h with h = 1e-5");
         std::printf("dlogits of the first row, (p - [target]) / 8:");
