@@ -2339,8 +2339,9 @@ private:
     void softmax_cross_entropy(float* losses, A* logits, const int32_t* targets, int rows, int V,
                                bool gradient, float scale) {
         const cudaDeviceProp& gpu = context->gpu;
-        // Copies that do not wait came with 8.0; 1 KB is for the kernel's own sums.
-        const size_t room = gpu.major < 8 ? 0 : gpu.sharedMemPerBlockOptin - 1024;
+        // Copies that do not wait came with 8.0. 1 KB is for the static part: ptxas rounds it up to
+        // the largest alignment of any kernel. 16 bytes: a row may begin inside a pack.
+        const size_t room = gpu.major < 8 ? 0 : gpu.sharedMemPerBlockOptin - 1024 - 16;
         const size_t kept = std::min(size_t(V / kPack<A>), room / 16), shared = kept * 16 + 16;
         launch(KERNEL(softmax_cross_entropy_kernel<A>), rows, kHeadRowThreads, shared, losses,
                logits, targets, V, table_rows(V), int(kept) * kPack<A>, gradient, scale);
