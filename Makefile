@@ -68,7 +68,7 @@ train_gpt_cu_on_cpu: $(BUILD)/train_gpt_cu.cpp $(CUDA_SOURCE) $(EMULATOR)
 test: $(BUILD)/test_gpt
 	OMP_WAIT_POLICY=passive $(TEST_ENV) $(BUILD)/test_gpt $(FILTER:%=-tc="%")
 TEST_PARTS ?= cpu cuda
-TEST_SOURCE := test_gpt.cpp prepare_data.cpp $(wildcard docs/embedding.cpp checks/faults.hpp) $(CUDA_SOURCE)
+TEST_SOURCE := test_gpt.cpp prepare_data.cpp $(wildcard docs/embedding.cpp checks/*.hpp) $(CUDA_SOURCE)
 $(BUILD)/test_gpt: $(TEST_PARTS:%=$(BUILD)/test_%.o)
 	$(CXX) $(CXXFLAGS) $^ -o $@
 $(BUILD)/test_cpu.o: $(TEST_SOURCE) | $(BUILD)

@@ -10,11 +10,8 @@
 #include <sys/resource.h>
 #include <sys/wait.h>
 
-#include <filesystem>
 #include <fstream>
 #include <thread>
-
-#include "checks/faults.hpp"
 
 #ifndef TINYGPT_TEST_CUDA
 #define TRAIN_GPT_NO_MAIN
@@ -32,6 +29,8 @@
 #include "train_gpt_cu.cpp"  // translated by cuda_on_cpu/translate.cpp
 #endif
 #endif
+
+#include "checks/runs.hpp"
 
 // What this was built with.
 #if defined(__has_feature)
@@ -83,7 +82,6 @@ REGISTER_LISTENER("skipped", 1, List);
 namespace fixtures {
 
 using namespace tinygpt;
-using Arguments = std::vector<std::string>;
 
 // Sets the number of OpenMP threads until the end of the block.
 struct Threads {
@@ -91,27 +89,6 @@ struct Threads {
     explicit Threads(int n) { omp_set_num_threads(n); }
     ~Threads() { omp_set_num_threads(before); }
 };
-
-// A folder of its own for a test, removed at the end; in memory where possible, because some tests
-// sync thousands of times.
-struct TemporaryFolder {
-    std::string path;
-    TemporaryFolder() {
-        const char* base = std::getenv("TMPDIR");
-        if (!base || !*base) base = ::access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp";
-        path = std::string(base) + "/tinygpt-XXXXXX";
-        REQUIRE(::mkdtemp(path.data()) != nullptr);
-    }
-    ~TemporaryFolder() {
-        file_fault() = nullptr;
-        std::filesystem::remove_all(path);
-    }
-    std::string operator/(const std::string& name) const { return path + "/" + name; }
-};
-
-inline bool contains(const std::string& text, const std::string& part) {
-    return text.find(part) != std::string::npos;
-}
 
 // The message of the Error that `action` throws, which must have this exit status; "" if it throws
 // none. Any other exception fails the test.
@@ -124,15 +101,6 @@ std::string error_of(Action&& action, int status = 1) {
         return error.what();
     }
     return "";
-}
-
-inline Arguments joined(Arguments a, const Arguments& b) {
-    a.insert(a.end(), b.begin(), b.end());
-    return a;
-}
-// The words of a line, and `more` behind them.
-inline Arguments words(const std::string& line, const Arguments& more = {}) {
-    return joined(split_at(line, ' '), more);
 }
 
 // --- Running a command in this process
@@ -237,41 +205,7 @@ inline std::string prepare_data(const Arguments& arguments) {
 }
 #endif
 
-// --- Files and random contents
-
-// Writes a file plainly, for tests that write thousands: no sync, no rename.
-inline void put_file(const std::string& path, const std::string& bytes) {
-    ::unlink(path.c_str());  // some file systems sync a file that is cut to nothing and refilled
-    std::FILE* file = std::fopen(path.c_str(), "wb");
-    REQUIRE(file != nullptr);
-    REQUIRE(std::fwrite(bytes.data(), 1, bytes.size(), file) == bytes.size());
-    REQUIRE(std::fclose(file) == 0);
-}
-
-// The bytes of an array.
-template <class T>
-std::string raw(const std::vector<T>& values) {
-    return std::string(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T));
-}
-
-// Writes a shard; `told` is the count that its header promises, where it is not the right one.
-inline void put_shard(const std::string& path, const std::vector<uint16_t>& tokens,
-                      std::optional<int32_t> told = {}, int32_t magic = kShardMagic,
-                      int32_t version = 1) {
-    std::vector<int32_t> header = {magic, version, told.value_or(int32_t(tokens.size()))};
-    header.resize(256);
-    put_file(path, raw(header) + raw(tokens));
-}
-
-// Words that repeat, with some noise: there is something to learn, and not everything.
-inline std::vector<uint16_t> noisy_text(size_t length, int seed, int vocab = 257) {
-    std::vector<uint16_t> tokens(length, uint16_t(256 % vocab));
-    for (size_t i = 1; i < length; ++i) {
-        const uint64_t noise = random_bits(uint64_t(seed), i);
-        tokens[i] = uint16_t((noise % 5 ? "the cat sat "[i % 12] : 'a' + noise / 5 % 26) % vocab);
-    }
-    return tokens;
-}
+// --- Random contents
 
 inline std::vector<int32_t> random_tokens(size_t count, int V, uint64_t seed) {
     std::vector<int32_t> tokens(count);
@@ -300,31 +234,8 @@ std::vector<real> random_vector(size_t count, uint64_t seed, double scale = 1, d
     return values;
 }
 
-// A folder with data to train on, shards of unequal lengths, and places for output.
-struct TestRuns : TemporaryFolder {
-    explicit TestRuns(const std::vector<size_t>& lengths = {700, 131, 1, 2, 333},
-                      size_t val_length = 150) {
-        make_folders(data());
-        int number = 0;
-        for (size_t length : lengths) {
-            put_shard(data() + format("/train_%06d.bin", number), noisy_text(length, number));
-            ++number;
-        }
-        put_shard(data() + "/val_000000.bin", noisy_text(val_length, 77));
-        Tokenizer::bytes().save(data());
-    }
-    std::string data() const { return path + "/data"; }
-    std::string out(const std::string& name = "out") const { return path + "/" + name; }
-
-    // A small run with everything on: shuffling, accumulation, dropout, patience.
-    Arguments arguments(const std::string& name, const Arguments& more = {}) const {
-        const std::string small =
-            "--n-layer 1 --n-embd 8 --n-head 2 --n-positions 8 --seq-len 8 --batch-size 3 "
-            "--grad-accum-steps 2 --dropout 0.1 --max-steps 30 --learning-rate 0.1 "
-            "--min-lr-fraction 0.5 --warmup-steps 16 --eval-interval 2 --eval-batches 1 "
-            "--patience 5 --sample-interval 0 --save-interval 5 --threads 1";
-        return words("--data " + data() + " --output " + out(name) + " " + small, more);
-    }
+struct TestRuns : SmallRuns {
+    using SmallRuns::SmallRuns;
     Outcome train(const std::string& name, const Arguments& more = {}) const {
         return train_gpt(arguments(name, more));
     }
@@ -332,30 +243,8 @@ struct TestRuns : TemporaryFolder {
 
 // --- What a run left
 
-// log.csv without its three timing columns.
-inline std::string rows_of(const std::string& output) {
-    std::string rows;
-    for (const std::string& line : split_at(read_file(output + "/log.csv"), '\n')) {
-        size_t end = line.size();
-        for (int i = 0; i < 3 && end != line.npos && end > 0; ++i) end = line.rfind(',', end - 1);
-        rows += line.substr(0, end) + "\n";
-    }
-    return rows;
-}
-inline int64_t last_step(const std::string& output) {
-    const std::vector<int64_t> steps = checkpoint_steps(output);
-    return steps.empty() ? -1 : steps[0];
-}
-
-// Two runs ended with the same log, weights, moments and best model.
 inline void check_same_end(const std::string& a, const std::string& b) {
-    CHECK(rows_of(a) == rows_of(b));
-    REQUIRE(last_step(a) >= 0);
-    REQUIRE(last_step(a) == last_step(b));
-    for (const char* name : {"model.safetensors", "optimizer.safetensors"})
-        CHECK(read_file(checkpoint_folder(a, last_step(a)) + "/" + name) ==
-              read_file(checkpoint_folder(b, last_step(b)) + "/" + name));
-    CHECK(read_file(a + "/best/model.safetensors") == read_file(b + "/best/model.safetensors"));
+    CHECK(difference(a, b) == "");
 }
 
 // Calls `action` when row `step` is written to log.csv. (Row 0 comes with the file, under another

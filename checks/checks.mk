@@ -44,7 +44,7 @@ cuda_compiles: | $(BUILD)
 # Kills, interrupts, full disks and flipped bits: about five minutes, a table at the end.
 torture: $(BUILD)/torture train_gpt_cu_on_cpu
 	$< --cuda ./train_gpt_cu_on_cpu $(ARGS)
-$(BUILD)/torture: checks/torture.cpp checks/faults.hpp train_gpt.cpp tinygpt.hpp | $(BUILD)
+$(BUILD)/torture: checks/torture.cpp checks/runs.hpp checks/faults.hpp train_gpt.cpp tinygpt.hpp | $(BUILD)
 	$(CXX) $(CXXFLAGS) $< -o $@
 
 # Damaged model folders, each opened by ./train_gpt: time and memory (medians of five).

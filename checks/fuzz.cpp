@@ -232,8 +232,7 @@ void seed_files() {
     seed("checkpoint", '\1' + state_to_json(state).write());
     seed("checkpoint", '\2' + sealed);
     seed("checkpoint", '\3' + raw(header) + raw(words));
-    seed("checkpoint",
-         '\4' + log_text({LogRow()}) + "1,0.1,32,5.5,,nan,,,1e-3,-inf,,,0.5\n2,0.2");
+    seed("checkpoint", '\4' + log_text({LogRow()}) + "1,0.1,32,5.5,,nan,,,1e-3,-inf,,,0.5\n2,0.2");
 }
 
 void seed_texts() {
