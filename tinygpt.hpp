@@ -4398,6 +4398,7 @@ inline std::vector<const StoredTensor*> match_tensors(const SafetensorsFile& fil
 
 // The file of a folder's weights. A folder that has them in another form gets an answer that helps.
 inline std::string find_weights(const std::string& folder) {
+    if (!folder_exists(folder)) fail(folder, ": there is no such folder");
     const std::string path = folder + "/model.safetensors";
     if (file_exists(path)) return path;
     for (const char* other : {"model.safetensors.index.json", "pytorch_model.bin", "tf_model.h5"})
