@@ -7382,17 +7382,17 @@ TEST_CASE_TEMPLATE("cuda: PyTorch's losses, norms and gradients", Device, Cuda<f
     }
 }
 
-// --- Recordings, and a host that runs ahead
+// --- CUDA graphs, and a host that runs ahead
 
-TEST_CASE_TEMPLATE("cuda: a recorded step is the step, bit for bit, whatever changes in between",
+TEST_CASE_TEMPLATE("cuda: a step as a graph is the step, bit for bit, whatever changes in between",
                    Device, Cuda<float>, Cuda<bf16>) {
     using A = typename Device::Activation;
     const Config config{1, 1, 32, 16, 29}, other_config{2, 2, 16, 16, 61};
     const Values weights = random_weights<A>(config), other = random_weights<A>(other_config);
     // Steps of two models that share a device; batches, options, room and scratch memory change.
-    auto run = [&](bool record) {
+    auto run = [&](bool use_graphs) {
         Device device;
-        device.record = record;
+        device.use_graphs = use_graphs;
         Gpt2<Device> model(config, device), second(other_config, device);
         model.reserve(2, 9, Use::training), second.reserve(1, 16, Use::training);
         set_weights(model, weights), set_weights(second, other);
@@ -7414,13 +7414,13 @@ TEST_CASE_TEMPLATE("cuda: a recorded step is the step, bit for bit, whatever cha
         }
         for (float w : model.get_weights()) seen.push_back(w);
         for (float w : second.get_weights()) seen.push_back(w);
-        CHECK((device.context->replays > 20) == record);
+        CHECK((device.context->replays > 20) == use_graphs);
         return seen;
     };
     CHECK(run(true) == run(false));
 }
 
-TEST_CASE("cuda: dropout's masks are new in every step, recordings or not") {
+TEST_CASE("cuda: dropout's masks are new in every step, graphs or not") {
     Config config{1, 1, 32, 8, 29, false, 0.5f};
     Gpt2<Cuda<float>> model(config);
     model.reserve(1, 8, Use::training);
@@ -7459,7 +7459,7 @@ struct CudaRuns : TestRuns {
 // The same device, but the host waits for every step, and starts every kernel itself.
 struct CudaStepByStep : Cuda<float> {
     static constexpr int kStepsBehind = 0;
-    CudaStepByStep() { record = false; }
+    CudaStepByStep() { use_graphs = false; }
 };
 
 // Within its scope the device is as late as it may be: nothing is done before it is waited for.
@@ -7500,8 +7500,8 @@ TEST_CASE("cuda: a run whose numbers come a step late is the same run") {
 }
 
 // Shards of unequal lengths, shuffling, accumulation, dropout and early stopping; in bf16, so that
-// the masters have to come back, too. Dropout's steps are not recorded, so some are resumed without
-// it: such a run begins with no recording, where the straight run was in the middle of using its.
+// the masters have to come back, too. Dropout's steps are no graphs, so some are resumed without
+// it: such a run begins with no graph, where the straight run was in the middle of using its.
 TEST_CASE("cuda: resumed at every step, it is the same run to the bit") {
     namespace fs = std::filesystem;
     const CudaRuns text({700, 131, 1, 2, 333}, 40);
@@ -7842,7 +7842,7 @@ TEST_CASE("cuda: no GPU, an old one, a small one, sizes it has no kernels for: a
     CHECK(refusal("--n-embd 2048") == "on this GPU n_embd is at most 1280; it is 2048");
     cuda_on_cpu::settings() = before;
 
-    // 300 MB, of which 256 are left for cuBLASLt, code and recordings.
+    // 300 MB, of which 256 are left for cuBLASLt, code and graphs.
     cuda_on_cpu::settings().memory_bytes = cuda_on_cpu::buffers().bytes_in_use + (300u << 20);
     const long buffers = cuda_on_cpu::buffers().count;
     CHECK(refusal("--batch-size 4096 --n-embd 64") ==
@@ -7892,7 +7892,7 @@ TEST_CASE_TEMPLATE("cuda: the kernels of a step are all timed", Device, Cuda<flo
 #endif
         return all;
     };
-    for (int s = 0; s < 3; ++s) train_step(model, batches, options, s);  // as a recording, too
+    for (int s = 0; s < 3; ++s) train_step(model, batches, options, s);  // as a graph, too
     std::map<std::string, int> calls;
     double flops = 0;
     auto before = launches();
@@ -7931,7 +7931,7 @@ TEST_CASE_TEMPLATE("cuda: the kernels of a step are all timed", Device, Cuda<flo
         CHECK(calls[name.substr(0, name.find("_kernel"))] == after - before[name]);
     }
 #endif
-    // Nothing is timed any more: the step is a recording again.
+    // Nothing is timed any more: the step is a graph again.
     train_step(model, batches, options, 4);
     CHECK(model.device.context->replays == replays + 1);
 }

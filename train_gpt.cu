@@ -1,23 +1,22 @@
-// train_gpt.cu: the layers of tinygpt.hpp as CUDA kernels, and the GPU driver.
+// train_gpt.cu: the layers of tinygpt.hpp as CUDA kernels, and the program on a GPU.
 //
-// Model, training loop, options and files are tinygpt.hpp's, unchanged: this file is one more
-// device for them, `Cuda<Activation>`, with the same functions as `Cpu<real>`. Read a layer there
-// first: the mathematics and the derivations stand there. Here each kernel says how it is laid out
-// on the GPU, how many bytes it moves and how many operations it does; a kernel is as fast as the
-// larger of the two times lets it be (an H100 moves about 3.0 TB/s and multiplies about 800 TFLOP/s
-// in bf16).
+// `Cuda<Activation>` is one more device for the model and the training loop of tinygpt.hpp, with
+// the same functions as the table at the end of its §4. Read a layer there first: the mathematics
+// is there. A comment here says how the kernel is laid out on the GPU, how many bytes it moves and
+// how many operations it does. A kernel is bound by the longer of the two times (an H100 moves
+// about 3.0 TB/s and multiplies about 800 TFLOP/s in bf16).
 //
-//   1 errors            a return code that is not success ends with its name and place
-//   2 words of PTX      all inline assembly: tensor cores, and copies that do not wait
-//   3 small words       16 bytes at a time, sums over a warp and a block
-//   4 kernels           embedding, layernorm, linear layers, attention, head, update
-//   5 work for the GPU  its queue and clock; cuBLASLt with plans made once for each shape
+//   1 errors            CUDA_CHECK
+//   2 PTX               all inline assembly: tensor cores, asynchronous copies
+//   3 helpers           16 bytes at a time, sums over a warp and a block
+//   4 kernels           §4.1 to §4.8 of the header, and the update of §7
+//   5 streams, matmuls  the stream and its clock; cuBLASLt with a plan for each shape
 //   6 struct Cuda       the device: which kernel, on how many blocks
-//   7 the driver
+//   7 main
 //
-// Precision. bf16: activations and the weights that the layers read are bf16; master weights,
-// moments, parameter gradients, statistics, losses and every sum are fp32 or wider. tf32, fp32: all
-// are fp32, and matmuls round their inputs to tf32, or do not.
+// Precision. bf16: activations and the weights that layers read are bf16; master weights, moments,
+// parameter gradients, statistics, losses and every sum are fp32 or wider. tf32, fp32: all are
+// fp32; with tf32 matmuls round their inputs.
 //
 // Two runs are equal bit for bit: every sum has a fixed order, and there is no atomic addition.
 #include <cublasLt.h>
@@ -34,19 +33,21 @@ namespace tinygpt {
 // 1 Errors
 // =================================================================================================
 
-// Ends with the name of the code, the call and its place, unless the code is success.
+// Fails unless the code is success.
 inline void check_code(cudaError_t code, const char* call, int line) {
-    TINYGPT_CHECK(code == cudaSuccess, "train_gpt.cu:%d: %s failed: %s (%s)", line, call,
-                  cudaGetErrorName(code), cudaGetErrorString(code));
+    if (code != cudaSuccess)
+        fail("train_gpt.cu:", line, ": ", call, " failed: ", cudaGetErrorName(code), " (",
+             cudaGetErrorString(code), ")");
 }
 inline void check_code(cublasStatus_t code, const char* call, int line) {
-    TINYGPT_CHECK(code == CUBLAS_STATUS_SUCCESS, "train_gpt.cu:%d: %s failed: %s (%s)", line, call,
-                  cublasLtGetStatusName(code), cublasLtGetStatusString(code));
+    if (code != CUBLAS_STATUS_SUCCESS)
+        fail("train_gpt.cu:", line, ": ", call, " failed: ", cublasLtGetStatusName(code), " (",
+             cublasLtGetStatusString(code), ")");
 }
 #define CUDA_CHECK(call) ::tinygpt::check_code(call, #call, __LINE__)
 
 // =================================================================================================
-// 2 Words of PTX
+// 2 PTX
 // =================================================================================================
 // A warp of 32 lanes multiplies small matrices together, d += a b, with the elements of a, b and d
 // spread over its lanes (PTX ISA, "Matrix Fragments for mma.m16n8k16"). With g = lane / 4, t = lane
@@ -55,25 +56,23 @@ inline void check_code(cublasStatus_t code, const char* call, int line) {
 //               a[1]       row g + 8, columns 2t, 2t+1     a[3] row g + 8, columns 2t+8, 2t+9
 //   b, 16 x 8:  b[0] holds rows 2t, 2t+1 of column g       b[1] rows 2t+8, 2t+9 of column g
 //   d, 16 x 8:  d[0], d[1]: row g, columns 2t, 2t+1        d[2], d[3]: row g + 8, the same columns
-// load_matrix reads 8 x 8 pieces from shared memory in just that layout: lane i gives the address
-// of row i % 8 of piece i / 8, and gets elements 2t, 2t+1 of row g of every piece; transposed, of
-// column g.
-// On a GPU of compute capability 9.0 the four warps of a block can multiply together, as a group:
-// d [64, 64] (+)= a [64, 16] b [16, 64] (PTX ISA, "wgmma.mma_async", m64n64k16). Only so are its
-// tensor cores as fast as they can be. Warp w has rows 16w.. (16 of them) of a and d in the layouts
-// above, d as 8 pieces [16, 8] side by side. b stays in shared memory; a number, its descriptor,
-// says where and how it lies. The product is only started: until it is waited for, nobody may touch
-// d or a.
+// load_matrix reads 8 x 8 matrices from shared memory in that layout: lane i gives the address of
+// row i % 8 of matrix i / 8, and gets elements 2t, 2t+1 of row g of each; transposed, of column g.
+// On compute capability 9.0 a group of four warps can multiply together, at the tensor cores' full
+// speed: d [64, 64] (+)= a [64, 16] b [16, 64] (PTX ISA, "wgmma.mma_async", m64n64k16). Warp w has
+// rows 16w.. (16 of them) of a and d in the layouts above, d as 8 matrices [16, 8] side by side. b
+// stays in shared memory; its descriptor, a number, says where and how it lies. The product is
+// asynchronous: d and a may not be touched until it was waited for.
 
 // PTX wrappers begin
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-#define TINYGPT_PTX(...) __trap()  // bf16 and copies that do not wait came with 8.0
+#define TINYGPT_PTX(...) __trap()  // bf16 and asynchronous copies came with 8.0
 #else
 #define TINYGPT_PTX(...) asm volatile(__VA_ARGS__)
 #endif
 
-__device__ inline unsigned shared_address(const void* place) {
-    return unsigned(__cvta_generic_to_shared(place));
+__device__ inline unsigned shared_address(const void* pointer) {
+    return unsigned(__cvta_generic_to_shared(pointer));
 }
 // d [16, 8] += a [16, 16] b [16, 8], in bf16 with fp32 sums.
 __device__ inline void mma_bf16_16x8x16(float (&d)[4], const unsigned (&a)[4],
@@ -102,31 +101,31 @@ __device__ inline void copy_async_16(void* shared, const void* global, bool vali
                 "l"(global), "r"(valid ? 16 : 0)
                 : "memory");
 }
-// Copies started so far and not yet committed become one group.
+// The copies started since the last commit become one group.
 __device__ inline void copy_async_commit() { TINYGPT_PTX("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most N of this thread's groups are still under way.
+// Waits until at most N of this thread's groups are pending.
 template <int N>
 __device__ inline void copy_async_wait() {
     TINYGPT_PTX("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
-// The words of a group; all four warps say each of them. Other GPUs, even later ones, do not know
-// them: there d stays as it was, and who compares sees that.
+// Instructions of a group; all four warps execute each. Other GPUs, even later ones, lack them:
+// there d stays as it was, which a comparison finds.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define TINYGPT_GROUP_PTX(...) asm volatile(__VA_ARGS__)
 #else
 #define TINYGPT_GROUP_PTX(...) (void)0
 #endif
-#define TINYGPT_PIECE(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
-#define TINYGPT_PIECES                                                                        \
-    TINYGPT_PIECE(0), TINYGPT_PIECE(1), TINYGPT_PIECE(2), TINYGPT_PIECE(3), TINYGPT_PIECE(4), \
-        TINYGPT_PIECE(5), TINYGPT_PIECE(6), TINYGPT_PIECE(7)
+#define TINYGPT_MATRIX(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+#define TINYGPT_MATRICES                                                                           \
+    TINYGPT_MATRIX(0), TINYGPT_MATRIX(1), TINYGPT_MATRIX(2), TINYGPT_MATRIX(3), TINYGPT_MATRIX(4), \
+        TINYGPT_MATRIX(5), TINYGPT_MATRIX(6), TINYGPT_MATRIX(7)
 
-// Before the products of a batch: what was done to d and a comes first.
+// Before the products of a batch: earlier writes to d and a come first.
 __device__ inline void group_begin(float (&d)[8][4]) {
-    TINYGPT_GROUP_PTX("wgmma.fence.sync.aligned;" : TINYGPT_PIECES::"memory");
+    TINYGPT_GROUP_PTX("wgmma.fence.sync.aligned;" : TINYGPT_MATRICES::"memory");
 }
-// Starts d = a b, or with `add` d += a b. b: its descriptor. kColumns: neighbours in memory are
-// columns of b, else rows.
+// Starts d = a b, or with `add` d += a b. b: its descriptor. kColumns: b is row-major, so
+// neighbours in memory are columns of b; else they are rows.
 template <bool kColumns>
 __device__ inline void group_mma(float (&d)[8][4], const unsigned (&a)[4], uint64_t b, bool add) {
     TINYGPT_GROUP_PTX(
@@ -134,19 +133,19 @@ __device__ inline void group_mma(float (&d)[8][4], const unsigned (&a)[4], uint6
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
         "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
         "%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, add, 1, 1, %38;}"
-        : TINYGPT_PIECES
+        : TINYGPT_MATRICES
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(kColumns)));
 }
-// Products started so far and not yet ended become one batch.
+// The products started since the last end become one batch.
 __device__ inline void group_end() {
     TINYGPT_GROUP_PTX("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-// Waits until at most N batches are still under way, and d, of an earlier one, may be touched.
+// Waits until at most N batches are pending; then d, of an earlier one, may be touched.
 template <int N>
 __device__ inline void group_wait(float (&d)[8][4]) {
-    TINYGPT_GROUP_PTX("wgmma.wait_group.sync.aligned %32;" : TINYGPT_PIECES : "n"(N) : "memory");
+    TINYGPT_GROUP_PTX("wgmma.wait_group.sync.aligned %32;" : TINYGPT_MATRICES : "n"(N) : "memory");
 }
-// What this thread copied to shared memory is there for products, too, once others know of it.
+// Makes this thread's copies to shared memory visible to products, after the next barrier.
 __device__ inline void group_publish() {
     TINYGPT_GROUP_PTX("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -165,23 +164,23 @@ __device__ inline unsigned pack_bf16(float lo, float hi) {
 // PTX wrappers end
 
 // =================================================================================================
-// 3 Small words
+// 3 Helpers
 // =================================================================================================
 
 constexpr int kWarp = 32;
 constexpr float kLog2E = 1.4426950408889634f;
 
-// How many pieces of a size make up the whole: blocks for all rows, say.
+// Blocks of so many elements each that cover count elements.
 __host__ __device__ inline unsigned blocks_for(size_t count, size_t per_block) {
     return unsigned((count + per_block - 1) / per_block);
 }
 
-// A GPU is fed best 16 bytes at a time. A pack is 16 bytes of A: 4 floats or 8 bf16, worked on as
-// floats. Every row length that is read this way is a multiple of 8 (Cuda checks n_embd).
+// A pack is 16 bytes of A, the widest load: 4 floats or 8 bf16, worked on as floats. Every row
+// length read this way is a multiple of 8 (Cuda checks n_embd).
 template <class A>
 constexpr int kPack = 16 / int(sizeof(A));
 template <class A>
-constexpr int kStripe = kWarp*(16 / int(sizeof(A)));  // the columns that a warp reads at once
+constexpr int kWarpColumns = kWarp*(16 / int(sizeof(A)));  // that a warp reads at once
 
 __device__ inline void unpack(float (&x)[4], const uint4& raw) {
     x[0] = __uint_as_float(raw.x), x[1] = __uint_as_float(raw.y);
@@ -207,7 +206,7 @@ __device__ inline void store_pack(bf16* to, const float (&x)[8]) {
 }
 
 // The sum, the maximum of a value over the warp, in every lane. Each step adds the same two numbers
-// in both of two lanes, so all lanes end with the same bits.
+// in two lanes, so all lanes end with the same bits.
 template <class T>
 __device__ inline T warp_sum(T x) {
     for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
@@ -218,8 +217,8 @@ __device__ inline float warp_max(float x) {
         x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
     return x;
 }
-// The same over the block, called by all threads of a block of whole warps. A warp's results meet
-// in shared memory, and every warp combines them in the same order.
+// The same over the block; all threads of a block of whole warps must call it. Warps combine their
+// results in shared memory, in a fixed order.
 template <class T>
 __device__ inline T over_block(T x, T nothing, T (*over_warp)(T)) {
     __shared__ T parts[kWarp];
@@ -240,35 +239,34 @@ __device__ inline float block_max(float x) { return over_block(x, -INFINITY, war
 // 4 Kernels
 // =================================================================================================
 
-// Each kernel's comment says what it computes, the bytes it moves, the operations it does where
-// they count, and what to expect of it. Bytes are given in rows: in GPT-2's training at B = 64, T =
-// 1024 a row of C for every position is 100 MB in bf16, and takes 0.034 ms at 3.0 TB/s; a row of V,
-// 6.6 GB. "Expect 90 %" is meant of the larger of the two floors, bytes over bandwidth and
-// operations over the peak. It is an aim: `train_gpt_cu bench` prints what this GPU reaches.
+// "Moves" counts global memory in rows: in GPT-2's training at B = 64, T = 1024 a row of C for
+// every position is 100 MB in bf16, and takes 0.034 ms at 3.0 TB/s; a row of V, 6.6 GB. "Expect 90
+// %" is an aim, in percent of the larger of the two floors, bytes over bandwidth and operations
+// over the peak. `train_gpt_cu bench` prints what this GPU reaches.
 
 constexpr int kThreads = 256, kOneBlock = 1024;  // of a block, and of one that works alone
+constexpr bool kSet = false, kAdd = true;
 
-// to[c] = (add ? to[c] : 0) + the sums that the block's warps have of column c, in the order of the
-// warps; for the 32 packs of columns from `begin` on, as far as C. Careful: once more only after a
-// barrier.
+// to[c] = (add ? to[c] : 0) + the warps' sums of column c, in the order of the warps; for 32 packs
+// of columns from `begin` on, up to C. Careful: a second call needs a barrier before it.
 template <class A>
 __device__ inline void add_up_warps(float* to, const float (&sum)[kPack<A>], int begin, int C,
                                     bool add) {
     constexpr int N = kPack<A>, kWarps = kThreads / kWarp;
-    __shared__ float sums[kWarps][kStripe<A>];
+    __shared__ float sums[kWarps][kWarpColumns<A>];
     for (int i = 0; i < N; ++i) sums[threadIdx.x / kWarp][threadIdx.x % kWarp * N + i] = sum[i];
     __syncthreads();
-    for (int i = threadIdx.x; i < kStripe<A> && begin + i < C; i += kThreads) {
+    for (int i = threadIdx.x; i < kWarpColumns<A> && begin + i < C; i += kThreads) {
         float total = add ? to[begin + i] : 0;
         for (int w = 0; w < kWarps; ++w) total += sums[w][i];
         to[begin + i] = total;
     }
 }
 
-// --- 4.1 Embedding
+// --- §4.1 Embedding
 
 // out[row] = drop(wte[tokens[row]] + wpe[past + row % T]). One thread makes one pack.
-// Moves: gathers 1 row of C for each row and writes 1; wpe stays in the cache. Expect 80 %.
+// Moves: gathers 1 and writes 1 row of C; wpe stays in L2. Expect 80 %.
 template <class A>
 __global__ void embed_forward_kernel(A* out, const int32_t* tokens, const A* wte, const A* wpe,
                                      int rows, int T, int C, int past, Dropout drop) {
@@ -276,30 +274,30 @@ __global__ void embed_forward_kernel(A* out, const int32_t* tokens, const A* wte
     const size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
     if (at >= size_t(rows) * C) return;
     const int row = int(at / C), c = int(at % C);
-    float token[N], place[N];
+    float token[N], position[N];
     load_pack(token, wte + size_t(tokens[row]) * C + c);
-    load_pack(place, wpe + size_t(past + row % T) * C + c);
-    for (int i = 0; i < N; ++i) token[i] += place[i];
+    load_pack(position, wpe + size_t(past + row % T) * C + c);
+    for (int i = 0; i < N; ++i) token[i] += position[i];
     if (drop.on())
         for (int i = 0; i < N; ++i) token[i] *= drop.scale(at + i);
     store_pack(out + at, token);
 }
 
-// dwte[token] += the rows of drop(dout) at which the token stands. A block takes 32 packs of
-// columns of one token at a time: it counts the token's rows, then 8 warps take every eighth of
-// them, and add up in order. Why counting first: a frequent token has thousands of rows, whose
-// loads must not wait for each other. Moves: reads dout once, gathered, reads and writes the rows
-// of dwte that occur, in fp32. Expect 60 %: the blocks of frequent tokens are the last to end.
+// dwte[token] += the rows of drop(dout) with that token. A block takes 32 packs of columns of one
+// token at a time: it counts the token's rows, then 8 warps take every eighth of them, and add up
+// in order. Why count first: a frequent token has thousands of rows, whose loads must not wait for
+// each other. Moves: gathers dout once, reads and writes the rows of dwte that occur, in fp32.
+// Expect 60 %: the blocks of frequent tokens end last.
 template <class A>
 __global__ void embed_backward_tokens_kernel(float* dwte, const A* dout, const int32_t* tokens,
                                              const int32_t* order, int rows, int C, Dropout drop) {
     constexpr int N = kPack<A>, kWarps = kThreads / kWarp;
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    const int stripes = blocks_for(C, kStripe<A>);
-    for (int64_t piece = blockIdx.x; piece < int64_t(rows) * stripes; piece += gridDim.x) {
-        const int first = int(piece / stripes), token = tokens[order[first]];
+    const int parts = blocks_for(C, kWarpColumns<A>);  // of a row
+    for (int64_t task = blockIdx.x; task < int64_t(rows) * parts; task += gridDim.x) {
+        const int first = int(task / parts), token = tokens[order[first]];
         if (first > 0 && tokens[order[first - 1]] == token) continue;  // its first row does it
-        const int begin = int(piece % stripes) * kStripe<A>, c = begin + lane * N;
+        const int begin = int(task % parts) * kWarpColumns<A>, c = begin + lane * N;
         int end = first;
         for (int found = kThreads; found == kThreads; end += found) {
             const int i = end + threadIdx.x;  // and the sums before were read
@@ -313,19 +311,19 @@ __global__ void embed_backward_tokens_kernel(float* dwte, const A* dout, const i
             load_pack(d, dout + at);
             for (int j = 0; j < N; ++j) sum[j] += drop.on() ? d[j] * drop.scale(at + j) : d[j];
         }
-        add_up_warps<A>(dwte + size_t(token) * C, sum, begin, C, true);
+        add_up_warps<A>(dwte + size_t(token) * C, sum, begin, C, kAdd);
     }
 }
 
-// --- 4.2 Layernorm
+// --- §4.2 Layernorm
 
-// A warp goes over the same row of kTables tables two or three times. Why not just read it again:
-// the other warps' rows have pushed it out of the first-level cache. A batch, 4 packs of a lane
-// from each table, is asked for at once and stays in registers: 1024 columns of bf16, 512 of fp32.
-// Longer rows take several; then a pass begins with the batch at which the one before ended.
+// A warp goes over the same row of kTables tables two or three times. Why not read it again: other
+// warps' rows have evicted it from L1. A batch, 4 packs of a lane from each table, is loaded at
+// once and stays in registers: 1024 columns of bf16, 512 of fp32. Longer rows take several batches;
+// then a pass begins with the batch at which the one before ended.
 template <class A, int kTables>
 struct RowReader {
-    static constexpr int N = kPack<A>, kBatch = 4, kStep = kBatch * kStripe<A>;
+    static constexpr int N = kPack<A>, kBatch = 4, kStep = kBatch * kWarpColumns<A>;
     const A* tables[kTables];
     int C, loaded = -1;  // the column at which the batch in `raw` begins; a new row begins with -1
     size_t start = 0;    // of the row
@@ -338,22 +336,22 @@ struct RowReader {
         for (int i = 0; i <= last; i += kStep) {
             const int begin = from == last ? last - i : i, first = begin + lane * N;
             for (int t = 0; t < kTables && begin != loaded; ++t)
-                for (int j = 0, c = first; j < kBatch; ++j, c += kStripe<A>)
+                for (int j = 0, c = first; j < kBatch; ++j, c += kWarpColumns<A>)
                     if (c < C) raw[t][j] = *reinterpret_cast<const uint4*>(tables[t] + start + c);
             loaded = begin;
 #pragma unroll
             for (int j = 0; j < kBatch; ++j) {
-                if (first + j * kStripe<A> >= C) break;
+                if (first + j * kWarpColumns<A> >= C) break;
                 float values[kTables][N];
                 for (int t = 0; t < kTables; ++t) unpack(values[t], raw[t][j]);
-                work(first + j * kStripe<A>, values);
+                work(first + j * kWarpColumns<A>, values);
             }
         }
     }
 };
 
-// out = (x - m) r weight + bias, m the mean of the row, r = 1 / sqrt(variance + eps); both are
-// kept. One warp makes one row. Moves: reads 1, writes 1 row of C. Expect 90 %.
+// out = (x - m) r weight + bias. One warp makes one row. Moves: reads 1, writes 1 row of C. Expect
+// 90 %.
 template <class A>
 __global__ void layernorm_forward_kernel(A* out, float* mean, float* rstd, const A* x,
                                          const A* weight, const A* bias, int rows, int C) {
@@ -381,31 +379,30 @@ __global__ void layernorm_forward_kernel(A* out, float* mean, float* rstd, const
 
 constexpr int kNormWarps = 4;  // of a block of layernorm's backward
 
-// Where layernorm's backward keeps the sum of column c: a lane's neighbours are other lanes'
-// columns, so that a warp meets every bank of shared memory once.
+// Where layernorm's backward keeps the sum of column c: neighbours belong to different lanes, so a
+// warp's accesses have no bank conflicts.
 template <class A>
-__host__ __device__ inline int sum_place(int c) {
+__host__ __device__ inline int sum_index(int c) {
     constexpr int N = kPack<A>;
-    return c / kStripe<A> * kStripe<A> + c % N * kWarp + c / N % kWarp;
+    return c / kWarpColumns<A> * kWarpColumns<A> + c % N * kWarp + c / N % kWarp;
 }
 
 // dx = dresidual + r (g - mean(g) - n mean(g n)), g = dout weight, n = (x - m) r; dbranch =
-// drop(dx). And the columns' sums: dweight of dout n, dbias of dout, the branch's bias gradient of
-// dbranch. One warp takes rows warp, warp + warps, ..., and keeps its column sums in shared memory.
-// The block adds its warps' sums in order and leaves them in partial[block], [3][C];
-// sum_partials_kernel finishes. Moves: reads dout, dresidual, x, writes dx (and dbranch): 4 or 5
-// rows of C. Expect 90 %.
+// drop(dx). Column sums: dweight of dout n, dbias of dout, dbranch_bias of dbranch. A warp takes
+// every so many-th row and keeps its column sums in shared memory. The block adds its warps' sums
+// in order into partial[block] [3][C]; sum_partials_kernel adds the blocks'. Moves: reads dout,
+// dresidual, x, writes dx (and dbranch): 4 or 5 rows of C. Expect 90 %.
 template <class A>
 __global__ void __launch_bounds__(128)
     layernorm_backward_kernel(A* dx, A* dbranch, float* partial, const A* dout, const A* dresidual,
                               const A* x, const float* mean, const float* rstd, const A* weight,
                               int rows, int C, Dropout drop) {
     constexpr int N = kPack<A>;
-    extern __shared__ float norm_sums[];  // [kNormWarps][3][places]
+    extern __shared__ float norm_sums[];  // [kNormWarps][3][width]
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    const int places = blocks_for(C, kStripe<A>) * kStripe<A>;
-    float* mine = norm_sums + size_t(warp) * 3 * places + lane;
-    for (int i = 0; i < 3 * places; i += kWarp) mine[i] = 0;
+    const int width = blocks_for(C, kWarpColumns<A>) * kWarpColumns<A>;
+    float* mine = norm_sums + size_t(warp) * 3 * width + lane;
+    for (int i = 0; i < 3 * width; i += kWarp) mine[i] = 0;
     RowReader<A, 3> reader{{x, dout, dresidual ? dresidual : dout}, C};
     for (int row = blockIdx.x * kNormWarps + warp; row < rows; row += gridDim.x * kNormWarps) {
         const size_t start = size_t(row) * C;
@@ -424,35 +421,35 @@ __global__ void __launch_bounds__(128)
         mean_g = warp_sum(mean_g) / C, mean_gn = warp_sum(mean_gn) / C;
         reader.pass([&](int c, auto& values) {
             auto& [in, d, joined] = values;
-            float w[N], *sums = mine + c / kStripe<A> * kStripe<A>;
+            float w[N], *sums = mine + c / kWarpColumns<A> * kWarpColumns<A>;
             load_pack(w, weight + c);
             for (int i = 0; i < N; ++i) {
                 const float n = (in[i] - m) * r;
                 joined[i] = (dresidual ? joined[i] : 0) + r * (d[i] * w[i] - mean_g - n * mean_gn);
                 sums[i * kWarp] += d[i] * n;
-                sums[places + i * kWarp] += d[i];
+                sums[width + i * kWarp] += d[i];
             }
             store_pack(dx + start + c, joined);
             if (drop.on()) {
                 for (int i = 0; i < N; ++i) joined[i] *= drop.scale(start + c + i);
                 store_pack(dbranch + start + c, joined);
             }
-            for (int i = 0; i < N; ++i) sums[2 * places + i * kWarp] += joined[i];
+            for (int i = 0; i < N; ++i) sums[2 * width + i * kWarp] += joined[i];
         });
     }
     __syncthreads();
     for (int i = threadIdx.x; i < 3 * C; i += blockDim.x) {
-        const int at = i / C * places + sum_place<A>(i % C);
+        const int at = i / C * width + sum_index<A>(i % C);
         float total = 0;
-        for (int w = 0; w < kNormWarps; ++w) total += norm_sums[size_t(w) * 3 * places + at];
+        for (int w = 0; w < kNormWarps; ++w) total += norm_sums[size_t(w) * 3 * width + at];
         partial[size_t(blockIdx.x) * 3 * C + i] = total;
     }
 }
 
 // to[c] = (accumulate ? to[c] : 0) + sum over parts of partial[part][c], in a fixed order:
 // blockDim.y threads share a column, each takes every blockDim.y-th part, then they add up in
-// order. Row y of the grid does the y-th of `width` / C tables that lie side by side in a part; a
-// null pointer skips one. Moves: reads the parts, a few MB, mostly from the second-level cache.
+// order. Row y of the grid does the y-th of `width` / C tables side by side in a part; a null
+// pointer skips one. Moves: reads the parts, a few MB, mostly from L2.
 struct ThreePointers {
     float* to[3];
 };
@@ -473,9 +470,9 @@ __global__ void sum_partials_kernel(ThreePointers out, const float* partial, int
     to[c] = total;
 }
 
-// --- 4.3 Linear layers: what stands beside the matmul where cuBLASLt cannot fuse it
+// --- §4.3, §4.4 Linear layers: products are cuBLASLt's (section 5); here are the bias gradients
 
-// GELU with tanh, as GPT-2 has it, and its derivative: u = k (x + 0.044715 x^3), k = sqrt(2/pi),
+// GELU with tanh (§4.6), and its derivative: u = k (x + 0.044715 x^3), k = sqrt(2/pi),
 //   gelu = x (1 + tanh u) / 2     gelu' = (1 + tanh u) / 2 + x (1 - tanh^2 u) u' / 2
 constexpr float kGeluScale = 0.7978845608028654f, kGeluCube = 0.044715f;
 __device__ inline float gelu_of(float x) {
@@ -487,20 +484,8 @@ __device__ inline float gelu_slope(float x) {
     return 0.5f * (1 + t) + 0.5f * x * (1 - t * t) * slope;
 }
 
-// gelu [count] = GELU(pre). Moves: reads 1, writes 1 number each. Expect 90 %.
-template <class A>
-__global__ void gelu_kernel(A* gelu, const A* pre, size_t count) {
-    constexpr int N = kPack<A>;
-    const size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
-    if (at >= count) return;
-    float x[N];
-    load_pack(x, pre + at);
-    for (int i = 0; i < N; ++i) x[i] = gelu_of(x[i]);
-    store_pack(gelu + at, x);
-}
-
-// Column sums of drop(d) [rows, C], a block for 32 packs of columns and one of gridDim.y stripes of
-// rows; sum_partials_kernel adds up the stripes. With pre, d is first multiplied by gelu'(pre), and
+// Column sums of drop(d) [rows, C]: a block takes 32 packs of columns and every gridDim.y-th group
+// of rows; sum_partials_kernel adds the groups. With pre, d is first multiplied by gelu'(pre), and
 // kept in `product`, which may be d. Moves: reads d; with pre reads 2 and writes 1. Expect 90 %.
 template <class A>
 __global__ void column_sums_kernel(float* partial, A* product, const A* d, const A* pre, int rows,
@@ -520,42 +505,27 @@ __global__ void column_sums_kernel(float* partial, A* product, const A* d, const
         }
         for (int i = 0; i < N; ++i) sum[i] += drop.on() ? x[i] * drop.scale(at + i) : x[i];
     }
-    add_up_warps<A>(partial + size_t(blockIdx.y) * C, sum, blockIdx.x * kStripe<A>, C, false);
+    add_up_warps<A>(partial + size_t(blockIdx.y) * C, sum, blockIdx.x * kWarpColumns<A>, C, kSet);
 }
 
-// out = residual + drop(out). Moves: reads 2, writes 1 number each. Operations: about 20 on
-// integers for each number's place in the mask. Expect 80 %.
-template <class A>
-__global__ void residual_dropout_kernel(A* out, const A* residual, size_t count, Dropout drop) {
-    constexpr int N = kPack<A>;
-    const size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
-    if (at >= count) return;
-    float branch[N], stream[N];
-    load_pack(branch, out + at), load_pack(stream, residual + at);
-    for (int i = 0; i < N; ++i) stream[i] += branch[i] * drop.scale(at + i);
-    store_pack(out + at, stream);
-}
-
-// --- 4.4 Attention, the plain path: any head size up to 256, any type, fp32 arithmetic
-// s = q.k / sqrt(HS), p = e^(s - lse), out = sum of p v; no [T, T] matrix is ever stored. A block
-// takes 32 rows of one head ("held": queries forward; queries, or keys, backward), 8 for each of
-// its 4 warps, and streams past them tiles of 32 rows ("streamed": keys; keys, or queries). A lane
-// owns one row of a tile for the dot products, and every 32nd channel for the sums over rows: so
-// all sums stay in registers, and in a fixed order.
+// --- §4.5 Attention, plain: any head size up to 256, any type, fp32 arithmetic
+// A block takes 32 rows of one head ("held": queries forward; queries or keys backward), 8 for each
+// of its 4 warps, and streams tiles of 32 rows past them ("streamed": keys; keys or queries). A
+// lane owns one row of a tile for the dot products, and every 32nd channel for the sums over rows:
+// so all sums stay in registers, in a fixed order.
 // Operations: 2 HS for each of forward's 2 products and backward's 7, for each pair of T^2 / 2.
-// Moves: q, k, v once for each 32 rows of T, mostly from the second-level cache. Expect 30 % of the
-// fp32 peak (67 TFLOP/s): the cores wait for shared memory.
+// Moves: q, k, v once for each 32 rows of T, mostly from L2. Expect 30 % of the fp32 peak (67
+// TFLOP/s): the cores wait for shared memory.
 
-constexpr int kHeadThreads = 128;  // of a block that works on a head, here and in 4.5: 4 warps
+constexpr int kHeadThreads = 128;  // of a block that works on a head: 4 warps
 constexpr int kPlainRows = 8, kPlainHeld = kHeadThreads / kWarp * kPlainRows;
 constexpr int kMaxHeadSize = 256;
 
-// The tensor cores' backward keeps two numbers for each row of a head, its statistics: in pairs of
-// rows, so that each head's table starts at a multiple of 16 bytes.
+// The tensor cores' backward keeps two numbers for each row of a head, its statistics. Rows are
+// padded to pairs, so that each head's table is aligned to 16 bytes.
 __host__ __device__ inline int statistics_rows(int T) { return T + T % 2; }
 
-// Which head a block works on, and where its rows of packed queries, keys and values lie. Row y of
-// the grid has the y-th head of all sequences' heads.
+// The head a block works on, which is row y of the grid, and its queries, keys and values.
 template <class A>
 struct Head {
     int b, h, C, stride;  // stride: from one packed row to the next
@@ -572,7 +542,7 @@ struct Head {
         return table + (size_t(b) * T + t) * C + h * HS;
     }
     __device__ size_t statistics(int T) const { return size_t(blockIdx.y) * statistics_rows(T); }
-    // Where this block's share of the column sums of dqkv lies, in a table [B * blocks, 3C].
+    // This block's column sums of dqkv, in a table [B * blocks, 3C].
     __device__ float* partial(float* table, int HS) const {
         return table + (size_t(b) * gridDim.x + blockIdx.x) * stride + h * HS;
     }
@@ -580,7 +550,7 @@ struct Head {
 
 __host__ __device__ inline int padded_head(int HS) { return (HS + 3) / 4 * 4; }
 
-// to[i][0..HS) = from row first + i, as floats; zeros up to the padded size, and for rows from
+// to[i][0..HS) = row first + i of `from`, as floats; zeros up to the padded size, and for rows from
 // `end` on.
 template <class A>
 __device__ inline void copy_rows(float* to, int pitch, const A* from, size_t stride, int first,
@@ -626,9 +596,8 @@ __device__ inline void plain_add(float (&sum)[kPlainRows][E], const float* p, co
     }
 }
 
-// out = softmax(q k^T / sqrt(HS)) v for queries past .. past + n - 1 of sequences of past + n rows:
-// training has past = 0 and n = T; generation asks for the last rows. out [B * n, C]; lse [B * NH,
-// n], or null. E: channels of a lane.
+// For queries past .. past + n - 1 of sequences of past + n rows: training has past = 0 and n = T.
+// out [B * n, C]; lse [B * NH, n], or null. E: channels of a lane.
 template <class A, int E>
 __global__ void __launch_bounds__(kHeadThreads)
     attention_plain_forward_kernel(A* out, float* lse, const A* qkv, int past, int n, int NH,
@@ -661,8 +630,8 @@ __global__ void __launch_bounds__(kHeadThreads)
             const float e = expf(score - highest[r]), shrink = expf(before - highest[r]);
             total[r] = total[r] * shrink + warp_sum(e);
             for (int i = 0; i < E; ++i) o[r][i] *= shrink;
-            const uint64_t place = (head.bh_T + query) * length + key;
-            p[r * 32 + lane] = drop.on() ? e * drop.scale(place) : e;
+            const uint64_t index = (head.bh_T + query) * length + key;
+            p[r * 32 + lane] = drop.on() ? e * drop.scale(index) : e;
         }
         __syncwarp();
         plain_add<E>(o, p, v_tile, HS);
@@ -678,14 +647,10 @@ __global__ void __launch_bounds__(kHeadThreads)
     }
 }
 
-// With the mask w of dropout: out = sum of p w v, so dp = w (dout . v), and through the softmax
-// ds = p (dp - sum of p dp) = p (dp - delta), because sum of p w (dout . v) = dout . out. Then
-//   dq[t] = sum over t2 of ds k[t2] / sqrt(HS)      dk[t2] = sum over t of ds q[t] / sqrt(HS)
-//   dv[t2] = sum over t of p w dout[t]
-// delta [B * NH, T] is made with dq, and then used for dk and dv.
-// kForKeys: held rows are keys (k and v), streamed are queries (q and dout): makes dk and dv.
-// Otherwise held are queries, streamed are keys: makes dq. Either way the first of the two held
-// tables meets the first streamed one for s, the second the second for dp.
+// The header's D is `delta` [B * NH, T] here, and its mask m is w. Two launches: without kForKeys
+// queries are held and keys streamed, which makes dq and delta; with it keys (k and v) are held and
+// queries (q and dout) streamed, which makes dk and dv from delta. Either way s is the first held
+// table times the first streamed one, and dp the second times the second.
 template <class A, int E, bool kForKeys>
 __global__ void __launch_bounds__(kHeadThreads)
     attention_plain_backward_kernel(A* dqkv, float* delta, const A* dout, const A* out,
@@ -752,28 +717,26 @@ __global__ void __launch_bounds__(kHeadThreads)
     }
 }
 
-// --- 4.5 Attention on tensor cores: bf16, head sizes 32, 64 and 128 (Dao 2023, "FlashAttention-2")
-// The same sums as 4.4. Tiles of q, k, v and dout lie in shared memory as bf16; a warp holds 16 (or
-// 32) rows, and its scores never leave registers: the layout in which an mma leaves its results is
-// the layout in which the next one wants its left operand (section 2), two neighbouring tiles side
-// by side. While one tile is worked on, the next is copied.
-// kGroup: the block's warps multiply as a group (wgmma), for HS = 64. Their layouts in registers
-// are the same, and the tiles lie as wgmma wants them, so only the two products, who has which
-// rows, and what must be waited for are different. Tensor cores then read the tiles by themselves,
-// and work on one product while the warps are busy with what another has left. Which of the two it
-// is, tuning decides (struct Cuda).
+// --- §4.5 Attention on tensor cores: bf16, head sizes 32, 64 and 128 (Dao 2023, FlashAttention-2)
+// The same sums. Tiles of q, k, v and dout lie in shared memory as bf16. A warp holds 16 (or 32)
+// rows, and its scores never leave registers: an mma leaves its results in the layout in which the
+// next one wants its left operand (section 2), two neighbouring tiles side by side. While one tile
+// is used, the next is copied.
+// kGroup: the block's warps multiply as a group (wgmma), for HS = 64. Layouts are the same; only
+// the two products, who has which rows, and what must be waited for differ. Tensor cores then read
+// the tiles by themselves, and run while the warps work on another product's results. Tuning
+// decides which of the two is used (struct Cuda).
 // Floors, for each layer at B = 64, T = 1024, HS = 64: forward is 103 GFLOP, of which mma.sync does
 // about 620 a millisecond on an H100 (wgmma 800): 0.17 ms; 403 million exponentials: 0.11 ms; 4
 // rows of C: 0.13 ms. They share the issue slots, so expect 230 to 290 TFLOP/s forward. Backward is
 // counted as 258 GFLOP and does 361, because both its kernels make the scores: expect 170 to 250 as
 // counted.
-// Careful: a lane's arrays must lie in registers, so every loop over one must be unrolled.
-// nvcc does that by itself where a loop is short and its length fixed, and is told where the body
+// Careful: a lane's arrays must stay in registers, so every loop over one must be unrolled. nvcc
+// does that by itself where a loop is short and its length fixed, and has a pragma where the body
 // is long; `make cuda_compiles` fails if an array of these kernels ended up in memory.
 
-// A row of a tile is HS bf16, cut into chunks of 16 bytes. Why: 8 rows of one chunk, which
-// load_matrix reads at once, would all fall on the same banks; so chunk c of row r is stored at c
-// xor r (mod 8).
+// A row of a tile is HS bf16, in chunks of 16 bytes, of which chunk c of row r is stored at c xor r
+// (mod 8). Why: load_matrix reads one chunk of 8 rows at once, and they must not share banks.
 template <int HS>
 __device__ inline bf16* chunk_at(bf16* tile, int row, int chunk) {
     const int stored = HS >= 64 ? chunk ^ (row & 7) : chunk ^ ((row >> 1) & 3);
@@ -781,8 +744,8 @@ __device__ inline bf16* chunk_at(bf16* tile, int row, int chunk) {
 }
 
 // Starts copying rows first .. first + kRows - 1 of a table with T rows; rows past the end become
-// 0. A thread copies one chunk of every 16th row (HS = 64). Why not any rows: these all have the
-// same place in the swizzle, so that a copy costs a few instructions.
+// 0. A thread copies one chunk of every 16th row (HS = 64). Why: these all have the same swizzle,
+// so that a copy costs a few instructions.
 template <int HS, int kRows>
 __device__ inline void copy_tile(bf16* tile, const bf16* from, int stride, int first, int T) {
     constexpr int kChunks = HS / 8, kStep = kHeadThreads / kChunks;
@@ -794,13 +757,13 @@ __device__ inline void copy_tile(bf16* tile, const bf16* from, int stride, int f
         copy_async_16(to + i * HS, from + i * stride, first + row + i < T);
 }
 
-// Starts copying the 64 keys and values of a tile, to where the tile before the last one lay.
+// Starts copying the 64 keys and values of a tile, over the tile before the last one.
 template <int HS>
 __device__ inline void copy_keys(bf16* k_tiles, bf16* v_tiles, const Head<bf16>& head, int tile,
                                  int T) {
-    const int place = tile % 2 * 64 * HS;
-    copy_tile<HS, 64>(k_tiles + place, head.k, head.stride, tile * 64, T);
-    copy_tile<HS, 64>(v_tiles + place, head.v, head.stride, tile * 64, T);
+    const int at = tile % 2 * 64 * HS;
+    copy_tile<HS, 64>(k_tiles + at, head.k, head.stride, tile * 64, T);
+    copy_tile<HS, 64>(v_tiles + at, head.v, head.stride, tile * 64, T);
     copy_async_commit();
 }
 
@@ -828,11 +791,11 @@ __device__ inline void mma_pair(float (&left)[4], float (&right)[4], const unsig
 __device__ inline int result_row(int e) { return threadIdx.x % kWarp / 4 + (e >> 1) * 8; }
 __device__ inline int result_column(int n, int e) { return n * 8 + threadIdx.x % 4 * 2 + (e & 1); }
 
-// Where and how a tile [rows, 64] lies, for wgmma (PTX ISA, "Matrix Descriptor Format"). A row is
-// 128 bytes, so chunk_at is the hardware's swizzle of 128 bytes (1 in bits 62 and 63): it, too,
-// takes bits 4 to 6 of an address xor bits 7 to 9. Careful: so tiles begin at multiples of 1,024
-// bytes. All is given without its lowest 4 bits: the start; then twice the way from 8 rows to the
-// next 8. (Of the two one is the way between tiles side by side, which there are none of.)
+// The descriptor of a tile [rows, 64], for wgmma (PTX ISA, "Matrix Descriptor Format"). A row is
+// 128 bytes, so chunk_at is the hardware's 128-byte swizzle (1 in bits 62 and 63): bits 4 to 6 of
+// an address xor bits 7 to 9. Careful: so tiles are aligned to 1,024 bytes. Start and strides lack
+// their lowest 4 bits; both strides are the distance from 8 rows to the next 8 (one of them is for
+// tiles side by side, and not used).
 __device__ inline uint64_t tile_descriptor(const bf16* tile) {
     return (shared_address(tile) & 0x3ffff) >> 4 | uint64_t(64) << 16 | uint64_t(64) << 32 |
            uint64_t(1) << 62;
@@ -853,9 +816,9 @@ __device__ inline void group_columns_product(float (&d)[8][4], const float (&s)[
     for (int k = 0; k < 4; ++k) group_mma<true>(d, a[k], tile_descriptor(tile + k * 16 * 64), true);
     group_end();
 }
-// From here on d may be touched, which a product was added to; a group's are waited for, all.
-template <bool kGroup, int kM, int kPieces>
-__device__ inline void wait_for(float (&d)[kM][kPieces][4]) {
+// Waits for all products of the group; then d may be touched.
+template <bool kGroup, int kM, int kN>
+__device__ inline void wait_for(float (&d)[kM][kN][4]) {
     if constexpr (kGroup)
         for (int i = 0; i < kM; ++i) group_wait<0>(d[i]);
 }
@@ -867,8 +830,8 @@ __device__ inline void rows_product(float (&d)[kM][kN / 8][4], const unsigned (&
     static_assert(!kGroup || kM == 1);
     if constexpr (kGroup) return group_rows_product(d[0], a[0], tile);
     const int lane = threadIdx.x % kWarp, row = lane / 16 * 8 + lane % 8, side = lane / 8 % 2;
-    for (auto& part : d)
-        for (auto& piece : part) piece[0] = piece[1] = piece[2] = piece[3] = 0;
+    for (auto& row : d)
+        for (auto& x : row) x[0] = x[1] = x[2] = x[3] = 0;
     for (int k = 0; k < HS / 16; ++k)
         for (int n = 0; n < kN / 16; ++n) {
             unsigned b[4];
@@ -894,8 +857,8 @@ __device__ inline void add_columns_product(float (&d)[kM][HS / 8][4],
     }
 }
 
-// Waits until the tiles that were asked for are there, for all threads of the block (kGroup: and
-// for their products), and all are done with the tiles before.
+// Waits until the copied tiles are there for all threads of the block (kGroup: and for their
+// products), and all are done with the tiles before.
 template <bool kGroup>
 __device__ inline void wait_for_tiles() {
     copy_async_wait<0>();
@@ -903,8 +866,7 @@ __device__ inline void wait_for_tiles() {
     __syncthreads();
 }
 
-// Rows mine.. (16 of them) of a table with T rows become factors[row half] * d, a warp's results
-// [16, HS].
+// Stores factors[row half] * d, a warp's results [16, HS], to rows mine.. of a table with T rows.
 template <int HS>
 __device__ inline void store_rows(bf16* to, int stride, int mine, int T,
                                   const float (&d)[HS / 8][4], const float (&factors)[2]) {
@@ -919,9 +881,9 @@ __device__ inline void store_rows(bf16* to, int stride, int mine, int T,
     }
 }
 
-// The running softmax of a warp's 16 rows as a new tile of scores arrives: highest score and sum of
-// each row follow, o shrinks to the new maximum, s becomes p = 2^(scale2 (s - highest)).
-// A row's scores lie in 4 neighbouring lanes.
+// The running softmax of a warp's 16 rows when a new tile of scores arrives: updates each row's
+// maximum and sum, scales o to the new maximum, and s becomes p = 2^(scale2 (s - highest)). A row's
+// scores are in 4 neighbouring lanes.
 template <int kScores, int kOut>
 __device__ inline void softmax_step(float (&s)[kScores][4], float (&o)[kOut][4],
                                     float (&highest)[2], float (&total)[2], float scale2) {
@@ -941,7 +903,7 @@ __device__ inline void softmax_step(float (&s)[kScores][4], float (&o)[kOut][4],
     }
 }
 
-// Takes the keys that come after a query out of a warp's scores [16 queries, keys], or, kForKeys,
+// Sets scores of keys after their query to -infinity, in a warp's [16 queries, keys] or, kForKeys,
 // [16 keys, queries].
 template <bool kForKeys = false, int kScores>
 __device__ inline void mask_scores(float (&s)[kScores][4], int query, int key) {
@@ -952,7 +914,7 @@ __device__ inline void mask_scores(float (&s)[kScores][4], int query, int key) {
             s[i / 4][i % 4] = -INFINITY;
     }
 }
-// Puts the mask of dropout on a warp's p [16 queries, keys].
+// Multiplies a warp's p [16 queries, keys] by dropout's mask.
 template <int kScores>
 __device__ inline void drop_scores(float (&s)[kScores][4], Dropout drop, uint64_t bh_T, int query,
                                    int key, int T) {
@@ -961,16 +923,16 @@ __device__ inline void drop_scores(float (&s)[kScores][4], Dropout drop, uint64_
             s[n][e] *= drop.scale((bh_T + query + result_row(e)) * T + key + result_column(n, e));
 }
 
-// Whether a warp keeps its queries in registers. For 8.x the compiler finds 28 bytes too few; there
-// they are read from shared memory again for every tile of keys.
+// Whether a warp keeps its queries in registers. On 8.x that spills 28 bytes, so they are read
+// again from shared memory for every tile of keys.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr bool kKeepQueries = false;
 #else
 constexpr bool kKeepQueries = true;
 #endif
 
-// One block: 4 warps, kM times 16 queries each, of one head; keys in tiles of 64. kM = 2 reads a
-// tile from shared memory for twice as many products, and needs all registers; kDrop: with dropout.
+// One block: 4 warps, kM times 16 queries each, of one head; keys in tiles of 64. kM = 2 makes
+// twice as many products of a tile once read, and needs all registers. kDrop: with dropout.
 // Operations: 4 HS and an exponential for each pair of T^2 / 2. Moves: reads 3, writes 1 row of C.
 template <int HS, int kM, bool kDrop, bool kGroup>
 __global__ void __launch_bounds__(kHeadThreads)
@@ -988,8 +950,8 @@ __global__ void __launch_bounds__(kHeadThreads)
     copy_keys<HS>(k_tiles, v_tiles, head, 0, T);
     const float scale = 1 / sqrtf(float(HS)), scale2 = scale * kLog2E;
     float o[kM][HS / 8][4] = {}, highest[kM][2], total[kM][2] = {};
-    // Careful: not undefined until the first tile is there, here and below. nvcc 13.0 then gave
-    // the registers of a group's left operands away after their first product.
+    // Careful: initialised, here and below; else nvcc 13.0 reused the registers of a group's left
+    // operands after their first product.
     unsigned queries[kM][HS / 16][4] = {};
     for (int i = 0; i < kM; ++i) highest[i][0] = highest[i][1] = -INFINITY;
     for (int tile = 0; tile < tiles; ++tile) {
@@ -999,13 +961,13 @@ __global__ void __launch_bounds__(kHeadThreads)
             for (int i = 0; i < kM; ++i)
                 left_operands<HS>(queries[i], q_tile, mine - first + kApart * i);
         const int key = tile * kKeys, at = tile % 2 * kKeys * HS;
-        if (!kGroup && key >= mine + 16 * kM) continue;  // all keys come after all of its queries
+        if (!kGroup && key >= mine + 16 * kM) continue;  // no query of this warp sees these keys
         auto work = [&]<int kFrom>(std::integral_constant<int, kFrom>) {
             float s[kM][kKeys / 8][4];
             if constexpr (kGroup)
                 for (int i = kFrom; i < kM; ++i) group_rows_product(s[i], queries[i], k_tiles + at);
             else
-                rows_product<HS, kM, kKeys, false>(s, queries, k_tiles + at);
+                rows_product<HS, kM, kKeys, kGroup>(s, queries, k_tiles + at);
             if (!kGroup && key + kKeys - 1 > mine)
                 for (int i = 0; i < kM; ++i) mask_scores(s[i], mine + 16 * i, key);
 #pragma unroll
@@ -1017,12 +979,13 @@ __global__ void __launch_bounds__(kHeadThreads)
                 if constexpr (kDrop) drop_scores(s[i], drop, head.bh_T, query, key, T);
                 if constexpr (kGroup) group_columns_product(o[i], s[i], v_tiles + at);
             }
-            if constexpr (!kGroup) add_columns_product<HS, kM, kKeys, false>(o, s, v_tiles + at);
+            if constexpr (!kGroup) add_columns_product<HS, kM, kKeys, kGroup>(o, s, v_tiles + at);
             wait_for<kGroup>(o);
         };
-        // Careful: no branch around a product under way, or the compiler waits for each at once.
+        // Careful: no branch around a pending product, or the compiler waits for each at once.
         if (kGroup && kM == 2 && key >= first + 64)
-            work(std::integral_constant<int, kM - 1>());  // the keys come after the first 64
+            work(std::integral_constant<int,
+                                        kM - 1>());  // the first 64 queries see none of the keys
         else
             work(std::integral_constant<int, 0>());
     }
@@ -1040,20 +1003,20 @@ __global__ void __launch_bounds__(kHeadThreads)
     }
 }
 
-// What both backward kernels do with an element of a warp's s and dp: s becomes p w, dp becomes ds
-// without its factor 1 / sqrt(HS).
+// An element of a warp's s and dp in both backward kernels: s becomes p w, dp becomes ds without
+// its factor 1 / sqrt(HS).
 //   p = 2^(scale2 s - lse2), so 0 where s is masked    ds = p (w dp - delta)
-// lse2, delta: of the element's query; `place` is the element's place in dropout's mask.
+// lse2, delta: of the element's query; index: in dropout's mask.
 template <bool kDrop>
 __device__ inline void backward_element(float& s, float& dp, float lse2, float delta, float scale2,
-                                        Dropout drop, uint64_t place) {
-    const float p = exp2_approx(s * scale2 - lse2), w = kDrop ? drop.scale(place) : 1;
+                                        Dropout drop, uint64_t index) {
+    const float p = exp2_approx(s * scale2 - lse2), w = kDrop ? drop.scale(index) : 1;
     dp = p * (w * dp - delta);
     s = p * w;
 }
 
-// partial[column] = the sums over a block's rows of its warps' results factor * d [16 kM, HS] each:
-// what this block adds to a bias gradient. All threads of the block take part.
+// partial[column] = column sums of the block's results factor * d [16 kM, HS]: its share of a bias
+// gradient. All threads of the block take part.
 template <int HS, int kM>
 __device__ inline void block_column_sums(float* partial, const float (&d)[kM][HS / 8][4],
                                          float factor) {
@@ -1076,9 +1039,9 @@ __device__ inline void block_column_sums(float* partial, const float (&d)[kM][HS
     }
 }
 
-// delta = out . dout (see 4.4) of a warp's 16 rows, for results' rows g and g + 8 in subtract[0]
-// and [1]. statistics[i] of row `mine` + i becomes (lse in base 2, delta), and 0
-// where a pair's second row is past the end. Two lanes share a row; its dout lies in a tile.
+// delta = out . dout of a warp's 16 rows, for results' rows g and g + 8 in subtract[0] and [1].
+// statistics[i] of row `mine` + i becomes (lse in base 2, delta), and 0 where a pair's second row
+// is past the end. Two lanes share a row; its dout is in a tile.
 template <int HS>
 __device__ inline void warp_delta(float (&subtract)[2], float2* statistics, const float* lse,
                                   const bf16* out, int stride, bf16* d_tile, int tile_row, int mine,
@@ -1101,7 +1064,7 @@ __device__ inline void warp_delta(float (&subtract)[2], float2* statistics, cons
 }
 
 // dq, and statistics [B * NH, statistics_rows(T)] for the kernel below. One block: 4 warps, kM
-// times 16 queries each, of one head; keys are copied in tiles of 64 and worked on kSlice at once.
+// times 16 queries each, of one head; keys are copied in tiles of 64 and used kSlice at a time.
 // Operations: 6 HS and an exponential for each pair of T^2 / 2. Moves: reads 5, writes 1 row of C.
 template <int HS, int kM, bool kDrop, bool kGroup>
 __global__ void __launch_bounds__(kHeadThreads)
@@ -1141,7 +1104,7 @@ __global__ void __launch_bounds__(kHeadThreads)
             }
         for (int slice = 0; slice < kKeys; slice += kSlice) {
             const int key = tile * kKeys + slice, at = (tile % 2 * kKeys + slice) * HS;
-            if (!kGroup && key >= mine + 16 * kM) break;  // all keys come after all of its queries
+            if (!kGroup && key >= mine + 16 * kM) break;  // no query of this warp sees these keys
             float s[kM][kSlice / 8][4], dp[kM][kSlice / 8][4];
             rows_product<HS, kM, kSlice, kGroup>(s, queries, k_tiles + at);
             rows_product<HS, kM, kSlice, kGroup>(dp, douts, v_tiles + at);
@@ -1168,8 +1131,8 @@ __global__ void __launch_bounds__(kHeadThreads)
 }
 
 // dk and dv. One block: 4 warps, kM times 16 keys each, of one head; queries are copied in tiles
-// and worked on kSlice at a time. The scores are made transposed, s^T = k q^T, so that p^T and ds^T
-// are left operands as they are. Operations: 8 HS and an exponential for each pair of T^2 / 2.
+// and used kSlice at a time. Scores are transposed, s^T = k q^T, so that p^T and ds^T are left
+// operands as they are. Operations: 8 HS and an exponential for each pair of T^2 / 2.
 // Moves: reads 4, writes 2 rows of C.
 template <int HS, int kM, bool kDrop, bool kGroup>
 __global__ void __launch_bounds__(kHeadThreads)
@@ -1189,7 +1152,7 @@ __global__ void __launch_bounds__(kHeadThreads)
         copy_tile<HS, kQueries>(q_tiles + tile % 2 * kQueries * HS, head.q, head.stride, begin, T);
         copy_tile<HS, kQueries>(d_tiles + tile % 2 * kQueries * HS, head.row(dout, T, HS, 0),
                                 head.C, begin, T);
-        // Of queries past the end all is 0: then p = 1, but what it is multiplied with is 0.
+        // Past the end all is 0: then p = 1, but it is multiplied by 0.
         if (threadIdx.x < kQueries / 2)
             copy_async_16(pairs + tile % 2 * kQueries / 2 + threadIdx.x, statistics + query,
                           query < T);
@@ -1212,7 +1175,7 @@ __global__ void __launch_bounds__(kHeadThreads)
             }
         for (int slice = 0; slice < kQueries; slice += kSlice) {
             const int query = tile * kQueries + slice, at = (tile % 2 * kQueries + slice) * HS;
-            if (!kGroup && query + kSlice <= mine) continue;  // all come before all of its keys
+            if (!kGroup && query + kSlice <= mine) continue;  // none of them sees this warp's keys
             float s[kM][kSlice / 8][4], dp[kM][kSlice / 8][4];
             rows_product<HS, kM, kSlice, kGroup>(s, keys, q_tiles + at);
             rows_product<HS, kM, kSlice, kGroup>(dp, values, d_tiles + at);
@@ -1244,21 +1207,50 @@ __global__ void __launch_bounds__(kHeadThreads)
     block_column_sums<HS, kM>(head.partial(partial, HS) + 2 * head.C, dv, 1);
 }
 
-// --- 4.6 The head: softmax, cross-entropy and the gradient, in place on the logits
+// --- §4.6 GELU
+
+// gelu [count] = GELU(pre). Moves: reads 1, writes 1 number each. Expect 90 %.
+template <class A>
+__global__ void gelu_kernel(A* gelu, const A* pre, size_t count) {
+    constexpr int N = kPack<A>;
+    const size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
+    if (at >= count) return;
+    float x[N];
+    load_pack(x, pre + at);
+    for (int i = 0; i < N; ++i) x[i] = gelu_of(x[i]);
+    store_pack(gelu + at, x);
+}
+
+// --- §4.7 The residual stream, where dropout keeps it out of the matmul
+
+// out = residual + drop(out). Moves: reads 2, writes 1 number each. Operations: about 20 on
+// integers for each number's mask. Expect 80 %.
+template <class A>
+__global__ void residual_dropout_kernel(A* out, const A* residual, size_t count, Dropout drop) {
+    constexpr int N = kPack<A>;
+    const size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
+    if (at >= count) return;
+    float branch[N], stream[N];
+    load_pack(branch, out + at), load_pack(stream, residual + at);
+    for (int i = 0; i < N; ++i) stream[i] += branch[i] * drop.scale(at + i);
+    store_pack(out + at, stream);
+}
+
+// --- §4.8 The head: softmax, cross-entropy and the gradient, in place on the logits
 
 constexpr int kHeadRowThreads = 512;  // of a block that makes a row of logits
 
 // loss = log(sum of e^l) - l[target], 0 where the target is kIgnore. One block makes one row of
-// logits [V], rows `pitch` apart: first its maximum and sum of e^(l - max) in one reading, then, if
-// gradient, the logits become scale (softmax - onehot). The first `kept` of a row (all but V % N,
-// if they fit) are asked for at once and wait in shared memory for both readings: 100 KB in GPT-2,
-// so that a multiprocessor loads one row while it works on another. The rest is read twice.
+// logits [V], rows `pitch` apart: first its maximum and sum of e^(l - max) in one pass, then, if
+// scale > 0, the logits become scale (softmax - onehot). The first `kept` of a row (all but V % N,
+// if they fit) are copied to shared memory at once, for both passes: 100 KB in GPT-2, so that a
+// multiprocessor loads one row while it works on another. The rest is read twice.
 // Moves: reads 1, writes 1 row of V: 4.4 ms. Operations: 2 exponentials for each number, 1.8 ms.
 // Expect 90 %.
 template <class A>
 __global__ void __launch_bounds__(kHeadRowThreads, 2)
     softmax_cross_entropy_kernel(float* losses, A* logits, const int32_t* targets, int V, int pitch,
-                                 int kept, bool gradient, float scale) {
+                                 int kept, float scale) {
     constexpr int N = kPack<A>;
     extern __shared__ __align__(16) uint4 kept_packs[];
     const int row = blockIdx.x, target = targets[row], whole = V / N * N, step = blockDim.x * N;
@@ -1285,7 +1277,7 @@ __global__ void __launch_bounds__(kHeadRowThreads, 2)
     const float top = block_max(highest), offset = top * kLog2E;
     sum = block_sum(highest == -INFINITY ? 0 : sum * exp2_approx((highest - top) * kLog2E));
     if (threadIdx.x == 0) losses[row] = scored ? logf(sum) + top - at_target : 0;
-    if (!gradient) return;
+    if (scale <= 0) return;
     const float factor = scored ? scale / sum : 0;  // else no v is the target
     for (int v = threadIdx.x * N; v < whole; v += step) {
         load(v);
@@ -1297,9 +1289,9 @@ __global__ void __launch_bounds__(kHeadRowThreads, 2)
         l[v] = A(factor * exp2_approx(float(l[v]) * kLog2E - offset) - (v == target ? scale : 0));
 }
 
-// --- 4.7 The update
+// --- §7 The update
 
-// What the host would do with the step's numbers, if it had them: one thread each.
+// The step's numbers live on the GPU: one thread.
 __global__ void begin_step_kernel(StepState* state, double lr) { state->lr = lr, state->loss = 0; }
 
 // state.loss += scale * sum of losses [rows]. One block. Moves: 4 bytes each.
@@ -1310,7 +1302,7 @@ __global__ void add_loss_kernel(StepState* state, const float* losses, int rows,
     if (threadIdx.x == 0) state->loss += scale * sum;
 }
 
-// sums[block] = a share of the sum of squares of grads [count], count a multiple of 4. Moves: 4
+// sums[block] = its part of the sum of squares of grads [count], count a multiple of 4. Moves: 4
 // bytes each, 0.17 ms for GPT-2's 124M. Expect 90 %.
 __global__ void sum_of_squares_kernel(double* sums, const float* grads, size_t count) {
     double sum = 0;
@@ -1323,10 +1315,10 @@ __global__ void sum_of_squares_kernel(double* sums, const float* grads, size_t c
     sum = block_sum(sum);
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
-// state.grad_norm = the root of the sum of sums [pieces]. One block. Moves: 8 bytes each.
-__global__ void gradient_norm_kernel(StepState* state, const double* sums, int pieces) {
+// state.grad_norm = the root of the sum of sums [count]. One block. Moves: 8 bytes each.
+__global__ void gradient_norm_kernel(StepState* state, const double* sums, int count) {
     double sum = 0;
-    for (int i = threadIdx.x; i < pieces; i += blockDim.x) sum += sums[i];
+    for (int i = threadIdx.x; i < count; i += blockDim.x) sum += sums[i];
     sum = block_sum(sum);
     if (threadIdx.x == 0) state->grad_norm = sqrt(sum);
 }
@@ -1380,10 +1372,10 @@ __global__ void round_weights_kernel(bf16* weights, const float* masters, size_t
 }
 
 // =================================================================================================
-// 5 Work for the GPU: its queue, and matmuls
+// 5 Streams and matmuls
 // =================================================================================================
 
-// A mark in the queue, which tells when the GPU has come to it.
+// A point in the stream, and when the GPU reached it.
 struct Event {
     cudaEvent_t event = nullptr;
     explicit Event(unsigned flags = cudaEventDefault) {
@@ -1401,8 +1393,7 @@ struct Event {
     }
 };
 
-// The queue of the GPU's work. What is put into it is done in order, one thing after the other,
-// while the host goes on.
+// The GPU's work, done in order while the host goes on.
 class Stream {
 public:
     Stream() { CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
@@ -1411,13 +1402,13 @@ public:
     operator cudaStream_t() const { return stream_; }
     void mark(const Event& event) { CUDA_CHECK(cudaEventRecord(event.event, stream_)); }
     void synchronize() { CUDA_CHECK(cudaStreamSynchronize(stream_)); }
-    // From the host or the GPU to either: the addresses tell.
+    // Between host and GPU, either way, or within the GPU.
     void copy(void* to, const void* from, size_t bytes) {
         CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_));
         lap("copy");
     }
 
-    // Seconds that the work takes on the GPU: the best of 5 times, after one that is not counted.
+    // Seconds that the work takes on the GPU: the best of 5, after a warm-up.
     double best_seconds(auto&& work) {
         const Event begin, end;
         double best = INFINITY;
@@ -1429,10 +1420,9 @@ public:
         return std::max(1e-9, best);
     }
 
-    // What each kernel takes that the work starts, in their order: an event follows each, and its
-    // time is that since the event before. Careful: where the host is slower to start kernels than
-    // the GPU to run them, that is the host's time. Not for work that is being recorded, or may
-    // fail.
+    // The time of each kernel that the work launches, in order: from the event before it to the one
+    // after. Careful: that is the host's time where launching is slower than running. Not for work
+    // that is captured into a graph, or may fail.
     std::vector<KernelTime> kernel_times(auto&& work) {
         laps_.emplace();
         lap("begin");
@@ -1445,14 +1435,14 @@ public:
         laps_.reset();
         return times;
     }
-    // Whoever has put a kernel into the queue says so, for kernel_times. flops: of a product.
+    // Call it after each launch, for kernel_times. flops: of a product.
     void lap(std::string_view name, double flops = 0) {
         if (!laps_) return;
         Lap& lap = laps_->emplace_back();
         lap.kernel = {std::string(name.substr(0, name.find("_kernel"))), flops, 0, 1, lap_row};
         mark(lap.end);
     }
-    int lap_row = -1;  // KernelTime::row of the kernels to come
+    int lap_row = -1;  // KernelTime::row of the next kernels
 
 private:
     struct Lap {
@@ -1464,39 +1454,37 @@ private:
 };
 
 // --- Matmuls
-// A product's shape is all that cuBLASLt needs to choose a kernel; the choice, a plan, is kept. It
-// is the library's first suggestion, so it is the same in every run. With --tune-matmul it is the
-// fastest of many, found by timing them; then it is written down, and later runs take it from the
-// file, so that they have the same numbers.
+// cuBLASLt chooses a kernel by a product's shape; the choice, a plan, is kept. It is the library's
+// first suggestion, so every run has the same. With --tune-matmul it is the fastest of many, found
+// by timing them, and written to a file, from which later runs take it: they have the same numbers.
 
-// A matrix as it lies in memory, row by row.
+// A row-major matrix.
 struct Matrix {
     const void* data;
     int rows, columns;
-    bool transposed = false;  // its transpose takes part in a product
+    bool transposed = false;  // a product takes its transpose
 };
 inline Matrix transpose(const Matrix& x) { return {x.data, x.rows, x.columns, !x.transposed}; }
 
-// What is done with a product on its way to memory.
+// What is done to a product before it is stored.
 struct Epilogue {
-    bool single = false;        // it is kept in fp32, whatever the type of its operands
-    const void* add = nullptr;  // a matrix like it is added; may be the result's own
-    cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
-    const void* bias = nullptr;  // for an epilogue that adds it to every row
-    const void* aux = nullptr;   // the GELU's input, like the result: written, and read backward
-    // The same without this epilogue, any number of times: what tuning compares with.
+    bool in_fp32 = false;       // the result's type, whatever that of the operands
+    const void* add = nullptr;  // a matrix to add; may be the result itself
+    cublasLtEpilogue_t kind = CUBLASLT_EPILOGUE_DEFAULT;
+    const void* bias = nullptr;  // added to every row
+    const void* aux = nullptr;   // GELU's input: written in forward, read in backward
+    // The same work without this epilogue, for tuning to compare. It may be done again and again.
     std::function<void()> by_hand = nullptr;
 };
 
 constexpr size_t kMatmulWorkspace = size_t(32) << 20;  // what NVIDIA recommends for Hopper
 
-// A product as the library wants it described, and its choice. Careful: cuBLASLt counts matrices
-// column by column, so what is a row-major [r, c] here is its [c, r] there. It sees out = x w,
-// [rows, OC] = [rows, C] [C, OC], as out^T = w^T x^T: its A is w, its B is x, and a transpose asked
-// of it undoes one of ours. For it D [m, n] = epilogue(op(A) [m, k] op(B) [k, n] (+ C)).
+// A product as cuBLASLt describes it, D [m, n] = epilogue(op(A) [m, k] op(B) [k, n] (+ C)), and the
+// kernel chosen. Careful: its matrices are column-major, so our row-major [r, c] is its [c, r]. It
+// sees out = x w, [rows, OC] = [rows, C] [C, OC], as out^T = w^T x^T: its A is w, its B is x.
 struct Plan {
     int64_t m, n, k;
-    std::string name;  // for bench: how left and right lie (t: transposed), and the sizes
+    std::string name;  // for bench: which of left and right is transposed (t), and the sizes
     cublasLtMatmulDesc_t operation = nullptr;
     cublasLtMatrixLayout_t a = nullptr, b = nullptr, d = nullptr;
     cublasLtMatmulAlgo_t algorithm = {};
@@ -1509,9 +1497,9 @@ inline void set(Plan& plan, cublasLtMatmulDescAttributes_t name, auto value) {
     CUDA_CHECK(cublasLtMatmulDescSetAttribute(plan.operation, name, &value, sizeof value));
 }
 
-// The file of tuned plans. A line is a plan: GPU and version of the library; the work; the choice;
-// how long it took, and another. A product's choice is the library's own description of the kernel
-// (which it may be given again, in the same version). Lines of other GPUs stay as they are.
+// The file of tuned plans. A line is a plan: GPU and library version; the work; the choice; its
+// time and that of another. A product's choice is the library's description of the kernel, valid
+// for the same version. Lines of other GPUs stay as they are.
 class PlanFile {
 public:
     PlanFile(const std::string& path, const std::string& machine) : path_(path), machine_(machine) {
@@ -1519,10 +1507,16 @@ public:
         lines_ = split_at(read_file(path), '\n');
         if (lines_.back().empty()) lines_.pop_back();
     }
-    // The choice for some work, and its place in the file. What the file does not have, tune makes:
-    // the rest of the line. Then the file is written anew as a whole, or not at all.
+    // The choice for some work, and the line with it. If there is none, tune returns the rest of
+    // the line, and the file is written anew.
     struct Found {
         std::string choice, where;
+        void check(bool good) const {
+            if (!good)
+                fail(where,
+                     " is damaged, or no plan that cuBLASLt knows: remove the line, and "
+                     "--tune-matmul makes it again");
+        }
     };
     Found find(const std::string& work, const std::function<std::string()>& tune) {
         const std::string key = machine_ + " | " + work + " | ";
@@ -1539,29 +1533,25 @@ public:
         return {line->substr(key.size(), line->find(" | ", key.size()) - key.size()),
                 path_ + ":" + std::to_string(line - lines_.begin() + 1)};
     }
-    static void check(bool good, const std::string& where) {
-        TINYGPT_CHECK(good,
-                      "%s is damaged, or no plan that cuBLASLt knows: remove the line, and "
-                      "--tune-matmul makes it again",
-                      where.c_str());
-    }
 
 private:
     std::string path_, machine_;
     std::vector<std::string> lines_;
 };
 
-// A kernel as the library describes it. Why not the library's own type: it has no name, and nvcc
-// 13.0 breaks down at a vector of such.
+// The library's description of a kernel. Why not its own type: it has no name, and nvcc 13.0 fails
+// at a vector of it.
 struct Algorithm : cublasLtMatmulAlgo_t {
     Algorithm(const cublasLtMatmulAlgo_t& same = {}) : cublasLtMatmulAlgo_t(same) {}
 };
 
-// All products that were ever asked for, each with its plan.
+// How attention's products are made: each warp by itself, or in groups of four.
+enum class Way { mma_sync, wgmma };
+
+// All products so far, each with its plan.
 class Matmuls {
 public:
     double tune_from = 1e9;  // operations; smaller products are not worth timing
-
     const bool tf32;
 
     // type: of the operands.
@@ -1585,62 +1575,62 @@ public:
         file_.emplace(path, format("%s, cuBLASLt %zu", gpu, cublasLtGetVersion()));
     }
 
-    // Which of two ways the same work is done, first or second (true): the faster one, if it was
-    // ever timed with such plans, else the first. run(second) does it, any number of times; same():
-    // whether both ways' results agree. If not, the first is kept.
-    bool second_way(const std::string& work, const char* first, const char* second,
-                    double operations, const std::function<void(bool)>& run,
-                    const std::function<bool()>& same) {
-        if (!file_ || operations < tune_from) return false;
+    // The way to do this work: the faster one, if both were timed, else mma.sync. run(way) does it,
+    // any number of times; same(): whether both ways' results agree. If not, mma.sync is kept.
+    Way faster_way(const std::string& work, double operations, const std::function<void(Way)>& run,
+                   const std::function<bool()>& same) {
+        if (!file_ || operations < tune_from) return Way::mma_sync;
         const auto [found, fresh] = ways_.try_emplace(work);
         if (!fresh) return found->second;
-        const auto [choice, where] = file_->find(work, [&] {
-            const double mine = 1e6 * stream_.best_seconds([&] { run(false); });
+        const auto plan = file_->find(work, [&] {
+            auto microseconds = [&](Way way) {
+                return 1e6 * stream_.best_seconds([&] { run(way); });
+            };
+            const double single = microseconds(Way::mma_sync);
             if (!same()) {
-                std::fprintf(stderr, "warning: %s: results by %s differ, so %s is used\n",
-                             work.c_str(), second, first);
-                return format("%s | %.1f us, %s differs", first, mine, second);
+                std::fprintf(stderr, "warning: %s: results by wgmma differ, so mma.sync is used\n",
+                             work.c_str());
+                return format("mma.sync | %.1f us, wgmma differs", single);
             }
-            const double other = 1e6 * stream_.best_seconds([&] { run(true); });
-            if (other < mine) return format("%s | %.1f us, %s %.1f us", second, other, first, mine);
-            return format("%s | %.1f us, %s %.1f us", first, mine, second, other);
+            const double group = microseconds(Way::wgmma);
+            if (group < single) return format("wgmma | %.1f us, mma.sync %.1f us", group, single);
+            return format("mma.sync | %.1f us, wgmma %.1f us", single, group);
         });
-        PlanFile::check(choice == first || choice == second, where);
-        return found->second = choice == second;
+        plan.check(plan.choice == "mma.sync" || plan.choice == "wgmma");
+        return found->second = plan.choice == "wgmma" ? Way::wgmma : Way::mma_sync;
     }
 
-    // out = left right, finished; false if the library has no kernel for it, or none that was as
-    // fast as by_hand when the plan was tuned.
+    // out = epilogue(left right); false if the library has no kernel for it, or by_hand was faster
+    // when the plan was tuned.
     bool multiply(const Matrix& out, const Matrix& left, const Matrix& right,
-                  const Epilogue& finish = {}) {
+                  const Epilogue& epilogue = {}) {
         if (!workspace_) CUDA_CHECK(cudaMalloc(&workspace_, kMatmulWorkspace));
         const int64_t k = left.transposed ? left.rows : left.columns;
         const Key key{out.columns,      out.rows,        k,
-                      right.transposed, left.transposed, finish.add != nullptr,
-                      finish.epilogue,  type_,           result_type(finish),
+                      right.transposed, left.transposed, epilogue.add != nullptr,
+                      epilogue.kind,    type_,           result_type(epilogue),
                       compute_};
         auto [found, fresh] = plans_.try_emplace(key, out.columns, out.rows, k);
         Plan& plan = found->second;
-        if (fresh) describe(plan, left, right, finish);
-        if (finish.bias) set(plan, CUBLASLT_MATMUL_DESC_BIAS_POINTER, finish.bias);
-        if (finish.aux) set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, finish.aux);
-        if (fresh) choose(plan, key, out, left, right, finish);
+        if (fresh) describe(plan, left, right, epilogue);
+        if (epilogue.bias) set(plan, CUBLASLT_MATMUL_DESC_BIAS_POINTER, epilogue.bias);
+        if (epilogue.aux) set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, epilogue.aux);
+        if (fresh) choose(plan, key, out, left, right, epilogue);
         if (!plan.possible) return false;
-        const cublasStatus_t code = run(plan, plan.algorithm, out, left, right, finish.add);
+        const cublasStatus_t code = run(plan, plan.algorithm, out, left, right, epilogue.add);
         plan.possible = code != CUBLAS_STATUS_NOT_SUPPORTED;  // a suggestion is no promise
         if (plan.possible) CUDA_CHECK(code), stream_.lap(plan.name, plan.flops());
         return plan.possible;
     }
 
 private:
-    // What a plan depends on: m, n, k, what is transposed, whether something is added; epilogue and
-    // types.
+    // What a plan depends on: m, n, k, transposes, whether something is added, epilogue, types.
     using Key = std::array<int64_t, 10>;
 
-    cudaDataType_t result_type(const Epilogue& finish) const {
-        return finish.single ? CUDA_R_32F : type_;
+    cudaDataType_t result_type(const Epilogue& epilogue) const {
+        return epilogue.in_fp32 ? CUDA_R_32F : type_;
     }
-    // out = left right, and add, which may be null.
+    // out = left right, and add, if not null.
     cublasStatus_t run(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const Matrix& out,
                        const Matrix& left, const Matrix& right, const void* add) {
         const float one = 1, beta = add ? 1 : 0;
@@ -1649,23 +1639,23 @@ private:
                               plan.d, &algorithm, workspace_, kMatmulWorkspace, stream_);
     }
 
-    void describe(Plan& plan, const Matrix& x, const Matrix& w, const Epilogue& finish) {
+    void describe(Plan& plan, const Matrix& x, const Matrix& w, const Epilogue& epilogue) {
         plan.name = format("product %c%c %ldx%ld, k %ld", x.transposed ? 't' : 'n',
                            w.transposed ? 't' : 'n', long(plan.n), long(plan.m), long(plan.k));
         CUDA_CHECK(cublasLtMatmulDescCreate(&plan.operation, compute_, CUDA_R_32F));
         set(plan, CUBLASLT_MATMUL_DESC_TRANSA, w.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
         set(plan, CUBLASLT_MATMUL_DESC_TRANSB, x.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
-        set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE, finish.epilogue);
-        if (finish.aux) set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, plan.m);
+        set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue.kind);
+        if (epilogue.aux) set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, plan.m);
         CUDA_CHECK(cublasLtMatrixLayoutCreate(&plan.a, type_, w.columns, w.rows, w.columns));
         CUDA_CHECK(cublasLtMatrixLayoutCreate(&plan.b, type_, x.columns, x.rows, x.columns));
         CUDA_CHECK(
-            cublasLtMatrixLayoutCreate(&plan.d, result_type(finish), plan.m, plan.n, plan.m));
+            cublasLtMatrixLayoutCreate(&plan.d, result_type(epilogue), plan.m, plan.n, plan.m));
     }
 
-    // Without tuning the library's first suggestion; with it what the file says.
+    // Without tuning the library's first suggestion, with it the file's plan.
     void choose(Plan& plan, const Key& key, const Matrix& out, const Matrix& left,
-                const Matrix& right, const Epilogue& finish) {
+                const Matrix& right, const Epilogue& epilogue) {
         const bool tune = file_ && plan.flops() >= tune_from;
         const auto suggested = suggestions(plan, tune ? 16 : 1);
         plan.possible = !suggested.empty();
@@ -1673,20 +1663,20 @@ private:
         if (!plan.possible || !tune) return;
         std::string work;
         for (int64_t number : key) work += (work.empty() ? "" : " ") + std::to_string(number);
-        const auto [words, where] =
-            file_->find(work, [&] { return fastest(plan, out, left, right, finish, suggested); });
-        const char* word = words.c_str();
+        const auto found =
+            file_->find(work, [&] { return fastest(plan, out, left, right, epilogue, suggested); });
+        const char* word = found.choice.c_str();
         for (uint64_t& bits : plan.algorithm.data) {
             char* end = nullptr;
             bits = std::strtoull(word, &end, 16);
-            PlanFile::check(end == word + 16 && (*end == '-' || *end == '\0'), where);
+            found.check(end == word + 16 && (*end == '-' || *end == '\0'));
             word = end + (*end == '-');
         }
         plan.possible = std::count(plan.algorithm.data, std::end(plan.algorithm.data), 0u) < 8;
-        PlanFile::check(!plan.possible || fits(plan, plan.algorithm), where);
+        found.check(!plan.possible || fits(plan, plan.algorithm));
     }
 
-    // The library's own choices, best first by its estimate; none if it cannot do the product.
+    // The library's suggestions, best first; none if it cannot do the product.
     std::vector<Algorithm> suggestions(const Plan& plan, int most) {
         cublasLtMatmulHeuristicResult_t results[16] = {};  // most <= 16
         std::vector<Algorithm> list;
@@ -1696,21 +1686,20 @@ private:
             CUDA_CHECK(cublasLtMatmulPreferenceSetAttribute(wish, name, &value, sizeof value));
         };
         prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, kMatmulWorkspace);
-        // Parts of a sum over k are written down in fp32 and added in order: not in bf16, and not
-        // on top of each other as they come.
+        // Split sums over k are stored in fp32 and added in order: not in bf16, and not by atomics.
         prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
                uint32_t(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
         for (auto alignment : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
                                CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
                                CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
                                CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
-            prefer(alignment, uint32_t(16));  // not 256, which the library takes for granted
+            prefer(alignment, uint32_t(16));  // the default is 256
         int found = 0;
         const cublasStatus_t code =
             cublasLtMatmulAlgoGetHeuristic(library_, plan.operation, plan.a, plan.b, plan.d, plan.d,
                                            wish, most, results, &found);
         cublasLtMatmulPreferenceDestroy(wish);
-        // The library calls an epilogue that it does not have for these types either of the two.
+        // Either of the two means: no such epilogue for these types.
         if (code == CUBLAS_STATUS_NOT_SUPPORTED || code == CUBLAS_STATUS_INVALID_VALUE) return list;
         CUDA_CHECK(code);
         for (const auto& result : results)
@@ -1725,9 +1714,8 @@ private:
                result.workspaceSize <= kMatmulWorkspace;
     }
 
-    // Adds, for a few suggestions, the variants that cut the sum over k into parts. Why: a weight
-    // gradient is a small matrix with a sum over all rows; its tiles alone are too few to occupy
-    // the GPU. The parts are written down and added in order, so results stay the same.
+    // Adds variants of a few suggestions that split the sum over k. Why: a weight gradient is a
+    // small matrix with a sum over all rows; its tiles alone are too few to fill the GPU.
     void add_split_sums(std::vector<Algorithm>& list, const Plan& plan) {
         auto set = [](Algorithm& algorithm, cublasLtMatmulAlgoConfigAttributes_t name, auto value) {
             return cublasLtMatmulAlgoConfigSetAttribute(&algorithm, name, &value, sizeof value) ==
@@ -1745,29 +1733,30 @@ private:
             }
     }
 
-    // Times all candidates on the operands themselves. The rest of a line: the fastest, in words,
-    // and its time. Where the result would be added to what is there, it goes elsewhere. Where
-    // by_hand beats them all, the words are zeros: no plan.
+    // Times all candidates on the real operands, and returns the rest of a line: the fastest, in
+    // words, and its time. The words are zeros, no plan, if by_hand was faster. A result that would
+    // be added to its own old value goes elsewhere.
     std::string fastest(const Plan& plan, Matrix out, const Matrix& left, const Matrix& right,
-                        const Epilogue& finish, std::vector<Algorithm> candidates) {
+                        const Epilogue& epilogue, std::vector<Algorithm> candidates) {
         if (plan.k >= 4 * std::max(plan.m, plan.n)) add_split_sums(candidates, plan);
         void* elsewhere = nullptr;
-        if (finish.add == out.data) {
+        if (epilogue.add == out.data) {
             CUDA_CHECK(cudaMalloc(&elsewhere, size_t(plan.m * plan.n) * 4));
             out.data = elsewhere;
         }
         double first = 0, best = INFINITY;
         Algorithm choice;
         for (const Algorithm& candidate : candidates) {
-            auto multiply = [&] { return run(plan, candidate, out, left, right, finish.add); };
+            auto multiply = [&] { return run(plan, candidate, out, left, right, epilogue.add); };
             if (multiply() != CUBLAS_STATUS_SUCCESS) continue;
             const double seconds = stream_.best_seconds([&] { CUDA_CHECK(multiply()); });
             if (first == 0) first = seconds;
             if (seconds < best) best = seconds, choice = candidate;
         }
-        cudaGetLastError();  // a refusal may have left an error, which the next check would find
+        cudaGetLastError();  // clears the error that a refusal may have left
         CUDA_CHECK(cudaFree(elsewhere));
-        const double otherwise = finish.by_hand ? stream_.best_seconds(finish.by_hand) : INFINITY;
+        const double otherwise =
+            epilogue.by_hand ? stream_.best_seconds(epilogue.by_hand) : INFINITY;
         if (otherwise < best) best = otherwise, choice = {};
         std::string words;
         for (uint64_t word : choice.data)
@@ -1781,7 +1770,7 @@ private:
     Stream& stream_;
     void* workspace_ = nullptr;
     std::map<Key, Plan> plans_;
-    std::map<std::string, bool> ways_;
+    std::map<std::string, Way> ways_;
     std::optional<PlanFile> file_;
 };
 
@@ -1792,12 +1781,11 @@ private:
 // What launch takes first: a kernel's name, and the kernel.
 #define KERNEL(...) #__VA_ARGS__, __VA_ARGS__
 
-// Host memory that the GPU reads and writes by itself while the host goes on, and the event that
-// tells when it is done with it.
+// Pinned host memory, for asynchronous copies, and the event after its last copy.
 struct Pinned {
     void* data = nullptr;
     Event done{cudaEventDisableTiming};
-    // Waits for the GPU to be done with it, and makes it the first time.
+    // Waits for the last copy. Allocates the first time.
     void* take(size_t bytes) {
         if (!data) CUDA_CHECK(cudaMallocHost(&data, bytes));
         done.wait();
@@ -1806,19 +1794,19 @@ struct Pinned {
     ~Pinned() { cudaFreeHost(data); }
 };
 
-// What the device keeps between calls: products' plans, memory to work in, recordings.
-// A recording is a CUDA graph: all kernels of a piece of work with their arguments, started with
-// one call. Why: a step is about 300 kernels, and to start one takes the host longer than a small
-// one runs. Addresses are arguments, so recordings are forgotten where memory is given back.
-// Which work is the same work: of which device (copies of one share a context), pass and options.
-using ReplayKey = std::tuple<const void*, Pass, StepOptions>;
+// Which work a CUDA graph is of: device (copies of one share a context), pass and options.
+using GraphKey = std::tuple<const void*, Pass, StepOptions>;
 
+// What the device keeps between calls: plans of products, scratch memory, CUDA graphs. A graph is
+// all kernels of some work with their arguments, launched with one call. Why: a step is about 300
+// kernels, and the host takes longer to launch one than a small one runs. Addresses are arguments,
+// so releasing memory drops the graphs.
 class CudaContext {
 public:
     cudaDeviceProp gpu;
     Stream stream;
     std::optional<Matmuls> matmuls;
-    const char* way = "";       // how the latest function was done, where there are several ways
+    const char* way = "";       // of the latest function, where there are several
     double agreement = 0x1p-8;  // how near to each other results of two ways must be
 
     CudaContext(bool tf32, cudaDataType_t type) {
@@ -1828,18 +1816,18 @@ public:
     CudaContext(const CudaContext&) = delete;
     ~CudaContext() {
         cudaStreamSynchronize(stream);
-        forget_recordings();
+        drop_graphs();
         matmuls.reset();
         cudaFree(scratch_);
     }
 
-    // Memory for one function of the device: valid until the next call. It grows when more is
-    // asked for than ever before, so never while the same work is repeated.
+    // Scratch memory for one function of the device: valid until the next call. It grows on demand,
+    // so never while the same work is repeated.
     template <class T>
     T* scratch(size_t count) {
         if (count * sizeof(T) > scratch_bytes_) {
             stream.synchronize();
-            forget_recordings();
+            drop_graphs();
             CUDA_CHECK(cudaFree(scratch_));
             scratch_ = nullptr, scratch_bytes_ = 0;
             CUDA_CHECK(cudaMalloc(&scratch_, count * sizeof(T)));
@@ -1848,37 +1836,38 @@ public:
         return static_cast<T*>(scratch_);
     }
 
-    // Copies to the GPU in pieces that pass through pinned memory. Returns as soon as the bytes
-    // were read: the GPU gets them when it comes to that.
+    // Copies to the GPU through pinned buffers, in parts. Returns when the host's bytes were read,
+    // not when the GPU has them.
     void upload(void* to, const void* from_host, size_t bytes) {
-        for (size_t at = 0; at < bytes; at += kStagingPiece) {
-            Pinned& piece = staging_[next_piece_++ % kStagingPieces];
-            const size_t n = std::min(kStagingPiece, bytes - at);
-            std::memcpy(piece.take(kStagingPiece), static_cast<const char*>(from_host) + at, n);
-            stream.copy(static_cast<char*>(to) + at, piece.data, n);
-            stream.mark(piece.done);
+        for (size_t at = 0; at < bytes; at += kStagingBytes) {
+            Pinned& buffer = staging_[next_staging_++ % kStagingBuffers];
+            const size_t n = std::min(kStagingBytes, bytes - at);
+            std::memcpy(buffer.take(kStagingBytes), static_cast<const char*>(from_host) + at, n);
+            stream.copy(static_cast<char*>(to) + at, buffer.data, n);
+            stream.mark(buffer.done);
         }
     }
-    // A copy of the state on its way to the host; two may be under way. next_letter waits.
+    // Starts to copy the state to the host; up to two copies are pending. fetch waits for the
+    // older.
     void post(const StepState* state) {
-        Pinned& letter = letters_[posted_++ % 2];
-        stream.copy(letter.take(sizeof *state), state, sizeof *state);
-        stream.mark(letter.done);
+        Pinned& copy = states_[posted_++ % 2];
+        stream.copy(copy.take(sizeof *state), state, sizeof *state);
+        stream.mark(copy.done);
     }
-    StepState next_letter() {
-        return *static_cast<const StepState*>(letters_[fetched_++ % 2].take(sizeof(StepState)));
+    StepState fetch() {
+        return *static_cast<const StepState*>(states_[fetched_++ % 2].take(sizeof(StepState)));
     }
 
-    // Does the work. The second time it is recorded, and from then on the recording is repeated.
-    // Why not the first time: then matmuls make their plans, and memory grows, which takes calls
-    // that cannot be recorded.
-    void replay(const ReplayKey& key, auto&& work) {
-        const auto found = recordings_.find(key);
-        if (found == recordings_.end()) {
-            // A shard's last, shorter text makes work of its own: rarely, but often in a long run.
-            if (recordings_.size() >= kMostRecordings) forget_recordings();
+    // Does the work. The second time it is captured into a graph, which is launched from then on.
+    // Why not the first time: then matmuls make their plans, and memory grows, with calls that
+    // cannot be captured.
+    void replay(const GraphKey& key, auto&& work) {
+        const auto found = graphs_.find(key);
+        if (found == graphs_.end()) {
+            // A shard's last, shorter text makes a key of its own: rare, but often in a long run.
+            if (graphs_.size() >= kMostGraphs) drop_graphs();
             work();
-            recordings_.emplace(key, nullptr);
+            graphs_.emplace(key, nullptr);
             return;
         }
         if (!found->second) {
@@ -1892,26 +1881,26 @@ public:
         CUDA_CHECK(cudaGraphLaunch(found->second, stream));
         ++replays;
     }
-    void forget_recordings() {
-        for (auto& [key, recording] : recordings_)
-            if (recording) cudaGraphExecDestroy(recording);
-        recordings_.clear();
+    void drop_graphs() {
+        for (auto& [key, graph] : graphs_)
+            if (graph) cudaGraphExecDestroy(graph);
+        graphs_.clear();
     }
-    int64_t replays = 0;  // how many recordings were started
+    int64_t replays = 0;  // graphs launched so far
 
 private:
     void* scratch_ = nullptr;
     size_t scratch_bytes_ = 0;
-    std::map<ReplayKey, cudaGraphExec_t> recordings_;  // null: done once, not recorded yet
-    static constexpr size_t kMostRecordings = 16;
-    // A text of 64 x 1024 tokens is one piece; there is room for about 20 batches.
-    static constexpr size_t kStagingPiece = size_t(256) << 10, kStagingPieces = 64;
-    Pinned staging_[kStagingPieces], letters_[2];
-    size_t next_piece_ = 0, posted_ = 0, fetched_ = 0;
+    std::map<GraphKey, cudaGraphExec_t> graphs_;  // null: done once, not captured yet
+    static constexpr size_t kMostGraphs = 16;
+    // 64 x 1024 tokens fill one buffer; a batch has three such arrays.
+    static constexpr size_t kStagingBytes = size_t(256) << 10, kStagingBuffers = 64;
+    Pinned staging_[kStagingBuffers], states_[2];
+    size_t next_staging_ = 0, posted_ = 0, fetched_ = 0;
 };
 
-// What the compiler must know of an attention kernel: head size, times 16 rows of a warp, dropout,
-// whether its warps multiply as a group.
+// The template arguments of an attention kernel: head size, how many times 16 rows a warp has,
+// whether there is dropout, whether warps multiply as a group.
 template <int kHS, int kM, bool kDrop, bool kGroup>
 struct Tiles {};
 
@@ -1926,12 +1915,12 @@ struct Cuda {
     static constexpr bool kSeparateMasters = !std::is_same_v<A, float>;
     static constexpr bool kHostMemory = false;
     static constexpr const char* kProgram = "train_gpt_cu";
-    // Of logits at a time; GPT-2 at B = 64 takes 6.6 GB.
+    // The largest array of logits; GPT-2 at B = 64 takes 6.6 GB.
     static constexpr size_t kHeadBytes = size_t(8) << 30;
 
     std::shared_ptr<CudaContext> context;  // copies of a device are the same device
-    bool fuse = true;                      // ask cuBLASLt to do the GELU with the matmul
-    bool record = true;  // repeat recordings of a step instead of starting its kernels one by one
+    bool fuse = true;                      // let cuBLASLt do the GELU with the matmul
+    bool use_graphs = true;                // launch a step as a CUDA graph, not kernel by kernel
     size_t head_bytes = kHeadBytes;
 
     Cuda(bool tf32 = false)
@@ -1946,15 +1935,14 @@ struct Cuda {
         return format("%s, %d multiprocessors, %.1f GB, %s", gpu.name, gpu.multiProcessorCount,
                       double(gpu.totalGlobalMem) / 1e9, kSeparateMasters ? "bf16" : single);
     }
-    // What a model may take: some is left for matmuls, for kernels' code and for recordings.
+    // What a model may take: some is left for matmuls, kernels' code and graphs.
     size_t free_memory() const {
         size_t free = 0, total = 0;
         CUDA_CHECK(cudaMemGetInfo(&free, &total));
         return free - std::min(free, size_t(256) << 20);
     }
-    // The peaks are measured by what comes nearest to them. Operations a second: the largest
-    // product of square matrices of random numbers, as far as memory goes and until it takes a
-    // millisecond, in the precision of this device.
+    // Operations a second, measured: a product of square matrices of random numbers, in the
+    // precision of this device, as large as memory allows or until it takes a millisecond.
     double peak_flops() {
         for (int n = 256;; n *= 2) {
             const size_t count = size_t(n) * n;
@@ -1968,10 +1956,9 @@ struct Cuda {
                 return 2.0 * n * n * n / seconds;
         }
     }
-    // What products of another precision than this device's could reach: not asked for.
-    double bf16_peak_flops() { return 0; }
+    double bf16_peak_flops() { return 0; }  // peak_flops is that of this device's precision
     bool bf16_products() const { return false; }
-    // Bytes a second, read and written: a copy inside the GPU's memory.
+    // Bytes a second, read and written, measured by a copy within the GPU.
     double peak_bandwidth() {
         const size_t bytes = std::min(size_t(1) << 29, free_memory() / 2) / 2;
         char *from = allocate<char>(bytes), *to = allocate<char>(bytes);
@@ -1981,52 +1968,48 @@ struct Cuda {
         return 2 * double(bytes) / seconds;
     }
     void synchronize() { stream().synchronize(); }
-    // What each kernel takes that the work starts, a training step, say: not as a recording.
+    // The time of each kernel that the work launches, which is not done as a graph.
     std::vector<KernelTime> kernel_times(auto&& work) {
-        const bool kept = std::exchange(record, false);
+        const bool kept = std::exchange(use_graphs, false);
         const std::vector<KernelTime> times = stream().kernel_times(work);
-        record = kept;
+        use_graphs = kept;
         return times;
     }
-    // What comes next is for that row of a table, and the way in which it was done, if there are
-    // several.
+    // The next kernels are for that row of a table; then way() says how they were made.
     void kernels_are_for(int row) { stream().lap_row = row, context->way = ""; }
     const char* way() const { return context->way; }
-    // Fails for sizes that the kernels are not made for, before any memory is taken.
+    // Fails for sizes that the kernels cannot do, before any memory is taken.
     void check_sizes(const Config& config, int B) const {
         const int C = config.n_embd, NH = config.n_head, most = 65535;
         const size_t shared = context->gpu.sharedMemPerBlockOptin;
-        const int widest = int(shared / norm_shared(1)) * kStripe<A>;
+        const int widest = int(shared / norm_shared(1)) * kWarpColumns<A>;
         int head_size = kMaxHeadSize, channels = C, heads = NH;  // the next that would do
         while (plain_shared(head_size, 2) > shared) head_size -= 4;
         while (channels % 8 || channels % NH) ++channels;
         while (C / heads > head_size || C % heads) ++heads;
-        TINYGPT_CHECK(C % 8 == 0,
-                      "on a GPU n_embd must be a multiple of 8; it is %d: use --n-embd %d", C,
-                      channels);
-        TINYGPT_CHECK(C <= widest, "on this GPU n_embd is at most %d; it is %d", widest, C);
-        TINYGPT_CHECK(config.head_size() <= head_size,
-                      "on a GPU a head has at most %d channels, and n_embd / n_head is %d: use "
-                      "--n-head %d",
-                      head_size, config.head_size(), heads);
-        TINYGPT_CHECK(int64_t(config.n_positions) * 3 * C < int64_t(1) << 32,
-                      "on a GPU n_positions times 3 n_embd must be below 2^32; it is %d times %d",
-                      config.n_positions, 3 * C);
-        TINYGPT_CHECK(int64_t(B) * NH <= most,
-                      "on a GPU a batch has at most %d heads, and this one has %d times %d: use "
-                      "--batch-size %d or less",
-                      most, B, NH, most / NH);
+        if (C % 8 != 0)
+            fail("on a GPU n_embd must be a multiple of 8; it is ", C, ": use --n-embd ", channels);
+        if (C > widest) fail("on this GPU n_embd is at most ", widest, "; it is ", C);
+        if (config.head_size() > head_size)
+            fail("on a GPU a head has at most ", head_size, " channels, and n_embd / n_head is ",
+                 config.head_size(), ": use --n-head ", heads);
+        if (int64_t(config.n_positions) * 3 * C >= int64_t(1) << 32)
+            fail("on a GPU n_positions times 3 n_embd must be below 2^32; it is ",
+                 config.n_positions, " times ", 3 * C);
+        if (int64_t(B) * NH > most)
+            fail("on a GPU a batch has at most ", most, " heads, and this one has ", B, " times ",
+                 NH, ": use --batch-size ", most / NH, " or less");
     }
 
-    // --- a step as one piece of work, and its numbers
+    // --- a step as a CUDA graph, and its numbers
 
     static constexpr int kStepsBehind = 1;
     void replay(const Pass& pass, const StepOptions& options, auto&& work) {
-        if (!record || pass.dropout.on()) return work();
+        if (!use_graphs || pass.dropout.on()) return work();  // masks are new in every step
         context->replay({this, pass, options}, work);
     }
     void post(const StepState* state) { context->post(state); }
-    StepState fetch(const StepState*) { return context->next_letter(); }
+    StepState fetch(const StepState*) { return context->fetch(); }
 
     // --- memory
 
@@ -2034,15 +2017,15 @@ struct Cuda {
     T* allocate(size_t count) {
         void* pointer = nullptr;
         const cudaError_t code = cudaMalloc(&pointer, std::max<size_t>(count, 1) * sizeof(T));
-        if (code != cudaSuccess) cudaGetLastError();  // who catches this goes on without it
-        TINYGPT_CHECK(code != cudaErrorMemoryAllocation,
-                      "out of GPU memory: %.2f GB more were needed",
-                      double(count * sizeof(T)) / 1e9);
+        if (code != cudaSuccess) cudaGetLastError();  // clears the error: the caller may go on
+        if (code == cudaErrorMemoryAllocation)
+            fail("out of GPU memory: ", format("%.2f", double(count * sizeof(T)) / 1e9),
+                 " GB more were needed");
         CUDA_CHECK(code);
         return static_cast<T*>(pointer);
     }
     void release(auto* pointer) {
-        if (pointer) context->forget_recordings();
+        if (pointer) context->drop_graphs();
         cudaFree(pointer);
     }
     void zero(auto* to, size_t count) {
@@ -2073,12 +2056,12 @@ struct Cuda {
     }
     void embed_backward(float* dwte, float* dwpe, const A* dout, const int32_t* tokens,
                         const int32_t* order, int B, int T, int C, Dropout drop) {
-        const int rows = B * T, stripes = blocks_for(C, kStripe<A>);
+        const int rows = B * T, parts = blocks_for(C, kWarpColumns<A>);
         const int blocks =
-            resident_blocks(embed_backward_tokens_kernel<A>, kThreads, 0, size_t(rows) * stripes);
+            resident_blocks(embed_backward_tokens_kernel<A>, kThreads, 0, size_t(rows) * parts);
         launch(KERNEL(embed_backward_tokens_kernel<A>), blocks, kThreads, 0, dwte, dout, tokens,
                order, rows, C, drop);
-        column_sums(dwpe, nullptr, dout, nullptr, B, T * C, true, drop);  // of [B, T C]
+        column_sums(dwpe, nullptr, dout, nullptr, B, T * C, kAdd, drop);  // of [B, T C]
     }
 
     // --- layernorm
@@ -2105,7 +2088,7 @@ struct Cuda {
 
     void linear_forward(A* out, const A* x, const A* w, const A* b, int rows, int C, int OC) {
         multiply({out, rows, OC}, {x, rows, C}, {w, C, OC},
-                 {.epilogue = CUBLASLT_EPILOGUE_BIAS, .bias = b});
+                 {.kind = CUBLASLT_EPILOGUE_BIAS, .bias = b});
     }
     void linear_backward(A* dx, float* dw, const A* dout, const A* x, const A* w, int rows, int C,
                          int OC, bool accumulate) {
@@ -2114,12 +2097,15 @@ struct Cuda {
     }
     void linear_gelu_forward(A* gelu, A* pre, const A* x, const A* w, const A* b, int rows, int C,
                              int OC) {
-        multiply_fused({gelu, rows, OC}, {x, rows, C}, {w, C, OC},
-                       {.epilogue = CUBLASLT_EPILOGUE_GELU_AUX_BIAS, .bias = b, .aux = pre}, true,
-                       [&] {
-                           linear_forward(pre, x, w, b, rows, C, OC);
-                           gelu_forward(gelu, pre, size_t(rows) * OC);
-                       });
+        auto by_hand = [=, this] {
+            linear_forward(pre, x, w, b, rows, C, OC);
+            gelu_forward(gelu, pre, size_t(rows) * OC);
+        };
+        const Epilogue fused{.kind = CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
+                             .bias = b,
+                             .aux = pre,
+                             .by_hand = by_hand};
+        if (!multiply_fused({gelu, rows, OC}, {x, rows, C}, {w, C, OC}, fused)) by_hand();
     }
     void gelu_forward(A* gelu, const A* pre, size_t count) {
         launch(KERNEL(gelu_kernel<A>), packs(count), kThreads, 0, gelu, pre, count);
@@ -2127,21 +2113,24 @@ struct Cuda {
     void linear_gelu_backward(A* dpre, float* dw, float* dpre_bias, const A* dout, const A* gelu,
                               const A* pre, const A* w, int rows, int C, int OC, bool accumulate) {
         const Matrix dx{dpre, rows, C}, dy{dout, rows, OC}, turned = transpose({w, C, OC});
-        // Why not the epilogue that also makes the bias gradient: it would round it to bf16.
-        const Epilogue fused{.epilogue = CUBLASLT_EPILOGUE_DGELU, .aux = pre};
-        auto by_hand = [&] {
+        auto by_hand = [=, this] {
             multiply(dx, dy, turned);
             column_sums(dpre_bias, dpre, dpre, pre, rows, C, accumulate);
         };
-        if (multiply_fused(dx, dy, turned, fused, !accumulate, by_hand))
+        // Why not the epilogue that also makes the bias gradient: it would round it to bf16.
+        Epilogue fused{.kind = CUBLASLT_EPILOGUE_DGELU, .aux = pre};
+        if (!accumulate) fused.by_hand = by_hand;
+        if (multiply_fused(dx, dy, turned, fused))
             column_sums(dpre_bias, nullptr, dpre, nullptr, rows, C, accumulate);
+        else
+            by_hand();
         weight_gradient(dw, dout, gelu, rows, C, OC, accumulate);
     }
     void linear_residual_forward(A* out, const A* residual, const A* x, const A* w, const A* b,
                                  int rows, int C, int OC, Dropout drop) {
         const void* add = drop.on() ? nullptr : residual;
         multiply({out, rows, OC}, {x, rows, C}, {w, C, OC},
-                 {.add = add, .epilogue = CUBLASLT_EPILOGUE_BIAS, .bias = b});
+                 {.add = add, .kind = CUBLASLT_EPILOGUE_BIAS, .bias = b});
         if (!drop.on()) return;
         const size_t count = size_t(rows) * OC;
         launch(KERNEL(residual_dropout_kernel<A>), packs(count), kThreads, 0, out, residual, count,
@@ -2195,11 +2184,11 @@ struct Cuda {
         plain_forward(out, nullptr, qkv, 1, past, n, NH, HS, Dropout{});
     }
 
-    // --- head. Its products take all table_rows(V) rows of w and dw. Why: for an odd length, as
-    // GPT-2's 50257, the library may have to do without its fast kernels. The rows behind V are 0
-    // in w, so these logits are 0; the softmax leaves them alone, so they add nothing to dx and dw.
+    // --- head. Its products take all table_rows(V) rows of w and dw. Why: for an odd length, such
+    // as GPT-2's 50257, cuBLASLt may lack fast kernels. The rows behind V are 0 in w, so their
+    // logits are 0; the softmax leaves them alone, so they add nothing to dx and dw.
 
-    // How many rows of logits are made at a time.
+    // Rows of logits at a time.
     static int head_rows(int rows, int V, size_t bytes) {
         return int(blocks_for(rows, blocks_for(size_t(rows) * table_rows(V) * sizeof(A), bytes)));
     }
@@ -2209,10 +2198,9 @@ struct Cuda {
 
     void head_forward(float* losses, A* logits, const A* x, const A* w, const int32_t* targets,
                       int rows, int C, int V) {
-        head_forward_backward(losses, nullptr, nullptr, logits, x, w, targets, rows, C, V, 0,
-                              false);
+        head_forward_backward(losses, nullptr, nullptr, logits, x, w, targets, rows, C, V, 0, kSet);
     }
-    // The head for as many rows at a time as there is room for logits. Without dx: losses only.
+    // For as many rows at a time as there are logits. With scale 0: losses only.
     void head_forward_backward(float* losses, A* dx, float* dw, A* logits, const A* x, const A* w,
                                const int32_t* targets, int rows, int C, int V, float scale,
                                bool accumulate) {
@@ -2222,16 +2210,15 @@ struct Cuda {
             const int n = std::min(step, rows - first);
             const Matrix x_rows{x + size_t(first) * C, n, C}, scores{logits, n, width};
             multiply(scores, x_rows, transpose(table));
-            softmax_cross_entropy(losses + first, logits, targets + first, n, V, dx != nullptr,
-                                  scale);
-            if (!dx) continue;
+            softmax_cross_entropy(losses + first, logits, targets + first, n, V, scale);
+            if (scale <= 0) continue;
             multiply({dx + size_t(first) * C, n, C}, scores, table);  // the scores are dlogits now
             multiply({dw, width, C}, transpose(scores), x_rows,
-                     {.single = true, .add = accumulate || first > 0 ? dw : nullptr});
+                     {.in_fp32 = true, .add = accumulate || first > 0 ? dw : nullptr});
         }
     }
     void head_logits(float* logits, const A* x, const A* w, int rows, int C, int V) {
-        multiply({logits, rows, V}, {x, rows, C}, transpose({w, V, C}), {.single = true});
+        multiply({logits, rows, V}, {x, rows, C}, transpose({w, V, C}), {.in_fp32 = true});
     }
 
     // --- the update
@@ -2243,11 +2230,11 @@ struct Cuda {
         launch(KERNEL(add_loss_kernel), 1, kOneBlock, 0, state, losses, rows, scale);
     }
     void gradient_norm(StepState* state, const float* grads, size_t count) {
-        const int pieces =
+        const int blocks =
             resident_blocks(sum_of_squares_kernel, kThreads, 0, blocks_for(count, 4 * kThreads));
-        double* sums = context->scratch<double>(pieces);
-        launch(KERNEL(sum_of_squares_kernel), pieces, kThreads, 0, sums, grads, count);
-        launch(KERNEL(gradient_norm_kernel), 1, kOneBlock, 0, state, sums, pieces);
+        double* sums = context->scratch<double>(blocks);
+        launch(KERNEL(sum_of_squares_kernel), blocks, kThreads, 0, sums, grads, count);
+        launch(KERNEL(gradient_norm_kernel), 1, kOneBlock, 0, state, sums, blocks);
     }
     void judge_step(StepState* state, Guards guards) {
         launch(KERNEL(judge_step_kernel), 1, 1, 0, state, guards);
@@ -2262,9 +2249,9 @@ struct Cuda {
 
 private:
     Stream& stream() const { return context->stream; }
-    // kernel<<<grid, block, shared, stream>>>(arguments...): starts grid blocks of so many threads,
-    // each block with so many bytes of shared memory beside the kernel's own arrays. KERNEL(kernel)
-    // is the first two: the name is for errors (whose line is the one below) and for bench.
+    // kernel<<<grid, block, shared, stream>>>(arguments...). shared: bytes for each block, beside
+    // the kernel's own arrays. KERNEL(kernel) is the first two; the name is for errors and for
+    // bench.
     template <class... P>
     void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared,
                 std::type_identity_t<P>... arguments) {
@@ -2279,8 +2266,8 @@ private:
             CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                             int(bytes)));
     }
-    // Random numbers: what lies in memory decides how much power a product takes, and how fast it
-    // is. A few are made, and copied until there are enough.
+    // Random numbers, a few copied over and over. Why: the numbers decide how much power a product
+    // takes, and so how fast it is.
     void fill_with_noise(A* to, size_t count) {
         std::vector<A> noise(std::min<size_t>(count, 1 << 14));
         for (size_t i = 0; i < noise.size(); ++i) noise[i] = A(float(random_normal(1, i)));
@@ -2289,8 +2276,8 @@ private:
             stream().copy(to + done, to, std::min(done, count - done) * sizeof(A));
     }
     static unsigned packs(size_t count) { return blocks_for(count, size_t(kThreads) * kPack<A>); }
-    // As many blocks as the GPU can hold at once, for kernels whose blocks take equal shares of all
-    // work: one more would run alone. At most `enough`.
+    // As many blocks as the GPU can hold at once, at most `enough`, for kernels whose blocks share
+    // all work: one more would run alone.
     int resident_blocks(auto* kernel, int threads, size_t shared, size_t enough) const {
         int each = 0;
         allow_shared(kernel, shared);
@@ -2298,32 +2285,27 @@ private:
         return int(std::clamp<size_t>(size_t(context->gpu.multiProcessorCount) * each, 1,
                                       std::max<size_t>(1, enough)));
     }
-    // A product that there must be a kernel for.
     void multiply(const Matrix& out, const Matrix& left, const Matrix& right,
-                  const Epilogue& finish = {}) {
-        TINYGPT_CHECK(context->matmuls->multiply(out, left, right, finish),
-                      "cuBLASLt has no kernel for a matrix product");
+                  const Epilogue& epilogue = {}) const {
+        if (!context->matmuls->multiply(out, left, right, epilogue))
+            fail("cuBLASLt has no kernel for a matrix product");
     }
-    // A product with GELU in it, by the library where it can (then true), or else by_hand. With
-    // tune, by_hand may be timed: done again and again. Why by the library in bf16 only: it has
-    // such kernels for 16 bits alone.
-    bool multiply_fused(const Matrix& out, const Matrix& left, const Matrix& right, Epilogue finish,
-                        bool tune, const std::function<void()>& by_hand) {
-        if (tune) finish.by_hand = by_hand;
-        const bool may = fuse && kSeparateMasters;
-        if (may && context->matmuls->multiply(out, left, right, finish)) return true;
-        return by_hand(), false;
+    // A product with GELU in it; false where cuBLASLt cannot, or should not, make it. It has such
+    // kernels for 16 bits only.
+    bool multiply_fused(const Matrix& out, const Matrix& left, const Matrix& right,
+                        const Epilogue& epilogue) const {
+        return fuse && kSeparateMasters && context->matmuls->multiply(out, left, right, epilogue);
     }
     // dw [C, OC] (+)= x^T dout
     void weight_gradient(float* dw, const A* dout, const A* x, int rows, int C, int OC,
                          bool accumulate) {
         multiply({dw, C, OC}, transpose({x, rows, C}), {dout, rows, OC},
-                 {.single = true, .add = accumulate ? dw : nullptr});
+                 {.in_fp32 = true, .add = accumulate ? dw : nullptr});
     }
     // sums [C] (+)= column sums of drop(d) [rows, C]; with pre, of product = d gelu'(pre).
     void column_sums(float* sums, A* product, const A* d, const A* pre, int rows, int C,
                      bool accumulate, Dropout drop = {}) {
-        const dim3 grid(blocks_for(C, kStripe<A>),
+        const dim3 grid(blocks_for(C, kWarpColumns<A>),
                         std::min<unsigned>(256, blocks_for(rows, kThreads / kWarp)));
         float* partial = context->scratch<float>(size_t(grid.y) * C);
         launch(KERNEL(column_sums_kernel<A>), grid, kThreads, 0, partial, product, d, pre, rows, C,
@@ -2337,18 +2319,17 @@ private:
                accumulate);
     }
     void softmax_cross_entropy(float* losses, A* logits, const int32_t* targets, int rows, int V,
-                               bool gradient, float scale) {
+                               float scale) {
         const cudaDeviceProp& gpu = context->gpu;
-        // Copies that do not wait came with 8.0. 1 KB is for the static part: ptxas rounds it up to
-        // the largest alignment of any kernel. 16 bytes: a row may begin inside a pack.
-        const size_t room = gpu.major < 8 ? 0 : gpu.sharedMemPerBlockOptin - 1024 - 16;
-        const size_t kept = std::min(size_t(V / kPack<A>), room / 16), shared = kept * 16 + 16;
+        // 7.x has no asynchronous copies. 1 KB is for the static part: ptxas rounds it up to the
+        // largest alignment of any kernel.
+        const size_t most = gpu.major < 8 ? 0 : gpu.sharedMemPerBlockOptin - 1024 - 16;
+        const size_t kept = std::min(size_t(V / kPack<A>), most / 16), shared = kept * 16 + 16;
         launch(KERNEL(softmax_cross_entropy_kernel<A>), rows, kHeadRowThreads, shared, losses,
-               logits, targets, V, table_rows(V), int(kept) * kPack<A>, gradient, scale);
+               logits, targets, V, table_rows(V), int(kept) * kPack<A>, scale);
     }
 
-    // Blocks for a kernel of attention: row y of the grid works on head y, each block on so many of
-    // its T rows.
+    // The grid of an attention kernel: row y works on head y, each block on so many of its T rows.
     static dim3 heads_grid(int T, int rows_of_block, int heads) {
         return {blocks_for(T, rows_of_block), unsigned(heads)};
     }
@@ -2359,7 +2340,7 @@ private:
         run(std::integral_constant<int, 8>());
     }
     static size_t norm_shared(int C) {
-        return sizeof(float) * kNormWarps * 3 * blocks_for(C, kStripe<A>) * kStripe<A>;
+        return sizeof(float) * kNormWarps * 3 * blocks_for(C, kWarpColumns<A>) * kWarpColumns<A>;
     }
     static size_t plain_shared(int HS, int held_tables) {
         const size_t padded = padded_head(HS);
@@ -2374,48 +2355,49 @@ private:
         });
     }
     // Calls start(Tiles), and returns true; false where the tensor cores have no kernel for this
-    // head size or type. A block takes 128 rows of a head, not 64, where there are enough of them
-    // to give each multiprocessor two blocks, and no dropout, whose arithmetic needs the registers.
-    // As a group it takes at most kMost times 64: more rows of a group do not save reading shared
-    // memory. What start makes is in result [B * T, tables, NH, HS].
+    // head size or type. A block takes 128 rows of a head, not 64, if that leaves two blocks for
+    // each multiprocessor and there is no dropout, whose arithmetic needs the registers. A group
+    // takes at most kMost times 64: more do not save reads of shared memory. start's result is in
+    // `result` [B * T, tables, NH, HS].
     template <int kMost>
     bool on_tensor_cores(const char* what, const A* result, int tables, int B, int T, int NH,
                          int HS, Dropout drop, auto&& start) {
         if constexpr (kSeparateMasters) {
             const size_t blocks = size_t(B) * NH * blocks_for(T, 128);
             const bool many = blocks >= 2 * size_t(context->gpu.multiProcessorCount);
+            constexpr bool kDrop = true, kNoDrop = false, kGroup = true, kWarps = false;
             auto in_64_rows = [&]<int kHS>(std::integral_constant<int, kHS>) {
-                drop.on() ? start(Tiles<kHS, 1, true, false>())
-                          : start(Tiles<kHS, 1, false, false>());
+                drop.on() ? start(Tiles<kHS, 1, kDrop, kWarps>())
+                          : start(Tiles<kHS, 1, kNoDrop, kWarps>());
             };
-            auto run = [&](bool group) {
+            auto run = [&](Way way) {
+                const bool group = way == Way::wgmma;
                 context->way = group ? " (wgmma)" : " (mma.sync)";
-                if (group && many) return start(Tiles<64, kMost, false, true>());
-                if (group) return start(Tiles<64, 1, false, true>());
-                if (HS == 64 && many && !drop.on()) return start(Tiles<64, 2, false, false>());
+                if (group && many) return start(Tiles<64, kMost, kNoDrop, kGroup>());
+                if (group) return start(Tiles<64, 1, kNoDrop, kGroup>());
+                if (HS == 64 && many && !drop.on()) return start(Tiles<64, 2, kNoDrop, kWarps>());
                 if (HS == 32) return in_64_rows(std::integral_constant<int, 32>());
                 if (HS == 64) return in_64_rows(std::integral_constant<int, 64>());
                 in_64_rows(std::integral_constant<int, 128>());
             };
             if (HS != 32 && HS != 64 && HS != 128) return false;
-            run(context->gpu.major == 9 && HS == 64 && !drop.on() &&
-                as_group(what, result, tables, B, T, NH, HS, run));
+            const bool both = context->gpu.major == 9 && HS == 64 && !drop.on();
+            run(both ? faster_way(what, result, tables, B, T, NH, HS, run) : Way::mma_sync);
             return true;
         }
         return false;
     }
-    // Whether attention's warps multiply as groups, on a GPU that can: where tuning found it to be
-    // faster, and right. What run leaves in result must be the same both ways, up to rounding. Both
-    // round the same numbers to bf16 at the same places, but add up in other orders, so that a few
-    // fall to the other side, by 2^-8 at most: together far below 2^-8 of the whole, which is asked
-    // of every head of every table. What is wrong errs by about 1.
-    bool as_group(const char* what, const A* result, int tables, int B, int T, int NH, int HS,
-                  const std::function<void(bool)>& run) {
+    // wgmma if tuning found it faster, and right: both ways must leave the same in `result`, up to
+    // rounding. Both round the same numbers to bf16, but add in other orders, so that a few round
+    // the other way, by 2^-8 at most: together far below 2^-8 of the whole, which every head of
+    // every table must keep to. A real fault errs by about 1.
+    Way faster_way(const char* what, const A* result, int tables, int B, int T, int NH, int HS,
+                   const std::function<void(Way)>& run) {
         const size_t heads = size_t(tables) * NH, count = size_t(B) * T * heads * HS;
         auto same = [&] {
             std::vector<A> wanted(count), got(count);
-            run(false), download(wanted.data(), result, count);
-            run(true), download(got.data(), result, count);
+            run(Way::mma_sync), download(wanted.data(), result, count);
+            run(Way::wgmma), download(got.data(), result, count);
             std::vector<double> sizes(heads), errors(heads);
             for (size_t i = 0; i < count; ++i) {
                 const double x = float(wanted[i]), error = x - float(got[i]);
@@ -2425,33 +2407,32 @@ private:
                 return std::sqrt(e) <= context->agreement * std::sqrt(s);
             });
         };
-        return context->matmuls->second_way(format("attention %s %d %d %d %d", what, B, T, NH, HS),
-                                            "mma.sync", "wgmma", 2.0 * B * NH * T * T * HS, run,
-                                            same);
+        return context->matmuls->faster_way(format("attention %s %d %d %d %d", what, B, T, NH, HS),
+                                            2.0 * B * NH * T * T * HS, run, same);
     }
 };
 
 // =================================================================================================
-// 7 The driver
+// 7 main
 // =================================================================================================
 
-// Runs the command on this machine's first GPU, in the precision asked for or the best it has.
+// Runs the command on the first GPU, in the given precision or the best it has.
 inline int run_on_gpu(Options options) {
     int count = 0;
     const cudaError_t code = cudaGetDeviceCount(&count);
-    TINYGPT_CHECK(code == cudaSuccess && count > 0,
-                  "there is no GPU here to train on (%s): type make train_gpt && ./train_gpt to "
-                  "train on the CPU",
-                  cudaGetErrorString(code != cudaSuccess ? code : cudaErrorNoDevice));
+    if (code != cudaSuccess || count == 0)
+        fail("there is no GPU here to train on (",
+             cudaGetErrorString(code != cudaSuccess ? code : cudaErrorNoDevice),
+             "): type make train_gpt && ./train_gpt to train on the CPU");
     cudaDeviceProp gpu;
     CUDA_CHECK(cudaGetDeviceProperties(&gpu, 0));
     // bf16 and tf32 came with compute capability 8.0.
     const bool new_enough = gpu.major >= 8;
     if (options.precision.empty()) options.precision = new_enough ? "bf16" : "fp32";
-    TINYGPT_CHECK(options.precision == "fp32" || new_enough,
-                  "--precision %s needs a GPU of compute capability 8.0 or later, and %s has "
-                  "%d.%d: use --precision fp32",
-                  options.precision.c_str(), gpu.name, gpu.major, gpu.minor);
+    if (options.precision != "fp32" && !new_enough)
+        fail("--precision ", options.precision,
+             " needs a GPU of compute capability 8.0 or later, and ", gpu.name, " has ", gpu.major,
+             ".", gpu.minor, ": use --precision fp32");
     auto run = [&](auto device) {
         if (options.tune_matmul)
             device.context->matmuls->tune_into("data/matmul-plans.txt", gpu.name);

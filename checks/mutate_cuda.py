@@ -17,7 +17,7 @@ import sys
 
 # kernel or helper | which tests | sign or term | original (once in that function) | broken
 MUTANTS = """
-embed_forward_kernel | embedding | sign | token[i] += place[i] | token[i] -= place[i]
+embed_forward_kernel | embedding | sign | token[i] += position[i] | token[i] -= position[i]
 embed_forward_kernel | embedding | term | past + row % T | row % T
 embed_forward_kernel | embedding | term | token[i] *= drop.scale(at + i) | token[i] *= 1
 embed_backward_tokens_kernel | embedding | term | if (first > 0 && tokens[order[first - 1]] == token) | if (false)
@@ -38,8 +38,8 @@ layernorm_backward_kernel | layernorm | term | d[i] * w[i] - mean_g - n * mean_g
 layernorm_backward_kernel | layernorm | term | dresidual ? joined[i] : 0 | 0
 layernorm_backward_kernel | layernorm | term | joined[i] *= drop.scale(start + c + i) | joined[i] *= 1
 layernorm_backward_kernel | layernorm | term | sums[i * kWarp] += d[i] * n | sums[i * kWarp] += d[i]
-layernorm_backward_kernel | layernorm | sign | sums[places + i * kWarp] += d[i] | sums[places + i * kWarp] -= d[i]
-layernorm_backward_kernel | layernorm | sign | sums[2 * places + i * kWarp] += joined[i] | sums[2 * places + i * kWarp] -= joined[i]
+layernorm_backward_kernel | layernorm | sign | sums[width + i * kWarp] += d[i] | sums[width + i * kWarp] -= d[i]
+layernorm_backward_kernel | layernorm | sign | sums[2 * width + i * kWarp] += joined[i] | sums[2 * width + i * kWarp] -= joined[i]
 sum_partials_kernel | layernorm | sign | total += sums[i][threadIdx.x] | total -= sums[i][threadIdx.x]
 sum_partials_kernel | layernorm | term | accumulate ? to[c] : 0 | 0.0f
 sum_partials_kernel | layernorm | term | blockIdx.y * C + c | c
@@ -55,7 +55,7 @@ unpack | layernorm<*float | term | __uint_as_float(raw.z) | __uint_as_float(raw.
 load_pack | layernorm | term | reinterpret_cast<const uint4*>(from) | reinterpret_cast<const uint4*>(from + kPack<A>)
 store_pack | layernorm<*bf16 | term | pack_bf16(x[6], x[7]) | pack_bf16(x[6], x[6])
 store_pack | layernorm<*float | term | make_float4(x[0], x[1], x[2], x[3]) | make_float4(x[0], x[1], x[2], x[2])
-sum_place | layernorm | term | c % N * kWarp | c % N
+sum_index | layernorm | term | c % N * kWarp | c % N
 blocks_for | layernorm | term | (count + per_block - 1) / per_block | count / per_block
 Head | attention<*bf16 | term | q = qkv + size_t(b) * T * stride + h * HS | q = qkv + size_t(b) * T * stride
 Head | attention<*float | term | (size_t(b) * T + t) * C + h * HS | (size_t(b) * T + t) * C
@@ -99,7 +99,7 @@ attention_plain_forward_kernel | attention<*float | term | total[r] * shrink | t
 attention_plain_forward_kernel | attention<*float | term | o[r][i] *= shrink | o[r][i] *= 1
 attention_plain_forward_kernel | attention<*float | term | s[r] * scale | s[r]
 attention_plain_forward_kernel | attention<*float | term | key <= query | key < query + 2
-attention_plain_forward_kernel | attention<*float | term | e * drop.scale(place) | e
+attention_plain_forward_kernel | attention<*float | term | e * drop.scale(index) | e
 attention_plain_forward_kernel | attention<*float | term | highest[r] + logf(total[r]) | logf(total[r])
 attention_plain_backward_kernel | attention<*float | sign | float(x[d]) * float(y[d]) | -float(x[d]) * float(y[d])
 attention_plain_backward_kernel | attention<*float | term | float(x[d]) * float(y[d]) | float(x[d])
@@ -158,8 +158,8 @@ sum_of_squares_kernel | update | sign | sum += double(g[j]) * double(g[j]) | sum
 sum_of_squares_kernel | update | term | sum += double(g[j]) * double(g[j]) | sum += double(g[j])
 gradient_norm_kernel | update | sign | sum += sums[i] | sum -= sums[i]
 gradient_norm_kernel | update | term | sqrt(sum) | sum
-judge_step_kernel | update | sign | judge(*state, guards) | judge(*state, Guards{-guards.grad_clip, 0})
-judge_step_kernel | update | term | judge(*state, guards) | (void)0
+judge_step_kernel | update | sign | judge_step(state, guards) | judge_step(state, Guards{-guards.grad_clip, 0})
+judge_step_kernel | update | term | judge_step(state, guards) | (void)0
 adamw_kernel | update | sign | g4[j] * clip | -g4[j] * clip
 adamw_kernel | update | term | g4[j] * clip | g4[j]
 adamw_kernel | update | term | i < decayed ? float(hyper.weight_decay) : 0 | float(hyper.weight_decay)
@@ -233,7 +233,7 @@ def chosen(original, choices):
     strip = (lambda text: text[4:-1]) if condition else (lambda text: text)
     # Assignments and calls of functions without a result have no value to choose.
     void = re.search(r"[^=!<>]=[^=]", original) or re.match(
-        r"(add_columns_product|store_weights|load_pack|judge|mma_bf16_16x8x16|__sync\w+|copy_async_\w+|group_wait|group_publish)\b", original)
+        r"(add_columns_product|store_weights|load_pack|judge_step|mma_bf16_16x8x16|__sync\w+|copy_async_\w+|group_wait|group_publish)\b", original)
     kind = "bool" if condition else "(void)" if void else ""
     result = kind + "(" + strip(original) + ")"
     for number, broken in choices:
