@@ -4129,9 +4129,9 @@ TEST_CASE("config.json: written here it is read here; Hugging Face's own is unde
     };
     for (bool untied_head : {false, true}) {
         Config config{3, 2, 10, 7, 300, untied_head, 0.1f};
-        put_file(path, hf_config_text(config, 299));
+        put_file(path, hf_config(config, 299).write(2));
         CHECK(same(read_hf_config(path), config));
-        put_file(path, hf_config_text(config, -1));
+        put_file(path, hf_config(config, -1).write(2));
         CHECK(contains(read_file(path), "\"attn_pdrop\": 0.1,"));
         CHECK(contains(read_file(path), "\"eos_token_id\": null"));
     }
@@ -4151,7 +4151,7 @@ TEST_CASE("config.json: what this model does not do is refused by name") {
     using namespace tinygpt;
     TemporaryFolder scratch;
     const std::string path = scratch / "config.json";
-    const std::string text = hf_config_text(files_test::tiny_config, 10);
+    const std::string text = hf_config(files_test::tiny_config, 10).write();
     const Json good = Json::parse(text, "x");
     const std::tuple<const char*, const char*, const char*> list[] = {
         {"model_type", "\"gpt_neo\"", "\"model_type\" is \"gpt_neo\": only \"gpt2\""},
@@ -4627,9 +4627,9 @@ TEST_CASE("options: the echo has every option of the command, marked where chang
 TEST_CASE("options: those that change the numbers") {
     using namespace options_test;
     std::map<std::string, std::string> saved;
-    for (auto& [name, value] :
-         options_that_change_numbers(parse_options({"--batch-size=3", "--schedule=wsd"})))
-        CHECK(saved.emplace(name, value).second);
+    const Json list =
+        options_that_change_numbers(parse_options({"--batch-size=3", "--schedule=wsd"}));
+    for (auto& [name, value] : list.members) CHECK(saved.emplace(name, value.text).second);
     CHECK(saved["batch-size"] == "3");
     CHECK(saved["schedule"] == "wsd");
     CHECK(saved["learning-rate"] == "0.002");
@@ -5147,8 +5147,8 @@ TEST_CASE("run: resuming with any option that changes the numbers is refused, na
         CHECK(refused.says("--override"));
         CHECK(refused.lines() == 1);
     }
-    for (auto& option : options_that_change_numbers(Options()))
-        CHECK_MESSAGE(tried.contains(option.first), option.first);
+    const Json list = options_that_change_numbers(Options());
+    for (auto& [name, value] : list.members) CHECK_MESSAGE(tried.contains(name), name);
     CHECK(snapshot(place.path) == before);
     // What does not change the numbers may differ, and --override lets everything pass.
     copy(place.out(), place.out("copy"));

@@ -3124,17 +3124,16 @@ struct Cpu : Layers<real, FastOps> {
 // =================================================================================================
 // §11 Files and JSON
 // =================================================================================================
-// What you have now: a model that trains, in memory. Data, checkpoints and logs are files: here is
-// how they are read and written, and the two formats that are text: UTF-8 and JSON.
+// What you have now: a model that trains, in memory. Here is how files are read and written, and two
+// formats of text: UTF-8 and JSON.
 //
 // A file must survive a kill, a full disk and a power cut. So it is written in full under another
 // name and then renamed, and no call goes unchecked.
 
 // --- Files and folders
-// Writes all the bytes, in as many calls as it takes: one may be interrupted by a signal (EINTR),
-// or come up short, as on a disk that is nearly full; the next call then says why. A call that
-// writes nothing without an error counts as a full disk, or the loop would never end.
-// Returns how many were written; where they are fewer, errno says why.
+// Writes all the bytes. One call may be interrupted by a signal (EINTR) or come up short; the next
+// one then says why. A call that writes nothing without an error counts as a full disk. Returns how
+// many were written; where they are fewer, errno says why.
 inline size_t write_all(int fd, const void* data, size_t bytes) {
     const char* from = static_cast<const char*>(data);
     size_t done = 0;
@@ -3150,7 +3149,7 @@ inline size_t write_all(int fd, const void* data, size_t bytes) {
 // Each of the functions below does all that it says, or throws an Error with the path and the
 // reason.
 
-// The type of what has that name (file, folder, device), as stat says it; 0: nothing has it.
+// What has that name (file, folder, device), as stat says it; 0: nothing.
 inline mode_t mode_of(const std::string& path) {
     struct stat info;
     return ::stat(path.c_str(), &info) == 0 ? info.st_mode : 0;
@@ -3167,7 +3166,7 @@ inline std::string parent_folder(std::string path) {
 }
 
 // The names in a folder, sorted, without "." and "..". Careful: readdir returns null at the end and
-// for an error; only errno tells them apart, so it is cleared first.
+// for an error; only errno tells them apart.
 inline std::vector<std::string> list_folder(const std::string& path) {
     std::unique_ptr<DIR, int (*)(DIR*)> folder(::opendir(path.c_str()), ::closedir);
     if (!folder) fail_errno("cannot list folder ", path);
@@ -3180,8 +3179,8 @@ inline std::vector<std::string> list_folder(const std::string& path) {
     return names;
 }
 
-// The whole file. More than max_bytes is an error before it is read. Pipes are fine too: their
-// length is not known, so the buffer grows until nothing more comes.
+// The whole file; more than max_bytes is an error before it is read. Of a pipe the length is not
+// known, so the buffer grows.
 inline std::string read_file(const std::string& path, size_t max_bytes = SIZE_MAX) {
     const FileHandle file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
     struct stat info;
@@ -3202,8 +3201,8 @@ inline std::string read_file(const std::string& path, size_t max_bytes = SIZE_MA
     return bytes;
 }
 
-// Makes the names in a folder survive a power cut. A folder is a file of names: to sync a file does
-// not sync its name. Careful: some network file systems cannot (EINVAL, ENOTSUP); that is let go.
+// Makes the names in a folder survive a power cut; to sync a file does not sync its name. Some
+// network file systems cannot (EINVAL, ENOTSUP).
 inline void sync_folder(const std::string& path) {
     const FileHandle folder(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
     if (folder.fd < 0) fail_errno("cannot open folder ", path);
@@ -3212,7 +3211,7 @@ inline void sync_folder(const std::string& path) {
 }
 
 // A folder to write into, made where it is missing, with those above it. Those that were made and
-// are still empty at the end of the scope are removed: a run that fails leaves nothing behind.
+// are still empty at the end of the scope are removed.
 class FolderToFill {
     FolderToFill() = default;
     // a/b/c needs a/b first. The new name is in the folder above, so that one is synced.
@@ -3230,8 +3229,7 @@ class FolderToFill {
 
 public:
     std::vector<std::string> made;  // from the top down
-    // Why two constructors: once the first has ended there is an object, so where the second throws
-    // the destructor still runs.
+    // Why two constructors: when the first has ended, the destructor runs even if this one throws.
     explicit FolderToFill(const std::string& path) : FolderToFill() { make(path); }
     FolderToFill(const FolderToFill&) = delete;
     ~FolderToFill() {
@@ -3261,16 +3259,15 @@ inline void remove_folder(const std::string& path) {
     if (::rmdir(path.c_str()) != 0) fail_errno("cannot remove folder ", path);
 }
 
-// A file that appears whole or not at all. Each step is needed; beside it is what a kill or a power
-// cut could leave without it:
+// A file that appears whole or not at all. The steps, and what a kill or a power cut could leave
+// without them:
 //     open a temporary name    half of the new file under the real name, and the old one gone
 //     write
 //     fsync                    the new name with an empty file: the disk may write names first
 //     rename                   (in one step, the name means the new file)
 //     fsync of the folder      the old file, although the program went on as if it had saved
-// commit() makes the last three. Without it the temporary is removed and the old file stays. After
-// a commit() that failed at the last step the new file is there, but may not survive a power cut.
-// The temporary lies in the same folder: between two disks a rename would be a copy.
+// commit() makes the last three. Without it the temporary is removed and the old file stays. The
+// temporary lies in the same folder: between two disks a rename would be a copy.
 class FileWriter {
     std::string path_, temporary_;
     FileHandle file_{-1};  // of the temporary
@@ -3307,14 +3304,13 @@ inline void write_file(const std::string& path, std::string_view bytes) {
     writer.commit();
 }
 
-// A 64-bit checksum at the speed of memory, against accidents (a flipped bit, a lost page), not
-// against attackers; 16 hexadecimal digits. Four lanes take every fourth 8-byte word, mixed:
+// A 64-bit checksum, 16 hexadecimal digits, at the speed of memory; against accidents, not against
+// attackers. Four lanes take every fourth 8-byte word, mixed:
 //     word = word * K;  word ^= word >> 32;  lane = rotate((lane ^ word) * K'),  K and K' odd
 //     bytes   0-7  8-15  16-23  24-31  32-39 ...   the last 32 filled up with zeros
 //     lane     0     1     2      3      0   ...   then length and lanes become one number
-// Each step can be undone, for a fixed word as for a fixed lane: so two files of one length that
-// differ within one word always have different checksums; others agree with a chance of about
-// 2^-64. K and K' are those of mix_bits. Why four lanes: the processor works on all at once.
+// Each step can be undone: so two texts of one length that differ within one word always have
+// different checksums; others agree with a chance of about 2^-64. K and K' are those of mix_bits.
 inline std::string checksum(std::string_view bytes) {
     uint64_t lanes[4] = {1, 2, 3, 4}, sum = bytes.size();
     auto step = [](uint64_t lane, uint64_t word) {
@@ -3334,16 +3330,13 @@ inline std::string checksum(std::string_view bytes) {
 }
 
 // --- Characters in UTF-8
-// UTF-8 spreads the number of a character in Unicode, its code point, over one to four bytes (the x
-// are its bits):
-//
+// UTF-8 spreads the number of a character, its code point, over one to four bytes (x: its bits).
 //     0xxxxxxx                               up to U+007F: ASCII
 //     110xxxxx 10xxxxxx                      up to U+07FF: most of Europe, the Middle East
 //     1110xxxx 10xxxxxx 10xxxxxx             up to U+FFFF: nearly all that is written today
 //     11110xxx 10xxxxxx 10xxxxxx 10xxxxxx    up to U+10FFFF: old scripts, emoji
-//
-// So "é", U+00E9, whose bits are 00011 101001, is the bytes c3 a9. Not all bytes are text: a file
-// may hold anything, and a model may write half a character.
+// So "é", U+00E9, whose bits are 00011 101001, is the bytes c3 a9. Not all bytes are text: a model
+// may write half a character.
 
 // The character that a text begins with: how many bytes it has, and its code point. 0 bytes where
 // that is not valid UTF-8 (too long a form, half a surrogate pair, above U+10FFFF, cut short).
@@ -3378,11 +3371,8 @@ inline void append_utf8(std::string& out, uint32_t code) {
 
 // --- JSON (RFC 8259)
 //     {"model_type": "gpt2", "n_layer": 12, "layer_norm_epsilon": 1e-05, "n_inner": null}
-// Values are null, true, false, numbers, strings, lists of values (arrays), and lists of values
-// with names (objects).
 
-// A JSON string, quotes included. A byte that is not UTF-8 becomes U+FFFD, so that the text stays
-// JSON whatever it quotes.
+// A JSON string, quotes included. A byte that is not UTF-8 becomes U+FFFD.
 inline std::string json_string(std::string_view text) {
     std::string out = "\"";
     for (size_t i = 0, bytes; i < text.size(); i += std::max<size_t>(bytes, 1)) {
@@ -3407,8 +3397,7 @@ inline std::string shown(std::string_view text) {
     return text.size() > most ? out + "..." : out;
 }
 
-// A text that holds more values (keys not counted), or nests them deeper, is refused before it
-// takes the memory.
+// A text that holds more values, or nests them deeper, is refused before it takes the memory.
 struct JsonLimits {
     int depth = 64;
     size_t values = 10'000'000;
@@ -3425,8 +3414,7 @@ struct Json {
     explicit Json(Kind kind) : kind(kind), text() {}
     Json(bool value) : kind(Kind::boolean), text(value ? "true" : "false") {}
     Json(std::integral auto value) : kind(Kind::number), text(std::to_string(value)) {}
-    // In the fewest digits that give the same bits back. NaN and infinity, which JSON cannot say,
-    // become null.
+    // In the fewest digits that give the same bits back. NaN and infinity become null.
     Json(double value) {
         if (!std::isfinite(value)) return;
         char digits[32];
@@ -3511,8 +3499,8 @@ struct Json {
 };
 
 // Text to a value: recursive descent, a function for each rule of the grammar. Each reads from
-// text[at] on and moves `at` behind what it read, or fails. A hostile text costs no more than
-// others: depth is bounded, and time and memory are linear in its length but for one sort.
+// text[at] on and moves `at` behind what it read. A hostile text costs no more than others: depth
+// is bounded, and time and memory are linear in its length but for one sort.
 // Why not a library: it would be one more package to install.
 struct JsonParser {
     std::string_view text;
@@ -3536,35 +3524,28 @@ struct JsonParser {
         return nullptr;
     }
 
-    // list: [ value , value , ... ]  or  { string : value , string : value , ... }, no name twice
+    // list: [ value , value , ... ]  or  { string : value , string : value , ... }, no name twice.
+    // Why a tree of names: a hostile file could choose names that fall into one slot of a hash table.
     Json list(int depth) {
         const size_t start = at;
         const bool object = text[at++] == '{';
         const char* close = object ? "}" : "]";
         Json out(object ? Json::Kind::object : Json::Kind::array);
+        std::set<std::string> names;
         if (next(close)) return out;
         do {
-            std::string key;
+            std::string name;
             if (object) {
                 if (!next("\"")) wrong("a key in quotes");
-                key = string();
+                name = string();
+                if (!names.insert(name).second)
+                    error(start, "the object that starts here has the key ", shown(name), " twice");
                 if (!next(":")) wrong("':'");
             }
-            out.members.emplace_back(std::move(key), value(depth));
+            out.members.emplace_back(std::move(name), value(depth));
         } while (next(","));
         if (!next(close)) wrong(object ? "',' or '}'" : "',' or ']'");
-        if (object) refuse_duplicates(out, start);
         return out;
-    }
-    // Why sorting: comparing every pair takes minutes on a vocabulary of 50,000 keys, and a hostile
-    // file could choose keys that fall into one slot of a hash table.
-    void refuse_duplicates(const Json& object, size_t start) const {
-        std::vector<std::string_view> keys;
-        for (auto& member : object.members) keys.push_back(member.first);
-        std::sort(keys.begin(), keys.end());
-        const auto twice = std::adjacent_find(keys.begin(), keys.end());
-        if (twice != keys.end())
-            error(start, "the object that starts here has the key ", shown(*twice), " twice");
     }
 
     // number: -? (0 | digits) (. digits)? ([eE] [+-]? digits)?
@@ -3607,8 +3588,8 @@ struct JsonParser {
         if (which != names.npos) return at++, meanings[which];
         if (!accept("u")) wrong("an escape sequence");
         uint32_t code = hex4();
-        // Above U+FFFF there are two units, a high and a low surrogate, with ten bits each of what
-        // is above 0x10000: U+1F600, a grin, is \ud83d\ude00, as 0xf600 is 0x3d << 10 | 0x200.
+        // Above U+FFFF: two units, a high and a low surrogate, with ten bits each of what is above
+        // 0x10000. U+1F600, a grin, is \\ud83d\\ude00, as 0xf600 is 0x3d << 10 | 0x200.
         if (code >> 10 == 0xd800 >> 10 && accept("\\u")) {
             const uint32_t low = hex4();
             if (low >> 10 == 0xdc00 >> 10) code = 0x10000 + ((code & 0x3ff) << 10 | (low & 0x3ff));
@@ -4054,7 +4035,7 @@ inline CharClass class_of(uint32_t code) {
 // §13 Hugging Face in, Hugging Face out: safetensors files and config.json
 // =================================================================================================
 // What you have now: a model that reads and writes text. On disk it is a folder as Hugging Face's
-// transformers writes it, so that other tools can use it; nothing is converted, either way.
+// transformers writes it; nothing is converted, either way.
 //
 // model.safetensors holds the weights, config.json says of which model, and the tokenizer's files
 // stand beside them. A safetensors file (github.com/huggingface/safetensors, README and tensor.rs):
@@ -4074,15 +4055,14 @@ inline CharClass class_of(uint32_t code) {
 //           96  00 00 80 3f               1, at offset 0 of the data
 //          100  00 00 00 40               2; the file ends at byte 104
 //
-// Files come from the internet, and copies are cut short. So every rule above is checked before
-// memory is taken for what a file claims, and all weights are checked for NaN. A damaged or hostile
-// file is refused with one line that names the file and the rule.
+// A damaged or hostile file is refused with one line that names the file and the rule: every rule
+// above is checked before memory is taken for what a file claims.
 static_assert(std::endian::native == std::endian::little, "files hold numbers as memory does");
 
 // --- Types of elements
 
-// Bytes of an element of that type; 0: the format has no such type. Four of these can be weights;
-// of the others only the size matters, to check that the tensors fill the file.
+// Bytes of an element of that type; 0: the format has no such type. Four of them can be weights; of
+// the others only the size matters.
 inline size_t dtype_bytes(std::string_view dtype) {
     static constexpr std::pair<std::string_view, size_t> sizes[] =
         {{"F64", 8}, {"F32", 4},  {"F16", 2},     {"BF16", 2},    {"I64", 8},    {"U64", 8},
@@ -4096,9 +4076,8 @@ inline size_t dtype_bytes(std::string_view dtype) {
 // IEEE half precision: one bit of sign, five of exponent, ten of significand. It is only read.
 struct f16 {
     uint16_t bits;
-    // Exact. A float's exponent is biased by 127, a half's by 15: moved to their positions in a
-    // float, the bits mean 2^-112 times the value, also for the smallest ones, which have no
-    // implicit 1. The largest exponent stands for infinity and NaN in both.
+    // Exact. Exponents are biased by 15 here, by 127 in a float: moved to their positions in a
+    // float, the bits mean 2^-112 times the value. The largest exponent is infinity and NaN in both.
     explicit operator float() const {
         const uint32_t moved = uint32_t(bits & 0x7fff) << 13;
         float value = std::bit_cast<float>(moved) * 0x1p112f;
@@ -4117,8 +4096,8 @@ size_t first_not_finite(const real* x, size_t n) {
 
 // Cuts [0, count), of elements or bytes, into chunks of kChunk and calls use(first, n) for each, on
 // all threads. Why: a chunk stays in L2 while it is checked and converted.
-// Careful: no exception may leave a parallel loop. Each is caught, and that of the first chunk that
-// failed is thrown behind the loop: the message is the same on any number of threads.
+// Careful: no exception may leave a parallel loop. That of the first chunk that failed is thrown
+// behind it: the message is the same on any number of threads.
 constexpr size_t kChunk = size_t(1) << 16;
 template <class Use>
 void for_each_chunk(size_t count, Use&& use) {
@@ -4136,8 +4115,7 @@ void for_each_chunk(size_t count, Use&& use) {
 }
 
 // A tensor of a file. One that is read has the bytes [begin, end) of the file. One to be written
-// has fill(out, first, n), which sets out[n] to the elements from `first` on: they may come from an
-// array, or in chunks from a GPU.
+// has fill(out, first, n), which sets out[n] to the elements from `first` on.
 struct StoredTensor {
     std::string name, dtype;
     std::vector<int64_t> shape;
@@ -4186,8 +4164,8 @@ public:
     }
 
 private:
-    // Straight into `out` where the types are the same, else through one chunk: there is never a
-    // second copy of the tensor. Why all threads: half of the time goes into first touching `out`.
+    // Straight into `out` where the types are the same, else through one chunk. Why all threads:
+    // half of the time goes into first touching `out`.
     template <class Stored, class real>
     void read_as(const StoredTensor& tensor, real* out) const {
         for_each_chunk(tensor.count(), [&](size_t first, size_t n) {
@@ -4235,10 +4213,9 @@ private:
             for (auto& [key, text] : json.get("__metadata__", Json::Kind::object, path).members)
                 if (text.kind != Json::Kind::string)
                     fail(path, ": __metadata__ ", shown(key), " must be a string");
-        // Every byte of the data belongs to exactly one tensor: in the order of their bytes, each
-        // begins where the one before it ends, and the last ends with the file. Why so strict: a
-        // million tensors could share the same bytes and ask for a million times the file's size in
-        // memory, and what no tensor covers can hide anything.
+        // In the order of their bytes, each tensor begins where the one before it ends. Why so
+        // strict: a million tensors could share the same bytes and ask for a million times the
+        // file's size in memory, and what no tensor covers can hide anything.
         std::stable_sort(tensors.begin(), tensors.end(), [](auto& a, auto& b) {
             return std::pair(a.begin, a.end) < std::pair(b.begin, b.end);
         });
@@ -4282,8 +4259,7 @@ private:
                  " bytes, data_offsets say ", tensor.end - tensor.begin);
         return tensor;
     }
-    // A member that is an array of sizes. Why 2^53: readers that keep numbers as doubles would see
-    // another file beyond it.
+    // A member that is an array of sizes. Why 2^53: doubles, as some readers use, end there.
     static std::vector<int64_t> parse_sizes(const Json& tensor, const char* key,
                                             const std::string& where) {
         std::vector<int64_t> sizes;
@@ -4318,9 +4294,8 @@ inline std::string safetensors_header(const std::vector<StoredTensor>& tensors) 
     return length + json;
 }
 
-// Writes the file, whole or not at all, of F32 tensors in the order of their names: the same
-// weights always make the same file. NaN and infinities are refused: they must not reach a
-// checkpoint. The tensors pass through 1 MB, so a model is never in memory twice.
+// Writes the file, whole or not at all, in F32, sorted by name: the same weights always make the
+// same file. NaN and infinities are refused. The tensors pass through 1 MB.
 inline void write_safetensors(const std::string& path, std::vector<StoredTensor> tensors) {
     std::sort(tensors.begin(), tensors.end(), [](auto& a, auto& b) { return a.name < b.name; });
     FileWriter file(path);
@@ -4341,8 +4316,8 @@ inline void write_safetensors(const std::string& path, std::vector<StoredTensor>
 }
 
 // --- GPT-2's names
-// The list of the model's tensors (§3) has Hugging Face's names, shapes and order of elements, so
-// to load is to find each by its name; nothing is transposed. But files name them in several ways:
+// The list of the model's tensors (§3) has Hugging Face's names, shapes and order of elements. But
+// files name them in several ways:
 //
 //     transformer.h.0.ln_1.weight    as transformers saves a language model, and as we do
 //     h.0.ln_1.weight                as OpenAI's own checkpoint has it
@@ -4360,8 +4335,8 @@ inline std::string_view without_prefix(std::string_view name) {
 }
 
 // Finds every tensor of the list in the file; result[i] belongs to expected[i]. A missing, extra or
-// misshapen tensor is an error that names it and says what was expected.
-// Why so strict: a model that lacks a tensor, or has one of another model, runs and talks nonsense.
+// misshapen tensor is an error. Why so strict: a model that lacks a tensor, or has one of another
+// model, runs and talks nonsense.
 inline std::vector<const StoredTensor*> match_tensors(const SafetensorsFile& file,
                                                       const std::vector<TensorInfo>& expected) {
     std::map<std::string_view, size_t> index;
@@ -4396,29 +4371,27 @@ inline std::vector<const StoredTensor*> match_tensors(const SafetensorsFile& fil
     return found;
 }
 
-// The file of a folder's weights. A folder that has them in another form gets an answer that helps.
+// The file of a folder's weights.
 inline std::string find_weights(const std::string& folder) {
     if (!folder_exists(folder)) fail(folder, ": there is no such folder");
     const std::string path = folder + "/model.safetensors";
-    if (file_exists(path)) return path;
-    for (const char* other : {"model.safetensors.index.json", "pytorch_model.bin", "tf_model.h5"})
-        if (file_exists(folder + "/" + other))
-            fail(folder, ": expected model.safetensors, found ", other,
-                 "; save the model again with transformers: save_pretrained(folder, "
-                 "max_shard_size=\"100GB\")");
-    fail(folder, ": expected model.safetensors, found no such file");
+    if (!file_exists(path))
+        fail(folder,
+             ": expected model.safetensors, found no such file. Save a model of another form "
+             "with transformers: save_pretrained(folder, max_shard_size=\"100GB\")");
+    return path;
 }
 
 // --- config.json
 //     {"model_type": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024,
 //      "vocab_size": 50257, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-05, ...}
-// It can describe models that this program is not, with weights of the same names and shapes: to
-// read those would give wrong numbers without a word. For example "activation_function": "gelu" is
-// the exact GELU; the tanh form (§4.6) differs from it by up to 0.0005.
+// It can describe models that this program is not, with weights of the same names and shapes. For
+// example "activation_function": "gelu" is the exact GELU; the tanh form (§4.6) differs from it by
+// up to 0.0005.
 
 // Reads GPT-2's config.json. What this model does not do is refused by name; what makes no
-// difference to the numbers (initializer_range, summary_*, use_cache, ...) is ignored, dropout too:
-// it is the run's choice. Missing switches have Hugging Face's defaults.
+// difference to the numbers is ignored, and dropout is the run's choice. Missing switches have
+// Hugging Face's defaults.
 inline Config read_hf_config(const std::string& path) {
     const Json json =
         Json::parse(read_file(path, 1'000'000), path, {.depth = 64, .values = 100'000});
@@ -4460,9 +4433,8 @@ inline Config read_hf_config(const std::string& path) {
     return model;
 }
 
-// The same file, written: every member that transformers needs to build the model again.
-// end_of_text: -1 where there is none.
-inline std::string hf_config_text(const Config& model, int64_t end_of_text) {
+// The same file, written, with all that transformers needs. end_of_text: -1 where there is none.
+inline Json hf_config(const Config& model, int64_t end_of_text) {
     Json json = Json::object(), end = end_of_text < 0 ? Json() : Json(end_of_text);
     json.set("model_type", "gpt2");
     json.set("architectures", Json::array(std::vector{"GPT2LMHeadModel"}));
@@ -4475,29 +4447,30 @@ inline std::string hf_config_text(const Config& model, int64_t end_of_text) {
         json.set(key, std::stod(format("%.6g", double(model.dropout))));  // as it was typed
     json.set("tie_word_embeddings", !model.untied_head);
     json.set("bos_token_id", end).set("eos_token_id", end).set("torch_dtype", "float32");
-    return json.write(2) + "\n";
+    return json;
 }
 
-// All that a folder has beside the weights: transformers opens it with them as it opens the public
-// GPT-2. tokenizer: null where there is none (a run on ids).
+// All that a folder has beside the weights. tokenizer: null where there is none (a run on ids).
 //     config.json              the model's sizes        GPT2LMHeadModel.from_pretrained(folder)
 //     generation_config.json   where a text ends        model.generate(...)
 //     vocab.json merges.txt    the vocabulary (§12)     GPT2Tokenizer.from_pretrained(folder)
 //     tokenizer_config.json    its kind and its limit   AutoTokenizer.from_pretrained(folder)
 inline void write_model_description(const std::string& folder, const Config& config,
                                     const Tokenizer* tokenizer) {
+    auto put = [&](const char* name, const Json& json) {
+        write_file(folder + "/" + name, json.write(2) + "\n");
+    };
     const int64_t end = tokenizer ? tokenizer->end_of_text() : -1;
-    write_file(folder + "/config.json", hf_config_text(config, end));
     Json generation = Json::object(), about = Json::object();
     generation.set("_from_model_config", true);
     if (end >= 0) generation.set("bos_token_id", end).set("eos_token_id", end);
-    write_file(folder + "/generation_config.json", generation.write(2) + "\n");
+    put("config.json", hf_config(config, end)), put("generation_config.json", generation);
     if (!tokenizer) return;
     tokenizer->save(folder);
     about.set("model_max_length", config.n_positions).set("tokenizer_class", "GPT2Tokenizer");
     for (const char* role : {"bos_token", "eos_token", "unk_token"})
         about.set(role, std::string(kEndOfText));
-    write_file(folder + "/tokenizer_config.json", about.write(2) + "\n");
+    put("tokenizer_config.json", about);
 }
 
 // =================================================================================================
@@ -4512,17 +4485,14 @@ inline void write_model_description(const std::string& folder, const Config& con
 //                       trainer_state.json       everything else, the checksum of every other file,
 //                                                and in its last line its own
 //
-// Two promises. A checkpoint is there whole or not at all: it is written under a temporary name,
-// synced to the disk, and renamed. And what is loaded is what was saved: the state, written last,
-// holds the checksums of all the other files.
+// Two promises: a checkpoint is there whole or not at all, and what is loaded is what was saved.
 //
 // Why is that all? A run is a function of its weights, its moments, the step and the position in
 // the data: random numbers (§1) and the order of the data (§2) have no state of their own. So a run
 // that was resumed makes the same numbers, to the bit.
 
 // --- The state of a run
-// trainer_state.json is text, to be read by people too:
-//
+// trainer_state.json:
 //     {"planned_steps": 1500, "step": 1500, "samples": 12000, ..., "val_loss": 0.471601092630086,
 //      "options": {"seed": "1337", "batch-size": "8", ...},        what --resume compares
 //      "data": ["train_000001.bin: 1293045 tokens, 313425166c112c9d", ...],
@@ -4541,10 +4511,10 @@ struct TrainerState {
     int64_t epoch_steps = 0;
     double val_loss = NAN, train_loss = NAN;  // the last measured
     bool finished = false;
-    StepState guards;                                          // counts and windows of §7
-    std::string program;                                       // train_gpt or train_gpt_cu
-    std::vector<std::pair<std::string, std::string>> options;  // those that change the numbers
-    std::vector<std::string> data;                             // the shards, to be recognised by
+    StepState guards;                  // counts and windows of §7
+    std::string program;               // train_gpt or train_gpt_cu
+    Json options{Json::Kind::object};  // those that change the numbers: names and values
+    Json data{Json::Kind::array};      // what the shards are recognised by, a text each
 };
 
 // The one list of what trainer_state.json holds, for writing and for reading it: calls
@@ -4568,31 +4538,18 @@ inline double number_or(const Json& json, const char* key, double otherwise) {
     return value ? value->as<double>().value_or(otherwise) : otherwise;
 }
 
-using Texts = std::vector<std::string>;
-using NamedTexts = std::vector<std::pair<std::string, std::string>>;
+// The two visitors of that list.
 using Recent = double[StepState::kWindow];
-
-// The two visitors of that list: one function for each type of field.
 struct FieldWriter {
     Json json = Json::object();
     void operator()(const char* name, const auto& field, int64_t = 0) { json.set(name, field); }
     void operator()(const char* name, const Recent& field) { json.set(name, Json::array(field)); }
-    void operator()(const char* name, const Texts& field) { json.set(name, Json::array(field)); }
-    void operator()(const char* name, const NamedTexts& field) {
-        json.set(name, Json::object())
-            .members.back()
-            .second.members.assign(field.begin(), field.end());
-    }
 };
-// A member that is missing, or of another kind, is an error that names it. But a double may be
-// missing or null (a NaN or infinity): then it stays as in a fresh state.
+// A member that is missing, or of another kind, is an error. But a double may be missing or null (a
+// NaN or infinity): then it stays as in a fresh state.
 struct FieldReader {
     const Json& json;
     const std::string& where;  // the file's name
-
-    const auto& members(const char* name, Json::Kind kind) {
-        return json.get(name, kind, where).members;
-    }
     void operator()(const char* name, int64_t& field, int64_t lowest = 0) {
         field = json.get_int(name, where, lowest);
     }
@@ -4601,18 +4558,12 @@ struct FieldReader {
     }
     void operator()(const char* name, double& field) { field = number_or(json, name, field); }
     void operator()(const char* name, std::string& field) { field = json.get_string(name, where); }
+    void operator()(const char* name, Json& field) { field = json.get(name, field.kind, where); }
     void operator()(const char* name, Recent& field) {
-        const auto& list = members(name, Json::Kind::array);
+        const auto& list = json.get(name, Json::Kind::array, where).members;
         if (list.size() != std::size(field))
             fail(where, ": \"", name, "\" must have ", std::size(field), " numbers");
         for (size_t i = 0; i < list.size(); ++i) field[i] = list[i].second.as<double>().value_or(0);
-    }
-    void operator()(const char* name, Texts& field) {
-        for (auto& [none, text] : members(name, Json::Kind::array)) field.push_back(text.text);
-    }
-    void operator()(const char* name, NamedTexts& field) {
-        for (auto& [key, text] : members(name, Json::Kind::object))
-            field.emplace_back(key, text.text);
     }
 };
 
@@ -4631,16 +4582,14 @@ inline TrainerState state_from_json(const Json& json, const std::string& where) 
 }
 
 // --- Checksums: nothing that changed on the disk is used unnoticed
-// Disks lose bits, copies break off, and people edit files.
-//
 //     trainer_state.json
 //       "checksums"      every other file of the folder, each as a whole
 //       "own_checksum"   every byte of this file up to the line's own comma: so the list above, too
 //     checked by         --resume: all of it; --init-from, eval and sample: all but the moments
 //     not covered        a file that is added to the folder; log.csv and samples.txt outside of it
 
-// The checksum of a file: that of the checksums of its chunks, as text. Why chunks: all threads can
-// work on them; one alone would take as long as all the rest of opening a model.
+// The checksum of a file: that of the checksums of its chunks, as text. Why chunks: opening a model
+// waits for this, so all threads work on it.
 inline std::string file_checksum(const std::string& path) {
     const InputFile file(path);
     std::string sums(16 * ceil_div(file.bytes, kChunk), '0');
@@ -4652,9 +4601,7 @@ inline std::string file_checksum(const std::string& path) {
     return checksum(sums);
 }
 
-// The state cannot hold the checksum of its own file, so its last line is that of every byte before
-// it: the seal. Why of the bytes, not of what they mean: a changed byte may mean the same and is
-// damage all the same.
+// The last line of the state: the checksum of every byte before it.
 inline std::string state_seal(std::string_view body) {
     return ",\n  \"own_checksum\": \"" + checksum(body) + "\"\n}\n";
 }
@@ -4689,8 +4636,7 @@ inline bool has_checksums(const std::string& folder) {
 enum class Purpose { use, resume };
 
 // Verifies every file that a folder's state names (the moments only to resume), and returns the
-// state. Weights in use may have been changed on purpose (saved again with transformers, say): then
-// the message says how to go on.
+// state. Weights in use may have been changed on purpose: then the message says how to go on.
 inline Json verify_files(const std::string& folder, Purpose purpose) {
     const bool resume = purpose == Purpose::resume;
     const std::string path = folder + "/trainer_state.json";
@@ -4709,8 +4655,7 @@ inline Json verify_files(const std::string& folder, Purpose purpose) {
     return state;
 }
 
-// Verifies a checkpoint that is to be resumed, every byte of it, and reads its state. An error says
-// why it cannot be: --resume auto then tries the one before it.
+// Verifies a checkpoint that is to be resumed, every byte of it, and reads its state.
 inline TrainerState verify_checkpoint(const std::string& folder) {
     const std::string path = folder + "/trainer_state.json";
     if (!file_exists(path))
@@ -4725,9 +4670,8 @@ inline TrainerState verify_checkpoint(const std::string& folder) {
 
 // --- Saving
 
-// The tensors that one file of a checkpoint holds, under their names there, and where the device
-// keeps them: the model's weights, or each of the optimizer's moments of them. Saving and opening
-// share this list.
+// The tensors of one file of a checkpoint, under their names there, and where the device keeps
+// them: the weights, or each of the optimizer's moments.
 enum class Contents { weights, moments };
 template <class Device>
 auto arrays_of(Gpt2<Device>& model, Contents contents) {
@@ -4745,7 +4689,7 @@ auto arrays_of(Gpt2<Device>& model, Contents contents) {
     return list;
 }
 
-// Writes such a file. The tensors leave the device in chunks: no second copy of the model.
+// Writes such a file. The tensors leave the device in chunks.
 template <class Device>
 void write_arrays(const std::string& path, Gpt2<Device>& model, Contents contents) {
     const auto [infos, arrays] = arrays_of(model, contents);
@@ -4781,15 +4725,9 @@ inline void replace_folder(const std::string& temporary, const std::string& fold
     }
     // A file system that cannot exchange: between two renames only the .old name exists. After a
     // kill there, recover_folders gives it its name back.
-    const std::string old = folder + ".old";
-    move_folder(folder, old);
-    try {
-        rename_path(temporary, folder);
-    } catch (const FileError&) {
-        if (!folder_exists(folder)) ::rename(old.c_str(), folder.c_str());
-        throw;
-    }
-    remove_folder(old);
+    move_folder(folder, folder + ".old");
+    rename_path(temporary, folder);
+    remove_folder(folder + ".old");
 }
 
 // Writes the checkpoint `folder`, whole or not at all; the folder it is in must exist.
@@ -4828,9 +4766,6 @@ void save_checkpoint(Gpt2<Device>& model, const std::string& folder, const Token
 }
 
 // --- Opening
-// First what the folder claims to be, then, when there is memory for it, the weights. Nothing that
-// a file says is believed before it has been checked against something else: its length against the
-// disk's, its shapes against config.json's, config.json's sizes against the options' bounds.
 
 // The model that a Hugging Face folder describes; dropout is the run's choice. Whatever is wrong
 // with the folder, but for weights that are no numbers, is found here, before memory is taken.
@@ -4877,8 +4812,8 @@ void load_moments(Gpt2<Device>& model, const std::string& folder) {
 }
 
 // --- The checkpoints of a run
-// The names in a run's folder say all: which checkpoint is the newest, and which were unfinished
-// (.tmp) or about to be replaced (.old) when the program was killed.
+// The names say which checkpoint is the newest, and which were unfinished (.tmp) or about to be
+// replaced (.old) when the program was killed.
 //     out/stories/   checkpoint-2000/  checkpoint-2500/   to resume from; --keep says how many
 //                    best/                                lowest validation loss so far, no moments
 //                    log.csv  samples.txt                 what a run leaves for people
@@ -4909,9 +4844,9 @@ inline std::vector<int64_t> checkpoint_steps(const std::string& output) {
 // Removes all but the newest `keep` checkpoints; best/ is not among them.
 // Why the new name first: a half-removed checkpoint must not be taken for a damaged one.
 inline void remove_old_checkpoints(const std::string& output, int keep) {
-    const std::vector<int64_t> steps = checkpoint_steps(output);
-    for (size_t i = size_t(keep); i < steps.size(); ++i) {
-        const std::string folder = checkpoint_folder(output, steps[i]), gone = folder + ".tmp";
+    for (int64_t step : checkpoint_steps(output)) {
+        if (keep-- > 0) continue;
+        const std::string folder = checkpoint_folder(output, step), gone = folder + ".tmp";
         move_folder(folder, gone);
         remove_folder(gone);
     }

@@ -277,10 +277,10 @@ inline std::string describe(Options options) {
 
 // Name and value of every option that must be the same for a resumed run to be the same run: a
 // checkpoint holds them, and resuming compares.
-inline auto options_that_change_numbers(Options options) {
-    std::vector<std::pair<std::string, std::string>> all;
+inline Json options_that_change_numbers(Options options) {
+    Json all = Json::object();
     for (const Option& option : option_table(options))
-        if (option.commands & kNumbers) all.emplace_back(option.name, value_text(option));
+        if (option.commands & kNumbers) all.set(option.name, value_text(option));
     return all;
 }
 
@@ -692,17 +692,20 @@ inline void check_same_run(const Options& o, const Start& start, const Corpus& c
     // The options, one by one.
     const std::set<std::string> paths = {"data", "train-shards", "val-shards", "init-from"};
     auto value = [](const std::string& text) { return text.empty() ? "(not set)" : text; };
-    for (auto& [name, now] : options_that_change_numbers(o))
-        for (auto& [saved_name, saved] : start.state.options)
-            if (name == saved_name && now != saved && !paths.contains(name))
-                fail_usage(folder, " was made with --", name, " ", value(saved), ", now it is ",
-                           value(now), ": resume with the same options", override_hint);
+    const Json options = options_that_change_numbers(o);
+    for (auto& [name, now] : options.members) {
+        const Json* saved = start.state.options.find(name);
+        if (saved && saved->text != now.text && !paths.contains(name))
+            fail_usage(folder, " was made with --", name, " ", value(saved->text), ", now it is ",
+                       value(now.text), ": resume with the same options", override_hint);
+    }
     // The program: a GPU adds up in another order.
     if (start.state.program != program)
         fail_usage(folder, " was made by ./", start.state.program,
                    ", whose sums are rounded differently: resume with that", override_hint);
     // The data.
-    std::vector<std::string> now = fingerprint(corpus), saved = start.state.data;
+    std::vector<std::string> now = fingerprint(corpus), saved;
+    for (auto& [none, text] : start.state.data.members) saved.push_back(text.text);
     now.resize(std::max(now.size(), saved.size()), "none"), saved.resize(now.size(), "none");
     for (size_t i = 0; i < now.size(); ++i)
         if (now[i] != saved[i])
@@ -772,7 +775,7 @@ int train_command(Device device, const Options& given) {
     load_start(*model, o, start);
     if (o.override_changes) start.state.planned_steps = 0;  // the plan may have changed
     start.state.options = options_that_change_numbers(o);
-    start.state.data = fingerprint(corpus), start.state.program = Device::kProgram;
+    start.state.data = Json::array(fingerprint(corpus)), start.state.program = Device::kProgram;
     Trainer<Device> trainer(o, corpus, *model);
     // From here on things are written.
     const RunFolder folder(o.output);

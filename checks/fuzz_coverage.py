@@ -10,7 +10,7 @@ import sys
 PARSERS = {  # by the names of their functions and classes; a class stands for all its functions
     "json": "JsonParser Json json_string shown append_utf8 utf8_character",
     "safetensors": "SafetensorsFile InputFile f16 dtype_bytes shape_text match_tensors without_prefix",
-    "checkpoint: config.json": "read_hf_config hf_config_text",
+    "checkpoint: config.json": "read_hf_config hf_config",
     "checkpoint: trainer_state.json": "state_from_json FieldReader FieldWriter number_or read_sealed state_seal",
     "checkpoint: HellaSwag": "read_hellaswag",
     "checkpoint: log.csv": "read_log log_line",
