@@ -30,6 +30,7 @@ struct TemporaryFolder {
         if (!base || !*base) base = ::access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp";
         path = std::string(base) + "/tinygpt-XXXXXX";
         if (!::mkdtemp(path.data())) tinygpt::fail_errno("cannot make the folder ", path);
+        path = std::filesystem::canonical(path);  // as the system names open files
     }
     ~TemporaryFolder() {
         file_fault() = nullptr;
