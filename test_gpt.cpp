@@ -4600,9 +4600,10 @@ struct WholeRun : TestRuns {
         put_file(data() + "/dataset.json", "{\"floor\": 1.25}");
         outcome = train(
             "out",
-            words("--grad-accum-steps 4 --max-steps 60 --save-interval 1 --keep 100 --patience 4 "
-                  "--eval-interval 3 --eval-batches 4 --sample-interval 7 --log-interval 4 "
-                  "--learning-rate 0.3 --seed 5 --prompt the"));
+            words(
+                "--grad-accum-steps 4 --max-steps 60 --save-interval 1 --keep 100 --patience 4 "
+                "--eval-interval 3 --eval-batches 4 --sample-interval 7 --log-interval 4 "
+                "--learning-rate 0.3 --weight-decay 0.2 --beta1 0.8 --beta2 0.97 --eps 1e-6 --grad-clip 0.7 --skip-outliers 9 --seed 5 --prompt the"));
         REQUIRE_MESSAGE(outcome.status == 0, outcome.err);
         rows = read_log(out() + "/log.csv", 60), end = last_step(out());
         REQUIRE(int64_t(rows.size()) == end + 1);
@@ -4710,6 +4711,36 @@ TEST_CASE("run: a row of the log is what was measured, and when it was due") {
             scored += double(batch.scored);
         }
         CHECK(near(*row.eval_train_loss, total / scored, 1e-8));
+    }
+}
+
+TEST_CASE("run: a step is train_step on the text that is next, with the options of the run") {
+    using namespace run_test;
+    const WholeRun& run = whole_run();
+    const Shards train(run.data() + "/train_*.bin");
+    const DataOrder order{train, 3, 8, 5, true};
+    const StepOptions options = {5,
+                                 {Schedule::cosine, 0.3, 0.5, 16, 60},
+                                 {0.8, 0.97, 1e-6, 0.2},
+                                 {0.7, 9}};
+    for (int64_t s : {1, 9, 14}) {  // made again from the checkpoint before; 14: in a new epoch
+        Config config = config_of_folder(run.checkpoint(s));
+        config.dropout = 0.1f;
+        Gpt2<Cpu<float>> model(config);
+        model.reserve(3, 8, Use::training);
+        model.initialise(5);
+        if (s > 1) {
+            load_weights(model, run.checkpoint(s - 1)), load_moments(model, run.checkpoint(s - 1));
+            *model.state = verify_checkpoint(run.checkpoint(s - 1)).guards;
+        }
+        std::vector<Batch> batches;
+        for (int64_t i = 0; i < 4; ++i) batches.push_back(order.batch(12 * (s - 1) + 3 * i, 257));
+        train_step(model, batches, options, s - 1);
+        const LogRow& row = run.rows[size_t(s)];
+        CHECK(near(*row.train_loss, model.state->loss, 1e-8));
+        CHECK(near(*row.grad_norm, model.state->grad_norm, 1e-8));
+        CHECK(near(*row.lr, model.state->lr, 1e-8));
+        CHECK(model.get_weights() == loaded(run.checkpoint(s), 3, 8)->get_weights());
     }
 }
 

@@ -5046,6 +5046,20 @@ inline std::vector<LogRow> read_log(const std::string& path, int64_t last) {
     return rows;
 }
 
+// The log of a run that goes on. The rows so far replace the file: never append to half a row.
+class Log {
+public:
+    Log(const std::string& output, const std::vector<LogRow>& rows) {
+        write_file(output + "/log.csv", log_text(rows));
+        csv_.emplace(output + "/log.csv");
+    }
+    void add(const LogRow& row) { csv_->append(log_line(row)); }
+    void sync() { csv_->sync(); }
+
+private:
+    std::optional<GrowingFile> csv_;
+};
+
 // "step 50/2500 | loss 4.3021 | ... | 2m 05s left"
 inline std::string live_line(const LogRow& row, int64_t steps, double seconds_left) {
     std::string line = format("step %.0f/%ld", *row.step, steps);
@@ -5289,7 +5303,7 @@ public:
             check_broken(row);
             const bool evaluated = o_.eval_interval > 0 && (is_last() || due(o_.eval_interval));
             if (evaluated) evaluate_into(row), note_best(row);
-            log_->append(log_line(row));
+            log_->add(row);
             end = end_reached();
             show(row, evaluated || end != End::none || due(o_.log_interval));
             const std::string title = sample_title(epoch);
@@ -5339,7 +5353,7 @@ private:
         // Checkpoints of steps that will be made again must not count as the newest.
         for (const std::string& name : set_aside_later(o_.output, resumed ? state_.step : -1))
             say("set aside", name + ", as " + name + ".set-aside");
-        if (resumed) replace_log(rows_before(start.folder));
+        if (resumed) log_.emplace(o_.output, rows_before(start.folder));
         const int64_t rows = state_.planned_steps * rows_per_step();
         say("run", with_commas(state_.planned_steps) + " steps of " +
                        with_commas(rows_per_step() * model_.T) + " tokens" +
@@ -5349,7 +5363,7 @@ private:
         LogRow row = row_now();
         if (o_.eval_interval > 0) evaluate_into(row);
         // Why only now: if the text cannot be read, no run is left behind.
-        replace_log({row});
+        log_.emplace(o_.output, std::vector<LogRow>{row});
         show(row, true);
     }
 
@@ -5361,12 +5375,6 @@ private:
             warn(to_text(path, " has ", rows.size(), " of the ", state_.step + 1,
                          " rows up to step ", state_.step));
         return rows;
-    }
-
-    // Why: never append to a half-written row.
-    void replace_log(const std::vector<LogRow>& rows) {
-        write_file(o_.output + "/log.csv", log_text(rows));
-        log_.emplace(o_.output + "/log.csv");
     }
 
     // The fewer of max_steps and epochs; where only max_minutes is set, what fits into it.
@@ -5434,6 +5442,7 @@ private:
                                    o_.min_lr_fraction, o_.warmup_steps, state_.planned_steps},
                                   {o_.beta1, o_.beta2, o_.eps, o_.weight_decay},
                                   {o_.grad_clip, o_.skip_outliers}};
+        if (!ahead_) began_ = now_seconds();
         train_step(model_, batches, options, s);
         model_.device.post(model_.state);
     }
@@ -5445,7 +5454,7 @@ private:
         const bool wants_stats = due(o_.tensor_stats_interval, state_.step + 1);
         std::vector<typename Device::Real> before;
         if (wants_stats) before = model_.get_weights();
-        if (!ahead_) began_ = now_seconds(), queue_step(loader, state_.step);
+        if (!ahead_) queue_step(loader, state_.step);
         ahead_ = Device::kStepsBehind > 0 && !next_is_waited_for();
         if (ahead_) queue_step(loader, state_.step + 1);
         state_.guards = model_.device.fetch(model_.state);
@@ -5471,7 +5480,7 @@ private:
         const StepState& g = state_.guards;
         if (!g.skip) return;
         if (g.broken && o_.on_nan == "stop") {
-            log_->append(log_line(row));
+            log_->add(row);
             fail("step ", state_.step, ": the loss is ", g.loss, " and the gradient's norm ",
                  g.grad_norm, ": training has diverged. Nothing of this step was saved. Go on ",
                  "from the last checkpoint with a lower --learning-rate, --resume auto and ",
@@ -5578,7 +5587,8 @@ private:
     const DataOrder order_;
     const std::vector<Window> val_windows_, train_windows_;  // what is scored
     const double peak_flops_;
-    std::optional<GrowingFile> log_, samples_;
+    std::optional<Log> log_;
+    std::optional<GrowingFile> samples_;
     TrainerState state_;  // what a checkpoint keeps
     bool ahead_ = false;  // the device has the next step already
     double began_ = 0;    // when the current step began

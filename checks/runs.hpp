@@ -94,7 +94,7 @@ struct SmallRuns : TemporaryFolder {
             "--grad-accum-steps 2 --dropout 0.1 --max-steps 30 --learning-rate 0.1 "
             "--min-lr-fraction 0.5 --warmup-steps 16 --eval-interval 2 --eval-batches 1 "
             "--patience 5 --sample-interval 0 --save-interval 5 --threads 1";
-        return words("--data " + data() + " --output " + out(name) + " " + small, more);
+        return joined({"--data", data(), "--output", out(name)}, words(small, more));
     }
 };
 
