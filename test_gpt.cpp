@@ -4600,10 +4600,10 @@ struct WholeRun : TestRuns {
         put_file(data() + "/dataset.json", "{\"floor\": 1.25}");
         outcome = train(
             "out",
-            words(
-                "--grad-accum-steps 4 --max-steps 60 --save-interval 1 --keep 100 --patience 4 "
-                "--eval-interval 3 --eval-batches 4 --sample-interval 7 --log-interval 4 "
-                "--learning-rate 0.3 --weight-decay 0.2 --beta1 0.8 --beta2 0.97 --eps 1e-6 --grad-clip 0.7 --skip-outliers 9 --seed 5 --prompt the"));
+            words("--grad-accum-steps 4 --max-steps 60 --save-interval 1 --keep 100 --patience 4 "
+                  "--eval-interval 3 --eval-batches 4 --sample-interval 7 --log-interval 4 "
+                  "--learning-rate 0.3 --weight-decay 0.2 --beta1 0.8 --beta2 0.97 --eps 1e-6 "
+                  "--grad-clip 0.7 --skip-outliers 9 --seed 5 --prompt the"));
         REQUIRE_MESSAGE(outcome.status == 0, outcome.err);
         rows = read_log(out() + "/log.csv", 60), end = last_step(out());
         REQUIRE(int64_t(rows.size()) == end + 1);
