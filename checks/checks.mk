@@ -81,7 +81,7 @@ $(BUILD)/hf_logits: checks/hf_logits.cpp tinygpt.hpp | $(BUILD)
 	$(CXX) $(CXXFLAGS) $< -o $@
 
 nightly: check torture damaged
-	python3 checks/mutate_cuda.py
+	python3 checks/mutate.py cuda
 	$(MAKE) fuzz SECONDS=1200
 	$(MAKE) fuzz_coverage
 

@@ -1,19 +1,25 @@
 #!/usr/bin/env python3
-# checks/mutate_cuda.py: would the CUDA tests see it if a kernel were wrong? In every kernel of
-# train_gpt.cu one sign and one term are broken in turn, and every barrier is left out in turn; a test
-# must fail each time. A pattern that train_gpt.cu no longer has, and a kernel or helper without a
-# mutant, end it at once.
+# checks/mutate.py: would the tests see it if the code were wrong? Breaks the code in one place after another;
+# a test must fail each time.
 #
-#     checks/mutate_cuda.py            about four minutes; needs g++ and doctest, no GPU
-#     checks/mutate_cuda.py layernorm  the mutants of functions whose name contains that
-#     checks/mutate_cuda.py --list     the mutants, nothing built
+#     checks/mutate.py cuda             every kernel of train_gpt.cu: one sign, one term, every barrier in turn.
+#                                       About four minutes; needs g++ and doctest, no GPU
+#     checks/mutate.py cuda layernorm   the mutants of functions whose name contains that
+#     checks/mutate.py header           forty places of tinygpt.hpp, drawn by --seed; twenty minutes and more
+#     checks/mutate.py cuda --list      the mutants, nothing built
 #
-# All mutants are built into one program: the expression `original` of a function becomes
-# (kMutant == number ? (broken) : (original)), and the environment chooses the number.
+# All mutants are built into one program: an expression becomes (kMutant == number ? (broken) : (original)),
+# and the environment chooses the number. A kernel or helper without a mutant, and a line of the table that
+# train_gpt.cu no longer has, end it at once.
+import argparse
 import os
+import random
 import re
 import subprocess
 import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+WORK = ROOT + "/build/mutants"
 
 # kernel or helper | which tests | sign or term | original (once in that function) | broken
 MUTANTS = """
@@ -169,9 +175,68 @@ round_weights_kernel | update | term | store_weights(weights + i, w) | (void)0
 """
 
 
-def fail(message):
-    sys.exit("mutate_cuda: " + message)
 
+def fail(message):
+    sys.exit("mutate: " + message)
+
+
+class Mutant:
+    """One place [start, end) of a source, and what it becomes; `tests` are tried first."""
+    def __init__(self, where, kind, start, original, broken, tests):
+        self.where, self.kind, self.start, self.end = where, kind, start, start + len(original)
+        self.original, self.broken, self.tests = original, broken, tests
+
+    def __str__(self):
+        return "%-8s %s: %s -> %s" % (self.kind, self.where, self.original, self.broken)
+
+
+def chosen(original, choices):
+    """The text that stands for `original` and picks one of its broken forms."""
+    condition = original.startswith("if (")
+    inner = (lambda text: text[4:-1]) if condition else (lambda text: text)
+    # Assignments and calls of functions without a result have no value to choose.
+    void = re.search(r"[^=!<>]=[^=]", original) or re.match(
+        r"(add_columns_product|store_weights|load_pack|judge_step|mma_bf16_16x8x16|__sync\w+|copy_async_\w+|group_wait|group_publish)\b", original)
+    kind = "bool" if condition else "(void)" if void else ""
+    result = kind + "(" + inner(original) + ")"
+    for number, broken in choices:
+        result = "(kMutant == %d ? %s(%s) : %s)" % (number, kind, inner(broken), result)
+    return "if (" + result + ")" if condition else result
+
+
+def plant(source, mutants):
+    """The source with all mutants in it, to be chosen by kMutant."""
+    places = {}
+    for number, mutant in enumerate(mutants, 1):
+        places.setdefault((mutant.start, mutant.end), []).append((number, mutant.broken))
+    order = sorted(places)
+    for (_, end), (start, _) in zip(order, order[1:]):
+        if end > start:
+            fail("two mutants overlap: " + source[start:end])
+    for start, end in reversed(order):
+        source = source[:start] + chosen(source[start:end], places[start, end]) + source[end:]
+    return "#pragma once\n#include <cstdlib>\nstatic const int kMutant = std::getenv(\"MUTANT\") ? std::atoi(std::getenv(\"MUTANT\")) : 0;\n" + source
+
+
+def compile_tests(*more):
+    compiler = [os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-fopenmp", "-march=native", "-fno-math-errno", "-w",
+                "-D_GLIBCXX_ASSERTIONS"]
+    doctest = os.environ.get("DOCTEST_DIR")
+    return subprocess.run([*compiler, *(["-I" + doctest] if doctest else []), *more], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def passes(number, tests, order="ascending"):
+    """Whether the program's tests of these names pass with that mutant."""
+    environment = dict(os.environ, MUTANT=str(number), CUDA_ON_CPU_ORDER=order, OMP_WAIT_POLICY="passive")
+    try:
+        run = subprocess.run([WORK + "/mutants", "-tc=" + tests, "--abort-after=1"], cwd=ROOT, timeout=300 if tests != "*" else 1200,
+                             capture_output=True, env=environment)
+    except subprocess.TimeoutExpired:
+        return False
+    return run.returncode == 0
+
+
+# --- The kernels, by the table above
 
 def functions_at(source, name):
     """Where definitions of `name` start and end: from the name to the brace in column 0."""
@@ -187,133 +252,152 @@ def functions_at(source, name):
     return found_at or fail("there is no function %s in train_gpt.cu" % name)
 
 
-def places_of(text, source, start, end):
-    """Where `text` stands in source[start:end], whatever its line breaks."""
-    pattern = r"\s*".join(re.escape(part) for part in re.findall(r"\w+|[^\w\s]", text))
-    return [(m.start(), m.end()) for m in re.compile(pattern).finditer(source, start, end)]
-
-
-def barriers_of(source, mutants):
-    """Every barrier of the functions that have mutants, as a mutant of its own, and where it stands."""
-    tests, found = {}, []
-    for name, test, _, _, _ in mutants:
-        tests.setdefault(name, []).append(test)
+def cuda_mutants(source):
+    """The table's mutants, and every barrier of the functions in it as a mutant of its own."""
+    mutants, barriers, tests, kinds = [], {}, {}, {}
+    for line in MUTANTS.strip().splitlines():
+        name, test, kind, original, broken = (part.strip() for part in line.split(" | "))
+        tests.setdefault(name, set()).add("cuda: %s*" % test)
+        kinds.setdefault(name, set()).add(kind)
+        # Wherever its line breaks are.
+        pattern = re.compile(r"\s*".join(re.escape(part) for part in re.findall(r"\w+|[^\w\s]", original)))
+        places = [m for start, end in functions_at(source, name) for m in pattern.finditer(source, start, end)]
+        if len(places) != 1:
+            fail("%s has %d times, not once: %s" % (name, len(places), original))
+        mutants.append(Mutant(name, kind, places[0].start(), places[0].group(), broken, "cuda: %s*" % test))
     for name in tests:
         for start, end in functions_at(source, name):
             for m in re.compile(r"(__syncthreads|__syncwarp|copy_async_wait<0>|copy_async_commit)\(\)").finditer(source, start, end):
-                line = source.count("\n", 0, m.start()) + 1
-                mutant = (name, sorted(set(tests[name])), "barrier", m.group() + " in line %d" % line, "left out")
-                found.append((mutant, m.start(), m.end(), m.group()))
-    return sorted(found, key=lambda barrier: barrier[1])
-
-
-def plant(source, mutants):
-    """The source with all mutants in it, to be chosen by kMutant, and the list of all, barriers last."""
-    edits = {}
-    for number, (name, _, _, original, broken) in enumerate(mutants, 1):
-        places = [place for start, end in functions_at(source, name) for place in places_of(original, source, start, end)]
-        if len(places) != 1:
-            fail("%s has %d times, not once: %s" % (name, len(places), original))
-        edits.setdefault(places[0] + (original,), []).append((number, broken))
-    barriers = barriers_of(source, mutants)
-    for number, (_, start, end, text) in enumerate(barriers, len(mutants) + 1):
-        edits[(start, end, text)] = [(number, "0")]
-    order = sorted(edits)
-    for (_, end, text), (start, _, other) in zip(order, order[1:]):
-        if end > start:
-            fail("two mutants overlap: %s and %s" % (text, other))
-    for start, end, original in reversed(order):
-        source = source[:start] + chosen(original, edits[(start, end, original)]) + source[end:]
-    return source, [(name, [tests], kind, *rest) for name, tests, kind, *rest in mutants] + [b[0] for b in barriers]
-
-
-def chosen(original, choices):
-    """The text that stands for `original` and picks one of its broken forms."""
-    condition = original.startswith("if (")
-    strip = (lambda text: text[4:-1]) if condition else (lambda text: text)
-    # Assignments and calls of functions without a result have no value to choose.
-    void = re.search(r"[^=!<>]=[^=]", original) or re.match(
-        r"(add_columns_product|store_weights|load_pack|judge_step|mma_bf16_16x8x16|__sync\w+|copy_async_\w+|group_wait|group_publish)\b", original)
-    kind = "bool" if condition else "(void)" if void else ""
-    result = kind + "(" + strip(original) + ")"
-    for number, broken in choices:
-        result = "(kMutant == %d ? %s(%s) : %s)" % (number, kind, strip(broken), result)
-    return "if (" + result + ")" if condition else result
-
-
-def without_mutants(source, mutants):
-    """The kernels that lack a broken sign or a broken term, and the helpers that lack any mutant."""
-    kinds = {}
-    for name, _, kind, _, _ in mutants:
-        kinds.setdefault(name, set()).add(kind)
+                barriers[m.start()] = Mutant(name, "barrier", m.start(), m.group(), "0", ",".join(sorted(tests[name])))
     kernels = re.findall(r"__global__ void\s+(?:__launch_bounds__\([\w, ]+\)\s+)?(\w+)\(", source)
     # The words of PTX are checked against NVIDIA's tables by cuda_on_cpu/test_emulator.cu.
     helpers = re.findall(r"__device__ (?:inline )?(?:\w+\*? )?(\w+)\(", source[source.index("// PTX wrappers end"):])
-    return [name for name in kernels if not {"sign", "term"} <= kinds.get(name, set())] + \
+    lacking = [name for name in kernels if not {"sign", "term"} <= kinds.get(name, set())] + \
         [name for name in helpers if name not in kinds and name not in ("row", "partial")]
+    if lacking:
+        fail("no broken sign or no broken term for: " + ", ".join(lacking))
+    return mutants + [barriers[start] for start in sorted(barriers)]
 
 
-def build(root, work, source):
-    """One program with all mutants in it."""
-    top = "#include <cstdlib>\nstatic const int kMutant = std::getenv(\"MUTANT\") ? std::atoi(std::getenv(\"MUTANT\")) : 0;\n"
-    with open(work + "/train_gpt.cu", "w") as file:
-        file.write(top + source)
-    compiler = os.environ.get("CXX", "g++")
-    emulator = root + "/cuda_on_cpu"
-    doctest = os.environ.get("DOCTEST_DIR")
-    flags = ["-std=c++20", "-fopenmp", "-Wno-all"]
-    for command in (
-        [compiler, "-std=c++20", "-O1", emulator + "/translate.cpp", "-o", work + "/translate"],
-        [work + "/translate", work + "/train_gpt.cu", work + "/train_gpt_cu.cpp"],
-        [compiler, *flags, "-O1", "-march=native", "-I" + emulator, "-I" + work, "-I" + root,
-         *(["-I" + doctest] if doctest else []), "-DTINYGPT_TEST_CUDA", "-DDOCTEST_CONFIG_IMPLEMENT_WITH_MAIN",
-         root + "/test_gpt.cpp", "-o", work + "/mutants"],
-    ):
-        subprocess.run(command, check=True)
+def build_cuda(planted):
+    emulator = ROOT + "/cuda_on_cpu"
+    with open(WORK + "/train_gpt.cu", "w") as file:
+        file.write(planted)
+    subprocess.run([os.environ.get("CXX", "g++"), "-std=c++20", "-O1", emulator + "/translate.cpp", "-o", WORK + "/translate"], check=True)
+    subprocess.run([WORK + "/translate", WORK + "/train_gpt.cu", WORK + "/train_gpt_cu.cpp"], check=True)
+    return compile_tests("-I" + emulator, "-I" + WORK, "-I" + ROOT, "-DTINYGPT_TEST_CUDA", "-DDOCTEST_CONFIG_IMPLEMENT_WITH_MAIN",
+                         "test_gpt.cpp", "-o", WORK + "/mutants").stderr
 
 
-def passes(root, work, number, tests, order="ascending"):
-    environment = dict(os.environ, MUTANT=str(number), CUDA_ON_CPU_ORDER=order)
-    try:
-        run = subprocess.run([work + "/mutants", "-tc=" + ",".join("cuda: %s*" % test for test in tests), "--abort-after=1"],
-                             cwd=root, timeout=120, capture_output=True, text=True, env=environment)
-    except subprocess.TimeoutExpired:
-        return False, "it hangs"
-    return run.returncode == 0, run.stdout
+# --- The header, by a seeded rule
+
+# Section: how many mutants, and the tests that are tried first.
+SECTIONS = {
+    "2": (3, "data*"), "4": (5, "gradients*,reference*,attention*,layers*,dropout*,training*"), "7": (4, "adamw*,schedule*,guards*"),
+    "9": (4, "evaluation*,generation*"), "10": (5, "matmul*,attention*,exp*,gelu*"), "12": (5, "tokenizer*"), "14": (4, "checkpoints*,run*"),
+    "16": (10, "run*,memory*"),
+}
+# Kind: what is looked for in an expression, and what it becomes.
+RULES = {
+    "sign": [(r" [+-] ", lambda m: " - " if m.group() == " + " else " + ")],
+    "term": [(r" [+-] \w[\w.]*(?![\w.(\[{<:-]| [*/%])|(?<![\w.]) ?\* [a-z]\w*(?![\w.(\[{<:])", lambda m: "")],
+    "off by 1": [(r"(?<![\w.<])[0-9](?![\w.>'])", lambda m: str(int(m.group()) + 1))],
+    "bound": [(r" [<>]=? ", lambda m: m.group()[:2] + " " if "=" in m.group() else m.group()[:2] + "= "),
+              (r"std::(min|max)\b", lambda m: "std::max" if m.group(1) == "min" else "std::min")],
+    "constant": [(r"(?<![\w.])\d+\.\d*[1-9]\d*f?(?![\w.])|(?<![\w:])k[A-Z]\w+(?![\w(:<])", lambda m: "(2 * %s)" % m.group())],
+}
+# What may be chosen at run time: what is returned, assigned or asked.
+EXPRESSIONS = (r"\s*return (.+);$", r"\s*[\w:<>&* .\[\]()-]+? [-+*/]?= (.+);$", r"\s*(?:} )?(?:else )?(?:if|while) \((.+)\)(?: \{| [\w(].*;)?$",
+               r"\s*for \([^;]*; ([^;]+); .*$")
+
+
+def candidates(source):
+    """Every mutant that the rules know, by section and kind."""
+    found, section, at = {}, "", 0
+    for line in source.splitlines(keepends=True):
+        if heading := re.match(r"// §(\d+) ", line):
+            section = heading.group(1)
+        code = re.sub(r"\s*//.*", "", line.rstrip("\n"))
+        for pattern in EXPRESSIONS if section in SECTIONS and not re.search(r"constexpr|static|template|requires|[\"'{}]", code.rstrip(" {")) else ():
+            match = re.match(pattern, code)
+            if not match or any(match.group(1).count(a) != match.group(1).count(b) for a, b in ("()", "[]")) or re.search(r",(?![^(\[]*[)\]])", match.group(1)):
+                continue
+            for kind, rules in RULES.items():
+                for rule, replace in rules:
+                    for m in re.finditer(rule, match.group(1)):
+                        broken = match.group(1)[:m.start()] + replace(m) + match.group(1)[m.end():]
+                        found.setdefault((section, kind), []).append(
+                            Mutant("§" + section, kind, at + match.start(1), match.group(1), broken, SECTIONS[section][1]))
+            break
+        at += len(line)
+    return found
+
+
+def header_mutants(source, seed):
+    """Draws a kind, then one of its places; what does not compile is drawn anew."""
+    draw, known, mutants = random.Random(seed), candidates(source), []
+    while True:
+        for section, (count, _) in SECTIONS.items():
+            while sum(m.where == "§" + section for m in mutants) < count:
+                kind = draw.choice(sorted(RULES))
+                if not known.get((section, kind)):
+                    continue
+                drawn = known[section, kind].pop(draw.randrange(len(known[section, kind])))
+                if all(drawn.start != m.start for m in mutants):
+                    mutants.append(drawn)
+        errors = build_header(plant(source, mutants), "-fsyntax-only")
+        bad = {int(n) - 3 for n in re.findall(r"tinygpt\.hpp:(\d+):\d+: (?:error|  required)", errors)}
+        kept = [m for m in mutants if source.count("\n", 0, m.start) + 1 not in bad]
+        if not errors:
+            return mutants
+        if len(kept) == len(mutants):
+            fail(errors[:2000])
+        mutants = kept
+
+
+def build_header(planted, *flags):
+    with open(WORK + "/tinygpt.hpp", "w") as file:
+        file.write(planted)
+    for name in ("train_gpt.cpp", "prepare_data.cpp", "test_gpt.cpp"):
+        with open(ROOT + "/" + name) as original, open(WORK + "/" + name, "w") as copy:
+            copy.write(original.read())
+    result = compile_tests("-I" + WORK, "-I" + ROOT, WORK + "/test_gpt.cpp", *(flags or ["-o", WORK + "/mutants"]))
+    return result.stderr if result.returncode else ""
 
 
 def main():
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    table = [tuple(part.strip() for part in line.split(" | ")) for line in MUTANTS.strip().splitlines()]
-    with open(root + "/train_gpt.cu") as file:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("subject", choices=("cuda", "header"))
+    parser.add_argument("where", nargs="?", default="", help="only mutants in functions or sections (§7) whose name has this")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--list", action="store_true")
+    arguments = parser.parse_args()
+    cuda = arguments.subject == "cuda"
+    os.makedirs(WORK, exist_ok=True)
+    with open(ROOT + ("/train_gpt.cu" if cuda else "/tinygpt.hpp")) as file:
         source = file.read()
-    lacking = without_mutants(source, table)
-    if lacking:
-        fail("no broken sign or no broken term for: " + ", ".join(lacking))
-    planted, mutants = plant(source, table)
-    wanted, survivors = sys.argv[1] if len(sys.argv) > 1 else "", []
-    if wanted == "--list":
-        for name, tests, kind, original, broken in mutants:
-            print("%-34s %-8s %s -> %s" % (name, kind, original, broken))
+    mutants = cuda_mutants(source) if cuda else header_mutants(source, arguments.seed)
+    names = ["line %d, %s" % (source.count("\n", 0, mutant.start) + 1, mutant) for mutant in mutants]
+    if arguments.list:
+        print(*names, sep="\n")
         sys.exit()
-    work = root + "/build/mutants"
-    os.makedirs(work, exist_ok=True)
-    build(root, work, planted)
-    for tests in sorted({tests for _, tests, _, _, _ in table}):
-        good, output = passes(root, work, 0, [tests])
-        if not good:
-            fail("the tests of %s fail without any mutant:\n%s" % (tests, output))
-    for number, (name, tests, kind, original, broken) in enumerate(mutants, 1):
-        if wanted not in name:
+    errors = (build_cuda if cuda else build_header)(plant(source, mutants))
+    if errors:
+        fail(errors[:2000])
+    for tests in sorted({mutant.tests for mutant in mutants}):
+        if not passes(0, tests):
+            fail("the tests of %s fail without any mutant" % tests)
+    survivors = tried = 0
+    for number, (mutant, name) in enumerate(zip(mutants, names), 1):
+        if arguments.where not in mutant.where:
             continue
         # A missing barrier shows where the threads' order makes it matter.
-        orders = ["ascending", "warps", "warps:7", "descending", "random:7"] if kind == "barrier" else ["ascending"]
-        alive = all(passes(root, work, number, tests, order)[0] for order in orders)
-        print("%-9s %-8s %s: %s -> %s" % ("SURVIVED" if alive else "caught", kind, name, original, broken), flush=True)
-        if alive:
-            survivors.append(name)
-    print("%d mutants, %d survived%s" % (len(mutants), len(survivors), ": " + ", ".join(survivors) if survivors else ""))
-    sys.exit(1 if survivors else 0)
+        orders = ["ascending", "warps", "warps:7", "descending", "random:7"] if mutant.kind == "barrier" else ["ascending"]
+        alive = all(passes(number, mutant.tests, order) for order in orders) and (cuda or passes(number, "*"))
+        print("SURVIVED" if alive else "caught  ", name, flush=True)
+        tried, survivors = tried + 1, survivors + alive
+    print("%d mutants, %d survived" % (tried, survivors))
+    sys.exit(survivors > 0)
 
 
 if __name__ == "__main__":
