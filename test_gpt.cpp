@@ -4102,7 +4102,7 @@ const std::vector<std::string> kDocumented = split_at(
     "max-minutes learning-rate min-lr-fraction schedule warmup-steps weight-decay beta1 beta2 eps "
     "grad-clip log-interval eval-interval eval-batches sample-interval prompt "
     "tensor-stats-interval patience save-interval keep on-nan skip-outliers prompt-file "
-    "max-new-tokens num-samples temperature top-k top-p show-top hellaswag",
+    "max-new-tokens num-samples temperature top-k top-p show-top runs hellaswag",
     ' ');
 
 }  // namespace options_test
@@ -4421,7 +4421,7 @@ TEST_CASE("options: help has every option once, in its group, in 100 columns") {
         CHECK_MESSAGE(count == 1, name);
     }
     for (const char* group : {"data", "model", "run", "batch", "length", "optimizer", "watching",
-                              "guards", "sample", "eval"})
+                              "guards", "sample", "show", "eval"})
         CHECK_MESSAGE(contains(all, "\n\n" + std::string(group) + "\n"), group);
     for (const CommandName& c : kCommands) {
         const Options o = parse_options({c.name, "-h"});
@@ -6428,6 +6428,84 @@ TEST_CASE("walk: every line that the header quotes is printed") {
                  program = walk.find("and the program has 0.240565\n");
     CHECK(by_hand != std::string::npos);
     CHECK(program != std::string::npos);
+}
+
+TEST_CASE("show: the page's numbers are the model's, and text stays text") {
+    using namespace tinygpt;
+    const TemporaryFolder folder;
+    const Config config = {2, 2, 16, 32, 257};
+    const Tokenizer tokenizer = Tokenizer::bytes();
+    {
+        Gpt2<Cpu<float>> model(config);
+        model.initialise(11);
+        for (size_t i = 0; i < model.layout.size; ++i) model.weights[i] *= 12;
+        save_checkpoint(model, folder / "model", &tokenizer, {}, Purpose::use);
+    }
+    const std::string text = "</script><b>\"'&\\ \xff";
+    const Outcome ran = train_gpt({"show", "--init-from", folder / "model", "--prompt", text,
+                                   "--output", folder / "page.html"});
+    REQUIRE(ran.status == 0);
+    const std::string html = read_file(folder / "page.html");
+    const std::string mark = "id=\"data\">";
+    const size_t begin = html.find(mark) + mark.size(), end = html.find("</script>", begin);
+    const std::string json = html.substr(begin, end - begin);
+    CHECK(json.find('<') == json.npos);
+    const Json page = Json::parse(json, "page");
+    // The same text through the reference device, in double.
+    std::vector<int32_t> tokens = prompt_tokens(text, tokenizer, 257);
+    tokens.insert(tokens.begin(), 256);
+    const int T = int(tokens.size()), C = config.n_embd, V = config.vocab_size;
+    Gpt2<Reference<double>> model(config);
+    load_weights(model, folder / "model");
+    model.reserve(1, T, Use::training);
+    Batch batch = batch_of(1, T, [&](int i) { return i < T ? tokens[size_t(i)] : kIgnore; });
+    const std::vector<double> losses = batch_losses(model, batch);
+    auto items = [](const Json& list) {
+        std::vector<double> values;
+        for (auto& [name, value] : list.members) values.push_back(value.as<double>().value_or(NAN));
+        return values;
+    };
+    const std::vector<double> surprise = items(*page.find("surprise"));
+    REQUIRE(int(surprise.size()) == T);
+    for (int t = 1; t < T; ++t)
+        CHECK(surprise[size_t(t)] ==
+              doctest::Approx(losses[size_t(t - 1)] / std::log(2)).epsilon(1e-4));
+    // Attention of both layers: each row adds up to 1, and is e^(q.k / sqrt(8) - lse).
+    const std::string letters = kBase64, code = page.find("attention")->text;
+    REQUIRE(code.size() == size_t(2 * 2 * 2 * (T * (T + 1) / 2)));
+    size_t at = 0;
+    for (int layer = 0; layer < 2; ++layer)
+        for (int h = 0; h < 2; ++h)
+            for (int t = 0; t < T; ++t) {
+                const auto& l = model.a.layers[size_t(layer)];
+                double sum = 0;
+                for (int t2 = 0; t2 <= t; ++t2, at += 2) {
+                    const double p =
+                        double(letters.find(code[at]) * 64 + letters.find(code[at + 1])) / 4095;
+                    const double *q = l.qkv + t * 3 * C + 8 * h,
+                                 *k = l.qkv + t2 * 3 * C + C + 8 * h;
+                    const double wanted = std::exp(
+                        std::inner_product(q, q + 8, k, 0.0) / std::sqrt(8.0) - l.lse[h * T + t]);
+                    CHECK(std::abs(p - wanted) < 2e-4);
+                    sum += p;
+                }
+                CHECK(std::abs(sum - 1) < 2e-4 * (t + 1));
+            }
+    // The last lens is the model's own answer; the first, the embedding's.
+    std::vector<double> logits(static_cast<size_t>(V));
+    model.device.head_logits(logits.data(), model.a.ln_f + (T - 1) * C, model.w.lm_head, 1, C, V);
+    const auto best = candidates({logits.begin(), logits.end()}, 1);
+    const Json& lens = page.find("lens")->members[2].second;
+    CHECK(int(page.find("lens")->members.size()) == 3);
+    const int token = int(items(*lens.find("token")).back());
+    CHECK(items(*lens.find("p")).back() ==
+          doctest::Approx(best[size_t(token)].probability).epsilon(1e-4));
+    double norm = 0;
+    for (int c = 0; c < C; ++c) norm += std::pow(model.a.embedded[c], 2);
+    CHECK(items(*page.find("lens")->members[0].second.find("norm"))[0] ==
+          doctest::Approx(std::sqrt(norm)).epsilon(1e-5));
+    CHECK(train_gpt({"show", "--init-from", folder / "model", "--runs", "out/a"}).status == 2);
+    CHECK(train_gpt({"show", "--runs", folder / "none"}).status == 1);
 }
 
 TEST_CASE("bench: watching a step changes no number of it, and shows every call") {

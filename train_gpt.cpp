@@ -18,7 +18,15 @@ namespace tinygpt {
 //   check_together     looks at it beside the others: batch and length must fit into an int
 
 // One bit each, so that a set of commands is a sum of them.
-enum Command : unsigned { kTrain = 1, kEval = 2, kSample = 4, kInfo = 8, kBench = 16, kWalk = 32 };
+enum Command : unsigned {
+    kTrain = 1,
+    kEval = 2,
+    kSample = 4,
+    kInfo = 8,
+    kBench = 16,
+    kWalk = 32,
+    kShow = 64
+};
 
 // In the order of the help.
 inline const std::vector<CommandName> kCommands = {
@@ -28,6 +36,7 @@ inline const std::vector<CommandName> kCommands = {
     {kInfo, "info", "every tensor, and what memory and time the model takes"},
     {kBench, "bench", "how fast each layer is, against what this machine can do"},
     {kWalk, "walk", "one tiny batch through one training step, with all its numbers"},
+    {kShow, "show", "a page: what a model sees in a text, or the curves of runs"},
 };
 
 // A default outside the option's own range (0 where the least is 1) or an empty text means "not
@@ -53,12 +62,13 @@ struct Options : RunOptions {
     double temperature = 1, top_p = 1;  // samples while training take those of SampleOptions (§9)
 
     std::string hellaswag;
+    std::vector<std::string> runs;
 };
 
 // kNumbers marks an option that changes the numbers which a training run computes. A resumed run
 // must have the same value, so checkpoints remember it. kRun: those of a training run; kBuild: of
 // commands that make a model of the sizes given; kBatch: of commands that run batches.
-constexpr unsigned kAll = 63, kNumbers = 64, kRun = kTrain | kNumbers;
+constexpr unsigned kAll = 127, kNumbers = 128, kRun = kTrain | kNumbers;
 constexpr unsigned kBuild = kRun | kInfo | kBench, kBatch = kBuild | kEval;
 
 // "tiny|gpt2|...": what --model may be.
@@ -97,7 +107,7 @@ inline std::vector<Option> model_options(Options& o) {
          "give the output head weights of its own, instead of the token embedding's"},
         {"recompute-gelu", &o.recompute_gelu, "model", kRun | kInfo, "0|1",
          "recompute GELU in backward instead of keeping it: less memory, a little slower"},
-        {"init-from", &o.init_from, "model", kRun | kEval | kSample | kInfo, "DIR",
+        {"init-from", &o.init_from, "model", kRun | kEval | kSample | kInfo | kShow, "DIR",
          "load the model from this Hugging Face folder or checkpoint"},
 
         {"config", &o.config, "run", kAll, "FILE",
@@ -107,12 +117,13 @@ inline std::vector<Option> model_options(Options& o) {
          "continue from this checkpoint; auto: from the newest intact one in --output, if any"},
         {"override", &o.override_changes, "run", kTrain, "0|1",
          "resume although options that change the numbers differ from the checkpoint's"},
-        {"output", &o.output, "run", kTrain, "DIR",
-         "folder of the run; not set: out/ and the name of the data folder"},
+        {"output", &o.output, "run", kTrain | kShow, "DIR",
+         "folder of the run; not set: out/ and the name of the data folder; of show: the page's "
+         "file"},
         {"seed", &o.seed, "run", kRun | kEval | kSample | kBench, "[0, 1e+18]",
          "random seed of initial weights, data order, dropout and sampling"},
         {"threads", &o.threads, "run", kAll, "[0, 1024]", "CPU threads; 0: all cores"},
-        {"precision", &o.precision, "run", kBatch | kSample, "fp32|bf16|tf32",
+        {"precision", &o.precision, "run", kBatch | kSample | kShow, "fp32|bf16|tf32",
          "precision of the computation; not set: bf16 on a GPU that has it, otherwise fp32"},
         {"tune-matmul", &o.tune_matmul, "run", kRun | kBench, "0|1",
          "on a GPU: time matmul kernels once, keep the fastest in data/matmul-plans.txt"},
@@ -167,7 +178,8 @@ inline std::vector<Option> training_options(Options& o) {
          "fixed training batches scored in each evaluation, beside the validation data; 0: none"},
         {"sample-interval", &o.sample_interval, "watching", kTrain, "[0, 1e+12]",
          "steps between samples; 0: never"},
-        {"prompt", &o.prompt, "watching", kTrain | kSample, "TEXT", "text that samples begin with"},
+        {"prompt", &o.prompt, "watching", kTrain | kSample | kShow, "TEXT",
+         "text that samples begin with; of show: the text that the model reads"},
         {"tensor-stats-interval", &o.tensor_stats_interval, "watching", kTrain, "[0, 1e+12]",
          "steps between tables of each tensor's weight, gradient and update; 0: never"},
         {"patience", &o.patience, "watching", kRun, "[0, 1e+12]",
@@ -207,6 +219,9 @@ inline std::vector<Option> option_table(Options& o) {
             {"show-top", &o.show_top, "sample", kSample, "[0, 65536]",
              "print that many of the likeliest next tokens, with probabilities, instead of text"},
 
+            {"runs", &o.runs, "show", kShow, "DIR",
+             "show the curves and samples of these runs, instead of a model"},
+
             {"hellaswag", &o.hellaswag, "eval", kEval, "FILE",
              "score this HellaSwag file (in llm.c's format) instead of the validation data"},
         });
@@ -231,6 +246,8 @@ inline void check_together(const Options& o) {
         fail_usage("--val-shards needs --train-shards too: --train-shards GLOB --val-shards GLOB");
     if (o.override_changes && o.resume.empty())
         fail_usage("--override needs --resume DIR or --resume auto");
+    if (!o.runs.empty() && o.given.contains("init-from"))
+        fail_usage("--runs and --init-from exclude each other: a page shows runs or a model");
     if (o.patience > 0 && o.eval_interval == 0)
         fail_usage("--patience counts evaluations: it needs an --eval-interval above 0");
     if (int64_t(o.batch_size) * std::max(o.seq_len, 1) > INT32_MAX)
@@ -1575,7 +1592,263 @@ private:
 };
 
 // =================================================================================================
-// 5 main
+// 5 show: a page of what a model sees, or of how runs went
+// =================================================================================================
+// data/show.html is the page; here its numbers are computed and put in. The model reads the text
+// once, watched: after each layer's attention the weights are made from qkv and lse (§4.5), after
+// each layer ln_f and the head turn the residual stream into scores (the logit lens).
+
+// A page: the template with these numbers in it. Why no '<': nothing in a text can end the script
+// that holds them.
+inline void write_page(const std::string& path, const Json& numbers) {
+    const std::string page = "data/show.html", mark = ">DATA<";
+    std::string html = read_file(page, 10'000'000);
+    const size_t at = html.find(mark);
+    if (at == html.npos) fail(page, ": expected ", mark, " where the numbers go, found none");
+    std::string json;
+    for (char c : numbers.write()) json += c == '<' ? "\\u003c" : std::string(1, c);
+    write_file(path, html.replace(at + 1, mark.size() - 2, json));
+    say("page", path + ": open it in a browser");
+}
+
+constexpr char kBase64[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+
+// Seven digits: what a page needs of a double.
+inline Json rounded(double x) {
+    return std::isfinite(x) ? Json(std::strtod(format("%.7g", x).c_str(), nullptr)) : Json();
+}
+
+// The bits of some bytes, six at a time, as text (RFC 4648, without the padding at the end).
+inline std::string base64(const std::string& bytes) {
+    std::string text;
+    uint32_t bits = 0;
+    int held = 0;
+    for (unsigned char byte : bytes)
+        for (bits = bits << 8 | byte, held += 8; held >= 6; held -= 6)
+            text += kBase64[bits >> (held - 6) & 63];
+    if (held > 0) text += kBase64[bits << (6 - held) & 63];
+    return text;
+}
+
+// What the page shows of one text that a model reads.
+template <class Device>
+class Show {
+public:
+    Show(const Device& device, const Options& o, const Config& config, std::vector<int32_t> tokens,
+         const std::optional<Tokenizer>& tokenizer)
+        : tokenizer_(tokenizer), tokens_(std::move(tokens)), T_(int(tokens_.size())),
+          first_(std::max(0, T_ - kAttentionTokens)),
+          model_(open_model(Watched<Device>{device}, config, 1, T_, Use::evaluation, o.init_from)) {
+        Batch batch;
+        batch.resize(1, T_);
+        batch.inputs = tokens_;
+        batch.sort_rows();
+        Watched<Device>& d = model_->device;
+        logits_ = d.template allocate<Real>(size_t(T_) * size_t(config.vocab_size));
+        d.watcher = [this](const Call& call) { watch(call); };
+        batch_losses(*model_, batch);
+        d.watcher = nullptr;
+    }
+    ~Show() { model_->device.release(logits_); }
+
+    Json numbers(const std::string& title) {
+        const Config& c = model_->config;
+        Json page = Json::object(), model = Json::object();
+        model.set("n_layer", c.n_layer).set("n_head", c.n_head).set("n_embd", c.n_embd);
+        model.set("n_positions", c.n_positions).set("vocab_size", c.vocab_size);
+        model.set("parameters", model_->layout.count);
+        page.set("title", title).set("model", model).set("prompt", Json::array(tokens_));
+        add_predictions(page);
+        page.set("attention_first", first_)
+            .set("attention", attention_)
+            .set("lens", Json::array(lens_));
+        for (int32_t token : tokens_) name(token);
+        page.set("texts", texts_);
+        return page;
+    }
+
+private:
+    using Real = typename Device::Real;
+    using Activation = typename Device::Activation;
+    static constexpr int kAttentionTokens =
+        128;  // of longer texts the last ones: a page has limits
+    static constexpr int kExpected = 10, kNamed = 300;  // likeliest tokens shown; with their texts
+
+    // After the embedding and each layer: the lens. After each layer's attention: its weights.
+    void watch(const Call& call) {
+        call.make();
+        const auto& l = model_->a.layers[0];  // all layers share one set of buffers
+        const int C = model_->config.n_embd;
+        if (call.function == "embed_forward") add_lens(model_->a.embedded);
+        if (call.function == "attention_forward") add_attention(l.qkv, l.lse);
+        const bool ends_layer =
+            call.function == "linear_residual_forward" && call.sizes[1] == 4 * C;
+        if (ends_layer) add_lens(l.x_out);
+    }
+
+    template <class T>
+    std::vector<double> host(const T* from, size_t count) {
+        std::vector<T> values(count);
+        model_->device.download(values.data(), from, count);
+        std::vector<double> out(count);
+        for (size_t i = 0; i < count; ++i) out[i] = double(float(values[i]));
+        return out;
+    }
+
+    // p = e^(q.k / sqrt(HS) - lse), from position first_ on; 12 bits each, as two letters.
+    void add_attention(const Activation* qkv_on_device, const Real* lse_on_device) {
+        const int C = model_->config.n_embd, NH = model_->config.n_head, HS = C / NH;
+        const std::vector<double> qkv = host(qkv_on_device, size_t(T_) * 3 * C),
+                                  lse = host(lse_on_device, size_t(NH) * T_);
+        for (int h = 0; h < NH; ++h)
+            for (int t = first_; t < T_; ++t)
+                for (int t2 = first_; t2 <= t; ++t2) {
+                    const double* q = &qkv[size_t(t) * 3 * C + h * HS];
+                    const double* k = &qkv[size_t(t2) * 3 * C + C + h * HS];
+                    const double score = std::inner_product(q, q + HS, k, 0.0) / std::sqrt(HS);
+                    const double p = std::exp(score - lse[size_t(h) * T_ + t]);
+                    const int code = int(std::lround(4095 * std::min(p, 1.0)));
+                    attention_ += kBase64[code >> 6], attention_ += kBase64[code & 63];
+                }
+    }
+
+    // The scores of what comes after each position, if x [T, C] were the last layer's stream.
+    std::vector<float> scores(const Activation* x) {
+        auto& m = *model_;
+        const int C = m.config.n_embd, V = m.config.vocab_size;
+        m.device.layernorm_forward(m.a.ln_f, m.a.ln_f_mean, m.a.ln_f_rstd, x, m.w.ln_f_weight,
+                                   m.w.ln_f_bias, T_, C);
+        m.device.head_logits(logits_, m.a.ln_f, m.w.lm_head, T_, C, V);
+        std::vector<Real> all(size_t(T_) * size_t(V));
+        m.device.download(all.data(), logits_, all.size());
+        return {all.begin(), all.end()};
+    }
+    std::vector<Candidate> distribution(int t) const {
+        const size_t V = size_t(model_->config.vocab_size);
+        return candidates({scores_.begin() + ptrdiff_t(t * V),
+                           scores_.begin() + ptrdiff_t((t + 1) * V)},
+                          1);
+    }
+
+    // The likeliest token at every position, its probability, and the length of the stream.
+    void add_lens(const Activation* x) {
+        const int C = model_->config.n_embd;
+        scores_ = scores(x);
+        const std::vector<double> stream = host(x, size_t(T_) * C);
+        std::vector<Json> token, p, norm;
+        for (int t = 0; t < T_; ++t) {
+            const Candidate top = likeliest(distribution(t), 1, 1)[0];
+            const std::vector<Candidate> all = distribution(t);
+            const double* row = &stream[size_t(t) * C];
+            token.push_back(name(top.token));
+            p.push_back(rounded(all[size_t(top.token)].probability));
+            norm.push_back(rounded(std::sqrt(std::inner_product(row, row + C, row, 0.0))));
+        }
+        lens_.push_back(Json::object()
+                            .set("token", Json::array(token))
+                            .set("p", Json::array(p))
+                            .set("norm", Json::array(norm)));
+    }
+
+    // Surprise and expectations, from the scores of the last layer; and those of the last position.
+    void add_predictions(Json& page) {
+        std::vector<Json> surprise = {nullptr}, expected;  // the first token is not predicted
+        for (int t = 0; t < T_; ++t) {
+            const std::vector<Candidate> all = distribution(t);
+            if (t + 1 < T_)
+                surprise.push_back(
+                    rounded(-std::log2(all[size_t(tokens_[size_t(t) + 1])].probability)));
+            std::vector<Json> list;
+            const std::vector<Candidate> sorted = likeliest(all, kNamed, 1);
+            for (int i = 0; i < std::min(kExpected, int(sorted.size())); ++i) {
+                const int token = sorted[size_t(i)].token;
+                list.push_back(Json::array(
+                    std::vector<Json>{name(token), rounded(all[size_t(token)].probability)}));
+            }
+            expected.push_back(Json::array(list));
+            if (t + 1 == T_)
+                for (const Candidate& c : sorted) name(c.token);
+        }
+        page.set("surprise", Json::array(surprise)).set("expected", Json::array(expected));
+        const float* last = scores_.data() + scores_.size() - size_t(model_->config.vocab_size);
+        const size_t bytes = size_t(model_->config.vocab_size) * sizeof(float);
+        page.set("logits", base64(std::string(reinterpret_cast<const char*>(last), bytes)));
+    }
+
+    // A token, whose text the page will need.
+    Json name(int token) {
+        const std::string id = std::to_string(token);
+        const bool end = tokenizer_ && token == tokenizer_->end_of_text();
+        if (!texts_.find(id))
+            texts_.set(id, end ? std::string(kEndOfText) : text_of_token(tokenizer_, token));
+        return token;
+    }
+
+    const std::optional<Tokenizer>& tokenizer_;
+    const std::vector<int32_t> tokens_;
+    const int T_, first_;
+    std::unique_ptr<Gpt2<Watched<Device>>> model_;
+    Real* logits_ = nullptr;     // [T, V], on the device
+    std::vector<float> scores_;  // of the latest lens
+    std::string attention_;
+    std::vector<Json> lens_;
+    Json texts_ = Json::object();
+};
+
+// The logs and samples of runs. Of long runs some rows are left out, but none with an evaluation.
+inline Json numbers_of_runs(const std::vector<std::string>& folders) {
+    std::vector<Json> runs;
+    for (const std::string& folder : folders) {
+        const std::vector<LogRow> rows = read_log(folder + "/log.csv", INT64_MAX);
+        if (rows.empty()) fail(folder, " holds no run: expected rows in ", folder, "/log.csv");
+        const size_t stride = ceil_div(rows.size(), size_t(4000));
+        Json columns = Json::object();
+        for (const LogColumn& column : kLogColumns) {
+            std::vector<Json> values;
+            for (size_t i = 0; i < rows.size(); ++i)
+                if (i % stride == 0 || rows[i].val_loss || i + 1 == rows.size())
+                    values.push_back(rounded((rows[i].*column.value).value_or(NAN)));
+            columns.set(column.name, Json::array(values));
+        }
+        std::vector<Json> samples;
+        const std::string path = folder + "/samples.txt";
+        const std::string text = file_exists(path) ? "\n" + read_file(path) : "";
+        for (size_t at = text.find("\n=== "), next; at != text.npos; at = next) {
+            next = text.find("\n=== ", at + 1);
+            const std::string entry = text.substr(at + 5, next - at - 5);
+            const size_t end = std::min(entry.find('\n'), entry.size());
+            samples.push_back(
+                Json::object().set("title", entry.substr(0, end)).set("text", entry.substr(end)));
+        }
+        runs.push_back(Json::object()
+                           .set("name", folder)
+                           .set("columns", columns)
+                           .set("samples", Json::array(samples)));
+    }
+    return Json::object()
+        .set("title", runs.size() == 1 ? "a run" : "runs")
+        .set("runs", Json::array(runs));
+}
+
+int show_command(auto device, const Options& o) {
+    const std::string output = o.output.empty() ? "out/show.html" : o.output;
+    if (o.output.empty()) make_folders("out");
+    if (!o.runs.empty()) return write_page(output, numbers_of_runs(o.runs)), 0;
+    const Config config = config_of_folder(need_init_from(o));
+    const std::optional<Tokenizer> tokenizer = tokenizer_of(o.init_from);
+    std::vector<int32_t> tokens = prompt_tokens(o.prompt, tokenizer, config.vocab_size);
+    // As a document begins, where there is a token that says so.
+    if (tokenizer) tokens.insert(tokens.begin(), tokenizer->end_of_text());
+    if (tokens.empty()) tokens.push_back(0);
+    if (int(tokens.size()) > config.n_positions)
+        fail_usage("--prompt has ", tokens.size(), " tokens, but the model has only ",
+                   config.n_positions, " positions: give a shorter one");
+    write_page(output, Show(device, o, config, tokens, tokenizer).numbers(o.init_from));
+    return 0;
+}
+
+// =================================================================================================
+// 6 main
 // =================================================================================================
 // What you have now: every command. A driver adds the device: its main gives `program` a function
 // that makes one and calls run_command with it.
@@ -1588,6 +1861,7 @@ int run_command(auto device, const Options& o) {
         case kSample: return sample_command(device, o);
         case kInfo: return info_command(device, o);
         case kBench: return Bench(device, o).run(), 0;
+        case kShow: return show_command(device, o);
         case kWalk: return Walk().run(), 0;
     }
     return 2;
