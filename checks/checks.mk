@@ -10,6 +10,7 @@ check: test
 	$(MAKE) portable
 	$(MAKE) test_emulator
 	$(MAKE) cuda_compiles
+	$(MAKE) test_show
 	$(MAKE) readme
 
 # Every command of README.md, in a fresh clone; what is skipped is listed with the reason.
@@ -80,6 +81,10 @@ test_hf: $(BUILD)/train_gpt $(BUILD)/prepare_data $(BUILD)/hf_logits
 $(BUILD)/hf_logits: checks/hf_logits.cpp tinygpt.hpp | $(BUILD)
 	$(CXX) $(CXXFLAGS) $< -o $@
 
+# Pages of `train_gpt show` in a real browser. Needs chromium. PICTURES=DIR keeps a picture of each page.
+test_show: $(BUILD)/train_gpt $(BUILD)/prepare_data
+	$(PYTHON) checks/test_show.py $(BUILD)/train_gpt $(PICTURES)
+
 nightly: check torture damaged
 	python3 checks/mutate.py cuda
 	$(MAKE) fuzz SECONDS=1200
@@ -120,4 +125,4 @@ count:
 	@awk '/^\/\/ What follows is plumbing/{exit} {t=$$0; sub(/^[ \t]+/,"",t); if(t!="" && t!~/^\/\//)k++} \
 	    END{printf "tinygpt.hpp, what a student reads: %d lines of code\n",k}' tinygpt.hpp
 	@cat checks/* .ci/run | awk '{t=$$0; sub(/^[ \t]+/,"",t); if(t!="" && t!~/^(\/\/|#[^i!])/)k++} END{printf "checks: %d lines of code\n",k}'
-.PHONY: check readme tidy grammar valgrind plot portable test_emulator cuda_compiles torture damaged fuzz fuzz_coverage test_hf nightly count
+.PHONY: check test_show readme tidy grammar valgrind plot portable test_emulator cuda_compiles torture damaged fuzz fuzz_coverage test_hf nightly count
