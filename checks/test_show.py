@@ -92,7 +92,8 @@ def sampled(logits, temperature, top_k, top_p):
     """§9 of tinygpt.hpp once more: the probabilities of the twelve likeliest tokens."""
     highest = max(logits)
     p = sorted((math.exp((l - highest) / (temperature or 1)) for l in logits), reverse=True)
-    p = [x / sum(p) for x in p][: top_k or None]
+    total = sum(p)
+    p = [x / total for x in p][: top_k or None]
     count, reached, total = 0, 0.0, sum(p)
     while count < len(p) and (count == 0 or top_p >= 1 or reached < top_p * total):
         reached, count = reached + p[count], count + 1
