@@ -2235,28 +2235,24 @@ constexpr int kVectorBytes = 16, kVectorRegisters = 32;
 constexpr int kVectorBytes = 16, kVectorRegisters = 16;
 #endif
 
-// Vec<real>: kLanes<real> numbers in one register. + - * / < work lane by lane; a number beside a
+// Vec<T>: kLanes numbers of 32 bits in one register. + - * / < work lane by lane; a number beside a
 // vector acts on every lane.
-template <class real>
+constexpr int kLanes = kVectorBytes / 4;
+template <class T>
 struct VectorOf {
-    typedef real type __attribute__((vector_size(kVectorBytes)));
+    typedef T type __attribute__((vector_size(kVectorBytes)));
 };
-template <class real>
-using Vec = typename VectorOf<real>::type;
-template <class real>
-constexpr int kLanes = kVectorBytes / int(sizeof(real));
+template <class T>
+using Vec = typename VectorOf<T>::type;
 
 // From and to memory, one instruction each; the address need not be aligned.
-template <class real>
-Vec<real> load(const real* from) {
-    Vec<real> v;
+template <class T>
+Vec<T> load(const T* from) {
+    Vec<T> v;
     std::memcpy(&v, from, sizeof v);
     return v;
 }
-template <class V, class real>
-void store(real* to, V v) {
-    std::memcpy(to, &v, sizeof v);
-}
+void store(auto* to, auto v) { std::memcpy(to, &v, sizeof v); }
 // Prefetches into L2; L1 has room for far fewer outstanding loads. Any address is safe.
 inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
 
@@ -2269,7 +2265,7 @@ inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
 // Within 2 units in the last place for -87.3 < x < 88.3; 0 below -87.7, infinity above 88.4; NaN
 // stays NaN.
 template <class V>
-V exp_float(V x) {
+V exp_fast(V x) {
     // int32_t for a float; for a vector the type of its comparisons, a vector of int32_t.
     using Bits = std::conditional_t<std::is_same_v<V, float>, int32_t, decltype(x < x)>;
     x = x < -88.0f ? -88.0f : x;
@@ -2285,87 +2281,65 @@ V exp_float(V x) {
     return ((r * r) * q + r + 1.0f) * std::bit_cast<V>(power);
 }
 
-inline float exp_fast(float x) { return exp_float(x); }
-inline Vec<float> exp_fast(Vec<float> x) { return exp_float(x); }
-// In double, for tests: the library's, to the last bit.
-inline double exp_fast(double x) { return std::exp(x); }
-inline Vec<double> exp_fast(Vec<double> x) {
-    for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
-    return x;
-}
-
 // Joins all lanes into one number: halves, then halves of those.
-template <class real, class Join>
-real join_lanes(Vec<real> v, Join join) {
-    real lanes[kLanes<real>];
+float join_lanes(Vec<float> v, auto join) {
+    float lanes[kLanes];
     store(lanes, v);
-    for (int half = kLanes<real> / 2; half > 0; half /= 2)
+    for (int half = kLanes / 2; half > 0; half /= 2)
         for (int i = 0; i < half; ++i) lanes[i] = join(lanes[i], lanes[i + half]);
     return lanes[0];
 }
-template <class real>
-real sum_of_lanes(Vec<real> v) {
-    return join_lanes<real>(v, [](real a, real b) { return a + b; });
-}
+inline float sum_of_lanes(Vec<float> v) { return join_lanes(v, std::plus<float>()); }
 
 // In both: whole vectors first, then the rest; the order of additions is fixed.
-template <class real>
-real maximum(const real* x, int n) {
-    constexpr int L = kLanes<real>;
-    Vec<real> most = Vec<real>{} + x[0];
+inline float maximum(const float* x, int n) {
+    Vec<float> most = Vec<float>{} + x[0];
     int j = 0;
-    for (; j + L <= n; j += L) most = load(x + j) > most ? load(x + j) : most;
-    real top = join_lanes<real>(most, [](real a, real b) { return a > b ? a : b; });
+    for (; j + kLanes <= n; j += kLanes) most = load(x + j) > most ? load(x + j) : most;
+    float top = join_lanes(most, [](float a, float b) { return a > b ? a : b; });
     for (; j < n; ++j) top = std::max(top, x[j]);
     return top;
 }
-template <class real>
-real exp_and_sum(real* x, real shift, int count) {
-    constexpr int L = kLanes<real>;
-    Vec<real> sums = {};
+inline float exp_and_sum(float* x, float shift, int count) {
+    Vec<float> sums = {};
     int j = 0;
-    for (; j + L <= count; j += L) {
-        const Vec<real> e = exp_fast(load(x + j) - shift);
+    for (; j + kLanes <= count; j += kLanes) {
+        const Vec<float> e = exp_fast(load(x + j) - shift);
         store(x + j, e);
         sums += e;
     }
-    real sum = sum_of_lanes<real>(sums);
+    float sum = sum_of_lanes(sums);
     for (; j < count; ++j) sum += x[j] = exp_fast(x[j] - shift);
     return sum;
 }
 
 // --- Scratch memory
 
-// A buffer that grows on demand. It is not cleared, and growing loses what it holds.
-class Scratch {
-public:
-    template <class T>
-    T* get(size_t count) {
-        if (count * sizeof(T) > size_) grow(count * sizeof(T));
-        return reinterpret_cast<T*>(memory_.get());
-    }
-
-private:
-    void grow(size_t bytes) {
-        memory_.reset(), size_ = 0;
+// A thread's scratch buffer number i, of at least so many bytes. It is not cleared, and growing
+// loses what it holds. Careful: a function must not use those of its caller. ("static
+// thread_local": made once for each thread, and kept.)
+inline void* scratch_bytes(int i, size_t bytes) {
+    struct Buffer {
+        std::unique_ptr<char, decltype(&std::free)> memory{nullptr, &std::free};
+        size_t size = 0;
+    };
+    static thread_local Buffer buffers[7];  // attention's backward needs so many
+    Buffer& buffer = buffers[i];
+    if (bytes > buffer.size) {
+        buffer.memory.reset(), buffer.size = 0;
         try {
-            memory_.reset(allocate<char>(bytes));
+            buffer.memory.reset(allocate<char>(bytes)), buffer.size = bytes;
         } catch (const Error& error) {
             if (omp_get_level() == 0) throw;
             std::fprintf(stderr, "error: %s\n", error.what());  // no exception may leave a thread
             std::_Exit(1);
         }
-        size_ = bytes;
     }
-    std::unique_ptr<char, decltype(&std::free)> memory_{nullptr, &std::free};
-    size_t size_ = 0;
-};
-
-// A thread's own scratch buffers; attention's backward needs 7. ("static thread_local": made once
-// for each thread, and kept.) Careful: a function must not use those of its caller.
-inline Scratch& thread_scratch(int i) {
-    static thread_local Scratch buffers[7];
-    return buffers[i];
+    return buffer.memory.get();
+}
+template <class T>
+T* scratch(int i, size_t count) {
+    return static_cast<T*>(scratch_bytes(i, count * sizeof(T)));
 }
 
 // --- The fast product
@@ -2398,10 +2372,7 @@ constexpr int kPackedB = 512 * kDepth;  // elements of b packed at a time: they 
 constexpr int kStride = kDepth + 16;
 
 // One step of the product: sum += a b, a number a beside a vector b.
-template <class real>
-void multiply_add(Vec<real>& sum, real a, Vec<real> b) {
-    sum += a * b;
-}
+inline void multiply_add(Vec<float>& sum, float a, Vec<float> b) { sum += a * b; }
 
 // In bf16 (below) a packed element is a pair of numbers, two neighbouring steps of k, and one
 // instruction adds both products: sum += a.low b.low + a.high b.high, in fp32.
@@ -2419,13 +2390,13 @@ inline void multiply_add(Vec<float>&, uint32_t, Vec<uint32_t>) {}  // refused be
 // follow each other. down: the steps of k run down a's columns, and its rows are one number apart;
 // else they run along its rows. Why template arguments: the compiler must know how many sums there
 // are, to give each a register, and which distance is 1.
-template <int rows, bool down, class real, class Packed>
-void micro_kernel(real* tile, ptrdiff_t ldc, View<Packed> a, const Packed* b, int k, bool add) {
-    constexpr int L = kLanes<real>;
+template <int rows, bool down, class Packed>
+void micro_kernel(float* tile, ptrdiff_t ldc, View<Packed> a, const Packed* b, int k, bool add) {
+    constexpr int L = kLanes;
     const ptrdiff_t row = down ? 1 : a.row, step = down ? a.col : 1;
-    Vec<real> c0[rows], c1[rows];
+    Vec<float> c0[rows], c1[rows];
 #pragma GCC unroll 16
-    for (int i = 0; i < rows; ++i) c0[i] = c1[i] = Vec<real>{};
+    for (int i = 0; i < rows; ++i) c0[i] = c1[i] = Vec<float>{};
     for (int p = 0; p < k; ++p, a.data += step, b += 2 * L) {
         const Vec<Packed> b0 = load(b), b1 = load(b + L);
 #pragma GCC unroll 16
@@ -2436,7 +2407,7 @@ void micro_kernel(real* tile, ptrdiff_t ldc, View<Packed> a, const Packed* b, in
     }
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
-        real* out = tile + i * ldc;
+        float* out = tile + i * ldc;
         store(out, add ? load(out) + c0[i] : c0[i]);
         store(out + L, add ? load(out + L) + c1[i] : c1[i]);
     }
@@ -2454,45 +2425,41 @@ template <int step, class V, int... lane>
 
 // v[i][j] = v[j][i], in registers, for kLanes vectors of kLanes numbers: first within squares of 2
 // by 2, then of 4 by 4, and so on.
-template <class real, int step = 1>
-[[gnu::always_inline]] inline void transpose_square(Vec<real>* v) {
-    constexpr int L = kLanes<real>;
-    if constexpr (step < L) {
+template <int step = 1>
+[[gnu::always_inline]] inline void transpose_square(auto* v) {
+    if constexpr (step < kLanes) {
 #pragma GCC unroll 16
-        for (int i = 0; i < L; ++i)
+        for (int i = 0; i < kLanes; ++i)
             if (!(i & step))
-                exchange_lanes<step>(v[i], v[i + step], std::make_integer_sequence<int, L>());
-        transpose_square<real, 2 * step>(v);
+                exchange_lanes<step>(v[i], v[i + step], std::make_integer_sequence<int, kLanes>());
+        transpose_square<2 * step>(v);
     }
 }
 
 // A way to compute tiles. This one takes numbers as they are; the two for bf16 are below.
-template <class real>
 struct PlainTiles {
-    using Packed = real;                           // an element of a packed operand
+    using Packed = float;                          // an element of a packed operand
     static constexpr int kNumbers = 1;             // that it holds, of neighbouring steps of k
     static int steps(int depth) { return depth; }  // elements that `depth` steps of k become
-    static Packed element(real number, real /*of the next step*/) { return number; }
-    // A vector of elements. Of a pair, element e's numbers are from[e] and from[e + next] or, where
-    // next is 1, neighbours: from[2 e] and from[2 e + 1].
-    static Vec<Packed> elements(const real* from, ptrdiff_t /*to the next step*/) {
-        return load(from);
-    }
-    static constexpr int kRows = kTileRows, kCols = 2 * kLanes<Packed>;
+    static constexpr int kRows = kTileRows, kCols = 2 * kLanes;
     static constexpr int kSteps = kDepth;   // that tile() makes at a time
     static constexpr bool kAnyRows = true;  // tile() writes `rows` rows, else all kRows
     static constexpr int kBelow = 0;        // prefetch c so many rows below the tile
+    static float element(float number, float /*of the next step*/) { return number; }
+    // A vector of elements. Of a pair, element e's numbers are from[e] and from[e + next] or, where
+    // next is 1, neighbours: from[2 e] and from[2 e + 1].
+    static Vec<float> elements(const float* from, ptrdiff_t /*next*/) { return load(from); }
     // c [rows, kCols] (+)= a b, with b one panel: some rows at a time, as often as they fit, then
-    // fewer (14, 8, 4, 2, 1). A packed a has its steps along its rows.
-    template <int some = kTileRows, class Sum>
-    static void tile(Sum* c, ptrdiff_t ldc, View<Packed> a, const Packed* b, int rows, int k,
+    // fewer (14, 8, 4, 2, 1). Packed pairs of a always have their steps along the rows.
+    template <int some = kTileRows, class Element>
+    static void tile(float* c, ptrdiff_t ldc, View<Element> a, const Element* b, int rows, int k,
                      bool add) {
-        constexpr bool in_place = std::is_same_v<Packed, Sum>;
+        constexpr bool any_way = std::is_same_v<Element, float>;
         for (; rows >= some; rows -= some, c += some * ldc, a = a.from(some, 0))
-            if (!in_place || a.col == 1)
+            if (!any_way || a.col == 1)
                 micro_kernel<some, false>(c, ldc, a, b, k, add);
             else
-                micro_kernel<some, in_place>(c, ldc, a, b, k, add);
+                micro_kernel<some, any_way>(c, ldc, a, b, k, add);
         if constexpr (some > 1)
             if (rows > 0) tile<int(std::bit_floor(unsigned(some - 1)))>(c, ldc, a, b, rows, k, add);
     }
@@ -2503,16 +2470,16 @@ struct PlainTiles {
 // columns, else along the rows; an element is made of I numbers of a column, or of J of a row.
 // L by L elements at a time, in the order in which they lie in memory: L vectors are read, and
 // unless x's rows are rows in memory they are transposed. Then, one by one, the rest at the edges.
-template <class Tiles, int N, bool down, class Packed, class real>
-void pack(Packed* out, View<real> x, int rows, int cols, int i_end, int j_end) {
-    constexpr int L = kLanes<Packed>, I = down ? Tiles::kNumbers : 1, J = Tiles::kNumbers / I;
+template <class Tiles, int N, bool down, class Packed>
+void pack(Packed* out, View<float> x, int rows, int cols, int i_end, int j_end) {
+    constexpr int L = kLanes, I = down ? Tiles::kNumbers : 1, J = Tiles::kNumbers / I;
     const bool copy = x.col == 1;
     const int i_whole = rows / I / L * L, j_whole = cols / J / L * L;
     const auto at = [&](int i, int j) { return out + j / N * size_t(N) * i_end + i * N + j % N; };
     for (int row = 0; row < (copy ? i_whole : j_whole); row += L)
         for (int col = 0; col < (copy ? j_whole : i_whole); col += L) {
             const int i = copy ? row : col, j = copy ? col : row;
-            const real* from = x.from(i * I, j * J).data;
+            const float* from = x.from(i * I, j * J).data;
             const ptrdiff_t next = copy ? I * x.row : J * x.col;
             Vec<Packed> square[L] = {};
 #pragma GCC unroll 16
@@ -2520,23 +2487,23 @@ void pack(Packed* out, View<real> x, int rows, int cols, int i_end, int j_end) {
                 if (copy) prefetch(from + L * next);
                 square[p] = Tiles::elements(from, down ? x.row : x.col);
             }
-            if (!copy) transpose_square<Packed>(square);
+            if (!copy) transpose_square(square);
 #pragma GCC unroll 16
             for (int p = 0; p < L; ++p) store(at(i + p, j), square[p]);
         }
-    const auto number = [&](int i, int j) { return i < rows && j < cols ? x(i, j) : real(0); };
+    const auto number = [&](int i, int j) { return i < rows && j < cols ? x(i, j) : 0; };
     for (int i = 0; i < i_end; ++i)
         for (int j = i < i_whole ? j_whole : 0; j < j_end; ++j)
             *at(i, j) = Tiles::element(number(i * I, j * J), number(i * I + down, j * J + !down));
 }
 
 // The left operand of tiles, a [rows, depth]: where it lies, if it can be read there; else packed
-// into `memory`, its rows kStride apart.
-template <class Tiles, class Packed = typename Tiles::Packed, class real>
-View<Packed> pack_left(Scratch& memory, View<real> a, int rows, int depth) {
-    if constexpr (std::is_same_v<Packed, real>)
+// into scratch(buffer), its rows kStride apart.
+template <class Tiles, class Packed = typename Tiles::Packed>
+View<Packed> pack_left(int buffer, View<float> a, int rows, int depth) {
+    if constexpr (Tiles::kNumbers == 1)
         if (a.col == 1) return a;
-    Packed* out = memory.get<Packed>(size_t(round_up(rows, Tiles::kRows)) * kStride);
+    Packed* out = scratch<Packed>(buffer, size_t(round_up(rows, Tiles::kRows)) * kStride);
     pack<Tiles, kStride, false>(out, a, rows, depth, rows, Tiles::steps(depth));
     return rows_of<Packed>(out, kStride);
 }
@@ -2551,12 +2518,12 @@ struct Panels {
         return {data + row * Tiles::kCols + col / Tiles::kCols * panel, panel};
     }
 };
-// Packs b [depth, cols] into `memory`; the last panel is padded with zeros.
-template <class Tiles, class real>
-Panels<Tiles> pack_right(Scratch& memory, View<real> b, int depth, int cols) {
+// Packs b [depth, cols] into scratch(buffer); the last panel is padded with zeros.
+template <class Tiles>
+Panels<Tiles> pack_right(int buffer, View<float> b, int depth, int cols) {
     constexpr int N = Tiles::kCols;
     const int steps = Tiles::steps(depth), wide = round_up(cols, N);
-    auto* out = memory.get<typename Tiles::Packed>(size_t(steps) * wide);
+    auto* out = scratch<typename Tiles::Packed>(buffer, size_t(steps) * wide);
     pack<Tiles, N, true>(out, b, depth, cols, steps, wide);
     return {out, size_t(steps) * N};
 }
@@ -2564,24 +2531,24 @@ Panels<Tiles> pack_right(Scratch& memory, View<real> b, int depth, int cols) {
 // A row of tiles, at most kRows high: c [rows, cols] (+)= a b, `steps` packed elements deep; add:
 // to what is there. A tile that is cut off by the edge of c is made beside it. c comes from memory:
 // while a tile's sums are made, it or the one below is prefetched, some rows in each pass.
-template <class Tiles, class real>
-void multiply_tiles(real* c, ptrdiff_t ldc, View<typename Tiles::Packed> a, Panels<Tiles> b,
+template <class Tiles>
+void multiply_tiles(float* c, ptrdiff_t ldc, View<typename Tiles::Packed> a, Panels<Tiles> b,
                     int rows, int cols, int steps, bool add) {
     constexpr int R = Tiles::kRows, N = Tiles::kCols, S = Tiles::kSteps;
     const int passes = ceil_div(steps, S);
-    alignas(64) real edge[R * N];
+    alignas(64) float edge[R * N];
     for (int pass = 0; pass < passes; ++pass, add = true)
         for (int j = 0; j < cols; j += N) {
             const int count = std::min(N, cols - j), k = std::min(S, steps - pass * S);
             const bool whole = count == N && (rows == R || Tiles::kAnyRows);
-            real *out = c + j, *later = out + Tiles::kBelow * ldc;
+            float *out = c + j, *later = out + Tiles::kBelow * ldc;
             for (int i = pass; whole && i < rows; i += passes)
                 prefetch(later + i * ldc), prefetch(later + i * ldc + N / 2);
             Tiles::tile(whole ? out : edge, whole ? ldc : N, a.from(0, pass * S),
                         b.from(pass * S, j).data, rows, k, whole && add);
             for (int i = 0; !whole && i < rows; ++i)
                 for (int x = 0; x < count; ++x)
-                    out[i * ldc + x] = (add ? out[i * ldc + x] : real(0)) + edge[i * N + x];
+                    out[i * ldc + x] = (add ? out[i * ldc + x] : 0) + edge[i * N + x];
         }
 }
 
@@ -2590,12 +2557,12 @@ void multiply_tiles(real* c, ptrdiff_t ldc, View<typename Tiles::Packed> a, Pane
 // columns of b, which stay in its L2, and some rows of a at a time, where a cannot be read in
 // place. So no thread waits for another, and one thread makes the whole sum of an element, in
 // order: no result depends on the number of threads.
-template <class Tiles, class real>
-void multiply(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
-              bool accumulate, const Finish<real>& finish) {
+template <class Tiles>
+void multiply(float* c, ptrdiff_t ldc, View<float> a, View<float> b, int m, int n, int k,
+              bool accumulate, const Finish<float>& finish) {
     constexpr int R = Tiles::kRows, N = Tiles::kCols, kMostDepth = Tiles::kNumbers * kDepth;
     // Rows of a that are packed at a time: whole tiles, and whole squares to transpose.
-    constexpr int kSome = round_up(100, std::lcm(R, kLanes<typename Tiles::Packed>));
+    constexpr int kSome = round_up(100, std::lcm(R, kLanes));
     // A task's columns: at most about kPackedB elements and at least four panels, and as many tasks
     // for each thread where whole panels allow it.
     const int threads = omp_get_max_threads();
@@ -2615,15 +2582,13 @@ void multiply(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, 
             const int i0 = task % down * task_rows, end = std::min(m, i0 + task_rows);
             for (int k0 = 0; k0 < k; k0 += kMostDepth) {
                 const int depth = std::min(kMostDepth, k - k0);
-                const auto right =
-                    pack_right<Tiles>(thread_scratch(1), b.from(k0, j0), depth, cols);
+                const auto right = pack_right<Tiles>(1, b.from(k0, j0), depth, cols);
                 for (int i1 = i0; i1 < end; i1 += kSome) {
                     const int some = std::min(kSome, end - i1);
-                    const auto left =
-                        pack_left<Tiles>(thread_scratch(0), a.from(i1, k0), some, depth);
+                    const auto left = pack_left<Tiles>(0, a.from(i1, k0), some, depth);
                     for (int i = i1; i < i1 + some; i += R) {
                         const int rows = std::min(R, i1 + some - i);
-                        real* out = c + i * ldc + j0;
+                        float* out = c + i * ldc + j0;
                         multiply_tiles(out, ldc, left.from(i - i1, 0), right, rows, cols,
                                        Tiles::steps(depth), k0 > 0 || accumulate);
                         for (int r = 0; finish && k0 + depth == k && r < rows; ++r)
@@ -2638,36 +2603,32 @@ void multiply(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, 
 // --- A product of one row, as in generation
 
 // How far ahead to prefetch operands that come from memory, in numbers: 8 KB.
-template <class real>
-constexpr int kAhead = 8192 / int(sizeof(real));
+constexpr int kAhead = 8192 / sizeof(float);
 
 // a.b of k numbers: four vectors of partial sums, then their lanes, then the rest. Prefetches
 // `ahead` numbers beyond those of b.
-template <class real>
-real dot(const real* a, const real* b, int k, ptrdiff_t ahead = kAhead<real>) {
-    constexpr int L = kLanes<real>;
-    Vec<real> sums[4] = {};
+inline float dot(const float* a, const float* b, int k, ptrdiff_t ahead = kAhead) {
+    constexpr int L = kLanes;
+    Vec<float> sums[4] = {};
     int p = 0;
     for (; p + 4 * L <= k; p += 4 * L)
         for (int i = 0; i < 4; ++i) {
             prefetch(b + p + i * L + ahead);
             sums[i] += load(a + p + i * L) * load(b + p + i * L);
         }
-    real sum = sum_of_lanes<real>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    float sum = sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
     for (; p < k; ++p) sum += a[p] * b[p];
     return sum;
 }
 
 // sum[n] = rows first..last-1 of b, each times its number in x.
-template <class real>
-void add_rows(real* sum, const real* x, View<real> b, int n, int first, int last) {
-    constexpr int L = kLanes<real>;
-    std::fill(sum, sum + n, real(0));
+inline void add_rows(float* sum, const float* x, View<float> b, int n, int first, int last) {
+    std::fill(sum, sum + n, 0.0f);
     for (int p = first; p < last; ++p) {
-        const real* row = &b.data[p * b.row];
+        const float* row = &b.data[p * b.row];
         int j = 0;
-        for (; j + L <= n; j += L) {
-            prefetch(row + j + kAhead<real>);
+        for (; j + kLanes <= n; j += kLanes) {
+            prefetch(row + j + kAhead);
             store(sum + j, load(sum + j) + x[p] * load(row + j));
         }
         for (; j < n; ++j) sum[j] += x[p] * row[j];
@@ -2678,12 +2639,10 @@ void add_rows(real* sum, const real* x, View<real> b, int n, int first, int last
 // speed: each thread should read one part of b from start to end. A row-major b is cut into
 // kStripes stripes of rows, whose sums are added in order; a transposed one into columns, each a
 // dot product.
-template <class real>
-void multiply_row(real* c, View<real> a, View<real> b, int n, int k, bool accumulate,
-                  const Finish<real>& finish) {
+inline void multiply_row(float* c, View<float> a, View<float> b, int n, int k, bool accumulate,
+                         const Finish<float>& finish) {
     const bool row_major = b.col == 1;
-    real *x = thread_scratch(0).get<real>(k),
-         *sums = thread_scratch(1).get<real>(size_t(kStripes) * n);
+    float *x = scratch<float>(0, k), *sums = scratch<float>(1, size_t(kStripes) * n);
     for (int p = 0; p < k; ++p) x[p] = a(0, p);
     constexpr int kSome = 256;
 #pragma omp parallel
@@ -2697,7 +2656,7 @@ void multiply_row(real* c, View<real> a, View<real> b, int n, int k, bool accumu
 #pragma omp for schedule(static)
         for (int j0 = 0; j0 < n; j0 += kSome) {
             const int count = std::min(kSome, n - j0);
-            real out[kSome] = {};
+            float out[kSome] = {};
             for (int stripe = 0; row_major && stripe < kStripes; ++stripe)
                 for (int j = 0; j < count; ++j) out[j] += sums[size_t(stripe) * n + j0 + j];
             for (int j = 0; !row_major && j < count; ++j)
@@ -2719,7 +2678,8 @@ inline Vec<uint32_t> bf16_bits(Vec<float> x) {
 }
 
 // With the vector unit's dot product.
-struct PairTiles : PlainTiles<uint32_t> {
+struct PairTiles : PlainTiles {
+    using Packed = uint32_t;
     static constexpr int kNumbers = 2;
     // Pairs are padded with zeros to whole registers.
     static int steps(int depth) { return round_up(depth, 32) / 2; }
@@ -2730,13 +2690,13 @@ struct PairTiles : PlainTiles<uint32_t> {
         return low >> 16 | (high & 0xffff0000u);
     }
     static Vec<uint32_t> elements(const float* from, ptrdiff_t next) {
-        if (next == 1) return neighbours(from, std::make_integer_sequence<int, kLanes<float>>());
+        if (next == 1) return neighbours(from, std::make_integer_sequence<int, kLanes>());
         return pair(bf16_bits(load(from)), bf16_bits(load(from + next)));
     }
     // Pairs of numbers that are neighbours in memory: the even and the odd ones.
     template <int... lane>
     static Vec<uint32_t> neighbours(const float* from, std::integer_sequence<int, lane...>) {
-        constexpr int L = kLanes<float>, H = L / 2;
+        constexpr int L = kLanes, H = L / 2;
         const auto a = bf16_bits(load(from)), b = bf16_bits(load(from + L));
         return pair(Vec<uint32_t>{(lane < H ? a[2 * lane % L] : b[2 * lane % L])...},
                     Vec<uint32_t>{(lane < H ? a[2 * lane % L + 1] : b[2 * lane % L + 1])...});
@@ -2806,10 +2766,9 @@ struct MatrixTiles : PairTiles {
 
 // One step of that softmax, for one query: scores s[count] become p; max, total and sums[HS] are
 // updated.
-template <class real>
-void running_softmax(real* s, int count, real& max, real& total, real* sums, int HS) {
-    const real top = std::max(max, maximum(s, count));
-    const real shrink = exp_fast(max - top);
+inline void running_softmax(float* s, int count, float& max, float& total, float* sums, int HS) {
+    const float top = std::max(max, maximum(s, count));
+    const float shrink = exp_fast(max - top);
     total = total * shrink + exp_and_sum(s, top, count);
     max = top;
     for (int j = 0; j < HS; ++j) sums[j] *= shrink;
@@ -2817,56 +2776,52 @@ void running_softmax(real* s, int count, real& max, real& total, real* sums, int
 
 // One query, the last of n rows, in one head. Nothing is used twice, so nothing is packed. Rows lie
 // too far apart for the CPU to guess the next one, so it is prefetched.
-template <class real>
-void attend_one(real* out, const real* qkv, int n, int C, int HS) {
-    real* p = thread_scratch(0).get<real>(n);
+inline void attend_one(float* out, const float* qkv, int n, int C, int HS) {
+    float* p = scratch<float>(0, n);
     const ptrdiff_t stride = 3 * ptrdiff_t(C), ahead = 8 * stride;
-    const real *q = qkv + (n - 1) * stride, *k = qkv + C, *v = qkv + 2 * C;
-    real top = -std::numeric_limits<real>::infinity();
+    const float *q = qkv + (n - 1) * stride, *k = qkv + C, *v = qkv + 2 * C;
+    float top = -INFINITY;
     for (int t = 0; t < n; ++t, k += stride) {
-        p[t] = dot(q, k, HS, ahead) / std::sqrt(real(HS));
+        p[t] = dot(q, k, HS, ahead) / std::sqrt(float(HS));
         top = std::max(top, p[t]);
     }
-    const real total = exp_and_sum(p, top, n);
-    std::fill(out, out + HS, real(0));
+    const float total = exp_and_sum(p, top, n);
+    std::fill(out, out + HS, 0.0f);
     for (int t = 0; t < n; ++t, v += stride) {
-        for (int i = 0; i < HS; i += kLanes<real>) prefetch(v + ahead + i);
-        const real share = p[t] / total;
+        for (int i = 0; i < HS; i += kLanes) prefetch(v + ahead + i);
+        const float share = p[t] / total;
         for (int i = 0; i < HS; ++i) out[i] += share * v[i];
     }
 }
 
-template <class real>
-void attend(real* out, real* lse, const real* qkv, int first, int last, int C, int HS, Dropout drop,
-            uint64_t head) {
+inline void attend(float* out, float* lse, const float* qkv, int first, int last, int C, int HS,
+                   Dropout drop, uint64_t head) {
     if (first + 1 == last && !lse) return attend_one(out, qkv, last, C, HS);
-    using Plain = PlainTiles<real>;
-    constexpr int R = Plain::kRows;
-    constexpr real kNever = -std::numeric_limits<real>::infinity();
-    const View<real> q = rows_of(qkv, 3 * ptrdiff_t(C)), k = q.from(0, C), v = q.from(0, 2 * C);
-    const auto keys = pack_right<Plain>(thread_scratch(0), k.transposed(), HS, last),
-               values = pack_right<Plain>(thread_scratch(1), v, last, HS);
-    for (size_t i = 0; i < size_t(HS) * round_up(last, Plain::kCols); ++i)
-        keys.data[i] *= 1 / std::sqrt(real(HS));                 // so scores come out divided by it
-    real* p = thread_scratch(2).get<real>(size_t(R) * kStride);  // scores, then p
-    real* sums = thread_scratch(3).get<real>(size_t(R) * HS);    // of p v, not yet divided by total
+    constexpr int R = PlainTiles::kRows;
+    const View<float> q = rows_of(qkv, 3 * ptrdiff_t(C)), k = q.from(0, C), v = q.from(0, 2 * C);
+    const auto keys = pack_right<PlainTiles>(0, k.transposed(), HS, last),
+               values = pack_right<PlainTiles>(1, v, last, HS);
+    for (size_t i = 0; i < size_t(HS) * round_up(last, PlainTiles::kCols); ++i)
+        keys.data[i] *= 1 / std::sqrt(float(HS));       // so scores come out divided by it
+    float* p = scratch<float>(2, size_t(R) * kStride);  // scores, then p
+    float* sums = scratch<float>(3, size_t(R) * HS);    // of p v, not yet divided by total
     for (int t = first; t < last; t += R) {
         const int count = std::min(R, last - t), end = t + count;
-        real max[R], total[R] = {};
-        std::fill(max, max + R, kNever);
-        std::fill_n(sums, R * HS, real(0));
+        float max[R], total[R] = {};
+        std::fill(max, max + R, -INFINITY);
+        std::fill_n(sums, R * HS, 0.0f);
         for (int k0 = 0; k0 < end; k0 += kDepth) {
-            const int n = std::min(kDepth, end - k0), wide = round_up(n, Plain::kCols);
+            const int n = std::min(kDepth, end - k0), wide = round_up(n, PlainTiles::kCols);
             multiply_tiles(p, kStride, q.from(t, 0), keys.from(0, k0), count, wide, HS, false);
             for (int i = 0; i < count; ++i) {
-                real* row = p + i * kStride;
+                float* row = p + i * kStride;
                 const int seen = std::clamp(t + i + 1 - k0, 0, n);
-                std::fill(row + seen, row + wide, kNever);  // keys later than the query
+                std::fill(row + seen, row + wide, -INFINITY);  // keys later than the query
                 running_softmax(row, wide, max[i], total[i], sums + i * HS, HS);
                 for (int j = 0; drop.on() && j < seen; ++j)
                     row[j] *= drop.scale((head * last + t + i) * last + k0 + j);
             }
-            multiply_tiles(sums, HS, rows_of<real>(p, kStride), values.from(k0, 0), count, HS, n,
+            multiply_tiles(sums, HS, rows_of<float>(p, kStride), values.from(k0, 0), count, HS, n,
                            true);
         }
         for (int i = 0; i < count; ++i) {
@@ -2886,45 +2841,40 @@ void attend(real* out, real* lse, const real* qkv, int first, int last, int C, i
 // ds / sqrt(HS), zero from `seen` on. D: dout . out of this query (§4.5); index: of the first of
 // these keys in dropout's mask. Careful: works on whole registers, so both must be set up to `seen`
 // rounded up to kLanes.
-template <class real>
-void softmax_row_backward(real* p, real* ds, real lse, real D, int count, int seen, int HS,
-                          Dropout drop, uint64_t index) {
-    const real scale = 1 / std::sqrt(real(HS));
-    real mask[kDepth];
+inline void softmax_row_backward(float* p, float* ds, float lse, float D, int count, int seen,
+                                 int HS, Dropout drop, uint64_t index) {
+    const float scale = 1 / std::sqrt(float(HS));
+    float mask[kDepth];
     for (int j = 0; drop.on() && j < seen; ++j) ds[j] *= mask[j] = drop.scale(index + j);
-    for (int j = 0; j < seen; j += kLanes<real>) {
-        const Vec<real> e = exp_fast(load(p + j) * scale - lse);
+    for (int j = 0; j < seen; j += kLanes) {
+        const Vec<float> e = exp_fast(load(p + j) * scale - lse);
         store(p + j, e), store(ds + j, e * (load(ds + j) - D) * scale);
     }
     for (int j = 0; drop.on() && j < seen; ++j) p[j] *= mask[j];
-    std::fill(p + seen, p + count, real(0)), std::fill(ds + seen, ds + count, real(0));
+    std::fill(p + seen, p + count, 0.0f), std::fill(ds + seen, ds + count, 0.0f);
 }
 
-template <class real>
-void attend_backward(real* dqkv, const real* dout, const real* out, const real* lse,
-                     const real* qkv, int T, int C, int HS, Dropout drop, uint64_t head) {
-    using Plain = PlainTiles<real>;
-    constexpr int R = Plain::kRows, kQueries = 8 * R;
-    const View<real> q = rows_of(qkv, 3 * ptrdiff_t(C)), k = q.from(0, C), v = q.from(0, 2 * C),
-                     d = rows_of(dout, C), o = rows_of(out, C);
-    real *dq = dqkv, *dk = dqkv + C, *dv = dqkv + 2 * C;
+inline void attend_backward(float* dqkv, const float* dout, const float* out, const float* lse,
+                            const float* qkv, int T, int C, int HS, Dropout drop, uint64_t head) {
+    constexpr int R = PlainTiles::kRows, kQueries = 8 * R;
+    const View<float> q = rows_of(qkv, 3 * ptrdiff_t(C)), k = q.from(0, C), v = q.from(0, 2 * C),
+                      d = rows_of(dout, C), o = rows_of(out, C);
+    float *dq = dqkv, *dk = dqkv + C, *dv = dqkv + 2 * C;
     const size_t square = size_t(kQueries) * kStride;  // [queries][keys]
-    real *p = thread_scratch(0).get<real>(square), *ds = thread_scratch(1).get<real>(square);
-    const auto q_right = pack_right<Plain>(thread_scratch(2), q, T, HS),
-               d_right = pack_right<Plain>(thread_scratch(3), d, T, HS);
+    float *p = scratch<float>(0, square), *ds = scratch<float>(1, square);
+    const auto q_right = pack_right<PlainTiles>(2, q, T, HS),
+               d_right = pack_right<PlainTiles>(3, d, T, HS);
     for (int k0 = 0; k0 < T; k0 += kDepth) {
         const int keys = std::min(kDepth, T - k0);
-        const auto k_right = pack_right<Plain>(thread_scratch(4), k.from(k0, 0), keys, HS),
-                   k_across =
-                       pack_right<Plain>(thread_scratch(5), k.from(k0, 0).transposed(), HS, keys),
-                   v_across =
-                       pack_right<Plain>(thread_scratch(6), v.from(k0, 0).transposed(), HS, keys);
+        const auto k_right = pack_right<PlainTiles>(4, k.from(k0, 0), keys, HS),
+                   k_across = pack_right<PlainTiles>(5, k.from(k0, 0).transposed(), HS, keys),
+                   v_across = pack_right<PlainTiles>(6, v.from(k0, 0).transposed(), HS, keys);
         for (int t = k0; t < T; t += kQueries) {
             const int queries = std::min(kQueries, T - t);
             for (int i = 0; i < queries; i += R) {
                 const int rows = std::min(R, queries - i), n = std::min(keys, t + i + rows - k0),
-                          wide = round_up(n, Plain::kCols);
-                real *p_i = p + i * kStride, *ds_i = ds + i * kStride;
+                          wide = round_up(n, PlainTiles::kCols);
+                float *p_i = p + i * kStride, *ds_i = ds + i * kStride;
                 multiply_tiles(p_i, kStride, q.from(t + i, 0), k_across, rows, wide, HS, false);
                 multiply_tiles(ds_i, kStride, d.from(t + i, 0), v_across, rows, wide, HS, false);
                 for (int s = t + i; s < t + i + rows; ++s)
@@ -2932,7 +2882,7 @@ void attend_backward(real* dqkv, const real* dout, const real* out, const real* 
                                          dot(d.from(s, 0).data, o.from(s, 0).data, HS), n,
                                          std::min(n, s + 1 - k0), HS, drop,
                                          (head * T + s) * T + k0);
-                multiply_tiles(dq + (t + i) * q.row, q.row, rows_of<real>(ds_i, kStride), k_right,
+                multiply_tiles(dq + (t + i) * q.row, q.row, rows_of<float>(ds_i, kStride), k_right,
                                rows, HS, n, k0 > 0);
             }
             for (int j = 0; j < keys; j += R) {
@@ -2941,10 +2891,11 @@ void attend_backward(real* dqkv, const real* dout, const real* out, const real* 
                 const int rows = std::min(R, keys - j), n = queries - first;
                 const ptrdiff_t at = (k0 + j) * q.row;
                 const bool add = t > k0 + j;  // earlier queries have seen it
-                multiply_tiles(dv + at, q.row, transpose_of<real>(p + first * kStride + j, kStride),
+                multiply_tiles(dv + at, q.row,
+                               transpose_of<float>(p + first * kStride + j, kStride),
                                d_right.from(t + first, 0), rows, HS, n, add);
                 multiply_tiles(dk + at, q.row,
-                               transpose_of<real>(ds + first * kStride + j, kStride),
+                               transpose_of<float>(ds + first * kStride + j, kStride),
                                q_right.from(t + first, 0), rows, HS, n, add);
             }
         }
@@ -2956,23 +2907,18 @@ void attend_backward(real* dqkv, const real* dout, const real* out, const real* 
 struct FastOps {
     bool bf16 = false;  // products round their operands to bf16; sums stay fp32
 
-    // Chooses by shape and type. One row in bf16 is made in fp32: its speed is that of reading b,
-    // which is fp32 either way.
-    template <class real>
-    void matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
-                bool accumulate = false, const Finish<real>& finish = {}) const {
+    // One row in bf16 is made in fp32: its speed is that of reading b, which is fp32 either way.
+    void matmul(float* c, ptrdiff_t ldc, View<float> a, View<float> b, int m, int n, int k,
+                bool accumulate = false, const Finish<float>& finish = {}) const {
         if (m == 1) return multiply_row(c, a, b, n, k, accumulate, finish);
-        if constexpr (std::is_same_v<real, float>)
-            if (bf16) {
-                if (!cpu_has_bf16_dot())
-                    fail(
-                        "bf16 products need a CPU with avx512_bf16 and a build for it "
-                        "(-march=native), which this is not: use --precision fp32");
-                if (MatrixTiles::usable())
-                    return multiply<MatrixTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
-                return multiply<PairTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
-            }
-        multiply<PlainTiles<real>>(c, ldc, a, b, m, n, k, accumulate, finish);
+        if (!bf16) return multiply<PlainTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
+        if (!cpu_has_bf16_dot())
+            fail(
+                "bf16 products need a CPU with avx512_bf16 and a build for it (-march=native), "
+                "which this is not: use --precision fp32");
+        if (MatrixTiles::usable())
+            return multiply<MatrixTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
+        multiply<PairTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
     }
     static auto exp(auto x) { return exp_fast(x); }
     static auto maximum(auto... a) { return tinygpt::maximum(a...); }
@@ -3003,20 +2949,19 @@ double least_seconds(int runs, auto&& f) {
 // Multiplies and adds in registers, nothing else. Returns the operations a second of one thread.
 // Why 12 sums: a core starts one or two of these operations a cycle and finishes each about four
 // cycles later; sums that do not wait for each other keep it busy.
-template <class real>
-double registers_only_flops() {
+inline double registers_only_flops() {
     constexpr int kSums = 12, kRounds = 20000;
-    Vec<real> sums[kSums], factor = Vec<real>{} + real(1.0000001);
-    const Vec<real> addend = Vec<real>{} + real(1e-7);
-    for (int i = 0; i < kSums; ++i) sums[i] = Vec<real>{} + real(i);
+    Vec<float> sums[kSums], factor = Vec<float>{} + 1.0000001f;
+    const Vec<float> addend = Vec<float>{} + 1e-7f;
+    for (int i = 0; i < kSums; ++i) sums[i] = Vec<float>{} + float(i);
     const double seconds = least_seconds(8, [&] {
         for (int round = 0; round < kRounds; ++round)
 #pragma GCC unroll 12
             for (int i = 0; i < kSums; ++i) sums[i] = sums[i] * factor + addend;
     });
-    volatile real sink = 0;  // so that the sums are needed
+    volatile float sink = 0;  // so that the sums are needed
     for (int i = 0; i < kSums; ++i) sink = sink + sums[i][0];
-    return 2.0 * kSums * kLanes<real> * kRounds / seconds;
+    return 2.0 * kSums * kLanes * kRounds / seconds;
 }
 
 // Operations a second of one thread in the product's tiles, with operands that lie in L1. What
@@ -3028,8 +2973,7 @@ double tile_flops() {
     constexpr int R = Tiles::kRows, N = Tiles::kCols, kSteps = 128, kCalls = 500;
     [[maybe_unused]] Tiles setup{};
     alignas(64) float c[R * N] = {};
-    Scratch scratch_a, scratch_b;
-    Packed *a = scratch_a.get<Packed>(R * kStride), *b = scratch_b.get<Packed>(N * kSteps);
+    Packed *a = scratch<Packed>(0, R * kStride), *b = scratch<Packed>(1, N * kSteps);
     std::memset(a, 0x3f, sizeof(Packed) * R * kStride);  // about 0.75, in fp32 as in bf16
     std::memset(b, 0x3f, sizeof(Packed) * N * kSteps);
     const double seconds = least_seconds(8, [&] {
@@ -3067,19 +3011,15 @@ double product_peak_flops(auto& device) {
 // The CPU as a device: the layers of §4 with the operations above, and what a program asks of the
 // machine. Peaks are measured: a data sheet's number is rarely what is left of it in a container,
 // or on a warm laptop.
-template <class real>
-struct Cpu : Layers<real, FastOps> {
+struct Cpu : Layers<float, FastOps> {
     static constexpr const char* kProgram = "train_gpt";
-    bool bf16_products() const { return this->ops.bf16; }
+    bool bf16_products() const { return ops.bf16; }
     void check_sizes(const Config&, int /*B*/) const {}  // any will do
 
     // "CPU, 2 threads, vectors of 512 bits, fp32"
     std::string describe() const {
-        const char* numbers = bf16_products()     ? "bf16 products"
-                              : sizeof(real) == 4 ? "fp32"
-                                                  : "fp64";
         return format("CPU, %d threads, vectors of %d bits, %s", omp_get_max_threads(),
-                      kVectorBytes * 8, numbers);
+                      kVectorBytes * 8, bf16_products() ? "bf16 products" : "fp32");
     }
     // Bytes that could be used without swapping; without /proc, all memory there is.
     size_t free_memory() const {
@@ -3095,8 +3035,8 @@ struct Cpu : Layers<real, FastOps> {
     }
     // Operations a second: in registers alone; of the fp32 product's tiles with operands in L1; of
     // products in bf16, 0 where the CPU has none.
-    double peak_flops() const { return on_all_threads(registers_only_flops<real>); }
-    double tile_peak_flops() const { return on_all_threads(tile_flops<PlainTiles<float>>); }
+    double peak_flops() const { return on_all_threads(registers_only_flops); }
+    double tile_peak_flops() const { return on_all_threads(tile_flops<PlainTiles>); }
     double bf16_peak_flops() const {
         if (MatrixTiles::usable()) return on_all_threads(tile_flops<MatrixTiles>);
         return cpu_has_bf16_dot() ? on_all_threads(tile_flops<PairTiles>) : 0;

@@ -1922,14 +1922,14 @@ int program(int argc, char** argv, const char* name, auto&& run) {
 }
 
 // The CPU in the precision given. Fails where this CPU does not have it.
-inline Cpu<float> make_cpu(const Options& o) {
+inline Cpu make_cpu(const Options& o) {
     if (o.precision == "tf32")
         fail_usage(
             "--precision tf32 is for GPUs (./train_gpt_cu); a CPU has fp32 and, where it has "
             "bf16 dot products, bf16");
     if (o.tune_matmul)
         fail_usage("--tune-matmul is for GPUs (./train_gpt_cu): a CPU has one matmul kernel");
-    Cpu<float> device;
+    Cpu device;
     device.ops.bf16 = o.precision == "bf16";
     if (device.ops.bf16 && !cpu_has_bf16_dot())
         fail(

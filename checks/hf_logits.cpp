@@ -15,7 +15,7 @@ int main(int argc, char** argv) {
         for (int token; T < config.n_positions && std::cin >> token; ++T)
             batch.inputs[size_t(T)] = token;
         batch.sort_rows();
-        Gpt2<Cpu<float>> model(config);
+        Gpt2<Cpu> model(config);
         model.reserve(1, config.n_positions, Use::evaluation);
         load_weights(model, argv[1]);
         set_batch(model, batch);

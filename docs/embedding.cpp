@@ -18,7 +18,7 @@ static void train_and_sample(const std::string& data, const std::string& output,
     // Train: every step reads B rows of T tokens.
     const int B = 8, T = 64, V = tokenizer.vocab_size();
     const Config config{.n_layer = 2, .n_head = 4, .n_embd = 64, .n_positions = T, .vocab_size = V};
-    Gpt2<Cpu<float>> model(config);
+    Gpt2<Cpu> model(config);
     model.reserve(B, T, Use::training);
     model.initialise(1337);
     BatchLoader loader({.shards = shards, .B = B, .T = T, .seed = 1337, .shuffle = true}, V, 0);
@@ -32,7 +32,7 @@ static void train_and_sample(const std::string& data, const std::string& output,
     // Save, and load.
     make_folders(output);
     save_checkpoint(model, output + "/model", &tokenizer, {}, Purpose::use);
-    Gpt2<Cpu<float>> loaded(config_of_folder(output + "/model"));
+    Gpt2<Cpu> loaded(config_of_folder(output + "/model"));
     loaded.reserve(1, T, Use::generation);
     load_weights(loaded, output + "/model");
 
