@@ -6440,7 +6440,7 @@ TEST_CASE("show: the page's numbers are the model's, and text stays text") {
     const Config config = {2, 2, 16, 32, 257};
     const Tokenizer tokenizer = Tokenizer::bytes();
     {
-        Gpt2<Cpu<float>> model(config);
+        Gpt2<Cpu> model(config);
         model.initialise(11);
         for (size_t i = 0; i < model.layout.size; ++i) model.weights[i] *= 12;
         save_checkpoint(model, folder / "model", &tokenizer, {}, Purpose::use);
