@@ -99,7 +99,7 @@ gpt2: # the published weights of GPT-2 small: 551 MB
 experiment: train_gpt prepare_data
 	@checks/experiment.sh $(NAME)
 compare: train_gpt prepare_data
-	@checks/compare.sh
+	@checks/experiment.sh device
 include checks/checks.mk  # check, nightly, torture, fuzz, tidy, plot, count: what `make test` is too short for
 
 clean: ; rm -rf build cuda_on_cpu/build train_gpt train_gpt_cu train_gpt_cu_on_cpu test_gpt_cu prepare_data

@@ -54,22 +54,14 @@ GOLDENS = ["tied", "openai", "untied-bf16"]
 
 def run(*command, given=None):
     """The standard output of a program; an error is the test's error."""
-    done = subprocess.run([str(part) for part in command], input=given, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE)
+    done = subprocess.run([str(part) for part in command], input=given, capture_output=True)
     if done.returncode:
         sys.exit(f"test_hf: {' '.join(map(str, command))}\n{done.stderr.decode()}")
     return done.stdout
 
 
 def random_tokens(seed, count, vocab):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, vocab, (count,), generator=generator).tolist()
-
-
-def write_shard(path, tokens):
-    with open(path, "wb") as file:
-        file.write(struct.pack("<256i", 20240520, 1, len(tokens), *[0] * 253))
-        file.write(struct.pack(f"<{len(tokens)}H", *tokens))
+    return torch.randint(0, vocab, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def read_shard(path):
@@ -81,18 +73,18 @@ def read_shard(path):
 def make_folder(folder, seed, layers, heads, channels, positions, vocab, tied, form, dtype):
     """A model of random weights, saved by transformers in one file."""
     torch.manual_seed(seed)
-    # Who does not name the end of text gets GPT-2's, 50256, whatever the vocabulary.
+    # Without a name for the end of text it is GPT-2's, 50256, whatever the vocabulary.
     ends = {} if dtype == "float16" else {"bos_token_id": vocab - 1, "eos_token_id": vocab - 1}
-    config = GPT2Config(n_layer=layers, n_head=heads, n_embd=channels, n_positions=positions,
-                        vocab_size=vocab, tie_word_embeddings=tied, initializer_range=0.2, **ends)
-    model = GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(GPT2Config(
+        n_layer=layers, n_head=heads, n_embd=channels, n_positions=positions, vocab_size=vocab,
+        tie_word_embeddings=tied, initializer_range=0.2, **ends))
     with torch.no_grad():  # biases and norms that are not 0 and 1, so that none can be forgotten
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter += 0.1 * torch.randn_like(parameter)
     model = model.to(getattr(torch, dtype))
     (model.transformer if form == "bare" and tied else model).save_pretrained(folder)
-    path = os.path.join(folder, "model.safetensors")
+    path = f"{folder}/model.safetensors"
     weights = load_file(path)
     if form in ("bare", "openai"):
         weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
@@ -111,37 +103,24 @@ def open_folder(folder):
 
 
 @torch.no_grad()
-def their_loss(model, tokens, T):
-    """Every prediction of the shard once, in windows of T that lie end to end."""
-    total = 0.0
-    for begin in range(0, len(tokens) - 1, T):
-        window = torch.tensor(tokens[begin:begin + T + 1])
-        logits = model(window[None, :-1]).logits[0].double()
-        total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
-    return total / (len(tokens) - 1)
-
-
-@torch.no_grad()
 def their_logits(model, tokens):
     return model(torch.tensor([tokens])).logits[0]
 
 
+def their_loss(model, tokens, T):
+    """Every prediction of the shard once, in windows of T that lie end to end."""
+    total = 0.0
+    for begin in range(0, len(tokens) - 1, T):
+        window = tokens[begin:begin + T + 1]
+        total += torch.nn.functional.cross_entropy(
+            their_logits(model, window[:-1]).double(), torch.tensor(window[1:]), reduction="sum").item()
+    return total / (len(tokens) - 1)
+
+
 def their_greedy(model, tokens, end):
-    out = model.generate(torch.tensor([tokens]), attention_mask=torch.ones(1, len(tokens)),
-                         max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=end,
-                         pad_token_id=0)[0].tolist()[len(tokens):]
-    return out
-
-
-def our_loss(programs, folder, shard, T):
-    out = run(programs.train_gpt, "eval", "--init-from", folder, "--val-shards", shard,
-              "--batch-size", 2, "--seq-len", T).decode()
-    return float(re.search(r"val loss\s+(\S+)", out)[1])
-
-
-def our_logits(programs, folder, tokens):
-    out = run(programs.logits, folder, given=" ".join(map(str, tokens)).encode())
-    return torch.tensor([[float(x) for x in line.split()] for line in out.decode().splitlines()])
+    return model.generate(torch.tensor([tokens]), attention_mask=torch.ones(1, len(tokens)),
+                          max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=end,
+                          pad_token_id=0)[0].tolist()[len(tokens):]
 
 
 def our_greedy(programs, folder, prompt):
@@ -155,13 +134,23 @@ def our_greedy(programs, folder, prompt):
 class Table:
     """Prints a row of figures for every folder, and remembers whether one was out of bounds."""
     good = True
-    COLUMNS = ("folder", "loss", "difference", "logits", "greedy", "text", "result")
     FORMAT = "{:24} {:>11} {:>11} {:>11} {:>8} {:>8}  {}"
 
-    def __init__(self, title):
-        print(f"\n{title}\n" + self.FORMAT.format(*self.COLUMNS), flush=True)
+    def __init__(self, title, programs):
+        self.programs = programs
+        print("\n" + title)
+        print(self.FORMAT.format("folder", "loss", "difference", "logits", "greedy", "text", "result"))
 
-    def row(self, name, loss, difference, logits, greedy, text="-", same=True):
+    def row(self, name, folder, model, shard, T, greedy, text="-", same=True):
+        """Loss and logits on the shard are compared here; the rest is told."""
+        tokens, programs = read_shard(shard), self.programs
+        loss = their_loss(model, tokens, T)
+        out = run(programs.train_gpt, "eval", "--init-from", folder, "--val-shards", shard,
+                  "--batch-size", 2, "--seq-len", T).decode()
+        difference = abs(float(re.search(r"val loss\s+(\S+)", out)[1]) - loss)
+        out = run(programs.logits, folder, given=" ".join(map(str, tokens[:T])).encode()).decode()
+        ours = torch.tensor([[float(x) for x in line.split()] for line in out.splitlines()])
+        logits = (ours - their_logits(model, tokens[:T])).abs().max().item()
         good = difference <= LOSS_LIMIT and logits <= LOGITS_LIMIT and same
         Table.good &= good
         print(self.FORMAT.format(name, f"{loss:.7f}", f"{difference:.1e}", f"{logits:.1e}", greedy,
@@ -170,25 +159,22 @@ class Table:
 
 def opened_here(programs, temporary):
     """Part 1: folders of transformers."""
-    table = Table("written by transformers, opened here")
+    table = Table("written by transformers, opened here", programs)
     for seed, (name, shape) in enumerate(CASES.items()):
         folder, shard = f"{temporary}/{name}", f"{temporary}/{name}.bin"
         make_folder(folder, seed, *shape)
-        positions, vocab = shape[3], shape[4]
-        T, model = min(48, positions), open_folder(folder)
-        tokens = random_tokens(seed, 5 * T + 12, vocab)
-        write_shard(shard, tokens)
-        loss = their_loss(model, tokens, T)
-        difference = abs(our_loss(programs, folder, shard, T) - loss)
-        error = (our_logits(programs, folder, tokens[:T]) - their_logits(model, tokens[:T])).abs()
+        T, model = min(48, shape[3]), open_folder(folder)
+        tokens = random_tokens(seed, 5 * T + 12, shape[4])
+        with open(shard, "wb") as file:
+            file.write(struct.pack(f"<256i{len(tokens)}H", 20240520, 1, len(tokens), *[0] * 253, *tokens))
         # Without a tokenizer, sample takes and writes token numbers.
-        prompt = tokens[:positions - NEW_TOKENS]
+        prompt = tokens[:shape[3] - NEW_TOKENS]
         theirs = their_greedy(model, prompt, None)
         ours = our_greedy(programs, folder, " ".join(map(str, prompt)) + " ")
         ours = [int(token) for token in ours.split()]
         same = sum(a == b for a, b in zip(ours, theirs))
-        table.row(f"{name} {shape[7]}", loss, difference, error.max().item(),
-                  f"{same}/{len(theirs)}", same=ours == theirs)
+        table.row(f"{name} {shape[7]}", folder, model, shard, T, f"{same}/{len(theirs)}",
+                  same=ours == theirs)
 
 
 def make_our_folders(programs, temporary):
@@ -207,25 +193,15 @@ def make_our_folders(programs, temporary):
         yield name, data, out + "/best"
 
 
-def bits_of(folder):
-    weights = load_file(f"{folder}/model.safetensors")
-    return {name: w.numpy().tobytes() for name, w in weights.items()}
-
-
 def opened_there(programs, temporary):
     """Part 2: folders of tinygpt."""
-    table = Table("written here, opened by transformers")
+    table = Table("written here, opened by transformers", programs)
     for name, data, folder in make_our_folders(programs, temporary):
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         assert model.dtype == torch.float32, model.dtype
         tokenizer = AutoTokenizer.from_pretrained(folder)
         end = tokenizer.eos_token_id
         assert end == model.config.vocab_size - 1 == model.generation_config.eos_token_id, end
-        shard = f"{data}/val_000000.bin"
-        tokens = read_shard(shard)
-        loss = their_loss(model, tokens, 64)
-        difference = abs(our_loss(programs, folder, shard, 64) - loss)
-        error = (our_logits(programs, folder, tokens[:64]) - their_logits(model, tokens[:64])).abs()
         # The tokens of a text, with the model's own folder as the vocabulary.
         with open(f"{temporary}/text.txt", encoding="utf-8") as file:
             text = file.read()
@@ -236,18 +212,15 @@ def opened_there(programs, temporary):
         # Greedy: the same text, up to its end.
         prompt = "12. Once upon"
         theirs = their_greedy(model, tokenizer(prompt).input_ids, end)
-        ours = our_greedy(programs, folder, prompt)
-        expected = tokenizer.decode(theirs, skip_special_tokens=True,
-                                    clean_up_tokenization_spaces=False)
-        same = ours.decode(errors="replace") == expected
+        same = our_greedy(programs, folder, prompt).decode(errors="replace") == tokenizer.decode(
+            theirs, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         # And back: saved again by transformers, not a bit differs.
-        again = f"{temporary}/again"
-        model.save_pretrained(again)
-        tokenizer.save_pretrained(again)
-        back = bits_of(again) == bits_of(folder)
-        table.row(name, loss, difference, error.max().item(),
-                  f"{len(theirs)}" if same else "differs", "same" if same_text else "differs",
-                  same and same_text and back)
+        model.save_pretrained(f"{temporary}/again")
+        before, after = (load_file(f"{where}/model.safetensors") for where in (folder, f"{temporary}/again"))
+        back = before.keys() == after.keys() and all(
+            before[key].numpy().tobytes() == after[key].numpy().tobytes() for key in before)
+        table.row(name, folder, model, f"{data}/val_000000.bin", 64, len(theirs) if same else "differs",
+                  "same" if same_text else "differs", same and same_text and back)
 
 
 def train_tokenizer(folder, vocab):
@@ -255,14 +228,13 @@ def train_tokenizer(folder, vocab):
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=vocab - 1, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    trained.train_from_iterator([TEXT] * 3, trainer)
+    trained.train_from_iterator([TEXT] * 3, trainers.BpeTrainer(
+        vocab_size=vocab - 1, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     assert trained.get_vocab_size() == vocab - 1, trained.get_vocab_size()
     trained.model.save(folder)
     with open(f"{folder}/vocab.json", encoding="utf-8") as file:
-        entries = json.load(file)
-    entries["<|endoftext|>"] = vocab - 1
+        entries = json.load(file) | {"<|endoftext|>": vocab - 1}
     with open(f"{folder}/vocab.json", "w") as file:
         json.dump(entries, file)
 
@@ -272,21 +244,18 @@ def write_goldens(folder_of_all):
     for seed, name in enumerate(GOLDENS):
         folder, shape = f"{folder_of_all}/hf-{name}", CASES[name]
         make_folder(folder, seed + 100, *shape)
-        if seed == 0:
-            train_tokenizer(folder, shape[4])
-        model = open_folder(folder)
-        tokens = random_tokens(seed + 100, 17, shape[4])
+        model, tokens = open_folder(folder), random_tokens(seed + 100, 17, shape[4])
         prompt = tokens[:shape[3] - NEW_TOKENS]
         expected = {"transformers": transformers.__version__, "tokens": tokens,
                     "loss": their_loss(model, tokens, 16), "prompt": prompt,
                     "greedy": their_greedy(model, prompt, None)}
         if seed == 0:
+            train_tokenizer(folder, shape[4])
             expected |= {"text": TEXT, "text_tokens": AutoTokenizer.from_pretrained(
                 folder)(TEXT).input_ids}
         save_file({"logits": their_logits(model, tokens[:16])}, f"{folder}/expected.safetensors")
         with open(f"{folder}/expected.json", "w") as file:
-            json.dump(expected, file, indent=1)
-            file.write("\n")
+            file.write(json.dumps(expected, indent=1) + "\n")
         for path in (f"{folder}/model.safetensors", f"{folder}/expected.safetensors"):
             os.chmod(path, 0o644)
         print(f"{folder}: loss {expected['loss']:.7f}")
