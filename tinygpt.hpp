@@ -2124,7 +2124,8 @@ inline std::vector<Candidate> candidates(const std::vector<float>& logits, doubl
     }
     if (!std::isfinite(total))
         fail(
-            "the model's scores are no numbers, so nothing can be sampled: use an earlier checkpoint");
+            "the model's scores are no numbers, so nothing can be sampled: use an earlier "
+            "checkpoint");
     for (Candidate& c : list) c.probability /= total;
     return list;
 }
@@ -2625,7 +2626,7 @@ inline float dot(const float* a, const float* b, int k, ptrdiff_t ahead = kAhead
 inline void add_rows(float* sum, const float* x, View<float> b, int n, int first, int last) {
     std::fill(sum, sum + n, 0.0f);
     for (int p = first; p < last; ++p) {
-        const float* row = &b.data[p * b.row];
+        const float* row = b.data + p * b.row;
         int j = 0;
         for (; j + kLanes <= n; j += kLanes) {
             prefetch(row + j + kAhead);
@@ -3064,8 +3065,8 @@ struct Cpu : Layers<float, FastOps> {
 // =================================================================================================
 // §11 Files and JSON
 // =================================================================================================
-// What you have now: a model that trains, in memory. Here is how files are read and written, and two
-// formats of text: UTF-8 and JSON.
+// What you have now: a model that trains, in memory. Here is how files are read and written, and
+// two formats of text: UTF-8 and JSON.
 //
 // A file must survive a kill, a full disk and a power cut. So it is written in full under another
 // name and then renamed, and no call goes unchecked.
@@ -3465,7 +3466,8 @@ struct JsonParser {
     }
 
     // list: [ value , value , ... ]  or  { string : value , string : value , ... }, no name twice.
-    // Why a tree of names: a hostile file could choose names that fall into one slot of a hash table.
+    // Why a tree of names: a hostile file could choose names that fall into one slot of a hash
+    // table.
     Json list(int depth) {
         const size_t start = at;
         const bool object = text[at++] == '{';
@@ -4017,7 +4019,8 @@ inline size_t dtype_bytes(std::string_view dtype) {
 struct f16 {
     uint16_t bits;
     // Exact. Exponents are biased by 15 here, by 127 in a float: moved to their positions in a
-    // float, the bits mean 2^-112 times the value. The largest exponent is infinity and NaN in both.
+    // float, the bits mean 2^-112 times the value. The largest exponent is infinity and NaN in
+    // both.
     explicit operator float() const {
         const uint32_t moved = uint32_t(bits & 0x7fff) << 13;
         float value = std::bit_cast<float>(moved) * 0x1p112f;
@@ -4314,7 +4317,7 @@ inline std::vector<const StoredTensor*> match_tensors(const SafetensorsFile& fil
 // The file of a folder's weights.
 inline std::string find_weights(const std::string& folder) {
     if (!folder_exists(folder)) fail(folder, ": there is no such folder");
-    const std::string path = folder + "/model.safetensors";
+    std::string path = folder + "/model.safetensors";
     if (!file_exists(path))
         fail(folder,
              ": expected model.safetensors, found no such file. Save a model of another form "
