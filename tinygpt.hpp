@@ -179,14 +179,6 @@ template <class... Parts>
     throw FileError(code, to_text(parts..., ": ", std::strerror(code)));
 }
 
-// A check that stays on in every build. The message (printf style) says what was expected, what was
-// found, where, and what to do. It is evaluated only when the check fails.
-// Why do ... while (0): it makes one statement of it, so that it can stand behind an `if`.
-#define TINYGPT_CHECK(condition, ...)                                      \
-    do {                                                                   \
-        if (!(condition)) ::tinygpt::fail(::tinygpt::format(__VA_ARGS__)); \
-    } while (0)
-
 // a / b, rounded up; and a, rounded up to a multiple of b.
 constexpr auto ceil_div(auto a, auto b) { return (a + b - 1) / b; }
 constexpr auto round_up(auto a, auto b) { return ceil_div(a, b) * b; }
@@ -3073,22 +3065,20 @@ struct Cpu : Layers<float, FastOps> {
 
 // --- Files and folders
 // Writes all the bytes. One call may be interrupted by a signal (EINTR) or come up short; the next
-// one then says why. A call that writes nothing without an error counts as a full disk. Returns how
-// many were written; where they are fewer, errno says why.
+// one then says why. Returns how many were written; where they are fewer, errno says why.
 inline size_t write_all(int fd, const void* data, size_t bytes) {
     const char* from = static_cast<const char*>(data);
     size_t done = 0;
     while (done < bytes) {
         const ssize_t written = ::write(fd, from + done, bytes - done);
-        if (written == 0) errno = ENOSPC;
+        if (written == 0) errno = ENOSPC;  // or the loop might never end
         if (written <= 0 && errno != EINTR) break;
         done += size_t(std::max<ssize_t>(written, 0));
     }
     return done;
 }
 
-// Each of the functions below does all that it says, or throws an Error with the path and the
-// reason.
+// The rest do all that they say, or throw an Error with the path and the reason.
 
 // What has that name (file, folder, device), as stat says it; 0: nothing.
 inline mode_t mode_of(const std::string& path) {
@@ -3120,8 +3110,8 @@ inline std::vector<std::string> list_folder(const std::string& path) {
     return names;
 }
 
-// The whole file; more than max_bytes is an error before it is read. Of a pipe the length is not
-// known, so the buffer grows.
+// The whole file. More than max_bytes is an error before it is read. A pipe's length is not known,
+// so the buffer grows.
 inline std::string read_file(const std::string& path, size_t max_bytes = SIZE_MAX) {
     const FileHandle file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
     struct stat info;
@@ -3132,7 +3122,7 @@ inline std::string read_file(const std::string& path, size_t max_bytes = SIZE_MA
     for (ssize_t got = 1; got != 0;) {
         if (std::max(used, expected) > max_bytes)
             fail(path, ": expected at most ", max_bytes, " bytes, found more");
-        // One more than expected, so that the read that finds the end needs no larger buffer.
+        // One more than expected: then the read that finds the end needs no larger buffer.
         if (used == bytes.size()) bytes.resize(std::max(expected + 1, 2 * used + 4096));
         got = ::read(file.fd, bytes.data() + used, bytes.size() - used);
         if (got < 0 && errno != EINTR) fail_errno("cannot read ", path);
@@ -3155,7 +3145,6 @@ inline void sync_folder(const std::string& path) {
 // are still empty at the end of the scope are removed.
 class FolderToFill {
     FolderToFill() = default;
-    // a/b/c needs a/b first. The new name is in the folder above, so that one is synced.
     void make(const std::string& path) {
         const std::string above = parent_folder(path);
         if (folder_exists(path)) return;
@@ -3180,12 +3169,12 @@ public:
 // Creates a folder and those above it, or none of them.
 inline void make_folders(const std::string& path) { FolderToFill(path).made.clear(); }
 
-// Gives a file or folder another name, and makes the new name last. Replaces a file of that name.
+// Replaces a file of the new name, and makes that name last.
 inline void rename_path(const std::string& from, const std::string& to) {
     if (::rename(from.c_str(), to.c_str()) != 0) fail_errno("cannot rename ", from, " to ", to);
     sync_folder(parent_folder(to));
 }
-// Removes a file; one that is not there is no error.
+// A file that is not there is no error.
 inline void remove_file(const std::string& path) {
     if (::unlink(path.c_str()) != 0 && errno != ENOENT) fail_errno("cannot remove ", path);
 }
@@ -3200,21 +3189,18 @@ inline void remove_folder(const std::string& path) {
     if (::rmdir(path.c_str()) != 0) fail_errno("cannot remove folder ", path);
 }
 
-// A file that appears whole or not at all. The steps, and what a kill or a power cut could leave
-// without them:
+// A file that appears whole or not at all. What a kill or a power cut could leave without each step:
 //     open a temporary name    half of the new file under the real name, and the old one gone
 //     write
 //     fsync                    the new name with an empty file: the disk may write names first
 //     rename                   (in one step, the name means the new file)
 //     fsync of the folder      the old file, although the program went on as if it had saved
-// commit() makes the last three. Without it the temporary is removed and the old file stays. The
-// temporary lies in the same folder: between two disks a rename would be a copy.
+// commit() makes the last three. Without it the temporary is removed and the old file stays.
 class FileWriter {
     std::string path_, temporary_;
     FileHandle file_{-1};  // of the temporary
 
 public:
-    // O_EXCL: fails rather than write into a file that another program made.
     explicit FileWriter(const std::string& path)
         : path_(path), temporary_(to_text(path, ".tmp-", ::getpid())) {
         const mode_t old = mode_of(path);  // a rename over /dev/null would be a surprise
@@ -3238,15 +3224,14 @@ public:
     }
 };
 
-// Afterwards the file has these bytes, all of them; or it is as it was, and an error says why.
 inline void write_file(const std::string& path, std::string_view bytes) {
     FileWriter writer(path);
     writer.write(bytes.data(), bytes.size());
     writer.commit();
 }
 
-// A 64-bit checksum, 16 hexadecimal digits, at the speed of memory; against accidents, not against
-// attackers. Four lanes take every fourth 8-byte word, mixed:
+// A 64-bit checksum, 16 hexadecimal digits, at the speed of memory; against accidents, not attackers.
+// Four lanes take every fourth 8-byte word, mixed:
 //     word = word * K;  word ^= word >> 32;  lane = rotate((lane ^ word) * K'),  K and K' odd
 //     bytes   0-7  8-15  16-23  24-31  32-39 ...   the last 32 filled up with zeros
 //     lane     0     1     2      3      0   ...   then length and lanes become one number
@@ -3279,8 +3264,7 @@ inline std::string checksum(std::string_view bytes) {
 // So "é", U+00E9, whose bits are 00011 101001, is the bytes c3 a9. Not all bytes are text: a model
 // may write half a character.
 
-// The character that a text begins with: how many bytes it has, and its code point. 0 bytes where
-// that is not valid UTF-8 (too long a form, half a surrogate pair, above U+10FFFF, cut short).
+// The character that a text begins with: its bytes and its code point. 0 bytes: not valid UTF-8.
 struct Utf8Character {
     size_t bytes;
     uint32_t code;
@@ -3296,7 +3280,7 @@ inline Utf8Character utf8_character(std::string_view text) {
         if ((text[i] & 0xc0) != 0x80) return {0, 0};
         code = code << 6 | (text[i] & 0x3f);
     }
-    // Careful: a character with several forms could be smuggled past a check. Only one is valid.
+    // Careful: only the shortest form of a character is valid, or it could evade a check.
     const bool too_long = (bytes == 3 && code < 0x800) || (bytes == 4 && code < 0x10000);
     const bool surrogate = code >= 0xd800 && code < 0xe000;
     return {too_long || surrogate || code > 0x10ffff ? 0 : bytes, code};
@@ -3378,8 +3362,8 @@ struct Json {
         if (kind == Kind::string) return json_string(text);
         const bool object = kind == Kind::object;
         if (!object && kind != Kind::array) return text;
-        auto line = [&](int depth) {
-            return indent > 0 ? "\n" + std::string(size_t(indent * depth), ' ') : "";
+        auto line = [&](int level) {
+            return indent > 0 ? "\n" + std::string(size_t(indent * level), ' ') : "";
         };
         std::string out;
         for (auto& [name, value] : members) {
@@ -3440,9 +3424,8 @@ struct Json {
 };
 
 // Text to a value: recursive descent, a function for each rule of the grammar. Each reads from
-// text[at] on and moves `at` behind what it read. A hostile text costs no more than others: depth
-// is bounded, and time and memory are linear in its length but for one sort.
-// Why not a library: it would be one more package to install.
+// text[at] on and moves `at` behind what it read. Depth is bounded, and time and memory grow with
+// the length. Why not a library: it would be one more package to install.
 struct JsonParser {
     std::string_view text;
     const std::string& where;
@@ -3531,7 +3514,7 @@ struct JsonParser {
         if (!accept("u")) wrong("an escape sequence");
         uint32_t code = hex4();
         // Above U+FFFF: two units, a high and a low surrogate, with ten bits each of what is above
-        // 0x10000. U+1F600, a grin, is \\ud83d\\ude00, as 0xf600 is 0x3d << 10 | 0x200.
+        // 0x10000. U+1F600, a grin, is \ud83d\ude00, as 0xf600 is 0x3d << 10 | 0x200.
         if (code >> 10 == 0xd800 >> 10 && accept("\\u")) {
             const uint32_t low = hex4();
             if (low >> 10 == 0xdc00 >> 10) code = 0x10000 + ((code & 0x3ff) << 10 | (low & 0x3ff));
@@ -3563,7 +3546,7 @@ struct JsonParser {
         error(at, "expected ", expected, ", found ",
               end ? "the end" : json_string(text.substr(at, 1)));
     }
-    // Any error at byte `from`. Why lines are counted only here: a good text pays nothing for them.
+    // Any error, at byte `from`.
     [[noreturn]] void error(size_t from, const auto&... parts) const {
         const auto line = 1 + std::count(text.begin(), text.begin() + from, '\n');
         fail(where, ": not valid JSON: line ", line, ", byte ", from, ": ", parts...);
@@ -3979,8 +3962,7 @@ inline CharClass class_of(uint32_t code) {
 // What you have now: a model that reads and writes text. On disk it is a folder as Hugging Face's
 // transformers writes it; nothing is converted, either way.
 //
-// model.safetensors holds the weights, config.json says of which model, and the tokenizer's files
-// stand beside them. A safetensors file (github.com/huggingface/safetensors, README and tensor.rs):
+// A safetensors file (github.com/huggingface/safetensors, README and tensor.rs):
 //
 //     8 bytes        N, the length of the header, little-endian
 //     N bytes        JSON, {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...},
@@ -3997,14 +3979,12 @@ inline CharClass class_of(uint32_t code) {
 //           96  00 00 80 3f               1, at offset 0 of the data
 //          100  00 00 00 40               2; the file ends at byte 104
 //
-// A damaged or hostile file is refused with one line that names the file and the rule: every rule
-// above is checked before memory is taken for what a file claims.
+// Every rule is checked before memory is taken for what a file claims.
 static_assert(std::endian::native == std::endian::little, "files hold numbers as memory does");
 
 // --- Types of elements
 
-// Bytes of an element of that type; 0: the format has no such type. Four of them can be weights; of
-// the others only the size matters.
+// Bytes of an element of that type; 0: the format has no such type. Four of them can be weights.
 inline size_t dtype_bytes(std::string_view dtype) {
     static constexpr std::pair<std::string_view, size_t> sizes[] =
         {{"F64", 8}, {"F32", 4},  {"F16", 2},     {"BF16", 2},    {"I64", 8},    {"U64", 8},
@@ -4018,9 +3998,8 @@ inline size_t dtype_bytes(std::string_view dtype) {
 // IEEE half precision: one bit of sign, five of exponent, ten of significand. It is only read.
 struct f16 {
     uint16_t bits;
-    // Exact. Exponents are biased by 15 here, by 127 in a float: moved to their positions in a
-    // float, the bits mean 2^-112 times the value. The largest exponent is infinity and NaN in
-    // both.
+    // Exponents are biased by 15 here, by 127 in a float: the bits, moved to their positions in a
+    // float, mean 2^-112 times the value. The largest exponent is infinity and NaN in both.
     explicit operator float() const {
         const uint32_t moved = uint32_t(bits & 0x7fff) << 13;
         float value = std::bit_cast<float>(moved) * 0x1p112f;
@@ -4037,10 +4016,9 @@ size_t first_not_finite(const real* x, size_t n) {
 
 // --- Reading
 
-// Cuts [0, count), of elements or bytes, into chunks of kChunk and calls use(first, n) for each, on
-// all threads. Why: a chunk stays in L2 while it is checked and converted.
-// Careful: no exception may leave a parallel loop. That of the first chunk that failed is thrown
-// behind it: the message is the same on any number of threads.
+// Cuts [0, count) into chunks of kChunk and calls use(first, n) for each, on all threads. Why: a
+// chunk stays in L2 while it is checked and converted. Careful: no exception may leave a parallel
+// loop. That of the first chunk that failed is thrown behind it, on any number of threads.
 constexpr size_t kChunk = size_t(1) << 16;
 template <class Use>
 void for_each_chunk(size_t count, Use&& use) {
@@ -4074,8 +4052,7 @@ inline std::string shape_text(const std::vector<int64_t>& shape) {
     return shown(Json::array(shape).write());
 }
 
-// A safetensors file that follows the rules. The constructor reads and checks the header (some
-// 15,000 bytes for GPT-2) against the file's size; read() then brings one tensor's weights.
+// A safetensors file. The constructor reads and checks its header; read() brings a tensor's weights.
 class SafetensorsFile : public InputFile {
 public:
     std::vector<StoredTensor> tensors;  // in the order of their bytes
@@ -4091,8 +4068,7 @@ public:
         return nullptr;
     }
 
-    // Sets out[tensor.count()] (real: float or double) from any type that weights may have. Refuses
-    // NaN, infinities, and what is too large for `real`.
+    // Sets out[tensor.count()]. Refuses NaN, infinities, and what is too large for `real`.
     template <class real>
     void read(const StoredTensor& tensor, real* out) const {
         if (tensor.dtype == "F64") return read_as<double>(tensor, out);
@@ -4107,8 +4083,6 @@ public:
     }
 
 private:
-    // Straight into `out` where the types are the same, else through one chunk. Why all threads:
-    // half of the time goes into first touching `out`.
     template <class Stored, class real>
     void read_as(const StoredTensor& tensor, real* out) const {
         for_each_chunk(tensor.count(), [&](size_t first, size_t n) {
@@ -4127,8 +4101,7 @@ private:
         });
     }
 
-    // Returns the JSON of the header, the spaces at its end included. Every length is checked
-    // before it is used.
+    // The JSON of the header, the spaces at its end included.
     std::string read_header() const {
         size_t N = 0;
         if (bytes < 8) fail(path, ": a safetensors file has at least 10 bytes, found ", bytes);
@@ -4146,9 +4119,8 @@ private:
         return header;
     }
 
-    // Sets tensors; with the rules that concern the file as a whole.
     void parse_header(const std::string& header) {
-        // Why 40000 values: 300 layers need fewer, and a hostile header is refused in little time.
+        // Why 40000 values: 300 layers need fewer.
         const Json json = Json::parse(header, path + ": header", {.depth = 8, .values = 40'000});
         for (auto& [name, value] : json.members)
             if (name != "__metadata__") tensors.push_back(parse_tensor(name, value));
@@ -4176,9 +4148,8 @@ private:
             fail(path, ": the header describes ", data + at, " bytes, the file has ", bytes,
                  ": it is cut short or too long; fetch it again");
     }
-    // One member of the header, such as
+    // One member of the header; begin and end still count from the data:
     //     "h.0.ln_1.bias": {"dtype": "F32", "shape": [768], "data_offsets": [0, 3072]}
-    // where 768 elements of 4 bytes must make 3072 bytes. begin and end still count from the data.
     StoredTensor parse_tensor(const std::string& name, const Json& value) const {
         StoredTensor tensor{name, "", {}};
         const std::string where = path + ": tensor " + shown(name);
@@ -4278,8 +4249,7 @@ inline std::string_view without_prefix(std::string_view name) {
 }
 
 // Finds every tensor of the list in the file; result[i] belongs to expected[i]. A missing, extra or
-// misshapen tensor is an error. Why so strict: a model that lacks a tensor, or has one of another
-// model, runs and talks nonsense.
+// misshapen tensor is an error: such a model would run and talk nonsense.
 inline std::vector<const StoredTensor*> match_tensors(const SafetensorsFile& file,
                                                       const std::vector<TensorInfo>& expected) {
     std::map<std::string_view, size_t> index;
@@ -4328,13 +4298,11 @@ inline std::string find_weights(const std::string& folder) {
 // --- config.json
 //     {"model_type": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024,
 //      "vocab_size": 50257, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-05, ...}
-// It can describe models that this program is not, with weights of the same names and shapes. For
-// example "activation_function": "gelu" is the exact GELU; the tanh form (§4.6) differs from it by
-// up to 0.0005.
+// It can describe models that differ from this one only in the numbers: "gelu" is the exact GELU;
+// the tanh form (§4.6) differs from it by up to 0.0005.
 
-// Reads GPT-2's config.json. What this model does not do is refused by name; what makes no
-// difference to the numbers is ignored, and dropout is the run's choice. Missing switches have
-// Hugging Face's defaults.
+// Reads GPT-2's config.json. What this model does not do is refused by name; what does not change
+// the numbers is ignored, and so is dropout, the run's choice.
 inline Config read_hf_config(const std::string& path) {
     const Json json =
         Json::parse(read_file(path, 1'000'000), path, {.depth = 64, .values = 100'000});
@@ -4376,7 +4344,7 @@ inline Config read_hf_config(const std::string& path) {
     return model;
 }
 
-// The same file, written, with all that transformers needs. end_of_text: -1 where there is none.
+// The same file, written. end_of_text: -1 where there is none.
 inline Json hf_config(const Config& model, int64_t end_of_text) {
     Json json = Json::object(), end = end_of_text < 0 ? Json() : Json(end_of_text);
     json.set("model_type", "gpt2");
@@ -4419,8 +4387,8 @@ inline void write_model_description(const std::string& folder, const Config& con
 // =================================================================================================
 // §14 Checkpoints: a run that is interrupted goes on as if it had not been
 // =================================================================================================
-// What you have now: a model on disk that any tool can open. A checkpoint is such a folder, and
-// beside the model it has all that resuming needs:
+// What you have now: a model on disk that any tool can open. A checkpoint has beside it all that
+// resuming needs:
 //
 //   checkpoint-<step>/  model.safetensors  config.json  generation_config.json
 //                       vocab.json  merges.txt  tokenizer_config.json  (if there is a tokenizer)
@@ -4429,7 +4397,6 @@ inline void write_model_description(const std::string& folder, const Config& con
 //                                                and in its last line its own
 //
 // Two promises: a checkpoint is there whole or not at all, and what is loaded is what was saved.
-//
 // Why is that all? A run is a function of its weights, its moments, the step and the position in
 // the data: random numbers (§1) and the order of the data (§2) have no state of their own. So a run
 // that was resumed makes the same numbers, to the bit.
@@ -4460,8 +4427,8 @@ struct TrainerState {
     Json data{Json::Kind::array};      // what the shards are recognised by, a text each
 };
 
-// The one list of what trainer_state.json holds, for writing and for reading it: calls
-// visit(name, field), with the least value of a whole number where that is not 0.
+// The one list of what trainer_state.json holds: calls visit(name, field), with the least value of
+// a whole number where that is not 0.
 template <class Visit>
 void for_each_field(TrainerState& s, Visit& visit) {
     visit("planned_steps", s.planned_steps), visit("step", s.step), visit("samples", s.samples);
@@ -4510,13 +4477,12 @@ struct FieldReader {
     }
 };
 
-// The state as JSON, without checksums: they are added when the other files are there.
+// The state as JSON, without checksums.
 inline Json state_to_json(TrainerState state) {
     FieldWriter writer;
     for_each_field(state, writer);
     return writer.json;
 }
-// `where` is the file's name, for messages.
 inline TrainerState state_from_json(const Json& json, const std::string& where) {
     TrainerState state;
     FieldReader reader{json, where};
@@ -4529,10 +4495,9 @@ inline TrainerState state_from_json(const Json& json, const std::string& where) 
 //       "checksums"      every other file of the folder, each as a whole
 //       "own_checksum"   every byte of this file up to the line's own comma: so the list above, too
 //     checked by         --resume: all of it; --init-from, eval and sample: all but the moments
-//     not covered        a file that is added to the folder; log.csv and samples.txt outside of it
+//     not covered        a file that is added; log.csv and samples.txt
 
-// The checksum of a file: that of the checksums of its chunks, as text. Why chunks: opening a model
-// waits for this, so all threads work on it.
+// The checksum of a file: that of the checksums of its chunks, so that all threads can work on it.
 inline std::string file_checksum(const std::string& path) {
     const InputFile file(path);
     std::string sums(16 * ceil_div(file.bytes, kChunk), '0');
@@ -4548,13 +4513,11 @@ inline std::string file_checksum(const std::string& path) {
 inline std::string state_seal(std::string_view body) {
     return ",\n  \"own_checksum\": \"" + checksum(body) + "\"\n}\n";
 }
-// Writes the state, sealed, whole or not at all.
 inline void write_sealed(const std::string& path, const Json& json) {
     std::string body = json.write(2);
     body.resize(body.size() - 2);  // the closing "\n}" is part of the seal
     write_file(path, body + state_seal(body));
 }
-// Refuses what is not as it was written.
 inline Json read_sealed(const std::string& path) {
     const std::string text = read_file(path, 16'000'000);
     const size_t end = text.size() - std::min(text.size(), state_seal("").size());
@@ -4564,9 +4527,8 @@ inline Json read_sealed(const std::string& path) {
     return Json::parse(text, path, {.depth = 8, .values = 100'000});
 }
 
-// Whether a folder has a state with checksums: one of ours. Careful: Hugging Face's own trainer
-// also writes a trainer_state.json. Its mark is a "log_history" near the top, which no damage to
-// one of ours can make.
+// Whether a folder has a state of ours. Careful: Hugging Face's trainer also writes a
+// trainer_state.json. Its mark is a "log_history" near the top, which no damage to ours can make.
 inline bool has_checksums(const std::string& folder) {
     if (!file_exists(folder + "/trainer_state.json")) return false;
     const InputFile file(folder + "/trainer_state.json");
@@ -4598,7 +4560,7 @@ inline Json verify_files(const std::string& folder, Purpose purpose) {
     return state;
 }
 
-// Verifies a checkpoint that is to be resumed, every byte of it, and reads its state.
+// Verifies every byte of a checkpoint that is to be resumed, and reads its state.
 inline TrainerState verify_checkpoint(const std::string& folder) {
     const std::string path = folder + "/trainer_state.json";
     if (!file_exists(path))
@@ -4632,7 +4594,6 @@ auto arrays_of(Gpt2<Device>& model, Contents contents) {
     return list;
 }
 
-// Writes such a file. The tensors leave the device in chunks.
 template <class Device>
 void write_arrays(const std::string& path, Gpt2<Device>& model, Contents contents) {
     const auto [infos, arrays] = arrays_of(model, contents);
@@ -4699,7 +4660,7 @@ void save_checkpoint(Gpt2<Device>& model, const std::string& folder, const Token
         write_sealed(temporary + "/trainer_state.json",
                      state_to_json(state).set("checksums", sums));
     } catch (...) {
-        // Makes room again. Where that fails too, the first error is the one that matters.
+        // Makes room again. If that fails too, the first error is the one that matters.
         try {
             remove_folder(temporary);
         } catch (const Error&) {}
@@ -4710,8 +4671,8 @@ void save_checkpoint(Gpt2<Device>& model, const std::string& folder, const Token
 
 // --- Opening
 
-// The model that a Hugging Face folder describes; dropout is the run's choice. Whatever is wrong
-// with the folder, but for weights that are no numbers, is found here, before memory is taken.
+// The model that a Hugging Face folder describes. Whatever is wrong with the folder, but for
+// weights that are no numbers, is found here, before memory is taken.
 inline Config config_of_folder(const std::string& folder) {
     if (!folder_exists(folder)) fail(folder, ": there is no such folder");
     if (has_checksums(folder)) verify_files(folder, Purpose::use);
@@ -4722,8 +4683,7 @@ inline Config config_of_folder(const std::string& folder) {
     return config;
 }
 
-// Sets the arrays from a file that has their tensors, all of them and no others: straight into the
-// CPU's memory; for a GPU through the host, a tensor at a time.
+// Sets the arrays from a file of them; for a GPU through the host, a tensor at a time.
 template <class Device>
 void read_arrays(const std::string& path, Gpt2<Device>& model, Contents contents) {
     const SafetensorsFile file(path);
@@ -4796,8 +4756,7 @@ inline void remove_old_checkpoints(const std::string& output, int keep) {
 }
 
 // Tidies a run's folder after a kill: what a save left half done is removed, and a checkpoint that
-// was about to be replaced gets its name back. Touches only names that this program gives.
-// Careful: only with the folder's lock held, or it would remove what another run is writing.
+// was about to be replaced gets its name back. Careful: only with the folder's lock held.
 inline void recover_folders(const std::string& output) {
     for (const std::string& name : list_folder(output)) {
         const std::string path = output + "/" + name;
@@ -4812,9 +4771,9 @@ inline void recover_folders(const std::string& output) {
     }
 }
 
-// A run that goes on from `step` makes the later steps again. Checkpoints of those (damaged, or
-// from before the user went back) are set aside, or they would count as the newest. A run that
-// starts (step -1) sets aside all, best/ too. Returns the names.
+// A run that goes on from `step` makes the later steps again: their checkpoints are set aside, or
+// they would count as the newest. A run that starts (step -1) sets aside all, best/ too.
+// Returns the names.
 inline std::vector<std::string> set_aside_later(const std::string& output, int64_t step) {
     std::vector<std::string> names;
     for (int64_t later : checkpoint_steps(output))
