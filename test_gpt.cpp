@@ -1401,10 +1401,13 @@ TEST_CASE("dropout: its own mask everywhere, in every micro-batch and step; none
         keys.insert(drop.key);
         CHECK(!Pass{.dropout = {77, 0}}.drop(i).on());
     }
-    CHECK(keys.size() == 10);
-    Lively<float> with(Config{3, 2, 16, 8, 23, false, 0.5f}, 2, 8),
-        without({3, 2, 16, 8, 23}, 2, 8);
+    const Config config{3, 2, 16, 8, 23, false, 0.5f};
+    Lively<float> with(config, 2, 8), without({3, 2, 16, 8, 23}, 2, 8);
     const Batch batch = random_batch(1, 2, 8, 23);
+    for (int64_t s = 0; s < 5; ++s)
+        for (size_t i : {0, 1, 2})
+            keys.insert(training_pass(config, {batch, batch, batch}, i, 9, s).dropout.key);
+    CHECK(keys.size() == 10 + 15);
     const std::vector<float> losses = batch_losses(with, batch);
     CHECK(losses == batch_losses(without, batch));
     CHECK(losses == batch_losses(with, batch));
@@ -1512,23 +1515,25 @@ TEST_CASE("guards: NaN and infinity are never let through, outliers only if aske
             judge_step(&state, {0, z});
             return state.skip;
         };
-        for (int i = 0; i < 2 * StepState::kWindow; ++i) {
+        const int window = StepState::kWindow;
+        for (int i = 0; i <= 2 * window; ++i) {
             // Before the window is full, nothing is an outlier.
-            const double loss = i == 50 ? 9 : 3 + 0.1 * random_normal(1, uint64_t(i));
-            CHECK(step(loss, 1 + 0.1 * random_normal(2, uint64_t(i))) == 0);
+            const bool jump = i == 50 || i == window;
+            const double loss = jump ? 9 : 3 + 0.1 * random_normal(1, uint64_t(i));
+            CHECK(step(loss, 1 + 0.1 * random_normal(2, uint64_t(i))) == (i == window && z > 0));
         }
         const int64_t before = state.updates;
         CHECK(step(3.2, 1.2) == 0);    // two deviations
         CHECK(step(2, 0.2) == 0);      // far below is no harm
         CHECK(step(3, 2) == (z > 0));  // a norm ten deviations above
         CHECK(step(5, 1) == (z > 0));  // a loss twenty above
-        CHECK(state.outliers == (z > 0 ? 2 : 0));
-        CHECK(state.updates == before + 4 - state.outliers);
+        CHECK(state.outliers == (z > 0 ? 3 : 0));
+        CHECK(state.updates == before + (z > 0 ? 2 : 4));
         CHECK(state.broken == 0);
     }
-    const double equal[] = {2, 2, 2}, window[] = {1, 3};
+    const double equal[] = {2, 2, 2}, spread[] = {1, 3};
     CHECK(z_score(equal, 3, 7) == 0);  // no spread, no judgement
-    CHECK(z_score(window, 2, 5) == 3);
+    CHECK(z_score(spread, 2, 5) == 3);
 }
 
 TEST_CASE("guards: a broken step changes neither weights nor moments") {
@@ -1705,6 +1710,10 @@ TEST_CASE("data: a shuffled epoch has its own order and its own offset; the seed
         for (int64_t i = 0; i < order.blocks_per_epoch(); ++i) {
             const Window window = order.window(epoch * order.blocks_per_epoch() + i);
             blocks.push_back({window.shard, window.begin});
+            const uint64_t s = window.shard - &shards->files()[0];
+            const uint64_t ring = uint64_t(window.shard->predictions()),
+                           offset = random_bits(random_key(seed, uint64_t(epoch), 2), s) % ring;
+            REQUIRE((uint64_t(window.begin) + ring - (shuffle ? offset : 0)) % ring % 10 == 0);
         }
         return blocks;
     };
@@ -1801,15 +1810,15 @@ TEST_CASE("data: a shard that shrinks while it is open is an error, not a signal
 
 TEST_CASE("data: a token outside the vocabulary is an error that says where") {
     TemporaryFolder folder;
-    std::vector<uint16_t> tokens(300, 5);
-    tokens[217] = 300;
-    put_shard(folder / "train_000000.bin", std::vector<uint16_t>(50, 5));
-    put_shard(folder / "train_000001.bin", tokens);
+    std::vector<uint16_t> first(50, 5), second(300, 5);
+    first[49] = 299, second[217] = 300;
+    put_shard(folder / "train_000000.bin", first), put_shard(folder / "train_000001.bin", second);
     const Shards shards(folder / "train_*.bin");
     CHECK(shards.tokens() == 350);
-    CHECK(error_of([&] { shards.check_tokens(301); }) == "");
-    const std::string error = error_of([&] { shards.check_tokens(300); });
-    for (const char* part : {"token 217", "train_000001.bin", "300"}) CHECK(contains(error, part));
+    auto error = [&](int vocab) { return error_of([&] { shards.check_tokens(vocab); }); };
+    CHECK(error(301) == "");
+    CHECK(contains(error(300), "token 217 of " + folder.path + "/train_000001.bin is 300"));
+    CHECK(contains(error(299), "token 49 of " + folder.path + "/train_000000.bin is 299"));
     // The last token is only ever a target: it is checked as well.
     const DataOrder order{shards, 1, 217};
     CHECK(error_of([&] { order.batch(0, 300); }) == "");
@@ -1870,9 +1879,13 @@ TEST_CASE("evaluation: every prediction is scored exactly once, and the mean is 
             for (const auto& [prediction, times] : hits) CHECK(times == 1);
             model.reserve(1, T, Use::evaluation);
             double total = 0;
-            for (const Window& w : windows)  // one at a time
-                for (double loss : batch_losses(model, read_batch(std::span(&w, 1), 1, T, V)))
-                    total += loss;
+            int64_t scored = 0;
+            for (const Window& w : windows) {  // one at a time
+                const Batch batch = read_batch(std::span(&w, 1), 1, T, V);
+                for (double loss : batch_losses(model, batch)) total += loss;
+                scored += batch.scored;
+            }
+            CHECK(scored == 99);
             for (int B : {1, 5}) {
                 model.reserve(B, T, Use::evaluation);
                 const Evaluation e = evaluate(model, windows, std::vector<int>(size_t(V), 3));
