@@ -2944,8 +2944,9 @@ double least_seconds(int runs, auto&& f) {
 // cycles later; sums that do not wait for each other keep it busy.
 inline double registers_only_flops() {
     constexpr int kSums = 12, kRounds = 20000;
-    Vec<float> sums[kSums], factor = Vec<float>{} + 1.0000001f;
-    const Vec<float> addend = Vec<float>{} + 1e-7f;
+    float growth = 1.0000001f, step = 1e-7f;  // not const: nvcc 13 crashes on a constant vector
+    const Vec<float> factor = Vec<float>{} + growth, addend = Vec<float>{} + step;
+    Vec<float> sums[kSums];
     for (int i = 0; i < kSums; ++i) sums[i] = Vec<float>{} + float(i);
     const double seconds = least_seconds(8, [&] {
         for (int round = 0; round < kRounds; ++round)
