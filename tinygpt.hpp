@@ -4889,9 +4889,10 @@ struct LogRow {
 };
 
 // All columns: name, printf pattern, member. Nine digits restore a float exactly.
+using LogField = std::optional<double> LogRow::*;
 struct LogColumn {
     const char *name, *pattern;
-    std::optional<double> LogRow::*value;
+    LogField value;
 };
 constexpr LogColumn kLogColumns[] = {
     {"step", "%.0f", &LogRow::step},
