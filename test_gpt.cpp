@@ -4846,7 +4846,8 @@ TEST_CASE("run: the number of steps is that of --max-steps or --epochs, whicheve
          {"--epochs 0.5 --max-steps 3", 3},
          {"--epochs 0.1 --max-steps 3 --batch-size 5", 2},
          {"--epochs 2 --batch-size 90", 3}};
-    for (const auto& [options, steps] : cases) {
+    for (const auto& [given, steps] : cases) {
+        const std::string options = given;  // clang 14 cannot capture a structured binding
         CAPTURE(options);
         std::filesystem::remove_all(place.out());
         const Arguments more = words("--grad-accum-steps 1 --patience 0 " + options);
