@@ -324,11 +324,7 @@ using namespace fixtures;
 
 #ifndef TINYGPT_TEST_CUDA
 
-// =================================================================================================
-// The model: gradients, reference values, training, data, generation
-// =================================================================================================
-
-namespace model_tests {
+namespace cpu_tests {
 
 // Weights for checks: larger than at the start of training, so that every nonlinearity is felt and
 // no gradient is small.
@@ -361,7 +357,370 @@ double relative_error(const A* a, const B* b, size_t count) {
     return largest > 0 ? worst / largest : worst;
 }
 
-// --- 1. Every gradient against finite differences
+inline StepOptions plain_steps(double lr, int64_t steps) {
+    return {.seed = 3, .rate = {Schedule::constant, lr, 0.1, 0, steps}, .adamw = {}, .guards = {}};
+}
+// A model of config on the CPU, with room for B x T, and lively weights.
+template <class real>
+struct Lively : Gpt2<DeviceOf<real>> {
+    Lively(const Config& config, int B, int T, Use use = Use::training)
+        : Gpt2<DeviceOf<real>>(config) {
+        this->reserve(B, T, use);
+        set_lively_weights(*this, 4);
+    }
+    std::vector<real> gradients() const { return {this->grads, this->grads + this->layout.size}; }
+};
+
+template <class A, class B>
+double largest_difference(const std::vector<A>& a, const std::vector<B>& b) {
+    REQUIRE(a.size() == b.size());
+    double worst = 0;
+    for (size_t i = 0; i < a.size(); ++i) {
+        const double d = std::abs(double(a[i]) - double(b[i]));
+        if (!(d <= worst)) worst = d;  // a NaN stays
+    }
+    return worst;
+}
+
+std::string little_endian(uint64_t n) { return raw(std::vector{n}); }
+std::string safetensors_bytes(const std::string& header, const std::string& data) {
+    return little_endian(header.size()) + header + data;
+}
+std::string entry(const std::string& name, const std::string& dtype, const std::string& shape,
+                  const std::string& offsets) {
+    return "\"" + name + "\":{\"dtype\":\"" + dtype + "\",\"shape\":" + shape +
+           ",\"data_offsets\":" + offsets + "}";
+}
+
+// The folder with GPT-2's vocabulary and its golden tokens; empty where it is not there.
+inline std::string gpt2_data() {
+    const char* named = std::getenv("TINYGPT_SHARED");
+    std::string folder = std::string(named ? named : "../shared") + "/data";
+    if (file_exists(folder + "/vocab.bpe") && file_exists(folder + "/gpt2_golden.jsonl"))
+        return folder;
+    MESSAGE("skipped: GPT-2's vocabulary and its golden tokens are not in "
+            << folder << " (set TINYGPT_SHARED to the folder that has data/)");
+    return "";
+}
+
+// =================================================================================================
+// §1 Errors and random numbers
+// =================================================================================================
+
+TEST_CASE("random: a seed means the same numbers in every version") {
+    const uint64_t published[] = {6457827717110365317u, 3203168211198807973u, 9817491932198370423u};
+    for (uint64_t i = 0; i < 3; ++i) CHECK(random_bits(1234567, i + 1) == published[i]);
+    CHECK(random_key(1337, 2, 3) == 14568961986398660764u);
+    CHECK(random_uniform(5, 6) == 0.38060892761862153);
+    CHECK(random_normal(5, 6) == doctest::Approx(0.38159067945852532).epsilon(1e-14));
+    CHECK((shuffled(0, 1000, 7) == 164 && shuffled(1, 1000, 7) == 304));
+    const RandomUse uses[] = {kBlockOrder,  kCutOffset,  kInitialWeights,
+                              kDropoutMask, kMicroBatch, kGeneration};
+    for (uint64_t i = 0; i < 6; ++i) CHECK(uses[i] == i + 1);
+    CHECK(Pass{.dropout = {77, 0.5f}}.drop(3).key == random_key(77, 3, 4));
+    std::vector<float> weights(layout_of({1, 1, 4, 4, 8}).size);
+    initialise(weights.data(), {1, 1, 4, 4, 8}, layout_of({1, 1, 4, 4, 8}), 1337);
+    CHECK(weights[0] == float(0.02 * random_normal(random_key(1337, 0, 3), 0)));
+}
+
+// =================================================================================================
+// §2 Data
+// =================================================================================================
+
+// Shards whose tokens are all different: 0, 1, 2, ... on through all of them.
+inline std::unique_ptr<Shards> counting_shards(const TemporaryFolder& folder,
+                                               const std::vector<size_t>& lengths) {
+    uint16_t next = 0;
+    for (size_t s = 0; s < lengths.size(); ++s) {
+        std::vector<uint16_t> tokens(lengths[s]);
+        for (uint16_t& token : tokens) token = next++;
+        put_shard(folder / format("train_%06d.bin", int(s)), tokens);
+    }
+    return std::make_unique<Shards>(folder / "train_*.bin");
+}
+
+TEST_CASE("data: shuffled is a bijection, and another one for every key") {
+    for (uint64_t n = 1; n <= 130; ++n)
+        for (uint64_t key : {0ull, 1ull, 0xfeedfacedeadbeefull}) {
+            std::vector<int> hits(n);
+            for (uint64_t i = 0; i < n; ++i) {
+                const uint64_t to = shuffled(i, n, key);
+                REQUIRE(to < n);
+                ++hits[to];
+            }
+            REQUIRE(std::count(hits.begin(), hits.end(), 1) == ptrdiff_t(n));
+        }
+    const uint64_t n = 70001;
+    std::vector<bool> hit(n);
+    uint64_t stay = 0, same = 0;
+    double drift = 0;
+    for (uint64_t i = 0; i < n; ++i) {
+        const uint64_t a = shuffled(i, n, 5), b = shuffled(i, n, 6);
+        REQUIRE((a < n && !hit[a]));
+        hit[a] = true, stay += a == i, same += a == b;
+        drift += (double(i) / n - 0.5) * (double(a) / n - 0.5);
+    }
+    CHECK(stay < 10);  // a random permutation has about one fixed point
+    CHECK(same < 10);
+    CHECK(std::abs(drift / n * 12) < 5 / std::sqrt(double(n)));  // i says nothing about where
+}
+
+TEST_CASE("data: one epoch makes every prediction exactly once, whatever T, shuffle and shards") {
+    const std::vector<std::vector<size_t>> cases = {{40},          {2},
+                                                    {1, 30},       {17, 0, 2, 64, 1},
+                                                    {0, 0, 33, 7}, {101, 100, 99},
+                                                    {5, 3, 1}};
+    for (const auto& lengths : cases) {
+        TemporaryFolder folder;
+        const auto shards = counting_shards(folder, lengths);
+        std::vector<char> predicted;  // token i+1 after token i
+        for (size_t length : lengths)
+            for (size_t i = 0; i < length; ++i) predicted.push_back(i + 1 < length);
+        CHECK(shards->predictions() == std::count(predicted.begin(), predicted.end(), 1));
+        for (int T : {1, 2, 3, 7, 16, 100, 128})
+            for (int64_t epoch : {0, 1, 2, 10, 11, 12}) {  // shuffled from 10 on, with seeds 1, 2
+                const DataOrder order{*shards, 1, T, uint64_t(epoch % 2 + 1), epoch >= 10};
+                std::vector<char> seen(predicted.size());
+                for (int64_t i = 0; i < order.blocks_per_epoch(); ++i) {
+                    const int64_t sample = epoch * order.blocks_per_epoch() + i;
+                    REQUIRE(order.epoch(sample) == epoch);
+                    const Batch batch = order.batch(sample, 65536);
+                    int64_t scored = 0;
+                    for (size_t t = 0; t < size_t(T); ++t) {
+                        if (batch.targets[t] == kIgnore) continue;
+                        REQUIRE(batch.targets[t] == batch.inputs[t] + 1);  // shifted by one
+                        ++seen[size_t(batch.inputs[t])], ++scored;
+                    }
+                    REQUIRE(batch.scored == scored);
+                }
+                CAPTURE(T);
+                CAPTURE(epoch);
+                REQUIRE(seen == predicted);
+            }
+    }
+}
+
+TEST_CASE("data: a shuffled epoch has its own order and its own offset; the seed decides") {
+    TemporaryFolder folder;
+    const auto shards = counting_shards(folder, {400, 333});
+    using Blocks = std::vector<std::pair<const Shard*, int64_t>>;
+    auto blocks_of = [&](uint64_t seed, int64_t epoch, bool shuffle) {
+        const DataOrder order{*shards, 1, 10, seed, shuffle};
+        Blocks blocks;
+        for (int64_t i = 0; i < order.blocks_per_epoch(); ++i) {
+            const Window window = order.window(epoch * order.blocks_per_epoch() + i);
+            blocks.push_back({window.shard, window.begin});
+            const uint64_t s = window.shard - &shards->files()[0];
+            const uint64_t ring = uint64_t(window.shard->predictions()),
+                           offset = random_bits(random_key(seed, uint64_t(epoch), 2), s) % ring;
+            REQUIRE((uint64_t(window.begin) + ring - (shuffle ? offset : 0)) % ring % 10 == 0);
+        }
+        return blocks;
+    };
+    const Blocks plain = blocks_of(1, 0, false), first = blocks_of(1, 0, true);
+    CHECK(std::is_sorted(plain.begin(), plain.end()));
+    CHECK((plain == blocks_of(2, 5, false) && first == blocks_of(1, 0, true)));
+    CHECK((first != blocks_of(2, 0, true) && first != blocks_of(1, 1, true)));
+    CHECK(!std::is_sorted(first.begin(), first.end()));
+    std::set<Blocks> cuts;  // sorted: the offsets differ, not only the order
+    for (int64_t epoch = 0; epoch < 6; ++epoch) {
+        Blocks blocks = blocks_of(1, epoch, true);
+        std::sort(blocks.begin(), blocks.end());
+        cuts.insert(blocks);
+    }
+    CHECK(cuts.size() == 6);
+}
+
+TEST_CASE("data: in order, the rows follow each other; overfitting repeats the first batch") {
+    TemporaryFolder folder;
+    const int B = 3, T = 5;
+    const auto shards = counting_shards(folder, {B * T + 1});  // just enough
+    auto check_first_batch = [&](const Batch& batch) {
+        for (int i = 0; i < B * T; ++i)
+            REQUIRE((batch.inputs[size_t(i)] == i && batch.targets[size_t(i)] == i + 1));
+        CHECK(batch.scored == B * T);
+    };
+    check_first_batch(DataOrder{*shards, B, T, 9}.batch(0, B * T + 1));
+    for (bool shuffle : {false, true})
+        for (int64_t first : {0, B, 7 * B})
+            check_first_batch(DataOrder{*shards, B, T, 9, shuffle, true}.batch(first, B * T + 1));
+}
+
+TEST_CASE("data: the rows of a batch are sorted by token, equal ones in their order") {
+    const Batch batch = random_batch(4, 7, 9, 10);
+    std::vector<int32_t> order = batch.order;
+    for (size_t i = 1; i < order.size(); ++i) {
+        const int32_t a = batch.inputs[size_t(order[i - 1])], b = batch.inputs[size_t(order[i])];
+        REQUIRE((a < b || (a == b && order[i - 1] < order[i])));
+    }
+    std::sort(order.begin(), order.end());
+    for (size_t i = 0; i < order.size(); ++i) REQUIRE(order[i] == int32_t(i));
+}
+
+TEST_CASE("data: a damaged shard is refused, with the reason") {
+    TemporaryFolder folder;
+    const std::string path = folder / "a.bin";
+    const std::vector<uint16_t> tokens(100, 7);
+    auto refused = [&](const std::string& reason) {
+        const std::string error = error_of([&] { Shard shard(path); });
+        CHECK(contains(error, path));
+        CHECK(contains(error, reason));
+    };
+    refused("cannot read");  // there is none yet
+    put_shard(path, tokens, {}, 20240521), refused("20240521");
+    put_shard(path, tokens, {}, 20240520, 2), refused("version 1");
+    for (int32_t count : {0, 99, 101, 1 << 30, -2}) {
+        CAPTURE(count);
+        put_shard(path, tokens, count), refused("damaged");
+    }
+    for (size_t bytes : {0, 1, 12, 1023})
+        std::filesystem::resize_file(path, bytes), refused("no token shard");
+    put_shard(path, tokens);
+    CHECK(Shard(path).tokens == 100);
+    put_shard(path, {});
+    CHECK(Shard(path).tokens == 0);
+    CHECK(contains(error_of([&] { Shard shard(folder.path); }), "folder"));
+    CHECK(Shards(folder / "nothing_*.bin").empty());
+}
+
+TEST_CASE("data: a shard that shrinks while it is open is an error, not a signal") {
+    TemporaryFolder folder;
+    const std::string path = folder / "train_000000.bin";
+    put_shard(path, std::vector<uint16_t>(5000, 7));
+    const Shards shards(path);
+    std::vector<uint16_t> out(10);
+    auto read = [&](int64_t at) {
+        return error_of([&] { shards.files()[0].read(out.data(), at, 10); });
+    };
+    CHECK(read(4990) == "");
+    CHECK(out[9] == 7);
+    std::filesystem::resize_file(path, 1024 + 2 * 100);
+    CHECK(read(90) == "");
+    CHECK(contains(read(95), "shorter"));
+    CHECK(contains(error_of([&] { shards.check_tokens(8); }), "shorter"));
+    // Through the loader: the good batches come, then the error, and it stays.
+    BatchLoader loader(DataOrder{shards, 1, 50}, 8, 0);
+    CHECK(loader.next().scored == 50);
+    auto five = [&] {
+        for (int i = 0; i < 5; ++i) loader.next();
+    };
+    CHECK(contains(error_of(five), "shorter"));
+    CHECK(error_of([&] { loader.next(); }) != "");
+}
+
+TEST_CASE("data: a token outside the vocabulary is an error that says where") {
+    TemporaryFolder folder;
+    std::vector<uint16_t> first(50, 5), second(300, 5);
+    first[49] = 299, second[217] = 300;
+    put_shard(folder / "train_000000.bin", first), put_shard(folder / "train_000001.bin", second);
+    const Shards shards(folder / "train_*.bin");
+    CHECK(shards.tokens() == 350);
+    auto error = [&](int vocab) { return error_of([&] { shards.check_tokens(vocab); }); };
+    CHECK(error(301) == "");
+    CHECK(contains(error(300), "token 217 of " + folder.path + "/train_000001.bin is 300"));
+    CHECK(contains(error(299), "token 49 of " + folder.path + "/train_000000.bin is 299"));
+    // The last token is only ever a target: it is checked as well.
+    const DataOrder order{shards, 1, 217};
+    CHECK(error_of([&] { order.batch(0, 300); }) == "");
+    CHECK(contains(error_of([&] { order.batch(1, 300); }), "token 217"));
+}
+
+TEST_CASE("data: the loader reads the order's batches, from any sample on, and stops at any time") {
+    TemporaryFolder folder;
+    const auto shards = counting_shards(folder, {90, 3, 77});
+    const DataOrder order{*shards, 3, 8, 5, true};
+    for (int64_t first : {0, 10, 1000}) {
+        BatchLoader loader(order, 65536, first);
+        for (int64_t i = 0; i < 20; ++i) {
+            const Batch found = loader.next(), expected = order.batch(first + i * 3, 65536);
+            REQUIRE(found.inputs == expected.inputs);
+            REQUIRE(found.targets == expected.targets);
+            REQUIRE(found.order == expected.order);
+            REQUIRE(found.scored == expected.scored);
+        }
+    }
+    for (int i = 0; i < 50; ++i) BatchLoader loader(order, 65536, i);  // never asked
+    BatchLoader broken(order, 10, 0);
+    for (int i = 0; i < 2; ++i) CHECK(contains(error_of([&] { broken.next(); }), "vocabulary"));
+}
+
+// =================================================================================================
+// §3 What a model is made of
+// =================================================================================================
+
+TEST_CASE("init: normal, the right width, biases 0, norms 1, and no thread matters") {
+    const Config config{4, 4, 128, 128, 1024, true};
+    const Layout layout = layout_of(config);
+    auto weights_of = [&](uint64_t seed, int threads) {
+        Threads some(threads);
+        std::vector<float> w(layout.size, 7);
+        initialise(w.data(), config, layout, seed);
+        return w;
+    };
+    const std::vector<float> w = weights_of(42, 3);
+    CHECK(w == weights_of(42, 1));
+    CHECK(w != weights_of(43, 1));
+    size_t inside = 0;
+    double named = 0;
+    for (const TensorInfo& t : layout.tensors) {
+        CAPTURE(t.name);
+        const float* x = w.data() + t.offset;
+        for (size_t i = 0; i < t.count; ++i) named += std::abs(double(x[i]));
+        if (!t.decays()) {
+            const bool scale = contains(t.name, "ln_") && contains(t.name, ".weight");
+            CHECK(std::all_of(x, x + t.count, [&](float v) { return v == (scale ? 1 : 0); }));
+            continue;
+        }
+        const double n = double(t.count);
+        const double width = contains(t.name, "c_proj.weight") ? 0.02 / std::sqrt(8.0) : 0.02;
+        double sum = 0, squares = 0, beyond = 0, neighbours = 0;
+        for (size_t i = 0; i < t.count; ++i) {
+            const double z = double(x[i]) / width;
+            sum += z, squares += z * z, beyond += std::abs(z) > 2;
+            if (i > 0) neighbours += z * double(x[i - 1]) / width;
+        }
+        // Five standard deviations of what a sample of n would give.
+        CHECK(std::abs(sum / n) < 5 / std::sqrt(n));
+        CHECK(std::abs(std::sqrt(squares / n) - 1) < 5 / std::sqrt(2 * n));
+        CHECK(std::abs(beyond / n - 0.0455) < 5 * std::sqrt(0.0455 / n));
+        CHECK(std::abs(neighbours / n) < 5 / std::sqrt(n));
+        inside += t.count;
+    }
+    CHECK(inside > 900000);
+    // Tensors of one shape are different, and padding is 0.
+    const TensorInfo &first = layout.tensors[4], &second = layout.tensors[16];
+    CHECK((first.name == "h.0.attn.c_attn.weight" && second.name == "h.1.attn.c_attn.weight"));
+    CHECK(!std::equal(&w[first.offset], &w[first.offset + 1000], &w[second.offset]));
+    double all = 0;
+    for (float x : w) all += std::abs(double(x));
+    CHECK(all == doctest::Approx(named).epsilon(1e-12));
+}
+
+TEST_CASE("model: the one list has GPT-2's parameters, and only matrices decay") {
+    std::map<std::string, size_t> counts;
+    for (const Preset& preset : kPresets)
+        for (bool untied : {false, true}) {
+            Config config = preset.config;
+            config.untied_head = untied;
+            const Layout layout = layout_of(config);
+            for (const TensorInfo& t : layout.tensors) {
+                CHECK(t.offset % 64 == 0);
+                CHECK((t.offset + t.count <= layout.decayed) == t.decays());
+                CHECK((t.offset >= layout.decayed) == !t.decays());
+                CHECK(t.offset + t.count <= layout.size);
+            }
+            counts[std::string(preset.name) + (untied ? " untied" : "")] = layout.count;
+        }
+    CHECK(counts["gpt2"] == 124439808);
+    CHECK(counts["gpt2 untied"] == 163037184);
+    CHECK(counts["gpt2-medium"] == 354823168);
+    CHECK(counts["gpt2-large"] == 774030080);
+    CHECK(counts["gpt2-xl"] == 1557611200);
+}
+
+// =================================================================================================
+// §4 The layers: every gradient against finite differences
+// =================================================================================================
 
 // Two measurements of a gradient may differ by this much of the largest element of their tensor.
 constexpr double kTolerance = 1e-7;
@@ -620,7 +979,106 @@ TEST_CASE("gradients: every layer's backward agrees with central differences") {
     MESSAGE("largest relative error of a layer's gradient: " << worst);
 }
 
-// --- 2. Faults, one at a time: would the checks above notice?
+TEST_CASE("dropout: zero with probability p, otherwise scaled so that the mean stays") {
+    const double n = 400000;
+    for (float p : {0.1f, 0.5f, 0.9f}) {
+        const Dropout a{random_key(1, 2, 3), p}, b{random_key(1, 2, 4), p};
+        double zeros = 0, sum = 0, both = 0, pairs = 0;
+        bool only_two = true;
+        for (uint64_t i = 0; i < uint64_t(n); ++i) {
+            const float scale = a.scale(i);
+            zeros += scale == 0, sum += double(scale), both += scale == 0 && b.scale(i) == 0;
+            pairs += scale == 0 && a.scale(i + 1) == 0;
+            only_two = only_two && (scale == 0 || scale == 1 / (1 - p));
+        }
+        const double q = double(p), deviation = std::sqrt(q * (1 - q) / n);
+        CAPTURE(p);
+        CHECK(only_two);
+        CHECK(std::abs(zeros / n - q) < 5 * deviation);
+        CHECK(std::abs(sum / n - 1) < 5 * deviation / (1 - q));
+        CHECK(std::abs(both / n - q * q) < 5 * q / std::sqrt(n));   // keys are independent
+        CHECK(std::abs(pairs / n - q * q) < 5 * q / std::sqrt(n));  // so are neighbours
+    }
+    CHECK(!Dropout{5, 0.0f}.on());
+}
+
+TEST_CASE("dropout: on embeddings, branches and attention weights, not on the residual stream") {
+    Threads one(1);
+    Reference<double> device;
+    const int B = 2, T = 50, C = 40, rows = B * T;
+    const float p = 0.25f;
+    const double kept = double(1 / (1 - p));
+    const std::vector<double> ones(size_t(rows) * C * 3, 1.0), zeros(size_t(rows) * C, 0.0);
+    const std::vector<double> twos(static_cast<size_t>(C), 2.0);
+    const std::vector<int32_t> tokens(static_cast<size_t>(rows), 0);
+    std::vector<double> out(size_t(rows) * C), lse(size_t(rows) * 4);
+    auto check_quarter = [&](double dropped, double other) {
+        double count = 0;
+        for (double x : out) {
+            count += x == dropped;
+            CHECK((x == dropped || std::abs(x - other) < 1e-12));
+        }
+        CHECK(std::abs(count / double(out.size()) - 0.25) < 0.04);
+    };
+    device.embed_forward(out.data(), tokens.data(), ones.data(), zeros.data(), B, T, C, 0,
+                         Dropout{1, p});
+    check_quarter(0, kept);
+    // Branch of 2 (a bias) onto a stream of 1: a dropped branch leaves the stream alone.
+    device.linear_residual_forward(out.data(), ones.data(), ones.data(), zeros.data(), twos.data(),
+                                   rows, C, C, Dropout{2, p});
+    check_quarter(1, 1 + 2 * kept);
+    // Values of 1 and equal scores: the output is the share of weights that stayed, times 1/(1-p).
+    device.attention_forward(out.data(), lse.data(), ones.data(), B, T, 4, 10, Dropout{3, p});
+    double sum = 0;
+    for (size_t row = 0; row < size_t(rows); ++row)
+        for (size_t h = 0; h < 4; ++h) {
+            const double o = out[row * size_t(C) + h * 10], t = double(row % size_t(T)) + 1;
+            CHECK(std::abs(o * t / kept - std::round(o * t / kept)) < 1e-9);
+            sum += o;
+        }
+    CHECK(std::abs(sum / double(rows) / 4 - 1) < 0.06);
+}
+
+TEST_CASE("dropout: its own mask everywhere, in every micro-batch and step; none in evaluation") {
+    Threads one(1);
+    std::set<uint64_t> keys;
+    for (int i = 0; i <= 9; ++i) {
+        const Dropout drop = Pass{.dropout = {77, 0.5f}}.drop(i);
+        CHECK(drop.p == 0.5f);
+        keys.insert(drop.key);
+        CHECK(!Pass{.dropout = {77, 0}}.drop(i).on());
+    }
+    const Config config{3, 2, 16, 8, 23, false, 0.5f};
+    Lively<float> with(config, 2, 8), without({3, 2, 16, 8, 23}, 2, 8);
+    const Batch batch = random_batch(1, 2, 8, 23);
+    for (int64_t s = 0; s < 5; ++s)
+        for (size_t i : {0, 1, 2})
+            keys.insert(training_pass(config, {batch, batch, batch}, i, 9, s).dropout.key);
+    CHECK(keys.size() == 10 + 15);
+    const std::vector<float> losses = batch_losses(with, batch);
+    CHECK(losses == batch_losses(without, batch));
+    CHECK(losses == batch_losses(with, batch));
+    // With a rate of 0 nothing is learned: only the masks can make a difference.
+    std::set<double> seen;
+    StepOptions o = plain_steps(0, 9);
+    auto loss_of = [&](auto& model, const std::vector<Batch>& batches, int64_t s) {
+        train_step(model, batches, o, s);
+        return model.state->loss;
+    };
+    for (int64_t s = 0; s < 3; ++s) {
+        seen.insert(loss_of(with, {batch, batch}, s));
+        seen.insert(loss_of(with, {batch}, s + 100));
+        seen.insert(loss_of(without, {batch}, s));
+    }
+    CHECK(seen.size() == 7);
+    CHECK(seen.count(loss_of(with, {batch, batch}, 1)) == 1);  // the same step: the same masks
+    o.seed = 4;
+    CHECK(seen.count(loss_of(with, {batch, batch}, 1)) == 0);
+}
+
+// =================================================================================================
+// §5, §6 The whole model
+// =================================================================================================
 
 constexpr const char* kFaults[] = {
     "embed_backward: wpe gets nothing",
@@ -858,8 +1316,6 @@ inline std::vector<Found> check_function(const std::string& function, Broken dev
     return {};
 }
 
-// --- The whole model
-
 // A step of the model: its micro-batches, and how many of its weights are tried.
 struct ModelCase {
     Config config;
@@ -1008,8 +1464,6 @@ TEST_CASE("gradients: the fast device's agree with the reference's") {
     }
 }
 
-// --- 3. PyTorch's numbers
-
 // Compares one tensor, by max|a-b| / max|b|. The key third of c_attn.bias has a gradient of exactly
 // zero in theory (softmax ignores a constant): it is held against the whole bias.
 inline double reference_error(const TensorInfo& t, const double* found,
@@ -1147,171 +1601,6 @@ TEST_CASE("reference: logits, gradients and ten AdamW steps are PyTorch's") {
     }
 }
 
-// --- 4. Training: initialisation, the step, dropout, schedules, guards, AdamW
-
-TEST_CASE("random: a seed means the same numbers in every version") {
-    const uint64_t published[] = {6457827717110365317u, 3203168211198807973u, 9817491932198370423u};
-    for (uint64_t i = 0; i < 3; ++i) CHECK(random_bits(1234567, i + 1) == published[i]);
-    CHECK(random_key(1337, 2, 3) == 14568961986398660764u);
-    CHECK(random_uniform(5, 6) == 0.38060892761862153);
-    CHECK(random_normal(5, 6) == doctest::Approx(0.38159067945852532).epsilon(1e-14));
-    CHECK((shuffled(0, 1000, 7) == 164 && shuffled(1, 1000, 7) == 304));
-    const RandomUse uses[] = {kBlockOrder,  kCutOffset,  kInitialWeights,
-                              kDropoutMask, kMicroBatch, kGeneration};
-    for (uint64_t i = 0; i < 6; ++i) CHECK(uses[i] == i + 1);
-    CHECK(Pass{.dropout = {77, 0.5f}}.drop(3).key == random_key(77, 3, 4));
-    std::vector<float> weights(layout_of({1, 1, 4, 4, 8}).size);
-    initialise(weights.data(), {1, 1, 4, 4, 8}, layout_of({1, 1, 4, 4, 8}), 1337);
-    CHECK(weights[0] == float(0.02 * random_normal(random_key(1337, 0, 3), 0)));
-}
-
-TEST_CASE("init: normal, the right width, biases 0, norms 1, and no thread matters") {
-    const Config config{4, 4, 128, 128, 1024, true};
-    const Layout layout = layout_of(config);
-    auto weights_of = [&](uint64_t seed, int threads) {
-        Threads some(threads);
-        std::vector<float> w(layout.size, 7);
-        initialise(w.data(), config, layout, seed);
-        return w;
-    };
-    const std::vector<float> w = weights_of(42, 3);
-    CHECK(w == weights_of(42, 1));
-    CHECK(w != weights_of(43, 1));
-    size_t inside = 0;
-    double named = 0;
-    for (const TensorInfo& t : layout.tensors) {
-        CAPTURE(t.name);
-        const float* x = w.data() + t.offset;
-        for (size_t i = 0; i < t.count; ++i) named += std::abs(double(x[i]));
-        if (!t.decays()) {
-            const bool scale = contains(t.name, "ln_") && contains(t.name, ".weight");
-            CHECK(std::all_of(x, x + t.count, [&](float v) { return v == (scale ? 1 : 0); }));
-            continue;
-        }
-        const double n = double(t.count);
-        const double width = contains(t.name, "c_proj.weight") ? 0.02 / std::sqrt(8.0) : 0.02;
-        double sum = 0, squares = 0, beyond = 0, neighbours = 0;
-        for (size_t i = 0; i < t.count; ++i) {
-            const double z = double(x[i]) / width;
-            sum += z, squares += z * z, beyond += std::abs(z) > 2;
-            if (i > 0) neighbours += z * double(x[i - 1]) / width;
-        }
-        // Five standard deviations of what a sample of n would give.
-        CHECK(std::abs(sum / n) < 5 / std::sqrt(n));
-        CHECK(std::abs(std::sqrt(squares / n) - 1) < 5 / std::sqrt(2 * n));
-        CHECK(std::abs(beyond / n - 0.0455) < 5 * std::sqrt(0.0455 / n));
-        CHECK(std::abs(neighbours / n) < 5 / std::sqrt(n));
-        inside += t.count;
-    }
-    CHECK(inside > 900000);
-    // Tensors of one shape are different, and padding is 0.
-    const TensorInfo &first = layout.tensors[4], &second = layout.tensors[16];
-    CHECK((first.name == "h.0.attn.c_attn.weight" && second.name == "h.1.attn.c_attn.weight"));
-    CHECK(!std::equal(&w[first.offset], &w[first.offset + 1000], &w[second.offset]));
-    double all = 0;
-    for (float x : w) all += std::abs(double(x));
-    CHECK(all == doctest::Approx(named).epsilon(1e-12));
-}
-
-TEST_CASE("model: the one list has GPT-2's parameters, and only matrices decay") {
-    std::map<std::string, size_t> counts;
-    for (const Preset& preset : kPresets)
-        for (bool untied : {false, true}) {
-            Config config = preset.config;
-            config.untied_head = untied;
-            const Layout layout = layout_of(config);
-            for (const TensorInfo& t : layout.tensors) {
-                CHECK(t.offset % 64 == 0);
-                CHECK((t.offset + t.count <= layout.decayed) == t.decays());
-                CHECK((t.offset >= layout.decayed) == !t.decays());
-                CHECK(t.offset + t.count <= layout.size);
-            }
-            counts[std::string(preset.name) + (untied ? " untied" : "")] = layout.count;
-        }
-    CHECK(counts["gpt2"] == 124439808);
-    CHECK(counts["gpt2 untied"] == 163037184);
-    CHECK(counts["gpt2-medium"] == 354823168);
-    CHECK(counts["gpt2-large"] == 774030080);
-    CHECK(counts["gpt2-xl"] == 1557611200);
-}
-
-inline StepOptions plain_steps(double lr, int64_t steps) {
-    return {.seed = 3, .rate = {Schedule::constant, lr, 0.1, 0, steps}, .adamw = {}, .guards = {}};
-}
-// A model of config on the CPU, with room for B x T, and lively weights.
-template <class real>
-struct Lively : Gpt2<DeviceOf<real>> {
-    Lively(const Config& config, int B, int T, Use use = Use::training)
-        : Gpt2<DeviceOf<real>>(config) {
-        this->reserve(B, T, use);
-        set_lively_weights(*this, 4);
-    }
-    std::vector<real> gradients() const { return {this->grads, this->grads + this->layout.size}; }
-};
-
-TEST_CASE("training: one batch is learned by heart") {
-    Threads one(1);
-    Gpt2<Cpu> model(Config{2, 2, 32, 16, 50});
-    model.initialise(1);
-    model.reserve(4, 16, Use::training);
-    Batch batch = random_batch(6, 4, 16, 50);
-    for (size_t i = 0; i + 1 < batch.inputs.size(); ++i) batch.targets[i] = batch.inputs[i + 1];
-    const StepOptions o = plain_steps(1e-2, 200);
-    train_step(model, {batch}, o, 0);
-    CHECK(model.state->loss == doctest::Approx(std::log(50.0)).epsilon(0.02));  // knows nothing yet
-    int64_t s = 1;
-    while (s < 200 && model.state->loss >= 0.01) train_step(model, {batch}, o, s++);
-    MESSAGE("loss " << model.state->loss << " after " << s << " steps");
-    CHECK(model.state->loss < 0.01);
-}
-
-TEST_CASE("training: the same weights, bit for bit, for 1, 2 and 3 threads, dropout on") {
-    auto run = [](auto real, int threads) {
-        Threads some(threads);
-        Lively<decltype(real)> model(Config{2, 3, 33, 19, 101, false, 0.1f}, 3, 19);
-        std::vector<double> losses;
-        for (int64_t s = 0; s < 2; ++s) {
-            const Batch first = random_batch(uint64_t(2 * s), 3, 19, 101, 7);
-            const Batch second = random_batch(uint64_t(2 * s + 1), 3, 19, 101);
-            train_step(model, {first, second}, plain_steps(1e-2, 2), s);
-            losses.push_back(model.state->loss), losses.push_back(model.state->grad_norm);
-        }
-        return std::pair(losses, model.get_weights());
-    };
-    const auto one = run(0.0f, 1);
-    for (int threads : {1, 2, 3}) CHECK(one == run(0.0f, threads));
-    CHECK(run(0.0, 1) == run(0.0, 3));
-}
-
-TEST_CASE("training: k accumulated micro-batches are one batch k times as large") {
-    Threads one(1);
-    const Batch whole = random_batch(8, 6, 8, 23, 5);  // the parts have unequal numbers of targets
-    auto run = [&](int k) {
-        const int B = 6 / k;
-        std::vector<Batch> parts(static_cast<size_t>(k));
-        for (size_t i = 0; i < parts.size(); ++i) {
-            parts[i].resize(B, 8);
-            const ptrdiff_t begin = ptrdiff_t(i) * B * 8;
-            std::copy_n(whole.inputs.begin() + begin, B * 8, parts[i].inputs.begin());
-            std::copy_n(whole.targets.begin() + begin, B * 8, parts[i].targets.begin());
-            for (int32_t target : parts[i].targets) parts[i].scored += target >= 0;
-            parts[i].sort_rows();
-        }
-        Lively<double> model(Config{2, 2, 16, 8, 23}, B, 8);
-        train_step(model, parts, plain_steps(1e-2, 1), 0);
-        return std::tuple(model.state->loss, model.gradients(), model.get_weights());
-    };
-    const auto [loss, grads, weights] = run(1);
-    for (int k : {2, 3, 6}) {
-        const auto [part_loss, part_grads, part_weights] = run(k);
-        CAPTURE(k);
-        CHECK(std::abs(part_loss / loss - 1) < 1e-12);
-        CHECK(relative_error(part_grads.data(), grads.data(), grads.size()) < 1e-12);
-        // Careful: AdamW divides by |g|, so a gradient of nearly 0 (the keys' bias) is noise.
-        CHECK(relative_error(part_weights.data(), weights.data(), weights.size()) < 1e-9);
-    }
-}
-
 TEST_CASE_TEMPLATE("memory: GELUs made again in backward are the same numbers, in less memory",
                    real, float, double) {
     Config config{3, 2, 12, 9, 31};
@@ -1332,102 +1621,9 @@ TEST_CASE_TEMPLATE("memory: GELUs made again in backward are the same numbers, i
     CHECK(bytes(false, Use::evaluation) == bytes(true, Use::evaluation));
 }
 
-TEST_CASE("dropout: zero with probability p, otherwise scaled so that the mean stays") {
-    const double n = 400000;
-    for (float p : {0.1f, 0.5f, 0.9f}) {
-        const Dropout a{random_key(1, 2, 3), p}, b{random_key(1, 2, 4), p};
-        double zeros = 0, sum = 0, both = 0, pairs = 0;
-        bool only_two = true;
-        for (uint64_t i = 0; i < uint64_t(n); ++i) {
-            const float scale = a.scale(i);
-            zeros += scale == 0, sum += double(scale), both += scale == 0 && b.scale(i) == 0;
-            pairs += scale == 0 && a.scale(i + 1) == 0;
-            only_two = only_two && (scale == 0 || scale == 1 / (1 - p));
-        }
-        const double q = double(p), deviation = std::sqrt(q * (1 - q) / n);
-        CAPTURE(p);
-        CHECK(only_two);
-        CHECK(std::abs(zeros / n - q) < 5 * deviation);
-        CHECK(std::abs(sum / n - 1) < 5 * deviation / (1 - q));
-        CHECK(std::abs(both / n - q * q) < 5 * q / std::sqrt(n));   // keys are independent
-        CHECK(std::abs(pairs / n - q * q) < 5 * q / std::sqrt(n));  // so are neighbours
-    }
-    CHECK(!Dropout{5, 0.0f}.on());
-}
-
-TEST_CASE("dropout: on embeddings, branches and attention weights, not on the residual stream") {
-    Threads one(1);
-    Reference<double> device;
-    const int B = 2, T = 50, C = 40, rows = B * T;
-    const float p = 0.25f;
-    const double kept = double(1 / (1 - p));
-    const std::vector<double> ones(size_t(rows) * C * 3, 1.0), zeros(size_t(rows) * C, 0.0);
-    const std::vector<double> twos(static_cast<size_t>(C), 2.0);
-    const std::vector<int32_t> tokens(static_cast<size_t>(rows), 0);
-    std::vector<double> out(size_t(rows) * C), lse(size_t(rows) * 4);
-    auto check_quarter = [&](double dropped, double other) {
-        double count = 0;
-        for (double x : out) {
-            count += x == dropped;
-            CHECK((x == dropped || std::abs(x - other) < 1e-12));
-        }
-        CHECK(std::abs(count / double(out.size()) - 0.25) < 0.04);
-    };
-    device.embed_forward(out.data(), tokens.data(), ones.data(), zeros.data(), B, T, C, 0,
-                         Dropout{1, p});
-    check_quarter(0, kept);
-    // Branch of 2 (a bias) onto a stream of 1: a dropped branch leaves the stream alone.
-    device.linear_residual_forward(out.data(), ones.data(), ones.data(), zeros.data(), twos.data(),
-                                   rows, C, C, Dropout{2, p});
-    check_quarter(1, 1 + 2 * kept);
-    // Values of 1 and equal scores: the output is the share of weights that stayed, times 1/(1-p).
-    device.attention_forward(out.data(), lse.data(), ones.data(), B, T, 4, 10, Dropout{3, p});
-    double sum = 0;
-    for (size_t row = 0; row < size_t(rows); ++row)
-        for (size_t h = 0; h < 4; ++h) {
-            const double o = out[row * size_t(C) + h * 10], t = double(row % size_t(T)) + 1;
-            CHECK(std::abs(o * t / kept - std::round(o * t / kept)) < 1e-9);
-            sum += o;
-        }
-    CHECK(std::abs(sum / double(rows) / 4 - 1) < 0.06);
-}
-
-TEST_CASE("dropout: its own mask everywhere, in every micro-batch and step; none in evaluation") {
-    Threads one(1);
-    std::set<uint64_t> keys;
-    for (int i = 0; i <= 9; ++i) {
-        const Dropout drop = Pass{.dropout = {77, 0.5f}}.drop(i);
-        CHECK(drop.p == 0.5f);
-        keys.insert(drop.key);
-        CHECK(!Pass{.dropout = {77, 0}}.drop(i).on());
-    }
-    const Config config{3, 2, 16, 8, 23, false, 0.5f};
-    Lively<float> with(config, 2, 8), without({3, 2, 16, 8, 23}, 2, 8);
-    const Batch batch = random_batch(1, 2, 8, 23);
-    for (int64_t s = 0; s < 5; ++s)
-        for (size_t i : {0, 1, 2})
-            keys.insert(training_pass(config, {batch, batch, batch}, i, 9, s).dropout.key);
-    CHECK(keys.size() == 10 + 15);
-    const std::vector<float> losses = batch_losses(with, batch);
-    CHECK(losses == batch_losses(without, batch));
-    CHECK(losses == batch_losses(with, batch));
-    // With a rate of 0 nothing is learned: only the masks can make a difference.
-    std::set<double> seen;
-    StepOptions o = plain_steps(0, 9);
-    auto loss_of = [&](auto& model, const std::vector<Batch>& batches, int64_t s) {
-        train_step(model, batches, o, s);
-        return model.state->loss;
-    };
-    for (int64_t s = 0; s < 3; ++s) {
-        seen.insert(loss_of(with, {batch, batch}, s));
-        seen.insert(loss_of(with, {batch}, s + 100));
-        seen.insert(loss_of(without, {batch}, s));
-    }
-    CHECK(seen.size() == 7);
-    CHECK(seen.count(loss_of(with, {batch, batch}, 1)) == 1);  // the same step: the same masks
-    o.seed = 4;
-    CHECK(seen.count(loss_of(with, {batch, batch}, 1)) == 0);
-}
+// =================================================================================================
+// §7 The update
+// =================================================================================================
 
 TEST_CASE("schedule: warm-up, then each shape, at their corners") {
     constexpr Schedule cosine = Schedule::cosine, linear = Schedule::linear, wsd = Schedule::wsd;
@@ -1606,6 +1802,73 @@ TEST_CASE("adamw: agrees with its formula; only what comes before `decayed` deca
     }
 }
 
+// =================================================================================================
+// §8 Training
+// =================================================================================================
+
+TEST_CASE("training: one batch is learned by heart") {
+    Threads one(1);
+    Gpt2<Cpu> model(Config{2, 2, 32, 16, 50});
+    model.initialise(1);
+    model.reserve(4, 16, Use::training);
+    Batch batch = random_batch(6, 4, 16, 50);
+    for (size_t i = 0; i + 1 < batch.inputs.size(); ++i) batch.targets[i] = batch.inputs[i + 1];
+    const StepOptions o = plain_steps(1e-2, 200);
+    train_step(model, {batch}, o, 0);
+    CHECK(model.state->loss == doctest::Approx(std::log(50.0)).epsilon(0.02));  // knows nothing yet
+    int64_t s = 1;
+    while (s < 200 && model.state->loss >= 0.01) train_step(model, {batch}, o, s++);
+    MESSAGE("loss " << model.state->loss << " after " << s << " steps");
+    CHECK(model.state->loss < 0.01);
+}
+
+TEST_CASE("training: the same weights, bit for bit, for 1, 2 and 3 threads, dropout on") {
+    auto run = [](auto real, int threads) {
+        Threads some(threads);
+        Lively<decltype(real)> model(Config{2, 3, 33, 19, 101, false, 0.1f}, 3, 19);
+        std::vector<double> losses;
+        for (int64_t s = 0; s < 2; ++s) {
+            const Batch first = random_batch(uint64_t(2 * s), 3, 19, 101, 7);
+            const Batch second = random_batch(uint64_t(2 * s + 1), 3, 19, 101);
+            train_step(model, {first, second}, plain_steps(1e-2, 2), s);
+            losses.push_back(model.state->loss), losses.push_back(model.state->grad_norm);
+        }
+        return std::pair(losses, model.get_weights());
+    };
+    const auto one = run(0.0f, 1);
+    for (int threads : {1, 2, 3}) CHECK(one == run(0.0f, threads));
+    CHECK(run(0.0, 1) == run(0.0, 3));
+}
+
+TEST_CASE("training: k accumulated micro-batches are one batch k times as large") {
+    Threads one(1);
+    const Batch whole = random_batch(8, 6, 8, 23, 5);  // the parts have unequal numbers of targets
+    auto run = [&](int k) {
+        const int B = 6 / k;
+        std::vector<Batch> parts(static_cast<size_t>(k));
+        for (size_t i = 0; i < parts.size(); ++i) {
+            parts[i].resize(B, 8);
+            const ptrdiff_t begin = ptrdiff_t(i) * B * 8;
+            std::copy_n(whole.inputs.begin() + begin, B * 8, parts[i].inputs.begin());
+            std::copy_n(whole.targets.begin() + begin, B * 8, parts[i].targets.begin());
+            for (int32_t target : parts[i].targets) parts[i].scored += target >= 0;
+            parts[i].sort_rows();
+        }
+        Lively<double> model(Config{2, 2, 16, 8, 23}, B, 8);
+        train_step(model, parts, plain_steps(1e-2, 1), 0);
+        return std::tuple(model.state->loss, model.gradients(), model.get_weights());
+    };
+    const auto [loss, grads, weights] = run(1);
+    for (int k : {2, 3, 6}) {
+        const auto [part_loss, part_grads, part_weights] = run(k);
+        CAPTURE(k);
+        CHECK(std::abs(part_loss / loss - 1) < 1e-12);
+        CHECK(relative_error(part_grads.data(), grads.data(), grads.size()) < 1e-12);
+        // Careful: AdamW divides by |g|, so a gradient of nearly 0 (the keys' bias) is noise.
+        CHECK(relative_error(part_weights.data(), weights.data(), weights.size()) < 1e-9);
+    }
+}
+
 TEST_CASE("training: nothing but the list's tensors has a gradient or a weight") {
     Threads one(1);
     Lively<float> model(Config{2, 3, 9, 7, 13, true, 0.1f}, 2, 7);
@@ -1625,226 +1888,9 @@ TEST_CASE("training: nothing but the list's tensors has a gradient or a weight")
     CHECK(model.state->grad_norm == doctest::Approx(std::sqrt(squares)).epsilon(1e-9));
 }
 
-// --- 5. Data
-
-// Shards whose tokens are all different: 0, 1, 2, ... on through all of them.
-inline std::unique_ptr<Shards> counting_shards(const TemporaryFolder& folder,
-                                               const std::vector<size_t>& lengths) {
-    uint16_t next = 0;
-    for (size_t s = 0; s < lengths.size(); ++s) {
-        std::vector<uint16_t> tokens(lengths[s]);
-        for (uint16_t& token : tokens) token = next++;
-        put_shard(folder / format("train_%06d.bin", int(s)), tokens);
-    }
-    return std::make_unique<Shards>(folder / "train_*.bin");
-}
-
-TEST_CASE("data: shuffled is a bijection, and another one for every key") {
-    for (uint64_t n = 1; n <= 130; ++n)
-        for (uint64_t key : {0ull, 1ull, 0xfeedfacedeadbeefull}) {
-            std::vector<int> hits(n);
-            for (uint64_t i = 0; i < n; ++i) {
-                const uint64_t to = shuffled(i, n, key);
-                REQUIRE(to < n);
-                ++hits[to];
-            }
-            REQUIRE(std::count(hits.begin(), hits.end(), 1) == ptrdiff_t(n));
-        }
-    const uint64_t n = 70001;
-    std::vector<bool> hit(n);
-    uint64_t stay = 0, same = 0;
-    double drift = 0;
-    for (uint64_t i = 0; i < n; ++i) {
-        const uint64_t a = shuffled(i, n, 5), b = shuffled(i, n, 6);
-        REQUIRE((a < n && !hit[a]));
-        hit[a] = true, stay += a == i, same += a == b;
-        drift += (double(i) / n - 0.5) * (double(a) / n - 0.5);
-    }
-    CHECK(stay < 10);  // a random permutation has about one fixed point
-    CHECK(same < 10);
-    CHECK(std::abs(drift / n * 12) < 5 / std::sqrt(double(n)));  // i says nothing about where
-}
-
-TEST_CASE("data: one epoch makes every prediction exactly once, whatever T, shuffle and shards") {
-    const std::vector<std::vector<size_t>> cases = {{40},          {2},
-                                                    {1, 30},       {17, 0, 2, 64, 1},
-                                                    {0, 0, 33, 7}, {101, 100, 99},
-                                                    {5, 3, 1}};
-    for (const auto& lengths : cases) {
-        TemporaryFolder folder;
-        const auto shards = counting_shards(folder, lengths);
-        std::vector<char> predicted;  // token i+1 after token i
-        for (size_t length : lengths)
-            for (size_t i = 0; i < length; ++i) predicted.push_back(i + 1 < length);
-        CHECK(shards->predictions() == std::count(predicted.begin(), predicted.end(), 1));
-        for (int T : {1, 2, 3, 7, 16, 100, 128})
-            for (int64_t epoch : {0, 1, 2, 10, 11, 12}) {  // shuffled from 10 on, with seeds 1, 2
-                const DataOrder order{*shards, 1, T, uint64_t(epoch % 2 + 1), epoch >= 10};
-                std::vector<char> seen(predicted.size());
-                for (int64_t i = 0; i < order.blocks_per_epoch(); ++i) {
-                    const int64_t sample = epoch * order.blocks_per_epoch() + i;
-                    REQUIRE(order.epoch(sample) == epoch);
-                    const Batch batch = order.batch(sample, 65536);
-                    int64_t scored = 0;
-                    for (size_t t = 0; t < size_t(T); ++t) {
-                        if (batch.targets[t] == kIgnore) continue;
-                        REQUIRE(batch.targets[t] == batch.inputs[t] + 1);  // shifted by one
-                        ++seen[size_t(batch.inputs[t])], ++scored;
-                    }
-                    REQUIRE(batch.scored == scored);
-                }
-                CAPTURE(T);
-                CAPTURE(epoch);
-                REQUIRE(seen == predicted);
-            }
-    }
-}
-
-TEST_CASE("data: a shuffled epoch has its own order and its own offset; the seed decides") {
-    TemporaryFolder folder;
-    const auto shards = counting_shards(folder, {400, 333});
-    using Blocks = std::vector<std::pair<const Shard*, int64_t>>;
-    auto blocks_of = [&](uint64_t seed, int64_t epoch, bool shuffle) {
-        const DataOrder order{*shards, 1, 10, seed, shuffle};
-        Blocks blocks;
-        for (int64_t i = 0; i < order.blocks_per_epoch(); ++i) {
-            const Window window = order.window(epoch * order.blocks_per_epoch() + i);
-            blocks.push_back({window.shard, window.begin});
-            const uint64_t s = window.shard - &shards->files()[0];
-            const uint64_t ring = uint64_t(window.shard->predictions()),
-                           offset = random_bits(random_key(seed, uint64_t(epoch), 2), s) % ring;
-            REQUIRE((uint64_t(window.begin) + ring - (shuffle ? offset : 0)) % ring % 10 == 0);
-        }
-        return blocks;
-    };
-    const Blocks plain = blocks_of(1, 0, false), first = blocks_of(1, 0, true);
-    CHECK(std::is_sorted(plain.begin(), plain.end()));
-    CHECK((plain == blocks_of(2, 5, false) && first == blocks_of(1, 0, true)));
-    CHECK((first != blocks_of(2, 0, true) && first != blocks_of(1, 1, true)));
-    CHECK(!std::is_sorted(first.begin(), first.end()));
-    std::set<Blocks> cuts;  // sorted: the offsets differ, not only the order
-    for (int64_t epoch = 0; epoch < 6; ++epoch) {
-        Blocks blocks = blocks_of(1, epoch, true);
-        std::sort(blocks.begin(), blocks.end());
-        cuts.insert(blocks);
-    }
-    CHECK(cuts.size() == 6);
-}
-
-TEST_CASE("data: in order, the rows follow each other; overfitting repeats the first batch") {
-    TemporaryFolder folder;
-    const int B = 3, T = 5;
-    const auto shards = counting_shards(folder, {B * T + 1});  // just enough
-    auto check_first_batch = [&](const Batch& batch) {
-        for (int i = 0; i < B * T; ++i)
-            REQUIRE((batch.inputs[size_t(i)] == i && batch.targets[size_t(i)] == i + 1));
-        CHECK(batch.scored == B * T);
-    };
-    check_first_batch(DataOrder{*shards, B, T, 9}.batch(0, B * T + 1));
-    for (bool shuffle : {false, true})
-        for (int64_t first : {0, B, 7 * B})
-            check_first_batch(DataOrder{*shards, B, T, 9, shuffle, true}.batch(first, B * T + 1));
-}
-
-TEST_CASE("data: the rows of a batch are sorted by token, equal ones in their order") {
-    const Batch batch = random_batch(4, 7, 9, 10);
-    std::vector<int32_t> order = batch.order;
-    for (size_t i = 1; i < order.size(); ++i) {
-        const int32_t a = batch.inputs[size_t(order[i - 1])], b = batch.inputs[size_t(order[i])];
-        REQUIRE((a < b || (a == b && order[i - 1] < order[i])));
-    }
-    std::sort(order.begin(), order.end());
-    for (size_t i = 0; i < order.size(); ++i) REQUIRE(order[i] == int32_t(i));
-}
-
-TEST_CASE("data: a damaged shard is refused, with the reason") {
-    TemporaryFolder folder;
-    const std::string path = folder / "a.bin";
-    const std::vector<uint16_t> tokens(100, 7);
-    auto refused = [&](const std::string& reason) {
-        const std::string error = error_of([&] { Shard shard(path); });
-        CHECK(contains(error, path));
-        CHECK(contains(error, reason));
-    };
-    refused("cannot read");  // there is none yet
-    put_shard(path, tokens, {}, 20240521), refused("20240521");
-    put_shard(path, tokens, {}, 20240520, 2), refused("version 1");
-    for (int32_t count : {0, 99, 101, 1 << 30, -2}) {
-        CAPTURE(count);
-        put_shard(path, tokens, count), refused("damaged");
-    }
-    for (size_t bytes : {0, 1, 12, 1023})
-        std::filesystem::resize_file(path, bytes), refused("no token shard");
-    put_shard(path, tokens);
-    CHECK(Shard(path).tokens == 100);
-    put_shard(path, {});
-    CHECK(Shard(path).tokens == 0);
-    CHECK(contains(error_of([&] { Shard shard(folder.path); }), "folder"));
-    CHECK(Shards(folder / "nothing_*.bin").empty());
-}
-
-TEST_CASE("data: a shard that shrinks while it is open is an error, not a signal") {
-    TemporaryFolder folder;
-    const std::string path = folder / "train_000000.bin";
-    put_shard(path, std::vector<uint16_t>(5000, 7));
-    const Shards shards(path);
-    std::vector<uint16_t> out(10);
-    auto read = [&](int64_t at) {
-        return error_of([&] { shards.files()[0].read(out.data(), at, 10); });
-    };
-    CHECK(read(4990) == "");
-    CHECK(out[9] == 7);
-    std::filesystem::resize_file(path, 1024 + 2 * 100);
-    CHECK(read(90) == "");
-    CHECK(contains(read(95), "shorter"));
-    CHECK(contains(error_of([&] { shards.check_tokens(8); }), "shorter"));
-    // Through the loader: the good batches come, then the error, and it stays.
-    BatchLoader loader(DataOrder{shards, 1, 50}, 8, 0);
-    CHECK(loader.next().scored == 50);
-    auto five = [&] {
-        for (int i = 0; i < 5; ++i) loader.next();
-    };
-    CHECK(contains(error_of(five), "shorter"));
-    CHECK(error_of([&] { loader.next(); }) != "");
-}
-
-TEST_CASE("data: a token outside the vocabulary is an error that says where") {
-    TemporaryFolder folder;
-    std::vector<uint16_t> first(50, 5), second(300, 5);
-    first[49] = 299, second[217] = 300;
-    put_shard(folder / "train_000000.bin", first), put_shard(folder / "train_000001.bin", second);
-    const Shards shards(folder / "train_*.bin");
-    CHECK(shards.tokens() == 350);
-    auto error = [&](int vocab) { return error_of([&] { shards.check_tokens(vocab); }); };
-    CHECK(error(301) == "");
-    CHECK(contains(error(300), "token 217 of " + folder.path + "/train_000001.bin is 300"));
-    CHECK(contains(error(299), "token 49 of " + folder.path + "/train_000000.bin is 299"));
-    // The last token is only ever a target: it is checked as well.
-    const DataOrder order{shards, 1, 217};
-    CHECK(error_of([&] { order.batch(0, 300); }) == "");
-    CHECK(contains(error_of([&] { order.batch(1, 300); }), "token 217"));
-}
-
-TEST_CASE("data: the loader reads the order's batches, from any sample on, and stops at any time") {
-    TemporaryFolder folder;
-    const auto shards = counting_shards(folder, {90, 3, 77});
-    const DataOrder order{*shards, 3, 8, 5, true};
-    for (int64_t first : {0, 10, 1000}) {
-        BatchLoader loader(order, 65536, first);
-        for (int64_t i = 0; i < 20; ++i) {
-            const Batch found = loader.next(), expected = order.batch(first + i * 3, 65536);
-            REQUIRE(found.inputs == expected.inputs);
-            REQUIRE(found.targets == expected.targets);
-            REQUIRE(found.order == expected.order);
-            REQUIRE(found.scored == expected.scored);
-        }
-    }
-    for (int i = 0; i < 50; ++i) BatchLoader loader(order, 65536, i);  // never asked
-    BatchLoader broken(order, 10, 0);
-    for (int i = 0; i < 2; ++i) CHECK(contains(error_of([&] { broken.next(); }), "vocabulary"));
-}
-
-// --- 6. Evaluation and generation
+// =================================================================================================
+// §9 Evaluation and generation
+// =================================================================================================
 
 TEST_CASE("evaluation: every prediction is scored exactly once, and the mean is the mean") {
     Threads one(1);
@@ -2034,24 +2080,13 @@ TEST_CASE("generation: greedy text is the argmax, the seed decides the rest, the
     CHECK(told == 3);
 }
 
-}  // namespace model_tests
+// =================================================================================================
+// §10 The fast CPU
+// =================================================================================================
 
 // Matrix products, attention and e^x: the fast ones (§10) against the plain ones (§4).
 
-namespace {
-
 using tinygpt::FastOps, tinygpt::PlainOps, tinygpt::kDepth;
-
-template <class A, class B>
-double largest_difference(const std::vector<A>& a, const std::vector<B>& b) {
-    REQUIRE(a.size() == b.size());
-    double worst = 0;
-    for (size_t i = 0; i < a.size(); ++i) {
-        const double d = std::abs(double(a[i]) - double(b[i]));
-        if (!(d <= worst)) worst = d;  // a NaN stays
-    }
-    return worst;
-}
 
 // A matrix [rows, cols], stored as it is or transposed.
 struct Operand {
@@ -2072,8 +2107,6 @@ double matmul_error(int m, int n, int k, bool a_transposed, bool b_transposed, b
     FastOps().matmul(c.data(), ldc, a.view, b.view, m, n, k, accumulate);
     return largest_difference(c, expected) / (std::numeric_limits<float>::epsilon() * (k + 2));
 }
-
-}  // namespace
 
 TEST_CASE("matmul: agrees with the plain one, ragged or not, in every order") {
     const std::array<int, 3> sizes[] = {{1, 1, 1},
@@ -2250,8 +2283,6 @@ TEST_CASE("gelu: its formula with tanh, and its derivative, everywhere") {
     CHECK(std::isnan(fast_derivative(NAN)));
 }
 
-namespace {
-
 struct AttentionShape {
     int B, T, NH, HS;
     float p = 0;
@@ -2275,8 +2306,6 @@ struct Attention {
                                   qkv.data(), s.B, s.T, s.NH, s.HS, drop, false);
     }
 };
-
-}  // namespace
 
 // That the plain one is right, its gradients above say.
 TEST_CASE("attention: agrees with the plain one, forward and backward") {
@@ -2342,23 +2371,378 @@ TEST_CASE("attention: with a cache, the rows of the whole") {
 }
 
 // =================================================================================================
-// The tokenizer and prepare_data
+// §11 Files and JSON
 // =================================================================================================
 
-namespace tokenizer_tests {
+// The action fails with one line that begins with the file's name and has the reason in it.
+void check_refused(const std::string& path, const std::string& reason, auto&& action) {
+    const std::string message = error_of(action);
+    CAPTURE(reason);
+    CAPTURE(message);
+    CHECK(message.starts_with(path + ": "));
+    CHECK(contains(message, reason));
+    CHECK(!contains(message, "\n"));
+    CHECK(message.size() < 400);
+}
+void check_unreadable(const std::string& path, const std::string& reason) {
+    check_refused(path, reason, [&] { SafetensorsFile file(path); });
+}
+
+// An array as a tensor to be written.
+StoredTensor tensor_to_write(const std::string& name, std::vector<int64_t> shape, const float* data,
+                             const std::string& dtype = "F32") {
+    auto fill = [data](float* out, size_t first, size_t n) { std::copy_n(data + first, n, out); };
+    return {name, dtype, std::move(shape), fill};
+}
+
+const Config tiny_config{2, 2, 8, 4, 11}, untied_config{2, 2, 8, 4, 11, true};
+
+// Random weights under the names of a checkpoint, changed at will before they are written.
+struct Weights {
+    Layout layout;
+    std::vector<float> values;
+    std::vector<StoredTensor> tensors;
+    explicit Weights(const Config& config, bool prefix = true)
+        : layout(layout_of(config)), values(layout.size) {
+        for (const TensorInfo& info : layout.tensors) {
+            for (size_t i = info.offset; i < info.offset + info.count; i++)
+                values[i] = float(random_normal(7, i));
+            tensors.push_back(tensor_to_write(prefix ? name_in_checkpoint(info.name) : info.name,
+                                              info.shape, values.data() + info.offset));
+        }
+    }
+    void add(const std::string& name, std::vector<int64_t> shape) {
+        tensors.push_back(tensor_to_write(name, std::move(shape), values.data()));
+    }
+    // Gives a tensor another shape.
+    void reshape(const std::string& name, std::vector<int64_t> shape) {
+        for (StoredTensor& tensor : tensors)
+            if (tensor.name == name) tensor.shape = shape;
+    }
+    void remove(const std::string& name) {
+        std::erase_if(tensors, [&](const StoredTensor& tensor) { return tensor.name == name; });
+    }
+};
+
+TEST_CASE("files: the checksum sees every flipped bit and every length") {
+    std::set<std::string> seen;
+    for (size_t length = 0; length < 100; length++) seen.insert(checksum(std::string(length, 0)));
+    std::string text(77, '\0');
+    for (size_t i = 0; i < text.size(); i++) text[i] = char(i * 37 + 1);
+    seen.insert(checksum(text));
+    for (size_t bit = 0; bit < 8 * text.size(); bit++) {
+        std::string changed = text;
+        changed[bit / 8] = char(changed[bit / 8] ^ (1 << (bit % 8)));
+        seen.insert(checksum(changed));
+    }
+    CHECK(seen.size() == 100 + 1 + 8 * text.size());
+}
+
+TEST_CASE("files: what is written is read back; folders are made, listed and removed") {
+    TemporaryFolder scratch;
+    const std::string deep = scratch / "a/b/c";
+    make_folders(deep);
+    make_folders(deep + "/");
+    CHECK(folder_exists(deep));
+    std::string bytes(300'001, 'x');
+    bytes[7] = '\0';
+    for (const std::string& content : {std::string(), std::string("one\n"), bytes}) {
+        write_file(deep + "/f", content);
+        CHECK(read_file(deep + "/f") == content);
+    }
+    write_file(deep + "/e", "");
+    CHECK(list_folder(deep) == std::vector<std::string>{"e", "f"});
+    CHECK(read_file(deep + "/f", bytes.size()) == bytes);
+    rename_path(deep + "/e", deep + "/f");
+    CHECK(read_file(deep + "/f").empty());
+    CHECK(file_checksum(deep + "/f") == checksum(""));
+    // A link in a folder that is removed takes nothing else with it.
+    write_file(scratch / "keep", "kept");
+    REQUIRE(::symlink(scratch.path.c_str(), (deep + "/link").c_str()) == 0);
+    remove_folder(scratch / "a");
+    CHECK(!folder_exists(scratch / "a"));
+    CHECK(read_file(scratch / "keep") == "kept");
+}
+
+TEST_CASE("files: errors name the path and the reason") {
+    TemporaryFolder scratch;
+    const std::string file = scratch / "file", missing = scratch / "none", folder = scratch.path;
+    write_file(file, "12345");
+    struct Case {
+        std::function<void(const std::string&)> action;
+        std::string path;
+        const char* reason;
+    };
+    auto write = [](const std::string& path) { write_file(path, ""); };
+    auto read = [](const std::string& path) { read_file(path, 4); };
+    for (const Case& c : {Case{read, missing, "No such file"},
+                          {read, folder, "Is a directory"},
+                          {read, file, "at most 4 bytes"},
+                          {write, missing + "/f", "No such file"},
+                          {write, file + "/f", "Not a directory"},
+                          {write, folder, "not a file"},
+                          {write, "/dev/null", "not a file"},
+                          {make_folders, file, "File exists"},
+                          {make_folders, file + "/x", "File exists"},
+                          {list_folder, missing, "No such file"},
+                          {remove_folder, missing, "No such file"}}) {
+        const std::string message = error_of([&] { c.action(c.path); });
+        CAPTURE(message);
+        CHECK((contains(message, c.path) || contains(message, parent_folder(c.path) + ":")));
+        CHECK(contains(message, c.reason));
+    }
+    CHECK(list_folder(folder) == std::vector<std::string>{"file"});
+    CHECK(read_file(file) == "12345");
+}
+
+TEST_CASE("files: a save syncs the data before the rename and the folder after it") {
+    TemporaryFolder scratch;
+    std::vector<std::string> log;
+    file_fault() = [&](const char* call, const std::string& path) {
+        const std::string name = path.substr(std::min(path.size(), scratch.path.size() + 1));
+        log.push_back(to_text(call, " ", contains(path, "/f.tmp-") ? "temporary" : name));
+        return 0;
+    };
+    make_folders(scratch / "new");
+    write_file(scratch / "new/f", "bytes");
+    const std::vector<std::string> order = {"mkdir new",       "fsync ",          "open temporary",
+                                            "write temporary", "fsync temporary", "rename new/f",
+                                            "fsync new"};
+    CHECK(log == order);
+}
+
+TEST_CASE("files: whichever call of a save fails, the old file or the new one is there, whole") {
+    TemporaryFolder scratch;
+    const std::vector<float> weights(400'000, 1.5f);
+    auto save_model = [&](const std::string& path) {
+        write_safetensors(path, {tensor_to_write("w", {400'000}, weights.data())});
+    };
+    auto save_text = [](const std::string& path) { write_file(path, "the new text"); };
+    const std::string path = scratch / "f";
+    const std::function<void(const std::string&)> saves[] = {save_text, save_model};
+    for (auto& save : saves)
+        // Call number `nth` answers `code`, until there is no such call. -1 is a short write.
+        for (int code : {EIO, ENOSPC, EINTR, -1}) {
+            const bool harmless = code == EINTR || code == -1;
+            save(path);
+            const std::string fresh = read_file(path);
+            std::set<std::string> failed_calls;
+            bool failed = true;
+            for (int nth = 0; failed; nth++) {
+                put_file(path, "the old bytes");
+                int calls = 0;
+                bool renamed = false;
+                failed = false;
+                file_fault() = [&](const char* call, const std::string&) {
+                    const std::string name = call;
+                    if (harmless && name != "write") return 0;
+                    if (calls++ != nth) return renamed |= name == "rename", 0;
+                    failed = true;
+                    failed_calls.insert(name + (renamed ? " folder" : ""));
+                    return code;
+                };
+                const std::string message = error_of([&] { save(path); });
+                file_fault() = nullptr;
+                CAPTURE(message);
+                const bool must_fail = failed && !harmless;
+                CHECK(message.empty() == !must_fail);
+                CHECK(read_file(path) == (renamed || !must_fail ? fresh : "the old bytes"));
+                if (must_fail) {
+                    CHECK(contains(message, renamed ? scratch.path : path));
+                    CHECK(contains(message, std::strerror(code)));
+                }
+                CHECK(list_folder(scratch.path).size() == 1);  // no temporary
+            }
+            const std::set<std::string> all = {"open", "write", "fsync", "rename", "fsync folder"};
+            CHECK(failed_calls == (harmless ? std::set<std::string>{"write"} : all));
+        }
+    file_fault() = [](const char* call, const std::string&) {
+        return std::string(call) == "mkdir" ? EACCES : std::string(call) == "write" ? ENOSPC : 0;
+    };
+    const std::string message = error_of([&] { make_folders(scratch / "x/y"); });
+    CHECK(message == "cannot create folder " + (scratch / "x") + ": " + std::strerror(EACCES));
+    try {
+        write_file(path, "x");
+        FAIL("a full disk went unnoticed");
+    } catch (const FileError& error) {
+        CHECK(error.code == ENOSPC);
+    }
+}
+
+TEST_CASE("json: what RFC 8259 allows is read") {
+    const std::pair<std::string, std::string> list[] = {
+        {" true ", "true"},
+        {"\t\r\n false", "false"},
+        {R"("\"\\\/\b\f\n\r\t")", R"("\"\\/\u0008\u000c\n\u000d\u0009")"},
+        {R"("\u0041\u00e9\u0120\u20ac\ud83d\ude00")",
+         "\"A\xc3\xa9\xc4\xa0\xe2\x82\xac\xf0\x9f\x98\x80\""},
+        {"[ ]", "[]"},
+        {"[1,\n[2] , {} ]", "[1,[2],{}]"},
+        {R"({"b":1,"a":{"":[]} , "A" : null})", R"({"b":1,"a":{"":[]},"A":null})"},
+    };
+    auto check = [](const std::string& text, const std::string& written) {
+        CAPTURE(text);
+        const Json json = Json::parse(text, "x.json");
+        CHECK(json.write() == written);
+        CHECK(Json::parse(json.write(2), "x.json").write() == written);
+    };
+    for (auto& [text, written] : list) check(text, written);
+    for (const char* same : {"null",
+                             "0",
+                             "-0",
+                             "-0.0",
+                             "-12",
+                             "9223372036854775807",
+                             "-9223372036854775808",
+                             "9007199254740993",
+                             "0.5",
+                             "1e2",
+                             "1E+2",
+                             "-1.5e-3",
+                             "1e-05",
+                             "0.1",
+                             "\"\"",
+                             "\"a b\"",
+                             "\"\xc3\xa9\xf4\x8f\xbf\xbf\"",
+                             R"("\u0000")",
+                             "\"\x7f\"",
+                             "[]",
+                             "{}",
+                             R"({"a":{"a":{"a":1}}})"})
+        check(same, same);
+    for (const char* text : {"1.0", "1e3", "12345678901234567890", "true"})
+        CHECK(!Json::parse(text, "x.json").as<int64_t>());
+    CHECK(Json::parse("12345678901234567890", "x.json").as<double>() == 12345678901234567890.0);
+}
+
+TEST_CASE("json: what RFC 8259 does not allow is refused, with its place") {
+    // A reason, and texts that are refused for it.
+    const std::pair<const char*, std::vector<std::string>> list[] = {
+        {"line 1, byte 0: expected a value, found the end", {""}},
+        {"expected a value, found the end", {" ", "["}},
+        {"expected a value", {"True", "NaN", "Infinity", "+1", ".5", "]", "{\"a\":}", "/* c */ 1"}},
+        {"expected a value, found \"n\"", {"nul"}},
+        {"expected a value, found \"'\"", {"'a'"}},
+        {"expected a value, found \"]\"", {"[1,]"}},
+        {"expected a value, found \"\xef\xbf\xbd\"", {"\xef\xbb\xbf{}"}},
+        {"expected a digit", {"-", "1.", "1e", "1e+"}},
+        {"expected a digit, found \"I\"", {"-Infinity"}},
+        {"expected the end of the text", {"1 2", "01", "0x10", "{\"a\":1}}"}},
+        {"expected the end of the text, found \"x\"", {"nullx"}},
+        {"expected the end of the text, found \"\\u0000\"", {std::string("1\0", 2)}},
+        {"number out of range", {"1e400"}},
+        {"expected the rest of a string, found the end", {"\""}},
+        {"expected the rest of a string, found \"\\n\"", {"\"a\nb\""}},
+        {"found \"\\u0000\"", {std::string("\"a\0b\"", 5)}},
+        {"expected an escape sequence, found \"x\"", {R"("\x41")"}},
+        {"expected an escape sequence, found the end", {"\"\\"}},
+        {"expected four hexadecimal digits, found \"g\"", {R"("\u12g4")"}},
+        {"expected four hexadecimal digits", {R"("\u12)"}},
+        {"half a surrogate pair", {R"("\ud800")", R"("\ud800\u0041")", R"("\udc00\ud800")"}},
+        {"invalid UTF-8",
+         {"\"\x80\"", "\"\xc0\x80\"", "\"\xc3\"", "\"\xe0\x9f\xbf\"", "\"\xed\xa0\x80\"",
+          "\"\xf0\x8f\xbf\xbf\"", "\"\xf4\x90\x80\x80\"", "\"\xff\""}},
+        {"expected ',' or ']'", {"[1 2]"}},
+        {"line 2, byte 6: expected ',' or ']', found the end", {"[1,\n 2"}},
+        {"expected a key in quotes, found the end", {"{"}},
+        {"expected a key in quotes", {"{a:1}", "{\"a\":1,}"}},
+        {"expected ':'", {"{\"a\"}"}},
+        {"expected ',' or '}'", {"{\"a\":1 \"b\":2}"}},
+        {"has the key a twice", {"{\"a\":1,\"b\":2,\"a\":3}", "{\"a\":1,\"\\u0061\":3}"}},
+    };
+    for (auto& [reason, texts] : list)
+        for (const std::string& text : texts) {
+            CAPTURE(text);
+            check_refused("x.json", reason, [&, &text = text] { Json::parse(text, "x.json"); });
+        }
+}
+
+TEST_CASE("json: numbers and strings come back as they were, members by name and type") {
+    for (double x : {1.0, 0.1, -1e-300, 1.7976931348623157e308, 2.0 / 3, 123456789012345680.0}) {
+        CAPTURE(x);
+        CHECK(Json::parse(Json(x).write(), "x").as<double>() == x);
+    }
+    CHECK(Json(std::nan("")).write() == "null");
+    CHECK(Json("\xff\"\\\x1b").write() == "\"\xef\xbf\xbd\\\"\\\\\\u001b\"");
+    Json json = Json::object();
+    json.set("n", 3).set("x", 0.5).set("s", "text").set("b", true).set("n", 4);
+    CHECK(json.write() == R"({"n":4,"x":0.5,"s":"text","b":true})");
+    CHECK(json.write(2) == "{\n  \"n\": 4,\n  \"x\": 0.5,\n  \"s\": \"text\",\n  \"b\": true\n}");
+    CHECK(json.get_int("n", "f") == 4);
+    CHECK(json.get("x", Json::Kind::number, "f").as<double>() == 0.5);
+    CHECK(json.get_string("s", "f") == "text");
+    CHECK(json.get("b", Json::Kind::boolean, "f").text == "true");
+    CHECK(json.find("none") == nullptr);
+    auto error = [&](const char* key, int64_t lowest) {
+        return error_of([&] { json.get_int(key, "f", lowest, 9); });
+    };
+    CHECK(error("none", 0) == "f: \"none\" is missing");
+    CHECK(error("s", 0) == "f: \"s\" must be a number, found a string");
+    CHECK(error("x", 0) == "f: \"x\" must be an integer from 0 to 9, found 0.5");
+    CHECK(error("n", 5) == "f: \"n\" must be an integer from 5 to 9, found 4");
+}
+
+TEST_CASE("json: large and hostile texts take linear time and bounded depth") {
+    const double start = now_seconds();
+    std::string vocabulary = "{", objects;
+    for (int i = 0; i < 50257; i++)
+        vocabulary += format("%s\"word%d\": %d", i ? ", " : "", i * 7, i);
+    for (int i = 0; i < 100'000; i++) objects += "{\"a\":";
+    const Json json = Json::parse(vocabulary + "}", "vocab.json");
+    REQUIRE(json.members.size() == 50257);
+    CHECK(json.members[50256].second.as<int>() == 50256);
+    const size_t many = 1'000'000;
+    const std::pair<std::string, const char*> list[] =
+        {{vocabulary + ", \"word0\": 1}", "word0 twice"},
+         {std::string(64, '[') + std::string(64, ']'), ""},
+         {std::string(65, '[') + std::string(65, ']'), "64 levels"},
+         {std::string(many, '['), "64 levels"},
+         {objects, "64 levels"},
+         {"\"" + std::string(many, 'x'), "the rest of a string"},
+         {std::string(many, '1'), "out of range"}};
+    for (auto& [text, reason] : list) {
+        const std::string message = error_of([&, &text = text] { Json::parse(text, "x"); });
+        CHECK(contains(message, reason));
+        CHECK(message.empty() == !*reason);
+    }
+    const JsonLimits three = {.depth = 64, .values = 3};
+    CHECK(contains(error_of([&] { Json::parse("[1,2,3]", "x", three); }), "more than 3 values"));
+    CHECK(now_seconds() - start < 5);  // 0.1 s; a quadratic step anywhere takes minutes
+}
+
+TEST_CASE("json: no mutation of a text makes the parser do anything but read or refuse it") {
+    const std::string good =
+        R"({"a":[1,-2.5e3,true,false,null],"b\u0041\ud83d\ude00":{"c":"\n\t\"","d":{}},"e":""})";
+    const std::string alphabet = "{}[]\",:\\u0d8-+.eE1 \n\xff\xc3";
+    int accepted = 0;
+    for (uint64_t i = 0; i < 20'000; i++) {
+        std::string text = good;
+        for (uint64_t change = 0; change <= random_bits(i, 0) % 3; change++) {
+            const size_t at = random_bits(i, 3 * change + 1) % text.size();
+            const char c = alphabet[random_bits(i, 3 * change + 2) % alphabet.size()];
+            switch (random_bits(i, 3 * change + 3) % 3) {
+                case 0: text[at] = c; break;
+                case 1: text.insert(at, 1, c); break;
+                default: text.erase(at, 1 + random_bits(i, 99) % 5);
+            }
+            if (text.empty()) text = "[";
+        }
+        const std::string message = error_of([&] {
+            const std::string written = Json::parse(text, "x").write();
+            CHECK(Json::parse(written, "x").write() == written);
+            accepted++;
+        });
+        CHECK((message.empty() || message.starts_with("x: not valid JSON: line ")));
+    }
+    CHECK(accepted > 500);
+    CHECK(accepted < 15'000);
+}
+
+// =================================================================================================
+// §12 The tokenizer
+// =================================================================================================
 
 using Merge = Tokenizer::Merge;
-
-// The folder with GPT-2's vocabulary and its golden tokens; empty where it is not there.
-inline std::string gpt2_data() {
-    const char* named = std::getenv("TINYGPT_SHARED");
-    std::string folder = std::string(named ? named : "../shared") + "/data";
-    if (file_exists(folder + "/vocab.bpe") && file_exists(folder + "/gpt2_golden.jsonl"))
-        return folder;
-    MESSAGE("skipped: GPT-2's vocabulary and its golden tokens are not in "
-            << folder << " (set TINYGPT_SHARED to the folder that has data/)");
-    return "";
-}
 
 // The SHA-256 of some bytes, by the system's own program, as in checks/fetch.sh.
 inline std::string sha256_of(const std::string& bytes) {
@@ -2412,8 +2796,6 @@ inline std::vector<std::string> pieces_of(std::string_view text) {
 inline Tokenizer trained_on(const std::vector<std::string>& texts, int64_t size) {
     return train_bpe(std::vector<std::string_view>(texts.begin(), texts.end()), size);
 }
-
-// --- BPE by its definition
 
 // The bytes of every piece, as tokens.
 inline std::vector<std::vector<uint16_t>> bytes_of_pieces(std::string_view text) {
@@ -2734,6 +3116,2299 @@ TEST_CASE("tokenizer: damaged vocabulary files are refused in one clear line") {
     CHECK(contains(error_of([&] { Tokenizer::load(temporary.path); }), "there is no tokenizer in"));
 }
 
+// =================================================================================================
+// §13 safetensors and config.json
+// =================================================================================================
+
+TEST_CASE("safetensors: a file is what the format says, byte for byte") {
+    TemporaryFolder scratch;
+    const std::vector<float> b = {1.0f, -2.0f}, a = {0.5f, 3.0f, 1.0e-3f}, d = {0.1f};
+    write_safetensors(scratch / "f",
+                      {tensor_to_write("d", {}, d.data()), tensor_to_write("b", {2, 1}, b.data()),
+                       tensor_to_write("a", {3}, a.data())});
+    std::string header = R"({"__metadata__":{"format":"pt"},)"
+                         R"("a":{"dtype":"F32","shape":[3],"data_offsets":[0,12]},)"
+                         R"("b":{"dtype":"F32","shape":[2,1],"data_offsets":[12,20]},)"
+                         R"("d":{"dtype":"F32","shape":[],"data_offsets":[20,24]}})";
+    header.append((8 - header.size() % 8) % 8, ' ');
+    CHECK(read_file(scratch / "f") == safetensors_bytes(header, raw(a) + raw(b) + raw(d)));
+    for (const char* dtype : {"F64", "F16", "BF16", "I64", ""})
+        check_refused(scratch / "g", "cannot write a tensor as", [&] {
+            write_safetensors(scratch / "g", {tensor_to_write("a", {3}, a.data(), dtype)});
+        });
+    CHECK(list_folder(scratch.path) == std::vector<std::string>{"f"});
+}
+
+TEST_CASE("safetensors: GPT-2 small has the published size") {
+    // 8 + 14,968 + 497,759,232 bytes: 148 tensors.
+    std::vector<StoredTensor> tensors;
+    const Layout layout = layout_of({12, 12, 768, 1024, 50257});
+    for (const TensorInfo& info : layout.tensors)
+        tensors.push_back({name_in_checkpoint(info.name), "F32", info.shape});
+    std::sort(tensors.begin(), tensors.end(), [](auto& a, auto& b) { return a.name < b.name; });
+    CHECK(tensors.size() == 148);
+    CHECK(safetensors_header(tensors).size() + layout.count * 4 == 497'774'208);
+}
+
+TEST_CASE("safetensors: every type of weight is read exactly, on any number of threads") {
+    TemporaryFolder scratch;
+    const size_t count = 1'000'003;  // several chunks, the last one ragged
+    const std::vector<double> doubles = random_vector(count, 5, 0.02);
+    const std::vector<float> floats(doubles.begin(), doubles.end());
+    const std::vector<bf16> halves(floats.begin(), floats.end());
+    struct Case {
+        const char* dtype;
+        std::string data;
+        std::function<double(size_t)> value;
+    };
+    for (const Case& c : {Case{"F64", raw(doubles), [&](size_t i) { return doubles[i]; }},
+                          {"F32", raw(floats), [&](size_t i) { return floats[i]; }},
+                          {"BF16", raw(halves), [&](size_t i) { return float(halves[i]); }}}) {
+        CAPTURE(c.dtype);
+        const std::string one =
+            entry("w", c.dtype, to_text("[", count, "]"), to_text("[0,", c.data.size(), "]"));
+        put_file(scratch / "f",
+                 safetensors_bytes("{\"__metadata__\":{\"a\":\"b\"}," + one + "}", c.data));
+        const SafetensorsFile file(scratch / "f");
+        REQUIRE(file.tensors.size() == 1);
+        CHECK(file.find("w") == &file.tensors[0]);
+        CHECK(file.find("v") == nullptr);
+        for (int n : {1, 3}) {
+            const Threads threads(n);
+            std::vector<double> wide(count);
+            std::vector<float> narrow(count);
+            file.read(file.tensors[0], wide.data());
+            file.read(file.tensors[0], narrow.data());
+            bool equal = true;
+            for (size_t i = 0; i < count; i++)
+                equal = equal && wide[i] == c.value(i) && narrow[i] == float(c.value(i));
+            CHECK(equal);
+        }
+    }
+    // Halves: 1, -2, 65504 (largest), 2^-14 (smallest normal), 2^-24 (smallest), -0.
+    const std::vector<uint16_t> bits = {0x3c00, 0xc000, 0x7bff, 0x0400, 0x0001, 0x8000};
+    put_file(scratch / "h",
+             safetensors_bytes("{" + entry("w", "F16", "[2,3]", "[0,12]") + "}", raw(bits)));
+    const SafetensorsFile file(scratch / "h");
+    std::vector<float> w(6);
+    file.read(file.tensors[0], w.data());
+    CHECK(raw(w) == raw<float>({1, -2, 65504, 0x1p-14f, 0x1p-24f, -0.0f}));
+    for (uint32_t half = 0; half < 0x7c00; half++) {  // in order, and the sign is a sign
+        if (half > 0) REQUIRE(float(f16{uint16_t(half)}) > float(f16{uint16_t(half - 1)}));
+        REQUIRE(float(f16{uint16_t(half | 0x8000)}) == -float(f16{uint16_t(half)}));
+    }
+    CHECK(std::isinf(float(f16{0xfc00})));
+    CHECK(std::isnan(float(f16{0x7e00})));
+}
+
+TEST_CASE("safetensors: unusual files that follow the rules are read") {
+    TemporaryFolder scratch;
+    for (const char* header : {"{}", "{}      ", "{\"__metadata__\":{}}"}) {
+        put_file(scratch / "f", safetensors_bytes(header, ""));
+        CHECK(error_of([&] { SafetensorsFile file(scratch / "f"); }) == "");
+    }
+    for (const std::string& members :
+         {std::string("\"a\" : {\"shape\":[ 2 ],\n\"data_offsets\":[0,8],\"dtype\":\"F32\"}   "),
+          entry("a", "F32", "[]", "[4,8]") + "," + entry("b", "I32", "[1,1]", "[0,4]"),
+          entry("z", "F32", "[0]", "[0,0]") + "," + entry("a", "F64", "[1]", "[0,8]"),
+          entry("a", "F64", "[1]", "[0,8]") + "," + entry("z", "F32", "[5,0]", "[8,8]"),
+          entry("a", "BOOL", "[8]", "[0,8]"), entry("a\\n\\u0120", "U16", "[2,2]", "[0,8]")}) {
+        CAPTURE(members);
+        put_file(scratch / "f", safetensors_bytes("{" + members + "}", std::string(8, '\0')));
+        CHECK(error_of([&] { SafetensorsFile file(scratch / "f"); }) == "");
+    }
+}
+
+TEST_CASE("safetensors: each rule of the format broken once is refused, by name and at once") {
+    TemporaryFolder scratch;
+    const std::string path = scratch / "model.safetensors", data(24, '\0');
+    const std::string a = entry("a", "F32", "[2,2]", "[0,16]"),
+                      b = entry("b", "F32", "[2]", "[16,24]"), good = "{" + a + "," + b + "}",
+                      whole = safetensors_bytes(good, data);
+    auto header = [&](const std::string& text) { return safetensors_bytes(text, data); };
+    auto pair = [&](const std::string& one, const std::string& two) {
+        return header("{" + one + "," + two + "}");
+    };
+    auto with_a = [&](const char* dtype, const char* shape, const char* offsets) {
+        return pair(entry("a", dtype, shape, offsets), b);
+    };
+    auto shape = [&](const char* text) { return with_a("F32", text, "[0,16]"); };
+    auto offsets = [&](const char* text) { return with_a("F32", "[2,2]", text); };
+    auto dtype = [&](const char* text) { return with_a(text, "[2,2]", "[0,16]"); };
+    auto name = [&](const char* text) { return pair(a, entry(text, "F32", "[2]", "[16,24]")); };
+    auto metadata = [&](const std::string& text) {
+        return header("{\"__metadata__\":" + text + "," + a + "," + b + "}");
+    };
+    auto length = [&](uint64_t n) { return little_endian(n) + whole.substr(8); };
+    auto cut = [&](size_t bytes) { return whole.substr(0, bytes); };
+    std::string many = "{", nested = "{\"a\":";
+    for (int i = 0; i < 30'000; i++)
+        many += (i ? "," : "") + entry("t" + std::to_string(i), "F32", "[6]", "[0,24]");
+    for (int i = 0; i < 100'000; i++) nested += "[";
+    const std::string open = a.substr(0, a.size() - 1);
+
+    // A reason, and files that are refused for it.
+    const std::pair<const char*, std::vector<std::string>> list[] = {
+        // The length of the header
+        {"at least 10 bytes, found 0", {""}},
+        {"at least 10 bytes, found 7", {cut(7)}},
+        {"cut short", {cut(8), cut(40), cut(8 + good.size() - 1), length(whole.size() - 7)}},
+        {"no safetensors file",
+         {length(100'000'000), length(1ull << 31), length(1ull << 32), length(INT64_MAX),
+          length(1ull << 63), length(0 - 8ull), length(UINT64_MAX),
+          length(uint64_t(good.size()) << 56), "PK\x03\x04 this is a zip archive",
+          "<!DOCTYPE html><html>404</html>", "version https://git-lfs.github.com/spec/v1\n"}},
+        {"a GPT-2 needs less than", {safetensors_bytes("{}" + std::string(5'000'000, ' '), "")}},
+        // The JSON
+        {"must begin with '{'",
+         {length(0), header(" " + good), header("\xef\xbb\xbf" + good), header("[" + good + "]")}},
+        {"must end with '}'",
+         {length(good.size() + 8), header(good + std::string(4, '\0')), header(good + "\n")}},
+        {"not valid JSON",
+         {length(good.size() - 1), header(good + good), header("{" + a + "," + b + ",}"),
+          header("{" + a + b + "}"), header("{" + a + "," + b.substr(0, b.size() - 1) + "}"),
+          header("{'a':1}"), header("{/**/}"),
+          pair(a, entry(std::string(1, '\0'), "F32", "[2]", "[16,24]"))}},
+        {"invalid UTF-8", {name("\xc3(")}},
+        {"surrogate", {name("\\ud800")}},
+        {"key a twice", {name("a"), name("\\u0061")}},
+        {"key dtype twice", {pair(open + ",\"dtype\":\"F32\"}", b)}},
+        {"more than 8 levels", {safetensors_bytes(nested + "}", "")}},
+        {"__metadata__ x must be a string", {metadata("{\"x\":1}"), metadata("{\"x\":{}}")}},
+        {"\"__metadata__\" must be an object", {metadata("null"), metadata("[\"x\"]")}},
+        {"__metadata__ twice", {metadata("{},\"__metadata__\":{}")}},
+        // A tensor's description
+        {"tensor b: \"dtype\" is missing",
+         {pair(a, "\"b\":7"), pair(a, "\"b\":null"),
+          pair(a, R"("b":{"shape":[2],"data_offsets":[16,24]})")}},
+        {"\"shape\" is missing", {pair(a, R"("b":{"dtype":"F32","data_offsets":[16,24]})")}},
+        {"\"data_offsets\" is missing", {pair(a, R"("b":{"dtype":"F32","shape":[2]})")}},
+        {"unknown key strides", {pair(open + ",\"strides\":[1]}", b)}},
+        {"unknown key \"\"", {pair(a, "\"b\":[1]")}},
+        {"unknown dtype F128", {dtype("F128")}},
+        {"unknown dtype f32", {dtype("f32")}},
+        {"unknown dtype \"\"", {dtype("")}},
+        {"unknown dtype U16|F16", {dtype("U16|F16")}},
+        {"\"dtype\" must be a string",
+         {pair(R"("a":{"dtype":4,"shape":[],"data_offsets":[0,16]})", b)}},
+        {"\"shape\" must be an array", {shape("4")}},
+        {"shape must be integers",
+         {shape("[\"2\",2]"), shape("[-2,-2]"), shape("[-1]"), shape("[2.0,2]"), shape("[4e0]"),
+          shape("[9007199254740993]"), shape("[18446744073709551616]"),
+          with_a("F32", "[4611686018427387905]", "[0,4]")}},
+        {"overflows",
+         {with_a("F32", "[4294967296,4294967296]", "[0,0]"),
+          with_a("F32", "[4294967296,4294967296,0]", "[0,0]"),
+          with_a("F32", "[2147483648,2147483648]", "[0,0]")}},
+        {"takes 24 bytes", {shape("[2,3]")}},
+        {"takes 8 bytes", {shape("[2,1]"), dtype("BF16")}},
+        {"takes 32 bytes", {dtype("F64")}},
+        {"takes 0 bytes", {shape("[0]")}},
+        // The offsets
+        {"must be two integers", {offsets("[16]"), offsets("[0,16,16]")}},
+        {"\"data_offsets\" must be an array", {offsets("{}")}},
+        {"data_offsets must be integers",
+         {offsets("[-16,0]"), offsets("[0.0,16]"), offsets("[0,16e0]"), offsets("[\"0\",16]"),
+          offsets("[null,16]"), offsets("[9007199254740978,9007199254740994]"),
+          offsets("[0,9223372036854775807]"), offsets("[18446744073709551600,0]")}},
+        {"end before they begin", {offsets("[16,0]")}},
+        {"hole",
+         {offsets("[1000,1016]"), pair(entry("a", "F32", "[1,2]", "[8,16]"), b),
+          pair(entry("a", "F32", "[3]", "[0,12]"), b)}},
+        {"overlap",
+         {pair(a, entry("b", "U8", "[9]", "[15,24]")),
+          pair(entry("a", "F32", "[6]", "[0,24]"), entry("b", "F32", "[6]", "[0,24]")),
+          pair(a, entry("b", "F32", "[0]", "[8,8]")),
+          header(many.substr(0, many.find(",\"t3000\"")) + "}")}},
+        {"values", {header(many + "}")}},
+        {"cut short or too long",
+         {cut(whole.size() - 1), cut(8 + good.size()), whole + '\0', whole + whole, header("{}")}},
+    };
+    put_file(path, whole);
+    REQUIRE(error_of([&] { SafetensorsFile file(path); }) == "");
+    size_t count = 0;
+    for (auto& [reason, files] : list)
+        for (const std::string& bytes : files) {
+            const std::string begins = shown(bytes.substr(0, 200));
+            CAPTURE(begins);
+            put_file(path, bytes);
+            const double start = now_seconds();
+            check_unreadable(path, reason);
+            CHECK(now_seconds() - start <
+                  1);  // 0.1 s; the rest is for sanitizers and busy machines
+            ++count;
+        }
+    CHECK(count >= 90);
+    // Cut at any byte, it is refused; so is what is no file.
+    for (size_t bytes = 0; bytes < whole.size(); bytes++) {
+        put_file(path, cut(bytes));
+        check_unreadable(path, "");
+    }
+    check_unreadable(scratch.path, "expected a file");
+    REQUIRE(::mkfifo((scratch / "pipe").c_str(), 0600) == 0);  // must not wait for a writer
+    check_unreadable(scratch / "pipe", "expected a file");
+}
+
+TEST_CASE("safetensors: no changed byte of a header reads outside the file or is missed") {
+    TemporaryFolder scratch;
+    const std::vector<float> w = {1, 2, 3, 4, 5, 6};
+    write_safetensors(scratch / "f", {tensor_to_write("a", {2, 2}, w.data()),
+                                      tensor_to_write("b", {2}, w.data())});
+    const std::string whole = read_file(scratch / "f"), path = scratch / "g";
+    for (uint64_t i = 0; i < 4000; i++) {
+        std::string bytes = whole;
+        bytes[random_bits(i, 1) % (whole.size() - 24)] = char(random_bits(i, 2));
+        put_file(path, bytes);
+        const std::string message = error_of([&] {
+            const SafetensorsFile file(path);
+            uint64_t covered = 0;
+            for (const StoredTensor& tensor : file.tensors) {
+                REQUIRE(tensor.end <= bytes.size());
+                covered += tensor.end - tensor.begin;
+            }
+            CHECK(covered == 24);
+        });
+        if (!message.empty()) check_unreadable(path, "");
+    }
+}
+
+TEST_CASE("safetensors: NaN and infinity are neither read nor written") {
+    TemporaryFolder scratch;
+    const std::string path = scratch / "f";
+    const float nan = NAN, inf = INFINITY;
+    auto read_it = [&](const std::string& dtype, const std::string& bytes) {
+        const size_t count = bytes.size() / dtype_bytes(dtype);
+        put_file(path,
+                 safetensors_bytes("{" +
+                                       entry("h.0.ln_1.weight", dtype, to_text("[", count, "]"),
+                                             to_text("[0,", bytes.size(), "]")) +
+                                       "}",
+                                   bytes));
+        std::vector<float> out(count);
+        const SafetensorsFile file(path);
+        file.read(file.tensors[0], out.data());
+    };
+    std::vector<float> late(700'000, 1.0f);
+    late[699'999] = nan;
+    const std::tuple<const char*, std::string, const char*> list[] = {
+        {"F32", raw<float>({1, nan}), "NaN in element 1"},
+        {"F32", raw<float>({-inf, nan}), "infinity in element 0"},
+        {"F32", raw(late), "NaN in element 699999"},
+        {"F64", raw<double>({1, 2, double(nan)}), "NaN in element 2"},
+        {"F64", raw<double>({1e300}), "infinity in element 0"},
+        {"BF16", raw<uint16_t>({0x3f80, 0x7fc0}), "NaN in element 1"},
+        {"BF16", raw<uint16_t>({0x3f80, 0xff80}), "infinity in element"},
+        {"F16", raw<uint16_t>({0x7e00}), "NaN in element 0"},
+        {"F16", raw<uint16_t>({0x7c00}), "infinity in element"},
+        {"I64", raw<int64_t>({1}), "expected type F32, BF16, F16 or F64, found I64"},
+        {"F8_E4M3", "x", "expected type F32, BF16, F16 or F64, found F8_E4M3"},
+    };
+    for (auto& [dtype, bytes, reason] : list)
+        check_refused(path, to_text("tensor h.0.ln_1.weight: ", reason),
+                      [&, &dtype = dtype, &bytes = bytes] { read_it(dtype, bytes); });
+    CHECK(error_of([&] { read_it("F32", raw<float>({1, -3.4028235e38f, 1e-45f})); }) == "");
+    put_file(path, "the old bytes");
+    for (float bad : {nan, -inf, inf}) {
+        std::vector<float> w(300'000, 1.0f);
+        w[299'999] = bad;
+        check_refused(path, "NaN or infinity in tensor w", [&] {
+            write_safetensors(path, {tensor_to_write("w", {300'000}, w.data())});
+        });
+        CHECK(read_file(path) == "the old bytes");
+    }
+    CHECK(list_folder(scratch.path).size() == 1);
+}
+
+TEST_CASE("safetensors: a file that shrinks after it was opened is an error, not a crash") {
+    TemporaryFolder scratch;
+    std::vector<float> w(300'000, 1.0f);
+    write_safetensors(scratch / "f", {tensor_to_write("w", {300'000}, w.data())});
+    const SafetensorsFile file(scratch / "f");
+    REQUIRE(::truncate((scratch / "f").c_str(), 1000) == 0);
+    check_refused(scratch / "f", "became shorter", [&] { file.read(file.tensors[0], w.data()); });
+}
+
+TEST_CASE("checkpoints: every way of naming GPT-2's tensors is understood") {
+    TemporaryFolder scratch;
+    const std::string path = scratch / "model.safetensors";
+    for (const Config& config : {tiny_config, untied_config})
+        for (bool prefix : {false, true})
+            for (bool extras : {false, true}) {
+                Weights weights(config, prefix);
+                const std::string start = prefix ? "transformer." : "";
+                if (extras) {
+                    weights.add(start + "h.0.attn.bias", {1, 1, 4, 4});
+                    weights.add(start + "h.1.attn.masked_bias", {});
+                    if (!config.untied_head) weights.add("lm_head.weight", {11, 8});
+                }
+                write_safetensors(path, weights.tensors);
+                const SafetensorsFile file(path);
+                const auto found = match_tensors(file, weights.layout.tensors);
+                REQUIRE(found.size() == weights.layout.tensors.size());
+                std::vector<float> back(weights.layout.size);
+                for (size_t i = 0; i < found.size(); i++) {
+                    const TensorInfo& info = weights.layout.tensors[i];
+                    CHECK(found[i]->name == (prefix ? name_in_checkpoint(info.name) : info.name));
+                    file.read(*found[i], back.data() + info.offset);
+                }
+                CHECK(back == weights.values);
+            }
+}
+
+TEST_CASE("checkpoints: a missing, extra or misshapen tensor is named with what was expected") {
+    TemporaryFolder scratch;
+    const std::string path = scratch / "model.safetensors", p = "transformer.";
+    auto check = [&](const std::string& reason, const std::function<void(Weights&)>& change,
+                     const Config& config = tiny_config) {
+        Weights weights(config);
+        change(weights);
+        write_safetensors(path, weights.tensors);
+        const SafetensorsFile file(path);
+        check_refused(path, reason, [&] { match_tensors(file, weights.layout.tensors); });
+    };
+    check("tensor wpe.weight is missing: expected shape [4,8]",
+          [&](Weights& w) { w.remove(p + "wpe.weight"); });
+    check("tensor h.1.mlp.c_fc.bias is missing: expected shape [32]",
+          [&](Weights& w) { w.remove(p + "h.1.mlp.c_fc.bias"); });
+    check(
+        "tensor lm_head.weight is missing: expected shape [11,8]",
+        [](Weights& w) { w.remove("lm_head.weight"); }, untied_config);
+    using Shape = std::vector<int64_t>;
+    for (auto& [name, shape, reason] :
+         {std::tuple{"lm_head.weight", Shape{8, 11},
+                     "tensor lm_head.weight: expected shape [11,8], found [8,11]"},
+          {"lm_head.bias", {11}, "tensor lm_head.bias: unexpected"},
+          {"transformer.h.2.ln_1.weight", {8}, "tensor transformer.h.2.ln_1.weight: unexpected"},
+          {"score.weight", {2, 8}, "tensor score.weight: unexpected"},
+          {"transformer.h.0.attn.biases", {1}, "tensor transformer.h.0.attn.biases: unexpected"},
+          {"transformer.h..attn.bias", {1}, "unexpected"},
+          {"model.wte.weight", {11, 8}, "unexpected"},
+          {"bad\nname", {1}, "tensor \"bad\\nname\""},
+          {"wte.weight", {11, 8}, "there twice"}})
+        check(reason, [&, &name = name, &shape = shape](Weights& w) { w.add(name, shape); });
+    check("nnn\"...: unexpected", [](Weights& w) { w.add(std::string(5000, 'n'), {1}); });
+    for (auto& [name, shape, reason] :
+         {std::tuple{"wte.weight", Shape{8, 11},
+                     "tensor transformer.wte.weight: expected shape [11,8], found [8,11]"},
+          {"h.0.attn.c_attn.weight", {24, 8}, "expected shape [8,24], found [24,8]"},
+          {"ln_f.weight", {1, 8}, "expected shape [8], found [1,8]"},
+          {"ln_f.bias", {}, "expected shape [8], found []"},
+          {"ln_f.bias", {0}, "expected shape [8], found [0]"}})
+        check(reason,
+              [&, &name = name, &shape = shape](Weights& w) { w.reshape(p + name, shape); });
+    // A folder without the file gets an answer that helps.
+    check_refused(scratch / "none", "there is no such folder",
+                  [&] { config_of_folder(scratch / "none"); });
+    CHECK(find_weights(scratch.path) == path);
+    remove_file(path);
+    check_refused(scratch.path, "found no such file. Save a model of another form",
+                  [&] { find_weights(scratch.path); });
+}
+
+TEST_CASE("config.json: written here it is read here; Hugging Face's own is understood") {
+    TemporaryFolder scratch;
+    const std::string path = scratch / "config.json";
+    auto check_read = [&](const Config& expected) {
+        const Config config = read_hf_config(path);
+        for (auto member : {&Config::n_layer, &Config::n_head, &Config::n_embd,
+                            &Config::n_positions, &Config::vocab_size})
+            CHECK(config.*member == expected.*member);
+        CHECK(config.untied_head == expected.untied_head);
+    };
+    for (bool untied_head : {false, true})
+        for (int end_of_text : {299, -1}) {
+            const Config config{3, 2, 10, 7, 300, untied_head, 0.1f};
+            put_file(path, hf_config(config, end_of_text).write(2));
+            check_read(config);
+            CHECK(contains(read_file(path), "\"attn_pdrop\": 0.1,"));
+            CHECK(contains(read_file(path),
+                           end_of_text < 0 ? "\"eos_token_id\": null" : "\"eos_token_id\": 299"));
+        }
+    // The fields of the published GPT-2, in an order of their own.
+    put_file(path, R"({"activation_function": "gelu_new", "attn_pdrop": 0.1,
+        "architectures": ["GPT2LMHeadModel"], "bos_token_id": 50256, "embd_pdrop": 0.1,
+        "eos_token_id": 50256,
+        "initializer_range": 0.02, "layer_norm_epsilon": 0.00001, "model_type": "gpt2",
+        "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024,
+        "resid_pdrop": 0.1,
+        "summary_activation": null, "summary_use_proj": true, "vocab_size": 50257,
+        "task_specific_params": {"text-generation": {"do_sample": true, "max_length": 50}}})");
+    check_read({12, 12, 768, 1024, 50257});
+}
+
+TEST_CASE("config.json: what this model does not do is refused by name") {
+    TemporaryFolder scratch;
+    const std::string path = scratch / "config.json";
+    const Json good = hf_config(tiny_config, 10);
+    auto check = [&](const std::string& text, const std::string& reason) {
+        put_file(path, text);
+        check_refused(path, reason, [&] { read_hf_config(path); });
+    };
+    // A member, what follows its name and value in the message, and values that are refused.
+    const std::tuple<const char*, const char*, std::vector<const char*>> values[] = {
+        {"model_type", ": only \"gpt2\"", {"\"gpt_neo\""}},
+        {"activation_function", ": only the tanh GELU", {"\"gelu\"", "\"relu\"", "7"}},
+        {"n_inner", ": only null or 4 n_embd", {"31", "0"}},
+        {"n_ctx", ": it must equal n_positions", {"5"}},
+        {"layer_norm_epsilon", ": only 1e-5", {"1e-6", "0", "\"1e-5\""}},
+        {"scale_attn_weights", ": only true", {"false"}},
+        {"scale_attn_by_inverse_layer_idx", ": only false", {"true"}},
+        {"reorder_and_upcast_attn", ": only false", {"true"}},
+        {"add_cross_attention", ": only false", {"true"}},
+        {"is_encoder_decoder", ": only false", {"true"}},
+        {"quantization_config", ": quantised weights", {"{\"bits\":4}"}},
+        {"pruned_heads", ": pruned heads", {"{\"0\":[1]}"}},
+        {"tie_word_embeddings", ": must be true or false", {"0"}},
+    };
+    for (auto& [key, why, refused] : values)
+        for (const char* value : refused)
+            check(Json(good).set(key, Json::parse(value, "x")).write(),
+                  to_text("\"", key, "\" is ", value, why));
+    // A size, what is said of it, and values that are refused.
+    const std::tuple<const char*, const char*, std::vector<const char*>> sizes[] = {
+        {"n_layer",
+         "must be an integer from 1 to 300, found ",
+         {"0", "-2", "2.5", "301", "2147483648", "1e300"}},
+        {"n_layer", "must be a number, found a string", {"\"2\""}},
+        {"n_layer", "must be a number, found null", {"null"}},
+        {"n_head", "3 does not divide \"n_embd\" 8", {"3"}},
+        {"n_head", "must be an integer from 1 to 65536", {"0", "65537"}},
+        {"n_embd",
+         "must be an integer from 1 to 65536",
+         {"0", "65537", "4294967304", "18446744073709551616"}},
+        {"n_positions", "must be an integer from 1 to 1048576", {"0", "1048577"}},
+        {"vocab_size", "must be an integer from 1 to 65536, found ", {"0", "65537"}},
+        {"vocab_size", "must be a number, found an array", {"[11]"}},
+    };
+    for (auto& [key, reason, refused] : sizes)
+        for (const char* value : refused)
+            check(Json(good).set(key, Json::parse(value, "x")).write(),
+                  to_text("\"", key, "\" ", reason));
+    for (const char* key : {"n_layer", "n_head", "n_embd", "n_positions", "vocab_size"}) {
+        Json changed = good;
+        std::erase_if(changed.members, [&](auto& member) { return member.first == key; });
+        check(changed.write(), to_text("\"", key, "\" is missing"));
+    }
+    for (const char* text : {"", "[]", "7", "{", "{\"n_layer\": 2, \"n_layer\": 2}", "<html>"})
+        check(text, "");
+    check("{\"x\":\"" + std::string(2'000'000, 'x') + "\"}", "at most 1000000 bytes");
+}
+
+// =================================================================================================
+// §14 Checkpoints
+// =================================================================================================
+
+TEST_CASE("checkpoints: the checksum of a file sees every change, on any number of threads") {
+    TemporaryFolder scratch;
+    std::set<std::string> seen;
+    size_t tried = 0;
+    auto sum_of = [&](const std::string& bytes) {
+        put_file(scratch / "f", bytes);
+        tried++;
+        return *seen.insert(file_checksum(scratch / "f")).first;
+    };
+    // Lengths around the chunks', zeros and not; a bit here and there; chunks that change places.
+    for (size_t length : {size_t(0), size_t(1), kChunk - 1, kChunk, kChunk + 1, 7 * kChunk + 3}) {
+        std::string bytes(length, '\0');
+        sum_of(bytes);
+        for (size_t i = 0; i < length; i++) bytes[i] = char(random_bits(3, i));
+        if (length == 0) continue;
+        {
+            const Threads three(3);
+            const std::string sum = sum_of(bytes);
+            const Threads one(1);
+            CHECK(file_checksum(scratch / "f") == sum);
+        }
+        for (size_t bit : {size_t(0), 4 * length, 8 * length - 1}) {
+            std::string changed = bytes;
+            changed[bit / 8] = char(changed[bit / 8] ^ (1 << bit % 8));
+            sum_of(changed);
+        }
+        if (length < 2 * kChunk) continue;
+        std::swap_ranges(bytes.begin(), bytes.begin() + kChunk, bytes.begin() + 3 * kChunk);
+        sum_of(bytes);
+    }
+    CHECK(seen.size() == tried);
+    CHECK(error_of([&] { file_checksum(scratch / "none"); }) ==
+          "cannot read " + (scratch / "none") + ": No such file or directory");
+}
+
+// =================================================================================================
+// §15, §16 Whole runs
+// =================================================================================================
+
+void copy(const std::string& from, const std::string& to) {
+    std::filesystem::copy(from, to, std::filesystem::copy_options::recursive);
+}
+
+// Every file below a folder, with its bytes, but for the lock.
+std::map<std::string, std::string> snapshot(const std::string& folder) {
+    std::map<std::string, std::string> files;
+    for (auto& entry : std::filesystem::recursive_directory_iterator(folder))
+        if (entry.is_regular_file() && entry.path().filename() != "lock")
+            files[entry.path().string()] = read_file(entry.path().string());
+    return files;
+}
+
+// A run that nothing disturbed, for others to be compared with.
+struct Runs : TestRuns {
+    explicit Runs(const Arguments& more = {}) {
+        const Outcome straight = train("straight", more);
+        REQUIRE_MESSAGE(straight.status == 0, straight.err);
+        CHECK(contains(straight.out, "stopped early"));
+        CHECK((end() > 15 && end() < 30));
+    }
+    int64_t end() const { return last_step(out("straight")); }
+    // Resumes the run of that name, which then ends as the undisturbed one.
+    Outcome resume(const std::string& name, const Arguments& more = {}) const {
+        const Outcome resumed = train(name, joined(more, {"--resume", "auto"}));
+        CHECK_MESSAGE(resumed.status == 0, resumed.err);
+        if (!folder_exists(out(name) + "/best"))
+            copy(out("straight") + "/best", out(name) + "/best");
+        check_same_end(out("straight"), out(name));
+        return resumed;
+    }
+    // A run that is interrupted after that step.
+    void stop(const std::string& name, int step, int signal = SIGTERM,
+              const Arguments& more = {}) const {
+        at_step(step, [=] { ::raise(signal); });
+        CHECK(train(name, more).status == 130);
+        CHECK(last_step(out(name)) == step);
+    }
+};
+
+// The exit status of a child process that catches signals as a run does and then calls f.
+int child_status(const std::function<void()>& f) {
+    const pid_t child = ::fork();
+    if (child == 0) catch_signals(), f(), ::_exit(7);
+    int status = 0;
+    REQUIRE(::waitpid(child, &status, 0) == child);
+    CHECK(WIFEXITED(status));
+    return WEXITSTATUS(status);
+}
+
+// A small model with new weights, and one from a folder.
+std::unique_ptr<Gpt2<Cpu>> small_model() {
+    auto model = std::make_unique<Gpt2<Cpu>>(Config{1, 2, 8, 8, 257});
+    model->reserve(1, 8, Use::training);
+    model->initialise(1);
+    return model;
+}
+std::unique_ptr<Gpt2<Cpu>> loaded(const std::string& folder, int B, int T) {
+    auto model = std::make_unique<Gpt2<Cpu>>(config_of_folder(folder));
+    model->reserve(B, T, Use::evaluation);
+    load_weights(*model, folder);
+    return model;
+}
+
+bool near(double a, double b, double relative) { return std::abs(a - b) <= relative * std::abs(b); }
+
+// A run with everything on, made once for the next three cases, and what its log says of the rest.
+struct WholeRun : TestRuns {
+    static constexpr int64_t kBlocks = 88 + 17 + 0 + 1 + 42, kRows = 12;  // of an epoch, of a step
+    Outcome outcome;
+    std::vector<LogRow> rows;
+    int64_t end = 0, resets = 0;       // resets: a better evaluation after one that was not
+    std::vector<TrainerState> states;  // after each step
+    std::vector<std::string> titles;   // of the samples
+
+    WholeRun() {
+        put_file(data() + "/dataset.json", "{\"floor\": 1.25}");
+        outcome = train(
+            "out",
+            words("--grad-accum-steps 4 --max-steps 60 --save-interval 1 --keep 100 --patience 4 "
+                  "--eval-interval 3 --eval-batches 4 --sample-interval 7 --log-interval 4 "
+                  "--learning-rate 0.3 --weight-decay 0.2 --beta1 0.8 --beta2 0.97 --eps 1e-6 "
+                  "--grad-clip 0.7 --skip-outliers 9 --seed 5 --prompt the"));
+        REQUIRE_MESSAGE(outcome.status == 0, outcome.err);
+        rows = read_log(out() + "/log.csv", 60), end = last_step(out());
+        REQUIRE(int64_t(rows.size()) == end + 1);
+        TrainerState state;
+        for (const LogRow& row : rows) {
+            add(row, state);
+            states.push_back(state);
+        }
+        CHECK(resets > 0);
+    }
+    bool evaluated(int64_t s) const { return s % 3 == 0 || s == end; }
+    std::string checkpoint(int64_t s) const { return checkpoint_folder(out(), s); }
+
+    // What follows from one more row.
+    void add(const LogRow& row, TrainerState& state) {
+        const auto s = int64_t(*row.step);
+        state.step = s, state.samples = kRows * s, state.guards.updates = s;
+        state.planned_steps = 60, state.finished = s == end;
+        if (row.val_loss) state.val_loss = *row.val_loss;
+        if (s == 0) return;
+        state.train_loss = *row.train_loss;
+        state.epoch_loss += *row.train_loss, ++state.epoch_steps;
+        if (row.val_loss) {
+            const bool better = *row.val_loss < state.best_loss;
+            resets += better && state.stale_evals > 0;
+            state.stale_evals = better ? 0 : state.stale_evals + 1;
+            if (better) state.best_loss = *row.val_loss, state.best_step = s;
+        }
+        const int64_t epoch = kRows * s / kBlocks;
+        if (epoch > kRows * (s - 1) / kBlocks) {
+            titles.push_back(format("epoch %ld ends at step %ld: mean train loss %.4f", epoch, s,
+                                    state.epoch_loss / double(state.epoch_steps)));
+            state.epoch_loss = 0, state.epoch_steps = 0;
+        } else if (s % 7 == 0) {
+            titles.push_back(format("sample at step %ld", s));
+        }
+    }
+};
+const WholeRun& whole_run() {
+    static const WholeRun run;
+    return run;
+}
+
+TEST_CASE("run: log.csv is read as it was written; half a row, and one too late, is left out") {
+    TemporaryFolder scratch;
+    std::vector<LogRow> rows(4);
+    for (size_t i = 0; i < rows.size(); ++i) {
+        for (const LogColumn& column : kLogColumns)
+            if (random_bits(i, size_t(&column - kLogColumns)) % 3)
+                rows[i].*column.value = random_normal(7, 13 * i + size_t(&column - kLogColumns));
+        rows[i].step = double(i);
+    }
+    rows[1] = {};
+    rows[1].step = 1, rows[1].train_loss = 0.5, rows[1].lr = INFINITY, rows[1].grad_norm = -NAN;
+    const std::string text = log_text(rows);
+    CHECK(
+        text.starts_with("step,epoch,tokens,train_loss,eval_train_loss,val_loss,perplexity,floor,"
+                         "lr,grad_norm,tokens_per_s,mfu,seconds\n"));
+    CHECK(log_line(rows[1]) == "1,,,0.5,,,,,inf,nan,,,\n");
+    // Lines that are no row: a step again, too many fields, no number, too few, no line end.
+    const std::string bad = "3,,,,,,,,,,,,\n4,,,,,,,,,,,,,\n4,,,x,,,,,,,,,\n4,,,\n4,,,,,,,,,,,,";
+    put_file(scratch / "log.csv", text + bad);
+    CHECK(log_text(read_log(scratch / "log.csv", 9)) == text);
+    CHECK(read_log(scratch / "log.csv", 2).size() == 3);
+    CHECK(read_log(scratch / "none.csv", 2).empty());
+}
+
+TEST_CASE("run: a row of the log is what was measured, and when it was due") {
+    const WholeRun& run = whole_run();
+    const Shards train(run.data() + "/train_*.bin"), val(run.data() + "/val_*.bin");
+    const std::vector<Window> val_windows = evaluation_windows(val, 8, 256);
+    const DataOrder fixed{train, 3, 8, 0, true};
+    for (int64_t s = 0; s <= run.end; ++s) {
+        CAPTURE(s);
+        const LogRow& row = run.rows[size_t(s)];
+        const bool evaluated = run.evaluated(s);
+        CHECK(*row.step == double(s));
+        CHECK(*row.tokens == double(s * 12 * 8));
+        CHECK(near(*row.epoch, double(12 * s) / run.kBlocks, 1e-5));
+        CHECK(row.train_loss.has_value() == (s > 0));
+        CHECK(row.grad_norm.has_value() == (s > 0));
+        CHECK(row.val_loss.has_value() == evaluated);
+        CHECK(row.eval_train_loss.has_value() == evaluated);
+        CHECK(row.floor == (evaluated ? std::optional(1.25) : std::nullopt));
+        if (evaluated) CHECK(near(*row.perplexity, std::exp(*row.val_loss), 1e-7));
+        if (s == 0) continue;
+        CHECK(near(*row.lr, learning_rate({Schedule::cosine, 0.3, 0.5, 16, 60}, s - 1), 1e-8));
+        // Tokens a second are of this step.
+        const double seconds = verify_checkpoint(run.checkpoint(s)).seconds;
+        const double before = s > 1 ? verify_checkpoint(run.checkpoint(s - 1)).seconds : 0;
+        CHECK(std::abs(*row.seconds - seconds) < 0.001);
+        CHECK(near(*row.tokens_per_s, 12 * 8 / (seconds - before), 1e-3));
+        // The evaluation, by the weights that were saved.
+        if (s != 6 && s != run.end) continue;
+        const auto model = loaded(run.checkpoint(s), 3, 8);
+        CHECK(near(*row.val_loss, evaluate(*model, val_windows, {}).loss(), 1e-8));
+        double total = 0, scored = 0;
+        for (int64_t i = 0; i < 4; ++i) {
+            const Batch batch = fixed.batch(3 * i, 257);
+            for (float loss : batch_losses(*model, batch)) total += double(loss);
+            scored += double(batch.scored);
+        }
+        CHECK(near(*row.eval_train_loss, total / scored, 1e-8));
+    }
+}
+
+TEST_CASE("run: a step is train_step on the text that is next, with the options of the run") {
+    const WholeRun& run = whole_run();
+    const Shards train(run.data() + "/train_*.bin");
+    const DataOrder order{train, 3, 8, 5, true};
+    const StepOptions options = {5,
+                                 {Schedule::cosine, 0.3, 0.5, 16, 60},
+                                 {0.8, 0.97, 1e-6, 0.2},
+                                 {0.7, 9}};
+    for (int64_t s : {1, 9, 14}) {  // made again from the checkpoint before; 14: in a new epoch
+        Config config = config_of_folder(run.checkpoint(s));
+        config.dropout = 0.1f;
+        Gpt2<Cpu> model(config);
+        model.reserve(3, 8, Use::training);
+        model.initialise(5);
+        if (s > 1) {
+            load_weights(model, run.checkpoint(s - 1)), load_moments(model, run.checkpoint(s - 1));
+            *model.state = verify_checkpoint(run.checkpoint(s - 1)).guards;
+        }
+        std::vector<Batch> batches;
+        for (int64_t i = 0; i < 4; ++i) batches.push_back(order.batch(12 * (s - 1) + 3 * i, 257));
+        train_step(model, batches, options, s - 1);
+        const LogRow& row = run.rows[size_t(s)];
+        CHECK(near(*row.train_loss, model.state->loss, 1e-8));
+        CHECK(near(*row.grad_norm, model.state->grad_norm, 1e-8));
+        CHECK(near(*row.lr, model.state->lr, 1e-8));
+        CHECK(model.get_weights() == loaded(run.checkpoint(s), 3, 8)->get_weights());
+    }
+}
+
+TEST_CASE("run: every checkpoint knows what the log says, and best/ is the best of them") {
+    const WholeRun& run = whole_run();
+    for (int64_t s = 1; s <= run.end; ++s) {
+        CAPTURE(s);
+        const TrainerState state = verify_checkpoint(run.checkpoint(s));
+        const TrainerState& expected = run.states[size_t(s)];
+        CHECK(state.planned_steps == expected.planned_steps);
+        CHECK(state.step == expected.step);
+        CHECK(state.samples == expected.samples);
+        CHECK(state.guards.updates == expected.guards.updates);
+        CHECK(state.finished == expected.finished);
+        CHECK(state.best_step == expected.best_step);
+        CHECK(state.stale_evals == expected.stale_evals);
+        CHECK((state.stale_evals >= 4) == (s == run.end));  // --patience
+        CHECK(state.epoch_steps == expected.epoch_steps);
+        CHECK(near(state.epoch_loss, expected.epoch_loss, 1e-7));
+        CHECK(near(state.train_loss, expected.train_loss, 1e-8));
+        CHECK(near(state.val_loss, expected.val_loss, 1e-8));
+        if (expected.best_step > 0) CHECK(near(state.best_loss, expected.best_loss, 1e-8));
+    }
+    CHECK(read_file(run.out() + "/best/model.safetensors") ==
+          read_file(run.checkpoint(run.states.back().best_step) + "/model.safetensors"));
+}
+
+TEST_CASE("run: the terminal and samples.txt have what is due, and a sample can be made again") {
+    const WholeRun& run = whole_run();
+    const std::string& said = run.outcome.out;
+    CHECK(contains(said, "\nrun        60 steps of 96 tokens (4.86 epochs) into "));
+    CHECK(contains(said, format("stopped early: no progress (--patience): %ld steps", run.end)));
+    std::vector<std::string> lines, expected, titles = run.titles, found;
+    for (const std::string& line : split_at(said, '\n'))
+        if (line.starts_with("step ")) lines.push_back(line.substr(0, line.find('|') + 2));
+    for (int64_t s = 0; s <= run.end; ++s)
+        if (run.evaluated(s) || s % 4 == 0) expected.push_back(format("step %ld/60 | ", s));
+    CHECK(lines == expected);
+    for (const std::string& line : split_at(read_file(run.out() + "/samples.txt"), '\n'))
+        if (line.starts_with("=== ")) found.push_back(line.substr(4));
+    CHECK(titles.size() > 4);
+    titles.push_back("the model writes:");
+    CHECK(found == titles);
+    // The last sample, by the weights that were saved: from the prompt, with the run's seed.
+    const auto model = loaded(run.checkpoint(run.end), 1, 8);
+    std::string bytes = "the";
+    generate(*model, {256, 't', 'h', 'e'}, {.max_new_tokens = 100, .seed = 5, .end_of_text = 256},
+             [&](int token) { return bytes += Tokenizer::bytes().bytes_of(token), true; });
+    const std::string sample = "the model writes:\n" + take_characters(bytes, true) + "\n";
+    CHECK(read_file(run.out() + "/samples.txt").ends_with("=== " + sample + "\n"));
+    CHECK(contains(said, "\n" + sample));
+}
+
+TEST_CASE("run: MFU is the model's operations a second over the peak of the machine's products") {
+    struct Machine : Cpu {  // of a peak that is known
+        double peak_flops() const { return 1e7; }
+    };
+    const TestRuns place;
+    const Corpus corpus(place.data() + "/train_*.bin");
+    Gpt2<Machine> model({1, 2, 8, 8, 257});
+    model.reserve(2, 8, Use::training);
+    model.initialise(1);
+    RunOptions o;
+    o.output = place.path, o.batch_size = 2, o.max_steps = 2, o.eval_interval = 0;
+    Trainer<Machine> trainer(o, corpus, model);
+    outcome_of([&] { return int(trainer.run({})); });
+    const std::vector<LogRow> rows = read_log(place.path + "/log.csv", 2);
+    REQUIRE(rows.size() == 3);
+    CHECK(near(*rows[2].mfu, *rows[2].tokens_per_s * flops_per_token(model.config, 8) / 1e7, 1e-3));
+    CHECK(!rows[2].val_loss);
+    CHECK(!rows[0].eval_train_loss);
+}
+
+TEST_CASE("run: the number of steps is that of --max-steps or --epochs, whichever is fewer") {
+    const TestRuns place({801});  // 100 blocks
+    // 0.07 * 100 is a little more than 7, in floating point.
+    const std::vector<std::pair<std::string, int64_t>> cases =
+        {{"--epochs 0.07 --batch-size 7", 1},
+         {"--epochs 0.08 --batch-size 7", 2},
+         {"--epochs 0.0001", 1},
+         {"--epochs 0.5 --batch-size 5 --grad-accum-steps 2", 5},
+         {"--epochs 0.5 --max-steps 3", 3},
+         {"--epochs 0.1 --max-steps 3 --batch-size 5", 2},
+         {"--epochs 2 --batch-size 90", 3}};
+    for (const auto& [given, steps] : cases) {
+        const std::string options = given;  // clang 14 cannot capture a structured binding
+        CAPTURE(options);
+        std::filesystem::remove_all(place.out());
+        const Arguments more = words("--grad-accum-steps 1 --patience 0 " + options);
+        CHECK(place.train("out", more).status == 0);
+        REQUIRE(last_step(place.out()) == steps);
+        CHECK(verify_checkpoint(checkpoint_folder(place.out(), steps)).planned_steps == steps);
+    }
+}
+
+TEST_CASE("run: a run whose time is up is evaluated, and says how much time it had left") {
+    TestRuns place;
+    const Arguments options =
+        words("--patience 0 --eval-interval 1000000 --save-interval 0 --max-minutes 0.002");
+    const Outcome up = place.train("out", joined(options, {"--max-steps", "1000000000000"}));
+    CHECK_MESSAGE(up.status == 0, up.err);
+    CHECK(contains(up.out, "time is up (--max-minutes)"));
+    CHECK_MESSAGE(!contains(up.out, "best inf"), up.out);
+    CHECK(folder_exists(place.out() + "/best"));
+    CHECK(std::isfinite(*read_log(place.out() + "/log.csv", 1000000000000).back().val_loss));
+    for (const std::string& line : split_at(up.out, '\n'))
+        if (line.ends_with(" left")) CHECK_MESSAGE(line.ends_with("| 0s left"), line);
+    // Without any other limit, as many steps are planned as seem to fit.
+    const Outcome fits = train_gpt(
+        joined(options, {"--data", place.data(), "--output", place.out("fits"), "--seq-len", "8"}));
+    CHECK_MESSAGE(fits.status == 0, fits.err);
+    CHECK(verify_checkpoint(checkpoint_folder(place.out("fits"), last_step(place.out("fits"))))
+              .planned_steps >= last_step(place.out("fits")));
+}
+
+TEST_CASE("run: the norms of every tensor are those of its weights, gradients and updates") {
+    TestRuns place;
+    const Outcome run = place.train("out", words("--tensor-stats-interval 2 --save-interval 1 "
+                                                 "--keep 9 --max-steps 3 --warmup-steps 0"));
+    REQUIRE_MESSAGE(run.status == 0, run.err);
+    CHECK(!contains(run.out, "\nstep 1   "));
+    CHECK(!contains(run.out, "\nstep 3   "));
+    const std::string table = run.out.substr(run.out.find("\nstep 2   "));
+    // Gradients from AdamW's first moments, m2 = 0.9 m1 + 0.1 g, with g clipped to a norm of 1.
+    const double norm = *read_log(place.out() + "/log.csv", 3)[2].grad_norm;
+    auto values_of = [&](int64_t step, bool moments, const TensorInfo& t) {
+        const SafetensorsFile file(checkpoint_folder(place.out(), step) +
+                                   (moments ? "/optimizer.safetensors" : "/model.safetensors"));
+        std::vector<double> values(t.count);
+        file.read(*file.find((moments ? "m." : "") + name_in_checkpoint(t.name)), values.data());
+        return values;
+    };
+    for (const TensorInfo& t : layout_of(config_of_folder(place.out() + "/checkpoint-2")).tensors) {
+        CAPTURE(t.name);
+        const auto before = values_of(1, false, t), after = values_of(2, false, t);
+        const auto m1 = values_of(1, true, t), m2 = values_of(2, true, t);
+        double weight = 0, gradient = 0, update = 0;
+        for (size_t i = 0; i < t.count; ++i) {
+            weight += after[i] * after[i];
+            gradient += std::pow((m2[i] - 0.9 * m1[i]) / 0.1 * std::max(1.0, norm), 2);
+            update += std::pow(after[i] - before[i], 2);
+        }
+        double said[4] = {};
+        const size_t at = table.find("\n" + t.name + " ");
+        REQUIRE(at != table.npos);
+        std::sscanf(table.c_str() + at + 1 + t.name.size(), "%lf %lf %lf %lf", &said[0], &said[1],
+                    &said[2], &said[3]);
+        CHECK(near(said[0], std::sqrt(weight), 1e-4));
+        CHECK(near(said[1], std::sqrt(gradient), 1e-3));
+        CHECK(near(said[2], std::sqrt(update), 1e-4));
+        CHECK(near(said[3], std::sqrt(update / weight), 1e-2));
+    }
+}
+
+TEST_CASE("run: resumed at every step, it is the same run to the bit, on 1, 2 and 3 threads") {
+    Runs place(words("--save-interval 1 --keep 100"));
+    for (int threads = 1; threads <= 3; threads++)
+        for (int64_t step = 1; step < place.end(); step += threads == 1 ? 1 : 4) {
+            CAPTURE(threads);
+            CAPTURE(step);
+            const std::string output = place.out("resumed");
+            make_folders(output);
+            copy(checkpoint_folder(place.out("straight"), step), checkpoint_folder(output, step));
+            // The log of a run that was killed later: more rows than the checkpoint, half a line.
+            put_file(output + "/log.csv",
+                     read_file(place.out("straight") + "/log.csv") + "31,0.2,12");
+            const Outcome resumed =
+                place.resume("resumed", {"--save-interval", "0", "--threads", to_text(threads)});
+            CHECK(resumed.err == "");
+            std::filesystem::remove_all(output);
+        }
+}
+
+#if defined(__SSE__) || defined(__aarch64__)
+TEST_CASE("run: numbers too small to mean anything count as zero, in threads begun later too") {
+    float before = 0, after = 0, later = 0;
+    auto product = [] {
+        volatile float small = 1e-30f;
+        return small * 1e-10f;
+    };
+    std::thread([&] {  // a thread of its own, so that no other test runs like that
+        before = product();
+        tinygpt::flush_tiny_numbers();
+        after = product();
+        std::thread([&] { later = product(); }).join();
+    })
+        .join();
+    CHECK(before > 0);
+    CHECK(after == 0);
+    CHECK(later == 0);
+}
+#endif
+
+TEST_CASE("run: an interrupt finishes the step, saves and exits 130; the rest is the same run") {
+    Runs place;
+    for (int signal : {SIGINT, SIGTERM, SIGHUP})
+        for (int step : {1, 5, 13}) {
+            const std::string name = to_text("run", signal, "-", step);
+            place.stop(name, step, signal);
+            place.resume(name);
+        }
+    // The second request ends the process at once; two within 50 ms are one. On a clock that only
+    // this test moves: a process may be held up for longer than that between two signals.
+    auto send = [](int signal) {
+        // That sanitizer never delivers one to the child of a process with threads.
+        thread_sanitizer ? on_stop_signal(signal) : void(::raise(signal));
+    };
+    auto exit_status = [send](std::initializer_list<int64_t> pauses) {
+        return child_status([=] {
+            steady_clock_shows = 1;
+            send(SIGINT);
+            for (int64_t pause : pauses) steady_clock_shows += pause, send(SIGTERM);
+        });
+    };
+    CHECK(exit_status({}) == 7);
+    CHECK(exit_status({0}) == 7);
+    CHECK(exit_status({50'000'000}) == 7);
+    CHECK(exit_status({50'000'001}) == 130);
+    CHECK(exit_status({20'000'000, 20'000'000}) == 7);
+    CHECK(exit_status({20'000'000, 40'000'000}) == 130);
+    // Under nohup a closed terminal is ignored.
+    ::signal(SIGHUP, SIG_IGN);
+    CHECK(child_status([] { ::raise(SIGHUP), ::_exit(stop_asked == 0 ? 7 : 8); }) == 7);
+    ::signal(SIGHUP, SIG_DFL);
+}
+
+TEST_CASE("run: a finished run is left alone, no run is written over, and one writes at a time") {
+    Runs place;
+    const auto before = snapshot(place.path);
+    const Outcome again = place.resume("straight"), over = place.train("straight");
+    CHECK(contains(again.out, "is finished"));
+    CHECK(over.status == 1);
+    CHECK(over.says("already holds a run"));
+    CHECK(over.lines() == 1);
+    CHECK(snapshot(place.path) == before);
+    // One run in a folder at a time; a lock file that was left behind locks nothing. With nothing to
+    // resume, --resume auto starts.
+    make_folders(place.out());
+    {
+        const FileHandle lock = lock_folder(place.out());
+        const Outcome second = place.train("out");
+        CHECK(second.status == 1);
+        CHECK(second.says("another run is writing into"));
+        CHECK(second.lines() == 1);
+        CHECK(list_folder(place.out()) == std::vector<std::string>{"lock"});
+    }
+    place.resume("out");
+}
+
+TEST_CASE("run: resuming with any option that changes the numbers is refused, naming it") {
+    Runs place;
+    place.stop("out", 7);
+    const auto before = snapshot(place.path);
+    const std::string changed =
+        "model gpt2 n-layer 2 n-head 4 n-embd 16 n-positions 9 vocab-size 300 dropout 0.2 "
+        "untied-head 1 recompute-gelu 1 seed 1 batch-size 2 seq-len 7 grad-accum-steps 1 shuffle 0 "
+        "overfit-batch 1 max-steps 31 epochs 3 max-minutes 9 learning-rate 0.2 min-lr-fraction 0 "
+        "schedule wsd warmup-steps 0 weight-decay 0 beta1 0.8 beta2 0.99 eps 1e-6 grad-clip 0 "
+        "eval-interval 3 eval-batches 2 patience 6 on-nan skip skip-outliers 9";
+    std::set<std::string> tried = {"data",      "train-shards", "val-shards",
+                                   "init-from", "precision",    "tune-matmul"};  // known otherwise
+    const Arguments pairs = words(changed);
+    for (size_t i = 0; i < pairs.size(); i += 2) {
+        tried.insert(pairs[i]);
+        const Outcome refused =
+            place.train("out", {"--resume", "auto", "--" + pairs[i], pairs[i + 1]});
+        CAPTURE(refused.err);
+        CHECK(refused.status == 2);
+        CHECK(refused.says("--" + pairs[i]));
+        CHECK(refused.says("--override"));
+        CHECK(refused.lines() == 1);
+    }
+    const Json list = options_that_change_numbers(Options());
+    for (auto& option : list.members) CHECK_MESSAGE(tried.contains(option.first), option.first);
+    CHECK(snapshot(place.path) == before);
+    // What does not change the numbers may differ, and --override lets everything pass.
+    copy(place.out(), place.out("copy"));
+    place.resume("out", words("--keep 9 --log-interval 1"));
+    const Outcome forced =
+        place.train("copy", words("--resume auto --learning-rate 0.2 --max-steps 9 --override"));
+    CHECK_MESSAGE(forced.status == 0, forced.err);
+    CHECK(last_step(place.out("copy")) == 9);
+}
+
+TEST_CASE("run: data that was moved is the same data, data that was changed is not") {
+    Runs place;
+    const std::string moved = place.path + "/moved";
+    const std::vector<std::pair<std::string, std::vector<uint16_t>>> changes =
+        {{"", {}},  // only moved
+         {"/train_000001.bin", noisy_text(131, 99)},
+         {"/val_000000.bin", noisy_text(149, 77)},
+         {"/train_000005.bin", noisy_text(5, 5)}};
+    for (const auto& [file, tokens] : changes) {
+        std::filesystem::remove_all(place.out());
+        place.stop("out", 7);
+        copy(place.data(), moved);
+        if (file.empty()) {
+            place.resume("out", {"--data", moved});
+        } else {
+            put_shard(moved + file, tokens);
+            const Outcome refused = place.train("out", {"--data", moved, "--resume", "auto"});
+            CHECK(refused.status == 2);
+            CHECK(refused.says("the data has changed"));
+        }
+        std::filesystem::remove_all(moved);
+    }
+}
+
+TEST_CASE("run: a damaged checkpoint is passed over, saying why; with none left the run refuses") {
+    Runs place;
+    place.stop("out", 13, SIGTERM, {"--keep", "3"});
+    CHECK(checkpoint_steps(place.out()) == std::vector<int64_t>{13, 10, 5});
+    std::filesystem::resize_file(place.out() + "/checkpoint-13/optimizer.safetensors", 100);
+    std::filesystem::remove(place.out() + "/checkpoint-10/config.json");
+    copy(place.out(), place.out("copy"));
+    const Outcome resumed = place.resume("out");
+    CHECK(resumed.says("passing over " + place.out() + "/checkpoint-13: "));
+    CHECK(resumed.says("checkpoint-13/optimizer.safetensors is damaged"));
+    CHECK(resumed.says("checkpoint-10/config.json is missing"));
+    CHECK(folder_exists(place.out() + "/checkpoint-13.set-aside"));
+    copy(place.out("copy"), place.out("no log"));
+    std::filesystem::resize_file(place.out("copy") + "/checkpoint-5/trainer_state.json", 1000);
+    const auto before = snapshot(place.out("copy"));
+    const Outcome refused = place.train("copy", {"--resume", "auto"});
+    CHECK(refused.status == 1);
+    CHECK(refused.says("no checkpoint in " + place.out("copy") + " is whole"));
+    CHECK(refused.lines() == 4);  // three were passed over
+    CHECK(snapshot(place.out("copy")) == before);
+    // A log that lacks rows is continued, with a warning.
+    const std::string log = place.out("no log") + "/log.csv";
+    put_file(log, log_text({}) + "3,0,0,0.5,,,,,,,,,\n");
+    const Outcome without = place.train("no log", {"--resume", "auto"});
+    CHECK(without.status == 0);
+    CHECK(without.says("warning: " + log + " has 1 of the 6 rows up to step 5"));
+    CHECK(read_log(log, 99).size() == 1 + size_t(place.end()) - 5);
+}
+
+TEST_CASE("run: a single flipped bit anywhere in a checkpoint is never loaded silently") {
+    TestRuns place;
+    REQUIRE(place.train("out", {"--max-steps", "5", "--patience", "0"}).status == 0);
+    const std::string checkpoint = place.out() + "/checkpoint-5";
+    const std::vector<std::string> files = list_folder(checkpoint);
+    CHECK(files.size() == 8);
+    CHECK(verify_checkpoint(checkpoint).step == 5);
+    // Ten bits of every file, some of them the first and the last.
+    for (const std::string& name : files) {
+        const std::string path = checkpoint + "/" + name, good = read_file(path);
+        const size_t bits = 8 * good.size();
+        for (uint64_t i = 0; i < 10; i++) {
+            const size_t bit = i == 0 ? 0 : i == 1 ? bits - 1 : random_bits(9, i) % bits;
+            std::string bad = good;
+            bad[bit / 8] = char(bad[bit / 8] ^ (1 << bit % 8));
+            put_file(path, bad);
+            CHECK(error_of([&] { verify_checkpoint(checkpoint); }) != "");
+            const bool moments = contains(name, "optimizer");  // not read in use
+            CHECK((error_of([&] { config_of_folder(checkpoint); }) == "") == moments);
+        }
+        put_file(path, good);
+    }
+    CHECK(verify_checkpoint(checkpoint).step == 5);
+    const Outcome resumed = place.train("out", {"--resume", place.out() + "/best"});
+    CHECK(resumed.status == 1);
+    CHECK(resumed.says("has no moments"));
+    // Weights that were changed on purpose, and the way to use them that the message names.
+    const std::string weights = read_file(checkpoint + "/model.safetensors");
+    put_file(checkpoint + "/model.safetensors",
+             weights.substr(0, weights.size() - 4) + std::string(4, '\0'));
+    CHECK(contains(error_of([&] { config_of_folder(checkpoint); }),
+                   "if it was changed on purpose, remove trainer_state.json"));
+    CHECK(!contains(error_of([&] { verify_checkpoint(checkpoint); }), "on purpose"));
+    remove_file(checkpoint + "/trainer_state.json");
+    CHECK(config_of_folder(checkpoint).n_embd == 8);
+    // Hugging Face's trainer writes a file of that name, of any length, without checksums.
+    put_file(checkpoint + "/trainer_state.json",
+             "{\"epoch\": 1.0, \"log_history\": [" + std::string(20'000'000, ' ') + "]}");
+    CHECK(config_of_folder(checkpoint).n_embd == 8);
+}
+
+TEST_CASE(
+    "run: whichever call of a save fails, the last good checkpoint stays, and all can go on") {
+    TestRuns place;
+    const auto model = small_model();
+    const Tokenizer tokenizer = Tokenizer::bytes();
+    TrainerState state;
+    auto save = [&](const std::string& name, int64_t step) {
+        model->initialise(uint64_t(step));
+        state.step = step;
+        save_checkpoint(*model, place.out(name), &tokenizer, state, Purpose::resume);
+    };
+    auto step_in = [&](const std::string& name) { return verify_checkpoint(place.out(name)).step; };
+    // Errno -1: a write comes up short, which is no failure.
+    struct Case {
+        std::string target;
+        bool can_exchange;  // two folders can change places in one step
+        int code;
+        std::set<std::string> calls;
+    };
+    const std::set<std::string> of_a_file = {"mkdir", "open", "write", "fsync", "rename"};
+    std::set<std::string> renamed = of_a_file, exchanged = of_a_file;
+    renamed.insert({"unlink", "rmdir"}), exchanged.insert({"unlink", "rmdir", "exchange"});
+    const std::vector<Case> cases = {{"checkpoint-2", true, EIO, of_a_file},
+                                     {"checkpoint-2", true, ENOSPC, of_a_file},
+                                     {"checkpoint-2", true, -1, {"write"}},
+                                     {"best", true, EIO, exchanged},
+                                     {"best", false, ENOSPC, renamed}};
+    for (const Case& c : cases) {
+        std::set<std::string> failed_calls;
+        bool failed = true;
+        for (int nth = 0; failed; nth++) {
+            std::filesystem::remove_all(place.out("checkpoint-2"));
+            save("checkpoint-1", 1), save("best", 1);
+            int calls = 0;
+            failed = false;
+            bool harmless = c.code < 0;
+            file_fault() = [&](const char* call, const std::string&) {
+                const std::string name = call;
+                if (name == "exchange" && !c.can_exchange) return EINVAL;
+                if ((c.code < 0 && name != "write") || calls++ != nth) return 0;
+                failed = true, failed_calls.insert(name);
+                harmless |= name == "exchange";  // then they are renamed one after the other
+                return c.code;
+            };
+            const std::string message = error_of([&] { save(c.target, 2); });
+            file_fault() = nullptr;
+            CAPTURE(message);
+            CHECK((message == "") == (!failed || harmless));
+            CHECK(step_in("checkpoint-1") == 1);
+            recover_folders(place.path);
+            if (folder_exists(place.out("checkpoint-2"))) CHECK(step_in("checkpoint-2") == 2);
+            CHECK((step_in("best") == 1 || (c.target == "best" && step_in("best") == 2)));
+            for (const std::string& name : list_folder(place.path))
+                CHECK((name == "data" || name == "best" || step_of_name(name) > 0));
+            save(c.target, 3);  // and the next save is as good as any
+            CHECK(step_in(c.target) == 3);
+        }
+        CHECK(failed_calls == c.calls);
+    }
+}
+
+TEST_CASE(
+    "run: a save syncs every file before its name, its folder, the rename, and the folder above") {
+    TemporaryFolder place;
+    const auto model = small_model();
+    const Tokenizer tokenizer = Tokenizer::bytes();
+    for (bool replaces : {false, true}) {
+        std::vector<std::pair<std::string, std::string>> calls;
+        file_fault() = [&](const char* call, const std::string& path) {
+            calls.emplace_back(call, path);
+            return 0;
+        };
+        const std::string folder = place / "checkpoint-1", temporary = folder + ".tmp";
+        save_checkpoint(*model, folder, &tokenizer, {}, Purpose::resume);
+        file_fault() = nullptr;
+        auto last = [&](const std::string& call, const std::string& path) {
+            const auto found = std::find(calls.rbegin(), calls.rend(), std::pair(call, path));
+            return int(calls.rend() - found) - 1;
+        };
+        const int named = last(replaces ? "exchange" : "rename", folder);
+        CHECK(named > 0);
+        const std::vector<std::string> files = list_folder(folder);
+        CHECK(files.size() == 8);
+        for (const std::string& name : files) {
+            const std::string path = temporary + "/" + name,
+                              part = path + format(".tmp-%d", ::getpid());
+            CHECK(last("write", part) >= 0);
+            CHECK(last("write", part) < last("fsync", part));
+            CHECK(last("fsync", part) < last("rename", path));
+            CHECK(last("rename", path) < last("fsync", temporary));
+        }
+        CHECK(last("rename", temporary + "/trainer_state.json") < named);
+        CHECK(last("fsync", temporary) < named);
+        CHECK(named < last("fsync", place.path));
+        if (replaces) CHECK(last("fsync", place.path) < last("rmdir", temporary));
+    }
+}
+
+TEST_CASE("run: what goes wrong in the middle costs no row and no checkpoint that was there") {
+    Runs place;
+    const std::string shard = place.data() + "/train_000000.bin", good = read_file(shard);
+    std::string out;  // the run's folder
+    int row = 0;      // the last one that was to be written to the log
+    auto full = [&](int from, int to) {
+        return [&row, from, to](const std::string& call, const std::string&) {
+            return call == "write" && row > from && row <= to ? ENOSPC : 0;
+        };
+    };
+    auto fails = [](int code, const std::string& failing, const std::string& end) {
+        return [=](const std::string& call, const std::string& path) {
+            return call == failing && path.ends_with(end) ? code : 0;
+        };
+    };
+    const std::string temporary = "/checkpoint-10.tmp", no_space = std::strerror(ENOSPC);
+    const std::string tensors = temporary + format("/model.safetensors.tmp-%d", ::getpid());
+    struct Case {
+        const char* what;
+        std::function<int(const std::string&, const std::string&)> fault;
+        int status;
+        std::string says;
+        int64_t last;  // its newest checkpoint
+    };
+    const std::vector<Case> cases = {
+        // A full disk pauses saving; training goes on.
+        {"full for rows 5 to 11", full(4, 11), 0, no_space, place.end()},
+        {"full for rows 1 to 5", full(0, 5), 0, no_space, place.end()},
+        {"full from row 13 on", full(12, 99), 1, "could not be saved", 10},
+        // Whatever else a disk says ends the run.
+        {"the log's fsync",
+         [&](const std::string& call, const std::string& path) {
+             return call == "fsync" && path.ends_with("/log.csv") && last_step(out) == 5 ? EIO : 0;
+         },
+         1, std::strerror(EIO), 5},
+        {"the weights' fsync", fails(EIO, "fsync", tensors), 1, std::strerror(EIO), 5},
+        {"a read-only disk", fails(EROFS, "mkdir", temporary), 1, std::strerror(EROFS), 5},
+        {"a vanished folder",  // it is not made again, without its log
+         [&](const std::string&, const std::string& path) {
+             if (path.ends_with(temporary)) std::filesystem::rename(out, out + "-gone");
+             return 0;
+         },
+         1, std::strerror(ENOENT), 5},
+        // Data that is cut short ends it too; a new file of that name does not matter.
+        {"a shard cut short",
+         [&](auto&, auto&) {
+             if (row == 7) std::filesystem::resize_file(shard, 1024);
+             return 0;
+         },
+         1, "the file became shorter", 5},
+        {"a new shard",
+         [&](auto&, auto&) {
+             if (row == 7) put_shard(shard, noisy_text(700, 99));
+             return 0;
+         },
+         0, "", place.end()},
+    };
+    for (const Case& c : cases) {
+        CAPTURE(c.what);
+        out = place.out(c.what), row = 0;
+        file_fault() = [&](const char* call, const std::string& path) {
+            if (std::string(call) == "write" && path.ends_with("/log.csv")) ++row;
+            return c.fault(call, path);
+        };
+        const Outcome outcome = place.train(c.what);
+        CHECK_MESSAGE(outcome.status == c.status, outcome.err);
+        CHECK_MESSAGE(outcome.says(c.says), outcome.err);
+        const bool full_disk = std::string(c.what).starts_with("full");
+        const std::string waiting = "log.csv: " + no_space + "; what is missing waits in memory";
+        if (!full_disk) CHECK_MESSAGE(outcome.lines() == c.status, outcome.err);
+        if (full_disk) CHECK(outcome.says("warning: cannot write " + out + "/" + waiting));
+        CHECK(outcome.err.find(waiting) == outcome.err.rfind(waiting));  // said once
+        const bool gone = folder_exists(out + "-gone");
+        CHECK(folder_exists(out) == !gone);
+        if (gone) std::filesystem::rename(out + "-gone", out);
+        CHECK(last_step(out) == c.last);
+        ::unlink(shard.c_str());
+        put_file(shard, good);
+        c.status ? void(place.resume(c.what)) : check_same_end(place.out("straight"), out);
+    }
+}
+
+TEST_CASE("run: a limit on file sizes at any byte is a full disk, not a signal") {
+    Runs place;
+    rlimit unlimited{};
+    REQUIRE(::getrlimit(RLIMIT_FSIZE, &unlimited) == 0);
+    for (rlim_t limit : {0u, 1u, 100u, 700u, 1500u, 3000u, 15'000u, 20'000u, 1'000'000u}) {
+        CAPTURE(limit);
+        const std::string name = to_text("run", limit);
+        const rlimit limited = {limit, unlimited.rlim_max};
+        ::signal(SIGXFSZ, SIG_IGN);  // as the program does before it writes
+        ::setrlimit(RLIMIT_FSIZE, &limited);
+        const Outcome outcome = place.train(name);
+        ::setrlimit(RLIMIT_FSIZE, &unlimited);
+        CHECK(outcome.status == (limit == 1'000'000 ? 0 : 1));
+        if (outcome.status == 1) CHECK(outcome.says(std::strerror(EFBIG)));
+        place.resume(name);
+    }
+}
+
+TEST_CASE("run: a NaN stops the run, keeping nothing of it, or is skipped and stays in the log") {
+    TestRuns place;
+    // Weights so large that the logits overflow.
+    const auto model = small_model();
+    for (size_t i = 0; i < model->layout.decayed; i++)
+        model->weights[i] = model->weights[i] < 0 ? -3e38f : 3e38f;
+    const std::string weights = place.out("weights");
+    save_checkpoint(*model, weights, nullptr, {}, Purpose::use);
+    auto with = [&](const std::string& name, const std::string& on_nan) {
+        return train_gpt(
+            words("--batch-size 2 --max-steps 9 --save-interval 2 --eval-interval 0 "
+                  "--data " +
+                  place.data() + " --init-from " + weights + " --output " + place.out(name) +
+                  " --on-nan " + on_nan));
+    };
+    const Outcome stopped = with("stop", "stop");
+    CHECK(stopped.status == 1);
+    CHECK(stopped.lines() == 1);
+    CHECK(stopped.says("step 1: the loss is"));
+    CHECK(checkpoint_steps(place.out("stop")).empty());
+    CHECK(read_log(place.out("stop") + "/log.csv", 9).size() == 2);
+    const Outcome skipped = with("skip", "skip");
+    CHECK_MESSAGE(skipped.status == 0, skipped.err);
+    for (int step = 1; step <= 9; ++step)  // after four, only every power of two is told
+        CHECK(skipped.says(format("step %d was skipped: ", step)) == (step <= 4 || step == 8));
+    const auto rows = read_log(place.out("skip") + "/log.csv", 9);
+    REQUIRE(rows.size() == 10);
+    CHECK(*rows[3].lr == 0);  // the update was not made
+    CHECK(!std::isfinite(*rows[3].train_loss));
+    const TrainerState state = verify_checkpoint(place.out("skip") + "/checkpoint-9");
+    CHECK(state.guards.skipped == 9);
+    CHECK(state.epoch_steps == 0);
+    CHECK(read_file(place.out("skip") + "/checkpoint-9/model.safetensors") ==
+          read_file(weights + "/model.safetensors"));
+}
+
+TEST_CASE("run: an outlier is skipped where that is asked for, and stays in the log") {
+    TestRuns place;
+    // Steps of 16 tokens in their order; those of step 140 are unlike all others.
+    std::vector<uint16_t> tokens(16 * 150 + 1);
+    for (size_t i = 0; i < tokens.size(); i++)
+        tokens[i] = uint16_t(i / 16 == 139 ? random_bits(3, i) % 256 : "the cat sat "[i % 12]);
+    put_shard(place.path + "/shard.bin", tokens);
+    const Outcome outcome = train_gpt(
+        words("--vocab-size 257 --n-layer 1 --n-embd 8 --n-head 2 --seq-len 8 --warmup-steps 50 "
+              "--batch-size 2 --shuffle 0 --max-steps 150 --eval-interval 0 --skip-outliers 6 "
+              "--learning-rate 0.01 --sample-interval 0 --train-shards " +
+              place.path + "/shard.bin --output " + place.out()));
+    REQUIRE_MESSAGE(outcome.status == 0, outcome.err);
+    CHECK(outcome.says("step 140 was skipped"));
+    CHECK(verify_checkpoint(place.out() + "/checkpoint-150").guards.outliers == 1);
+    const auto rows = read_log(place.out() + "/log.csv", 150);
+    REQUIRE(rows.size() == 151);
+    CHECK(*rows[140].lr == 0);
+    CHECK(*rows[140].train_loss > *rows[139].train_loss);
+    CHECK(*rows[141].lr > 0);
+}
+
+TEST_CASE("run: a killed save is tidied up, and only what this program made") {
+    Runs place;
+    place.stop("out", 7);
+    const std::string out = place.out() + "/";
+    std::filesystem::rename(out + "best", out + "best.old");
+    for (const char* folder : {"best.tmp", "checkpoint-9.tmp", "mine.tmp", "mine.old"})
+        make_folders(out + folder);
+    put_file(out + "log.csv.tmp-123", "x"), put_file(out + "a.tmp-1", "x");
+    place.resume("out", {"--keep", "2"});
+    std::vector<std::string> names;
+    for (const std::string& name : list_folder(place.out()))
+        if (step_of_name(name) < 0) names.push_back(name);
+    CHECK(names == words("a.tmp-1 best lock log.csv mine.old mine.tmp samples.txt"));
+    CHECK(checkpoint_steps(place.out()).size() == 2);
+}
+
+TEST_CASE("run: going back to an earlier checkpoint sets the later ones aside") {
+    Runs place({"--keep", "9"});
+    const std::string earlier = place.out("straight") + "/checkpoint-5";
+    copy(place.out("straight"), place.out());
+    Arguments arguments = place.arguments("out", {"--keep", "2"});
+    arguments.erase(arguments.begin() + 2, arguments.begin() + 4);  // --output: the checkpoint's
+    const Outcome back = train_gpt(joined(arguments, {"--resume", place.out() + "/checkpoint-5/"}));
+    REQUIRE_MESSAGE(back.status == 0, back.err);
+    CHECK(folder_exists(place.out() + "/checkpoint-10.set-aside"));
+    CHECK(checkpoint_steps(place.out()).size() == 2);
+    check_same_end(place.out("straight"), place.out());
+    // Into a folder of its own: with the log so far, and nothing else touched.
+    const auto before = snapshot(place.out("straight"));
+    const Outcome fork = place.train("fork", {"--resume", earlier});
+    REQUIRE_MESSAGE(fork.status == 0, fork.err);
+    CHECK(rows_of(place.out("fork")) == rows_of(place.out("straight")));
+    CHECK(snapshot(place.out("straight")) == before);
+    const Outcome other = place.train("out", {"--resume", earlier});
+    CHECK(other.status == 1);
+    CHECK(other.says("already holds a run"));
+}
+
+TEST_CASE("run: bad input ends with a clear line or two, and nothing is written") {
+    TestRuns place;
+    const std::string path = place.path + "/", new_data = "--data " + place.data() + " ";
+    make_folders(path + "empty"), make_folders(path + "ones");
+    put_shard(path + "short.bin", noisy_text(20, 1));
+    put_shard(path + "large.bin", std::vector<uint16_t>(3000, 60'000));
+    for (int i = 0; i < 20; i++) put_shard(path + format("ones/train_%06d.bin", i), {5});
+    std::string shard = read_file(place.data() + "/train_000000.bin");
+    put_file(path + "cut.bin", shard.substr(0, shard.size() - 1));
+    put_file(path + "long.bin", shard + "x");
+    shard[0] ^= 1;
+    put_file(path + "bad.bin", shard);
+    put_file(path + "file", "x");
+    REQUIRE(place.train("good", {"--max-steps", "2", "--patience", "0"}).status == 0);
+    const std::string shards = "--vocab-size 257 --batch-size 4 --train-shards " + path;
+    struct Case {
+        std::string arguments;
+        int status;
+        std::string says;
+    };
+    const std::vector<Case> cases = {
+        {"--bach-size 3", 2, "did you mean --batch-size"},
+        {"trian", 2, "did you mean train"},
+        {"--batch-size three", 2, "--batch-size must be a whole number"},
+        {"--batch-size 0", 2, "in [1,"},
+        {"--max-steps -5", 2, "in [1,"},
+        {"--learning-rate nan", 2, "must be a number"},
+        {new_data + "--n-embd 10 --n-head 3", 2, "does not divide"},
+        {new_data + "--seq-len 129", 2, "longer than the model's 128 positions"},
+        {new_data + "--vocab-size 256", 2, "smaller than the tokenizer's 257"},
+        {new_data + "--prompt x --seq-len 16 --batch-size 1000", 2, "needs 16,001"},
+        {"--data " + path + "none", 1, "there is no data folder"},
+        {"--data " + path + "empty", 1, "holds no train_*.bin"},
+        // Enough tokens, and nothing to predict.
+        {"--seq-len 4 --batch-size 1 --data " + path + "ones", 2, "one batch of 1 x 4 needs 5"},
+        {shards + "none*.bin", 1, "no file matches"},
+        {shards + "bad.bin", 1, "is no token shard"},
+        {shards + "file", 1, "is no token shard"},
+        {shards + "cut.bin", 1, "is damaged"},
+        {shards + "long.bin", 1, "is damaged"},
+        {shards + "large.bin", 1, "but the vocabulary has only 257"},
+        {shards + "short.bin", 2, "one batch of 4 x 128 needs 513"},
+        {new_data + "--batch-size 8 --seq-len 128 --overfit-batch", 2, "too short"},
+        {new_data + "--batch-size 1000000 --seq-len 2", 2, "needs 2,000,001"},
+        {"info --n-layer 3 --model gpt3", 2, "one of tiny"},
+        {new_data + "--init-from " + path + "none", 1, "no such folder"},
+        {new_data + "--resume " + path + "none", 1, "no checkpoint to resume"},
+        {new_data + "--precision tf32", 2, "is for GPUs"},
+        {new_data + "--tune-matmul", 2, "is for GPUs"},
+        {"eval", 2, "--init-from is missing"},
+        {"sample --init-from " + path + "empty", 1, "config.json"},
+        {"sample --init-from " + path + "good", 1, "its model is " + path + "good/best"},
+        {"--config " + path + "none.conf", 2, "none.conf"},
+        // A checkpoint's sizes cannot be overridden, and are not silently taken instead.
+        {new_data + "--n-layer 2 --init-from " + path + "good/best", 2,
+         "--n-layer 2 does not fit --init-from"},
+        // An output folder that cannot be made, and sizes that no memory holds.
+        {new_data + "--seq-len 8 --output " + path + "file/x", 1, "cannot create folder"},
+        {new_data + "--seq-len 8 --output " + path + "new/deep/" + std::string(300, 'x'), 1,
+         "cannot create folder"},
+        {new_data + "--n-layer 1000 --n-embd 65536 --n-head 512 --n-positions 1048576 --vocab-size "
+                    "65536",
+         1, "of memory, and"},
+    };
+    const auto before = snapshot(place.path);
+    for (const Case& c : cases) {
+        Arguments arguments = words(c.arguments);
+        if (arguments[0].starts_with("--") && !contains(c.arguments, "--output"))
+            arguments = joined(arguments, {"--output", place.out("bad")});
+        const Outcome outcome = train_gpt(arguments);
+        CAPTURE(c.arguments);
+        CHECK_MESSAGE(outcome.status == c.status, outcome.err);
+        CHECK_MESSAGE(outcome.says(c.says), outcome.err);
+        CHECK(outcome.says("error: "));
+        CHECK(outcome.lines() <= 2);
+        CHECK(outcome.out == "");
+        CHECK(!folder_exists(place.out("bad")));
+    }
+    CHECK(snapshot(place.path) == before);
+    CHECK(!folder_exists(place.out("new")));
+    // Of a checkpoint that is not there, no folder is made.
+    CHECK(train_gpt({"--data", place.data(), "--resume", path + "nothere"}).status == 1);
+    CHECK(!file_exists(path + "lock"));
+}
+
+TEST_CASE("run: refused however late, a run leaves no folder behind") {
+    TestRuns place;
+    REQUIRE(place.train("good", {"--max-steps", "4", "--patience", "0"}).status == 0);
+    const std::string checkpoint = place.out("good") + "/checkpoint-4";
+    auto names = [&] {
+        std::set<std::string> found;
+        for (auto& entry : std::filesystem::recursive_directory_iterator(place.path))
+            if (entry.path().filename() != "lock") found.insert(entry.path().string());
+        return found;
+    };
+    // Weights that load but for what is in them: NaN, a byte too few, another name, nothing.
+    const std::string weights = read_file(checkpoint + "/model.safetensors");
+    std::string nan = weights, renamed = weights;
+    nan.replace(nan.size() - 4, 4, "\xff\xff\xff\x7f");
+    renamed.replace(renamed.find("ln_f"), 4, "ln_g");
+    const std::map<std::string, std::string> broken = {{"nan", nan},
+                                                       {"cut",
+                                                        weights.substr(0, weights.size() - 1)},
+                                                       {"ln_g", renamed},
+                                                       {"none", ""}};
+    for (const auto& [key, bytes] : broken) {
+        const std::string name = key;
+        CAPTURE(name);
+        make_folders(place.out(name));
+        for (const char* file : {"config.json", "vocab.json", "merges.txt"})
+            copy(checkpoint + "/" + file, place.out(name) + "/" + file);
+        put_file(place.out(name) + "/model.safetensors", bytes);
+        const auto before = names();
+        const Outcome outcome =
+            train_gpt(words("--batch-size 2 --seq-len 8 --data " + place.data() + " --output " +
+                            place.out("new/run") + " --init-from " + place.out(name)));
+        CHECK_MESSAGE(outcome.status == 1, outcome.err);
+        CHECK_MESSAGE(outcome.says(name), outcome.err);
+        CHECK(outcome.out == "");
+        CHECK(names() == before);
+    }
+    // Each operation on files that comes before the log's own name fails, in a new folder and in
+    // one that is there already.
+    int failed = 0;
+    make_folders(place.out("there"));
+    for (const std::string name : {"new/run", "there"})
+        for (int call = 0, done = 0; !done; call++) {
+            CAPTURE(call);
+            const auto before = names();
+            int count = 0;
+            file_fault() = [&](const char* what, const std::string& path) {
+                if (count++ == call) return EIO;
+                done |= std::string(what) == "rename" && path.ends_with("/log.csv");
+                return 0;
+            };
+            const Outcome outcome =
+                place.train(name, words("--resume auto --max-steps 1 --patience 0"));
+            if (done) break;
+            CHECK_MESSAGE(outcome.status == 1, outcome.err);
+            CHECK(outcome.lines() == 1);
+            CHECK(names() == before);
+            ++failed;
+        }
+    CHECK(failed >= 8);
+}
+
+TEST_CASE("run: the report says what the run was, and what it says to type next can be typed") {
+    const std::vector<std::pair<std::string, std::string>> cases = {
+        {"overfitting: validation loss is ", "--max-steps 300 --learning-rate 0.01"},
+        {"improving: validation loss fell ", "--max-steps 40 --learning-rate 0.001"},
+        {"flat: validation loss rose 0.0 % since step 20\n", "--max-steps 40 --learning-rate 0"},
+        {"improving: training loss fell ",
+         "--max-steps 100 --eval-interval 0 --learning-rate 0.01"},
+        {"too short a run", "--max-steps 4 --epochs 9"},
+    };
+    for (const auto& [start, more] : cases) {
+        const std::string verdict = start;
+        CAPTURE(verdict);
+        TestRuns place;
+        const Outcome outcome = train_gpt(
+            words("--n-layer 1 --n-embd 32 --n-head 2 --n-positions 32 --seq-len 16 --batch-size 8 "
+                  "--threads 1 --eval-interval 20 --warmup-steps 0 --data " +
+                  place.data() + " --output " + place.out() + "/ " + more));
+        REQUIRE_MESSAGE(outcome.status == 0, outcome.err);
+        CHECK_MESSAGE(contains(outcome.out, "\nverdict    " + verdict), outcome.out);
+        // A slash at the end of --output is none in the folder's name.
+        const bool best = !contains(more, "--eval-interval 0");
+        if (best) CHECK(contains(outcome.out, " --init-from " + place.out("out/best")));
+        int typed = 0;
+        for (const std::string& line : split_at(outcome.out, '\n')) {
+            const size_t at = line.find("./train_gpt ");
+            if (at == line.npos) continue;
+            std::string next = line.substr(at + 12);
+            std::erase(next, '"');
+            CHECK_MESSAGE(train_gpt(words(next)).status == 0, line);
+            ++typed;
+        }
+        CHECK(typed == 2);
+    }
+}
+
+TEST_CASE("run: the live line is not wider than the terminal") {
+    TestRuns place;
+    for (unsigned short columns : {40, 300, 0}) {
+        int screen = -1, terminal = -1;
+        winsize size{};
+        size.ws_col = columns;
+        REQUIRE(::openpty(&screen, &terminal, nullptr, nullptr, &size) == 0);
+        std::string shown;
+        std::thread reader([&] {
+            char part[4096];
+            for (ssize_t got; (got = ::read(screen, part, sizeof part)) > 0;)
+                shown.append(part, size_t(got));
+        });
+        const Outcome outcome =
+            train_gpt(place.arguments(format("out%d", columns), {"--max-steps", "5"}), terminal);
+        reader.join();
+        ::close(screen);
+        CHECK_MESSAGE(outcome.status == 0, outcome.err);
+        size_t live = 0, widest = 0;  // of steps 1 and 3: the others are evaluated, and stay
+        for (const std::string& part : split_at(shown, '\r')) {
+            if (!part.starts_with("\033[K") || contains(part, " val ")) continue;
+            ++live, widest = std::max(widest, part.size() - 3);
+        }
+        CHECK(live == 2);
+        CHECK((columns == 40 ? widest == 39 : widest > 60));
+    }
+}
+
+TEST_CASE("run: what users once stumbled over") {
+    Runs place;
+    const std::string odd = place.path + "/a [b]*?\\ \"c\" \xff", name = "o[u]t \xff";
+    copy(place.data(), odd);
+    CHECK(place.train(name, {"--data", odd}).status == 0);
+    check_same_end(place.out("straight"), place.out(name));
+    place.resume(name, {"--data", odd});
+    // What prepare_data says to type next, where a path has a blank.
+    put_file(place.path + "/text", "some text");
+    const Outcome prepared = outcome_of([&] {
+        run_prepare_data({"--input", place.path + "/text", "--output", place.out("a b")});
+        return 0;
+    });
+    CHECK_MESSAGE(contains(prepared.out, "./train_gpt --data '" + place.out("a b") + "'\n"),
+                  prepared.out);
+    // Numbers instead of text: the prompt's last and the model's first are two.
+    const Outcome numbers =
+        train_gpt(words("--n-embd 8 --max-steps 1 --seq-len 8 --batch-size 2 --train-shards " +
+                        place.data() + "/train_*.bin --output " + place.out("none")));
+    CHECK_MESSAGE(numbers.status == 0, numbers.err);
+    const Outcome sample = train_gpt({"sample", "--init-from", place.out("none/best"), "--prompt",
+                                      "1 2", "--max-new-tokens", "3", "--threads", "1"});
+    CHECK_MESSAGE(sample.out.starts_with("1 2 "), sample.out);
+    CHECK_MESSAGE(std::count(sample.out.begin(), sample.out.end(), ' ') == 5, sample.out);
+    // A thread that cannot be started is a message, not an abort.
+    const Outcome no_thread = outcome_of([&] {
+        char name[] = "train_gpt", *argv[] = {name};
+        return program(1, argv, "train_gpt", [](const Options&) -> int {
+            throw std::system_error(EAGAIN, std::generic_category());
+        });
+    });
+    CHECK(no_thread.status == 1);
+    CHECK(no_thread.err.starts_with("error: "));
+    // What a command printed must have arrived. A run is in its folder all the same.
+    auto full = [] { return ::open("/dev/full", O_WRONLY); };
+    const Outcome info = train_gpt({"info"}, full());
+    CHECK(info.status == 1);
+    CHECK_MESSAGE(info.says("cannot write what is printed: No space left on device"), info.err);
+    CHECK(train_gpt(place.arguments("out", {"--max-steps", "2"}), full()).status == 0);
+}
+
+TEST_CASE("run: the program of docs/embedding.cpp trains, saves, loads and samples") {
+    TestRuns place;
+    auto embedding = [](Arguments arguments) {
+        std::vector<char*> argv;
+        for (std::string& word : arguments) argv.push_back(word.data());
+        return outcome_of([&] { return embedding_main(int(argv.size()), argv.data()); });
+    };
+    const Outcome run = embedding({"embedding", place.data(), place.out(), "61"});
+    REQUIRE_MESSAGE(run.status == 0, run.err);
+    double first = 0, last = 0;
+    std::sscanf(run.out.c_str(), "step 0: loss %lf", &first);
+    std::sscanf(run.out.c_str() + run.out.find("step 60: "), "step 60: loss %lf", &last);
+    CHECK(std::abs(first - std::log(257)) < 0.1);
+    CHECK(last < 0.6 * first);
+    const Outcome sample =
+        train_gpt({"sample", "--init-from", place.out("out/model"), "--threads", "1"});
+    CHECK_MESSAGE(sample.status == 0, sample.err);
+    CHECK(embedding({"embedding", place.data()}).status == 2);
+    CHECK(embedding({"embedding", place.out(), place.out(), "1"}).status == 1);
+}
+
+// =================================================================================================
+// §17 Options
+// =================================================================================================
+
+// The message of a refusal; "" where the arguments are accepted.
+std::string refusal(const Arguments& arguments) {
+    return error_of([&] { parse_options(arguments); }, 2);
+}
+
+// Each command line is refused with a message that has this part.
+void check_refused(const std::vector<std::pair<Arguments, std::string>>& cases) {
+    for (const auto& refused : cases) {
+        CAPTURE(refused.first);
+        CHECK_MESSAGE(contains(refusal(refused.first), refused.second), refusal(refused.first));
+    }
+}
+
+// Options with their table, of which a test may look at every row.
+struct Rows {
+    Options options;
+    std::vector<Option> all = option_table(options);
+    const Option& operator[](const std::string& name) const {
+        for (const Option& row : all)
+            if (row.name == name) return row;
+        FAIL("no option " << name);
+        return all[0];
+    }
+    // Sets an option; the message of the refusal where it is refused.
+    std::string set(const Option& row, const std::string& value) const {
+        return error_of([&] { checked(row, value).set(); }, 2);
+    }
+};
+
+const std::vector<std::string> kDocumented = split_at(
+    "data train-shards val-shards model n-layer n-head n-embd n-positions vocab-size dropout "
+    "untied-head recompute-gelu init-from config resume override output seed threads precision "
+    "tune-matmul help batch-size seq-len grad-accum-steps shuffle overfit-batch max-steps epochs "
+    "max-minutes learning-rate min-lr-fraction schedule warmup-steps weight-decay beta1 beta2 eps "
+    "grad-clip log-interval eval-interval eval-batches sample-interval prompt "
+    "tensor-stats-interval patience save-interval keep on-nan skip-outliers prompt-file "
+    "max-new-tokens num-samples temperature top-k top-p show-top runs hellaswag",
+    ' ');
+
+TEST_CASE("options: every documented option is in the table, once, in this order") {
+    std::vector<std::string> names;
+    for (const Option& row : Rows().all) {
+        names.push_back(row.name);
+        CHECK(row.commands != 0);
+        CHECK(row.help.size() > 0);
+    }
+    CHECK(names == kDocumented);
+}
+
+TEST_CASE("options: no two options share a variable") {
+    // Setting one option changes the text of that one only.
+    const Rows defaults;
+    for (size_t i = 0; i < defaults.all.size(); ++i) {
+        const Rows rows;
+        const Option& row = rows.all[i];
+        const std::string before = value_text(row);
+        std::string value = row.range.is_number() ? "1" : row.range.words().back();
+        if (value == before) value = "0";
+        if (row.range.is_number() && !row.range.contains(std::stod(value)))
+            value = row.range.low > 0 ? "2" : "0.5";
+        CHECK(rows.set(row, value) == "");
+        for (size_t k = 0; k < rows.all.size(); ++k)
+            CHECK_MESSAGE((value_text(rows.all[k]) != value_text(defaults.all[k])) == (k == i),
+                          row.name << " and " << rows.all[k].name);
+    }
+}
+
+TEST_CASE("options: nothing given means train with the defaults") {
+    const Options o = parse_options({});
+    CHECK(o.command == kTrain);
+    CHECK_FALSE(o.command_given);
+    CHECK(o.given.empty());
+    CHECK(o.data == "data/stories");
+    CHECK(o.model == "tiny");
+    CHECK(o.max_steps > 0);
+    CHECK(o.shuffle);
+    CHECK(o.schedule == "cosine");
+}
+
+TEST_CASE("options: the two forms, switches, lists, - for _, and values given twice") {
+    const std::string big = "1000000000000000000";
+    struct Case {
+        Arguments arguments;
+        std::string name, value;
+    };
+    for (const Case& c : std::vector<Case>{
+             {{"--batch-size", "7"}, "batch-size", "7"},
+             {{"--batch-size=7"}, "batch-size", "7"},
+             {{"--batch_size=7"}, "batch-size", "7"},
+             {{"train", "--grad_accum-steps", "3"}, "grad-accum-steps", "3"},
+             {{"--batch-size", "7", "--batch_size=8"}, "batch-size", "8"},
+             {{"--overfit-batch"}, "overfit-batch", "1"},
+             {{"--overfit-batch", "--seed", "2"}, "overfit-batch", "1"},
+             {{"--overfit-batch", "-h"}, "overfit-batch", "1"},
+             {{"--overfit-batch", "1"}, "overfit-batch", "1"},
+             {{"--shuffle", "0"}, "shuffle", "0"},
+             {{"--shuffle=0"}, "shuffle", "0"},
+             {{"--shuffle=1"}, "shuffle", "1"},
+             {{"--schedule", "wsd"}, "schedule", "wsd"},
+             {{"sample", "--prompt="}, "prompt", ""},
+             {{"sample", "--prompt", ""}, "prompt", ""},
+             {{"sample", "--prompt", "a = b # c"}, "prompt", "a = b # c"},
+             {{"sample", "--prompt=--x"}, "prompt", "--x"},
+             {{"--data=a=b"}, "data", "a=b"},
+             {{"--seed", big}, "seed", big},
+         }) {
+        CAPTURE(c.arguments);
+        Rows rows;
+        rows.options = parse_options(c.arguments);
+        CHECK(value_text(rows[c.name]) == c.value);
+        CHECK(rows.options.given.contains(c.name));
+    }
+    std::vector<std::string> list;
+    const std::vector<Option> table = {{"input", &list, "", 1, "FILE...", "files"}};
+    CommandLine{table, {}, 1}.read({"--input", "a", "b", "--input=c"});
+    CHECK(list == std::vector<std::string>{"a", "b", "c"});
+    CHECK(value_text(table[0]) == "a b c");
+}
+
+TEST_CASE("options: commands, and options of other commands") {
+    for (const CommandName& c : kCommands) {
+        const Options o = parse_options({c.name});
+        CHECK(o.command == c.bit);
+        CHECK(o.command_given);
+        for (const Option& row : Rows().all)
+            CHECK(contains(refusal({c.name, "--" + row.name + "=\n"}), "takes no option") ==
+                  !(row.commands & c.bit));
+    }
+    check_refused({
+        {{"smaple"}, "did you mean sample?"},
+        {{"evl"}, "did you mean eval?"},
+        {{""}, "unknown command \"\""},
+        {{"sample", "--batch-size", "4"},
+         "sample takes no option --batch-size; it is for train, eval, info, bench"},
+        {{"--top-k", "4"}, "train takes no option --top-k; it is for sample"},
+    });
+}
+
+TEST_CASE("options: an unknown name is answered with the nearest") {
+    for (const std::string& pair : split_at(
+             "learningrate:learning-rate lr:learning-rate batchsize:batch-size bs:batch-size "
+             "steps:max-steps epoch:epochs drop-out:dropout seqlen:seq-len layers:n-layer "
+             "wieght-decay:weight-decay outptu:output beta3:beta1 thread:threads n-heads:n-head "
+             "vocab:vocab-size -data:data",
+             ' ')) {
+        const std::string typed = "--" + split_at(pair, ':')[0], meant = split_at(pair, ':')[1];
+        CHECK(refusal({typed, "1"}) == "unknown option " + typed + "; did you mean --" + meant +
+                                           "? (--help lists all options)");
+    }
+    CHECK(contains(refusal({"--batchsize=4"}), "did you mean --batch-size?"));
+    CHECK(edit_distance("kitten", "sitting") == 3);
+    CHECK(edit_distance("", "abc") == 3);
+    CHECK(edit_distance("abc", "abc") == 0);
+}
+
+TEST_CASE("options: what is no option, a missing or a wrong value, a contradiction") {
+    for (const char* stray : {"-x", "-", "--", "-batch-size", "4", "train"})
+        CHECK(contains(refusal({"train", stray}),
+                       "expected an option such as --data, found " + std::string(stray)));
+    for (const char* bad : {"true", "false", "yes", "2", "01", "on", "-1"})
+        CHECK(refusal({"--shuffle", bad}) ==
+              "--shuffle must be one of 0|1, got " + std::string(bad));
+    check_refused({
+        {{"--seed", "1", "2"}, "found 2"},
+        {{"--=3"}, "unknown option"},
+        {{"--batch-size"}, "--batch-size needs a value: in [1, 1000000]"},
+        {{"--batch-size", "--seed", "1"}, "--batch-size needs a value"},
+        {{"--batch-size="}, "--batch-size needs a value"},
+        {{"--batch-size", ""}, "--batch-size needs a value"},
+        {{"--data", "--model", "tiny"}, "--data needs a value: DIR"},
+        {{"--data="}, "--data needs a value: DIR"},
+        {{"sample", "--prompt"}, "--prompt needs a value: TEXT"},
+        {{"--shuffle="}, "--shuffle needs a value: one of 0|1"},
+        // A negative number is a value. Given twice, all values are checked.
+        {{"--skip-outliers", "-1"}, "--skip-outliers must be a number in [0, 1000000], got -1"},
+        {{"--seed", "-4"}, "--seed must be a whole number in [0, 1e+18], got -4"},
+        {{"--learning-rate", "-1e-3"}, "must be a number in [0, 100], got -1e-3"},
+        {{"--batch-size", "x", "--batch-size", "8"}, "must be a whole number"},
+        {{"--batch-size", "8", "--batch-size", "0"}, "[1, 1000000], got 0"},
+        {{"--max-steps", "0"}, "[1, 1e+12], got 0"},
+        {{"sample", "--top-p", "1.5"}, "--top-p must be a number in (0, 1], got 1.5"},
+        {{"--schedule", "cos"}, "--schedule must be one of cosine|linear|constant|wsd, got cos"},
+        {{"--model", "gpt3"}, "one of tiny|gpt2|gpt2-medium|gpt2-large|gpt2-xl, got gpt3"},
+        {{"--on-nan", "Stop"}, "one of stop|skip"},
+        // Contradictions.
+        {{"--data", "a", "--train-shards", "b"}, "--data and --train-shards exclude each other"},
+        {{"sample", "--prompt", "a", "--prompt-file", "b"}, "exclude each other"},
+        {{"--val-shards", "b"}, "--val-shards needs --train-shards"},
+        {{"--override"}, "--override needs --resume"},
+        {{"--patience", "3", "--eval-interval", "0"}, "--patience"},
+        {{"--batch-size", "1000000", "--seq-len", "4096"}, "must be below 2147483648 tokens"},
+    });
+    CHECK(refusal({"eval", "--val-shards", "b"}).empty());
+    CHECK(refusal({"--train-shards", "a", "--val-shards", "b"}).empty());
+    CHECK(refusal({"--override", "--resume", "auto"}).empty());
+}
+
+TEST_CASE("options: numbers are read strictly") {
+    for (const char* bad :
+         {"abc", "1x", "1.5", "1e3", "0x10", " 1", "1 ", "+1", "-", "--1", "1,000", "\xc2\xb2",
+          "99999999999", "99999999999999999999999", "-99999999999999999999999"})
+        CHECK(contains(refusal({"--batch-size=" + std::string(bad)}),
+                       "--batch-size must be a whole number in [1, 1000000], got"));
+    for (const char* bad : {"abc", "1x", "inf", "nan", "-inf", "0x1p3", " 1", "1 ", "+1", "1e",
+                            "e5", ".", "1.2.3", "1e999", "1e-999", "101"})
+        CHECK(contains(refusal({"--learning-rate=" + std::string(bad)}),
+                       "--learning-rate must be a number in [0, 100], got"));
+    for (auto [text, value] : {std::pair<const char*, double>{"1e-3", 1e-3},
+                               {"0.5", 0.5},
+                               {".5", 0.5},
+                               {"5", 5},
+                               {"5.", 5},
+                               {"1E+1", 10},
+                               {"0", 0}})
+        CHECK(parse_options({"--learning-rate", text}).learning_rate == value);
+}
+
+TEST_CASE("options: ranges hold at both ends, for every number") {
+    const Rows rows;
+    int numbers = 0;
+    for (const Option& row : rows.all) {
+        const Range& range = row.range;
+        if (!range.is_number()) continue;
+        ++numbers;
+        const bool whole = !std::holds_alternative<double*>(row.value);
+        auto beyond = [&](double x, double way) {
+            return whole && x < 1e15 ? x + way : std::nextafter(x, way * INFINITY);
+        };
+        auto accepted = [&](double x) {
+            return rows.set(row, format(whole ? "%.0f" : "%.17g", x)) == "";
+        };
+        CHECK(range.low < range.high);
+        CHECK_MESSAGE(accepted(range.low) == (range.text.front() == '['), row.name);
+        CHECK_MESSAGE(accepted(range.high) == (range.text.back() == ']'), row.name);
+        CHECK_MESSAGE(!accepted(beyond(range.low, -1)), row.name);
+        CHECK_MESSAGE(!accepted(beyond(range.high, 1)), row.name);
+    }
+    CHECK(numbers > 30);
+}
+
+TEST_CASE("options: a value written out and read again is the same") {
+    const Rows rows;
+    for (const char* text : {"0.002", "1e-08", "0.30000000000000004", "100"}) {
+        const Option& row = rows["learning-rate"];
+        CHECK(rows.set(row, text) == "");
+        const double first = rows.options.learning_rate;
+        CHECK(first == std::strtod(text, nullptr));
+        CHECK(rows.set(row, value_text(row)) == "");
+        CHECK(rows.options.learning_rate == first);
+    }
+    CHECK(value_text(rows["shuffle"]) == "1");
+    CHECK(value_text(rows["eps"]) == "1e-08");
+}
+
+TEST_CASE("options: length: what is set counts, the default only alone") {
+    CHECK(parse_options({"--max-steps", "9"}).max_steps == 9);
+    CHECK(parse_options({"--epochs", "2"}).max_steps == 0);
+    CHECK(parse_options({"--max-minutes", "0.5"}).max_steps == 0);
+    const Options both = parse_options({"--epochs", "2", "--max-steps", "9"});
+    CHECK(both.max_steps == 9);
+    CHECK(both.epochs == 2);
+}
+
+TEST_CASE("options: config files") {
+    TemporaryFolder scratch;
+    const std::string path = scratch / "a", bad = scratch / "bad", good = scratch / "good";
+    put_file(path,
+             "\xef\xbb\xbf# a comment\n\n  batch-size = 3\t# three\r\n"
+             "--learning_rate=0.5\nshuffle = 0\nprompt = C# is = fine\ndata = x#y\n"
+             "batch_size = 4\n\t#\nprecision=fp32");
+    put_file(bad, "seed = 3\nbatch-size = 0");
+    put_file(good, "batch-size = 8");
+    const Options o = parse_options({"--config", path});
+    CHECK(o.batch_size == 4);
+    CHECK(o.learning_rate == 0.5);
+    CHECK_FALSE(o.shuffle);
+    CHECK(o.prompt == "C# is = fine");
+    CHECK(o.data == "x#y");
+    CHECK(o.precision == "fp32");
+    CHECK(o.given == std::set<std::string>{"batch-size", "config", "data", "learning-rate",
+                                           "precision", "prompt", "shuffle"});
+    // The command line comes first, on either side.
+    CHECK(parse_options({"--config", path, "--batch-size", "9"}).batch_size == 9);
+    CHECK(parse_options({"--batch-size", "9", "--config", path}).batch_size == 9);
+    CHECK(parse_options({"--batch-size", "9", "--config=" + path}).learning_rate == 0.5);
+    // Of two files the last counts, but the first is read and checked.
+    check_refused({{{"--config", "/no/such/file", "--config", path}, "cannot read /no/such/file"},
+                   {{"--config", bad, "--config", good}, "bad:2: --batch-size must be"}});
+    const Options last = parse_options({"--config", path, "--config", good});
+    CHECK(last.batch_size == 8);
+    CHECK_FALSE(last.given.contains("precision"));
+}
+
+TEST_CASE("options: a bad config file is refused, naming file and line") {
+    TemporaryFolder scratch;
+    const std::string path = scratch / "bad";
+    auto message = [&](const std::string& text, const std::string& command = "train") {
+        put_file(path, text);
+        return refusal({command, "--config", path});
+    };
+    CHECK(message("# empty").empty());
+    CHECK(message("").empty());
+    for (auto [text, part] :
+         {std::pair<std::string, std::string>{"seed = 1\nbatch-size = x\n",
+                                              ":2: --batch-size must be a whole number"},
+          {"batch-size = 0\nbatch-size = 1\n", ":1: --batch-size must be"},
+          {"\n\nlearningrate = 1",
+           ":3: unknown option --learningrate; did you mean --learning-rate?"},
+          {"batch-size 4", ":1: expected `name = value`"},
+          {"overfit-batch", ":1: expected `name = value`"},
+          {"batch-size =", ":1: --batch-size needs a value"},
+          {"= 4", ":1: unknown option"},
+          {"config = other", ":1: a config file cannot hold --config"},
+          {"--help = 1", ":1: a config file cannot hold --help"},
+          {"top-k = 4", ":1: train takes no option --top-k"},
+          {std::string("seed = 1\n\0x", 11), ":2: this is not text"},
+          {"\x7f"
+           "ELF",
+           ":1: this is not text"},
+          {"data = a\vb", ":1: this is not text"}})
+        CHECK(contains(message(text), path + part));
+    CHECK(contains(message("seed = 1", "walk"), ":1: walk takes no option --seed"));
+    CHECK(contains(message(std::string(1 << 17, '\n')), "expected at most 65536 bytes"));
+    CHECK(message(std::string(60000, 'x')).size() < 300);
+    check_refused({{{"--config", "/dev/zero"}, "expected at most 65536 bytes"},
+                   {{"--config", "/"}, "--config: cannot read /"},
+                   {{"--config", ""}, "--config needs a value"}});
+}
+
+TEST_CASE("options: help has every option once, in its group, in 100 columns") {
+    const std::string all = help_text(parse_options({"--help"}), "train_gpt");
+    for (const std::string& name : kDocumented) {
+        const std::string start = "\n  --" + name;
+        size_t count = 0;
+        for (size_t at = all.find(start); at != all.npos; at = all.find(start, at + 1))
+            count += all[at + start.size()] == ' ';
+        CHECK_MESSAGE(count == 1, name);
+    }
+    for (const char* group : {"data", "model", "run", "batch", "length", "optimizer", "watching",
+                              "guards", "sample", "show", "eval"})
+        CHECK_MESSAGE(contains(all, "\n\n" + std::string(group) + "\n"), group);
+    for (const CommandName& c : kCommands) {
+        const Options o = parse_options({c.name, "-h"});
+        CHECK(o.help);
+        CHECK(o.command == c.bit);
+        const std::string page = help_text(o, "train_gpt");
+        for (const Option& row : Rows().all)
+            CHECK(contains(page, "\n  --" + row.name + " ") == bool(row.commands & c.bit));
+    }
+    for (const std::string& line : split_at(all, '\n')) {
+        CHECK_MESSAGE(line.size() <= 100, line);
+        CHECK_MESSAGE((line.empty() || line.back() != ' '), line);
+    }
+    CHECK(contains(all, "in [0, 1) (default 0.9)"));
+    CHECK(contains(all, "(default data/stories)"));
+    CHECK_FALSE(contains(all, "e+"));
+    CHECK(parse_options({"--help", "--override"}).help);  // what goes together does not matter then
+    CHECK(contains(refusal({"--help", "--nonsense"}), "unknown option"));
+}
+
+TEST_CASE("options: the echo has every option of the command, marked where changed") {
+    const Options o = parse_options({"--batch-size", "4", "--seed", "1337", "--prompt", "two words",
+                                     "--data", std::string(300, 'd'), "--output", "a\nb"});
+    const std::string text = describe(o);
+    for (const Option& row : Rows().all) {
+        const bool listed =
+            contains(text, " " + row.name + "=") || contains(text, "*" + row.name + "=");
+        CHECK_MESSAGE(listed == ((row.commands & kTrain) && row.name != "help"), row.name);
+    }
+    for (const char* part : {"*batch-size=4", " seed=1337", "*prompt=\"two words\"",
+                             "*output=\"a\\nb\"", " n-layer=-", "..."})
+        CHECK_MESSAGE(contains(text, part), part);
+    for (const std::string& line : split_at(text, '\n')) CHECK_MESSAGE(line.size() <= 100, line);
+    CHECK(split_at(text, '\n').size() < 30);
+    // A value that is cut is not cut inside a character.
+    const std::string cut = describe(parse_options({"--data=x" + std::string(80, '\xff')}));
+    for (size_t at = 0; at < cut.size();
+         at += std::max<size_t>(1, utf8_character(cut.substr(at)).bytes))
+        REQUIRE(utf8_character(cut.substr(at)).bytes > 0);
+    CHECK(contains(cut, "..."));
+    CHECK_FALSE(contains(describe(parse_options({})), " *"));
+    CHECK(contains(describe(parse_options({"sample"})), "top-k=0"));
+    CHECK_FALSE(contains(describe(parse_options({"sample"})), "batch-size"));
+}
+
+TEST_CASE("options: those that change the numbers") {
+    std::map<std::string, std::string> saved;
+    const Json list =
+        options_that_change_numbers(parse_options({"--batch-size=3", "--schedule=wsd"}));
+    for (auto& [name, value] : list.members) CHECK(saved.emplace(name, value.text).second);
+    CHECK(saved["batch-size"] == "3");
+    CHECK(saved["schedule"] == "wsd");
+    CHECK(saved["learning-rate"] == "0.002");
+    for (const char* name : {"data", "model", "n-layer", "dropout", "seed", "precision", "seq-len",
+                             "shuffle", "grad-accum-steps", "max-steps", "beta2", "grad-clip",
+                             "patience", "on-nan", "skip-outliers"})
+        CHECK_MESSAGE(saved.count(name) == 1, name);
+    for (const char* name :
+         {"threads", "output", "resume", "override", "config", "help", "log-interval", "keep",
+          "save-interval", "sample-interval", "prompt", "top-k", "hellaswag"})
+        CHECK_MESSAGE(saved.count(name) == 0, name);
+}
+
+TEST_CASE("options: whatever is typed, nothing but an Error of status 2") {
+    Arguments pieces = split_at(
+        "-- - = train sample 0 1 -1 1e9 x --help -h \xff\xfe "
+        "99999999999999999999 nan --config /dev/null / --shuffle =1 \n",
+        ' ');
+    pieces.insert(pieces.end(), {"", std::string(5000, 'a'), "--" + std::string(5000, 'b'),
+                                 std::string(1, '\0')});
+    int accepted = 0;
+    for (uint64_t round = 0; round < 3000; ++round) {
+        const uint64_t key = random_key(9, round, 0);
+        auto draw = [&, i = uint64_t(0)](size_t n) mutable {
+            return size_t(random_bits(key, i++) % n);
+        };
+        Arguments arguments;
+        for (size_t i = draw(6); i > 0; --i) {
+            std::string one = draw(2) ? "--" + kDocumented[draw(kDocumented.size())]
+                                      : pieces[draw(pieces.size())];
+            if (draw(3) == 0) one += "=" + pieces[draw(pieces.size())];
+            if (draw(8) == 0 && !one.empty()) one[draw(one.size())] = char(draw(256));
+            arguments.push_back(one);
+        }
+        const std::string message = refusal(arguments);
+        accepted += message.empty();
+        CHECK((message.size() < 400 || contains(message, "cannot read")));  // paths are not cut
+        CHECK(std::count(message.begin(), message.end(), '\n') < 3);
+    }
+    CHECK(accepted > 100);
+}
+
+// =================================================================================================
+// The program: README, walk, show and bench
+// =================================================================================================
+
+TEST_CASE("readme: the training step it shows is the header's") {
+    const std::string readme = tinygpt::read_file("README.md");
+    const size_t begin = readme.find("```cpp\n"), end = readme.find("```", begin + 7);
+    REQUIRE(end != std::string::npos);
+    const std::string shown = readme.substr(begin + 7, end - begin - 7);
+    CHECK(shown.find("train_step") != std::string::npos);
+    CHECK(tinygpt::read_file("tinygpt.hpp").find(shown) != std::string::npos);
+}
+
+TEST_CASE("walk: every line that the header quotes is printed") {
+    const std::string walk = train_gpt({"walk"}).out;
+    const std::string header = tinygpt::read_file("tinygpt.hpp");
+    int quoted = 0;
+    for (size_t at = 0; (at = header.find("//   walk> ", at)) != std::string::npos;) {
+        at += 11;
+        const std::string line = header.substr(at, header.find('\n', at) - at);
+        CHECK_MESSAGE(walk.find(line) != std::string::npos, "the walk does not print: ", line);
+        ++quoted;
+    }
+    CHECK(quoted >= 8);
+    // The two columns of the gradient table agree, and so do the update by hand and the program's.
+    const size_t by_hand = walk.find(" = 0.240565\n"),
+                 program = walk.find("and the program has 0.240565\n");
+    CHECK(by_hand != std::string::npos);
+    CHECK(program != std::string::npos);
+}
+
+TEST_CASE("show: the page's numbers are the model's, and text stays text") {
+    const TemporaryFolder folder;
+    const Config config = {2, 2, 16, 32, 257};
+    const Tokenizer tokenizer = Tokenizer::bytes();
+    {
+        Gpt2<Cpu> model(config);
+        model.initialise(11);
+        for (size_t i = 0; i < model.layout.size; ++i) model.weights[i] *= 12;
+        save_checkpoint(model, folder / "model", &tokenizer, {}, Purpose::use);
+    }
+    const std::string text = "</script><b>\"'&\\ \xff";
+    const Outcome ran = train_gpt({"show", "--init-from", folder / "model", "--prompt", text,
+                                   "--output", folder / "page.html"});
+    REQUIRE(ran.status == 0);
+    const std::string html = read_file(folder / "page.html");
+    const std::string mark = "id=\"data\">";
+    const size_t begin = html.find(mark) + mark.size(), end = html.find("</script>", begin);
+    const std::string json = html.substr(begin, end - begin);
+    CHECK(json.find('<') == json.npos);
+    const Json page = Json::parse(json, "page");
+    // The same text through the reference device, in double.
+    std::vector<int32_t> tokens = prompt_tokens(text, tokenizer, 257);
+    tokens.insert(tokens.begin(), 256);
+    const int T = int(tokens.size()), C = config.n_embd, V = config.vocab_size;
+    Gpt2<Reference<double>> model(config);
+    load_weights(model, folder / "model");
+    model.reserve(1, T, Use::training);
+    Batch batch = batch_of(1, T, [&](int i) { return i < T ? tokens[size_t(i)] : kIgnore; });
+    const std::vector<double> losses = batch_losses(model, batch);
+    auto items = [](const Json& list) {
+        std::vector<double> values;
+        for (auto& [name, value] : list.members) values.push_back(value.as<double>().value_or(NAN));
+        return values;
+    };
+    const std::vector<double> surprise = items(*page.find("surprise"));
+    REQUIRE(int(surprise.size()) == T);
+    for (int t = 1; t < T; ++t)
+        CHECK(surprise[size_t(t)] ==
+              doctest::Approx(losses[size_t(t - 1)] / std::log(2)).epsilon(1e-4));
+    // Attention of both layers: each row adds up to 1, and is e^(q.k / sqrt(8) - lse).
+    const std::string letters = kBase64, code = page.find("attention")->text;
+    REQUIRE(code.size() == size_t(2 * 2 * 2 * (T * (T + 1) / 2)));
+    size_t at = 0;
+    for (int layer = 0; layer < 2; ++layer)
+        for (int h = 0; h < 2; ++h)
+            for (int t = 0; t < T; ++t) {
+                const auto& l = model.a.layers[size_t(layer)];
+                double sum = 0;
+                for (int t2 = 0; t2 <= t; ++t2, at += 2) {
+                    const double p =
+                        double(letters.find(code[at]) * 64 + letters.find(code[at + 1])) / 4095;
+                    const double *q = l.qkv + t * 3 * C + 8 * h,
+                                 *k = l.qkv + t2 * 3 * C + C + 8 * h;
+                    const double wanted = std::exp(
+                        std::inner_product(q, q + 8, k, 0.0) / std::sqrt(8.0) - l.lse[h * T + t]);
+                    CHECK(std::abs(p - wanted) < 2e-4);
+                    sum += p;
+                }
+                CHECK(std::abs(sum - 1) < 2e-4 * (t + 1));
+            }
+    // The last lens is the model's own answer; the first, the embedding's.
+    std::vector<double> logits(static_cast<size_t>(V));
+    model.device.head_logits(logits.data(), model.a.ln_f + (T - 1) * C, model.w.lm_head, 1, C, V);
+    const auto best = candidates({logits.begin(), logits.end()}, 1);
+    const Json& lens = page.find("lens")->members[2].second;
+    CHECK(int(page.find("lens")->members.size()) == 3);
+    const int token = int(items(*lens.find("token")).back());
+    CHECK(items(*lens.find("p")).back() ==
+          doctest::Approx(best[size_t(token)].probability).epsilon(1e-4));
+    double norm = 0;
+    for (int c = 0; c < C; ++c) norm += std::pow(model.a.embedded[c], 2);
+    CHECK(items(*page.find("lens")->members[0].second.find("norm"))[0] ==
+          doctest::Approx(std::sqrt(norm)).epsilon(1e-5));
+    CHECK(train_gpt({"show", "--init-from", folder / "model", "--runs", "out/a"}).status == 2);
+    CHECK(train_gpt({"show", "--runs", folder / "none"}).status == 1);
+}
+
+TEST_CASE("bench: watching a step changes no number of it, and shows every call") {
+    const Config config = {2, 1, 8, 4, 11};
+    Gpt2<Cpu> plain(config);
+    Gpt2<Watched<Cpu>> watched(config);
+    const Batch batch = batch_of(2, 4, [](int i) { return i % 11; });
+    std::map<std::string, int> calls;
+    std::map<std::string, std::vector<double>> sizes;
+    watched.device.watcher = [&](const Call& call) {
+        ++calls[std::string(call.function)], sizes[std::string(call.function)] = call.sizes;
+        watched.device.gelu_forward(watched.a.dx, watched.a.dx, 0);  // no call of the step
+        call.make();
+    };
+    plain.initialise(1), watched.initialise(1);
+    plain.reserve(2, 4, Use::training), watched.reserve(2, 4, Use::training);
+    for (int s = 0; s < 2; ++s) {
+        train_step(plain, {batch, batch}, {}, s);
+        train_step(watched, {batch, batch}, {}, s);
+    }
+    CHECK(plain.get_weights() == watched.get_weights());
+    CHECK(plain.state->grad_norm == watched.state->grad_norm);
+    // Two steps of two micro-batches of two layers.
+    CHECK(calls == std::map<std::string, int>{{"embed_forward", 4},
+                                              {"layernorm_forward", 20},
+                                              {"linear_forward", 8},
+                                              {"attention_forward", 8},
+                                              {"linear_residual_forward", 16},
+                                              {"linear_gelu_forward", 8},
+                                              {"head_forward_backward", 4},
+                                              {"linear_gelu_backward", 8},
+                                              {"linear_backward", 24},
+                                              {"attention_backward", 8},
+                                              {"layernorm_backward", 20},
+                                              {"embed_backward", 4},
+                                              {"begin_step", 2},
+                                              {"add_loss", 4},
+                                              {"gradient_norm", 2},
+                                              {"judge_step", 2},
+                                              {"adamw", 2}});
+    CHECK(sizes["linear_forward"] == std::vector<double>{8, 8, 24});
+    CHECK(sizes["adamw"][0] == double(plain.layout.size));
+}
+
+TEST_CASE("bench: a row for every function and linear layer") {
+    const Outcome ran = outcome_of([] {
+        Bench(Cpu(), parse_options({"bench", "--n-embd", "8", "--n-head", "1"})).run(0);
+        return 0;
+    });
+    auto calls = [&](const std::string& row) {
+        CAPTURE(row);
+        const size_t at = ran.out.find("\n" + row + "  ");
+        REQUIRE(at != std::string::npos);
+        return std::stoi(ran.out.substr(at + 1 + row.size()));
+    };
+    CHECK(calls("layernorm") == 5);
+    CHECK(calls("d layernorm") == 5);
+    for (const char* layer : {"c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"})
+        for (const char* way : {"linear ", "d linear "})
+            CHECK(calls(way + std::string(layer)) == 2);
+    CHECK(calls("attention") == 2);
+    CHECK(calls("d attention") == 2);
+    for (const char* row : {"embed", "d embed", "head, both ways", "gradient norm", "adamw"})
+        CHECK(calls(row) == 1);
+    for (const char* rows : {"256 rows", "1024 rows", "4096 rows"})
+        CHECK(ran.out.find(rows) != std::string::npos);
+}
+
+// =================================================================================================
+// prepare_data
+// =================================================================================================
+
 TEST_CASE("prepare_data: options") {
     PrepareOptions o = parse_prepare_options(
         split_at("--input a b --vocab_size=300 --tokenizer byte --tokenizer=bpe --output x "
@@ -2970,7 +5645,9 @@ TEST_CASE("prepare_data: a model of llm.c becomes a Hugging Face folder, to the 
     }
 }
 
-// --- The stories: the floor is exact, and only a model with a memory comes near it
+// =================================================================================================
+// The stories
+// =================================================================================================
 
 // Story number i of a seed.
 inline stories::Teller told(uint64_t seed, int i) {
@@ -3178,2560 +5855,9 @@ TEST_CASE("stories: a 5-gram with the best discount stays 20 % above the floor")
     CHECK(best > 1.2 * corpus.val_neg_log_prob);
 }
 
-}  // namespace tokenizer_tests
-
-// --- Files, JSON, safetensors, config.json
-
-namespace files_test {
-
-// The action fails with one line that begins with the file's name and has the reason in it.
-void check_refused(const std::string& path, const std::string& reason, auto&& action) {
-    const std::string message = error_of(action);
-    CAPTURE(reason);
-    CAPTURE(message);
-    CHECK(message.starts_with(path + ": "));
-    CHECK(contains(message, reason));
-    CHECK(!contains(message, "\n"));
-    CHECK(message.size() < 400);
-}
-void check_unreadable(const std::string& path, const std::string& reason) {
-    check_refused(path, reason, [&] { SafetensorsFile file(path); });
-}
-
-std::string little_endian(uint64_t n) { return raw(std::vector{n}); }
-std::string safetensors_bytes(const std::string& header, const std::string& data) {
-    return little_endian(header.size()) + header + data;
-}
-std::string entry(const std::string& name, const std::string& dtype, const std::string& shape,
-                  const std::string& offsets) {
-    return "\"" + name + "\":{\"dtype\":\"" + dtype + "\",\"shape\":" + shape +
-           ",\"data_offsets\":" + offsets + "}";
-}
-
-// An array as a tensor to be written.
-StoredTensor tensor_to_write(const std::string& name, std::vector<int64_t> shape, const float* data,
-                             const std::string& dtype = "F32") {
-    auto fill = [data](float* out, size_t first, size_t n) { std::copy_n(data + first, n, out); };
-    return {name, dtype, std::move(shape), fill};
-}
-
-const Config tiny_config{2, 2, 8, 4, 11}, untied_config{2, 2, 8, 4, 11, true};
-
-// Random weights under the names of a checkpoint, changed at will before they are written.
-struct Weights {
-    Layout layout;
-    std::vector<float> values;
-    std::vector<StoredTensor> tensors;
-    explicit Weights(const Config& config, bool prefix = true)
-        : layout(layout_of(config)), values(layout.size) {
-        for (const TensorInfo& info : layout.tensors) {
-            for (size_t i = info.offset; i < info.offset + info.count; i++)
-                values[i] = float(random_normal(7, i));
-            tensors.push_back(tensor_to_write(prefix ? name_in_checkpoint(info.name) : info.name,
-                                              info.shape, values.data() + info.offset));
-        }
-    }
-    void add(const std::string& name, std::vector<int64_t> shape) {
-        tensors.push_back(tensor_to_write(name, std::move(shape), values.data()));
-    }
-    // Gives a tensor another shape.
-    void reshape(const std::string& name, std::vector<int64_t> shape) {
-        for (StoredTensor& tensor : tensors)
-            if (tensor.name == name) tensor.shape = shape;
-    }
-    void remove(const std::string& name) {
-        std::erase_if(tensors, [&](const StoredTensor& tensor) { return tensor.name == name; });
-    }
-};
-
-}  // namespace files_test
-
-TEST_CASE("files: the checksum sees every flipped bit and every length") {
-    std::set<std::string> seen;
-    for (size_t length = 0; length < 100; length++) seen.insert(checksum(std::string(length, 0)));
-    std::string text(77, '\0');
-    for (size_t i = 0; i < text.size(); i++) text[i] = char(i * 37 + 1);
-    seen.insert(checksum(text));
-    for (size_t bit = 0; bit < 8 * text.size(); bit++) {
-        std::string changed = text;
-        changed[bit / 8] = char(changed[bit / 8] ^ (1 << (bit % 8)));
-        seen.insert(checksum(changed));
-    }
-    CHECK(seen.size() == 100 + 1 + 8 * text.size());
-}
-
-TEST_CASE("files: what is written is read back; folders are made, listed and removed") {
-    TemporaryFolder scratch;
-    const std::string deep = scratch / "a/b/c";
-    make_folders(deep);
-    make_folders(deep + "/");
-    CHECK(folder_exists(deep));
-    std::string bytes(300'001, 'x');
-    bytes[7] = '\0';
-    for (const std::string& content : {std::string(), std::string("one\n"), bytes}) {
-        write_file(deep + "/f", content);
-        CHECK(read_file(deep + "/f") == content);
-    }
-    write_file(deep + "/e", "");
-    CHECK(list_folder(deep) == std::vector<std::string>{"e", "f"});
-    CHECK(read_file(deep + "/f", bytes.size()) == bytes);
-    rename_path(deep + "/e", deep + "/f");
-    CHECK(read_file(deep + "/f").empty());
-    CHECK(file_checksum(deep + "/f") == checksum(""));
-    // A link in a folder that is removed takes nothing else with it.
-    write_file(scratch / "keep", "kept");
-    REQUIRE(::symlink(scratch.path.c_str(), (deep + "/link").c_str()) == 0);
-    remove_folder(scratch / "a");
-    CHECK(!folder_exists(scratch / "a"));
-    CHECK(read_file(scratch / "keep") == "kept");
-}
-
-TEST_CASE("files: errors name the path and the reason") {
-    TemporaryFolder scratch;
-    const std::string file = scratch / "file", missing = scratch / "none", folder = scratch.path;
-    write_file(file, "12345");
-    struct Case {
-        std::function<void(const std::string&)> action;
-        std::string path;
-        const char* reason;
-    };
-    auto write = [](const std::string& path) { write_file(path, ""); };
-    auto read = [](const std::string& path) { read_file(path, 4); };
-    for (const Case& c : {Case{read, missing, "No such file"},
-                          {read, folder, "Is a directory"},
-                          {read, file, "at most 4 bytes"},
-                          {write, missing + "/f", "No such file"},
-                          {write, file + "/f", "Not a directory"},
-                          {write, folder, "not a file"},
-                          {write, "/dev/null", "not a file"},
-                          {make_folders, file, "File exists"},
-                          {make_folders, file + "/x", "File exists"},
-                          {list_folder, missing, "No such file"},
-                          {remove_folder, missing, "No such file"}}) {
-        const std::string message = error_of([&] { c.action(c.path); });
-        CAPTURE(message);
-        CHECK((contains(message, c.path) || contains(message, parent_folder(c.path) + ":")));
-        CHECK(contains(message, c.reason));
-    }
-    CHECK(list_folder(folder) == std::vector<std::string>{"file"});
-    CHECK(read_file(file) == "12345");
-}
-
-TEST_CASE("files: a save syncs the data before the rename and the folder after it") {
-    TemporaryFolder scratch;
-    std::vector<std::string> log;
-    file_fault() = [&](const char* call, const std::string& path) {
-        const std::string name = path.substr(std::min(path.size(), scratch.path.size() + 1));
-        log.push_back(to_text(call, " ", contains(path, "/f.tmp-") ? "temporary" : name));
-        return 0;
-    };
-    make_folders(scratch / "new");
-    write_file(scratch / "new/f", "bytes");
-    const std::vector<std::string> order = {"mkdir new",       "fsync ",          "open temporary",
-                                            "write temporary", "fsync temporary", "rename new/f",
-                                            "fsync new"};
-    CHECK(log == order);
-}
-
-TEST_CASE("files: whichever call of a save fails, the old file or the new one is there, whole") {
-    TemporaryFolder scratch;
-    const std::vector<float> weights(400'000, 1.5f);
-    auto save_model = [&](const std::string& path) {
-        write_safetensors(path, {files_test::tensor_to_write("w", {400'000}, weights.data())});
-    };
-    auto save_text = [](const std::string& path) { write_file(path, "the new text"); };
-    const std::string path = scratch / "f";
-    const std::function<void(const std::string&)> saves[] = {save_text, save_model};
-    for (auto& save : saves)
-        // Call number `nth` answers `code`, until there is no such call. -1 is a short write.
-        for (int code : {EIO, ENOSPC, EINTR, -1}) {
-            const bool harmless = code == EINTR || code == -1;
-            save(path);
-            const std::string fresh = read_file(path);
-            std::set<std::string> failed_calls;
-            bool failed = true;
-            for (int nth = 0; failed; nth++) {
-                put_file(path, "the old bytes");
-                int calls = 0;
-                bool renamed = false;
-                failed = false;
-                file_fault() = [&](const char* call, const std::string&) {
-                    const std::string name = call;
-                    if (harmless && name != "write") return 0;
-                    if (calls++ != nth) return renamed |= name == "rename", 0;
-                    failed = true;
-                    failed_calls.insert(name + (renamed ? " folder" : ""));
-                    return code;
-                };
-                const std::string message = error_of([&] { save(path); });
-                file_fault() = nullptr;
-                CAPTURE(message);
-                const bool must_fail = failed && !harmless;
-                CHECK(message.empty() == !must_fail);
-                CHECK(read_file(path) == (renamed || !must_fail ? fresh : "the old bytes"));
-                if (must_fail) {
-                    CHECK(contains(message, renamed ? scratch.path : path));
-                    CHECK(contains(message, std::strerror(code)));
-                }
-                CHECK(list_folder(scratch.path).size() == 1);  // no temporary
-            }
-            const std::set<std::string> all = {"open", "write", "fsync", "rename", "fsync folder"};
-            CHECK(failed_calls == (harmless ? std::set<std::string>{"write"} : all));
-        }
-    file_fault() = [](const char* call, const std::string&) {
-        return std::string(call) == "mkdir" ? EACCES : std::string(call) == "write" ? ENOSPC : 0;
-    };
-    const std::string message = error_of([&] { make_folders(scratch / "x/y"); });
-    CHECK(message == "cannot create folder " + (scratch / "x") + ": " + std::strerror(EACCES));
-    try {
-        write_file(path, "x");
-        FAIL("a full disk went unnoticed");
-    } catch (const FileError& error) {
-        CHECK(error.code == ENOSPC);
-    }
-}
-
-TEST_CASE("json: what RFC 8259 allows is read") {
-    const std::pair<std::string, std::string> list[] = {
-        {" true ", "true"},
-        {"\t\r\n false", "false"},
-        {R"("\"\\\/\b\f\n\r\t")", R"("\"\\/\u0008\u000c\n\u000d\u0009")"},
-        {R"("\u0041\u00e9\u0120\u20ac\ud83d\ude00")",
-         "\"A\xc3\xa9\xc4\xa0\xe2\x82\xac\xf0\x9f\x98\x80\""},
-        {"[ ]", "[]"},
-        {"[1,\n[2] , {} ]", "[1,[2],{}]"},
-        {R"({"b":1,"a":{"":[]} , "A" : null})", R"({"b":1,"a":{"":[]},"A":null})"},
-    };
-    auto check = [](const std::string& text, const std::string& written) {
-        CAPTURE(text);
-        const Json json = Json::parse(text, "x.json");
-        CHECK(json.write() == written);
-        CHECK(Json::parse(json.write(2), "x.json").write() == written);
-    };
-    for (auto& [text, written] : list) check(text, written);
-    for (const char* same : {"null",
-                             "0",
-                             "-0",
-                             "-0.0",
-                             "-12",
-                             "9223372036854775807",
-                             "-9223372036854775808",
-                             "9007199254740993",
-                             "0.5",
-                             "1e2",
-                             "1E+2",
-                             "-1.5e-3",
-                             "1e-05",
-                             "0.1",
-                             "\"\"",
-                             "\"a b\"",
-                             "\"\xc3\xa9\xf4\x8f\xbf\xbf\"",
-                             R"("\u0000")",
-                             "\"\x7f\"",
-                             "[]",
-                             "{}",
-                             R"({"a":{"a":{"a":1}}})"})
-        check(same, same);
-    for (const char* text : {"1.0", "1e3", "12345678901234567890", "true"})
-        CHECK(!Json::parse(text, "x.json").as<int64_t>());
-    CHECK(Json::parse("12345678901234567890", "x.json").as<double>() == 12345678901234567890.0);
-}
-
-TEST_CASE("json: what RFC 8259 does not allow is refused, with its place") {
-    // A reason, and texts that are refused for it.
-    const std::pair<const char*, std::vector<std::string>> list[] = {
-        {"line 1, byte 0: expected a value, found the end", {""}},
-        {"expected a value, found the end", {" ", "["}},
-        {"expected a value", {"True", "NaN", "Infinity", "+1", ".5", "]", "{\"a\":}", "/* c */ 1"}},
-        {"expected a value, found \"n\"", {"nul"}},
-        {"expected a value, found \"'\"", {"'a'"}},
-        {"expected a value, found \"]\"", {"[1,]"}},
-        {"expected a value, found \"\xef\xbf\xbd\"", {"\xef\xbb\xbf{}"}},
-        {"expected a digit", {"-", "1.", "1e", "1e+"}},
-        {"expected a digit, found \"I\"", {"-Infinity"}},
-        {"expected the end of the text", {"1 2", "01", "0x10", "{\"a\":1}}"}},
-        {"expected the end of the text, found \"x\"", {"nullx"}},
-        {"expected the end of the text, found \"\\u0000\"", {std::string("1\0", 2)}},
-        {"number out of range", {"1e400"}},
-        {"expected the rest of a string, found the end", {"\""}},
-        {"expected the rest of a string, found \"\\n\"", {"\"a\nb\""}},
-        {"found \"\\u0000\"", {std::string("\"a\0b\"", 5)}},
-        {"expected an escape sequence, found \"x\"", {R"("\x41")"}},
-        {"expected an escape sequence, found the end", {"\"\\"}},
-        {"expected four hexadecimal digits, found \"g\"", {R"("\u12g4")"}},
-        {"expected four hexadecimal digits", {R"("\u12)"}},
-        {"half a surrogate pair", {R"("\ud800")", R"("\ud800\u0041")", R"("\udc00\ud800")"}},
-        {"invalid UTF-8",
-         {"\"\x80\"", "\"\xc0\x80\"", "\"\xc3\"", "\"\xe0\x9f\xbf\"", "\"\xed\xa0\x80\"",
-          "\"\xf0\x8f\xbf\xbf\"", "\"\xf4\x90\x80\x80\"", "\"\xff\""}},
-        {"expected ',' or ']'", {"[1 2]"}},
-        {"line 2, byte 6: expected ',' or ']', found the end", {"[1,\n 2"}},
-        {"expected a key in quotes, found the end", {"{"}},
-        {"expected a key in quotes", {"{a:1}", "{\"a\":1,}"}},
-        {"expected ':'", {"{\"a\"}"}},
-        {"expected ',' or '}'", {"{\"a\":1 \"b\":2}"}},
-        {"has the key a twice", {"{\"a\":1,\"b\":2,\"a\":3}", "{\"a\":1,\"\\u0061\":3}"}},
-    };
-    for (auto& [reason, texts] : list)
-        for (const std::string& text : texts) {
-            CAPTURE(text);
-            files_test::check_refused("x.json", reason,
-                                      [&, &text = text] { Json::parse(text, "x.json"); });
-        }
-}
-
-TEST_CASE("json: numbers and strings come back as they were, members by name and type") {
-    for (double x : {1.0, 0.1, -1e-300, 1.7976931348623157e308, 2.0 / 3, 123456789012345680.0}) {
-        CAPTURE(x);
-        CHECK(Json::parse(Json(x).write(), "x").as<double>() == x);
-    }
-    CHECK(Json(std::nan("")).write() == "null");
-    CHECK(Json("\xff\"\\\x1b").write() == "\"\xef\xbf\xbd\\\"\\\\\\u001b\"");
-    Json json = Json::object();
-    json.set("n", 3).set("x", 0.5).set("s", "text").set("b", true).set("n", 4);
-    CHECK(json.write() == R"({"n":4,"x":0.5,"s":"text","b":true})");
-    CHECK(json.write(2) == "{\n  \"n\": 4,\n  \"x\": 0.5,\n  \"s\": \"text\",\n  \"b\": true\n}");
-    CHECK(json.get_int("n", "f") == 4);
-    CHECK(json.get("x", Json::Kind::number, "f").as<double>() == 0.5);
-    CHECK(json.get_string("s", "f") == "text");
-    CHECK(json.get("b", Json::Kind::boolean, "f").text == "true");
-    CHECK(json.find("none") == nullptr);
-    auto error = [&](const char* key, int64_t lowest) {
-        return error_of([&] { json.get_int(key, "f", lowest, 9); });
-    };
-    CHECK(error("none", 0) == "f: \"none\" is missing");
-    CHECK(error("s", 0) == "f: \"s\" must be a number, found a string");
-    CHECK(error("x", 0) == "f: \"x\" must be an integer from 0 to 9, found 0.5");
-    CHECK(error("n", 5) == "f: \"n\" must be an integer from 5 to 9, found 4");
-}
-
-TEST_CASE("json: large and hostile texts take linear time and bounded depth") {
-    const double start = now_seconds();
-    std::string vocabulary = "{", objects;
-    for (int i = 0; i < 50257; i++)
-        vocabulary += format("%s\"word%d\": %d", i ? ", " : "", i * 7, i);
-    for (int i = 0; i < 100'000; i++) objects += "{\"a\":";
-    const Json json = Json::parse(vocabulary + "}", "vocab.json");
-    REQUIRE(json.members.size() == 50257);
-    CHECK(json.members[50256].second.as<int>() == 50256);
-    const size_t many = 1'000'000;
-    const std::pair<std::string, const char*> list[] =
-        {{vocabulary + ", \"word0\": 1}", "word0 twice"},
-         {std::string(64, '[') + std::string(64, ']'), ""},
-         {std::string(65, '[') + std::string(65, ']'), "64 levels"},
-         {std::string(many, '['), "64 levels"},
-         {objects, "64 levels"},
-         {"\"" + std::string(many, 'x'), "the rest of a string"},
-         {std::string(many, '1'), "out of range"}};
-    for (auto& [text, reason] : list) {
-        const std::string message = error_of([&, &text = text] { Json::parse(text, "x"); });
-        CHECK(contains(message, reason));
-        CHECK(message.empty() == !*reason);
-    }
-    const JsonLimits three = {.depth = 64, .values = 3};
-    CHECK(contains(error_of([&] { Json::parse("[1,2,3]", "x", three); }), "more than 3 values"));
-    CHECK(now_seconds() - start < 5);  // 0.1 s; a quadratic step anywhere takes minutes
-}
-
-TEST_CASE("json: no mutation of a text makes the parser do anything but read or refuse it") {
-    const std::string good =
-        R"({"a":[1,-2.5e3,true,false,null],"b\u0041\ud83d\ude00":{"c":"\n\t\"","d":{}},"e":""})";
-    const std::string alphabet = "{}[]\",:\\u0d8-+.eE1 \n\xff\xc3";
-    int accepted = 0;
-    for (uint64_t i = 0; i < 20'000; i++) {
-        std::string text = good;
-        for (uint64_t change = 0; change <= random_bits(i, 0) % 3; change++) {
-            const size_t at = random_bits(i, 3 * change + 1) % text.size();
-            const char c = alphabet[random_bits(i, 3 * change + 2) % alphabet.size()];
-            switch (random_bits(i, 3 * change + 3) % 3) {
-                case 0: text[at] = c; break;
-                case 1: text.insert(at, 1, c); break;
-                default: text.erase(at, 1 + random_bits(i, 99) % 5);
-            }
-            if (text.empty()) text = "[";
-        }
-        const std::string message = error_of([&] {
-            const std::string written = Json::parse(text, "x").write();
-            CHECK(Json::parse(written, "x").write() == written);
-            accepted++;
-        });
-        CHECK((message.empty() || message.starts_with("x: not valid JSON: line ")));
-    }
-    CHECK(accepted > 500);
-    CHECK(accepted < 15'000);
-}
-
-TEST_CASE("safetensors: a file is what the format says, byte for byte") {
-    using namespace files_test;
-    TemporaryFolder scratch;
-    const std::vector<float> b = {1.0f, -2.0f}, a = {0.5f, 3.0f, 1.0e-3f}, d = {0.1f};
-    write_safetensors(scratch / "f",
-                      {tensor_to_write("d", {}, d.data()), tensor_to_write("b", {2, 1}, b.data()),
-                       tensor_to_write("a", {3}, a.data())});
-    std::string header = R"({"__metadata__":{"format":"pt"},)"
-                         R"("a":{"dtype":"F32","shape":[3],"data_offsets":[0,12]},)"
-                         R"("b":{"dtype":"F32","shape":[2,1],"data_offsets":[12,20]},)"
-                         R"("d":{"dtype":"F32","shape":[],"data_offsets":[20,24]}})";
-    header.append((8 - header.size() % 8) % 8, ' ');
-    CHECK(read_file(scratch / "f") == safetensors_bytes(header, raw(a) + raw(b) + raw(d)));
-    for (const char* dtype : {"F64", "F16", "BF16", "I64", ""})
-        check_refused(scratch / "g", "cannot write a tensor as", [&] {
-            write_safetensors(scratch / "g", {tensor_to_write("a", {3}, a.data(), dtype)});
-        });
-    CHECK(list_folder(scratch.path) == std::vector<std::string>{"f"});
-}
-
-TEST_CASE("safetensors: GPT-2 small has the published size") {
-    // 8 + 14,968 + 497,759,232 bytes: 148 tensors.
-    std::vector<StoredTensor> tensors;
-    const Layout layout = layout_of({12, 12, 768, 1024, 50257});
-    for (const TensorInfo& info : layout.tensors)
-        tensors.push_back({name_in_checkpoint(info.name), "F32", info.shape});
-    std::sort(tensors.begin(), tensors.end(), [](auto& a, auto& b) { return a.name < b.name; });
-    CHECK(tensors.size() == 148);
-    CHECK(safetensors_header(tensors).size() + layout.count * 4 == 497'774'208);
-}
-
-TEST_CASE("safetensors: every type of weight is read exactly, on any number of threads") {
-    using namespace files_test;
-    TemporaryFolder scratch;
-    const size_t count = 1'000'003;  // several chunks, the last one ragged
-    const std::vector<double> doubles = random_vector(count, 5, 0.02);
-    const std::vector<float> floats(doubles.begin(), doubles.end());
-    const std::vector<bf16> halves(floats.begin(), floats.end());
-    struct Case {
-        const char* dtype;
-        std::string data;
-        std::function<double(size_t)> value;
-    };
-    for (const Case& c : {Case{"F64", raw(doubles), [&](size_t i) { return doubles[i]; }},
-                          {"F32", raw(floats), [&](size_t i) { return floats[i]; }},
-                          {"BF16", raw(halves), [&](size_t i) { return float(halves[i]); }}}) {
-        CAPTURE(c.dtype);
-        const std::string one =
-            entry("w", c.dtype, to_text("[", count, "]"), to_text("[0,", c.data.size(), "]"));
-        put_file(scratch / "f",
-                 safetensors_bytes("{\"__metadata__\":{\"a\":\"b\"}," + one + "}", c.data));
-        const SafetensorsFile file(scratch / "f");
-        REQUIRE(file.tensors.size() == 1);
-        CHECK(file.find("w") == &file.tensors[0]);
-        CHECK(file.find("v") == nullptr);
-        for (int n : {1, 3}) {
-            const Threads threads(n);
-            std::vector<double> wide(count);
-            std::vector<float> narrow(count);
-            file.read(file.tensors[0], wide.data());
-            file.read(file.tensors[0], narrow.data());
-            bool equal = true;
-            for (size_t i = 0; i < count; i++)
-                equal = equal && wide[i] == c.value(i) && narrow[i] == float(c.value(i));
-            CHECK(equal);
-        }
-    }
-    // Halves: 1, -2, 65504 (largest), 2^-14 (smallest normal), 2^-24 (smallest), -0.
-    const std::vector<uint16_t> bits = {0x3c00, 0xc000, 0x7bff, 0x0400, 0x0001, 0x8000};
-    put_file(scratch / "h",
-             safetensors_bytes("{" + entry("w", "F16", "[2,3]", "[0,12]") + "}", raw(bits)));
-    const SafetensorsFile file(scratch / "h");
-    std::vector<float> w(6);
-    file.read(file.tensors[0], w.data());
-    CHECK(raw(w) == raw<float>({1, -2, 65504, 0x1p-14f, 0x1p-24f, -0.0f}));
-    for (uint32_t half = 0; half < 0x7c00; half++) {  // in order, and the sign is a sign
-        if (half > 0) REQUIRE(float(f16{uint16_t(half)}) > float(f16{uint16_t(half - 1)}));
-        REQUIRE(float(f16{uint16_t(half | 0x8000)}) == -float(f16{uint16_t(half)}));
-    }
-    CHECK(std::isinf(float(f16{0xfc00})));
-    CHECK(std::isnan(float(f16{0x7e00})));
-}
-
-TEST_CASE("safetensors: unusual files that follow the rules are read") {
-    using namespace files_test;
-    TemporaryFolder scratch;
-    for (const char* header : {"{}", "{}      ", "{\"__metadata__\":{}}"}) {
-        put_file(scratch / "f", safetensors_bytes(header, ""));
-        CHECK(error_of([&] { SafetensorsFile file(scratch / "f"); }) == "");
-    }
-    for (const std::string& members :
-         {std::string("\"a\" : {\"shape\":[ 2 ],\n\"data_offsets\":[0,8],\"dtype\":\"F32\"}   "),
-          entry("a", "F32", "[]", "[4,8]") + "," + entry("b", "I32", "[1,1]", "[0,4]"),
-          entry("z", "F32", "[0]", "[0,0]") + "," + entry("a", "F64", "[1]", "[0,8]"),
-          entry("a", "F64", "[1]", "[0,8]") + "," + entry("z", "F32", "[5,0]", "[8,8]"),
-          entry("a", "BOOL", "[8]", "[0,8]"), entry("a\\n\\u0120", "U16", "[2,2]", "[0,8]")}) {
-        CAPTURE(members);
-        put_file(scratch / "f", safetensors_bytes("{" + members + "}", std::string(8, '\0')));
-        CHECK(error_of([&] { SafetensorsFile file(scratch / "f"); }) == "");
-    }
-}
-
-TEST_CASE("safetensors: each rule of the format broken once is refused, by name and at once") {
-    using namespace files_test;
-    TemporaryFolder scratch;
-    const std::string path = scratch / "model.safetensors", data(24, '\0');
-    const std::string a = entry("a", "F32", "[2,2]", "[0,16]"),
-                      b = entry("b", "F32", "[2]", "[16,24]"), good = "{" + a + "," + b + "}",
-                      whole = safetensors_bytes(good, data);
-    auto header = [&](const std::string& text) { return safetensors_bytes(text, data); };
-    auto pair = [&](const std::string& one, const std::string& two) {
-        return header("{" + one + "," + two + "}");
-    };
-    auto with_a = [&](const char* dtype, const char* shape, const char* offsets) {
-        return pair(entry("a", dtype, shape, offsets), b);
-    };
-    auto shape = [&](const char* text) { return with_a("F32", text, "[0,16]"); };
-    auto offsets = [&](const char* text) { return with_a("F32", "[2,2]", text); };
-    auto dtype = [&](const char* text) { return with_a(text, "[2,2]", "[0,16]"); };
-    auto name = [&](const char* text) { return pair(a, entry(text, "F32", "[2]", "[16,24]")); };
-    auto metadata = [&](const std::string& text) {
-        return header("{\"__metadata__\":" + text + "," + a + "," + b + "}");
-    };
-    auto length = [&](uint64_t n) { return little_endian(n) + whole.substr(8); };
-    auto cut = [&](size_t bytes) { return whole.substr(0, bytes); };
-    std::string many = "{", nested = "{\"a\":";
-    for (int i = 0; i < 30'000; i++)
-        many += (i ? "," : "") + entry("t" + std::to_string(i), "F32", "[6]", "[0,24]");
-    for (int i = 0; i < 100'000; i++) nested += "[";
-    const std::string open = a.substr(0, a.size() - 1);
-
-    // A reason, and files that are refused for it.
-    const std::pair<const char*, std::vector<std::string>> list[] = {
-        // The length of the header
-        {"at least 10 bytes, found 0", {""}},
-        {"at least 10 bytes, found 7", {cut(7)}},
-        {"cut short", {cut(8), cut(40), cut(8 + good.size() - 1), length(whole.size() - 7)}},
-        {"no safetensors file",
-         {length(100'000'000), length(1ull << 31), length(1ull << 32), length(INT64_MAX),
-          length(1ull << 63), length(0 - 8ull), length(UINT64_MAX),
-          length(uint64_t(good.size()) << 56), "PK\x03\x04 this is a zip archive",
-          "<!DOCTYPE html><html>404</html>", "version https://git-lfs.github.com/spec/v1\n"}},
-        {"a GPT-2 needs less than", {safetensors_bytes("{}" + std::string(5'000'000, ' '), "")}},
-        // The JSON
-        {"must begin with '{'",
-         {length(0), header(" " + good), header("\xef\xbb\xbf" + good), header("[" + good + "]")}},
-        {"must end with '}'",
-         {length(good.size() + 8), header(good + std::string(4, '\0')), header(good + "\n")}},
-        {"not valid JSON",
-         {length(good.size() - 1), header(good + good), header("{" + a + "," + b + ",}"),
-          header("{" + a + b + "}"), header("{" + a + "," + b.substr(0, b.size() - 1) + "}"),
-          header("{'a':1}"), header("{/**/}"),
-          pair(a, entry(std::string(1, '\0'), "F32", "[2]", "[16,24]"))}},
-        {"invalid UTF-8", {name("\xc3(")}},
-        {"surrogate", {name("\\ud800")}},
-        {"key a twice", {name("a"), name("\\u0061")}},
-        {"key dtype twice", {pair(open + ",\"dtype\":\"F32\"}", b)}},
-        {"more than 8 levels", {safetensors_bytes(nested + "}", "")}},
-        {"__metadata__ x must be a string", {metadata("{\"x\":1}"), metadata("{\"x\":{}}")}},
-        {"\"__metadata__\" must be an object", {metadata("null"), metadata("[\"x\"]")}},
-        {"__metadata__ twice", {metadata("{},\"__metadata__\":{}")}},
-        // A tensor's description
-        {"tensor b: \"dtype\" is missing",
-         {pair(a, "\"b\":7"), pair(a, "\"b\":null"),
-          pair(a, R"("b":{"shape":[2],"data_offsets":[16,24]})")}},
-        {"\"shape\" is missing", {pair(a, R"("b":{"dtype":"F32","data_offsets":[16,24]})")}},
-        {"\"data_offsets\" is missing", {pair(a, R"("b":{"dtype":"F32","shape":[2]})")}},
-        {"unknown key strides", {pair(open + ",\"strides\":[1]}", b)}},
-        {"unknown key \"\"", {pair(a, "\"b\":[1]")}},
-        {"unknown dtype F128", {dtype("F128")}},
-        {"unknown dtype f32", {dtype("f32")}},
-        {"unknown dtype \"\"", {dtype("")}},
-        {"unknown dtype U16|F16", {dtype("U16|F16")}},
-        {"\"dtype\" must be a string",
-         {pair(R"("a":{"dtype":4,"shape":[],"data_offsets":[0,16]})", b)}},
-        {"\"shape\" must be an array", {shape("4")}},
-        {"shape must be integers",
-         {shape("[\"2\",2]"), shape("[-2,-2]"), shape("[-1]"), shape("[2.0,2]"), shape("[4e0]"),
-          shape("[9007199254740993]"), shape("[18446744073709551616]"),
-          with_a("F32", "[4611686018427387905]", "[0,4]")}},
-        {"overflows",
-         {with_a("F32", "[4294967296,4294967296]", "[0,0]"),
-          with_a("F32", "[4294967296,4294967296,0]", "[0,0]"),
-          with_a("F32", "[2147483648,2147483648]", "[0,0]")}},
-        {"takes 24 bytes", {shape("[2,3]")}},
-        {"takes 8 bytes", {shape("[2,1]"), dtype("BF16")}},
-        {"takes 32 bytes", {dtype("F64")}},
-        {"takes 0 bytes", {shape("[0]")}},
-        // The offsets
-        {"must be two integers", {offsets("[16]"), offsets("[0,16,16]")}},
-        {"\"data_offsets\" must be an array", {offsets("{}")}},
-        {"data_offsets must be integers",
-         {offsets("[-16,0]"), offsets("[0.0,16]"), offsets("[0,16e0]"), offsets("[\"0\",16]"),
-          offsets("[null,16]"), offsets("[9007199254740978,9007199254740994]"),
-          offsets("[0,9223372036854775807]"), offsets("[18446744073709551600,0]")}},
-        {"end before they begin", {offsets("[16,0]")}},
-        {"hole",
-         {offsets("[1000,1016]"), pair(entry("a", "F32", "[1,2]", "[8,16]"), b),
-          pair(entry("a", "F32", "[3]", "[0,12]"), b)}},
-        {"overlap",
-         {pair(a, entry("b", "U8", "[9]", "[15,24]")),
-          pair(entry("a", "F32", "[6]", "[0,24]"), entry("b", "F32", "[6]", "[0,24]")),
-          pair(a, entry("b", "F32", "[0]", "[8,8]")),
-          header(many.substr(0, many.find(",\"t3000\"")) + "}")}},
-        {"values", {header(many + "}")}},
-        {"cut short or too long",
-         {cut(whole.size() - 1), cut(8 + good.size()), whole + '\0', whole + whole, header("{}")}},
-    };
-    put_file(path, whole);
-    REQUIRE(error_of([&] { SafetensorsFile file(path); }) == "");
-    size_t count = 0;
-    for (auto& [reason, files] : list)
-        for (const std::string& bytes : files) {
-            const std::string begins = shown(bytes.substr(0, 200));
-            CAPTURE(begins);
-            put_file(path, bytes);
-            const double start = now_seconds();
-            check_unreadable(path, reason);
-            CHECK(now_seconds() - start <
-                  1);  // 0.1 s; the rest is for sanitizers and busy machines
-            ++count;
-        }
-    CHECK(count >= 90);
-    // Cut at any byte, it is refused; so is what is no file.
-    for (size_t bytes = 0; bytes < whole.size(); bytes++) {
-        put_file(path, cut(bytes));
-        check_unreadable(path, "");
-    }
-    check_unreadable(scratch.path, "expected a file");
-    REQUIRE(::mkfifo((scratch / "pipe").c_str(), 0600) == 0);  // must not wait for a writer
-    check_unreadable(scratch / "pipe", "expected a file");
-}
-
-TEST_CASE("safetensors: no changed byte of a header reads outside the file or is missed") {
-    using namespace files_test;
-    TemporaryFolder scratch;
-    const std::vector<float> w = {1, 2, 3, 4, 5, 6};
-    write_safetensors(scratch / "f", {tensor_to_write("a", {2, 2}, w.data()),
-                                      tensor_to_write("b", {2}, w.data())});
-    const std::string whole = read_file(scratch / "f"), path = scratch / "g";
-    for (uint64_t i = 0; i < 4000; i++) {
-        std::string bytes = whole;
-        bytes[random_bits(i, 1) % (whole.size() - 24)] = char(random_bits(i, 2));
-        put_file(path, bytes);
-        const std::string message = error_of([&] {
-            const SafetensorsFile file(path);
-            uint64_t covered = 0;
-            for (const StoredTensor& tensor : file.tensors) {
-                REQUIRE(tensor.end <= bytes.size());
-                covered += tensor.end - tensor.begin;
-            }
-            CHECK(covered == 24);
-        });
-        if (!message.empty()) check_unreadable(path, "");
-    }
-}
-
-TEST_CASE("safetensors: NaN and infinity are neither read nor written") {
-    using namespace files_test;
-    TemporaryFolder scratch;
-    const std::string path = scratch / "f";
-    const float nan = NAN, inf = INFINITY;
-    auto read_it = [&](const std::string& dtype, const std::string& bytes) {
-        const size_t count = bytes.size() / dtype_bytes(dtype);
-        put_file(path,
-                 safetensors_bytes("{" +
-                                       entry("h.0.ln_1.weight", dtype, to_text("[", count, "]"),
-                                             to_text("[0,", bytes.size(), "]")) +
-                                       "}",
-                                   bytes));
-        std::vector<float> out(count);
-        const SafetensorsFile file(path);
-        file.read(file.tensors[0], out.data());
-    };
-    std::vector<float> late(700'000, 1.0f);
-    late[699'999] = nan;
-    const std::tuple<const char*, std::string, const char*> list[] = {
-        {"F32", raw<float>({1, nan}), "NaN in element 1"},
-        {"F32", raw<float>({-inf, nan}), "infinity in element 0"},
-        {"F32", raw(late), "NaN in element 699999"},
-        {"F64", raw<double>({1, 2, double(nan)}), "NaN in element 2"},
-        {"F64", raw<double>({1e300}), "infinity in element 0"},
-        {"BF16", raw<uint16_t>({0x3f80, 0x7fc0}), "NaN in element 1"},
-        {"BF16", raw<uint16_t>({0x3f80, 0xff80}), "infinity in element"},
-        {"F16", raw<uint16_t>({0x7e00}), "NaN in element 0"},
-        {"F16", raw<uint16_t>({0x7c00}), "infinity in element"},
-        {"I64", raw<int64_t>({1}), "expected type F32, BF16, F16 or F64, found I64"},
-        {"F8_E4M3", "x", "expected type F32, BF16, F16 or F64, found F8_E4M3"},
-    };
-    for (auto& [dtype, bytes, reason] : list)
-        check_refused(path, to_text("tensor h.0.ln_1.weight: ", reason),
-                      [&, &dtype = dtype, &bytes = bytes] { read_it(dtype, bytes); });
-    CHECK(error_of([&] { read_it("F32", raw<float>({1, -3.4028235e38f, 1e-45f})); }) == "");
-    put_file(path, "the old bytes");
-    for (float bad : {nan, -inf, inf}) {
-        std::vector<float> w(300'000, 1.0f);
-        w[299'999] = bad;
-        check_refused(path, "NaN or infinity in tensor w", [&] {
-            write_safetensors(path, {tensor_to_write("w", {300'000}, w.data())});
-        });
-        CHECK(read_file(path) == "the old bytes");
-    }
-    CHECK(list_folder(scratch.path).size() == 1);
-}
-
-TEST_CASE("safetensors: a file that shrinks after it was opened is an error, not a crash") {
-    using namespace files_test;
-    TemporaryFolder scratch;
-    std::vector<float> w(300'000, 1.0f);
-    write_safetensors(scratch / "f", {tensor_to_write("w", {300'000}, w.data())});
-    const SafetensorsFile file(scratch / "f");
-    REQUIRE(::truncate((scratch / "f").c_str(), 1000) == 0);
-    check_refused(scratch / "f", "became shorter", [&] { file.read(file.tensors[0], w.data()); });
-}
-
-TEST_CASE("checkpoints: the checksum of a file sees every change, on any number of threads") {
-    TemporaryFolder scratch;
-    std::set<std::string> seen;
-    size_t tried = 0;
-    auto sum_of = [&](const std::string& bytes) {
-        put_file(scratch / "f", bytes);
-        tried++;
-        return *seen.insert(file_checksum(scratch / "f")).first;
-    };
-    // Lengths around the chunks', zeros and not; a bit here and there; chunks that change places.
-    for (size_t length : {size_t(0), size_t(1), kChunk - 1, kChunk, kChunk + 1, 7 * kChunk + 3}) {
-        std::string bytes(length, '\0');
-        sum_of(bytes);
-        for (size_t i = 0; i < length; i++) bytes[i] = char(random_bits(3, i));
-        if (length == 0) continue;
-        {
-            const Threads three(3);
-            const std::string sum = sum_of(bytes);
-            const Threads one(1);
-            CHECK(file_checksum(scratch / "f") == sum);
-        }
-        for (size_t bit : {size_t(0), 4 * length, 8 * length - 1}) {
-            std::string changed = bytes;
-            changed[bit / 8] = char(changed[bit / 8] ^ (1 << bit % 8));
-            sum_of(changed);
-        }
-        if (length < 2 * kChunk) continue;
-        std::swap_ranges(bytes.begin(), bytes.begin() + kChunk, bytes.begin() + 3 * kChunk);
-        sum_of(bytes);
-    }
-    CHECK(seen.size() == tried);
-    CHECK(error_of([&] { file_checksum(scratch / "none"); }) ==
-          "cannot read " + (scratch / "none") + ": No such file or directory");
-}
-
-TEST_CASE("checkpoints: every way of naming GPT-2's tensors is understood") {
-    using namespace files_test;
-    TemporaryFolder scratch;
-    const std::string path = scratch / "model.safetensors";
-    for (const Config& config : {tiny_config, untied_config})
-        for (bool prefix : {false, true})
-            for (bool extras : {false, true}) {
-                Weights weights(config, prefix);
-                const std::string start = prefix ? "transformer." : "";
-                if (extras) {
-                    weights.add(start + "h.0.attn.bias", {1, 1, 4, 4});
-                    weights.add(start + "h.1.attn.masked_bias", {});
-                    if (!config.untied_head) weights.add("lm_head.weight", {11, 8});
-                }
-                write_safetensors(path, weights.tensors);
-                const SafetensorsFile file(path);
-                const auto found = match_tensors(file, weights.layout.tensors);
-                REQUIRE(found.size() == weights.layout.tensors.size());
-                std::vector<float> back(weights.layout.size);
-                for (size_t i = 0; i < found.size(); i++) {
-                    const TensorInfo& info = weights.layout.tensors[i];
-                    CHECK(found[i]->name == (prefix ? name_in_checkpoint(info.name) : info.name));
-                    file.read(*found[i], back.data() + info.offset);
-                }
-                CHECK(back == weights.values);
-            }
-}
-
-TEST_CASE("checkpoints: a missing, extra or misshapen tensor is named with what was expected") {
-    using namespace files_test;
-    TemporaryFolder scratch;
-    const std::string path = scratch / "model.safetensors", p = "transformer.";
-    auto check = [&](const std::string& reason, const std::function<void(Weights&)>& change,
-                     const Config& config = tiny_config) {
-        Weights weights(config);
-        change(weights);
-        write_safetensors(path, weights.tensors);
-        const SafetensorsFile file(path);
-        check_refused(path, reason, [&] { match_tensors(file, weights.layout.tensors); });
-    };
-    check("tensor wpe.weight is missing: expected shape [4,8]",
-          [&](Weights& w) { w.remove(p + "wpe.weight"); });
-    check("tensor h.1.mlp.c_fc.bias is missing: expected shape [32]",
-          [&](Weights& w) { w.remove(p + "h.1.mlp.c_fc.bias"); });
-    check(
-        "tensor lm_head.weight is missing: expected shape [11,8]",
-        [](Weights& w) { w.remove("lm_head.weight"); }, untied_config);
-    using Shape = std::vector<int64_t>;
-    for (auto& [name, shape, reason] :
-         {std::tuple{"lm_head.weight", Shape{8, 11},
-                     "tensor lm_head.weight: expected shape [11,8], found [8,11]"},
-          {"lm_head.bias", {11}, "tensor lm_head.bias: unexpected"},
-          {"transformer.h.2.ln_1.weight", {8}, "tensor transformer.h.2.ln_1.weight: unexpected"},
-          {"score.weight", {2, 8}, "tensor score.weight: unexpected"},
-          {"transformer.h.0.attn.biases", {1}, "tensor transformer.h.0.attn.biases: unexpected"},
-          {"transformer.h..attn.bias", {1}, "unexpected"},
-          {"model.wte.weight", {11, 8}, "unexpected"},
-          {"bad\nname", {1}, "tensor \"bad\\nname\""},
-          {"wte.weight", {11, 8}, "there twice"}})
-        check(reason, [&, &name = name, &shape = shape](Weights& w) { w.add(name, shape); });
-    check("nnn\"...: unexpected", [](Weights& w) { w.add(std::string(5000, 'n'), {1}); });
-    for (auto& [name, shape, reason] :
-         {std::tuple{"wte.weight", Shape{8, 11},
-                     "tensor transformer.wte.weight: expected shape [11,8], found [8,11]"},
-          {"h.0.attn.c_attn.weight", {24, 8}, "expected shape [8,24], found [24,8]"},
-          {"ln_f.weight", {1, 8}, "expected shape [8], found [1,8]"},
-          {"ln_f.bias", {}, "expected shape [8], found []"},
-          {"ln_f.bias", {0}, "expected shape [8], found [0]"}})
-        check(reason,
-              [&, &name = name, &shape = shape](Weights& w) { w.reshape(p + name, shape); });
-    // A folder without the file gets an answer that helps.
-    check_refused(scratch / "none", "there is no such folder",
-                  [&] { config_of_folder(scratch / "none"); });
-    CHECK(find_weights(scratch.path) == path);
-    remove_file(path);
-    check_refused(scratch.path, "found no such file. Save a model of another form",
-                  [&] { find_weights(scratch.path); });
-}
-
-TEST_CASE("config.json: written here it is read here; Hugging Face's own is understood") {
-    TemporaryFolder scratch;
-    const std::string path = scratch / "config.json";
-    auto check_read = [&](const Config& expected) {
-        const Config config = read_hf_config(path);
-        for (auto member : {&Config::n_layer, &Config::n_head, &Config::n_embd,
-                            &Config::n_positions, &Config::vocab_size})
-            CHECK(config.*member == expected.*member);
-        CHECK(config.untied_head == expected.untied_head);
-    };
-    for (bool untied_head : {false, true})
-        for (int end_of_text : {299, -1}) {
-            const Config config{3, 2, 10, 7, 300, untied_head, 0.1f};
-            put_file(path, hf_config(config, end_of_text).write(2));
-            check_read(config);
-            CHECK(contains(read_file(path), "\"attn_pdrop\": 0.1,"));
-            CHECK(contains(read_file(path),
-                           end_of_text < 0 ? "\"eos_token_id\": null" : "\"eos_token_id\": 299"));
-        }
-    // The fields of the published GPT-2, in an order of their own.
-    put_file(path, R"({"activation_function": "gelu_new", "attn_pdrop": 0.1,
-        "architectures": ["GPT2LMHeadModel"], "bos_token_id": 50256, "embd_pdrop": 0.1,
-        "eos_token_id": 50256,
-        "initializer_range": 0.02, "layer_norm_epsilon": 0.00001, "model_type": "gpt2",
-        "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024,
-        "resid_pdrop": 0.1,
-        "summary_activation": null, "summary_use_proj": true, "vocab_size": 50257,
-        "task_specific_params": {"text-generation": {"do_sample": true, "max_length": 50}}})");
-    check_read({12, 12, 768, 1024, 50257});
-}
-
-TEST_CASE("config.json: what this model does not do is refused by name") {
-    TemporaryFolder scratch;
-    const std::string path = scratch / "config.json";
-    const Json good = hf_config(files_test::tiny_config, 10);
-    auto check = [&](const std::string& text, const std::string& reason) {
-        put_file(path, text);
-        files_test::check_refused(path, reason, [&] { read_hf_config(path); });
-    };
-    // A member, what follows its name and value in the message, and values that are refused.
-    const std::tuple<const char*, const char*, std::vector<const char*>> values[] = {
-        {"model_type", ": only \"gpt2\"", {"\"gpt_neo\""}},
-        {"activation_function", ": only the tanh GELU", {"\"gelu\"", "\"relu\"", "7"}},
-        {"n_inner", ": only null or 4 n_embd", {"31", "0"}},
-        {"n_ctx", ": it must equal n_positions", {"5"}},
-        {"layer_norm_epsilon", ": only 1e-5", {"1e-6", "0", "\"1e-5\""}},
-        {"scale_attn_weights", ": only true", {"false"}},
-        {"scale_attn_by_inverse_layer_idx", ": only false", {"true"}},
-        {"reorder_and_upcast_attn", ": only false", {"true"}},
-        {"add_cross_attention", ": only false", {"true"}},
-        {"is_encoder_decoder", ": only false", {"true"}},
-        {"quantization_config", ": quantised weights", {"{\"bits\":4}"}},
-        {"pruned_heads", ": pruned heads", {"{\"0\":[1]}"}},
-        {"tie_word_embeddings", ": must be true or false", {"0"}},
-    };
-    for (auto& [key, why, refused] : values)
-        for (const char* value : refused)
-            check(Json(good).set(key, Json::parse(value, "x")).write(),
-                  to_text("\"", key, "\" is ", value, why));
-    // A size, what is said of it, and values that are refused.
-    const std::tuple<const char*, const char*, std::vector<const char*>> sizes[] = {
-        {"n_layer",
-         "must be an integer from 1 to 300, found ",
-         {"0", "-2", "2.5", "301", "2147483648", "1e300"}},
-        {"n_layer", "must be a number, found a string", {"\"2\""}},
-        {"n_layer", "must be a number, found null", {"null"}},
-        {"n_head", "3 does not divide \"n_embd\" 8", {"3"}},
-        {"n_head", "must be an integer from 1 to 65536", {"0", "65537"}},
-        {"n_embd",
-         "must be an integer from 1 to 65536",
-         {"0", "65537", "4294967304", "18446744073709551616"}},
-        {"n_positions", "must be an integer from 1 to 1048576", {"0", "1048577"}},
-        {"vocab_size", "must be an integer from 1 to 65536, found ", {"0", "65537"}},
-        {"vocab_size", "must be a number, found an array", {"[11]"}},
-    };
-    for (auto& [key, reason, refused] : sizes)
-        for (const char* value : refused)
-            check(Json(good).set(key, Json::parse(value, "x")).write(),
-                  to_text("\"", key, "\" ", reason));
-    for (const char* key : {"n_layer", "n_head", "n_embd", "n_positions", "vocab_size"}) {
-        Json changed = good;
-        std::erase_if(changed.members, [&](auto& member) { return member.first == key; });
-        check(changed.write(), to_text("\"", key, "\" is missing"));
-    }
-    for (const char* text : {"", "[]", "7", "{", "{\"n_layer\": 2, \"n_layer\": 2}", "<html>"})
-        check(text, "");
-    check("{\"x\":\"" + std::string(2'000'000, 'x') + "\"}", "at most 1000000 bytes");
-}
-
-// §15: the command line, config files, help and echo.
-
-namespace options_test {
-
-// The message of a refusal; "" where the arguments are accepted.
-std::string refusal(const Arguments& arguments) {
-    return error_of([&] { parse_options(arguments); }, 2);
-}
-
-// Each command line is refused with a message that has this part.
-void check_refused(const std::vector<std::pair<Arguments, std::string>>& cases) {
-    for (const auto& refused : cases) {
-        CAPTURE(refused.first);
-        CHECK_MESSAGE(contains(refusal(refused.first), refused.second), refusal(refused.first));
-    }
-}
-
-// Options with their table, of which a test may look at every row.
-struct Rows {
-    Options options;
-    std::vector<Option> all = option_table(options);
-    const Option& operator[](const std::string& name) const {
-        for (const Option& row : all)
-            if (row.name == name) return row;
-        FAIL("no option " << name);
-        return all[0];
-    }
-    // Sets an option; the message of the refusal where it is refused.
-    std::string set(const Option& row, const std::string& value) const {
-        return error_of([&] { checked(row, value).set(); }, 2);
-    }
-};
-
-const std::vector<std::string> kDocumented = split_at(
-    "data train-shards val-shards model n-layer n-head n-embd n-positions vocab-size dropout "
-    "untied-head recompute-gelu init-from config resume override output seed threads precision "
-    "tune-matmul help batch-size seq-len grad-accum-steps shuffle overfit-batch max-steps epochs "
-    "max-minutes learning-rate min-lr-fraction schedule warmup-steps weight-decay beta1 beta2 eps "
-    "grad-clip log-interval eval-interval eval-batches sample-interval prompt "
-    "tensor-stats-interval patience save-interval keep on-nan skip-outliers prompt-file "
-    "max-new-tokens num-samples temperature top-k top-p show-top runs hellaswag",
-    ' ');
-
-}  // namespace options_test
-
-TEST_CASE("options: every documented option is in the table, once, in this order") {
-    using namespace options_test;
-    std::vector<std::string> names;
-    for (const Option& row : Rows().all) {
-        names.push_back(row.name);
-        CHECK(row.commands != 0);
-        CHECK(row.help.size() > 0);
-    }
-    CHECK(names == kDocumented);
-}
-
-TEST_CASE("options: no two options share a variable") {
-    using namespace options_test;
-    // Setting one option changes the text of that one only.
-    const Rows defaults;
-    for (size_t i = 0; i < defaults.all.size(); ++i) {
-        const Rows rows;
-        const Option& row = rows.all[i];
-        const std::string before = value_text(row);
-        std::string value = row.range.is_number() ? "1" : row.range.words().back();
-        if (value == before) value = "0";
-        if (row.range.is_number() && !row.range.contains(std::stod(value)))
-            value = row.range.low > 0 ? "2" : "0.5";
-        CHECK(rows.set(row, value) == "");
-        for (size_t k = 0; k < rows.all.size(); ++k)
-            CHECK_MESSAGE((value_text(rows.all[k]) != value_text(defaults.all[k])) == (k == i),
-                          row.name << " and " << rows.all[k].name);
-    }
-}
-
-TEST_CASE("options: nothing given means train with the defaults") {
-    using namespace options_test;
-    const Options o = parse_options({});
-    CHECK(o.command == kTrain);
-    CHECK_FALSE(o.command_given);
-    CHECK(o.given.empty());
-    CHECK(o.data == "data/stories");
-    CHECK(o.model == "tiny");
-    CHECK(o.max_steps > 0);
-    CHECK(o.shuffle);
-    CHECK(o.schedule == "cosine");
-}
-
-TEST_CASE("options: the two forms, switches, lists, - for _, and values given twice") {
-    using namespace options_test;
-    const std::string big = "1000000000000000000";
-    struct Case {
-        Arguments arguments;
-        std::string name, value;
-    };
-    for (const Case& c : std::vector<Case>{
-             {{"--batch-size", "7"}, "batch-size", "7"},
-             {{"--batch-size=7"}, "batch-size", "7"},
-             {{"--batch_size=7"}, "batch-size", "7"},
-             {{"train", "--grad_accum-steps", "3"}, "grad-accum-steps", "3"},
-             {{"--batch-size", "7", "--batch_size=8"}, "batch-size", "8"},
-             {{"--overfit-batch"}, "overfit-batch", "1"},
-             {{"--overfit-batch", "--seed", "2"}, "overfit-batch", "1"},
-             {{"--overfit-batch", "-h"}, "overfit-batch", "1"},
-             {{"--overfit-batch", "1"}, "overfit-batch", "1"},
-             {{"--shuffle", "0"}, "shuffle", "0"},
-             {{"--shuffle=0"}, "shuffle", "0"},
-             {{"--shuffle=1"}, "shuffle", "1"},
-             {{"--schedule", "wsd"}, "schedule", "wsd"},
-             {{"sample", "--prompt="}, "prompt", ""},
-             {{"sample", "--prompt", ""}, "prompt", ""},
-             {{"sample", "--prompt", "a = b # c"}, "prompt", "a = b # c"},
-             {{"sample", "--prompt=--x"}, "prompt", "--x"},
-             {{"--data=a=b"}, "data", "a=b"},
-             {{"--seed", big}, "seed", big},
-         }) {
-        CAPTURE(c.arguments);
-        Rows rows;
-        rows.options = parse_options(c.arguments);
-        CHECK(value_text(rows[c.name]) == c.value);
-        CHECK(rows.options.given.contains(c.name));
-    }
-    std::vector<std::string> list;
-    const std::vector<Option> table = {{"input", &list, "", 1, "FILE...", "files"}};
-    CommandLine{table, {}, 1}.read({"--input", "a", "b", "--input=c"});
-    CHECK(list == std::vector<std::string>{"a", "b", "c"});
-    CHECK(value_text(table[0]) == "a b c");
-}
-
-TEST_CASE("options: commands, and options of other commands") {
-    using namespace options_test;
-    for (const CommandName& c : kCommands) {
-        const Options o = parse_options({c.name});
-        CHECK(o.command == c.bit);
-        CHECK(o.command_given);
-        for (const Option& row : Rows().all)
-            CHECK(contains(refusal({c.name, "--" + row.name + "=\n"}), "takes no option") ==
-                  !(row.commands & c.bit));
-    }
-    check_refused({
-        {{"smaple"}, "did you mean sample?"},
-        {{"evl"}, "did you mean eval?"},
-        {{""}, "unknown command \"\""},
-        {{"sample", "--batch-size", "4"},
-         "sample takes no option --batch-size; it is for train, eval, info, bench"},
-        {{"--top-k", "4"}, "train takes no option --top-k; it is for sample"},
-    });
-}
-
-TEST_CASE("options: an unknown name is answered with the nearest") {
-    using namespace options_test;
-    for (const std::string& pair : split_at(
-             "learningrate:learning-rate lr:learning-rate batchsize:batch-size bs:batch-size "
-             "steps:max-steps epoch:epochs drop-out:dropout seqlen:seq-len layers:n-layer "
-             "wieght-decay:weight-decay outptu:output beta3:beta1 thread:threads n-heads:n-head "
-             "vocab:vocab-size -data:data",
-             ' ')) {
-        const std::string typed = "--" + split_at(pair, ':')[0], meant = split_at(pair, ':')[1];
-        CHECK(refusal({typed, "1"}) == "unknown option " + typed + "; did you mean --" + meant +
-                                           "? (--help lists all options)");
-    }
-    CHECK(contains(refusal({"--batchsize=4"}), "did you mean --batch-size?"));
-    CHECK(edit_distance("kitten", "sitting") == 3);
-    CHECK(edit_distance("", "abc") == 3);
-    CHECK(edit_distance("abc", "abc") == 0);
-}
-
-TEST_CASE("options: what is no option, a missing or a wrong value, a contradiction") {
-    using namespace options_test;
-    for (const char* stray : {"-x", "-", "--", "-batch-size", "4", "train"})
-        CHECK(contains(refusal({"train", stray}),
-                       "expected an option such as --data, found " + std::string(stray)));
-    for (const char* bad : {"true", "false", "yes", "2", "01", "on", "-1"})
-        CHECK(refusal({"--shuffle", bad}) ==
-              "--shuffle must be one of 0|1, got " + std::string(bad));
-    check_refused({
-        {{"--seed", "1", "2"}, "found 2"},
-        {{"--=3"}, "unknown option"},
-        {{"--batch-size"}, "--batch-size needs a value: in [1, 1000000]"},
-        {{"--batch-size", "--seed", "1"}, "--batch-size needs a value"},
-        {{"--batch-size="}, "--batch-size needs a value"},
-        {{"--batch-size", ""}, "--batch-size needs a value"},
-        {{"--data", "--model", "tiny"}, "--data needs a value: DIR"},
-        {{"--data="}, "--data needs a value: DIR"},
-        {{"sample", "--prompt"}, "--prompt needs a value: TEXT"},
-        {{"--shuffle="}, "--shuffle needs a value: one of 0|1"},
-        // A negative number is a value. Given twice, all values are checked.
-        {{"--skip-outliers", "-1"}, "--skip-outliers must be a number in [0, 1000000], got -1"},
-        {{"--seed", "-4"}, "--seed must be a whole number in [0, 1e+18], got -4"},
-        {{"--learning-rate", "-1e-3"}, "must be a number in [0, 100], got -1e-3"},
-        {{"--batch-size", "x", "--batch-size", "8"}, "must be a whole number"},
-        {{"--batch-size", "8", "--batch-size", "0"}, "[1, 1000000], got 0"},
-        {{"--max-steps", "0"}, "[1, 1e+12], got 0"},
-        {{"sample", "--top-p", "1.5"}, "--top-p must be a number in (0, 1], got 1.5"},
-        {{"--schedule", "cos"}, "--schedule must be one of cosine|linear|constant|wsd, got cos"},
-        {{"--model", "gpt3"}, "one of tiny|gpt2|gpt2-medium|gpt2-large|gpt2-xl, got gpt3"},
-        {{"--on-nan", "Stop"}, "one of stop|skip"},
-        // Contradictions.
-        {{"--data", "a", "--train-shards", "b"}, "--data and --train-shards exclude each other"},
-        {{"sample", "--prompt", "a", "--prompt-file", "b"}, "exclude each other"},
-        {{"--val-shards", "b"}, "--val-shards needs --train-shards"},
-        {{"--override"}, "--override needs --resume"},
-        {{"--patience", "3", "--eval-interval", "0"}, "--patience"},
-        {{"--batch-size", "1000000", "--seq-len", "4096"}, "must be below 2147483648 tokens"},
-    });
-    CHECK(refusal({"eval", "--val-shards", "b"}).empty());
-    CHECK(refusal({"--train-shards", "a", "--val-shards", "b"}).empty());
-    CHECK(refusal({"--override", "--resume", "auto"}).empty());
-}
-
-TEST_CASE("options: numbers are read strictly") {
-    using namespace options_test;
-    for (const char* bad :
-         {"abc", "1x", "1.5", "1e3", "0x10", " 1", "1 ", "+1", "-", "--1", "1,000", "\xc2\xb2",
-          "99999999999", "99999999999999999999999", "-99999999999999999999999"})
-        CHECK(contains(refusal({"--batch-size=" + std::string(bad)}),
-                       "--batch-size must be a whole number in [1, 1000000], got"));
-    for (const char* bad : {"abc", "1x", "inf", "nan", "-inf", "0x1p3", " 1", "1 ", "+1", "1e",
-                            "e5", ".", "1.2.3", "1e999", "1e-999", "101"})
-        CHECK(contains(refusal({"--learning-rate=" + std::string(bad)}),
-                       "--learning-rate must be a number in [0, 100], got"));
-    for (auto [text, value] : {std::pair<const char*, double>{"1e-3", 1e-3},
-                               {"0.5", 0.5},
-                               {".5", 0.5},
-                               {"5", 5},
-                               {"5.", 5},
-                               {"1E+1", 10},
-                               {"0", 0}})
-        CHECK(parse_options({"--learning-rate", text}).learning_rate == value);
-}
-
-TEST_CASE("options: ranges hold at both ends, for every number") {
-    using namespace options_test;
-    const Rows rows;
-    int numbers = 0;
-    for (const Option& row : rows.all) {
-        const Range& range = row.range;
-        if (!range.is_number()) continue;
-        ++numbers;
-        const bool whole = !std::holds_alternative<double*>(row.value);
-        auto beyond = [&](double x, double way) {
-            return whole && x < 1e15 ? x + way : std::nextafter(x, way * INFINITY);
-        };
-        auto accepted = [&](double x) {
-            return rows.set(row, format(whole ? "%.0f" : "%.17g", x)) == "";
-        };
-        CHECK(range.low < range.high);
-        CHECK_MESSAGE(accepted(range.low) == (range.text.front() == '['), row.name);
-        CHECK_MESSAGE(accepted(range.high) == (range.text.back() == ']'), row.name);
-        CHECK_MESSAGE(!accepted(beyond(range.low, -1)), row.name);
-        CHECK_MESSAGE(!accepted(beyond(range.high, 1)), row.name);
-    }
-    CHECK(numbers > 30);
-}
-
-TEST_CASE("options: a value written out and read again is the same") {
-    using namespace options_test;
-    const Rows rows;
-    for (const char* text : {"0.002", "1e-08", "0.30000000000000004", "100"}) {
-        const Option& row = rows["learning-rate"];
-        CHECK(rows.set(row, text) == "");
-        const double first = rows.options.learning_rate;
-        CHECK(first == std::strtod(text, nullptr));
-        CHECK(rows.set(row, value_text(row)) == "");
-        CHECK(rows.options.learning_rate == first);
-    }
-    CHECK(value_text(rows["shuffle"]) == "1");
-    CHECK(value_text(rows["eps"]) == "1e-08");
-}
-
-TEST_CASE("options: length: what is set counts, the default only alone") {
-    using namespace options_test;
-    CHECK(parse_options({"--max-steps", "9"}).max_steps == 9);
-    CHECK(parse_options({"--epochs", "2"}).max_steps == 0);
-    CHECK(parse_options({"--max-minutes", "0.5"}).max_steps == 0);
-    const Options both = parse_options({"--epochs", "2", "--max-steps", "9"});
-    CHECK(both.max_steps == 9);
-    CHECK(both.epochs == 2);
-}
-
-TEST_CASE("options: config files") {
-    using namespace options_test;
-    TemporaryFolder scratch;
-    const std::string path = scratch / "a", bad = scratch / "bad", good = scratch / "good";
-    put_file(path,
-             "\xef\xbb\xbf# a comment\n\n  batch-size = 3\t# three\r\n"
-             "--learning_rate=0.5\nshuffle = 0\nprompt = C# is = fine\ndata = x#y\n"
-             "batch_size = 4\n\t#\nprecision=fp32");
-    put_file(bad, "seed = 3\nbatch-size = 0");
-    put_file(good, "batch-size = 8");
-    const Options o = parse_options({"--config", path});
-    CHECK(o.batch_size == 4);
-    CHECK(o.learning_rate == 0.5);
-    CHECK_FALSE(o.shuffle);
-    CHECK(o.prompt == "C# is = fine");
-    CHECK(o.data == "x#y");
-    CHECK(o.precision == "fp32");
-    CHECK(o.given == std::set<std::string>{"batch-size", "config", "data", "learning-rate",
-                                           "precision", "prompt", "shuffle"});
-    // The command line comes first, on either side.
-    CHECK(parse_options({"--config", path, "--batch-size", "9"}).batch_size == 9);
-    CHECK(parse_options({"--batch-size", "9", "--config", path}).batch_size == 9);
-    CHECK(parse_options({"--batch-size", "9", "--config=" + path}).learning_rate == 0.5);
-    // Of two files the last counts, but the first is read and checked.
-    check_refused({{{"--config", "/no/such/file", "--config", path}, "cannot read /no/such/file"},
-                   {{"--config", bad, "--config", good}, "bad:2: --batch-size must be"}});
-    const Options last = parse_options({"--config", path, "--config", good});
-    CHECK(last.batch_size == 8);
-    CHECK_FALSE(last.given.contains("precision"));
-}
-
-TEST_CASE("options: a bad config file is refused, naming file and line") {
-    using namespace options_test;
-    TemporaryFolder scratch;
-    const std::string path = scratch / "bad";
-    auto message = [&](const std::string& text, const std::string& command = "train") {
-        put_file(path, text);
-        return refusal({command, "--config", path});
-    };
-    CHECK(message("# empty").empty());
-    CHECK(message("").empty());
-    for (auto [text, part] :
-         {std::pair<std::string, std::string>{"seed = 1\nbatch-size = x\n",
-                                              ":2: --batch-size must be a whole number"},
-          {"batch-size = 0\nbatch-size = 1\n", ":1: --batch-size must be"},
-          {"\n\nlearningrate = 1",
-           ":3: unknown option --learningrate; did you mean --learning-rate?"},
-          {"batch-size 4", ":1: expected `name = value`"},
-          {"overfit-batch", ":1: expected `name = value`"},
-          {"batch-size =", ":1: --batch-size needs a value"},
-          {"= 4", ":1: unknown option"},
-          {"config = other", ":1: a config file cannot hold --config"},
-          {"--help = 1", ":1: a config file cannot hold --help"},
-          {"top-k = 4", ":1: train takes no option --top-k"},
-          {std::string("seed = 1\n\0x", 11), ":2: this is not text"},
-          {"\x7f"
-           "ELF",
-           ":1: this is not text"},
-          {"data = a\vb", ":1: this is not text"}})
-        CHECK(contains(message(text), path + part));
-    CHECK(contains(message("seed = 1", "walk"), ":1: walk takes no option --seed"));
-    CHECK(contains(message(std::string(1 << 17, '\n')), "expected at most 65536 bytes"));
-    CHECK(message(std::string(60000, 'x')).size() < 300);
-    check_refused({{{"--config", "/dev/zero"}, "expected at most 65536 bytes"},
-                   {{"--config", "/"}, "--config: cannot read /"},
-                   {{"--config", ""}, "--config needs a value"}});
-}
-
-TEST_CASE("options: help has every option once, in its group, in 100 columns") {
-    using namespace options_test;
-    const std::string all = help_text(parse_options({"--help"}), "train_gpt");
-    for (const std::string& name : kDocumented) {
-        const std::string start = "\n  --" + name;
-        size_t count = 0;
-        for (size_t at = all.find(start); at != all.npos; at = all.find(start, at + 1))
-            count += all[at + start.size()] == ' ';
-        CHECK_MESSAGE(count == 1, name);
-    }
-    for (const char* group : {"data", "model", "run", "batch", "length", "optimizer", "watching",
-                              "guards", "sample", "show", "eval"})
-        CHECK_MESSAGE(contains(all, "\n\n" + std::string(group) + "\n"), group);
-    for (const CommandName& c : kCommands) {
-        const Options o = parse_options({c.name, "-h"});
-        CHECK(o.help);
-        CHECK(o.command == c.bit);
-        const std::string page = help_text(o, "train_gpt");
-        for (const Option& row : Rows().all)
-            CHECK(contains(page, "\n  --" + row.name + " ") == bool(row.commands & c.bit));
-    }
-    for (const std::string& line : split_at(all, '\n')) {
-        CHECK_MESSAGE(line.size() <= 100, line);
-        CHECK_MESSAGE((line.empty() || line.back() != ' '), line);
-    }
-    CHECK(contains(all, "in [0, 1) (default 0.9)"));
-    CHECK(contains(all, "(default data/stories)"));
-    CHECK_FALSE(contains(all, "e+"));
-    CHECK(parse_options({"--help", "--override"}).help);  // what goes together does not matter then
-    CHECK(contains(refusal({"--help", "--nonsense"}), "unknown option"));
-}
-
-TEST_CASE("options: the echo has every option of the command, marked where changed") {
-    using namespace options_test;
-    const Options o = parse_options({"--batch-size", "4", "--seed", "1337", "--prompt", "two words",
-                                     "--data", std::string(300, 'd'), "--output", "a\nb"});
-    const std::string text = describe(o);
-    for (const Option& row : Rows().all) {
-        const bool listed =
-            contains(text, " " + row.name + "=") || contains(text, "*" + row.name + "=");
-        CHECK_MESSAGE(listed == ((row.commands & kTrain) && row.name != "help"), row.name);
-    }
-    for (const char* part : {"*batch-size=4", " seed=1337", "*prompt=\"two words\"",
-                             "*output=\"a\\nb\"", " n-layer=-", "..."})
-        CHECK_MESSAGE(contains(text, part), part);
-    for (const std::string& line : split_at(text, '\n')) CHECK_MESSAGE(line.size() <= 100, line);
-    CHECK(split_at(text, '\n').size() < 30);
-    // A value that is cut is not cut inside a character.
-    const std::string cut = describe(parse_options({"--data=x" + std::string(80, '\xff')}));
-    for (size_t at = 0; at < cut.size();
-         at += std::max<size_t>(1, utf8_character(cut.substr(at)).bytes))
-        REQUIRE(utf8_character(cut.substr(at)).bytes > 0);
-    CHECK(contains(cut, "..."));
-    CHECK_FALSE(contains(describe(parse_options({})), " *"));
-    CHECK(contains(describe(parse_options({"sample"})), "top-k=0"));
-    CHECK_FALSE(contains(describe(parse_options({"sample"})), "batch-size"));
-}
-
-TEST_CASE("options: those that change the numbers") {
-    using namespace options_test;
-    std::map<std::string, std::string> saved;
-    const Json list =
-        options_that_change_numbers(parse_options({"--batch-size=3", "--schedule=wsd"}));
-    for (auto& [name, value] : list.members) CHECK(saved.emplace(name, value.text).second);
-    CHECK(saved["batch-size"] == "3");
-    CHECK(saved["schedule"] == "wsd");
-    CHECK(saved["learning-rate"] == "0.002");
-    for (const char* name : {"data", "model", "n-layer", "dropout", "seed", "precision", "seq-len",
-                             "shuffle", "grad-accum-steps", "max-steps", "beta2", "grad-clip",
-                             "patience", "on-nan", "skip-outliers"})
-        CHECK_MESSAGE(saved.count(name) == 1, name);
-    for (const char* name :
-         {"threads", "output", "resume", "override", "config", "help", "log-interval", "keep",
-          "save-interval", "sample-interval", "prompt", "top-k", "hellaswag"})
-        CHECK_MESSAGE(saved.count(name) == 0, name);
-}
-
-TEST_CASE("options: whatever is typed, nothing but an Error of status 2") {
-    using namespace options_test;
-    Arguments pieces = split_at(
-        "-- - = train sample 0 1 -1 1e9 x --help -h \xff\xfe "
-        "99999999999999999999 nan --config /dev/null / --shuffle =1 \n",
-        ' ');
-    pieces.insert(pieces.end(), {"", std::string(5000, 'a'), "--" + std::string(5000, 'b'),
-                                 std::string(1, '\0')});
-    int accepted = 0;
-    for (uint64_t round = 0; round < 3000; ++round) {
-        const uint64_t key = random_key(9, round, 0);
-        auto draw = [&, i = uint64_t(0)](size_t n) mutable {
-            return size_t(random_bits(key, i++) % n);
-        };
-        Arguments arguments;
-        for (size_t i = draw(6); i > 0; --i) {
-            std::string one = draw(2) ? "--" + kDocumented[draw(kDocumented.size())]
-                                      : pieces[draw(pieces.size())];
-            if (draw(3) == 0) one += "=" + pieces[draw(pieces.size())];
-            if (draw(8) == 0 && !one.empty()) one[draw(one.size())] = char(draw(256));
-            arguments.push_back(one);
-        }
-        const std::string message = refusal(arguments);
-        accepted += message.empty();
-        CHECK((message.size() < 400 || contains(message, "cannot read")));  // paths are not cut
-        CHECK(std::count(message.begin(), message.end(), '\n') < 3);
-    }
-    CHECK(accepted > 100);
-}
-
-// ---- Whole runs: the log, checkpoints, resuming, interrupts, failing disks, bad input -----------
-
-namespace run_test {
-
-void copy(const std::string& from, const std::string& to) {
-    std::filesystem::copy(from, to, std::filesystem::copy_options::recursive);
-}
-
-// Every file below a folder, with its bytes, but for the lock.
-std::map<std::string, std::string> snapshot(const std::string& folder) {
-    std::map<std::string, std::string> files;
-    for (auto& entry : std::filesystem::recursive_directory_iterator(folder))
-        if (entry.is_regular_file() && entry.path().filename() != "lock")
-            files[entry.path().string()] = read_file(entry.path().string());
-    return files;
-}
-
-// A run that nothing disturbed, for others to be compared with.
-struct Runs : TestRuns {
-    explicit Runs(const Arguments& more = {}) {
-        const Outcome straight = train("straight", more);
-        REQUIRE_MESSAGE(straight.status == 0, straight.err);
-        CHECK(contains(straight.out, "stopped early"));
-        CHECK((end() > 15 && end() < 30));
-    }
-    int64_t end() const { return last_step(out("straight")); }
-    // Resumes the run of that name, which then ends as the undisturbed one.
-    Outcome resume(const std::string& name, const Arguments& more = {}) const {
-        const Outcome resumed = train(name, joined(more, {"--resume", "auto"}));
-        CHECK_MESSAGE(resumed.status == 0, resumed.err);
-        if (!folder_exists(out(name) + "/best"))
-            copy(out("straight") + "/best", out(name) + "/best");
-        check_same_end(out("straight"), out(name));
-        return resumed;
-    }
-    // A run that is interrupted after that step.
-    void stop(const std::string& name, int step, int signal = SIGTERM,
-              const Arguments& more = {}) const {
-        at_step(step, [=] { ::raise(signal); });
-        CHECK(train(name, more).status == 130);
-        CHECK(last_step(out(name)) == step);
-    }
-};
-
-// The exit status of a child process that catches signals as a run does and then calls f.
-int child_status(const std::function<void()>& f) {
-    const pid_t child = ::fork();
-    if (child == 0) catch_signals(), f(), ::_exit(7);
-    int status = 0;
-    REQUIRE(::waitpid(child, &status, 0) == child);
-    CHECK(WIFEXITED(status));
-    return WEXITSTATUS(status);
-}
-
-// A small model with new weights, and one from a folder.
-std::unique_ptr<Gpt2<Cpu>> small_model() {
-    auto model = std::make_unique<Gpt2<Cpu>>(Config{1, 2, 8, 8, 257});
-    model->reserve(1, 8, Use::training);
-    model->initialise(1);
-    return model;
-}
-std::unique_ptr<Gpt2<Cpu>> loaded(const std::string& folder, int B, int T) {
-    auto model = std::make_unique<Gpt2<Cpu>>(config_of_folder(folder));
-    model->reserve(B, T, Use::evaluation);
-    load_weights(*model, folder);
-    return model;
-}
-
-bool near(double a, double b, double relative) { return std::abs(a - b) <= relative * std::abs(b); }
-
-// A run with everything on, made once for the next three cases, and what its log says of the rest.
-struct WholeRun : TestRuns {
-    static constexpr int64_t kBlocks = 88 + 17 + 0 + 1 + 42, kRows = 12;  // of an epoch, of a step
-    Outcome outcome;
-    std::vector<LogRow> rows;
-    int64_t end = 0, resets = 0;       // resets: a better evaluation after one that was not
-    std::vector<TrainerState> states;  // after each step
-    std::vector<std::string> titles;   // of the samples
-
-    WholeRun() {
-        put_file(data() + "/dataset.json", "{\"floor\": 1.25}");
-        outcome = train(
-            "out",
-            words("--grad-accum-steps 4 --max-steps 60 --save-interval 1 --keep 100 --patience 4 "
-                  "--eval-interval 3 --eval-batches 4 --sample-interval 7 --log-interval 4 "
-                  "--learning-rate 0.3 --weight-decay 0.2 --beta1 0.8 --beta2 0.97 --eps 1e-6 "
-                  "--grad-clip 0.7 --skip-outliers 9 --seed 5 --prompt the"));
-        REQUIRE_MESSAGE(outcome.status == 0, outcome.err);
-        rows = read_log(out() + "/log.csv", 60), end = last_step(out());
-        REQUIRE(int64_t(rows.size()) == end + 1);
-        TrainerState state;
-        for (const LogRow& row : rows) {
-            add(row, state);
-            states.push_back(state);
-        }
-        CHECK(resets > 0);
-    }
-    bool evaluated(int64_t s) const { return s % 3 == 0 || s == end; }
-    std::string checkpoint(int64_t s) const { return checkpoint_folder(out(), s); }
-
-    // What follows from one more row.
-    void add(const LogRow& row, TrainerState& state) {
-        const auto s = int64_t(*row.step);
-        state.step = s, state.samples = kRows * s, state.guards.updates = s;
-        state.planned_steps = 60, state.finished = s == end;
-        if (row.val_loss) state.val_loss = *row.val_loss;
-        if (s == 0) return;
-        state.train_loss = *row.train_loss;
-        state.epoch_loss += *row.train_loss, ++state.epoch_steps;
-        if (row.val_loss) {
-            const bool better = *row.val_loss < state.best_loss;
-            resets += better && state.stale_evals > 0;
-            state.stale_evals = better ? 0 : state.stale_evals + 1;
-            if (better) state.best_loss = *row.val_loss, state.best_step = s;
-        }
-        const int64_t epoch = kRows * s / kBlocks;
-        if (epoch > kRows * (s - 1) / kBlocks) {
-            titles.push_back(format("epoch %ld ends at step %ld: mean train loss %.4f", epoch, s,
-                                    state.epoch_loss / double(state.epoch_steps)));
-            state.epoch_loss = 0, state.epoch_steps = 0;
-        } else if (s % 7 == 0) {
-            titles.push_back(format("sample at step %ld", s));
-        }
-    }
-};
-const WholeRun& whole_run() {
-    static const WholeRun run;
-    return run;
-}
-
-}  // namespace run_test
-
-TEST_CASE("run: log.csv is read as it was written; half a row, and one too late, is left out") {
-    using namespace run_test;
-    TemporaryFolder scratch;
-    std::vector<LogRow> rows(4);
-    for (size_t i = 0; i < rows.size(); ++i) {
-        for (const LogColumn& column : kLogColumns)
-            if (random_bits(i, size_t(&column - kLogColumns)) % 3)
-                rows[i].*column.value = random_normal(7, 13 * i + size_t(&column - kLogColumns));
-        rows[i].step = double(i);
-    }
-    rows[1] = {};
-    rows[1].step = 1, rows[1].train_loss = 0.5, rows[1].lr = INFINITY, rows[1].grad_norm = -NAN;
-    const std::string text = log_text(rows);
-    CHECK(
-        text.starts_with("step,epoch,tokens,train_loss,eval_train_loss,val_loss,perplexity,floor,"
-                         "lr,grad_norm,tokens_per_s,mfu,seconds\n"));
-    CHECK(log_line(rows[1]) == "1,,,0.5,,,,,inf,nan,,,\n");
-    // Lines that are no row: a step again, too many fields, no number, too few, no line end.
-    const std::string bad = "3,,,,,,,,,,,,\n4,,,,,,,,,,,,,\n4,,,x,,,,,,,,,\n4,,,\n4,,,,,,,,,,,,";
-    put_file(scratch / "log.csv", text + bad);
-    CHECK(log_text(read_log(scratch / "log.csv", 9)) == text);
-    CHECK(read_log(scratch / "log.csv", 2).size() == 3);
-    CHECK(read_log(scratch / "none.csv", 2).empty());
-}
-
-TEST_CASE("run: a row of the log is what was measured, and when it was due") {
-    using namespace run_test;
-    const WholeRun& run = whole_run();
-    const Shards train(run.data() + "/train_*.bin"), val(run.data() + "/val_*.bin");
-    const std::vector<Window> val_windows = evaluation_windows(val, 8, 256);
-    const DataOrder fixed{train, 3, 8, 0, true};
-    for (int64_t s = 0; s <= run.end; ++s) {
-        CAPTURE(s);
-        const LogRow& row = run.rows[size_t(s)];
-        const bool evaluated = run.evaluated(s);
-        CHECK(*row.step == double(s));
-        CHECK(*row.tokens == double(s * 12 * 8));
-        CHECK(near(*row.epoch, double(12 * s) / run.kBlocks, 1e-5));
-        CHECK(row.train_loss.has_value() == (s > 0));
-        CHECK(row.grad_norm.has_value() == (s > 0));
-        CHECK(row.val_loss.has_value() == evaluated);
-        CHECK(row.eval_train_loss.has_value() == evaluated);
-        CHECK(row.floor == (evaluated ? std::optional(1.25) : std::nullopt));
-        if (evaluated) CHECK(near(*row.perplexity, std::exp(*row.val_loss), 1e-7));
-        if (s == 0) continue;
-        CHECK(near(*row.lr, learning_rate({Schedule::cosine, 0.3, 0.5, 16, 60}, s - 1), 1e-8));
-        // Tokens a second are of this step.
-        const double seconds = verify_checkpoint(run.checkpoint(s)).seconds;
-        const double before = s > 1 ? verify_checkpoint(run.checkpoint(s - 1)).seconds : 0;
-        CHECK(std::abs(*row.seconds - seconds) < 0.001);
-        CHECK(near(*row.tokens_per_s, 12 * 8 / (seconds - before), 1e-3));
-        // The evaluation, by the weights that were saved.
-        if (s != 6 && s != run.end) continue;
-        const auto model = loaded(run.checkpoint(s), 3, 8);
-        CHECK(near(*row.val_loss, evaluate(*model, val_windows, {}).loss(), 1e-8));
-        double total = 0, scored = 0;
-        for (int64_t i = 0; i < 4; ++i) {
-            const Batch batch = fixed.batch(3 * i, 257);
-            for (float loss : batch_losses(*model, batch)) total += double(loss);
-            scored += double(batch.scored);
-        }
-        CHECK(near(*row.eval_train_loss, total / scored, 1e-8));
-    }
-}
-
-TEST_CASE("run: a step is train_step on the text that is next, with the options of the run") {
-    using namespace run_test;
-    const WholeRun& run = whole_run();
-    const Shards train(run.data() + "/train_*.bin");
-    const DataOrder order{train, 3, 8, 5, true};
-    const StepOptions options = {5,
-                                 {Schedule::cosine, 0.3, 0.5, 16, 60},
-                                 {0.8, 0.97, 1e-6, 0.2},
-                                 {0.7, 9}};
-    for (int64_t s : {1, 9, 14}) {  // made again from the checkpoint before; 14: in a new epoch
-        Config config = config_of_folder(run.checkpoint(s));
-        config.dropout = 0.1f;
-        Gpt2<Cpu> model(config);
-        model.reserve(3, 8, Use::training);
-        model.initialise(5);
-        if (s > 1) {
-            load_weights(model, run.checkpoint(s - 1)), load_moments(model, run.checkpoint(s - 1));
-            *model.state = verify_checkpoint(run.checkpoint(s - 1)).guards;
-        }
-        std::vector<Batch> batches;
-        for (int64_t i = 0; i < 4; ++i) batches.push_back(order.batch(12 * (s - 1) + 3 * i, 257));
-        train_step(model, batches, options, s - 1);
-        const LogRow& row = run.rows[size_t(s)];
-        CHECK(near(*row.train_loss, model.state->loss, 1e-8));
-        CHECK(near(*row.grad_norm, model.state->grad_norm, 1e-8));
-        CHECK(near(*row.lr, model.state->lr, 1e-8));
-        CHECK(model.get_weights() == loaded(run.checkpoint(s), 3, 8)->get_weights());
-    }
-}
-
-TEST_CASE("run: every checkpoint knows what the log says, and best/ is the best of them") {
-    using namespace run_test;
-    const WholeRun& run = whole_run();
-    for (int64_t s = 1; s <= run.end; ++s) {
-        CAPTURE(s);
-        const TrainerState state = verify_checkpoint(run.checkpoint(s));
-        const TrainerState& expected = run.states[size_t(s)];
-        CHECK(state.planned_steps == expected.planned_steps);
-        CHECK(state.step == expected.step);
-        CHECK(state.samples == expected.samples);
-        CHECK(state.guards.updates == expected.guards.updates);
-        CHECK(state.finished == expected.finished);
-        CHECK(state.best_step == expected.best_step);
-        CHECK(state.stale_evals == expected.stale_evals);
-        CHECK((state.stale_evals >= 4) == (s == run.end));  // --patience
-        CHECK(state.epoch_steps == expected.epoch_steps);
-        CHECK(near(state.epoch_loss, expected.epoch_loss, 1e-7));
-        CHECK(near(state.train_loss, expected.train_loss, 1e-8));
-        CHECK(near(state.val_loss, expected.val_loss, 1e-8));
-        if (expected.best_step > 0) CHECK(near(state.best_loss, expected.best_loss, 1e-8));
-    }
-    CHECK(read_file(run.out() + "/best/model.safetensors") ==
-          read_file(run.checkpoint(run.states.back().best_step) + "/model.safetensors"));
-}
-
-TEST_CASE("run: the terminal and samples.txt have what is due, and a sample can be made again") {
-    using namespace run_test;
-    const WholeRun& run = whole_run();
-    const std::string& said = run.outcome.out;
-    CHECK(contains(said, "\nrun        60 steps of 96 tokens (4.86 epochs) into "));
-    CHECK(contains(said, format("stopped early: no progress (--patience): %ld steps", run.end)));
-    std::vector<std::string> lines, expected, titles = run.titles, found;
-    for (const std::string& line : split_at(said, '\n'))
-        if (line.starts_with("step ")) lines.push_back(line.substr(0, line.find('|') + 2));
-    for (int64_t s = 0; s <= run.end; ++s)
-        if (run.evaluated(s) || s % 4 == 0) expected.push_back(format("step %ld/60 | ", s));
-    CHECK(lines == expected);
-    for (const std::string& line : split_at(read_file(run.out() + "/samples.txt"), '\n'))
-        if (line.starts_with("=== ")) found.push_back(line.substr(4));
-    CHECK(titles.size() > 4);
-    titles.push_back("the model writes:");
-    CHECK(found == titles);
-    // The last sample, by the weights that were saved: from the prompt, with the run's seed.
-    const auto model = loaded(run.checkpoint(run.end), 1, 8);
-    std::string bytes = "the";
-    generate(*model, {256, 't', 'h', 'e'}, {.max_new_tokens = 100, .seed = 5, .end_of_text = 256},
-             [&](int token) { return bytes += Tokenizer::bytes().bytes_of(token), true; });
-    const std::string sample = "the model writes:\n" + take_characters(bytes, true) + "\n";
-    CHECK(read_file(run.out() + "/samples.txt").ends_with("=== " + sample + "\n"));
-    CHECK(contains(said, "\n" + sample));
-}
-
-TEST_CASE("run: MFU is the model's operations a second over the peak of the machine's products") {
-    struct Machine : Cpu {  // of a peak that is known
-        double peak_flops() const { return 1e7; }
-    };
-    const TestRuns place;
-    const Corpus corpus(place.data() + "/train_*.bin");
-    Gpt2<Machine> model({1, 2, 8, 8, 257});
-    model.reserve(2, 8, Use::training);
-    model.initialise(1);
-    RunOptions o;
-    o.output = place.path, o.batch_size = 2, o.max_steps = 2, o.eval_interval = 0;
-    Trainer<Machine> trainer(o, corpus, model);
-    outcome_of([&] { return int(trainer.run({})); });
-    const std::vector<LogRow> rows = read_log(place.path + "/log.csv", 2);
-    REQUIRE(rows.size() == 3);
-    CHECK(run_test::near(*rows[2].mfu,
-                         *rows[2].tokens_per_s * flops_per_token(model.config, 8) / 1e7, 1e-3));
-    CHECK(!rows[2].val_loss);
-    CHECK(!rows[0].eval_train_loss);
-}
-
-TEST_CASE("run: the number of steps is that of --max-steps or --epochs, whichever is fewer") {
-    using namespace run_test;
-    const TestRuns place({801});  // 100 blocks
-    // 0.07 * 100 is a little more than 7, in floating point.
-    const std::vector<std::pair<std::string, int64_t>> cases =
-        {{"--epochs 0.07 --batch-size 7", 1},
-         {"--epochs 0.08 --batch-size 7", 2},
-         {"--epochs 0.0001", 1},
-         {"--epochs 0.5 --batch-size 5 --grad-accum-steps 2", 5},
-         {"--epochs 0.5 --max-steps 3", 3},
-         {"--epochs 0.1 --max-steps 3 --batch-size 5", 2},
-         {"--epochs 2 --batch-size 90", 3}};
-    for (const auto& [given, steps] : cases) {
-        const std::string options = given;  // clang 14 cannot capture a structured binding
-        CAPTURE(options);
-        std::filesystem::remove_all(place.out());
-        const Arguments more = words("--grad-accum-steps 1 --patience 0 " + options);
-        CHECK(place.train("out", more).status == 0);
-        REQUIRE(last_step(place.out()) == steps);
-        CHECK(verify_checkpoint(checkpoint_folder(place.out(), steps)).planned_steps == steps);
-    }
-}
-
-TEST_CASE("run: a run whose time is up is evaluated, and says how much time it had left") {
-    using namespace run_test;
-    TestRuns place;
-    const Arguments options =
-        words("--patience 0 --eval-interval 1000000 --save-interval 0 --max-minutes 0.002");
-    const Outcome up = place.train("out", joined(options, {"--max-steps", "1000000000000"}));
-    CHECK_MESSAGE(up.status == 0, up.err);
-    CHECK(contains(up.out, "time is up (--max-minutes)"));
-    CHECK_MESSAGE(!contains(up.out, "best inf"), up.out);
-    CHECK(folder_exists(place.out() + "/best"));
-    CHECK(std::isfinite(*read_log(place.out() + "/log.csv", 1000000000000).back().val_loss));
-    for (const std::string& line : split_at(up.out, '\n'))
-        if (line.ends_with(" left")) CHECK_MESSAGE(line.ends_with("| 0s left"), line);
-    // Without any other limit, as many steps are planned as seem to fit.
-    const Outcome fits = train_gpt(
-        joined(options, {"--data", place.data(), "--output", place.out("fits"), "--seq-len", "8"}));
-    CHECK_MESSAGE(fits.status == 0, fits.err);
-    CHECK(verify_checkpoint(checkpoint_folder(place.out("fits"), last_step(place.out("fits"))))
-              .planned_steps >= last_step(place.out("fits")));
-}
-
-TEST_CASE("run: the norms of every tensor are those of its weights, gradients and updates") {
-    using namespace run_test;
-    TestRuns place;
-    const Outcome run = place.train("out", words("--tensor-stats-interval 2 --save-interval 1 "
-                                                 "--keep 9 --max-steps 3 --warmup-steps 0"));
-    REQUIRE_MESSAGE(run.status == 0, run.err);
-    CHECK(!contains(run.out, "\nstep 1   "));
-    CHECK(!contains(run.out, "\nstep 3   "));
-    const std::string table = run.out.substr(run.out.find("\nstep 2   "));
-    // Gradients from AdamW's first moments, m2 = 0.9 m1 + 0.1 g, with g clipped to a norm of 1.
-    const double norm = *read_log(place.out() + "/log.csv", 3)[2].grad_norm;
-    auto values_of = [&](int64_t step, bool moments, const TensorInfo& t) {
-        const SafetensorsFile file(checkpoint_folder(place.out(), step) +
-                                   (moments ? "/optimizer.safetensors" : "/model.safetensors"));
-        std::vector<double> values(t.count);
-        file.read(*file.find((moments ? "m." : "") + name_in_checkpoint(t.name)), values.data());
-        return values;
-    };
-    for (const TensorInfo& t : layout_of(config_of_folder(place.out() + "/checkpoint-2")).tensors) {
-        CAPTURE(t.name);
-        const auto before = values_of(1, false, t), after = values_of(2, false, t);
-        const auto m1 = values_of(1, true, t), m2 = values_of(2, true, t);
-        double weight = 0, gradient = 0, update = 0;
-        for (size_t i = 0; i < t.count; ++i) {
-            weight += after[i] * after[i];
-            gradient += std::pow((m2[i] - 0.9 * m1[i]) / 0.1 * std::max(1.0, norm), 2);
-            update += std::pow(after[i] - before[i], 2);
-        }
-        double said[4] = {};
-        const size_t at = table.find("\n" + t.name + " ");
-        REQUIRE(at != table.npos);
-        std::sscanf(table.c_str() + at + 1 + t.name.size(), "%lf %lf %lf %lf", &said[0], &said[1],
-                    &said[2], &said[3]);
-        CHECK(near(said[0], std::sqrt(weight), 1e-4));
-        CHECK(near(said[1], std::sqrt(gradient), 1e-3));
-        CHECK(near(said[2], std::sqrt(update), 1e-4));
-        CHECK(near(said[3], std::sqrt(update / weight), 1e-2));
-    }
-}
-
-TEST_CASE("run: resumed at every step, it is the same run to the bit, on 1, 2 and 3 threads") {
-    using namespace run_test;
-    Runs place(words("--save-interval 1 --keep 100"));
-    for (int threads = 1; threads <= 3; threads++)
-        for (int64_t step = 1; step < place.end(); step += threads == 1 ? 1 : 4) {
-            CAPTURE(threads);
-            CAPTURE(step);
-            const std::string output = place.out("resumed");
-            make_folders(output);
-            copy(checkpoint_folder(place.out("straight"), step), checkpoint_folder(output, step));
-            // The log of a run that was killed later: more rows than the checkpoint, half a line.
-            put_file(output + "/log.csv",
-                     read_file(place.out("straight") + "/log.csv") + "31,0.2,12");
-            const Outcome resumed =
-                place.resume("resumed", {"--save-interval", "0", "--threads", to_text(threads)});
-            CHECK(resumed.err == "");
-            std::filesystem::remove_all(output);
-        }
-}
-
-#if defined(__SSE__) || defined(__aarch64__)
-TEST_CASE("run: numbers too small to mean anything count as zero, in threads begun later too") {
-    float before = 0, after = 0, later = 0;
-    auto product = [] {
-        volatile float small = 1e-30f;
-        return small * 1e-10f;
-    };
-    std::thread([&] {  // a thread of its own, so that no other test runs like that
-        before = product();
-        tinygpt::flush_tiny_numbers();
-        after = product();
-        std::thread([&] { later = product(); }).join();
-    })
-        .join();
-    CHECK(before > 0);
-    CHECK(after == 0);
-    CHECK(later == 0);
-}
-#endif
-
-TEST_CASE("run: an interrupt finishes the step, saves and exits 130; the rest is the same run") {
-    using namespace run_test;
-    Runs place;
-    for (int signal : {SIGINT, SIGTERM, SIGHUP})
-        for (int step : {1, 5, 13}) {
-            const std::string name = to_text("run", signal, "-", step);
-            place.stop(name, step, signal);
-            place.resume(name);
-        }
-    // The second request ends the process at once; two within 50 ms are one. On a clock that only
-    // this test moves: a process may be held up for longer than that between two signals.
-    auto send = [](int signal) {
-        // That sanitizer never delivers one to the child of a process with threads.
-        thread_sanitizer ? on_stop_signal(signal) : void(::raise(signal));
-    };
-    auto exit_status = [send](std::initializer_list<int64_t> pauses) {
-        return child_status([=] {
-            steady_clock_shows = 1;
-            send(SIGINT);
-            for (int64_t pause : pauses) steady_clock_shows += pause, send(SIGTERM);
-        });
-    };
-    CHECK(exit_status({}) == 7);
-    CHECK(exit_status({0}) == 7);
-    CHECK(exit_status({50'000'000}) == 7);
-    CHECK(exit_status({50'000'001}) == 130);
-    CHECK(exit_status({20'000'000, 20'000'000}) == 7);
-    CHECK(exit_status({20'000'000, 40'000'000}) == 130);
-    // Under nohup a closed terminal is ignored.
-    ::signal(SIGHUP, SIG_IGN);
-    CHECK(child_status([] { ::raise(SIGHUP), ::_exit(stop_asked == 0 ? 7 : 8); }) == 7);
-    ::signal(SIGHUP, SIG_DFL);
-}
-
-TEST_CASE("run: a finished run is left alone, no run is written over, and one writes at a time") {
-    using namespace run_test;
-    Runs place;
-    const auto before = snapshot(place.path);
-    const Outcome again = place.resume("straight"), over = place.train("straight");
-    CHECK(contains(again.out, "is finished"));
-    CHECK(over.status == 1);
-    CHECK(over.says("already holds a run"));
-    CHECK(over.lines() == 1);
-    CHECK(snapshot(place.path) == before);
-    // One run in a folder at a time; a lock file that was left behind locks nothing. With nothing to
-    // resume, --resume auto starts.
-    make_folders(place.out());
-    {
-        const FileHandle lock = lock_folder(place.out());
-        const Outcome second = place.train("out");
-        CHECK(second.status == 1);
-        CHECK(second.says("another run is writing into"));
-        CHECK(second.lines() == 1);
-        CHECK(list_folder(place.out()) == std::vector<std::string>{"lock"});
-    }
-    place.resume("out");
-}
-
-TEST_CASE("run: resuming with any option that changes the numbers is refused, naming it") {
-    using namespace run_test;
-    Runs place;
-    place.stop("out", 7);
-    const auto before = snapshot(place.path);
-    const std::string changed =
-        "model gpt2 n-layer 2 n-head 4 n-embd 16 n-positions 9 vocab-size 300 dropout 0.2 "
-        "untied-head 1 recompute-gelu 1 seed 1 batch-size 2 seq-len 7 grad-accum-steps 1 shuffle 0 "
-        "overfit-batch 1 max-steps 31 epochs 3 max-minutes 9 learning-rate 0.2 min-lr-fraction 0 "
-        "schedule wsd warmup-steps 0 weight-decay 0 beta1 0.8 beta2 0.99 eps 1e-6 grad-clip 0 "
-        "eval-interval 3 eval-batches 2 patience 6 on-nan skip skip-outliers 9";
-    std::set<std::string> tried = {"data",      "train-shards", "val-shards",
-                                   "init-from", "precision",    "tune-matmul"};  // known otherwise
-    const Arguments pairs = words(changed);
-    for (size_t i = 0; i < pairs.size(); i += 2) {
-        tried.insert(pairs[i]);
-        const Outcome refused =
-            place.train("out", {"--resume", "auto", "--" + pairs[i], pairs[i + 1]});
-        CAPTURE(refused.err);
-        CHECK(refused.status == 2);
-        CHECK(refused.says("--" + pairs[i]));
-        CHECK(refused.says("--override"));
-        CHECK(refused.lines() == 1);
-    }
-    const Json list = options_that_change_numbers(Options());
-    for (auto& option : list.members) CHECK_MESSAGE(tried.contains(option.first), option.first);
-    CHECK(snapshot(place.path) == before);
-    // What does not change the numbers may differ, and --override lets everything pass.
-    copy(place.out(), place.out("copy"));
-    place.resume("out", words("--keep 9 --log-interval 1"));
-    const Outcome forced =
-        place.train("copy", words("--resume auto --learning-rate 0.2 --max-steps 9 --override"));
-    CHECK_MESSAGE(forced.status == 0, forced.err);
-    CHECK(last_step(place.out("copy")) == 9);
-}
-
-TEST_CASE("run: data that was moved is the same data, data that was changed is not") {
-    using namespace run_test;
-    Runs place;
-    const std::string moved = place.path + "/moved";
-    const std::vector<std::pair<std::string, std::vector<uint16_t>>> changes =
-        {{"", {}},  // only moved
-         {"/train_000001.bin", noisy_text(131, 99)},
-         {"/val_000000.bin", noisy_text(149, 77)},
-         {"/train_000005.bin", noisy_text(5, 5)}};
-    for (const auto& [file, tokens] : changes) {
-        std::filesystem::remove_all(place.out());
-        place.stop("out", 7);
-        copy(place.data(), moved);
-        if (file.empty()) {
-            place.resume("out", {"--data", moved});
-        } else {
-            put_shard(moved + file, tokens);
-            const Outcome refused = place.train("out", {"--data", moved, "--resume", "auto"});
-            CHECK(refused.status == 2);
-            CHECK(refused.says("the data has changed"));
-        }
-        std::filesystem::remove_all(moved);
-    }
-}
-
-TEST_CASE("run: a damaged checkpoint is passed over, saying why; with none left the run refuses") {
-    using namespace run_test;
-    Runs place;
-    place.stop("out", 13, SIGTERM, {"--keep", "3"});
-    CHECK(checkpoint_steps(place.out()) == std::vector<int64_t>{13, 10, 5});
-    std::filesystem::resize_file(place.out() + "/checkpoint-13/optimizer.safetensors", 100);
-    std::filesystem::remove(place.out() + "/checkpoint-10/config.json");
-    copy(place.out(), place.out("copy"));
-    const Outcome resumed = place.resume("out");
-    CHECK(resumed.says("passing over " + place.out() + "/checkpoint-13: "));
-    CHECK(resumed.says("checkpoint-13/optimizer.safetensors is damaged"));
-    CHECK(resumed.says("checkpoint-10/config.json is missing"));
-    CHECK(folder_exists(place.out() + "/checkpoint-13.set-aside"));
-    copy(place.out("copy"), place.out("no log"));
-    std::filesystem::resize_file(place.out("copy") + "/checkpoint-5/trainer_state.json", 1000);
-    const auto before = snapshot(place.out("copy"));
-    const Outcome refused = place.train("copy", {"--resume", "auto"});
-    CHECK(refused.status == 1);
-    CHECK(refused.says("no checkpoint in " + place.out("copy") + " is whole"));
-    CHECK(refused.lines() == 4);  // three were passed over
-    CHECK(snapshot(place.out("copy")) == before);
-    // A log that lacks rows is continued, with a warning.
-    const std::string log = place.out("no log") + "/log.csv";
-    put_file(log, log_text({}) + "3,0,0,0.5,,,,,,,,,\n");
-    const Outcome without = place.train("no log", {"--resume", "auto"});
-    CHECK(without.status == 0);
-    CHECK(without.says("warning: " + log + " has 1 of the 6 rows up to step 5"));
-    CHECK(read_log(log, 99).size() == 1 + size_t(place.end()) - 5);
-}
-
-TEST_CASE("run: a single flipped bit anywhere in a checkpoint is never loaded silently") {
-    using namespace run_test;
-    TestRuns place;
-    REQUIRE(place.train("out", {"--max-steps", "5", "--patience", "0"}).status == 0);
-    const std::string checkpoint = place.out() + "/checkpoint-5";
-    const std::vector<std::string> files = list_folder(checkpoint);
-    CHECK(files.size() == 8);
-    CHECK(verify_checkpoint(checkpoint).step == 5);
-    // Ten bits of every file, some of them the first and the last.
-    for (const std::string& name : files) {
-        const std::string path = checkpoint + "/" + name, good = read_file(path);
-        const size_t bits = 8 * good.size();
-        for (uint64_t i = 0; i < 10; i++) {
-            const size_t bit = i == 0 ? 0 : i == 1 ? bits - 1 : random_bits(9, i) % bits;
-            std::string bad = good;
-            bad[bit / 8] = char(bad[bit / 8] ^ (1 << bit % 8));
-            put_file(path, bad);
-            CHECK(error_of([&] { verify_checkpoint(checkpoint); }) != "");
-            const bool moments = contains(name, "optimizer");  // not read in use
-            CHECK((error_of([&] { config_of_folder(checkpoint); }) == "") == moments);
-        }
-        put_file(path, good);
-    }
-    CHECK(verify_checkpoint(checkpoint).step == 5);
-    const Outcome resumed = place.train("out", {"--resume", place.out() + "/best"});
-    CHECK(resumed.status == 1);
-    CHECK(resumed.says("has no moments"));
-    // Weights that were changed on purpose, and the way to use them that the message names.
-    const std::string weights = read_file(checkpoint + "/model.safetensors");
-    put_file(checkpoint + "/model.safetensors",
-             weights.substr(0, weights.size() - 4) + std::string(4, '\0'));
-    CHECK(contains(error_of([&] { config_of_folder(checkpoint); }),
-                   "if it was changed on purpose, remove trainer_state.json"));
-    CHECK(!contains(error_of([&] { verify_checkpoint(checkpoint); }), "on purpose"));
-    remove_file(checkpoint + "/trainer_state.json");
-    CHECK(config_of_folder(checkpoint).n_embd == 8);
-    // Hugging Face's trainer writes a file of that name, of any length, without checksums.
-    put_file(checkpoint + "/trainer_state.json",
-             "{\"epoch\": 1.0, \"log_history\": [" + std::string(20'000'000, ' ') + "]}");
-    CHECK(config_of_folder(checkpoint).n_embd == 8);
-}
-
-TEST_CASE(
-    "run: whichever call of a save fails, the last good checkpoint stays, and all can go on") {
-    using namespace run_test;
-    TestRuns place;
-    const auto model = small_model();
-    const Tokenizer tokenizer = Tokenizer::bytes();
-    TrainerState state;
-    auto save = [&](const std::string& name, int64_t step) {
-        model->initialise(uint64_t(step));
-        state.step = step;
-        save_checkpoint(*model, place.out(name), &tokenizer, state, Purpose::resume);
-    };
-    auto step_in = [&](const std::string& name) { return verify_checkpoint(place.out(name)).step; };
-    // Errno -1: a write comes up short, which is no failure.
-    struct Case {
-        std::string target;
-        bool can_exchange;  // two folders can change places in one step
-        int code;
-        std::set<std::string> calls;
-    };
-    const std::set<std::string> of_a_file = {"mkdir", "open", "write", "fsync", "rename"};
-    std::set<std::string> renamed = of_a_file, exchanged = of_a_file;
-    renamed.insert({"unlink", "rmdir"}), exchanged.insert({"unlink", "rmdir", "exchange"});
-    const std::vector<Case> cases = {{"checkpoint-2", true, EIO, of_a_file},
-                                     {"checkpoint-2", true, ENOSPC, of_a_file},
-                                     {"checkpoint-2", true, -1, {"write"}},
-                                     {"best", true, EIO, exchanged},
-                                     {"best", false, ENOSPC, renamed}};
-    for (const Case& c : cases) {
-        std::set<std::string> failed_calls;
-        bool failed = true;
-        for (int nth = 0; failed; nth++) {
-            std::filesystem::remove_all(place.out("checkpoint-2"));
-            save("checkpoint-1", 1), save("best", 1);
-            int calls = 0;
-            failed = false;
-            bool harmless = c.code < 0;
-            file_fault() = [&](const char* call, const std::string&) {
-                const std::string name = call;
-                if (name == "exchange" && !c.can_exchange) return EINVAL;
-                if ((c.code < 0 && name != "write") || calls++ != nth) return 0;
-                failed = true, failed_calls.insert(name);
-                harmless |= name == "exchange";  // then they are renamed one after the other
-                return c.code;
-            };
-            const std::string message = error_of([&] { save(c.target, 2); });
-            file_fault() = nullptr;
-            CAPTURE(message);
-            CHECK((message == "") == (!failed || harmless));
-            CHECK(step_in("checkpoint-1") == 1);
-            recover_folders(place.path);
-            if (folder_exists(place.out("checkpoint-2"))) CHECK(step_in("checkpoint-2") == 2);
-            CHECK((step_in("best") == 1 || (c.target == "best" && step_in("best") == 2)));
-            for (const std::string& name : list_folder(place.path))
-                CHECK((name == "data" || name == "best" || step_of_name(name) > 0));
-            save(c.target, 3);  // and the next save is as good as any
-            CHECK(step_in(c.target) == 3);
-        }
-        CHECK(failed_calls == c.calls);
-    }
-}
-
-TEST_CASE(
-    "run: a save syncs every file before its name, its folder, the rename, and the folder above") {
-    using namespace run_test;
-    TemporaryFolder place;
-    const auto model = small_model();
-    const Tokenizer tokenizer = Tokenizer::bytes();
-    for (bool replaces : {false, true}) {
-        std::vector<std::pair<std::string, std::string>> calls;
-        file_fault() = [&](const char* call, const std::string& path) {
-            calls.emplace_back(call, path);
-            return 0;
-        };
-        const std::string folder = place / "checkpoint-1", temporary = folder + ".tmp";
-        save_checkpoint(*model, folder, &tokenizer, {}, Purpose::resume);
-        file_fault() = nullptr;
-        auto last = [&](const std::string& call, const std::string& path) {
-            const auto found = std::find(calls.rbegin(), calls.rend(), std::pair(call, path));
-            return int(calls.rend() - found) - 1;
-        };
-        const int named = last(replaces ? "exchange" : "rename", folder);
-        CHECK(named > 0);
-        const std::vector<std::string> files = list_folder(folder);
-        CHECK(files.size() == 8);
-        for (const std::string& name : files) {
-            const std::string path = temporary + "/" + name,
-                              part = path + format(".tmp-%d", ::getpid());
-            CHECK(last("write", part) >= 0);
-            CHECK(last("write", part) < last("fsync", part));
-            CHECK(last("fsync", part) < last("rename", path));
-            CHECK(last("rename", path) < last("fsync", temporary));
-        }
-        CHECK(last("rename", temporary + "/trainer_state.json") < named);
-        CHECK(last("fsync", temporary) < named);
-        CHECK(named < last("fsync", place.path));
-        if (replaces) CHECK(last("fsync", place.path) < last("rmdir", temporary));
-    }
-}
-
-TEST_CASE("run: what goes wrong in the middle costs no row and no checkpoint that was there") {
-    using namespace run_test;
-    Runs place;
-    const std::string shard = place.data() + "/train_000000.bin", good = read_file(shard);
-    std::string out;  // the run's folder
-    int row = 0;      // the last one that was to be written to the log
-    auto full = [&](int from, int to) {
-        return [&row, from, to](const std::string& call, const std::string&) {
-            return call == "write" && row > from && row <= to ? ENOSPC : 0;
-        };
-    };
-    auto fails = [](int code, const std::string& failing, const std::string& end) {
-        return [=](const std::string& call, const std::string& path) {
-            return call == failing && path.ends_with(end) ? code : 0;
-        };
-    };
-    const std::string temporary = "/checkpoint-10.tmp", no_space = std::strerror(ENOSPC);
-    const std::string tensors = temporary + format("/model.safetensors.tmp-%d", ::getpid());
-    struct Case {
-        const char* what;
-        std::function<int(const std::string&, const std::string&)> fault;
-        int status;
-        std::string says;
-        int64_t last;  // its newest checkpoint
-    };
-    const std::vector<Case> cases = {
-        // A full disk pauses saving; training goes on.
-        {"full for rows 5 to 11", full(4, 11), 0, no_space, place.end()},
-        {"full for rows 1 to 5", full(0, 5), 0, no_space, place.end()},
-        {"full from row 13 on", full(12, 99), 1, "could not be saved", 10},
-        // Whatever else a disk says ends the run.
-        {"the log's fsync",
-         [&](const std::string& call, const std::string& path) {
-             return call == "fsync" && path.ends_with("/log.csv") && last_step(out) == 5 ? EIO : 0;
-         },
-         1, std::strerror(EIO), 5},
-        {"the weights' fsync", fails(EIO, "fsync", tensors), 1, std::strerror(EIO), 5},
-        {"a read-only disk", fails(EROFS, "mkdir", temporary), 1, std::strerror(EROFS), 5},
-        {"a vanished folder",  // it is not made again, without its log
-         [&](const std::string&, const std::string& path) {
-             if (path.ends_with(temporary)) std::filesystem::rename(out, out + "-gone");
-             return 0;
-         },
-         1, std::strerror(ENOENT), 5},
-        // Data that is cut short ends it too; a new file of that name does not matter.
-        {"a shard cut short",
-         [&](auto&, auto&) {
-             if (row == 7) std::filesystem::resize_file(shard, 1024);
-             return 0;
-         },
-         1, "the file became shorter", 5},
-        {"a new shard",
-         [&](auto&, auto&) {
-             if (row == 7) put_shard(shard, noisy_text(700, 99));
-             return 0;
-         },
-         0, "", place.end()},
-    };
-    for (const Case& c : cases) {
-        CAPTURE(c.what);
-        out = place.out(c.what), row = 0;
-        file_fault() = [&](const char* call, const std::string& path) {
-            if (std::string(call) == "write" && path.ends_with("/log.csv")) ++row;
-            return c.fault(call, path);
-        };
-        const Outcome outcome = place.train(c.what);
-        CHECK_MESSAGE(outcome.status == c.status, outcome.err);
-        CHECK_MESSAGE(outcome.says(c.says), outcome.err);
-        const bool full_disk = std::string(c.what).starts_with("full");
-        const std::string waiting = "log.csv: " + no_space + "; what is missing waits in memory";
-        if (!full_disk) CHECK_MESSAGE(outcome.lines() == c.status, outcome.err);
-        if (full_disk) CHECK(outcome.says("warning: cannot write " + out + "/" + waiting));
-        CHECK(outcome.err.find(waiting) == outcome.err.rfind(waiting));  // said once
-        const bool gone = folder_exists(out + "-gone");
-        CHECK(folder_exists(out) == !gone);
-        if (gone) std::filesystem::rename(out + "-gone", out);
-        CHECK(last_step(out) == c.last);
-        ::unlink(shard.c_str());
-        put_file(shard, good);
-        c.status ? void(place.resume(c.what)) : check_same_end(place.out("straight"), out);
-    }
-}
-
-TEST_CASE("run: a limit on file sizes at any byte is a full disk, not a signal") {
-    using namespace run_test;
-    Runs place;
-    rlimit unlimited{};
-    REQUIRE(::getrlimit(RLIMIT_FSIZE, &unlimited) == 0);
-    for (rlim_t limit : {0u, 1u, 100u, 700u, 1500u, 3000u, 15'000u, 20'000u, 1'000'000u}) {
-        CAPTURE(limit);
-        const std::string name = to_text("run", limit);
-        const rlimit limited = {limit, unlimited.rlim_max};
-        ::signal(SIGXFSZ, SIG_IGN);  // as the program does before it writes
-        ::setrlimit(RLIMIT_FSIZE, &limited);
-        const Outcome outcome = place.train(name);
-        ::setrlimit(RLIMIT_FSIZE, &unlimited);
-        CHECK(outcome.status == (limit == 1'000'000 ? 0 : 1));
-        if (outcome.status == 1) CHECK(outcome.says(std::strerror(EFBIG)));
-        place.resume(name);
-    }
-}
-
-TEST_CASE("run: a NaN stops the run, keeping nothing of it, or is skipped and stays in the log") {
-    using namespace run_test;
-    TestRuns place;
-    // Weights so large that the logits overflow.
-    const auto model = small_model();
-    for (size_t i = 0; i < model->layout.decayed; i++)
-        model->weights[i] = model->weights[i] < 0 ? -3e38f : 3e38f;
-    const std::string weights = place.out("weights");
-    save_checkpoint(*model, weights, nullptr, {}, Purpose::use);
-    auto with = [&](const std::string& name, const std::string& on_nan) {
-        return train_gpt(
-            words("--batch-size 2 --max-steps 9 --save-interval 2 --eval-interval 0 "
-                  "--data " +
-                  place.data() + " --init-from " + weights + " --output " + place.out(name) +
-                  " --on-nan " + on_nan));
-    };
-    const Outcome stopped = with("stop", "stop");
-    CHECK(stopped.status == 1);
-    CHECK(stopped.lines() == 1);
-    CHECK(stopped.says("step 1: the loss is"));
-    CHECK(checkpoint_steps(place.out("stop")).empty());
-    CHECK(read_log(place.out("stop") + "/log.csv", 9).size() == 2);
-    const Outcome skipped = with("skip", "skip");
-    CHECK_MESSAGE(skipped.status == 0, skipped.err);
-    for (int step = 1; step <= 9; ++step)  // after four, only every power of two is told
-        CHECK(skipped.says(format("step %d was skipped: ", step)) == (step <= 4 || step == 8));
-    const auto rows = read_log(place.out("skip") + "/log.csv", 9);
-    REQUIRE(rows.size() == 10);
-    CHECK(*rows[3].lr == 0);  // the update was not made
-    CHECK(!std::isfinite(*rows[3].train_loss));
-    const TrainerState state = verify_checkpoint(place.out("skip") + "/checkpoint-9");
-    CHECK(state.guards.skipped == 9);
-    CHECK(state.epoch_steps == 0);
-    CHECK(read_file(place.out("skip") + "/checkpoint-9/model.safetensors") ==
-          read_file(weights + "/model.safetensors"));
-}
-
-TEST_CASE("run: an outlier is skipped where that is asked for, and stays in the log") {
-    using namespace run_test;
-    TestRuns place;
-    // Steps of 16 tokens in their order; those of step 140 are unlike all others.
-    std::vector<uint16_t> tokens(16 * 150 + 1);
-    for (size_t i = 0; i < tokens.size(); i++)
-        tokens[i] = uint16_t(i / 16 == 139 ? random_bits(3, i) % 256 : "the cat sat "[i % 12]);
-    put_shard(place.path + "/shard.bin", tokens);
-    const Outcome outcome = train_gpt(
-        words("--vocab-size 257 --n-layer 1 --n-embd 8 --n-head 2 --seq-len 8 --warmup-steps 50 "
-              "--batch-size 2 --shuffle 0 --max-steps 150 --eval-interval 0 --skip-outliers 6 "
-              "--learning-rate 0.01 --sample-interval 0 --train-shards " +
-              place.path + "/shard.bin --output " + place.out()));
-    REQUIRE_MESSAGE(outcome.status == 0, outcome.err);
-    CHECK(outcome.says("step 140 was skipped"));
-    CHECK(verify_checkpoint(place.out() + "/checkpoint-150").guards.outliers == 1);
-    const auto rows = read_log(place.out() + "/log.csv", 150);
-    REQUIRE(rows.size() == 151);
-    CHECK(*rows[140].lr == 0);
-    CHECK(*rows[140].train_loss > *rows[139].train_loss);
-    CHECK(*rows[141].lr > 0);
-}
-
-TEST_CASE("run: a killed save is tidied up, and only what this program made") {
-    using namespace run_test;
-    Runs place;
-    place.stop("out", 7);
-    const std::string out = place.out() + "/";
-    std::filesystem::rename(out + "best", out + "best.old");
-    for (const char* folder : {"best.tmp", "checkpoint-9.tmp", "mine.tmp", "mine.old"})
-        make_folders(out + folder);
-    put_file(out + "log.csv.tmp-123", "x"), put_file(out + "a.tmp-1", "x");
-    place.resume("out", {"--keep", "2"});
-    std::vector<std::string> names;
-    for (const std::string& name : list_folder(place.out()))
-        if (step_of_name(name) < 0) names.push_back(name);
-    CHECK(names == words("a.tmp-1 best lock log.csv mine.old mine.tmp samples.txt"));
-    CHECK(checkpoint_steps(place.out()).size() == 2);
-}
-
-TEST_CASE("run: going back to an earlier checkpoint sets the later ones aside") {
-    using namespace run_test;
-    Runs place({"--keep", "9"});
-    const std::string earlier = place.out("straight") + "/checkpoint-5";
-    copy(place.out("straight"), place.out());
-    Arguments arguments = place.arguments("out", {"--keep", "2"});
-    arguments.erase(arguments.begin() + 2, arguments.begin() + 4);  // --output: the checkpoint's
-    const Outcome back = train_gpt(joined(arguments, {"--resume", place.out() + "/checkpoint-5/"}));
-    REQUIRE_MESSAGE(back.status == 0, back.err);
-    CHECK(folder_exists(place.out() + "/checkpoint-10.set-aside"));
-    CHECK(checkpoint_steps(place.out()).size() == 2);
-    check_same_end(place.out("straight"), place.out());
-    // Into a folder of its own: with the log so far, and nothing else touched.
-    const auto before = snapshot(place.out("straight"));
-    const Outcome fork = place.train("fork", {"--resume", earlier});
-    REQUIRE_MESSAGE(fork.status == 0, fork.err);
-    CHECK(rows_of(place.out("fork")) == rows_of(place.out("straight")));
-    CHECK(snapshot(place.out("straight")) == before);
-    const Outcome other = place.train("out", {"--resume", earlier});
-    CHECK(other.status == 1);
-    CHECK(other.says("already holds a run"));
-}
-
-TEST_CASE("run: bad input ends with a clear line or two, and nothing is written") {
-    using namespace run_test;
-    TestRuns place;
-    const std::string path = place.path + "/", new_data = "--data " + place.data() + " ";
-    make_folders(path + "empty"), make_folders(path + "ones");
-    put_shard(path + "short.bin", noisy_text(20, 1));
-    put_shard(path + "large.bin", std::vector<uint16_t>(3000, 60'000));
-    for (int i = 0; i < 20; i++) put_shard(path + format("ones/train_%06d.bin", i), {5});
-    std::string shard = read_file(place.data() + "/train_000000.bin");
-    put_file(path + "cut.bin", shard.substr(0, shard.size() - 1));
-    put_file(path + "long.bin", shard + "x");
-    shard[0] ^= 1;
-    put_file(path + "bad.bin", shard);
-    put_file(path + "file", "x");
-    REQUIRE(place.train("good", {"--max-steps", "2", "--patience", "0"}).status == 0);
-    const std::string shards = "--vocab-size 257 --batch-size 4 --train-shards " + path;
-    struct Case {
-        std::string arguments;
-        int status;
-        std::string says;
-    };
-    const std::vector<Case> cases = {
-        {"--bach-size 3", 2, "did you mean --batch-size"},
-        {"trian", 2, "did you mean train"},
-        {"--batch-size three", 2, "--batch-size must be a whole number"},
-        {"--batch-size 0", 2, "in [1,"},
-        {"--max-steps -5", 2, "in [1,"},
-        {"--learning-rate nan", 2, "must be a number"},
-        {new_data + "--n-embd 10 --n-head 3", 2, "does not divide"},
-        {new_data + "--seq-len 129", 2, "longer than the model's 128 positions"},
-        {new_data + "--vocab-size 256", 2, "smaller than the tokenizer's 257"},
-        {new_data + "--prompt x --seq-len 16 --batch-size 1000", 2, "needs 16,001"},
-        {"--data " + path + "none", 1, "there is no data folder"},
-        {"--data " + path + "empty", 1, "holds no train_*.bin"},
-        // Enough tokens, and nothing to predict.
-        {"--seq-len 4 --batch-size 1 --data " + path + "ones", 2, "one batch of 1 x 4 needs 5"},
-        {shards + "none*.bin", 1, "no file matches"},
-        {shards + "bad.bin", 1, "is no token shard"},
-        {shards + "file", 1, "is no token shard"},
-        {shards + "cut.bin", 1, "is damaged"},
-        {shards + "long.bin", 1, "is damaged"},
-        {shards + "large.bin", 1, "but the vocabulary has only 257"},
-        {shards + "short.bin", 2, "one batch of 4 x 128 needs 513"},
-        {new_data + "--batch-size 8 --seq-len 128 --overfit-batch", 2, "too short"},
-        {new_data + "--batch-size 1000000 --seq-len 2", 2, "needs 2,000,001"},
-        {"info --n-layer 3 --model gpt3", 2, "one of tiny"},
-        {new_data + "--init-from " + path + "none", 1, "no such folder"},
-        {new_data + "--resume " + path + "none", 1, "no checkpoint to resume"},
-        {new_data + "--precision tf32", 2, "is for GPUs"},
-        {new_data + "--tune-matmul", 2, "is for GPUs"},
-        {"eval", 2, "--init-from is missing"},
-        {"sample --init-from " + path + "empty", 1, "config.json"},
-        {"sample --init-from " + path + "good", 1, "its model is " + path + "good/best"},
-        {"--config " + path + "none.conf", 2, "none.conf"},
-        // A checkpoint's sizes cannot be overridden, and are not silently taken instead.
-        {new_data + "--n-layer 2 --init-from " + path + "good/best", 2,
-         "--n-layer 2 does not fit --init-from"},
-        // An output folder that cannot be made, and sizes that no memory holds.
-        {new_data + "--seq-len 8 --output " + path + "file/x", 1, "cannot create folder"},
-        {new_data + "--seq-len 8 --output " + path + "new/deep/" + std::string(300, 'x'), 1,
-         "cannot create folder"},
-        {new_data + "--n-layer 1000 --n-embd 65536 --n-head 512 --n-positions 1048576 --vocab-size "
-                    "65536",
-         1, "of memory, and"},
-    };
-    const auto before = snapshot(place.path);
-    for (const Case& c : cases) {
-        Arguments arguments = words(c.arguments);
-        if (arguments[0].starts_with("--") && !contains(c.arguments, "--output"))
-            arguments = joined(arguments, {"--output", place.out("bad")});
-        const Outcome outcome = train_gpt(arguments);
-        CAPTURE(c.arguments);
-        CHECK_MESSAGE(outcome.status == c.status, outcome.err);
-        CHECK_MESSAGE(outcome.says(c.says), outcome.err);
-        CHECK(outcome.says("error: "));
-        CHECK(outcome.lines() <= 2);
-        CHECK(outcome.out == "");
-        CHECK(!folder_exists(place.out("bad")));
-    }
-    CHECK(snapshot(place.path) == before);
-    CHECK(!folder_exists(place.out("new")));
-    // Of a checkpoint that is not there, no folder is made.
-    CHECK(train_gpt({"--data", place.data(), "--resume", path + "nothere"}).status == 1);
-    CHECK(!file_exists(path + "lock"));
-}
-
-TEST_CASE("run: refused however late, a run leaves no folder behind") {
-    using namespace run_test;
-    TestRuns place;
-    REQUIRE(place.train("good", {"--max-steps", "4", "--patience", "0"}).status == 0);
-    const std::string checkpoint = place.out("good") + "/checkpoint-4";
-    auto names = [&] {
-        std::set<std::string> found;
-        for (auto& entry : std::filesystem::recursive_directory_iterator(place.path))
-            if (entry.path().filename() != "lock") found.insert(entry.path().string());
-        return found;
-    };
-    // Weights that load but for what is in them: NaN, a byte too few, another name, nothing.
-    const std::string weights = read_file(checkpoint + "/model.safetensors");
-    std::string nan = weights, renamed = weights;
-    nan.replace(nan.size() - 4, 4, "\xff\xff\xff\x7f");
-    renamed.replace(renamed.find("ln_f"), 4, "ln_g");
-    const std::map<std::string, std::string> broken = {{"nan", nan},
-                                                       {"cut",
-                                                        weights.substr(0, weights.size() - 1)},
-                                                       {"ln_g", renamed},
-                                                       {"none", ""}};
-    for (const auto& [key, bytes] : broken) {
-        const std::string name = key;
-        CAPTURE(name);
-        make_folders(place.out(name));
-        for (const char* file : {"config.json", "vocab.json", "merges.txt"})
-            copy(checkpoint + "/" + file, place.out(name) + "/" + file);
-        put_file(place.out(name) + "/model.safetensors", bytes);
-        const auto before = names();
-        const Outcome outcome =
-            train_gpt(words("--batch-size 2 --seq-len 8 --data " + place.data() + " --output " +
-                            place.out("new/run") + " --init-from " + place.out(name)));
-        CHECK_MESSAGE(outcome.status == 1, outcome.err);
-        CHECK_MESSAGE(outcome.says(name), outcome.err);
-        CHECK(outcome.out == "");
-        CHECK(names() == before);
-    }
-    // Each operation on files that comes before the log's own name fails, in a new folder and in
-    // one that is there already.
-    int failed = 0;
-    make_folders(place.out("there"));
-    for (const std::string name : {"new/run", "there"})
-        for (int call = 0, done = 0; !done; call++) {
-            CAPTURE(call);
-            const auto before = names();
-            int count = 0;
-            file_fault() = [&](const char* what, const std::string& path) {
-                if (count++ == call) return EIO;
-                done |= std::string(what) == "rename" && path.ends_with("/log.csv");
-                return 0;
-            };
-            const Outcome outcome =
-                place.train(name, words("--resume auto --max-steps 1 --patience 0"));
-            if (done) break;
-            CHECK_MESSAGE(outcome.status == 1, outcome.err);
-            CHECK(outcome.lines() == 1);
-            CHECK(names() == before);
-            ++failed;
-        }
-    CHECK(failed >= 8);
-}
-
-TEST_CASE("run: the report says what the run was, and what it says to type next can be typed") {
-    using namespace run_test;
-    const std::vector<std::pair<std::string, std::string>> cases = {
-        {"overfitting: validation loss is ", "--max-steps 300 --learning-rate 0.01"},
-        {"improving: validation loss fell ", "--max-steps 40 --learning-rate 0.001"},
-        {"flat: validation loss rose 0.0 % since step 20\n", "--max-steps 40 --learning-rate 0"},
-        {"improving: training loss fell ",
-         "--max-steps 100 --eval-interval 0 --learning-rate 0.01"},
-        {"too short a run", "--max-steps 4 --epochs 9"},
-    };
-    for (const auto& [start, more] : cases) {
-        const std::string verdict = start;
-        CAPTURE(verdict);
-        TestRuns place;
-        const Outcome outcome = train_gpt(
-            words("--n-layer 1 --n-embd 32 --n-head 2 --n-positions 32 --seq-len 16 --batch-size 8 "
-                  "--threads 1 --eval-interval 20 --warmup-steps 0 --data " +
-                  place.data() + " --output " + place.out() + "/ " + more));
-        REQUIRE_MESSAGE(outcome.status == 0, outcome.err);
-        CHECK_MESSAGE(contains(outcome.out, "\nverdict    " + verdict), outcome.out);
-        // A slash at the end of --output is none in the folder's name.
-        const bool best = !contains(more, "--eval-interval 0");
-        if (best) CHECK(contains(outcome.out, " --init-from " + place.out("out/best")));
-        int typed = 0;
-        for (const std::string& line : split_at(outcome.out, '\n')) {
-            const size_t at = line.find("./train_gpt ");
-            if (at == line.npos) continue;
-            std::string next = line.substr(at + 12);
-            std::erase(next, '"');
-            CHECK_MESSAGE(train_gpt(words(next)).status == 0, line);
-            ++typed;
-        }
-        CHECK(typed == 2);
-    }
-}
-
-TEST_CASE("run: the live line is not wider than the terminal") {
-    TestRuns place;
-    for (unsigned short columns : {40, 300, 0}) {
-        int screen = -1, terminal = -1;
-        winsize size{};
-        size.ws_col = columns;
-        REQUIRE(::openpty(&screen, &terminal, nullptr, nullptr, &size) == 0);
-        std::string shown;
-        std::thread reader([&] {
-            char part[4096];
-            for (ssize_t got; (got = ::read(screen, part, sizeof part)) > 0;)
-                shown.append(part, size_t(got));
-        });
-        const Outcome outcome =
-            train_gpt(place.arguments(format("out%d", columns), {"--max-steps", "5"}), terminal);
-        reader.join();
-        ::close(screen);
-        CHECK_MESSAGE(outcome.status == 0, outcome.err);
-        size_t live = 0, widest = 0;  // of steps 1 and 3: the others are evaluated, and stay
-        for (const std::string& part : split_at(shown, '\r')) {
-            if (!part.starts_with("\033[K") || contains(part, " val ")) continue;
-            ++live, widest = std::max(widest, part.size() - 3);
-        }
-        CHECK(live == 2);
-        CHECK((columns == 40 ? widest == 39 : widest > 60));
-    }
-}
-
-TEST_CASE("run: what users once stumbled over") {
-    using namespace run_test;
-    Runs place;
-    const std::string odd = place.path + "/a [b]*?\\ \"c\" \xff", name = "o[u]t \xff";
-    copy(place.data(), odd);
-    CHECK(place.train(name, {"--data", odd}).status == 0);
-    check_same_end(place.out("straight"), place.out(name));
-    place.resume(name, {"--data", odd});
-    // What prepare_data says to type next, where a path has a blank.
-    put_file(place.path + "/text", "some text");
-    const Outcome prepared = outcome_of([&] {
-        run_prepare_data({"--input", place.path + "/text", "--output", place.out("a b")});
-        return 0;
-    });
-    CHECK_MESSAGE(contains(prepared.out, "./train_gpt --data '" + place.out("a b") + "'\n"),
-                  prepared.out);
-    // Numbers instead of text: the prompt's last and the model's first are two.
-    const Outcome numbers =
-        train_gpt(words("--n-embd 8 --max-steps 1 --seq-len 8 --batch-size 2 --train-shards " +
-                        place.data() + "/train_*.bin --output " + place.out("none")));
-    CHECK_MESSAGE(numbers.status == 0, numbers.err);
-    const Outcome sample = train_gpt({"sample", "--init-from", place.out("none/best"), "--prompt",
-                                      "1 2", "--max-new-tokens", "3", "--threads", "1"});
-    CHECK_MESSAGE(sample.out.starts_with("1 2 "), sample.out);
-    CHECK_MESSAGE(std::count(sample.out.begin(), sample.out.end(), ' ') == 5, sample.out);
-    // A thread that cannot be started is a message, not an abort.
-    const Outcome no_thread = outcome_of([&] {
-        char name[] = "train_gpt", *argv[] = {name};
-        return program(1, argv, "train_gpt", [](const Options&) -> int {
-            throw std::system_error(EAGAIN, std::generic_category());
-        });
-    });
-    CHECK(no_thread.status == 1);
-    CHECK(no_thread.err.starts_with("error: "));
-    // What a command printed must have arrived. A run is in its folder all the same.
-    auto full = [] { return ::open("/dev/full", O_WRONLY); };
-    const Outcome info = train_gpt({"info"}, full());
-    CHECK(info.status == 1);
-    CHECK_MESSAGE(info.says("cannot write what is printed: No space left on device"), info.err);
-    CHECK(train_gpt(place.arguments("out", {"--max-steps", "2"}), full()).status == 0);
-}
-
-TEST_CASE("run: the program of docs/embedding.cpp trains, saves, loads and samples") {
-    using namespace run_test;
-    TestRuns place;
-    auto embedding = [](Arguments arguments) {
-        std::vector<char*> argv;
-        for (std::string& word : arguments) argv.push_back(word.data());
-        return outcome_of([&] { return embedding_main(int(argv.size()), argv.data()); });
-    };
-    const Outcome run = embedding({"embedding", place.data(), place.out(), "61"});
-    REQUIRE_MESSAGE(run.status == 0, run.err);
-    double first = 0, last = 0;
-    std::sscanf(run.out.c_str(), "step 0: loss %lf", &first);
-    std::sscanf(run.out.c_str() + run.out.find("step 60: "), "step 60: loss %lf", &last);
-    CHECK(std::abs(first - std::log(257)) < 0.1);
-    CHECK(last < 0.6 * first);
-    const Outcome sample =
-        train_gpt({"sample", "--init-from", place.out("out/model"), "--threads", "1"});
-    CHECK_MESSAGE(sample.status == 0, sample.err);
-    CHECK(embedding({"embedding", place.data()}).status == 2);
-    CHECK(embedding({"embedding", place.out(), place.out(), "1"}).status == 1);
-}
-
 // =================================================================================================
-// Hugging Face: folders that transformers wrote, folders for it, damaged ones, and the commands
+// Hugging Face folders
 // =================================================================================================
-
-namespace hf_tests {
 
 Json read_json(const std::string& path) { return Json::parse(read_file(path), path); }
 
@@ -5750,8 +5876,6 @@ bool is_utf8(std::string_view text) {
         if ((length = utf8_character(text.substr(at, 4)).bytes) == 0) return false;
     return true;
 }
-
-// --- What transformers wrote and computed (checks/test_hf.py --goldens)
 
 std::vector<int32_t> tokens_of(const Json& expected, const char* key) {
     std::vector<int32_t> list;
@@ -5824,8 +5948,6 @@ TEST_CASE("hf: a folder that transformers wrote has its loss, logits, text and t
     }
 }
 
-// --- What others find in a folder that was written here
-
 TEST_CASE("hf: a saved model has all that transformers asks for, for every kind of vocabulary") {
     Threads one(1);
     const Tokenizer bytes = Tokenizer::bytes(), learnt({{0, 1}, {256, 2}, {257, 257}});
@@ -5892,8 +6014,6 @@ TEST_CASE("hf: fine-tuning goes on from the very loss that was saved, to its las
     }
 }
 
-// --- Damaged folders
-
 // The files of a whole folder, in memory: each case changes some of them.
 struct Files {
     std::map<std::string, std::string> bytes;
@@ -5914,7 +6034,7 @@ struct Files {
     }
     std::string data() { return bytes["model.safetensors"].substr(8 + header().size()); }
     void weights(const std::string& header, const std::string& data) {
-        bytes["model.safetensors"] = files_test::safetensors_bytes(header, data);
+        bytes["model.safetensors"] = safetensors_bytes(header, data);
     }
     void header(const std::string& text) { weights(text, data()); }
     // The first `from` in the header after `after` becomes `to`.
@@ -5987,9 +6107,7 @@ std::vector<Damage> damaged_weights() {
     using F = Files;
     const char* m = "model.safetensors";
     const std::string first = "transformer.h.0.attn.c_attn.bias", wpe = "transformer.wpe.weight";
-    auto length = [=](uint64_t n) {
-        return [=](F& f) { f[m].replace(0, 8, files_test::little_endian(n)); };
-    };
+    auto length = [=](uint64_t n) { return [=](F& f) { f[m].replace(0, 8, little_endian(n)); }; };
     auto edit = [](const std::string& after, const char* from, const char* to) {
         return [=](F& f) { f.edit(after, from, to); };
     };
@@ -6193,8 +6311,6 @@ TEST_CASE("hf: data of another tokenizer is refused, saying which is which") {
     }
 }
 
-// --- HellaSwag
-
 using Tokens = std::vector<uint16_t>;
 
 // A file in llm.c's format (dev/data/hellaswag.py).
@@ -6329,8 +6445,6 @@ TEST_CASE("hf: a damaged HellaSwag file is refused, wherever it is cut") {
     }
 }
 
-// --- sample
-
 TEST_CASE("hf: sample takes its prompt from the command line, a file, a pipe") {
     TemporaryFolder scratch;
     const Tokenizer bytes = Tokenizer::bytes();
@@ -6415,184 +6529,7 @@ TEST_CASE("hf: what is streamed is whole characters, and all of them, however th
     }
 }
 
-}  // namespace hf_tests
-
-// =================================================================================================
-// The walk-through: what the header's comments quote is what the program prints
-// =================================================================================================
-
-TEST_CASE("readme: the training step it shows is the header's") {
-    const std::string readme = tinygpt::read_file("README.md");
-    const size_t begin = readme.find("```cpp\n"), end = readme.find("```", begin + 7);
-    REQUIRE(end != std::string::npos);
-    const std::string shown = readme.substr(begin + 7, end - begin - 7);
-    CHECK(shown.find("train_step") != std::string::npos);
-    CHECK(tinygpt::read_file("tinygpt.hpp").find(shown) != std::string::npos);
-}
-
-TEST_CASE("walk: every line that the header quotes is printed") {
-    const std::string walk = train_gpt({"walk"}).out;
-    const std::string header = tinygpt::read_file("tinygpt.hpp");
-    int quoted = 0;
-    for (size_t at = 0; (at = header.find("//   walk> ", at)) != std::string::npos;) {
-        at += 11;
-        const std::string line = header.substr(at, header.find('\n', at) - at);
-        CHECK_MESSAGE(walk.find(line) != std::string::npos, "the walk does not print: ", line);
-        ++quoted;
-    }
-    CHECK(quoted >= 8);
-    // The two columns of the gradient table agree, and so do the update by hand and the program's.
-    const size_t by_hand = walk.find(" = 0.240565\n"),
-                 program = walk.find("and the program has 0.240565\n");
-    CHECK(by_hand != std::string::npos);
-    CHECK(program != std::string::npos);
-}
-
-TEST_CASE("show: the page's numbers are the model's, and text stays text") {
-    using namespace tinygpt;
-    const TemporaryFolder folder;
-    const Config config = {2, 2, 16, 32, 257};
-    const Tokenizer tokenizer = Tokenizer::bytes();
-    {
-        Gpt2<Cpu> model(config);
-        model.initialise(11);
-        for (size_t i = 0; i < model.layout.size; ++i) model.weights[i] *= 12;
-        save_checkpoint(model, folder / "model", &tokenizer, {}, Purpose::use);
-    }
-    const std::string text = "</script><b>\"'&\\ \xff";
-    const Outcome ran = train_gpt({"show", "--init-from", folder / "model", "--prompt", text,
-                                   "--output", folder / "page.html"});
-    REQUIRE(ran.status == 0);
-    const std::string html = read_file(folder / "page.html");
-    const std::string mark = "id=\"data\">";
-    const size_t begin = html.find(mark) + mark.size(), end = html.find("</script>", begin);
-    const std::string json = html.substr(begin, end - begin);
-    CHECK(json.find('<') == json.npos);
-    const Json page = Json::parse(json, "page");
-    // The same text through the reference device, in double.
-    std::vector<int32_t> tokens = prompt_tokens(text, tokenizer, 257);
-    tokens.insert(tokens.begin(), 256);
-    const int T = int(tokens.size()), C = config.n_embd, V = config.vocab_size;
-    Gpt2<Reference<double>> model(config);
-    load_weights(model, folder / "model");
-    model.reserve(1, T, Use::training);
-    Batch batch = batch_of(1, T, [&](int i) { return i < T ? tokens[size_t(i)] : kIgnore; });
-    const std::vector<double> losses = batch_losses(model, batch);
-    auto items = [](const Json& list) {
-        std::vector<double> values;
-        for (auto& [name, value] : list.members) values.push_back(value.as<double>().value_or(NAN));
-        return values;
-    };
-    const std::vector<double> surprise = items(*page.find("surprise"));
-    REQUIRE(int(surprise.size()) == T);
-    for (int t = 1; t < T; ++t)
-        CHECK(surprise[size_t(t)] ==
-              doctest::Approx(losses[size_t(t - 1)] / std::log(2)).epsilon(1e-4));
-    // Attention of both layers: each row adds up to 1, and is e^(q.k / sqrt(8) - lse).
-    const std::string letters = kBase64, code = page.find("attention")->text;
-    REQUIRE(code.size() == size_t(2 * 2 * 2 * (T * (T + 1) / 2)));
-    size_t at = 0;
-    for (int layer = 0; layer < 2; ++layer)
-        for (int h = 0; h < 2; ++h)
-            for (int t = 0; t < T; ++t) {
-                const auto& l = model.a.layers[size_t(layer)];
-                double sum = 0;
-                for (int t2 = 0; t2 <= t; ++t2, at += 2) {
-                    const double p =
-                        double(letters.find(code[at]) * 64 + letters.find(code[at + 1])) / 4095;
-                    const double *q = l.qkv + t * 3 * C + 8 * h,
-                                 *k = l.qkv + t2 * 3 * C + C + 8 * h;
-                    const double wanted = std::exp(
-                        std::inner_product(q, q + 8, k, 0.0) / std::sqrt(8.0) - l.lse[h * T + t]);
-                    CHECK(std::abs(p - wanted) < 2e-4);
-                    sum += p;
-                }
-                CHECK(std::abs(sum - 1) < 2e-4 * (t + 1));
-            }
-    // The last lens is the model's own answer; the first, the embedding's.
-    std::vector<double> logits(static_cast<size_t>(V));
-    model.device.head_logits(logits.data(), model.a.ln_f + (T - 1) * C, model.w.lm_head, 1, C, V);
-    const auto best = candidates({logits.begin(), logits.end()}, 1);
-    const Json& lens = page.find("lens")->members[2].second;
-    CHECK(int(page.find("lens")->members.size()) == 3);
-    const int token = int(items(*lens.find("token")).back());
-    CHECK(items(*lens.find("p")).back() ==
-          doctest::Approx(best[size_t(token)].probability).epsilon(1e-4));
-    double norm = 0;
-    for (int c = 0; c < C; ++c) norm += std::pow(model.a.embedded[c], 2);
-    CHECK(items(*page.find("lens")->members[0].second.find("norm"))[0] ==
-          doctest::Approx(std::sqrt(norm)).epsilon(1e-5));
-    CHECK(train_gpt({"show", "--init-from", folder / "model", "--runs", "out/a"}).status == 2);
-    CHECK(train_gpt({"show", "--runs", folder / "none"}).status == 1);
-}
-
-TEST_CASE("bench: watching a step changes no number of it, and shows every call") {
-    using namespace tinygpt;
-    const Config config = {2, 1, 8, 4, 11};
-    Gpt2<Cpu> plain(config);
-    Gpt2<Watched<Cpu>> watched(config);
-    const Batch batch = batch_of(2, 4, [](int i) { return i % 11; });
-    std::map<std::string, int> calls;
-    std::map<std::string, std::vector<double>> sizes;
-    watched.device.watcher = [&](const Call& call) {
-        ++calls[std::string(call.function)], sizes[std::string(call.function)] = call.sizes;
-        watched.device.gelu_forward(watched.a.dx, watched.a.dx, 0);  // no call of the step
-        call.make();
-    };
-    plain.initialise(1), watched.initialise(1);
-    plain.reserve(2, 4, Use::training), watched.reserve(2, 4, Use::training);
-    for (int s = 0; s < 2; ++s) {
-        train_step(plain, {batch, batch}, {}, s);
-        train_step(watched, {batch, batch}, {}, s);
-    }
-    CHECK(plain.get_weights() == watched.get_weights());
-    CHECK(plain.state->grad_norm == watched.state->grad_norm);
-    // Two steps of two micro-batches of two layers.
-    CHECK(calls == std::map<std::string, int>{{"embed_forward", 4},
-                                              {"layernorm_forward", 20},
-                                              {"linear_forward", 8},
-                                              {"attention_forward", 8},
-                                              {"linear_residual_forward", 16},
-                                              {"linear_gelu_forward", 8},
-                                              {"head_forward_backward", 4},
-                                              {"linear_gelu_backward", 8},
-                                              {"linear_backward", 24},
-                                              {"attention_backward", 8},
-                                              {"layernorm_backward", 20},
-                                              {"embed_backward", 4},
-                                              {"begin_step", 2},
-                                              {"add_loss", 4},
-                                              {"gradient_norm", 2},
-                                              {"judge_step", 2},
-                                              {"adamw", 2}});
-    CHECK(sizes["linear_forward"] == std::vector<double>{8, 8, 24});
-    CHECK(sizes["adamw"][0] == double(plain.layout.size));
-}
-
-TEST_CASE("bench: a row for every function and linear layer") {
-    using namespace tinygpt;
-    const Outcome ran = outcome_of([] {
-        Bench(Cpu(), parse_options({"bench", "--n-embd", "8", "--n-head", "1"})).run(0);
-        return 0;
-    });
-    auto calls = [&](const std::string& row) {
-        CAPTURE(row);
-        const size_t at = ran.out.find("\n" + row + "  ");
-        REQUIRE(at != std::string::npos);
-        return std::stoi(ran.out.substr(at + 1 + row.size()));
-    };
-    CHECK(calls("layernorm") == 5);
-    CHECK(calls("d layernorm") == 5);
-    for (const char* layer : {"c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"})
-        for (const char* way : {"linear ", "d linear "})
-            CHECK(calls(way + std::string(layer)) == 2);
-    CHECK(calls("attention") == 2);
-    CHECK(calls("d attention") == 2);
-    for (const char* row : {"embed", "d embed", "head, both ways", "gradient norm", "adamw"})
-        CHECK(calls(row) == 1);
-    for (const char* rows : {"256 rows", "1024 rows", "4096 rows"})
-        CHECK(ran.out.find(rows) != std::string::npos);
-}
+}  // namespace cpu_tests
 
 #else  // TINYGPT_TEST_CUDA
 
