@@ -3906,17 +3906,14 @@ TEST_CASE("run: the terminal and samples.txt have what is due, and a sample can 
 }
 
 TEST_CASE("run: MFU is the model's operations a second over the peak of the machine's products") {
-    struct Machine : Cpu {  // of a peak that is known
-        double peak_flops() const { return 1e7; }
-    };
     const TestRuns place;
     const Corpus corpus(place.data() + "/train_*.bin");
-    Gpt2<Machine> model({1, 2, 8, 8, 257});
+    Gpt2<Cpu> model({1, 2, 8, 8, 257});
     model.reserve(2, 8, Use::training);
     model.initialise(1);
     RunOptions o;
     o.output = place.path, o.batch_size = 2, o.max_steps = 2, o.eval_interval = 0;
-    Trainer<Machine> trainer(o, corpus, model);
+    Trainer<Cpu> trainer(o, corpus, model, 1e7);
     outcome_of([&] { return int(trainer.run({})); });
     const std::vector<LogRow> rows = read_log(place.path + "/log.csv", 2);
     REQUIRE(rows.size() == 3);
@@ -5383,7 +5380,7 @@ TEST_CASE("bench: watching a step changes no number of it, and shows every call"
 
 TEST_CASE("bench: a row for every function and linear layer") {
     const Outcome ran = outcome_of([] {
-        Bench(Cpu(), parse_options({"bench", "--n-embd", "8", "--n-head", "1"})).run(0);
+        Bench(Machine(), parse_options({"bench", "--n-embd", "8", "--n-head", "1"})).run(0);
         return 0;
     });
     auto calls = [&](const std::string& row) {

@@ -2920,139 +2920,9 @@ struct FastOps {
     static void attend_backward(auto... a) { tinygpt::attend_backward(a...); }
 };
 
-// --- The machine: what it is, how much memory is free, and what it can do at best
-
-// Seconds, from a clock that is never set; only differences mean something.
-inline double now_seconds() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
-        .count();
-}
-
-// The least seconds that f takes, of so many runs: disturbances only ever make a run longer.
-double least_seconds(int runs, auto&& f) {
-    double least = INFINITY;
-    for (int run = 0; run < runs; ++run) {
-        const double begin = now_seconds();
-        f();
-        least = std::min(least, now_seconds() - begin);
-    }
-    return least;
-}
-
-// Multiplies and adds in registers, nothing else. Returns the operations a second of one thread.
-// Why 12 sums: a core starts one or two of these operations a cycle and finishes each about four
-// cycles later; sums that do not wait for each other keep it busy.
-inline double registers_only_flops() {
-    constexpr int kSums = 12, kRounds = 20000;
-    float growth = 1.0000001f, step = 1e-7f;  // not const: nvcc 13 crashes on a constant vector
-    const Vec<float> factor = Vec<float>{} + growth, addend = Vec<float>{} + step;
-    Vec<float> sums[kSums];
-    for (int i = 0; i < kSums; ++i) sums[i] = Vec<float>{} + float(i);
-    const double seconds = least_seconds(8, [&] {
-        for (int round = 0; round < kRounds; ++round)
-#pragma GCC unroll 12
-            for (int i = 0; i < kSums; ++i) sums[i] = sums[i] * factor + addend;
-    });
-    volatile float sink = 0;  // so that the sums are needed
-    for (int i = 0; i < kSums; ++i) sink = sink + sums[i][0];
-    return 2.0 * kSums * kLanes * kRounds / seconds;
-}
-
-// Operations a second of one thread in the product's tiles, with operands that lie in L1. What
-// whole products lose against this they lose on packing, on the caches and on ragged edges. In fp32
-// it is below what registers alone reach, because every step has to load as well.
-template <class Tiles>
-double tile_flops() {
-    using Packed = typename Tiles::Packed;
-    constexpr int R = Tiles::kRows, N = Tiles::kCols, kSteps = 128, kCalls = 500;
-    [[maybe_unused]] Tiles setup{};
-    alignas(64) float c[R * N] = {};
-    Packed *a = scratch<Packed>(0, R * kStride), *b = scratch<Packed>(1, N * kSteps);
-    std::memset(a, 0x3f, sizeof(Packed) * R * kStride);  // about 0.75, in fp32 as in bf16
-    std::memset(b, 0x3f, sizeof(Packed) * N * kSteps);
-    const double seconds = least_seconds(8, [&] {
-        for (int call = 0; call < kCalls; ++call) {
-            Tiles::tile(c, N, rows_of<Packed>(a, kStride), b, R, kSteps, true);
-            // Careful: without this the compiler may make one call and add it 500 times.
-            asm volatile("" ::"r"(a), "r"(b), "r"(c) : "memory");
-        }
-    });
-    return 2.0 * Tiles::kNumbers * R * N * kSteps * kCalls / seconds;
-}
-
-// The sum of f() over all threads at once: cores that share a power budget, or an arithmetic unit,
-// are slower together. Why f is a function: GCC 12 optimises work away that stands in the region.
-inline double on_all_threads(double (*f)()) {
-    double total = 0;
-#pragma omp parallel reduction(+ : total)
-    total += f();
-    return total;
-}
-
-// Operations of a training step per token: 2 for every weight in forward and 4 in backward;
-// attention's scores and sums over the causal half, on average (T+1)/2 positions of 2 C each,
-// twice, and twice as much again in backward.
-inline double flops_per_token(const Config& config, int T) {
-    const double C = config.n_embd, L = config.n_layer, V = config.vocab_size;
-    return 6 * (12 * C * C * L + V * C) + 6 * C * (T + 1.0) * L;
-}
-
-// What a device's matrix products could reach at most, in operations a second.
-double product_peak_flops(auto& device) {
-    return device.bf16_products() ? device.bf16_peak_flops() : device.peak_flops();
-}
-
-// The CPU as a device: the layers of §4 with the operations above, and what a program asks of the
-// machine. Peaks are measured: a data sheet's number is rarely what is left of it in a container,
-// or on a warm laptop.
+// The CPU as a device: the layers of §4 with the operations above.
 struct Cpu : Layers<float, FastOps> {
-    static constexpr const char* kProgram = "train_gpt";
     bool bf16_products() const { return ops.bf16; }
-    void check_sizes(const Config&, int /*B*/) const {}  // any will do
-
-    // "CPU, 2 threads, vectors of 512 bits, fp32"
-    std::string describe() const {
-        return format("CPU, %d threads, vectors of %d bits, %s", omp_get_max_threads(),
-                      kVectorBytes * 8, bf16_products() ? "bf16 products" : "fp32");
-    }
-    // Bytes that could be used without swapping; without /proc, all memory there is.
-    size_t free_memory() const {
-        char line[128];
-        size_t kB = 0;
-        if (std::FILE* info = std::fopen("/proc/meminfo", "r")) {
-            while (kB == 0 && std::fgets(line, sizeof line, info))
-                std::sscanf(line, "MemAvailable: %zu kB", &kB);
-            std::fclose(info);
-        }
-        if (kB > 0) return kB * 1024;
-        return size_t(::sysconf(_SC_PHYS_PAGES)) * size_t(::sysconf(_SC_PAGESIZE));
-    }
-    // Operations a second: in registers alone; of the fp32 product's tiles with operands in L1; of
-    // products in bf16, 0 where the CPU has none.
-    double peak_flops() const { return on_all_threads(registers_only_flops); }
-    double tile_peak_flops() const { return on_all_threads(tile_flops<PlainTiles>); }
-    double bf16_peak_flops() const {
-        if (MatrixTiles::usable()) return on_all_threads(tile_flops<MatrixTiles>);
-        return cpu_has_bf16_dot() ? on_all_threads(tile_flops<PairTiles>) : 0;
-    }
-    // Bytes a second: all threads read 256 MB, far more than any cache holds. Why integers: the
-    // compiler may add those in any order, and so a register full at a time.
-    double peak_bandwidth() const {
-        const size_t count = size_t(1) << 26;
-        uint32_t* data = tinygpt::allocate<uint32_t>(count);
-        // Why in parallel: memory lies near the thread that first writes it.
-#pragma omp parallel for schedule(static)
-        for (size_t i = 0; i < count; ++i) data[i] = 1;
-        [[maybe_unused]] volatile uint32_t sink = 0;  // so that the sum is needed
-        const double seconds = least_seconds(5, [&] {
-            uint32_t total = 0;
-#pragma omp parallel for schedule(static) reduction(+ : total)
-            for (size_t i = 0; i < count; ++i) total += data[i];
-            sink = total;
-        });
-        std::free(data);
-        return double(count * sizeof(uint32_t)) / seconds;
-    }
 };
 
 // =================================================================================================
@@ -5145,6 +5015,20 @@ inline std::vector<Window> fixed_windows(const DataOrder& order, int64_t batches
     return windows;
 }
 
+// Seconds, from a clock that is never set; only differences mean something.
+inline double now_seconds() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+}
+
+// Operations of a training step per token: 2 for every weight in forward and 4 in backward;
+// attention's scores and sums over the causal half, on average (T+1)/2 positions of 2 C each,
+// twice, and twice as much again in backward.
+inline double flops_per_token(const Config& config, int T) {
+    const double C = config.n_embd, L = config.n_layer, V = config.vocab_size;
+    return 6 * (12 * C * C * L + V * C) + 6 * C * (T + 1.0) * L;
+}
+
 // --- The run
 
 // Why a run ended; none: it goes on.
@@ -5185,14 +5069,15 @@ template <class Device>
 class Trainer {
 public:
     // The model must be reserved for batch_size x T, and have the weights and moments to begin
-    // with.
-    Trainer(const RunOptions& options, const Corpus& corpus, Gpt2<Device>& model)
+    // with. peak_flops: operations a second that products could reach; 0: no MFU.
+    Trainer(const RunOptions& options, const Corpus& corpus, Gpt2<Device>& model,
+            double peak_flops = 0)
         : o_(options), corpus_(corpus), model_(model),
           order_(DataOrder{corpus.train, o_.batch_size, model.T, uint64_t(o_.seed), o_.shuffle,
                            o_.overfit_batch}),
           val_windows_(evaluation_windows(corpus.val, model.T, corpus.document_start())),
           train_windows_(fixed_windows(order_, o_.eval_batches)),
-          peak_flops_(product_peak_flops(model.device)) {}
+          peak_flops_(peak_flops) {}
 
     // Trains to the end, and evaluates there unless Ctrl-C ends it. Why this order: the row is in
     // the log before anything may fail; what ends the run is decided once; the checkpoint comes
