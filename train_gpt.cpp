@@ -1444,6 +1444,9 @@ public:
         train_step(model_, {batch_}, options, 0);
         model_.device.watcher = nullptr;
         show_dropout(), show_effect();
+        std::printf(
+            "\nThe same of a model of yours, as a page to point at: ./train_gpt show --init-from "
+            "out/stories/best\n");
     }
 
 private:

@@ -81,9 +81,14 @@ test_hf: $(BUILD)/train_gpt $(BUILD)/prepare_data $(BUILD)/hf_logits
 $(BUILD)/hf_logits: checks/hf_logits.cpp tinygpt.hpp | $(BUILD)
 	$(CXX) $(CXXFLAGS) $< -o $@
 
-# Pages of `train_gpt show` in a real browser. Needs chromium. PICTURES=DIR keeps a picture of each page.
+# Pages of `train_gpt show` in a real browser. Needs chromium.
 test_show: $(BUILD)/train_gpt $(BUILD)/prepare_data
-	$(PYTHON) checks/test_show.py $(BUILD)/train_gpt $(PICTURES)
+	$(PYTHON) checks/test_show.py $(BUILD)/train_gpt
+# docs/show-*.png: each panel, of the default run.
+show_pictures: $(BUILD)/train_gpt out/stories/log.csv
+	$(PYTHON) checks/test_show.py $(BUILD)/train_gpt docs out/stories
+out/stories/log.csv: | train_gpt
+	./train_gpt
 
 nightly: check torture damaged
 	python3 checks/mutate.py cuda
@@ -125,4 +130,4 @@ count:
 	@awk '/^\/\/ What follows is plumbing/{exit} {t=$$0; sub(/^[ \t]+/,"",t); if(t!="" && t!~/^\/\//)k++} \
 	    END{printf "tinygpt.hpp, what a student reads: %d lines of code\n",k}' tinygpt.hpp
 	@cat checks/* .ci/run | awk '{t=$$0; sub(/^[ \t]+/,"",t); if(t!="" && t!~/^(\/\/|#[^i!])/)k++} END{printf "checks: %d lines of code\n",k}'
-.PHONY: check test_show readme tidy grammar valgrind plot portable test_emulator cuda_compiles torture damaged fuzz fuzz_coverage test_hf nightly count
+.PHONY: check test_show show_pictures readme tidy grammar valgrind plot portable test_emulator cuda_compiles torture damaged fuzz fuzz_coverage test_hf nightly count

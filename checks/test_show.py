@@ -2,14 +2,17 @@
 # checks/test_show.py: pages of `train_gpt show` in a real browser (headless Chromium). Pages of a trained
 # model, of bytes with emoji and broken UTF-8, of hostile text, of one token, of a context that is full, of GPT-2's
 # sizes with random weights, and of two runs. Each is opened, wide and narrow, and driven: what is pointed at,
-# slid and typed must show what the numbers say. A message on the console is a failure.
+# slid and typed must show what the numbers say. A message on the console is a failure. The attention of the
+# reference folders is held to PyTorch's, where transformers is installed.
 #
-#     checks/test_show.py build/g++-native/train_gpt [PICTURES]       with a folder: a picture of each page
+#     checks/test_show.py build/g++-native/train_gpt                     the test
+#     checks/test_show.py build/g++-native/train_gpt docs out/stories    a picture of each panel, of that run
 import base64, json, math, os, re, struct, subprocess, sys, tempfile
 
 PROGRAM = os.path.abspath(sys.argv[1])
-PICTURES = os.path.abspath(sys.argv[2]) if len(sys.argv) > 2 else None
 CHROMIUM = os.environ.get("CHROMIUM", "chromium")
+CHROMIUM = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=20000"]
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
 # Runs inside the page, after its own script: acts as a user would and notes what is seen then.
 DRIVE = """
@@ -17,6 +20,7 @@ const seen = {}, text = e => e ? e.textContent : null;
 const input = (id, value) => { const e = document.getElementById(id); e.value = value; e.dispatchEvent(new Event("input")); };
 const rows = () => [...document.querySelectorAll("#what-comes-next td[data-p]")].map(e => +e.dataset.p);
 seen.panels = [...document.querySelectorAll("section")].map(e => e.id);
+seen.heights = [...document.querySelectorAll("section")].map(e => e.offsetHeight);
 seen.scripts = document.scripts.length;
 seen.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
 if (!D.runs) {
@@ -38,6 +42,7 @@ if (!D.runs) {
   seen.maps = maps.length;
   maps[maps.length - 1].click();
   seen.attention = text(document.querySelector("#attention [aria-live]"));
+  seen.habit = text(document.getElementById("habit"));
   const cell = [...document.querySelectorAll("#layer-by-layer tr")].at(-1).querySelectorAll("button");
   cell[cell.length - 1].focus();
   seen.lens = text(document.querySelector("#layer-by-layer [aria-live]"));
@@ -71,12 +76,7 @@ def browse(page, width):
     driven = page + ".driven.html"
     with open(driven, "w") as file:
         file.write(html.replace("</body>", "<script>" + DRIVE + "</script></body>"))
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=20000",
-               "--window-size=%d,3000" % width]
-    if PICTURES:
-        picture = "%s/%s-%d.png" % (PICTURES, os.path.basename(page)[:-5], width)
-        subprocess.run([*command, "--hide-scrollbars", "--screenshot=" + picture, "file://" + page], capture_output=True, timeout=300)
-    done = subprocess.run([*command, "--dump-dom", "file://" + driven], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*CHROMIUM, "--window-size=%d,3000" % width, "--dump-dom", "file://" + driven], capture_output=True, text=True, timeout=300)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     found = re.search(r'<pre id="seen">([^<]*)</pre>', done.stdout)
     check(not console and found, "%s at %d: console %s" % (page, width, console or "has nothing, the script did not end"))
@@ -128,13 +128,73 @@ def check_model(page):
         check(seen["drawn"], "%s: nothing was drawn" % page)
         check(seen["maps"] == D["model"]["n_layer"] * D["model"]["n_head"], "%s: %d maps" % (page, seen["maps"]))
         check(D["attention_first"] > 0 or "together 100.0 %" in seen["attention"], seen["attention"])
+        last = attention(D)[-1][2:]
+        before = 100 * sum(row[-2] for row in last) / max(1, len(last))
+        check(not last or "%.*f %% from the token before" % (2 if before < 9.95 else 1, before) in seen["habit"], seen["habit"])
         check("length %.2f" % D["lens"][-1]["norm"][-1] in seen["lens"], seen["lens"])
         check(close([max(sampled(logits, 1, 0, 1))], [D["lens"][-1]["p"][-1]]), "%s: the last lens is not the logits" % page)
     print("%-28s %4d tokens, %7d bytes" % (os.path.basename(page), T, os.path.getsize(page)))
 
 
+def attention(D):
+    """The page's attention: for each head the rows, of 1, 2, ... weights."""
+    code = iter(LETTERS.index(a) * 64 + LETTERS.index(b) for a, b in zip(D["attention"][::2], D["attention"][1::2]))
+    T, heads = len(D["prompt"]) - D["attention_first"], D["model"]["n_layer"] * D["model"]["n_head"]
+    return [[[next(code) / 4095 for _ in range(t + 1)] for t in range(T)] for _ in range(heads)]
+
+
+def check_attention():
+    """The rows of the page sum to 1, and are PyTorch's output_attentions to the page's 12 bits."""
+    try:
+        import torch, transformers
+    except ImportError:
+        return print("[skipped] attention beside PyTorch's: transformers is not installed (PYTHON=... names another Python)")
+    for name in sorted(os.listdir("data/reference")):
+        folder = "data/reference/" + name
+        model = transformers.GPT2LMHeadModel.from_pretrained(folder, attn_implementation="eager", dtype=torch.float64).eval()
+        ids = [7 * t * t % model.config.vocab_size for t in range(min(40, model.config.n_positions) - 1)]
+        with tempfile.TemporaryDirectory() as work:
+            # Without the tokenizer's files a prompt is a list of ids.
+            for file in ("config.json", "model.safetensors"):
+                os.symlink(os.path.abspath(folder + "/" + file), work + "/" + file)
+            run("show", "--init-from", work, "--prompt", " ".join(map(str, ids)), "--output", work + "/page.html")
+            D = numbers(work + "/page.html")
+        check(D["prompt"] == ids, "%s: the page's tokens are %s" % (name, D["prompt"]))
+        with torch.no_grad():
+            layers = model(torch.tensor([ids]), output_attentions=True).attentions
+        worst = worst_sum = 0.0
+        wanted = [head for layer in layers for head in layer[0].tolist()]
+        for shown_head, head in zip(attention(D), wanted, strict=True):
+            for shown, row in zip(shown_head, head, strict=True):
+                worst = max(worst, max(abs(a - b) for a, b in zip(shown, row)))
+                worst_sum = max(worst_sum, abs(sum(shown) - 1) / len(shown))
+        check(worst < 0.6 / 4095 and worst_sum < 0.6 / 4095, "%s: attention differs by %g, its sums from 1 by %g an entry" % (name, worst, worst_sum))
+        print("%-28s attention is PyTorch's, at most %.1e apart (a step of 12 bits is 2.4e-4)" % (name, worst))
+
+
+def pictures(output, folder):
+    """A picture of each panel, of a run's best model and of its curves."""
+    with tempfile.TemporaryDirectory() as work:
+        run("show", "--init-from", folder + "/best", "--prompt", "Once upon a time, a child called Leo lived at the beach. He was very gentle. One cold evening, he", "--output", work + "/model.html")
+        run("show", "--runs", folder, "--output", work + "/runs.html")
+        for page in (work + "/model.html", work + "/runs.html"):
+            seen = browse(page, 1000)
+            with open(page) as file:
+                html = file.read()
+            for panel, height in zip(seen["panels"], seen["heights"]):
+                with open(work + "/panel.html", "w") as file:
+                    file.write(html.replace("</style>", "h1, section:not(#%s) { display: none } section { margin: 0 } </style>" % panel))
+                picture = "%s/show-%s.png" % (os.path.abspath(output), panel)
+                subprocess.run([*CHROMIUM, "--hide-scrollbars", "--window-size=1000,%d" % (height + 32), "--screenshot=" + picture,
+                                "file://" + work + "/panel.html"], check=True, capture_output=True, timeout=300)
+                print(picture)
+
+
 def main():
     os.chdir(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    if len(sys.argv) > 2:
+        return pictures(*sys.argv[2:])
+    check_attention()
     work = tempfile.mkdtemp()
     with open(work + "/text.txt", "wb") as file:
         file.write(bytes(range(256)) * 4 + "The cat sat on the mat. Grüße, 🐈!\n".encode() * 200)
