@@ -124,7 +124,7 @@ valgrind: data/stories/dataset.json
 # What the size promises are measured by: lines of code, lines and words of comment, width.
 count:
 	@for f in tinygpt.hpp train_gpt.cpp train_gpt.cu prepare_data.cpp test_gpt.cpp; do \
-	    awk -v f=$$f '{t=$$0; sub(/^[ \t]+/,"",t); if(t~/^\/\//){c++; w+=split(t,q," ")-1} else if(t!="")k++; \
+	    awk -v f=$$f '{gsub(/[\200-\277]/,""); t=$$0; sub(/^[ \t]+/,"",t); if(t~/^\/\//){c++; w+=split(t,q," ")-1} else if(t!="")k++; \
 	    if(length($$0)>100)wide++} END{printf "%-18s %5d lines of code, %4d of comment (%.2f, %d words), %d wider than 100\n", \
 	    f,k,c,c/k,w,wide+0}' $$f; done
 	@awk '/^\/\/ What follows is plumbing/{exit} {t=$$0; sub(/^[ \t]+/,"",t); if(t!="" && t!~/^\/\//)k++} \
