@@ -5010,7 +5010,7 @@ TEST_CASE("options: numbers are read strictly") {
                                {"5.", 5},
                                {"1E+1", 10},
                                {"0", 0}})
-        CHECK(parse_options({"--learning-rate", text}).learning_rate == value);
+        CHECK(parse_options({"--learning-rate", text}).rate.peak == value);
 }
 
 TEST_CASE("options: ranges hold at both ends, for every number") {
@@ -5041,10 +5041,10 @@ TEST_CASE("options: a value written out and read again is the same") {
     for (const char* text : {"0.002", "1e-08", "0.30000000000000004", "100"}) {
         const Option& row = rows["learning-rate"];
         CHECK(rows.set(row, text) == "");
-        const double first = rows.options.learning_rate;
+        const double first = rows.options.rate.peak;
         CHECK(first == std::strtod(text, nullptr));
         CHECK(rows.set(row, value_text(row)) == "");
-        CHECK(rows.options.learning_rate == first);
+        CHECK(rows.options.rate.peak == first);
     }
     CHECK(value_text(rows["shuffle"]) == "1");
     CHECK(value_text(rows["eps"]) == "1e-08");
@@ -5070,7 +5070,7 @@ TEST_CASE("options: config files") {
     put_file(good, "batch-size = 8");
     const Options o = parse_options({"--config", path});
     CHECK(o.batch_size == 4);
-    CHECK(o.learning_rate == 0.5);
+    CHECK(o.rate.peak == 0.5);
     CHECK_FALSE(o.shuffle);
     CHECK(o.prompt == "C# is = fine");
     CHECK(o.data == "x#y");
@@ -5080,7 +5080,7 @@ TEST_CASE("options: config files") {
     // The command line comes first, on either side.
     CHECK(parse_options({"--config", path, "--batch-size", "9"}).batch_size == 9);
     CHECK(parse_options({"--batch-size", "9", "--config", path}).batch_size == 9);
-    CHECK(parse_options({"--batch-size", "9", "--config=" + path}).learning_rate == 0.5);
+    CHECK(parse_options({"--batch-size", "9", "--config=" + path}).rate.peak == 0.5);
     // Of two files the last counts, but the first is read and checked.
     check_refused({{{"--config", "/no/such/file", "--config", path}, "cannot read /no/such/file"},
                    {{"--config", bad, "--config", good}, "bad:2: --batch-size must be"}});

@@ -2090,7 +2090,7 @@ Evaluation evaluate(Gpt2<Device>& model, std::span<const Window> windows,
 
 // How tokens are picked (see candidates and likeliest), and how many.
 struct SampleOptions {
-    int max_new_tokens = 50;
+    int max_new_tokens = 100;
     double temperature = 0.8;  // 0: always the likeliest token
     int top_k = 0;             // 0: all tokens
     double top_p = 1;          // 1: all tokens
@@ -2188,10 +2188,9 @@ int generate(Gpt2<Device>& model, std::vector<int32_t> tokens, const SampleOptio
             cached = 0, ++slides;
         }
         const std::vector<int32_t> fresh(tokens.begin() + cached, tokens.end());
-        const std::vector<float> logits = next_logits(model, fresh, cached);
+        std::vector<Candidate> list = candidates(next_logits(model, fresh, cached), o.temperature);
         cached = int(tokens.size());
         const int top_k = o.temperature > 0 ? o.top_k : 1;
-        std::vector<Candidate> list = candidates(logits, o.temperature);
         if (top_k > 0 || o.top_p < 1) list = likeliest(std::move(list), top_k, o.top_p);
         const int token = pick(list, random_uniform(key, uint64_t(i)));
         if (token == o.end_of_text || !on_token(token)) break;
@@ -4704,11 +4703,6 @@ inline std::string with_commas(int64_t n) {
     for (size_t at = digits.size(); at > 3;) digits.insert(at -= 3, 1, ',');
     return digits;
 }
-// Decimal units, as on disks and data sheets.
-inline std::string bytes_text(double bytes) {
-    if (bytes >= 1e9) return format("%.2f GB", bytes / 1e9);
-    return bytes >= 1e6 ? format("%.1f MB", bytes / 1e6) : format("%.1f KB", bytes / 1e3);
-}
 // The two largest units: "2d 3h", "3h 07m", "7m 05s", "5s".
 inline std::string duration_text(double seconds) {
     const long s = std::lround(seconds);
@@ -4883,24 +4877,6 @@ inline std::string take_characters(std::string& text, bool ended) {
 inline std::atomic<int64_t> stop_asked{0};
 static_assert(std::atomic<int64_t>::is_always_lock_free, "a signal handler must not wait");
 
-// A second signal exits at once, which harms no file. Careful: this may interrupt anything, so it
-// must not lock or allocate.
-inline void on_stop_signal(int) {
-    const int64_t now = std::chrono::steady_clock::now().time_since_epoch().count();
-    int64_t first = 0;
-    if (stop_asked.compare_exchange_strong(first, now)) return;
-    // Why 50 ms: `timeout` and a closing terminal send two signals at once and mean one.
-    if (now - first > 50'000'000) ::_exit(130);
-}
-// Ctrl-C, `kill` and a closed terminal ask the run to stop. SIGPIPE and SIGXFSZ are ignored: the
-// failed write reports the error.
-inline void catch_signals() {
-    stop_asked = 0;
-    for (int number : {SIGINT, SIGTERM}) ::signal(number, on_stop_signal);
-    if (::signal(SIGHUP, on_stop_signal) == SIG_IGN) ::signal(SIGHUP, SIG_IGN);  // under nohup
-    for (int number : {SIGPIPE, SIGXFSZ}) ::signal(number, SIG_IGN);
-}
-
 // =================================================================================================
 // §16 The training loop
 // =================================================================================================
@@ -4925,10 +4901,10 @@ struct RunOptions {
     int64_t max_steps = 2500;
     double epochs = 0, max_minutes = 0;
 
-    double learning_rate = 2e-3, min_lr_fraction = 0.1;
-    std::string schedule = "cosine";  // a word of schedule_named (§7)
-    int64_t warmup_steps = 100;
-    double weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, grad_clip = 1;
+    LearningRate rate = {.peak = 2e-3, .warmup = 100};  // the run sets its steps
+    std::string schedule = "cosine";                    // a word of schedule_named (§7)
+    AdamW adamw;
+    Guards guards;
 
     int64_t log_interval = 50, eval_interval = 250, eval_batches = 10, sample_interval = 500;
     int64_t tensor_stats_interval = 0, patience = 0, save_interval = 500;
@@ -4936,7 +4912,6 @@ struct RunOptions {
     std::string prompt;  // of samples
 
     std::string on_nan = "stop";  // or "skip"
-    double skip_outliers = 0;
 };
 
 // --- What a run learns from
@@ -4955,27 +4930,6 @@ struct Corpus {
     // For evaluation_windows (§9). Why: the floor is that of documents read from their start.
     int document_start() const { return std::isfinite(floor) ? end_of_text() : -1; }
 };
-
-// The data of a folder: opens every shard and reads the tokenizer and dataset.json, but no token.
-inline Corpus open_corpus(const std::string& folder) {
-    if (!folder_exists(folder))
-        fail("there is no data folder ", folder,
-             ": make the default one with ./prepare_data, or one of your own with ./prepare_data "
-             "--input book.txt --output ",
-             folder);
-    std::string pattern;  // in which every character of the name means itself
-    for (char c : folder) {
-        if (std::strchr("*?[\\", c)) pattern += '\\';
-        pattern += c;
-    }
-    Corpus corpus(pattern + "/train_*.bin", pattern + "/val_*.bin");
-    corpus.folder = folder;
-    corpus.tokenizer = tokenizer_of(folder);
-    const std::string about = folder + "/dataset.json";
-    if (file_exists(about))
-        corpus.floor = number_or(Json::parse(read_file(about, 10'000'000), about), "floor", NAN);
-    return corpus;
-}
 
 // Without a tokenizer, the token's number; <number> where the model has more tokens than it.
 inline std::string text_of_token(const std::optional<Tokenizer>& tokenizer, int token) {
@@ -5226,11 +5180,9 @@ private:
     void queue_step(BatchLoader& loader, int64_t s) {
         std::vector<Batch> batches;
         while (int(batches.size()) < o_.grad_accum_steps) batches.push_back(loader.next());
-        const StepOptions options{uint64_t(o_.seed),
-                                  {schedule_named(o_.schedule), o_.learning_rate,
-                                   o_.min_lr_fraction, o_.warmup_steps, state_.planned_steps},
-                                  {o_.beta1, o_.beta2, o_.eps, o_.weight_decay},
-                                  {o_.grad_clip, o_.skip_outliers}};
+        StepOptions options{uint64_t(o_.seed), o_.rate, o_.adamw, o_.guards};
+        options.rate.schedule = schedule_named(o_.schedule);
+        options.rate.steps = state_.planned_steps;
         if (!ahead_) began_ = now_seconds();
         train_step(model_, batches, options, s);
         model_.device.post(model_.state);
