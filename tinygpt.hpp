@@ -308,6 +308,7 @@ struct InputFile {
     std::string path;
     FileHandle file;
     size_t bytes = 0;
+    int64_t changed = 0;  // when it was last written, in seconds
 
     // Why O_NONBLOCK: opening a pipe would wait for a writer. O_CLOEXEC, here as everywhere: child
     // processes do not inherit the file.
@@ -316,7 +317,7 @@ struct InputFile {
         struct stat info;
         if (file.fd < 0 || ::fstat(file.fd, &info) != 0) fail_errno("cannot read ", path);
         if (!S_ISREG(info.st_mode)) fail(path, ": expected a file, found a folder, pipe or device");
-        bytes = size_t(info.st_size);
+        bytes = size_t(info.st_size), changed = int64_t(info.st_mtime);
     }
     // Sets out[count] from the bytes at `offset`. pread may return fewer than requested, or EINTR
     // because of a signal.
@@ -331,27 +332,52 @@ struct InputFile {
     }
 };
 
-struct Shard : InputFile {
-    int64_t tokens = 0;
+// For an error: what a file with this beginning may be instead of a shard, and what to do.
+inline std::string no_shard_hint(const std::string& path, std::string_view begin, int32_t magic) {
+    if (magic == 20240801)
+        return "It is a shard of llm.c with 32-bit tokens (Llama 3's); tokens here have 16 bits: "
+               "tokenize the text with ./prepare_data";
+    const auto is_text = [](char c) { return uint8_t(c) >= ' ' || (c >= '\t' && c <= '\r'); };
+    if (std::all_of(begin.begin(), begin.end(), is_text))
+        return "Make shards from text with ./prepare_data --input FILE --output DIR";
+    return "If it has tokens of 16 bits without a header, as nanoGPT writes them, this makes a "
+           "shard of it: python3 -c \"import struct; t = open('" +
+           path + "', 'rb').read(); open('train_000001.bin', 'wb').write(struct.pack('<256i', " +
+           std::to_string(kShardMagic) + ", 1, len(t) // 2, *[0] * 253) + t)\"";
+}
 
-    explicit Shard(const std::string& path) : InputFile(path) {
+// What is known of a shard. Its file is opened for each read: there may be more shards than a
+// program may have open files.
+struct Shard {
+    std::string path;
+    int64_t tokens = 0, changed = 0;
+
+    explicit Shard(const std::string& path) : path(path) {
+        const InputFile file(path);
         int32_t header[kShardHeaderBytes / 4] = {};
-        read_bytes(header, std::min(bytes, sizeof header), 0);
-        if (bytes < sizeof header || header[0] != kShardMagic || header[1] != 1)
+        const size_t there = std::min(file.bytes, sizeof header);
+        file.read_bytes(header, there, 0);
+        if (there < sizeof header || header[0] != kShardMagic || header[1] != 1)
             fail(path, " is no token shard: expected a header of ", sizeof header, " bytes with ",
-                 kShardMagic, " and version 1, found ", bytes, " bytes with ", header[0], " and ",
-                 header[1], ". Make shards with ./prepare_data");
-        tokens = header[2];
-        if (tokens < 0 || bytes != sizeof header + 2 * size_t(tokens))
+                 kShardMagic, " and version 1, found ", file.bytes, " bytes with ", header[0],
+                 " and ", header[1], ". ",
+                 no_shard_hint(path, {reinterpret_cast<const char*>(header), there}, header[0]));
+        tokens = header[2], changed = file.changed;
+        if (tokens < 0 || file.bytes != bytes())
             fail(path, " is damaged: its header promises ", tokens, " tokens, which take ",
-                 kShardHeaderBytes + 2 * tokens, " bytes, but it has ", bytes);
+                 kShardHeaderBytes + 2 * tokens, " bytes, but it has ", file.bytes);
     }
+    size_t bytes() const { return kShardHeaderBytes + 2 * size_t(tokens); }
     // Every token but the first is predicted.
     int64_t predictions() const { return std::max<int64_t>(0, tokens - 1); }
     // Sets out[count] to the tokens from `begin` on. Fails on one that is not below vocab_size: wte
     // has no row for it.
     void read(uint16_t* out, int64_t begin, int64_t count, int vocab_size = 65536) const {
-        read_bytes(out, 2 * size_t(count), kShardHeaderBytes + 2 * size_t(begin));
+        const InputFile file(path);
+        if (file.bytes != bytes() || file.changed != changed)
+            fail(path, " was replaced or became shorter while it was in use: go on with the data ",
+                 "as it was, or start a new run");
+        file.read_bytes(out, 2 * size_t(count), kShardHeaderBytes + 2 * size_t(begin));
         for (int64_t i = 0; i < count; ++i)
             if (out[i] >= vocab_size)
                 fail("token ", begin + i, " of ", path, " is ", out[i],
@@ -364,15 +390,23 @@ struct Shard : InputFile {
 // The shards of one split: training or validation.
 class Shards {
 public:
-    // Opens every file that matches the pattern (as in a shell: *, ?, [...]), in name order. There
-    // may be none.
+    // Every file that matches the pattern (as in a shell: *, ?, [...]), in name order; there may be
+    // none. The name of a file that exists means that file, whatever is in the name.
     explicit Shards(const std::string& pattern) : pattern_(pattern) {
         glob_t found{};
-        const bool matches = ::glob(pattern.c_str(), 0, nullptr, &found) == 0;
-        const std::vector<std::string> paths(found.gl_pathv,
-                                             found.gl_pathv + (matches ? found.gl_pathc : 0));
+        const bool is_name = ::access(pattern.c_str(), F_OK) == 0;
+        const bool matches = !is_name && ::glob(pattern.c_str(), 0, nullptr, &found) == 0;
+        std::vector<std::string> paths(found.gl_pathv,
+                                       found.gl_pathv + (matches ? found.gl_pathc : 0));
         ::globfree(&found);
-        for (const std::string& path : paths) files_.emplace_back(path);
+        if (is_name) paths = {pattern};
+        for (const std::string& path : paths) {
+            struct stat info;
+            if (::stat(path.c_str(), &info) == 0 && S_ISDIR(info.st_mode))
+                fail(path, " is a folder: say --data ", path, ", or name its files: '", path,
+                     "/train_*.bin'");
+            files_.emplace_back(path);
+        }
     }
     bool empty() const { return files_.empty(); }
     const std::string& pattern() const { return pattern_; }
@@ -390,7 +424,7 @@ public:
 
     // Why before training: a token that is not below vocab_size is reported now, not hours later.
     void check_tokens(int vocab_size) const {
-        std::vector<uint16_t> buffer(1 << 14);
+        std::vector<uint16_t> buffer(1 << 18);
         for (const Shard& shard : files_)
             for (int64_t at = 0; at < shard.tokens; at += int64_t(buffer.size())) {
                 const int64_t count = std::min(int64_t(buffer.size()), shard.tokens - at);
@@ -5557,7 +5591,11 @@ struct CommandLine {
             ++i;
             if (!argument.starts_with("--") || argument.size() < 3)
                 fail_usage("expected an option such as --", table[0].name, ", found ",
-                           shown(argument), " (--help lists all options)");
+                           shown(argument), " (--help lists all options)",
+                           !all.empty() && all.back().option->range.text == "GLOB"
+                               ? "; a pattern must be quoted: --" + all.back().option->name +
+                                     " 'data/train_*.bin'"
+                               : "");
             const size_t equals = argument.find('=');
             const Option& option = find(argument.substr(2, equals - 2));
             const auto is_value = [&](const std::string& next) {

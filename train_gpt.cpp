@@ -495,12 +495,15 @@ inline Corpus open_corpus(const Options& o) {
     Corpus corpus = named ? Corpus(o.train_shards, o.val_shards) : open_corpus(o.data);
     for (const Shards* split : {&corpus.train, &corpus.val})
         if (named && split->empty() && !split->pattern().empty())
-            fail("no file matches ", split->pattern());
-    if (o.command == kTrain && corpus.train.empty())
-        fail(o.data,
-             " holds no train_*.bin: make shards with ./prepare_data --input FILE --output ",
-             o.data);
-    return corpus;
+            fail("no file matches ", split->pattern(),
+                 " (give a pattern in quotes, such as 'data/train_*.bin', or one file)");
+    if (o.command != kTrain || !corpus.train.empty()) return corpus;
+    for (const std::string& name : folder_exists(o.data) ? list_folder(o.data) : std::vector<std::string>())
+        if (name.ends_with(".bin"))
+            fail(o.data, " holds no train_*.bin, but ", name, ": say which files to read, such as ",
+                 "--train-shards '", o.data, "/*train*.bin' --val-shards '", o.data, "/*val*.bin'");
+    fail(o.data, " holds no train_*.bin: make shards with ./prepare_data --input FILE --output ",
+         o.data);
 }
 
 // With another tokenizer's tokens the model would read nonsense, and only a high loss would tell.
@@ -752,6 +755,21 @@ inline std::vector<std::string> fingerprint(const Corpus& corpus) {
     return list;
 }
 
+// Warns where validation shards have the tokens of training shards, under whatever name. `data` is
+// the fingerprint.
+inline void warn_if_trained_on(const Corpus& corpus, const std::vector<std::string>& data) {
+    const std::set<std::string> all(data.begin(), data.end());
+    const std::vector<Shard>& val = corpus.val.files();
+    std::string same;
+    for (size_t i = 0; i < val.size(); ++i) {
+        const std::string of_val = data[data.size() - val.size() + i].substr(std::strlen("val"));
+        if (same.size() < 200 && all.contains("train" + of_val)) join(same, ", ", val[i].path);
+    }
+    if (!same.empty())
+        warn("the training data has the tokens of " + same +
+             " too: the validation loss will say nothing about new text");
+}
+
 // Fails where a resumed run would not be the run that was interrupted. Paths may change: checksums
 // tell whether the data is the same, and --init-from no longer matters.
 inline void check_same_run(const Options& o, const Start& start, const Corpus& corpus,
@@ -844,7 +862,9 @@ int train_command(Device device, const Options& given) {
     load_start(*model, o, start);
     if (o.override_changes) start.state.planned_steps = 0;  // the plan may have changed
     start.state.options = options_that_change_numbers(o);
-    start.state.data = Json::array(fingerprint(corpus)), start.state.program = Device::kProgram;
+    const std::vector<std::string> data = fingerprint(corpus);
+    warn_if_trained_on(corpus, data);
+    start.state.data = Json::array(data), start.state.program = Device::kProgram;
     Trainer<Device> trainer(o, corpus, *model, product_peak_flops(device));
     // From here on things are written.
     const RunFolder folder(o.output);
