@@ -308,7 +308,6 @@ struct InputFile {
     std::string path;
     FileHandle file;
     size_t bytes = 0;
-    int64_t changed = 0;  // when it was last written, in seconds
 
     // Why O_NONBLOCK: opening a pipe would wait for a writer. O_CLOEXEC, here as everywhere: child
     // processes do not inherit the file.
@@ -317,7 +316,7 @@ struct InputFile {
         struct stat info;
         if (file.fd < 0 || ::fstat(file.fd, &info) != 0) fail_errno("cannot read ", path);
         if (!S_ISREG(info.st_mode)) fail(path, ": expected a file, found a folder, pipe or device");
-        bytes = size_t(info.st_size), changed = int64_t(info.st_mtime);
+        bytes = size_t(info.st_size);
     }
     // Sets out[count] from the bytes at `offset`. pread may return fewer than requested, or EINTR
     // because of a signal.
@@ -332,52 +331,27 @@ struct InputFile {
     }
 };
 
-// For an error: what a file with this beginning may be instead of a shard, and what to do.
-inline std::string no_shard_hint(const std::string& path, std::string_view begin, int32_t magic) {
-    if (magic == 20240801)
-        return "It is a shard of llm.c with 32-bit tokens (Llama 3's); tokens here have 16 bits: "
-               "tokenize the text with ./prepare_data";
-    const auto is_text = [](char c) { return uint8_t(c) >= ' ' || (c >= '\t' && c <= '\r'); };
-    if (std::all_of(begin.begin(), begin.end(), is_text))
-        return "Make shards from text with ./prepare_data --input FILE --output DIR";
-    return "If it has tokens of 16 bits without a header, as nanoGPT writes them, this makes a "
-           "shard of it: python3 -c \"import struct; t = open('" +
-           path + "', 'rb').read(); open('train_000001.bin', 'wb').write(struct.pack('<256i', " +
-           std::to_string(kShardMagic) + ", 1, len(t) // 2, *[0] * 253) + t)\"";
-}
+struct Shard : InputFile {
+    int64_t tokens = 0;
 
-// What is known of a shard. Its file is opened for each read: there may be more shards than a
-// program may have open files.
-struct Shard {
-    std::string path;
-    int64_t tokens = 0, changed = 0;
-
-    explicit Shard(const std::string& path) : path(path) {
-        const InputFile file(path);
+    explicit Shard(const std::string& path) : InputFile(path) {
         int32_t header[kShardHeaderBytes / 4] = {};
-        const size_t there = std::min(file.bytes, sizeof header);
-        file.read_bytes(header, there, 0);
-        if (there < sizeof header || header[0] != kShardMagic || header[1] != 1)
+        read_bytes(header, std::min(bytes, sizeof header), 0);
+        if (bytes < sizeof header || header[0] != kShardMagic || header[1] != 1)
             fail(path, " is no token shard: expected a header of ", sizeof header, " bytes with ",
-                 kShardMagic, " and version 1, found ", file.bytes, " bytes with ", header[0],
-                 " and ", header[1], ". ",
-                 no_shard_hint(path, {reinterpret_cast<const char*>(header), there}, header[0]));
-        tokens = header[2], changed = file.changed;
-        if (tokens < 0 || file.bytes != bytes())
+                 kShardMagic, " and version 1, found ", bytes, " bytes with ", header[0], " and ",
+                 header[1], ". Make shards with ./prepare_data");
+        tokens = header[2];
+        if (tokens < 0 || bytes != sizeof header + 2 * size_t(tokens))
             fail(path, " is damaged: its header promises ", tokens, " tokens, which take ",
-                 kShardHeaderBytes + 2 * tokens, " bytes, but it has ", file.bytes);
+                 kShardHeaderBytes + 2 * tokens, " bytes, but it has ", bytes);
     }
-    size_t bytes() const { return kShardHeaderBytes + 2 * size_t(tokens); }
     // Every token but the first is predicted.
     int64_t predictions() const { return std::max<int64_t>(0, tokens - 1); }
     // Sets out[count] to the tokens from `begin` on. Fails on one that is not below vocab_size: wte
     // has no row for it.
     void read(uint16_t* out, int64_t begin, int64_t count, int vocab_size = 65536) const {
-        const InputFile file(path);
-        if (file.bytes != bytes() || file.changed != changed)
-            fail(path, " was replaced or became shorter while it was in use: go on with the data ",
-                 "as it was, or start a new run");
-        file.read_bytes(out, 2 * size_t(count), kShardHeaderBytes + 2 * size_t(begin));
+        read_bytes(out, 2 * size_t(count), kShardHeaderBytes + 2 * size_t(begin));
         for (int64_t i = 0; i < count; ++i)
             if (out[i] >= vocab_size)
                 fail("token ", begin + i, " of ", path, " is ", out[i],
@@ -390,23 +364,15 @@ struct Shard {
 // The shards of one split: training or validation.
 class Shards {
 public:
-    // Every file that matches the pattern (as in a shell: *, ?, [...]), in name order; there may be
-    // none. The name of a file that exists means that file, whatever is in the name.
+    // Opens every file that matches the pattern (as in a shell: *, ?, [...]), in name order. There
+    // may be none.
     explicit Shards(const std::string& pattern) : pattern_(pattern) {
         glob_t found{};
-        const bool is_name = ::access(pattern.c_str(), F_OK) == 0;
-        const bool matches = !is_name && ::glob(pattern.c_str(), 0, nullptr, &found) == 0;
-        std::vector<std::string> paths(found.gl_pathv,
-                                       found.gl_pathv + (matches ? found.gl_pathc : 0));
+        const bool matches = ::glob(pattern.c_str(), 0, nullptr, &found) == 0;
+        const std::vector<std::string> paths(found.gl_pathv,
+                                             found.gl_pathv + (matches ? found.gl_pathc : 0));
         ::globfree(&found);
-        if (is_name) paths = {pattern};
-        for (const std::string& path : paths) {
-            struct stat info;
-            if (::stat(path.c_str(), &info) == 0 && S_ISDIR(info.st_mode))
-                fail(path, " is a folder: say --data ", path, ", or name its files: '", path,
-                     "/train_*.bin'");
-            files_.emplace_back(path);
-        }
+        for (const std::string& path : paths) files_.emplace_back(path);
     }
     bool empty() const { return files_.empty(); }
     const std::string& pattern() const { return pattern_; }
@@ -424,7 +390,7 @@ public:
 
     // Why before training: a token that is not below vocab_size is reported now, not hours later.
     void check_tokens(int vocab_size) const {
-        std::vector<uint16_t> buffer(1 << 18);
+        std::vector<uint16_t> buffer(1 << 14);
         for (const Shard& shard : files_)
             for (int64_t at = 0; at < shard.tokens; at += int64_t(buffer.size())) {
                 const int64_t count = std::min(int64_t(buffer.size()), shard.tokens - at);
@@ -602,10 +568,26 @@ private:
 // L, NH, C, P, V under Hugging Face's names. C must be a multiple of NH.
 struct Config {
     int n_layer = 0, n_head = 0, n_embd = 0, n_positions = 0, vocab_size = 0;
-    bool untied_head = false;     // lm_head.weight is a tensor of its own, not wte.weight
-    float dropout = 0;            // the share of elements set to 0 (§4), in training only
-    bool recompute_gelu = false;  // backward computes the GELUs again, to save memory (§5)
+    bool untied_head = false;          // lm_head.weight is a tensor of its own, not wte.weight
+    float dropout = 0;                 // the share of elements set to 0 (§4), in training only
+    bool recompute_gelu = false;       // backward computes the GELUs again, to save memory (§5)
+    double layer_norm_epsilon = 1e-5;  // added to variances (§4.2); a checkpoint may have its own
     int head_size() const { return n_embd / n_head; }
+};
+
+// The sizes as config.json names them, each with another name that transformers reads, and how large
+// they may be: tokens have 16 bits, and products of sizes must stay below 2^63.
+struct SizeLimit {
+    const char *name, *also;
+    int Config::*size;
+    int most;
+};
+inline constexpr SizeLimit kSizes[] = {
+    {"n_layer", "num_hidden_layers", &Config::n_layer, 1000},
+    {"n_head", "num_attention_heads", &Config::n_head, 65536},
+    {"n_embd", "hidden_size", &Config::n_embd, 65536},
+    {"n_positions", "n_ctx", &Config::n_positions, 1 << 20},
+    {"vocab_size", "vocab_size", &Config::vocab_size, 65536},
 };
 
 struct Preset {
@@ -837,17 +819,16 @@ void embed_backward(real* dwte, real* dwpe, const real* dout, const int32_t* tok
 }
 
 // --- §4.2 Layernorm (Ba et al. 2016): each row is shifted to mean 0 and scaled to variance 1
-//   m = mean(x)   r = 1/sqrt(mean((x - m)^2) + 1e-5)   n = (x - m) r   out = n weight + bias
+//   m = mean(x)   r = 1/sqrt(mean((x - m)^2) + eps)   n = (x - m) r   out = n weight + bias
 // Every layer reads the stream through one, so its inputs have about the same size however much was
-// added before. 1e-5 keeps r finite for a row of equal numbers.
+// added before. eps, 1e-5 in GPT-2, keeps r finite for a row of equal numbers.
 //   walk>   ln_1       [8,  8]   -0.4404  -0.7322   1.0990  -0.0701  -0.7977  -0.8881 ...
-constexpr double kLayernormEps = 1e-5;
 
 // sets out [rows, C], and for backward mean and rstd (m and r) [rows], from x [rows, C], weight and
 // bias [C]. Why two passes: mean(x^2) - m^2, in one, loses digits where m is large.
 template <class real>
 void layernorm_forward(real* out, real* mean, real* rstd, const real* x, const real* weight,
-                       const real* bias, int rows, int C) {
+                       const real* bias, int rows, int C, double eps) {
 #pragma omp parallel for schedule(static) if (rows > 1)
     for (int row = 0; row < rows; ++row) {
         const real* in = x + size_t(row) * C;
@@ -858,7 +839,7 @@ void layernorm_forward(real* out, real* mean, real* rstd, const real* x, const r
         const real m = sum / C;
 #pragma omp simd reduction(+ : squares)
         for (int c = 0; c < C; ++c) squares += (in[c] - m) * (in[c] - m);
-        const real r = 1 / std::sqrt(squares / C + real(kLayernormEps));
+        const real r = 1 / std::sqrt(squares / C + real(eps));
         for (int c = 0; c < C; ++c) o[c] = (in[c] - m) * r * weight[c] + bias[c];
         mean[row] = m, rstd[row] = r;
     }
@@ -871,7 +852,7 @@ void layernorm_forward(real* out, real* mean, real* rstd, const real* x, const r
 //   dx_j = r g_j - r (sum_i g_i)/C - r n_j (sum_i g_i n_i)/C
 // so  dx = r (g - mean(g) - n mean(g n)): three terms, for x itself, for the mean, for the scale.
 // Why the last two: adding a constant to the row, or scaling it, does not change out (apart from
-// the 1e-5), so what comes back through the layernorm has no part in these two directions. And
+// eps), so what comes back through the layernorm has no part in these two directions. And
 // out_i = n_i weight_i + bias_i in every row, so
 //   dweight_i = sum over rows of dout_i n_i      dbias_i = sum over rows of dout_i
 // x is the residual stream, which also flows on past the layernorm. dresidual is the gradient that
@@ -1699,6 +1680,7 @@ void forward(Gpt2<Device>& model, const Pass& pass) {
     auto& w = model.w;
     const int B = pass.B, T = pass.T, rows = B * T, C = config.n_embd;
     const int NH = config.n_head, HS = config.head_size();
+    const double eps = config.layer_norm_epsilon;
 
     device.embed_forward(a.embedded, a.inputs, w.wte, w.wpe, B, T, C, pass.past, pass.drop(0));
     auto* x = a.embedded;  // the residual stream: every layer reads it and adds to it
@@ -1708,7 +1690,7 @@ void forward(Gpt2<Device>& model, const Pass& pass) {
         auto* qkv = l.qkv + size_t(pass.past) * 3 * C;  // new rows go behind the cached ones
         // x_mid = x + proj(attention(c_attn(ln_1(x))))
         device.layernorm_forward(l.ln_1, l.ln_1_mean, l.ln_1_rstd, x, p.ln_1_weight, p.ln_1_bias,
-                                 rows, C);
+                                 rows, C, eps);
         device.linear_forward(qkv, l.ln_1, p.c_attn_weight, p.c_attn_bias, rows, C, 3 * C);
         if (pass.cached)
             device.attention_cached(l.att, l.qkv, pass.past, T, NH, HS);
@@ -1718,7 +1700,7 @@ void forward(Gpt2<Device>& model, const Pass& pass) {
                                        rows, C, C, pass.drop(3 * i + 2));
         // x_out = x_mid + proj(gelu(c_fc(ln_2(x_mid))))
         device.layernorm_forward(l.ln_2, l.ln_2_mean, l.ln_2_rstd, l.x_mid, p.ln_2_weight,
-                                 p.ln_2_bias, rows, C);
+                                 p.ln_2_bias, rows, C, eps);
         device.linear_gelu_forward(l.gelu, l.fc, l.ln_2, p.c_fc_weight, p.c_fc_bias, rows, C,
                                    4 * C);
         device.linear_residual_forward(l.x_out, l.x_mid, l.gelu, p.mlp_proj_weight, p.mlp_proj_bias,
@@ -1726,7 +1708,7 @@ void forward(Gpt2<Device>& model, const Pass& pass) {
         x = l.x_out;
     }
     device.layernorm_forward(a.ln_f, a.ln_f_mean, a.ln_f_rstd, x, w.ln_f_weight, w.ln_f_bias, rows,
-                             C);
+                             C, eps);
 }
 
 // =================================================================================================
@@ -2124,7 +2106,7 @@ Evaluation evaluate(Gpt2<Device>& model, std::span<const Window> windows,
 
 // How tokens are picked (see candidates and likeliest), and how many.
 struct SampleOptions {
-    int max_new_tokens = 100;
+    int max_new_tokens = 50;
     double temperature = 0.8;  // 0: always the likeliest token
     int top_k = 0;             // 0: all tokens
     double top_p = 1;          // 1: all tokens
@@ -2222,9 +2204,10 @@ int generate(Gpt2<Device>& model, std::vector<int32_t> tokens, const SampleOptio
             cached = 0, ++slides;
         }
         const std::vector<int32_t> fresh(tokens.begin() + cached, tokens.end());
-        std::vector<Candidate> list = candidates(next_logits(model, fresh, cached), o.temperature);
+        const std::vector<float> logits = next_logits(model, fresh, cached);
         cached = int(tokens.size());
         const int top_k = o.temperature > 0 ? o.top_k : 1;
+        std::vector<Candidate> list = candidates(logits, o.temperature);
         if (top_k > 0 || o.top_p < 1) list = likeliest(std::move(list), top_k, o.top_p);
         const int token = pick(list, random_uniform(key, uint64_t(i)));
         if (token == o.end_of_text || !on_token(token)) break;
@@ -4024,8 +4007,8 @@ private:
     }
 
     void parse_header(const std::string& header) {
-        // Why 40000 values: 300 layers need fewer.
-        const Json json = Json::parse(header, path + ": header", {.depth = 8, .values = 40'000});
+        // Why 200000 values: the two moments of 1000 layers need fewer.
+        const Json json = Json::parse(header, path + ": header", {.depth = 8, .values = 200'000});
         for (auto& [name, value] : json.members)
             if (name != "__metadata__") tensors.push_back(parse_tensor(name, value));
         if (json.find("__metadata__"))
@@ -4203,7 +4186,7 @@ inline std::string find_weights(const std::string& folder) {
 //     {"model_type": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024,
 //      "vocab_size": 50257, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-05, ...}
 // It can describe models that differ from this one only in the numbers: "gelu" is the exact GELU;
-// the tanh form (§4.6) differs from it by up to 0.0005.
+// the tanh form (§4.6) differs from it by up to 0.0005. That form has five names.
 
 // Reads GPT-2's config.json. What this model does not do is refused by name; what does not change
 // the numbers is ignored, and so is dropout, the run's choice.
@@ -4220,22 +4203,23 @@ inline Config read_hf_config(const std::string& path) {
         if (value && std::none_of(allowed.begin(), allowed.end(), is_value))
             fail(path, ": \"", key, "\" is ", value->write().substr(0, 60), ": ", why);
     };
-    auto size = [&](const char* key, int64_t highest) {
-        return int(json.get_int(key, path, 1, highest));
-    };
     only("model_type", {"gpt2"}, "only \"gpt2\" is supported");
     Config model;
-    // The bounds are the options': tokens have 16 bits, and products of sizes must stay below 2^63.
-    model.n_layer = size("n_layer", 300), model.n_head = size("n_head", 65536);
-    model.n_embd = size("n_embd", 65536), model.n_positions = size("n_positions", 1 << 20);
-    model.vocab_size = size("vocab_size", 65536);
+    for (const SizeLimit& limit : kSizes) {
+        const char* key = json.find(limit.name) || !json.find(limit.also) ? limit.name : limit.also;
+        model.*limit.size = int(json.get_int(key, path, 1, limit.most));
+    }
     if (model.n_embd % model.n_head != 0)
         fail(path, ": \"n_head\" ", model.n_head, " does not divide \"n_embd\" ", model.n_embd);
     only("n_inner", {nullptr, 4 * model.n_embd}, "only null or 4 n_embd is supported");
     only("n_ctx", {model.n_positions}, "it must equal n_positions");
-    only("activation_function", {"gelu_new", "gelu_pytorch_tanh"},
+    only("activation_function",
+         {"gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"},
          "only the tanh GELU (\"gelu_new\") is supported");
-    only("layer_norm_epsilon", {1e-5}, "only 1e-5 is supported");
+    const Json epsilon = json.find("layer_norm_epsilon") ? *json.find("layer_norm_epsilon") : 1e-5;
+    model.layer_norm_epsilon = epsilon.as<double>().value_or(0);
+    if (!(model.layer_norm_epsilon >= 1e-30 && model.layer_norm_epsilon <= 1))
+        fail(path, ": \"layer_norm_epsilon\" must be from 1e-30 to 1, found ", epsilon.write());
     only("scale_attn_weights", {true}, "only true is supported");
     for (const char* key : {"scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn",
                             "add_cross_attention", "is_encoder_decoder"})
@@ -4256,7 +4240,8 @@ inline Json hf_config(const Config& model, int64_t end_of_text) {
     json.set("vocab_size", model.vocab_size).set("n_positions", model.n_positions);
     json.set("n_ctx", model.n_positions).set("n_embd", model.n_embd);
     json.set("n_layer", model.n_layer).set("n_head", model.n_head).set("n_inner", nullptr);
-    json.set("activation_function", "gelu_new").set("layer_norm_epsilon", 1e-5);
+    json.set("activation_function", "gelu_new");
+    json.set("layer_norm_epsilon", model.layer_norm_epsilon);
     json.set("initializer_range", 0.02).set("scale_attn_weights", true);
     for (const char* key : {"resid_pdrop", "embd_pdrop", "attn_pdrop"})
         json.set(key, std::stod(format("%.6g", double(model.dropout))));  // as it was typed
@@ -4737,6 +4722,11 @@ inline std::string with_commas(int64_t n) {
     for (size_t at = digits.size(); at > 3;) digits.insert(at -= 3, 1, ',');
     return digits;
 }
+// Decimal units, as on disks and data sheets.
+inline std::string bytes_text(double bytes) {
+    if (bytes >= 1e9) return format("%.2f GB", bytes / 1e9);
+    return bytes >= 1e6 ? format("%.1f MB", bytes / 1e6) : format("%.1f KB", bytes / 1e3);
+}
 // The two largest units: "2d 3h", "3h 07m", "7m 05s", "5s".
 inline std::string duration_text(double seconds) {
     const long s = std::lround(seconds);
@@ -4911,6 +4901,24 @@ inline std::string take_characters(std::string& text, bool ended) {
 inline std::atomic<int64_t> stop_asked{0};
 static_assert(std::atomic<int64_t>::is_always_lock_free, "a signal handler must not wait");
 
+// A second signal exits at once, which harms no file. Careful: this may interrupt anything, so it
+// must not lock or allocate.
+inline void on_stop_signal(int) {
+    const int64_t now = std::chrono::steady_clock::now().time_since_epoch().count();
+    int64_t first = 0;
+    if (stop_asked.compare_exchange_strong(first, now)) return;
+    // Why 50 ms: `timeout` and a closing terminal send two signals at once and mean one.
+    if (now - first > 50'000'000) ::_exit(130);
+}
+// Ctrl-C, `kill` and a closed terminal ask the run to stop. SIGPIPE and SIGXFSZ are ignored: the
+// failed write reports the error.
+inline void catch_signals() {
+    stop_asked = 0;
+    for (int number : {SIGINT, SIGTERM}) ::signal(number, on_stop_signal);
+    if (::signal(SIGHUP, on_stop_signal) == SIG_IGN) ::signal(SIGHUP, SIG_IGN);  // under nohup
+    for (int number : {SIGPIPE, SIGXFSZ}) ::signal(number, SIG_IGN);
+}
+
 // =================================================================================================
 // §16 The training loop
 // =================================================================================================
@@ -4935,10 +4943,10 @@ struct RunOptions {
     int64_t max_steps = 2500;
     double epochs = 0, max_minutes = 0;
 
-    LearningRate rate = {.peak = 2e-3, .warmup = 100};  // the run sets its steps
-    std::string schedule = "cosine";                    // a word of schedule_named (§7)
-    AdamW adamw;
-    Guards guards;
+    double learning_rate = 2e-3, min_lr_fraction = 0.1;
+    std::string schedule = "cosine";  // a word of schedule_named (§7)
+    int64_t warmup_steps = 100;
+    double weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, grad_clip = 1;
 
     int64_t log_interval = 50, eval_interval = 250, eval_batches = 10, sample_interval = 500;
     int64_t tensor_stats_interval = 0, patience = 0, save_interval = 500;
@@ -4946,6 +4954,7 @@ struct RunOptions {
     std::string prompt;  // of samples
 
     std::string on_nan = "stop";  // or "skip"
+    double skip_outliers = 0;
 };
 
 // --- What a run learns from
@@ -4964,6 +4973,27 @@ struct Corpus {
     // For evaluation_windows (§9). Why: the floor is that of documents read from their start.
     int document_start() const { return std::isfinite(floor) ? end_of_text() : -1; }
 };
+
+// The data of a folder: opens every shard and reads the tokenizer and dataset.json, but no token.
+inline Corpus open_corpus(const std::string& folder) {
+    if (!folder_exists(folder))
+        fail("there is no data folder ", folder,
+             ": make the default one with ./prepare_data, or one of your own with ./prepare_data "
+             "--input book.txt --output ",
+             folder);
+    std::string pattern;  // in which every character of the name means itself
+    for (char c : folder) {
+        if (std::strchr("*?[\\", c)) pattern += '\\';
+        pattern += c;
+    }
+    Corpus corpus(pattern + "/train_*.bin", pattern + "/val_*.bin");
+    corpus.folder = folder;
+    corpus.tokenizer = tokenizer_of(folder);
+    const std::string about = folder + "/dataset.json";
+    if (file_exists(about))
+        corpus.floor = number_or(Json::parse(read_file(about, 10'000'000), about), "floor", NAN);
+    return corpus;
+}
 
 // Without a tokenizer, the token's number; <number> where the model has more tokens than it.
 inline std::string text_of_token(const std::optional<Tokenizer>& tokenizer, int token) {
@@ -5214,9 +5244,11 @@ private:
     void queue_step(BatchLoader& loader, int64_t s) {
         std::vector<Batch> batches;
         while (int(batches.size()) < o_.grad_accum_steps) batches.push_back(loader.next());
-        StepOptions options{uint64_t(o_.seed), o_.rate, o_.adamw, o_.guards};
-        options.rate.schedule = schedule_named(o_.schedule);
-        options.rate.steps = state_.planned_steps;
+        const StepOptions options{uint64_t(o_.seed),
+                                  {schedule_named(o_.schedule), o_.learning_rate,
+                                   o_.min_lr_fraction, o_.warmup_steps, state_.planned_steps},
+                                  {o_.beta1, o_.beta2, o_.eps, o_.weight_decay},
+                                  {o_.grad_clip, o_.skip_outliers}};
         if (!ahead_) began_ = now_seconds();
         train_step(model_, batches, options, s);
         model_.device.post(model_.state);
@@ -5591,11 +5623,7 @@ struct CommandLine {
             ++i;
             if (!argument.starts_with("--") || argument.size() < 3)
                 fail_usage("expected an option such as --", table[0].name, ", found ",
-                           shown(argument), " (--help lists all options)",
-                           !all.empty() && all.back().option->range.text == "GLOB"
-                               ? "; a pattern must be quoted: --" + all.back().option->name +
-                                     " 'data/train_*.bin'"
-                               : "");
+                           shown(argument), " (--help lists all options)");
             const size_t equals = argument.find('=');
             const Option& option = find(argument.substr(2, equals - 2));
             const auto is_value = [&](const std::string& next) {

@@ -354,7 +354,8 @@ struct RowReader {
 // 90 %.
 template <class A>
 __global__ void layernorm_forward_kernel(A* out, float* mean, float* rstd, const A* x,
-                                         const A* weight, const A* bias, int rows, int C) {
+                                         const A* weight, const A* bias, int rows, int C,
+                                         float eps) {
     constexpr int N = kPack<A>;
     const int row = (blockIdx.x * blockDim.x + threadIdx.x) / kWarp, lane = threadIdx.x % kWarp;
     if (row >= rows) return;
@@ -367,7 +368,7 @@ __global__ void layernorm_forward_kernel(A* out, float* mean, float* rstd, const
     reader.pass([&](int, auto& values) {
         for (int i = 0; i < N; ++i) squares += (values[0][i] - m) * (values[0][i] - m);
     });
-    const float r = 1 / sqrtf(warp_sum(squares) / C + float(kLayernormEps));
+    const float r = 1 / sqrtf(warp_sum(squares) / C + eps);
     reader.pass([&](int c, auto& values) {
         float w[N], b[N];
         load_pack(w, weight + c), load_pack(b, bias + c);
@@ -2067,9 +2068,9 @@ struct Cuda {
     // --- layernorm
 
     void layernorm_forward(A* out, float* mean, float* rstd, const A* x, const A* weight,
-                           const A* bias, int rows, int C) {
+                           const A* bias, int rows, int C, double eps) {
         launch(KERNEL(layernorm_forward_kernel<A>), blocks_for(rows, kThreads / kWarp), kThreads, 0,
-               out, mean, rstd, x, weight, bias, rows, C);
+               out, mean, rstd, x, weight, bias, rows, C, float(eps));
     }
     void layernorm_backward(A* dx, float* dweight, float* dbias, A* dbranch, float* dbranch_bias,
                             const A* dout, const A* dresidual, const A* x, const float* mean,

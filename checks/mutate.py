@@ -34,7 +34,7 @@ add_up_warps | embedding | term | add ? to[begin + i] : 0 | 0.0f
 column_sums_kernel | embedding | sign | drop.on() ? x[i] * drop.scale(at + i) : x[i] | drop.on() ? -x[i] * drop.scale(at + i) : -x[i]
 column_sums_kernel | embedding | term | drop.on() ? x[i] * drop.scale(at + i) : x[i] | x[i]
 layernorm_forward_kernel | layernorm | sign | (values[0][i] - m) * r * w[i] + b[i] | (values[0][i] - m) * r * w[i] - b[i]
-layernorm_forward_kernel | layernorm | term | float(kLayernormEps) | 0.0f
+layernorm_forward_kernel | layernorm | term | / C + eps) | / C + 0.0f)
 layernorm_forward_kernel | layernorm | term | (values[0][i] - m) * (values[0][i] - m) | values[0][i] * values[0][i]
 pass | layernorm | term | t < kTables && begin != loaded | t < kTables && loaded < 0
 pass | layernorm | term | values[t] | values[0]
