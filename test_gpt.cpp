@@ -94,6 +94,17 @@ struct Threads {
     ~Threads() { omp_set_num_threads(before); }
 };
 
+// A low limit on open files until the end of the block.
+struct FewOpenFiles {
+    rlimit before;
+    explicit FewOpenFiles(rlim_t most) {
+        ::getrlimit(RLIMIT_NOFILE, &before);
+        const rlimit now{most, before.rlim_max};
+        ::setrlimit(RLIMIT_NOFILE, &now);
+    }
+    ~FewOpenFiles() { ::setrlimit(RLIMIT_NOFILE, &before); }
+};
+
 // The message of the Error that `action` throws, which must have this exit status; "" if it throws
 // none. Any other exception fails the test.
 template <class Action>
@@ -568,6 +579,12 @@ TEST_CASE("data: a damaged shard is refused, with the reason") {
     };
     refused("cannot read");  // there is none yet
     put_shard(path, tokens, {}, 20240521), refused("20240521");
+    // What it may be instead, and what to type.
+    put_shard(path, tokens, {}, 20240801, 7), refused("llm.c with 32-bit tokens");
+    put_file(path, raw(tokens)), refused("found 200 bytes");
+    refused("python3 -c \"import struct; t = open('" + path + "', 'rb')");
+    put_file(path, raw(noisy_text(1000, 1))), refused("as nanoGPT writes them");
+    put_file(path, "It was the best of times.\n"), refused("text with ./prepare_data --input FILE");
     put_shard(path, tokens, {}, 20240520, 2), refused("version 1");
     for (int32_t count : {0, 99, 101, 1 << 30, -2}) {
         CAPTURE(count);
@@ -581,6 +598,32 @@ TEST_CASE("data: a damaged shard is refused, with the reason") {
     CHECK(Shard(path).tokens == 0);
     CHECK(contains(error_of([&] { Shard shard(folder.path); }), "folder"));
     CHECK(Shards(folder / "nothing_*.bin").empty());
+    CHECK(contains(error_of([&] { Shards{folder.path}; }), "is a folder: say --data"));
+    CHECK(contains(error_of([&] { Shards{folder.path + "*"}; }), "is a folder: say --data"));
+}
+
+TEST_CASE("data: the name of a file that exists is no pattern") {
+    TemporaryFolder folder;
+    put_shard(folder / "a1.bin", {1, 2});
+    for (const char* name : {"a[1].bin", "a*.bin", "a?.bin", "a\\.bin"}) {
+        put_shard(folder / name, {1, 2, 3});
+        const Shards shards(folder / name);
+        REQUIRE(shards.files().size() == 1);
+        CHECK(shards.tokens() == 3);
+    }
+    CHECK(Shards(folder / "a?.bi[n]").files().size() == 4);  // all but the one of two letters
+}
+
+TEST_CASE("data: more shards than a program may have open files") {
+    TemporaryFolder folder;
+    const auto shards = [&] { return counting_shards(folder, std::vector<size_t>(300, 5)); };
+    const FewOpenFiles few(40);
+    const auto all = shards();
+    CHECK(all->tokens() == 1500);
+    all->check_tokens(1500);
+    const DataOrder order{*all, 4, 4, 1, true};
+    for (int64_t i = 0; i < order.blocks_per_epoch(); i += 4)
+        REQUIRE(order.batch(i, 1500).scored == 16);
 }
 
 TEST_CASE("data: a shard that shrinks while it is open is an error, not a signal") {
@@ -595,16 +638,21 @@ TEST_CASE("data: a shard that shrinks while it is open is an error, not a signal
     CHECK(read(4990) == "");
     CHECK(out[9] == 7);
     std::filesystem::resize_file(path, 1024 + 2 * 100);
-    CHECK(read(90) == "");
-    CHECK(contains(read(95), "shorter"));
+    CHECK(contains(read(90), "was replaced or became shorter"));
     CHECK(contains(error_of([&] { shards.check_tokens(8); }), "shorter"));
-    // Through the loader: the good batches come, then the error, and it stays.
-    BatchLoader loader(DataOrder{shards, 1, 50}, 8, 0);
+    // As it was; then another of the same length in its place.
+    put_shard(path, std::vector<uint16_t>(5000, 7));
+    const auto when = std::filesystem::last_write_time(path);
+    const Shards again(path);
+    BatchLoader loader(DataOrder{again, 1, 50}, 8, 0);
     CHECK(loader.next().scored == 50);
+    put_shard(path, std::vector<uint16_t>(5000, 6));
+    std::filesystem::last_write_time(path, when + std::chrono::seconds(2));
+    // Through the loader: the batches that were read come, then the error, and it stays.
     auto five = [&] {
         for (int i = 0; i < 5; ++i) loader.next();
     };
-    CHECK(contains(error_of(five), "shorter"));
+    CHECK(contains(error_of(five), "was replaced"));
     CHECK(error_of([&] { loader.next(); }) != "");
 }
 
@@ -4227,6 +4275,31 @@ TEST_CASE("run: data that was moved is the same data, data that was changed is n
     }
 }
 
+TEST_CASE("run: validation data that is trained on is warned of, under whatever name") {
+    Runs place;
+    const std::string data = place.data(), train = data + "/train_000001.bin";
+    auto warned = [&](const std::string& name, const std::string& shards) {
+        Arguments all = place.arguments(name, {"--max-steps", "2", "--patience", "0"});
+        if (!shards.empty()) all.erase(all.begin(), all.begin() + 2);  // --data
+        const Outcome ran = train_gpt(shards.empty() ? all : words(shards, all));
+        CHECK_MESSAGE(ran.status == 0, ran.err);
+        return ran.says("the validation loss will say nothing about new text");
+    };
+    CHECK_FALSE(warned("apart", ""));
+    CHECK(warned("globs", "--vocab-size 257 --train-shards " + data + "/*.bin --val-shards " +
+                              data + "/val_*.bin"));
+    std::filesystem::copy_file(train, data + "/val_000001.bin");
+    CHECK(warned("copied", ""));
+}
+
+TEST_CASE("run: near the limit of open files a run trains and saves") {
+    Runs place;
+    for (int i = 10; i < 60; ++i) put_shard(place.data() + format("/train_%06d.bin", i), {1, 2, 3});
+    const FewOpenFiles few(30);
+    const Outcome ran = place.train("out");
+    CHECK_MESSAGE(ran.status == 0, ran.err);
+}
+
 TEST_CASE("run: a damaged checkpoint is passed over, saying why; with none left the run refuses") {
     Runs place;
     place.stop("out", 13, SIGTERM, {"--keep", "3"});
@@ -4604,6 +4677,7 @@ TEST_CASE("run: bad input ends with a clear line or two, and nothing is written"
     shard[0] ^= 1;
     put_file(path + "bad.bin", shard);
     put_file(path + "file", "x");
+    make_folders(path + "others"), put_file(path + "others/fineweb_train_000001.bin", shard);
     REQUIRE(place.train("good", {"--max-steps", "2", "--patience", "0"}).status == 0);
     const std::string shards = "--vocab-size 257 --batch-size 4 --train-shards " + path;
     struct Case {
@@ -4627,6 +4701,9 @@ TEST_CASE("run: bad input ends with a clear line or two, and nothing is written"
         // Enough tokens, and nothing to predict.
         {"--seq-len 4 --batch-size 1 --data " + path + "ones", 2, "one batch of 1 x 4 needs 5"},
         {shards + "none*.bin", 1, "no file matches"},
+        {shards + "bad.bin " + path + "cut.bin", 2, "must be quoted: --train-shards 'data/train_*"},
+        {"--train-shards " + place.data(), 1, "is a folder: say --data"},
+        {"--data " + path + "others", 1, "--train-shards '" + path + "others/*train*.bin'"},
         {shards + "bad.bin", 1, "is no token shard"},
         {shards + "file", 1, "is no token shard"},
         {shards + "cut.bin", 1, "is damaged"},
@@ -5080,7 +5157,7 @@ TEST_CASE("options: numbers are read strictly") {
                                {"5.", 5},
                                {"1E+1", 10},
                                {"0", 0}})
-        CHECK(parse_options({"--learning-rate", text}).learning_rate == value);
+        CHECK(parse_options({"--learning-rate", text}).rate.peak == value);
 }
 
 TEST_CASE("options: ranges hold at both ends, for every number") {
@@ -5111,10 +5188,10 @@ TEST_CASE("options: a value written out and read again is the same") {
     for (const char* text : {"0.002", "1e-08", "0.30000000000000004", "100"}) {
         const Option& row = rows["learning-rate"];
         CHECK(rows.set(row, text) == "");
-        const double first = rows.options.learning_rate;
+        const double first = rows.options.rate.peak;
         CHECK(first == std::strtod(text, nullptr));
         CHECK(rows.set(row, value_text(row)) == "");
-        CHECK(rows.options.learning_rate == first);
+        CHECK(rows.options.rate.peak == first);
     }
     CHECK(value_text(rows["shuffle"]) == "1");
     CHECK(value_text(rows["eps"]) == "1e-08");
@@ -5140,7 +5217,7 @@ TEST_CASE("options: config files") {
     put_file(good, "batch-size = 8");
     const Options o = parse_options({"--config", path});
     CHECK(o.batch_size == 4);
-    CHECK(o.learning_rate == 0.5);
+    CHECK(o.rate.peak == 0.5);
     CHECK_FALSE(o.shuffle);
     CHECK(o.prompt == "C# is = fine");
     CHECK(o.data == "x#y");
@@ -5150,7 +5227,7 @@ TEST_CASE("options: config files") {
     // The command line comes first, on either side.
     CHECK(parse_options({"--config", path, "--batch-size", "9"}).batch_size == 9);
     CHECK(parse_options({"--batch-size", "9", "--config", path}).batch_size == 9);
-    CHECK(parse_options({"--batch-size", "9", "--config=" + path}).learning_rate == 0.5);
+    CHECK(parse_options({"--batch-size", "9", "--config=" + path}).rate.peak == 0.5);
     // Of two files the last counts, but the first is read and checked.
     check_refused({{{"--config", "/no/such/file", "--config", path}, "cannot read /no/such/file"},
                    {{"--config", bad, "--config", good}, "bad:2: --batch-size must be"}});

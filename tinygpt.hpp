@@ -308,6 +308,7 @@ struct InputFile {
     std::string path;
     FileHandle file;
     size_t bytes = 0;
+    int64_t changed = 0;  // when it was last written, in seconds
 
     // Why O_NONBLOCK: opening a pipe would wait for a writer. O_CLOEXEC, here as everywhere: child
     // processes do not inherit the file.
@@ -316,7 +317,7 @@ struct InputFile {
         struct stat info;
         if (file.fd < 0 || ::fstat(file.fd, &info) != 0) fail_errno("cannot read ", path);
         if (!S_ISREG(info.st_mode)) fail(path, ": expected a file, found a folder, pipe or device");
-        bytes = size_t(info.st_size);
+        bytes = size_t(info.st_size), changed = int64_t(info.st_mtime);
     }
     // Sets out[count] from the bytes at `offset`. pread may return fewer than requested, or EINTR
     // because of a signal.
@@ -331,27 +332,52 @@ struct InputFile {
     }
 };
 
-struct Shard : InputFile {
-    int64_t tokens = 0;
+// For an error: what a file with this beginning may be instead of a shard, and what to do.
+inline std::string no_shard_hint(const std::string& path, std::string_view begin, int32_t magic) {
+    if (magic == 20240801)
+        return "It is a shard of llm.c with 32-bit tokens (Llama 3's); tokens here have 16 bits: "
+               "tokenize the text with ./prepare_data";
+    const auto is_text = [](char c) { return uint8_t(c) >= ' ' || (c >= '\t' && c <= '\r'); };
+    if (std::all_of(begin.begin(), begin.end(), is_text))
+        return "Make shards from text with ./prepare_data --input FILE --output DIR";
+    return "If it has tokens of 16 bits without a header, as nanoGPT writes them, this makes a "
+           "shard of it: python3 -c \"import struct; t = open('" +
+           path + "', 'rb').read(); open('train_000001.bin', 'wb').write(struct.pack('<256i', " +
+           std::to_string(kShardMagic) + ", 1, len(t) // 2, *[0] * 253) + t)\"";
+}
 
-    explicit Shard(const std::string& path) : InputFile(path) {
+// What is known of a shard. Its file is opened for each read: there may be more shards than a
+// program may have open files.
+struct Shard {
+    std::string path;
+    int64_t tokens = 0, changed = 0;
+
+    explicit Shard(const std::string& path) : path(path) {
+        const InputFile file(path);
         int32_t header[kShardHeaderBytes / 4] = {};
-        read_bytes(header, std::min(bytes, sizeof header), 0);
-        if (bytes < sizeof header || header[0] != kShardMagic || header[1] != 1)
+        const size_t there = std::min(file.bytes, sizeof header);
+        file.read_bytes(header, there, 0);
+        if (there < sizeof header || header[0] != kShardMagic || header[1] != 1)
             fail(path, " is no token shard: expected a header of ", sizeof header, " bytes with ",
-                 kShardMagic, " and version 1, found ", bytes, " bytes with ", header[0], " and ",
-                 header[1], ". Make shards with ./prepare_data");
-        tokens = header[2];
-        if (tokens < 0 || bytes != sizeof header + 2 * size_t(tokens))
+                 kShardMagic, " and version 1, found ", file.bytes, " bytes with ", header[0],
+                 " and ", header[1], ". ",
+                 no_shard_hint(path, {reinterpret_cast<const char*>(header), there}, header[0]));
+        tokens = header[2], changed = file.changed;
+        if (tokens < 0 || file.bytes != bytes())
             fail(path, " is damaged: its header promises ", tokens, " tokens, which take ",
-                 kShardHeaderBytes + 2 * tokens, " bytes, but it has ", bytes);
+                 kShardHeaderBytes + 2 * tokens, " bytes, but it has ", file.bytes);
     }
+    size_t bytes() const { return kShardHeaderBytes + 2 * size_t(tokens); }
     // Every token but the first is predicted.
     int64_t predictions() const { return std::max<int64_t>(0, tokens - 1); }
     // Sets out[count] to the tokens from `begin` on. Fails on one that is not below vocab_size: wte
     // has no row for it.
     void read(uint16_t* out, int64_t begin, int64_t count, int vocab_size = 65536) const {
-        read_bytes(out, 2 * size_t(count), kShardHeaderBytes + 2 * size_t(begin));
+        const InputFile file(path);
+        if (file.bytes != bytes() || file.changed != changed)
+            fail(path, " was replaced or became shorter while it was in use: go on with the data ",
+                 "as it was, or start a new run");
+        file.read_bytes(out, 2 * size_t(count), kShardHeaderBytes + 2 * size_t(begin));
         for (int64_t i = 0; i < count; ++i)
             if (out[i] >= vocab_size)
                 fail("token ", begin + i, " of ", path, " is ", out[i],
@@ -364,15 +390,23 @@ struct Shard : InputFile {
 // The shards of one split: training or validation.
 class Shards {
 public:
-    // Opens every file that matches the pattern (as in a shell: *, ?, [...]), in name order. There
-    // may be none.
+    // Every file that matches the pattern (as in a shell: *, ?, [...]), in name order; there may be
+    // none. The name of a file that exists means that file, whatever is in the name.
     explicit Shards(const std::string& pattern) : pattern_(pattern) {
         glob_t found{};
-        const bool matches = ::glob(pattern.c_str(), 0, nullptr, &found) == 0;
-        const std::vector<std::string> paths(found.gl_pathv,
-                                             found.gl_pathv + (matches ? found.gl_pathc : 0));
+        const bool is_name = ::access(pattern.c_str(), F_OK) == 0;
+        const bool matches = !is_name && ::glob(pattern.c_str(), 0, nullptr, &found) == 0;
+        std::vector<std::string> paths(found.gl_pathv,
+                                       found.gl_pathv + (matches ? found.gl_pathc : 0));
         ::globfree(&found);
-        for (const std::string& path : paths) files_.emplace_back(path);
+        if (is_name) paths = {pattern};
+        for (const std::string& path : paths) {
+            struct stat info;
+            if (::stat(path.c_str(), &info) == 0 && S_ISDIR(info.st_mode))
+                fail(path, " is a folder: say --data ", path, ", or name its files: '", path,
+                     "/train_*.bin'");
+            files_.emplace_back(path);
+        }
     }
     bool empty() const { return files_.empty(); }
     const std::string& pattern() const { return pattern_; }
@@ -390,7 +424,7 @@ public:
 
     // Why before training: a token that is not below vocab_size is reported now, not hours later.
     void check_tokens(int vocab_size) const {
-        std::vector<uint16_t> buffer(1 << 14);
+        std::vector<uint16_t> buffer(1 << 18);
         for (const Shard& shard : files_)
             for (int64_t at = 0; at < shard.tokens; at += int64_t(buffer.size())) {
                 const int64_t count = std::min(int64_t(buffer.size()), shard.tokens - at);
@@ -2106,7 +2140,7 @@ Evaluation evaluate(Gpt2<Device>& model, std::span<const Window> windows,
 
 // How tokens are picked (see candidates and likeliest), and how many.
 struct SampleOptions {
-    int max_new_tokens = 50;
+    int max_new_tokens = 100;
     double temperature = 0.8;  // 0: always the likeliest token
     int top_k = 0;             // 0: all tokens
     double top_p = 1;          // 1: all tokens
@@ -2204,10 +2238,9 @@ int generate(Gpt2<Device>& model, std::vector<int32_t> tokens, const SampleOptio
             cached = 0, ++slides;
         }
         const std::vector<int32_t> fresh(tokens.begin() + cached, tokens.end());
-        const std::vector<float> logits = next_logits(model, fresh, cached);
+        std::vector<Candidate> list = candidates(next_logits(model, fresh, cached), o.temperature);
         cached = int(tokens.size());
         const int top_k = o.temperature > 0 ? o.top_k : 1;
-        std::vector<Candidate> list = candidates(logits, o.temperature);
         if (top_k > 0 || o.top_p < 1) list = likeliest(std::move(list), top_k, o.top_p);
         const int token = pick(list, random_uniform(key, uint64_t(i)));
         if (token == o.end_of_text || !on_token(token)) break;
@@ -4722,11 +4755,6 @@ inline std::string with_commas(int64_t n) {
     for (size_t at = digits.size(); at > 3;) digits.insert(at -= 3, 1, ',');
     return digits;
 }
-// Decimal units, as on disks and data sheets.
-inline std::string bytes_text(double bytes) {
-    if (bytes >= 1e9) return format("%.2f GB", bytes / 1e9);
-    return bytes >= 1e6 ? format("%.1f MB", bytes / 1e6) : format("%.1f KB", bytes / 1e3);
-}
 // The two largest units: "2d 3h", "3h 07m", "7m 05s", "5s".
 inline std::string duration_text(double seconds) {
     const long s = std::lround(seconds);
@@ -4901,24 +4929,6 @@ inline std::string take_characters(std::string& text, bool ended) {
 inline std::atomic<int64_t> stop_asked{0};
 static_assert(std::atomic<int64_t>::is_always_lock_free, "a signal handler must not wait");
 
-// A second signal exits at once, which harms no file. Careful: this may interrupt anything, so it
-// must not lock or allocate.
-inline void on_stop_signal(int) {
-    const int64_t now = std::chrono::steady_clock::now().time_since_epoch().count();
-    int64_t first = 0;
-    if (stop_asked.compare_exchange_strong(first, now)) return;
-    // Why 50 ms: `timeout` and a closing terminal send two signals at once and mean one.
-    if (now - first > 50'000'000) ::_exit(130);
-}
-// Ctrl-C, `kill` and a closed terminal ask the run to stop. SIGPIPE and SIGXFSZ are ignored: the
-// failed write reports the error.
-inline void catch_signals() {
-    stop_asked = 0;
-    for (int number : {SIGINT, SIGTERM}) ::signal(number, on_stop_signal);
-    if (::signal(SIGHUP, on_stop_signal) == SIG_IGN) ::signal(SIGHUP, SIG_IGN);  // under nohup
-    for (int number : {SIGPIPE, SIGXFSZ}) ::signal(number, SIG_IGN);
-}
-
 // =================================================================================================
 // §16 The training loop
 // =================================================================================================
@@ -4943,10 +4953,10 @@ struct RunOptions {
     int64_t max_steps = 2500;
     double epochs = 0, max_minutes = 0;
 
-    double learning_rate = 2e-3, min_lr_fraction = 0.1;
-    std::string schedule = "cosine";  // a word of schedule_named (§7)
-    int64_t warmup_steps = 100;
-    double weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, grad_clip = 1;
+    LearningRate rate = {.peak = 2e-3, .warmup = 100};  // the run sets its steps
+    std::string schedule = "cosine";                    // a word of schedule_named (§7)
+    AdamW adamw;
+    Guards guards;
 
     int64_t log_interval = 50, eval_interval = 250, eval_batches = 10, sample_interval = 500;
     int64_t tensor_stats_interval = 0, patience = 0, save_interval = 500;
@@ -4954,7 +4964,6 @@ struct RunOptions {
     std::string prompt;  // of samples
 
     std::string on_nan = "stop";  // or "skip"
-    double skip_outliers = 0;
 };
 
 // --- What a run learns from
@@ -4973,27 +4982,6 @@ struct Corpus {
     // For evaluation_windows (§9). Why: the floor is that of documents read from their start.
     int document_start() const { return std::isfinite(floor) ? end_of_text() : -1; }
 };
-
-// The data of a folder: opens every shard and reads the tokenizer and dataset.json, but no token.
-inline Corpus open_corpus(const std::string& folder) {
-    if (!folder_exists(folder))
-        fail("there is no data folder ", folder,
-             ": make the default one with ./prepare_data, or one of your own with ./prepare_data "
-             "--input book.txt --output ",
-             folder);
-    std::string pattern;  // in which every character of the name means itself
-    for (char c : folder) {
-        if (std::strchr("*?[\\", c)) pattern += '\\';
-        pattern += c;
-    }
-    Corpus corpus(pattern + "/train_*.bin", pattern + "/val_*.bin");
-    corpus.folder = folder;
-    corpus.tokenizer = tokenizer_of(folder);
-    const std::string about = folder + "/dataset.json";
-    if (file_exists(about))
-        corpus.floor = number_or(Json::parse(read_file(about, 10'000'000), about), "floor", NAN);
-    return corpus;
-}
 
 // Without a tokenizer, the token's number; <number> where the model has more tokens than it.
 inline std::string text_of_token(const std::optional<Tokenizer>& tokenizer, int token) {
@@ -5244,11 +5232,9 @@ private:
     void queue_step(BatchLoader& loader, int64_t s) {
         std::vector<Batch> batches;
         while (int(batches.size()) < o_.grad_accum_steps) batches.push_back(loader.next());
-        const StepOptions options{uint64_t(o_.seed),
-                                  {schedule_named(o_.schedule), o_.learning_rate,
-                                   o_.min_lr_fraction, o_.warmup_steps, state_.planned_steps},
-                                  {o_.beta1, o_.beta2, o_.eps, o_.weight_decay},
-                                  {o_.grad_clip, o_.skip_outliers}};
+        StepOptions options{uint64_t(o_.seed), o_.rate, o_.adamw, o_.guards};
+        options.rate.schedule = schedule_named(o_.schedule);
+        options.rate.steps = state_.planned_steps;
         if (!ahead_) began_ = now_seconds();
         train_step(model_, batches, options, s);
         model_.device.post(model_.state);
@@ -5623,7 +5609,11 @@ struct CommandLine {
             ++i;
             if (!argument.starts_with("--") || argument.size() < 3)
                 fail_usage("expected an option such as --", table[0].name, ", found ",
-                           shown(argument), " (--help lists all options)");
+                           shown(argument), " (--help lists all options)",
+                           !all.empty() && all.back().option->range.text == "GLOB"
+                               ? "; a pattern must be quoted: --" + all.back().option->name +
+                                     " 'data/train_*.bin'"
+                               : "");
             const size_t equals = argument.find('=');
             const Option& option = find(argument.substr(2, equals - 2));
             const auto is_value = [&](const std::string& next) {

@@ -58,8 +58,8 @@ struct Options : RunOptions {
     int threads = 0, seq_len = 0;
 
     std::string prompt_file;
-    int max_new_tokens = 100, num_samples = 1, top_k = 0, show_top = 0;
-    double temperature = 1, top_p = 1;  // samples while training take those of SampleOptions (§9)
+    SampleOptions sampling;
+    int num_samples = 1, show_top = 0;
 
     std::string hellaswag;
     std::vector<std::string> runs;
@@ -162,21 +162,22 @@ inline std::vector<Option> training_options(Options& o) {
         {"max-minutes", &o.max_minutes, "length", kRun, "(0, 1000000000]",
          "training time in minutes; the first limit reached ends the run"},
 
-        {"learning-rate", &o.learning_rate, "optimizer", kRun, "[0, 100]", "peak learning rate"},
-        {"min-lr-fraction", &o.min_lr_fraction, "optimizer", kRun, "[0, 1]",
+        {"learning-rate", &o.rate.peak, "optimizer", kRun, "[0, 100]", "peak learning rate"},
+        {"min-lr-fraction", &o.rate.min_fraction, "optimizer", kRun, "[0, 1]",
          "learning rate at the end, as a fraction of the peak"},
         {"schedule", &o.schedule, "optimizer", kRun, "cosine|linear|constant|wsd",
          "how the learning rate falls after warm-up"},
-        {"warmup-steps", &o.warmup_steps, "optimizer", kRun, "[0, 1e+12]",
+        {"warmup-steps", &o.rate.warmup, "optimizer", kRun, "[0, 1e+12]",
          "updates until the learning rate reaches its peak"},
-        {"weight-decay", &o.weight_decay, "optimizer", kRun, "[0, 100]",
+        {"weight-decay", &o.adamw.weight_decay, "optimizer", kRun, "[0, 100]",
          "weight decay, on matrices and embeddings only"},
-        {"beta1", &o.beta1, "optimizer", kRun, "[0, 1)", "AdamW's decay rate of the mean gradient"},
-        {"beta2", &o.beta2, "optimizer", kRun, "[0, 1)",
+        {"beta1", &o.adamw.beta1, "optimizer", kRun, "[0, 1)",
+         "AdamW's decay rate of the mean gradient"},
+        {"beta2", &o.adamw.beta2, "optimizer", kRun, "[0, 1)",
          "AdamW's decay rate of the mean squared gradient"},
-        {"eps", &o.eps, "optimizer", kRun, "[1e-30, 1]",
+        {"eps", &o.adamw.eps, "optimizer", kRun, "[1e-30, 1]",
          "AdamW epsilon, added outside the square root"},
-        {"grad-clip", &o.grad_clip, "optimizer", kRun, "[0, 1e+30]",
+        {"grad-clip", &o.guards.grad_clip, "optimizer", kRun, "[0, 1e+30]",
          "clip the gradient to this global norm; 0: do not clip"},
 
         {"log-interval", &o.log_interval, "watching", kTrain, "[0, 1e+12]",
@@ -200,7 +201,7 @@ inline std::vector<Option> training_options(Options& o) {
 
         {"on-nan", &o.on_nan, "guards", kRun, "stop|skip",
          "what to do when the loss or the gradient is NaN or infinite"},
-        {"skip-outliers", &o.skip_outliers, "guards", kRun, "[0, 1000000]",
+        {"skip-outliers", &o.guards.skip_outliers, "guards", kRun, "[0, 1000000]",
          "skip updates whose loss or gradient norm is this many standard deviations above the "
          "mean; 0: none"},
     };
@@ -215,15 +216,15 @@ inline std::vector<Option> option_table(Options& o) {
         {
             {"prompt-file", &o.prompt_file, "sample", kSample, "FILE",
              "read the prompt from this file; - is standard input"},
-            {"max-new-tokens", &o.max_new_tokens, "sample", kSample, "[1, 1000000000]",
+            {"max-new-tokens", &o.sampling.max_new_tokens, "sample", kSample, "[1, 1000000000]",
              "number of tokens to generate at most"},
             {"num-samples", &o.num_samples, "sample", kSample, "[1, 1000000]",
              "number of texts to generate"},
-            {"temperature", &o.temperature, "sample", kSample, "[0, 100]",
+            {"temperature", &o.sampling.temperature, "sample", kSample, "[0, 100]",
              "sampling temperature; 0: always the likeliest token"},
-            {"top-k", &o.top_k, "sample", kSample, "[0, 65536]",
+            {"top-k", &o.sampling.top_k, "sample", kSample, "[0, 65536]",
              "sample from the k likeliest tokens only; 0: from all"},
-            {"top-p", &o.top_p, "sample", kSample, "(0, 1]",
+            {"top-p", &o.sampling.top_p, "sample", kSample, "(0, 1]",
              "sample from the likeliest tokens only, as many as have this probability together"},
             {"show-top", &o.show_top, "sample", kSample, "[0, 65536]",
              "print that many of the likeliest next tokens, with probabilities, instead of text"},
@@ -476,18 +477,42 @@ void report(const Options& o, const Corpus& corpus, Trainer<Device>& trainer, En
 
 // --- The data
 
+// The data of a folder: opens every shard and reads the tokenizer and dataset.json, but no token.
+inline Corpus open_corpus(const std::string& folder) {
+    if (!folder_exists(folder))
+        fail("there is no data folder ", folder,
+             ": make the default one with ./prepare_data, or one of your own with ./prepare_data "
+             "--input book.txt --output ",
+             folder);
+    std::string pattern;  // in which every character of the name means itself
+    for (char c : folder) {
+        if (std::strchr("*?[\\", c)) pattern += '\\';
+        pattern += c;
+    }
+    Corpus corpus(pattern + "/train_*.bin", pattern + "/val_*.bin");
+    corpus.folder = folder;
+    corpus.tokenizer = tokenizer_of(folder);
+    const std::string about = folder + "/dataset.json";
+    if (file_exists(about))
+        corpus.floor = number_or(Json::parse(read_file(about, 10'000'000), about), "floor", NAN);
+    return corpus;
+}
+
 // The data that the options name. Shards that are named one by one have no tokenizer and no floor.
 inline Corpus open_corpus(const Options& o) {
     const bool named = !o.train_shards.empty() || !o.val_shards.empty();
     Corpus corpus = named ? Corpus(o.train_shards, o.val_shards) : open_corpus(o.data);
     for (const Shards* split : {&corpus.train, &corpus.val})
         if (named && split->empty() && !split->pattern().empty())
-            fail("no file matches ", split->pattern());
-    if (o.command == kTrain && corpus.train.empty())
-        fail(o.data,
-             " holds no train_*.bin: make shards with ./prepare_data --input FILE --output ",
-             o.data);
-    return corpus;
+            fail("no file matches ", split->pattern(),
+                 " (give a pattern in quotes, such as 'data/train_*.bin', or one file)");
+    if (o.command != kTrain || !corpus.train.empty()) return corpus;
+    for (const std::string& name : folder_exists(o.data) ? list_folder(o.data) : std::vector<std::string>())
+        if (name.ends_with(".bin"))
+            fail(o.data, " holds no train_*.bin, but ", name, ": say which files to read, such as ",
+                 "--train-shards '", o.data, "/*train*.bin' --val-shards '", o.data, "/*val*.bin'");
+    fail(o.data, " holds no train_*.bin: make shards with ./prepare_data --input FILE --output ",
+         o.data);
 }
 
 // With another tokenizer's tokens the model would read nonsense, and only a high loss would tell.
@@ -576,6 +601,11 @@ inline int sequence_length(const Options& o, const Config& config, int otherwise
     return o.seq_len;
 }
 
+// Decimal units, as on disks and data sheets.
+inline std::string bytes_text(double bytes) {
+    if (bytes >= 1e9) return format("%.2f GB", bytes / 1e9);
+    return bytes >= 1e6 ? format("%.1f MB", bytes / 1e6) : format("%.1f KB", bytes / 1e3);
+}
 // Refuses sizes that the device cannot hold, and says which batch would fit. Why before allocating:
 // Linux grants memory that it does not have, and kills the process that uses it.
 template <class Device>
@@ -626,6 +656,26 @@ void print_model(const Config& config, int B, int T) {
         to_text(bytes_text(need.total()), ": weights ", bytes_text(need.weights), ", gradients ",
                 bytes_text(need.gradients), ", moments ", bytes_text(need.moments),
                 ", activations ", bytes_text(need.activations)));
+}
+
+// --- Ctrl-C
+
+// A second signal exits at once, which harms no file. Careful: this may interrupt anything, so it
+// must not lock or allocate.
+inline void on_stop_signal(int) {
+    const int64_t now = std::chrono::steady_clock::now().time_since_epoch().count();
+    int64_t first = 0;
+    if (stop_asked.compare_exchange_strong(first, now)) return;
+    // Why 50 ms: `timeout` and a closing terminal send two signals at once and mean one.
+    if (now - first > 50'000'000) ::_exit(130);
+}
+// Ctrl-C, `kill` and a closed terminal ask the run to stop. SIGPIPE and SIGXFSZ are ignored: the
+// failed write reports the error.
+inline void catch_signals() {
+    stop_asked = 0;
+    for (int number : {SIGINT, SIGTERM}) ::signal(number, on_stop_signal);
+    if (::signal(SIGHUP, on_stop_signal) == SIG_IGN) ::signal(SIGHUP, SIG_IGN);  // under nohup
+    for (int number : {SIGPIPE, SIGXFSZ}) ::signal(number, SIG_IGN);
 }
 
 // --- train: where a run begins, and whether it may
@@ -712,6 +762,21 @@ inline std::vector<std::string> fingerprint(const Corpus& corpus) {
             list.push_back(to_text(split == &corpus.train ? "train: " : "val: ", shard.tokens,
                                    " tokens, ", checksum_of(shard)));
     return list;
+}
+
+// Warns where validation shards have the tokens of training shards, under whatever name. `data` is
+// the fingerprint.
+inline void warn_if_trained_on(const Corpus& corpus, const std::vector<std::string>& data) {
+    const std::set<std::string> all(data.begin(), data.end());
+    const std::vector<Shard>& val = corpus.val.files();
+    std::string same;
+    for (size_t i = 0; i < val.size(); ++i) {
+        const std::string of_val = data[data.size() - val.size() + i].substr(std::strlen("val"));
+        if (same.size() < 200 && all.contains("train" + of_val)) join(same, ", ", val[i].path);
+    }
+    if (!same.empty())
+        warn("the training data has the tokens of " + same +
+             " too: the validation loss will say nothing about new text");
 }
 
 // Fails where a resumed run would not be the run that was interrupted. Paths may change: checksums
@@ -806,7 +871,9 @@ int train_command(Device device, const Options& given) {
     load_start(*model, o, start);
     if (o.override_changes) start.state.planned_steps = 0;  // the plan may have changed
     start.state.options = options_that_change_numbers(o);
-    start.state.data = Json::array(fingerprint(corpus)), start.state.program = Device::kProgram;
+    const std::vector<std::string> data = fingerprint(corpus);
+    warn_if_trained_on(corpus, data);
+    start.state.data = Json::array(data), start.state.program = Device::kProgram;
     Trainer<Device> trainer(o, corpus, *model, product_peak_flops(device));
     // From here on things are written.
     const RunFolder folder(o.output);
@@ -1052,9 +1119,9 @@ int sample_command(auto device, const Options& o) {
         if (i > 0) std::printf("\n---\n");
         std::fwrite(prompt.data(), 1, prompt.size(), stdout);
         if (!tokenizer && !prompt.empty()) std::fputs(" ", stdout);  // between two numbers
-        write_text(*model, tokens, tokenizer,
-                   {o.max_new_tokens, o.temperature, o.top_k, o.top_p, o.seed + uint64_t(i),
-                    end_of_text});
+        SampleOptions sampling = o.sampling;
+        sampling.seed = uint64_t(o.seed) + uint64_t(i), sampling.end_of_text = end_of_text;
+        write_text(*model, tokens, tokenizer, sampling);
     }
     return 0;
 }
