@@ -4849,13 +4849,16 @@ TEST_CASE("run: the report says what the run was, and what it says to type next 
     }
 }
 
-TEST_CASE("run: the live line is not wider than the terminal") {
+TEST_CASE("run: no line is wider than the terminal") {
     TestRuns place;
-    for (unsigned short columns : {40, 300, 0}) {
+    for (unsigned short columns : {40, 80, 300, 0}) {
         int screen = -1, terminal = -1;
         winsize size{};
         size.ws_col = columns;
-        REQUIRE(::openpty(&screen, &terminal, nullptr, nullptr, &size) == 0);
+        if (::openpty(&screen, &terminal, nullptr, nullptr, &size) != 0) {
+            MESSAGE("skipped: the live line: this machine gives no terminal");
+            return;
+        }
         std::string shown;
         std::thread reader([&] {
             char part[4096];
@@ -4868,12 +4871,22 @@ TEST_CASE("run: the live line is not wider than the terminal") {
         ::close(screen);
         CHECK_MESSAGE(outcome.status == 0, outcome.err);
         size_t live = 0, widest = 0;  // of steps 1 and 3: the others are evaluated, and stay
-        for (const std::string& part : split_at(shown, '\r')) {
-            if (!part.starts_with("\033[K") || contains(part, " val ")) continue;
-            ++live, widest = std::max(widest, part.size() - 3);
+        for (std::string line : split_at(shown, '\n')) {
+            while (line.ends_with('\r')) line.pop_back();
+            for (std::string part : split_at(line, '\r')) {
+                if (part.starts_with("\033[K")) part.erase(0, 3);
+                const size_t width = WordWrap::characters(part);
+                if (contains(part, "./train_gpt ") || contains(part, place.path)) continue;
+                const bool text = std::all_of(part.begin(), part.end(),
+                                              [](char c) { return c >= ' ' && c <= '~'; });
+                CHECK_MESSAGE((columns != 80 || width <= 80 || !text), part);
+                if (!part.starts_with("step ") || contains(part, " val ")) continue;
+                ++live, widest = std::max(widest, width);
+                CHECK((columns != 40 || part.size() < 40));
+            }
         }
         CHECK(live == 2);
-        CHECK((columns == 40 ? widest == 39 : widest > 60));
+        CHECK((columns == 40 ? widest > 30 : widest > 60));
     }
 }
 
@@ -4975,11 +4988,11 @@ struct Rows {
 const std::vector<std::string> kDocumented = split_at(
     "data train-shards val-shards model n-layer n-head n-embd n-positions vocab-size dropout "
     "untied-head recompute-gelu init-from config resume override output seed threads precision "
-    "tune-matmul help batch-size seq-len grad-accum-steps shuffle overfit-batch max-steps epochs "
+    "tune-matmul quiet help version batch-size seq-len grad-accum-steps shuffle overfit-batch max-steps epochs "
     "max-minutes learning-rate min-lr-fraction schedule warmup-steps weight-decay beta1 beta2 eps "
     "grad-clip log-interval eval-interval eval-batches sample-interval prompt "
     "tensor-stats-interval patience save-interval keep on-nan skip-outliers prompt-file "
-    "max-new-tokens num-samples temperature top-k top-p show-top runs hellaswag",
+    "interactive max-new-tokens num-samples temperature top-k top-p show-top runs hellaswag",
     ' ');
 
 TEST_CASE("options: every documented option is in the table, once, in this order") {
@@ -5099,7 +5112,7 @@ TEST_CASE("options: an unknown name is answered with the nearest") {
 }
 
 TEST_CASE("options: what is no option, a missing or a wrong value, a contradiction") {
-    for (const char* stray : {"-x", "-", "--", "-batch-size", "4", "train"})
+    for (const char* stray : {"-Z", "-", "--", "-batch-size", "4", "train"})
         CHECK(contains(refusal({"train", stray}),
                        "expected an option such as --data, found " + std::string(stray)));
     for (const char* bad : {"true", "false", "yes", "2", "01", "on", "-1"})
@@ -5303,29 +5316,177 @@ TEST_CASE("options: help has every option once, in its group, in 100 columns") {
     CHECK(contains(refusal({"--help", "--nonsense"}), "unknown option"));
 }
 
-TEST_CASE("options: the echo has every option of the command, marked where changed") {
-    const Options o = parse_options({"--batch-size", "4", "--seed", "1337", "--prompt", "two words",
-                                     "--data", std::string(300, 'd'), "--output", "a\nb"});
-    const std::string text = describe(o);
-    for (const Option& row : Rows().all) {
-        const bool listed =
-            contains(text, " " + row.name + "=") || contains(text, "*" + row.name + "=");
-        CHECK_MESSAGE(listed == ((row.commands & kTrain) && row.name != "help"), row.name);
+TEST_CASE("options: what was given is printed so that it can be typed again") {
+    const Arguments given = {"--batch-size", "4",      "--prompt",
+                             "two words",    "--data", "a\nb",
+                             "--seed",       "1337",   "--tensor-stats-interval=2",
+                             "--shuffle",    "0",      "--output=--x"};
+    CHECK(retyped(parse_options(given), kTrain) ==
+          " --data 'a\nb' --output=--x --seed 1337 --batch-size 4 --shuffle 0 --prompt 'two words' "
+          "--tensor-stats-interval 2");
+    CHECK(retyped(parse_options({}), kTrain) == "");
+    CHECK(retyped(parse_options({"--batch-size", "4", "--seed=5"}), kSample) == " --seed 5");
+}
+
+TEST_CASE("options: help and version, however they are asked for; a config file given bare") {
+    for (const Arguments& typed : std::vector<Arguments>{{"eval", "--help"},
+                                                         {"help", "eval"},
+                                                         {"--help", "eval"},
+                                                         {"-h", "eval"},
+                                                         {"eval", "-h"}}) {
+        CAPTURE(typed);
+        const Options o = parse_options(typed);
+        CHECK(o.help);
+        CHECK(o.command_given);
+        CHECK(o.command == kEval);
     }
-    for (const char* part : {"*batch-size=4", " seed=1337", "*prompt=\"two words\"",
-                             "*output=\"a\\nb\"", " n-layer=-", "..."})
-        CHECK_MESSAGE(contains(text, part), part);
-    for (const std::string& line : split_at(text, '\n')) CHECK_MESSAGE(line.size() <= 100, line);
-    CHECK(split_at(text, '\n').size() < 30);
-    // A value that is cut is not cut inside a character.
-    const std::string cut = describe(parse_options({"--data=x" + std::string(80, '\xff')}));
-    for (size_t at = 0; at < cut.size();
-         at += std::max<size_t>(1, utf8_character(cut.substr(at)).bytes))
-        REQUIRE(utf8_character(cut.substr(at)).bytes > 0);
-    CHECK(contains(cut, "..."));
-    CHECK_FALSE(contains(describe(parse_options({})), " *"));
-    CHECK(contains(describe(parse_options({"sample"})), "top-k=0"));
-    CHECK_FALSE(contains(describe(parse_options({"sample"})), "batch-size"));
+    CHECK_FALSE(parse_options({"help"}).command_given);
+    CHECK(contains(refusal({"help", "evl"}), "did you mean eval?"));
+    CHECK(contains(train_gpt({"help"}).out, "--learning-rate"));
+    CHECK(train_gpt({"--version"}).out.starts_with("tinygpt 0."));
+    TemporaryFolder scratch;
+    const std::string path = scratch / "a.conf";
+    put_file(path, "batch-size = 3\nn_ctx = 7");
+    const Options o = parse_options({path, "--seed", "4"});
+    CHECK(o.command == kTrain);
+    CHECK(o.batch_size == 3);
+    CHECK(o.n_positions == 7);
+    CHECK(o.given.contains("seed"));
+    CHECK(parse_options({"bench", path, "--batch-size", "9"}).batch_size == 9);
+    CHECK(contains(refusal({"none.conf"}), "cannot read none.conf"));
+}
+
+// What is typed, and the name and value that it sets; or, where it is refused, a part of the answer.
+TEST_CASE("options: the names of nanoGPT, llm.c and transformers are taken, or answered rightly") {
+    const std::vector<std::pair<std::string, std::string>> accepted = {
+        {"--out_dir=x", "output x"},
+        {"--gradient_accumulation_steps=5", "grad-accum-steps 5"},
+        {"--batch_size=12", "batch-size 12"},
+        {"--max_iters=600", "max-steps 600"},
+        {"--warmup_iters=7", "warmup-steps 7"},
+        {"--eval_interval=5", "eval-interval 5"},
+        {"--log_interval=1", "log-interval 1"},
+        {"--n_layer=12", "n-layer 12"},
+        {"--n_head=12", "n-head 12"},
+        {"--n_embd=768", "n-embd 768"},
+        {"--dropout=0.2", "dropout 0.2"},
+        {"--learning_rate=6e-4", "learning-rate 6e-04"},
+        {"--weight_decay=0.1", "weight-decay 0.1"},
+        {"--beta1=0.9", "beta1 0.9"},
+        {"--beta2=0.95", "beta2 0.95"},
+        {"--grad_clip=1.0", "grad-clip 1"},
+        {"-i a.bin", "train-shards a.bin"},
+        {"-o x", "output x"},
+        {"-n 100", "save-interval 100"},
+        {"-nk 3", "keep 3"},
+        {"-b 4", "batch-size 4"},
+        {"-t 64", "seq-len 64"},
+        {"-x 10", "max-steps 10"},
+        {"-k linear", "schedule linear"},
+        {"-l 3e-4", "learning-rate 3e-04"},
+        {"-u 10", "warmup-steps 10"},
+        {"-q 0.1", "min-lr-fraction 0.1"},
+        {"-c 0.1", "weight-decay 0.1"},
+        {"-v 20", "eval-interval 20"},
+        {"-s 20", "sample-interval 20"},
+        {"-a 1", "overfit-batch 1"},
+        {"-r 1", "recompute-gelu 1"},
+        {"--output_dir x", "output x"},
+        {"--per_device_train_batch_size 8", "batch-size 8"},
+        {"--num_train_epochs 3", "epochs 3"},
+        {"--adam_beta1 0.8", "beta1 0.8"},
+        {"--adam_beta2 0.9", "beta2 0.9"},
+        {"--adam_epsilon 1e-6", "eps 1e-06"},
+        {"--max_grad_norm 1", "grad-clip 1"},
+        {"--lr_scheduler_type cosine", "schedule cosine"},
+        {"--warmup_steps 5", "warmup-steps 5"},
+        {"--logging_steps 9", "log-interval 9"},
+        {"--eval_steps 9", "eval-interval 9"},
+        {"--save_steps 9", "save-interval 9"},
+        {"--save_total_limit 2", "keep 2"},
+        {"--seed 42", "seed 42"},
+        {"--max_steps 9", "max-steps 9"},
+        {"--resume_from_checkpoint x", "resume x"},
+    };
+    for (const auto& [typed, meant] : accepted) {
+        CAPTURE(typed);
+        Rows rows;
+        rows.options = parse_options(words(typed));
+        const auto part = split_at(meant, ' ');
+        CHECK(value_text(rows[part[0]]) == part[1]);
+        CHECK(rows.options.given.contains(part[0]));
+    }
+    const std::vector<std::pair<std::string, std::string>> answered = {
+        {"--block_size=256", "--block-size is --seq-len here: "},
+        {"--dtype=bfloat16", "--dtype is --precision here: "},
+        {"--bf16", "is --precision here"},
+        {"--fp16", "there is no fp16"},
+        {"--tf32 1", "is --precision here"},
+        {"-f 1", "is --precision here"},
+        {"--device=cuda", "./train_gpt_cu on the GPU"},
+        {"--compile=False", "there is no --compile: "},
+        {"--torch_compile", "there is no --torch-compile: "},
+        {"--wandb_log=True", "log.csv"},
+        {"--report_to wandb", "log.csv"},
+        {"--eval_iters=200", "--eval-iters is --eval-batches here: "},
+        {"--start=x", "--prompt TEXT"},
+        {"--bias=False", "all layers of GPT-2 have biases"},
+        {"--decay_lr=False", "--schedule constant"},
+        {"--lr_decay_iters=600", "--max-steps"},
+        {"--min_lr=6e-5", "is --min-lr-fraction here: "},
+        {"--eval_only=True", "./train_gpt eval"},
+        {"--always_save_checkpoint=True", "is --save-interval here"},
+        {"--dataset=shakespeare", "is --data here: "},
+        {"--init_from=gpt2", "`make gpt2`"},
+        {"--init_from=gpt2-xl", "--init-from data/gpt2"},
+        {"--init_from=scratch", "without --init-from"},
+        {"--init_from=resume", "--resume auto"},
+        {"--backend=nccl", "there is no --backend: "},
+        {"-d 524288", "is --grad-accum-steps here"},
+        {"-e d12", "--n-layer"},
+        {"-y 1", "--resume auto"},
+        {"-z 1", "there is no --z: "},
+        {"-sl 5.0", "is --skip-outliers here"},
+        {"-m 20", "is --eval-batches here"},
+        {"--gradient_checkpointing", "is --recompute-gelu here"},
+        {"--warmup_ratio 0.1", "is --warmup-steps here"},
+        {"--do_train", "trains unless"},
+        {"--optim adamw_torch", "AdamW is the only optimizer"},
+        {"--load_best_model_at_end", "best/"},
+        {"--push_to_hub", "Hugging Face folder"},
+        {"--overwrite_output_dir", "is --output here"},
+    };
+    for (const auto& [typed, answer] : answered) {
+        const std::string found = refusal(words(typed));
+        CHECK_MESSAGE(contains(found, answer), typed << ": " << found);
+        CHECK_MESSAGE(found.size() < 200, found);
+    }
+    CHECK(accepted.size() + answered.size() >= 60);
+    // No name twice, none of our own, and every answer leads to an option that there is.
+    std::set<std::string> seen;
+    const Rows rows;
+    for (const Option& row : rows.all) seen.insert(row.name);
+    for (const OtherNames& other : kOtherNames) {
+        for (const std::string& name : split_at(other.names, ' '))
+            CHECK_MESSAGE(seen.insert(name).second, name);
+        if (*other.ours) rows[other.ours];
+        CHECK((*other.ours || *other.why));
+    }
+}
+
+TEST_CASE("terminal: words are wrapped, not cut, whatever the parts they come in") {
+    const std::string text =
+        "one two three\n\nfour five \xc3\xa4\xc3\xb6\xc3\xbc six sevenandeight nine";
+    const std::string expected =
+        "one two\n  three\n\n  four\n  five \xc3\xa4\xc3\xb6\xc3\xbc\n  six\n"
+        "  sevenandeight\n  nine";
+    for (size_t part : {size_t(1), size_t(3), text.size()}) {
+        WordWrap wrap(10, 2, 2);
+        std::string out;
+        for (size_t at = 0; at < text.size(); at += part) out += wrap.add(text.substr(at, part));
+        CHECK(out + wrap.end() == expected);
+    }
+    CHECK(wrapped("as it is,  with  blanks") == "as it is,  with  blanks");
 }
 
 TEST_CASE("options: those that change the numbers") {

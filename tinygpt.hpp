@@ -4736,17 +4736,91 @@ inline std::string shell_word(const std::string& text) {
 
 // --- The terminal
 
+// The columns of the terminal that a file descriptor leads to; otherwise those of a file or a pipe.
+inline size_t columns_of(int fd, size_t in_a_file = SIZE_MAX) {
+    winsize window{};
+    if (!::isatty(fd)) return in_a_file;
+    return ::ioctl(fd, TIOCGWINSZ, &window) == 0 && window.ws_col > 0 ? window.ws_col : 80;
+}
+
+// A text in lines of at most `width` columns, broken at blanks; a word is never cut. All lines begin
+// at column `indent`, the first one at `column` where something stands before it. The text may come
+// in parts, so that it can be shown while it is made.
+class WordWrap {
+public:
+    explicit WordWrap(size_t width, size_t indent = 0, size_t column = 0)
+        : width_(width), indent_(indent), column_(column) {}
+
+    // What can be shown by now: all but the last word, which may go on.
+    std::string add(std::string_view text) {
+        std::string out;
+        for (char c : text) {
+            if (c != ' ' && c != '\n') {
+                word_ += c;
+                continue;
+            }
+            out += end();
+            if (c == '\n') out += '\n', column_ = blanks_ = 0;
+            if (c == ' ') ++blanks_;
+        }
+        return out;
+    }
+    // The last word.
+    std::string end() {
+        if (word_.empty()) return "";
+        const size_t length = characters(word_);
+        std::string out;
+        if (column_ > indent_ && length + blanks_ + column_ > width_)
+            out = "\n", column_ = blanks_ = 0;
+        const size_t blanks = blanks_ + (column_ < indent_ ? indent_ - column_ : 0);
+        column_ += blanks + length, blanks_ = 0;
+        return out + std::string(blanks, ' ') + std::exchange(word_, "");
+    }
+
+    // Bytes that do not continue a UTF-8 character.
+    static size_t characters(std::string_view text) {
+        return size_t(
+            std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xc0) != 0x80; }));
+    }
+
+private:
+    size_t width_, indent_, column_, blanks_ = 0;  // blanks_: before the word
+    std::string word_;
+};
+
+// The whole of a text, as a terminal shows it.
+inline std::string wrapped(const std::string& text, int fd = STDOUT_FILENO, size_t indent = 0,
+                           size_t column = 0) {
+    WordWrap wrap(columns_of(fd), indent, column);
+    std::string lines = wrap.add(text);
+    return lines += wrap.end();
+}
+
+// The text in a colour (as in ECMA-48: 1 bold, 31 red, 32 green, 33 yellow, 36 cyan) where the
+// terminal has colours and the user has not said NO_COLOR (no-color.org).
+inline std::string coloured(int colour, const std::string& text, int fd = STDOUT_FILENO) {
+    const char *no = std::getenv("NO_COLOR"), *kind = std::getenv("TERM");
+    const bool plain = !::isatty(fd) || (no && *no) || !kind || std::string_view(kind) == "dumb";
+    return plain ? text : format("\033[%dm%s\033[0m", colour, text.c_str());
+}
+
+// "warning: " and a text, on standard error.
+inline void complain(int colour, const char* label, const std::string& text) {
+    std::fflush(stdout);
+    std::fprintf(stderr, "%s %s\n", coloured(colour, label, STDERR_FILENO).c_str(),
+                 wrapped(text, STDERR_FILENO, 0, std::strlen(label) + 1).c_str());
+}
 // Reports what is wrong but does not end the run.
 inline void warn(const std::string& message) {
-    std::fflush(stdout);
-    const bool live = ::isatty(STDOUT_FILENO);  // then the live line may not have ended
-    std::fprintf(stderr, "%swarning: %s\n", live ? "\n" : "", message.c_str());
+    if (::isatty(STDOUT_FILENO)) std::printf("\n");  // the live line may not have ended
+    complain(33, "warning:", message);
 }
 
 // A label and a text; its further lines are aligned with the first.
-inline void say(std::string label, const std::string& text) {
-    for (const std::string& line : split_at(text, '\n'))
-        std::printf("%-10s %s\n", std::exchange(label, "").c_str(), line.c_str());
+inline void say(const std::string& label, const std::string& text) {
+    std::printf("%s %s\n", coloured(36, format("%-10s", label.c_str())).c_str(),
+                wrapped(text, STDOUT_FILENO, 11, 11).c_str());
+    std::fflush(stdout);
 }
 
 // 1234567 -> "1,234,567"
@@ -4880,27 +4954,32 @@ private:
     std::optional<GrowingFile> csv_;
 };
 
-// "step 50/2500 | loss 4.3021 | ... | 2m 05s left"
-inline std::string live_line(const LogRow& row, int64_t steps, double seconds_left) {
-    std::string line = format("step %.0f/%ld", *row.step, steps);
-    if (row.train_loss) line += format(" | loss %.4f", *row.train_loss);
-    if (row.val_loss)
-        line += format(" | val %.4f (perplexity %.2f)", *row.val_loss, *row.perplexity);
-    if (row.eval_train_loss) line += format(" | fixed train %.4f", *row.eval_train_loss);
-    if (row.lr) line += format(" | lr %.2e | norm %.3f", *row.lr, *row.grad_norm);
-    if (row.tokens_per_s) line += " | " + with_commas(int64_t(*row.tokens_per_s)) + " tok/s";
-    if (row.mfu) line += format(" | MFU %.0f%%", 100 * *row.mfu);
-    if (row.train_loss) line += " | " + duration_text(seconds_left) + " left";
-    return line;
+// "step 50/2500", "loss 4.3021", ...: what matters most comes first.
+inline std::vector<std::string> live_line(const LogRow& row, int64_t steps, double seconds_left) {
+    std::vector<std::string> parts = {format("step %.0f/%ld", *row.step, steps)};
+    if (row.train_loss) parts.push_back(format("loss %.4f", *row.train_loss));
+    if (row.val_loss) parts.push_back(format("val %.4f", *row.val_loss));
+    if (row.train_loss) parts.push_back(duration_text(seconds_left) + " left");
+    if (row.tokens_per_s) parts.push_back(with_commas(int64_t(*row.tokens_per_s)) + " tok/s");
+    if (row.mfu) parts.push_back(format("MFU %.0f%%", 100 * *row.mfu));
+    if (row.lr) parts.push_back(format("lr %.2e", *row.lr));
+    if (row.grad_norm) parts.push_back(format("norm %.3f", *row.grad_norm));
+    if (row.eval_train_loss) parts.push_back(format("fixed train %.4f", *row.eval_train_loss));
+    if (row.perplexity) parts.push_back(format("perplexity %.2f", *row.perplexity));
+    return parts;
 }
-// Overwrites the live line; with `keep`, the next does not overwrite it. In a file or a pipe only
-// those are printed. Why cut: of a line that wrapped, only the last part would be overwritten.
-inline void show_line(std::string line, bool keep) {
+// Overwrites the live line with as many parts as fit; with `keep`, the next does not overwrite it.
+// In a file or a pipe only those are printed. Why: of a line that wrapped, only the last part would
+// be overwritten.
+inline void show_line(const std::vector<std::string>& parts, bool keep) {
     const bool live = ::isatty(STDOUT_FILENO);
     if (!live && !keep) return;
-    winsize window{};
-    if (!keep && ::ioctl(STDOUT_FILENO, TIOCGWINSZ, &window) == 0 && window.ws_col > 0)
-        line.resize(std::min<size_t>(line.size(), window.ws_col - 1));
+    const size_t width = columns_of(STDOUT_FILENO) - 1;
+    std::string line = parts[0].substr(0, width);
+    for (size_t i = 1; i < parts.size(); ++i) {
+        if (line.size() + 3 + parts[i].size() > width) break;
+        line += " | " + parts[i];
+    }
     std::printf("%s%s%s", live ? "\r\033[K" : "", line.c_str(), keep ? "\n" : "");
     std::fflush(stdout);
 }
@@ -4958,7 +5037,8 @@ struct RunOptions {
     AdamW adamw;
     Guards guards;
 
-    int64_t log_interval = 50, eval_interval = 250, eval_batches = 10, sample_interval = 500;
+    int64_t log_interval = -1;  // -1: at evaluations, and once a minute
+    int64_t eval_interval = 250, eval_batches = 10, sample_interval = 1000;
     int64_t tensor_stats_interval = 0, patience = 0, save_interval = 500;
     int keep = 2;        // newest checkpoints
     std::string prompt;  // of samples
@@ -5082,8 +5162,7 @@ public:
           order_(DataOrder{corpus.train, o_.batch_size, model.T, uint64_t(o_.seed), o_.shuffle,
                            o_.overfit_batch}),
           val_windows_(evaluation_windows(corpus.val, model.T, corpus.document_start())),
-          train_windows_(fixed_windows(order_, o_.eval_batches)),
-          peak_flops_(peak_flops) {}
+          train_windows_(fixed_windows(order_, o_.eval_batches)), peak_flops_(peak_flops) {}
 
     // Trains to the end, and evaluates there unless Ctrl-C ends it. Why this order: the row is in
     // the log before anything may fail; what ends the run is decided once; the checkpoint comes
@@ -5100,21 +5179,22 @@ public:
             if (evaluated) evaluate_into(row), note_best(row);
             log_->add(row);
             end = end_reached();
-            show(row, evaluated || end != End::none || due(o_.log_interval));
+            show(row, evaluated || end != End::none);
             const std::string title = sample_title(epoch);
             if (evaluated && state_.best_step == state_.step) try_save("best", Purpose::use);
             if (end != End::none || due(o_.save_interval)) save(end);
             // Why last: Ctrl-C waits only for the checkpoint.
-            if (!title.empty() && end != End::interrupted) write_sample(title, 50);
+            if (!title.empty() && end != End::interrupted) show_sample(title);
         }
         return end;
     }
     const TrainerState& state() const { return state_; }
 
-    // Prints some text of the model's own, and appends it to samples.txt. It begins with the
+    // Some text of the model's own, which is also appended to samples.txt. It begins with the
     // prompt, or where a document does. Always the run's seed, so samples differ by what was
     // learned.
-    void write_sample(const std::string& title, int count) {
+    std::string write_sample(const std::string& title, int count) {
+        std::string text;
         try {
             auto tokens = prompt_tokens(o_.prompt, corpus_.tokenizer, model_.config.vocab_size);
             const int end_of_text = corpus_.end_of_text();
@@ -5128,13 +5208,13 @@ public:
             SampleOptions s;
             s.max_new_tokens = count, s.seed = o_.seed, s.end_of_text = end_of_text;
             generate(model_, tokens, s, add);
-            const std::string text = title + "\n" + take_characters(bytes, true) + "\n\n";
-            std::printf("\n%s", text.c_str());
+            text = take_characters(bytes, true);
             if (!samples_) samples_.emplace(o_.output + "/samples.txt");
-            samples_->append("=== " + text);
+            samples_->append("=== " + title + "\n" + text + "\n\n");
         } catch (const Error& error) {  // do not end the run for a sample
             warn(to_text("the sample at step ", state_.step, " failed: ", error.what()));
         }
+        return text;
     }
 
 private:
@@ -5155,6 +5235,7 @@ private:
                        format(" (%.2f epochs) into ", epochs(rows)) + o_.output);
         std::printf("\n");
         if (resumed) return;
+        show_line({"evaluating the model as it is"}, false);
         LogRow row = row_now();
         if (o_.eval_interval > 0) evaluate_into(row);
         // Why only now: if the text cannot be read, no run is left behind.
@@ -5319,10 +5400,24 @@ private:
 
     // The time left is that of the steps, or of --max-minutes where that is less.
     void show(const LogRow& row, bool keep) {
+        const double now = now_seconds();
+        keep |= o_.log_interval < 0 ? now - shown_ > 60 : due(o_.log_interval);
+        if (keep) shown_ = now;
         const double a_step = state_.seconds / double(std::max<int64_t>(1, state_.step));
         double left = double(state_.planned_steps - state_.step) * a_step;
         if (o_.max_minutes > 0) left = std::clamp(o_.max_minutes * 60 - state_.seconds, 0.0, left);
         show_line(live_line(row, state_.planned_steps, left), keep);
+    }
+
+    // Prints a sample: a terminal has one line for it, and all of it is in samples.txt.
+    void show_sample(const std::string& title) {
+        std::string text = write_sample(title, 50);
+        if (!::isatty(STDOUT_FILENO))
+            return void(std::printf("\n%s\n%s\n\n", title.c_str(), text.c_str()));
+        std::replace(text.begin(), text.end(), '\n', ' ');
+        WordWrap wrap(columns_of(STDOUT_FILENO) - 4);
+        const auto lines = split_at(wrap.add(title + ": " + text) + wrap.end(), '\n');
+        std::printf("%s%s\n", lines[0].c_str(), lines.size() > 1 ? " ..." : "");
     }
 
     // The title of a sample that is due; empty: none is. `epoch` is the step's. At its end, reports
@@ -5382,9 +5477,10 @@ private:
     const double peak_flops_;
     std::optional<Log> log_;
     std::optional<GrowingFile> samples_;
-    TrainerState state_;  // what a checkpoint keeps
-    bool ahead_ = false;  // the device has the next step already
-    double began_ = 0;    // when the current step began
+    TrainerState state_;            // what a checkpoint keeps
+    bool ahead_ = false;            // the device has the next step already
+    double began_ = 0;              // when the current step began
+    double shown_ = now_seconds();  // when the last line was kept
 };
 
 // =================================================================================================
@@ -5567,11 +5663,19 @@ const auto& nearest(const auto& table, const std::string& typed) {
 
 // --- Reading the command line
 
+// What other programs call an option.
+struct OtherNames {
+    const char* names;  // "max-iters x"
+    const char* ours;   // the option here; "": there is none
+    const char* why;    // "" where it means the same, and is accepted; otherwise what to type
+};
+
 // Reads the options of one command.
 struct CommandLine {
     const std::vector<Option>& table;
     const std::vector<CommandName>& commands;
     unsigned command;
+    std::span<const OtherNames> others = {};
 
     // Reads and sets the options in the arguments; returns the names of those that were given.
     // Reads no file but that of --config. Given twice, the last counts, of files too; the command
@@ -5596,8 +5700,31 @@ struct CommandLine {
             fail_usage(command_names(commands, command), " takes no option --", name,
                        "; it is for ", command_names(commands, option.commands));
         }
+        if (const OtherNames* other = other_name(name)) {
+            const std::string ours = other->ours, why = other->why;
+            if (why.empty()) return find(ours);
+            if (ours.empty()) fail_usage("there is no --", name, ": ", why);
+            fail_usage("--", name, " is --", ours, " here: ", why);
+        }
         fail_usage("unknown option ", shown("--" + name), "; did you mean --",
                    nearest(table, name).name, "? (--help lists all options)");
+    }
+
+    // Its row; null: no other program that we know has this name.
+    const OtherNames* other_name(const std::string& name) const {
+        for (const OtherNames& row : others)
+            for (const std::string& one : split_at(row.names, ' '))
+                if (one == name) return &row;
+        return nullptr;
+    }
+
+    // An argument as the option that it stands for: -h is --help, run.conf is --config=run.conf,
+    // and -b is --b where other programs have it.
+    std::string long_form(const std::string& argument) const {
+        if (argument == "-h") return "--help";
+        if (argument.starts_with('-'))
+            return argument[1] != '-' && other_name(argument.substr(1)) ? "-" + argument : argument;
+        return argument.ends_with(".conf") ? "--config=" + argument : argument;
     }
 
     // What follows an option is its value, unless it begins with "--". A switch may stand alone and
@@ -5605,8 +5732,7 @@ struct CommandLine {
     std::vector<Assignment> read_arguments(const std::vector<std::string>& arguments) const {
         std::vector<Assignment> all;
         for (size_t i = 0; i < arguments.size();) {
-            const std::string argument = arguments[i] == "-h" ? "--help" : arguments[i];
-            ++i;
+            const std::string argument = long_form(arguments[i++]);
             if (!argument.starts_with("--") || argument.size() < 3)
                 fail_usage("expected an option such as --", table[0].name, ", found ",
                            shown(argument), " (--help lists all options)",
@@ -5673,61 +5799,26 @@ struct CommandLine {
     }
 };
 
-// --- Help and echo
-
-// `line` and the words after it, in lines of at most 100 columns, each with its line end. The words
-// begin at column `indent`, below `line` where it is longer. A word is never cut.
-inline std::string wrap(std::string line, const std::vector<std::string>& words, size_t indent) {
-    std::string lines;
-    if (line.size() >= indent) lines = std::exchange(line, "") + "\n";
-    line.resize(indent, ' ');
-    for (const std::string& word : words) {
-        if (line.size() > indent && line.size() + 1 + word.size() > 100) {
-            lines += line + "\n";
-            line.assign(indent, ' ');
-        }
-        line += (line.size() > indent ? " " : "") + word;
-    }
-    return lines + line + "\n";
-}
+// --- Help
 
 // Help for the options that these commands take. `defaults` is the table of a fresh object. A bound
 // of a million or more only guards against overflow, so such a range is not shown.
 //   --top-p X                   ...; in (0, 1] (default 1)
 inline std::string options_help(const std::vector<Option>& defaults, unsigned commands) {
+    const size_t indent = 30, width = std::min<size_t>(100, columns_of(STDOUT_FILENO, 100));
     std::string text, group;
     for (const Option& option : defaults) {
         if (!(option.commands & commands)) continue;
         if (group != option.group) text += "\n" + (group = option.group) + "\n";
         const Range& range = option.range;
         const char* number = std::holds_alternative<double*>(option.value) ? " X" : " N";
-        std::string line = "  --" + option.name;
+        std::string line = "  --" + option.name, help = option.help;
         if (!option.is_switch()) line += range.is_number() ? number : " " + range.text;
-        std::vector<std::string> words = split_at(option.help, ' ');
-        if (range.is_number() && range.high < 1e6)
-            words.back() += ";", words.push_back(range.wanted());
-        if (is_set(option)) words.push_back("(default " + value_text(option) + ")");
-        text += wrap(line, words, 30);
-    }
-    return text;
-}
-
-// The echo at the start of a run: every option that the command takes and its value, so that a
-// printed log says how the run was made.
-//   length    *max-steps=300 epochs=- max-minutes=-
-inline std::string echo(const std::vector<Option>& table, const std::vector<Option>& defaults,
-                        unsigned command) {
-    std::string text = "options (* not the default, - not set)\n";
-    std::vector<std::string> words;
-    for (size_t i = 0; i < table.size(); ++i) {
-        const Option& option = table[i];
-        const std::string value = value_text(option);
-        const char* mark = value != value_text(defaults[i]) ? "*" : "";
-        if (option.commands & command && option.name != "help")
-            words.push_back(mark + option.name + "=" + (is_set(option) ? shown(value) : "-"));
-        const bool last = i + 1 == table.size() || table[i + 1].group != option.group;
-        if (last && !words.empty()) text += wrap("  " + option.group, words, 12);
-        if (last) words.clear();
+        if (range.is_number() && range.high < 1e6) help += "; " + range.wanted();
+        if (is_set(option)) help += " (default " + value_text(option) + ")";
+        if (line.size() >= indent) text += std::exchange(line, "") + "\n";
+        WordWrap wrap(width, indent, line.size());
+        text += line + wrap.add(help + "\n");
     }
     return text;
 }

@@ -2,6 +2,8 @@
 // What trains is tinygpt.hpp. train_gpt.cu includes this file and brings another device.
 #include "tinygpt.hpp"
 
+#include <random>  // random_device
+
 namespace tinygpt {
 
 // =================================================================================================
@@ -54,10 +56,12 @@ struct Options : RunOptions {
     bool untied_head = false, recompute_gelu = false;
 
     std::string config, resume, precision;
-    bool override_changes = false, tune_matmul = false, help = false;
+    bool override_changes = false, tune_matmul = false, quiet = false;
+    bool help = false, version = false;
     int threads = 0, seq_len = 0;
 
     std::string prompt_file;
+    bool interactive = false;
     SampleOptions sampling;
     int num_samples = 1, show_top = 0;
 
@@ -136,8 +140,11 @@ inline std::vector<Option> model_options(Options& o) {
          "precision of the computation; not set: bf16 on a GPU that has it, otherwise fp32"},
         {"tune-matmul", &o.tune_matmul, "run", kRun | kBench, "0|1",
          "on a GPU: time matmul kernels once, keep the fastest in data/matmul-plans.txt"},
+        {"quiet", &o.quiet, "run", kTrain, "0|1",
+         "print only warnings and errors; the run's folder has the log and the samples"},
         {"help", &o.help, "run", kAll, "0|1",
          "print this page; after a command, what that command takes"},
+        {"version", &o.version, "run", kAll, "0|1", "print the version, and how this was built"},
 
         {"batch-size", &o.batch_size, "batch", kBatch, "[1, 1000000]",
          "sequences in a micro-batch"},
@@ -181,7 +188,8 @@ inline std::vector<Option> training_options(Options& o) {
          "clip the gradient to this global norm; 0: do not clip"},
 
         {"log-interval", &o.log_interval, "watching", kTrain, "[0, 1e+12]",
-         "steps between lines on the terminal; 0: never"},
+         "steps between lines on the terminal; 0: only evaluations; not set: these, and once a "
+         "minute"},
         {"eval-interval", &o.eval_interval, "watching", kRun, "[0, 1e+12]",
          "steps between evaluations; 0: never"},
         {"eval-batches", &o.eval_batches, "watching", kRun | kEval, "[0, 1e+12]",
@@ -216,6 +224,8 @@ inline std::vector<Option> option_table(Options& o) {
         {
             {"prompt-file", &o.prompt_file, "sample", kSample, "FILE",
              "read the prompt from this file; - is standard input"},
+            {"interactive", &o.interactive, "sample", kSample, "0|1",
+             "read prompts from standard input, one a line, and continue each"},
             {"max-new-tokens", &o.sampling.max_new_tokens, "sample", kSample, "[1, 1000000000]",
              "number of tokens to generate at most"},
             {"num-samples", &o.num_samples, "sample", kSample, "[1, 1000000]",
@@ -238,12 +248,114 @@ inline std::vector<Option> option_table(Options& o) {
     return table;
 }
 
+// Names of nanoGPT, llm.c and transformers, in this order where one has several: what each is here.
+// A name is accepted where it means the same; otherwise the row says what to type.
+constexpr OtherNames kOtherNames[] = {
+    {"out-dir output-dir o", "output", ""},
+    {"i", "train-shards", ""},
+    {"j", "val-shards", ""},
+    {"model-name-or-path", "init-from", ""},
+    {"n-ctx max-position-embeddings", "n-positions", ""},
+    {"b per-device-train-batch-size", "batch-size", ""},
+    {"t max-seq-length", "seq-len", ""},
+    {"gradient-accumulation-steps", "grad-accum-steps", ""},
+    {"max-iters x", "max-steps", ""},
+    {"num-train-epochs", "epochs", ""},
+    {"l", "learning-rate", ""},
+    {"q", "min-lr-fraction", ""},
+    {"k lr-scheduler-type", "schedule", ""},
+    {"warmup-iters u", "warmup-steps", ""},
+    {"c", "weight-decay", ""},
+    {"adam-beta1", "beta1", ""},
+    {"adam-beta2", "beta2", ""},
+    {"adam-epsilon", "eps", ""},
+    {"max-grad-norm", "grad-clip", ""},
+    {"logging-steps", "log-interval", ""},
+    {"v eval-steps", "eval-interval", ""},
+    {"s", "sample-interval", ""},
+    {"n save-steps", "save-interval", ""},
+    {"nk save-total-limit", "keep", ""},
+    {"resume-from-checkpoint", "resume", ""},
+    {"early-stopping-patience", "patience", ""},
+    {"a", "overfit-batch", ""},
+    {"r", "recompute-gelu", ""},
+
+    {"dataset dataset-name train-file validation-file", "data",
+     "a folder that ./prepare_data --input FILE --output data/NAME makes; --val-fraction of the "
+     "text is kept for validation"},
+    {"tokenizer-name", "data",
+     "the tokenizer is part of the data folder (./prepare_data --tokenizer)"},
+    {"block-size", "seq-len",
+     "the tokens of a sequence; a new model of more than 128 positions also needs --n-positions"},
+    {"e config-name", "init-from",
+     "a Hugging Face folder (./prepare_data --from-llmc FILE makes one of a .bin), or --model "
+     "and --n-layer for a new model"},
+    {"d", "grad-accum-steps",
+     "a step has --batch-size times --seq-len times --grad-accum-steps tokens"},
+    {"per-device-eval-batch-size", "batch-size", "one size for training and evaluation"},
+    {"min-lr", "min-lr-fraction", "a fraction of --learning-rate, 0.1 for a tenth of it"},
+    {"decay-lr", "schedule", "--schedule constant is without decay"},
+    {"warmup-ratio", "warmup-steps", "a number of steps: the ratio times that of all steps"},
+    {"eval-iters m", "eval-batches",
+     "batches of training text; of the validation text all is scored"},
+    {"eval-strategy evaluation-strategy", "eval-interval", "a number of steps; 0: never"},
+    {"save-strategy always-save-checkpoint", "save-interval",
+     "a number of steps, better or not; best/ is the best so far"},
+    {"logging-strategy logging-first-step", "log-interval",
+     "a number of steps; log.csv has every step"},
+    {"log-level", "quiet", "--quiet prints only warnings and errors"},
+    {"y", "resume", "--resume auto goes on from the newest checkpoint in --output"},
+    {"overwrite-output-dir", "output", "a run is never written over: give another folder"},
+    {"dtype torch-dtype bf16 fp16 tf32 f", "precision",
+     "--precision fp32 (float32), bf16 (bfloat16) or, on a GPU, tf32; there is no fp16"},
+    {"gradient-checkpointing", "recompute-gelu",
+     "only GELUs are computed again, which keeps a quarter less"},
+    {"sl sg", "skip-outliers", "one limit, in standard deviations, for loss and gradient norm"},
+    {"data-seed", "seed", "one seed for weights, data, dropout and samples"},
+    {"start", "prompt", "--prompt TEXT, or --prompt-file FILE"},
+    {"max-length max-tokens", "max-new-tokens", "the prompt is not counted"},
+
+    {"eval-only do-eval", "", "type ./train_gpt eval --init-from DIR"},
+    {"do-train", "", "./train_gpt trains unless it is given another command"},
+    {"profile", "", "type ./train_gpt bench"},
+    {"g", "", "samples of a run have 50 tokens; ./train_gpt sample has --max-new-tokens"},
+    {"wandb-log wandb-project wandb-run-name report-to logging-dir run-name", "",
+     "nothing is sent anywhere; --output DIR has log.csv, and ./train_gpt show --runs DIR draws it"},
+    {"push-to-hub hub-model-id", "", "every checkpoint is a Hugging Face folder, ready to upload"},
+    {"device use-cpu no-cuda", "", "./train_gpt runs on the CPU, ./train_gpt_cu on the GPU"},
+    {"backend ddp-backend local-rank deepspeed fsdp z pn pr pg pm ps pp", "",
+     "one process trains, on all cores or on one GPU"},
+    {"compile torch-compile", "", "this program is compiled already"},
+    {"bias", "", "all layers of GPT-2 have biases"},
+    {"lr-decay-iters", "", "the learning rate falls until the last step, that of --max-steps"},
+    {"optim", "", "AdamW is the only optimizer"},
+    {"w", "", "the optimizer always has fp32 weights"},
+    {"ge", "", "GELU is always part of its matrix product"},
+    {"nm", "", "--keep N keeps the newest; copy a checkpoint that is to stay"},
+    {"load-best-model-at-end metric-for-best-model", "",
+     "best/ in --output is always the model of the lowest validation loss"},
+    {"dataloader-num-workers", "", "the next batches are always read ahead"},
+    {"auto-find-batch-size", "", "sizes that do not fit are refused, naming some that do"},
+    {"label-smoothing-factor", "", "the loss is plain cross-entropy"},
+    {"repetition-penalty num-beams", "", "--temperature, --top-k and --top-p choose the tokens"},
+};
+
 // The command of that name.
 inline Command find_command(const std::string& typed) {
     for (const CommandName& c : kCommands)
         if (typed == c.name) return Command(c.bit);
     fail_usage("unknown command ", shown(typed), "; did you mean ", nearest(kCommands, typed).name,
                "? The commands are ", command_names(kCommands, kAll));
+}
+
+// nanoGPT's --init-from has words for where to begin. Reads nothing.
+inline void check_init_from(const std::string& word) {
+    if (word == "scratch") fail_usage("without --init-from a model begins from scratch");
+    if (word == "resume") fail_usage("--init-from resume is --resume auto here");
+    if (word.starts_with("gpt2") && word.find('/') == word.npos)
+        fail_usage("there is no folder ", word,
+                   ": `make gpt2` fetches the published GPT-2 small; "
+                   "then say --init-from data/gpt2");
 }
 
 // Refuses options that contradict each other: nothing the user types may be silently ignored.
@@ -256,6 +368,11 @@ inline void check_together(const Options& o) {
         fail_usage("--val-shards needs --train-shards too: --train-shards GLOB --val-shards GLOB");
     if (o.override_changes && o.resume.empty())
         fail_usage("--override needs --resume DIR or --resume auto");
+    if (o.interactive)
+        for (const char* other : {"prompt", "prompt-file", "num-samples", "show-top"})
+            if (o.given.contains(other))
+                fail_usage("--interactive and --", other, " exclude each other: it reads prompts");
+    if (o.given.contains("init-from") && !folder_exists(o.init_from)) check_init_from(o.init_from);
     if (!o.runs.empty() && o.given.contains("init-from"))
         fail_usage("--runs and --init-from exclude each other: a page shows runs or a model");
     if (o.patience > 0 && o.eval_interval == 0)
@@ -269,14 +386,23 @@ inline void check_together(const Options& o) {
 // with status 2. Reads no file but that of --config.
 inline Options parse_options(std::vector<std::string> arguments) {
     Options o;
-    o.command_given = !arguments.empty() && !arguments[0].starts_with('-');
+    const auto is_help = [](const std::string& word) {
+        return word == "help" || word == "--help" || word == "-h";
+    };
+    if (!arguments.empty() && is_help(arguments[0])) {  // `help eval` is `eval --help`
+        arguments[0] = "--help";
+        if (arguments.size() > 1 && !arguments[1].starts_with('-'))
+            std::swap(arguments[0], arguments[1]);
+    }
+    o.command_given =
+        !arguments.empty() && !arguments[0].starts_with('-') && !arguments[0].ends_with(".conf");
     if (o.command_given) {
         o.command = find_command(arguments[0]);
         arguments.erase(arguments.begin());
     }
     const std::vector<Option> table = option_table(o);
-    o.given = CommandLine{table, kCommands, o.command}.read(arguments);
-    if (!o.help) check_together(o);  // --help works whatever else is on the line
+    o.given = CommandLine{table, kCommands, o.command, kOtherNames}.read(arguments);
+    if (!o.help && !o.version) check_together(o);  // --help works whatever else is on the line
     if (!o.given.contains("max-steps") &&
         (o.given.contains("epochs") || o.given.contains("max-minutes")))
         o.max_steps = 0;
@@ -292,14 +418,20 @@ inline std::string help_text(const Options& options, const std::string& program)
         if (commands & c.bit) text += format("  %-8s %s\n", c.name, c.help);
     Options defaults;
     return text + options_help(option_table(defaults), commands) +
-           "\nA switch is --name or --name 0|1. In names - and _ are the same. "
-           "Given twice, the last counts.\n";
+           "\nA switch is --name or --name 0|1. In names - and _ are the same. Given twice,\n"
+           "the last counts. A file of options is --config FILE, or FILE.conf alone.\n";
 }
 
-// Every option that the command takes, with its value, for the start of a run.
-inline std::string describe(Options options) {
-    Options defaults;
-    return echo(option_table(options), option_table(defaults), options.command);
+// What --version prints.
+inline std::string version_text() {
+    return format("tinygpt %d.%d.%d, built by %s %s, vectors of %d bits\n", TINYGPT_VERSION / 10000,
+                  TINYGPT_VERSION / 100 % 100, TINYGPT_VERSION % 100,
+#ifdef __clang__
+                  "clang", __clang_version__,
+#else
+                  "g++", __VERSION__,
+#endif
+                  kVectorBytes * 8);
 }
 
 // Name and value of every option that must be the same for a resumed run to be the same run: a
@@ -351,7 +483,8 @@ inline Curve curve_of(const std::vector<LogRow>& rows, std::optional<double> Log
 // Draws train (.), validation (o) and floor (-) into a box of text, or nothing where no loss is
 // finite. Why a log scale: the long tail of a run is still seen to fall.
 inline std::string draw_curve(const Curve& train, const Curve& val, double floor) {
-    constexpr int width = 76, height = 16;
+    const int width = int(std::clamp<size_t>(columns_of(STDOUT_FILENO, 100), 40, 100)) - 10;
+    constexpr int height = 10;
     double low = std::isfinite(floor) ? floor : INFINITY, high = 0;
     int64_t last = 1;
     for (const Curve* curve : {&train, &val})
@@ -375,12 +508,12 @@ inline std::string draw_curve(const Curve& train, const Curve& val, double floor
     for (const CurvePoint& p : train) put(double(p.step) / double(last), p.loss, '.');
     for (const CurvePoint& p : val) put(double(p.step) / double(last), p.loss, 'o');
 
-    // Every fifth line has its loss.
+    // Every third line has its loss.
     std::string out;
     for (int r = 0; r < height; ++r) {
         const double loss = std::exp(top - (top - bottom) * r / (height - 1));
-        out += r % 5 == 0 || r == height - 1 ? format("%8.3f |", loss) : "         |";
-        out += rows[size_t(r)] + "\n";
+        out += r % 3 == 0 ? format("%8.3f |", loss) : "         |";
+        out += rows[size_t(r)].substr(0, rows[size_t(r)].find_last_not_of(' ') + 1) + "\n";
     }
     out += "         +" + std::string(width, '-') + "\n";
     out += format("          0%*ld\n", width - 1, last) + "          loss over steps: . train";
@@ -425,6 +558,16 @@ inline std::string verdict(const TrainerState& state, const Curve& train, const 
     return (percent < -1 ? "improving: " : percent > 1 ? "rising: " : "flat: ") + text;
 }
 
+// A label and a command to paste, which is in one line, however wide the terminal is.
+inline void say_command(const std::string& label, const std::string& command) {
+    std::printf("%s %s\n", coloured(36, format("%-10s", label.c_str())).c_str(), command.c_str());
+}
+
+// A text of the model's: as it is, but for lines that a terminal would break within a word.
+inline std::string fitted(const std::string& text) {
+    return ::isatty(STDOUT_FILENO) ? wrapped(text) : text;
+}
+
 // The end of a run: the curve, the verdict, a sample, and lines to paste.
 template <class Device>
 void report(const Options& o, const Corpus& corpus, Trainer<Device>& trainer, End end) {
@@ -441,8 +584,8 @@ void report(const Options& o, const Corpus& corpus, Trainer<Device>& trainer, En
     std::string losses =
         format("%.4f, best %.4f at step %ld", state.val_loss, state.best_loss, state.best_step);
     if (std::isfinite(corpus.floor))
-        losses += format("; the floor is %.4f, so the ratio is %.4f", corpus.floor,
-                         state.val_loss / corpus.floor);
+        losses += format("; %.1f %% above the floor, %.4f",
+                         100 * (state.val_loss / corpus.floor - 1), corpus.floor);
     if (std::isfinite(state.val_loss))
         say("val loss", losses);
     else
@@ -452,15 +595,16 @@ void report(const Options& o, const Corpus& corpus, Trainer<Device>& trainer, En
     if (state.guards.skipped)
         say("guards", to_text(state.guards.skipped, " updates were skipped, ",
                               state.guards.outliers, " of them as outliers"));
-    trainer.write_sample("the model writes:", 100);
+    const std::string title = "the model writes:", text = trainer.write_sample(title, 100);
+    std::printf("\n%s\n%s\n\n", title.c_str(), fitted(text).c_str());
 
     // The user's own options are repeated, or the line would be of another run.
     const std::string best = o.output + "/best", last = checkpoint_folder(o.output, state.step);
     const std::string model = " --init-from " + shell_word(folder_exists(best) ? best : last);
     const std::string program = to_text("./", Device::kProgram);
     const char* prompt = corpus.tokenizer && o.prompt.empty() ? " --prompt \"Once\"" : "";
-    say("next", program + " sample" + retyped(o, kSample) + model + prompt);
-    if (!corpus.val.empty()) say("", program + " eval" + retyped(o, kEval) + model);
+    say_command("next", program + " sample" + retyped(o, kSample) + model + prompt);
+    if (!corpus.val.empty()) say_command("", program + " eval" + retyped(o, kEval) + model);
 }
 
 // =================================================================================================
@@ -507,7 +651,8 @@ inline Corpus open_corpus(const Options& o) {
             fail("no file matches ", split->pattern(),
                  " (give a pattern in quotes, such as 'data/train_*.bin', or one file)");
     if (o.command != kTrain || !corpus.train.empty()) return corpus;
-    for (const std::string& name : folder_exists(o.data) ? list_folder(o.data) : std::vector<std::string>())
+    for (const std::string& name :
+         folder_exists(o.data) ? list_folder(o.data) : std::vector<std::string>())
         if (name.ends_with(".bin"))
             fail(o.data, " holds no train_*.bin, but ", name, ": say which files to read, such as ",
                  "--train-shards '", o.data, "/*train*.bin' --val-shards '", o.data, "/*val*.bin'");
@@ -642,20 +787,17 @@ std::unique_ptr<Gpt2<Device>> open_model(Device device, const Config& config, in
     return model;
 }
 
-// What the model is made of, and what it takes to train it.
+// What the model is made of, and what it takes to train it. Returns the memory, by its uses.
 template <class Device>
-void print_model(const Config& config, int B, int T) {
+MemoryNeed print_model(const Config& config, int B, int T) {
     say("model", to_text(config.n_layer, " layers, ", config.n_head, " heads, ", config.n_embd,
                          " channels, ", config.n_positions, " positions, vocabulary ",
                          config.vocab_size, config.untied_head ? ", untied head" : ""));
-    say("",
-        with_commas(int64_t(layout_of(config).count)) +
-            format(" parameters, %.1f MFLOP a token to train", flops_per_token(config, T) / 1e6));
     const MemoryNeed need = memory_need<Device>(config, B, T, Use::training);
-    say("memory",
-        to_text(bytes_text(need.total()), ": weights ", bytes_text(need.weights), ", gradients ",
-                bytes_text(need.gradients), ", moments ", bytes_text(need.moments),
-                ", activations ", bytes_text(need.activations)));
+    say("", to_text(with_commas(int64_t(layout_of(config).count)), " parameters, ",
+                    format("%.1f MFLOP a token, ", flops_per_token(config, T) / 1e6),
+                    bytes_text(need.total()), " to train"));
+    return need;
 }
 
 // --- Ctrl-C
@@ -881,7 +1023,9 @@ int train_command(Device device, const Options& given) {
 
     // Say what will be trained on what, and go.
     say("tinygpt", device.describe());
-    std::printf("%s", describe(o).c_str());
+    const std::string options = retyped(given, kTrain);
+    say("options",
+        options.empty() ? "none given (--help lists all, with defaults)" : options.substr(1));
     say("data", to_text(corpus.folder.empty() ? "shards" : corpus.folder, ": ",
                         with_commas(corpus.train.tokens()), " training tokens, ",
                         with_commas(corpus.val.tokens()), " for validation"));
@@ -1072,32 +1216,66 @@ void show_top(auto& model, const std::vector<int32_t>& tokens,
     }
 }
 
-// One text, shown while it is made. Notes go to standard error, so that a file of samples holds
-// nothing else. It stops when nobody reads any more (head closes the pipe).
-void write_text(auto& model, const std::vector<int32_t>& tokens,
-                const std::optional<Tokenizer>& tokenizer, const SampleOptions& options) {
-    std::string bytes;  // sampled, and not shown yet
+// The prompt's tokens; without a prompt, what a document begins with.
+inline std::vector<int32_t> sample_tokens(const std::string& prompt,
+                                          const std::optional<Tokenizer>& tokenizer, int V) {
+    std::vector<int32_t> tokens = prompt_tokens(prompt, tokenizer, V);
+    if (tokens.empty()) tokens.push_back(tokenizer ? tokenizer->end_of_text() : 0);
+    return tokens;
+}
+
+// The prompt and one text after it, shown while it is made. Notes go to standard error, so that a
+// file of samples holds nothing else. It stops when nobody reads any more (head closes the pipe).
+void write_text(auto& model, const std::string& prompt, const std::optional<Tokenizer>& tokenizer,
+                const SampleOptions& options) {
+    const bool terminal = ::isatty(STDOUT_FILENO);
+    WordWrap wrap(columns_of(STDOUT_FILENO));
+    auto show = [&](const std::string& text) {
+        const std::string out = terminal ? wrap.add(text) : text;
+        std::fwrite(out.data(), 1, out.size(), stdout);
+        std::fflush(stdout);
+    };
+    const auto tokens = sample_tokens(prompt, tokenizer, model.config.vocab_size);
+    show(!tokenizer && !prompt.empty() ? prompt + " " : prompt);  // a blank between two numbers
+    std::string bytes;                                            // sampled, and not shown yet
     int64_t count = 0;
     const double begin = now_seconds();
     double first = begin;  // when the prompt had been read, and the first token was there
     const int slides = generate(model, tokens, options, [&](int token) {
         if (count == 0) first = now_seconds();
         bytes += text_of_token(tokenizer, token);
-        std::fputs(take_characters(bytes, false).c_str(), stdout);
-        std::fflush(stdout);
+        show(take_characters(bytes, false));
         return ++count, !std::ferror(stdout);
     });
-    std::printf("%s\n", take_characters(bytes, true).c_str());
-    std::fflush(stdout);
+    show(take_characters(bytes, true) + "\n");
     std::string note =
         format("[%zu tokens read in %.2f s, %ld written", tokens.size(), first - begin, count);
     if (count > 1) note += format(", %.1f a second", double(count - 1) / (now_seconds() - first));
-    std::fprintf(stderr, "%s]\n", note.c_str());
+    note += "]\n";
     if (slides)
-        std::fprintf(stderr,
-                     "[the text outgrew the model's %d positions: %d times its older half was "
-                     "forgotten]\n",
-                     model.config.n_positions, slides);
+        note += format(
+            "[the text outgrew the model's %d positions: %d times its older half was "
+            "forgotten]\n",
+            model.config.n_positions, slides);
+    std::fputs(wrapped(note, STDERR_FILENO).c_str(), stderr);
+}
+
+// Reads prompts, one a line, and continues each, until the input ends. A prompt that cannot be read
+// does not end it.
+void converse(auto& model, const std::optional<Tokenizer>& tokenizer, SampleOptions options) {
+    std::fprintf(stderr, "[seed %llu; type a prompt; Ctrl-D ends]\n",
+                 static_cast<unsigned long long>(options.seed));
+    for (std::string prompt;; ++options.seed, prompt.clear()) {
+        if (::isatty(STDIN_FILENO)) std::fputs("> ", stderr);
+        int c;
+        while ((c = std::getchar()) != EOF && c != '\n') prompt += char(c);
+        if (c == EOF && prompt.empty()) return;
+        try {
+            write_text(model, prompt, tokenizer, options);
+        } catch (const Error& error) {
+            complain(31, "error:", error.what());
+        }
+    }
 }
 
 // --num-samples texts, each after the prompt and with a seed of its own; or, with --show-top, the
@@ -1107,21 +1285,20 @@ int sample_command(auto device, const Options& o) {
     const std::optional<Tokenizer> tokenizer = tokenizer_of(o.init_from);
     if (tokenizer && tokenizer->vocab_size() > config.vocab_size)
         fail(o.init_from, ": its tokenizer has more tokens than its model");
-    const int end_of_text = tokenizer ? tokenizer->end_of_text() : -1;
     const std::string file = o.prompt_file == "-" ? "/dev/stdin" : o.prompt_file;
     const std::string prompt = file.empty() ? o.prompt : read_file(file, size_t(1) << 26);
-    std::vector<int32_t> tokens = prompt_tokens(prompt, tokenizer, config.vocab_size);
-    if (tokens.empty()) tokens.push_back(std::max(0, end_of_text));
+    const auto tokens = sample_tokens(prompt, tokenizer, config.vocab_size);
     const auto model =
         open_model(device, config, 1, config.n_positions, Use::generation, o.init_from);
     if (o.show_top > 0) return show_top(*model, tokens, tokenizer, o.show_top), 0;
-    for (int i = 0; i < o.num_samples; ++i) {
+    SampleOptions options = o.sampling;
+    options.seed = uint64_t(o.seed);
+    if (o.interactive && !o.given.contains("seed")) options.seed = std::random_device()();
+    options.end_of_text = tokenizer ? tokenizer->end_of_text() : -1;
+    if (o.interactive) return converse(*model, tokenizer, options), 0;
+    for (int i = 0; i < o.num_samples; ++i, ++options.seed) {
         if (i > 0) std::printf("\n---\n");
-        std::fwrite(prompt.data(), 1, prompt.size(), stdout);
-        if (!tokenizer && !prompt.empty()) std::fputs(" ", stdout);  // between two numbers
-        SampleOptions sampling = o.sampling;
-        sampling.seed = uint64_t(o.seed) + uint64_t(i), sampling.end_of_text = end_of_text;
-        write_text(*model, tokens, tokenizer, sampling);
+        write_text(*model, prompt, tokenizer, options);
     }
     return 0;
 }
@@ -1148,8 +1325,11 @@ int info_command(Device device, const Options& o) {
     }
     row("total", "", layout.count);
     std::printf("\n\n");
-    print_model<Device>(config, o.batch_size, T);
-    say("", to_text("for --batch-size ", o.batch_size, " --seq-len ", T));
+    const MemoryNeed need = print_model<Device>(config, o.batch_size, T);
+    say("memory", to_text("weights ", bytes_text(need.weights), ", gradients ",
+                          bytes_text(need.gradients), ", moments ", bytes_text(need.moments),
+                          ", activations ", bytes_text(need.activations), " with --batch-size ",
+                          o.batch_size, " --seq-len ", T));
     // What a long training would take. No program reaches the peak; half of it is good.
     const double peak = product_peak_flops(device);
     const double seconds = 1e10 * flops_per_token(config, T) / peak;
@@ -1983,13 +2163,14 @@ inline void wait_politely(char** argv) {
 // error and an exit status. All errors end here; destructors tidy up on the way.
 int program(int argc, char** argv, const char* name, auto&& run) {
     auto failed = [](int status, const std::string& message) {
-        std::fflush(stdout);
-        std::fprintf(stderr, "error: %s\n", message.c_str());
+        complain(31, "error:", message);
         return status;
     };
     try {
         const Options options = parse_options(std::vector<std::string>(argv + 1, argv + argc));
         if (options.help) return std::printf("%s", help_text(options, name).c_str()), 0;
+        if (options.version) return std::printf("%s", version_text().c_str()), 0;
+        if (options.quiet && !std::freopen("/dev/null", "w", stdout)) fail_errno("/dev/null");
         if (options.threads > 0) omp_set_num_threads(options.threads);
         const int status = run(options);
         // What a run makes is in its folder; what other commands make must have been printed.

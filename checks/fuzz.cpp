@@ -139,7 +139,7 @@ void options(const std::string& input) {
     Strings arguments = split_at(input, '\0');
     while (!arguments.empty() && arguments.back().empty()) arguments.pop_back();
     Options options = parse_options(arguments);
-    help_text(options, "fuzz"), describe(options);
+    help_text(options, "fuzz"), retyped(options, options.command);
     // Every value as it would be typed makes the same options again.
     Strings again;
     for (const CommandName& c : kCommands)
