@@ -39,20 +39,33 @@ $(BUILD): ; @mkdir -p $@
 data/stories/dataset.json: | prepare_data
 	./prepare_data
 
-# CUDA: for the GPU in this machine; without one, for those named in CUDA_ARCHS.
+# CUDA: for every GPU of this machine; without one, for those named in CUDA_ARCHS. Beside it code that a driver
+# compiles for later GPUs (PTX). Each list of architectures has a folder of its own, and is asked for only where it
+# is built.
 NVCC       ?= $(or $(shell command -v nvcc),/usr/local/cuda/bin/nvcc)
-GPU_HERE    = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n '1s/^\([0-9]*\)\.\([0-9]*\)$$/\1\2/p')
-CUDA_ARCHS ?= $(or $(if $(filter 90,$(GPU_HERE)),90a,$(GPU_HERE)),80 90a)
-GENCODE     = $(foreach a,$(CUDA_ARCHS),-gencode=arch=compute_$(a),code=sm_$(a))
-NVFLAGS     = -std=c++20 -O3 $(GENCODE) -diag-suppress 1675 -Xcompiler -fopenmp,-march=$(MARCH),-Wall,-Wextra,-Wno-restrict
+GPUS_HERE   = $(sort $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n 's/^\([0-9]*\)\.\([0-9]*\)$$/\1\2/p'))
+NVCC_KNOWS  = $(patsubst sm_%,%,$(shell $(NVCC) --list-gpu-code))
+CUDA_ARCHS ?= $(or $(patsubst 90,90a,$(GPUS_HERE)),75 80 90a)
+GENCODE     = $(foreach a,$(filter-out ptx,$1),-gencode=arch=compute_$(a),code=sm_$(a)) -gencode=arch=compute_80,code=compute_80
+NVFLAGS     = -std=c++20 -O3 -diag-suppress 1675 -Xcompiler -fopenmp,-march=$(MARCH),-Wall,-Wextra,-Wno-restrict
 CUDA_SOURCE := train_gpt.cu train_gpt.cpp tinygpt.hpp
-train_gpt_cu: $(CUDA_SOURCE) data/stories/dataset.json
-	@echo "building for compute capability $(CUDA_ARCHS)"
-	$(NVCC) $(NVFLAGS) $< -o $@ -lcublasLt
-test_gpt_cu: build/test_gpt_cu
-	./$<
-build/test_gpt_cu: test_gpt.cpp $(CUDA_SOURCE) | $(BUILD)
-	$(NVCC) $(NVFLAGS) $(TESTFLAGS) -DTINYGPT_TEST_CUDA -x cu $< -o $@ -lcublasLt
+train_gpt_cu: data/stories/dataset.json
+	+@$(call build_cuda,$@) && cp $$folder/$@ $@
+test_gpt_cu:
+	+@$(call build_cuda,$@) && $$folder/$@
+# Leaves out what this nvcc cannot compile: for a newer GPU there is PTX; an older one ends it.
+build_cuda = archs=; for a in $(CUDA_ARCHS); do case " $(NVCC_KNOWS) " in \
+	    *" $${a%a} "*) archs="$$archs $$a";; \
+	    *) [ $${a%a} -gt 80 ] || { echo "this nvcc does not compile for compute capability $$a: it knows $(NVCC_KNOWS);" \
+	        "CUDA Toolkit 12 has 50 to 90 (NVCC=...), or type make train_gpt && ./train_gpt"; exit 1; };; esac; done; \
+	folder=build/cuda-$(MARCH)$$(echo "$$archs ptx" | tr ' ' -); echo "building for compute capability$$archs, and later ones"; \
+	$(MAKE) --no-print-directory $$folder/$1
+build/cuda-$(MARCH)-%/train_gpt_cu: $(CUDA_SOURCE)
+	@mkdir -p $(@D)
+	$(NVCC) $(NVFLAGS) --threads 0 $(call GENCODE,$(subst -, ,$*)) $< -o $@ -lcublasLt
+build/cuda-$(MARCH)-%/test_gpt_cu: test_gpt.cpp $(CUDA_SOURCE)
+	@mkdir -p $(@D)
+	$(NVCC) $(NVFLAGS) --threads 0 $(call GENCODE,$(subst -, ,$*)) $(TESTFLAGS) -DTINYGPT_TEST_CUDA -x cu $< -o $@ -lcublasLt
 
 # The same kernels on the CPU, without the CUDA Toolkit: cuda_on_cpu/README.md.
 EMULATOR   := $(wildcard cuda_on_cpu/*.h cuda_on_cpu/*.hpp)
@@ -67,10 +80,11 @@ train_gpt_cu_on_cpu: $(BUILD)/train_gpt_cu.cpp $(CUDA_SOURCE) $(EMULATOR)
 # The tests, CPU and CUDA in one program. FILTER="matmul*" runs those whose names match.
 test: $(BUILD)/test_gpt
 	OMP_WAIT_POLICY=passive $(TEST_ENV) $(BUILD)/test_gpt $(FILTER:%=-tc="%")
+	checks/cuda_build.sh
 TEST_PARTS ?= cpu cuda
 TEST_SOURCE := test_gpt.cpp prepare_data.cpp $(wildcard docs/embedding.cpp checks/*.hpp) $(CUDA_SOURCE)
 $(BUILD)/test_gpt: $(TEST_PARTS:%=$(BUILD)/test_%.o)
-	$(CXX) $(CXXFLAGS) $^ -o $@
+	$(CXX) $(CXXFLAGS) $^ -rdynamic -o $@
 $(BUILD)/test_cpu.o: $(TEST_SOURCE) | $(BUILD)
 	$(CXX) $(CXXFLAGS) $(if $(SANITIZE),,-O2) $(TESTFLAGS) -c $< -o $@
 $(BUILD)/test_cuda.o: $(TEST_SOURCE) $(BUILD)/train_gpt_cu.cpp $(EMULATOR)
@@ -103,4 +117,4 @@ compare: train_gpt prepare_data
 include checks/checks.mk  # check, nightly, torture, fuzz, tidy, plot, count: what `make test` is too short for
 
 clean: ; rm -rf build cuda_on_cpu/build train_gpt train_gpt_cu train_gpt_cu_on_cpu test_gpt_cu prepare_data
-.PHONY: train_gpt prepare_data test test_gpt_cu shakespeare gpt2-vocab gpt2 experiment compare clean
+.PHONY: train_gpt train_gpt_cu prepare_data test test_gpt_cu shakespeare gpt2-vocab gpt2 experiment compare clean

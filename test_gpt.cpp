@@ -1050,6 +1050,13 @@ TEST_CASE("dropout: zero with probability p, otherwise scaled so that the mean s
     CHECK(!Dropout{5, 0.0f}.on());
 }
 
+TEST_CASE("dropout: the numbers below p 2^32 are dropped, as doubles would say") {
+    for (float p : {0x1p-40f, 1e-9f, 0.1f, 0.3f, 0.5f, 0.9f, std::nextafter(1.0f, 0.0f)})
+        for (uint64_t i = 0; i < 2000; ++i)
+            CHECK((Dropout{7, p}.scale(i) == 0) ==
+                  (double(random_bits(7, i) >> 32) < double(p) * 0x1p32));
+}
+
 TEST_CASE("dropout: on embeddings, branches and attention weights, not on the residual stream") {
     Threads one(1);
     Reference<double> device;
@@ -6857,6 +6864,11 @@ namespace cuda_tests {
 using namespace fixtures;
 using Values = std::vector<double>;
 
+#ifdef CUDA_ON_CPU
+// What ptxas makes of the kernels, so that the emulator counts their registers and shared memory.
+const bool sizes_known = cuda_on_cpu::load_kernel_sizes("checks/kernels.txt");
+#endif
+
 // The device with matmuls in tf32: numbers of 11 bits go into a product, all else is fp32.
 struct CudaTf32 : Cuda<float> {
     CudaTf32() : Cuda<float>(true) {}
@@ -6955,6 +6967,9 @@ inline std::string place_of(std::initializer_list<std::pair<const char*, double>
     for (auto& [name, value] : values) text += format("%s %g  ", name, value);
     return text;
 }
+
+// Compute capability 8.0 and later have bf16 and tf32.
+inline bool has_bf16() { return Cuda<float>().context->gpu.major >= 8; }
 
 template <size_t N>
 using Sizes = std::vector<std::array<int, N>>;
@@ -7253,6 +7268,7 @@ TEST_CASE_TEMPLATE("cuda: attention", A, float, bf16) {
 
 #ifdef CUDA_ON_CPU
 TEST_CASE("cuda: attention has the same bits in blocks of 64 and of 128 rows") {
+    if (!has_bf16()) return;
     const int B = 1, T = 150, NH = 2, HS = 64, C = NH * HS;
     const Array<bf16> qkv(random_values<bf16>(size_t(B) * T * 3 * C, 1)),
         dout(random_values<bf16>(size_t(B) * T * C, 2));
@@ -7718,6 +7734,7 @@ TEST_CASE("cuda: a run whose numbers come a step late is the same run") {
 // the masters have to come back, too. Dropout's steps are no graphs, so some are resumed without
 // it: such a run begins with no graph, where the straight run was in the middle of using its.
 TEST_CASE("cuda: resumed at every step, it is the same run to the bit") {
+    if (!has_bf16()) return;
     namespace fs = std::filesystem;
     const CudaRuns text({700, 131, 1, 2, 333}, 40);
     const std::string resumed = text.out("resumed");
@@ -7774,6 +7791,83 @@ Values some_products(Device& cuda) {
     return all;
 }
 
+#ifdef CUDA_ON_CPU
+TEST_CASE("cuda: tuning tries sums in 5 and 7 parts, and does without memory it cannot have") {
+    if (!has_bf16() || cuda_on_cpu::settings().refusals) return;
+    const TemporaryFolder place;
+    const std::string path = place.path + "/plans.txt";
+    const auto before = cuda_on_cpu::settings();
+    Cuda<bf16> cuda;
+    cuda.context->matmuls->tune_from = 0;
+    cuda.context->matmuls->tune_into(path, cuda.context->gpu.name);
+    const int rows = 900, C = 64, OC = 128;
+    const Array<bf16> x(random_values<bf16>(size_t(rows) * C, 1)),
+        w(random_values<bf16>(size_t(C) * OC, 2)), dout(random_values<bf16>(size_t(rows) * OC, 3));
+    Array<bf16> dx(size_t(rows) * C);
+    Array<float> dw(random_values<float>(size_t(C) * OC, 4));
+    cuda.linear_backward(dx.data, dw.data, dout.data, x.data, w.data, rows, C, OC, false);
+    for (uint32_t parts : {5, 7}) CHECK(cuda_on_cpu::splits_wanted().count(parts) == 1);
+    // A sum that is added to another needs room for a second result, which is not there.
+    const Values old = dw.values();
+    cuda_on_cpu::settings().memory_bytes = cuda_on_cpu::buffers().bytes_in_use + 1000;
+    cuda.linear_backward(dx.data, dw.data, dout.data, x.data, w.data, rows, C, OC, true);
+    cuda_on_cpu::settings() = before;
+    Values want = old;
+    for (double& value : want) value *= 2;
+    compare("dw", dw.values(), want, 0x1p-24, 4, rows);
+    CHECK(contains(read_file(path), "| no memory to time it"));
+}
+
+// Where the library lacks what it may lack, and where its fused GELU is slow, kernels do it.
+TEST_CASE("cuda: every product has another way, for a library or a GPU that lacks the first") {
+    const auto card = std::exchange(cuda_on_cpu::settings(), {}), before = cuda_on_cpu::settings();
+    const int rows = 33, C = 16, OC = 72;
+    auto launches = [](const std::string& name) {
+        for (const auto& kernel : cuda_on_cpu::kernels())
+            if (kernel.name == name) return kernel.launches;
+        return 0L;
+    };
+    const Array<bf16> x(random_values<bf16>(size_t(rows) * C, 1)),
+        w(random_values<bf16>(size_t(C) * OC, 2)), b(random_values<bf16>(size_t(OC), 3)),
+        residual(random_values<bf16>(size_t(rows) * OC, 4));
+    struct Case {
+        const char* card;
+        uint64_t refusals;
+        bool own_gelu, own_sum;
+    };
+    for (const Case& c : {Case{"h100", 0, false, false}, Case{"b200", 0, false, false},
+                          Case{"a100", 0, true, false}, Case{"rtx4090", 0, true, false},
+                          Case{"rtx5090", 0, true, false}, Case{"h100", 1, true, true}}) {
+        CAPTURE(c.card);
+        cuda_on_cpu::play_card(cuda_on_cpu::settings(), c.card);
+        cuda_on_cpu::settings().refusals = c.refusals;
+        Cuda<bf16> cuda;
+        Array<bf16> gelu(size_t(rows) * OC), pre(size_t(rows) * OC), sum(size_t(rows) * OC);
+        const long gelus = launches("gelu_kernel"), sums = launches("residual_kernel");
+        cuda.linear_gelu_forward(gelu.data, pre.data, x.data, w.data, b.data, rows, C, OC);
+        cuda.linear_residual_forward(sum.data, residual.data, x.data, w.data, b.data, rows, C, OC,
+                                     {});
+        CHECK((launches("gelu_kernel") > gelus) == c.own_gelu);
+        CHECK((launches("residual_kernel") > sums) == c.own_sum);
+        const Values left = residual.values();
+        Values want = pre.values();
+        for (size_t i = 0; i < want.size(); ++i) want[i] += left[i];
+        compare("sum", sum.values(), want, 0x1p-9, 3, C);
+    }
+    // A product that the library must have and has not is named.
+    cuda_on_cpu::settings() = before;
+    Cuda<bf16> cuda;
+    cuda_on_cpu::settings().major = 7;
+    CHECK(error_of([&] {
+              Array<bf16> out(size_t(rows) * OC);
+              cuda.linear_forward(out.data, x.data, w.data, b.data, rows, C, OC);
+          }) ==
+          "cuBLASLt has no kernel for product nn 33x72, k 16, epilogue 4, bf16 to bf16 on CUDA "
+          "on CPU: CUBLASLT_LOG_LEVEL=5 makes it say why; a newer CUDA Toolkit may have one");
+    cuda_on_cpu::settings() = card;
+}
+#endif
+
 TEST_CASE_TEMPLATE("cuda: a tuned matmul is chosen once, written down, and the same ever after",
                    Device, Cuda<float>, CudaTf32, Cuda<bf16>) {
     const TemporaryFolder place;
@@ -7793,13 +7887,17 @@ TEST_CASE_TEMPLATE("cuda: a tuned matmul is chosen once, written down, and the s
     CHECK(read_file(path) == text);
     CHECK(tuned(1e9) == want);  // too small to be worth it
 
-    // Another GPU's plans are not ours, and stay.
-    std::string others = text;
-    for (size_t at = 0; (at = others.find("cuBLASLt", at)) != others.npos; at += 8)
-        others.replace(at, 8, "another!");
-    write_file(path, others);
-    compare("products", tuned(), want, kUnit<Device>, 4, 300);
-    CHECK(read_file(path).substr(0, others.size()) == others);
+    // Plans of another GPU, library, compiler or version of the kernels are not ours, and stay.
+    for (std::string word : {std::string(plain.context->gpu.name), std::string("cuBLASLt"),
+                             std::string("nvcc"), std::string("kernels")}) {
+        std::string others = text;
+        for (size_t at = 0; (at = others.find(word, at)) != others.npos; at += word.size())
+            others.replace(at, word.size(), std::string(word.size(), '?'));
+        write_file(path, others);
+        compare("products", tuned(), want, kUnit<Device>, 4, 300);
+        CHECK(read_file(path).substr(0, others.size()) == others);
+        CHECK(read_file(path).size() > others.size());
+    }
 
     // A damaged line is refused by name.
     std::string broken = text;
@@ -7891,10 +7989,9 @@ Values attention_by(const std::string& way, const std::string& path, Shape s, do
     if (!way.empty()) {
         std::string plans;
         for (const char* what : {"forward", "backward"})
-            plans +=
-                format("%s, cuBLASLt %zu | attention %s %d %d %d %d | %s | 1.0 us, other 2.0 us\n",
-                       cuda.context->gpu.name, cublasLtGetVersion(), what, s.B, s.T, s.NH, s.HS,
-                       way.c_str());
+            plans += format("%s | attention %s %d %d %d %d | %s | 1.0 us, other 2.0 us\n",
+                            Matmuls::made_for(cuda.context->gpu.name).c_str(), what, s.B, s.T, s.NH,
+                            s.HS, way.c_str());
         write_file(path, plans);
         cuda.context->matmuls->tune_from = 0;
         cuda.context->matmuls->tune_into(path, cuda.context->gpu.name);
@@ -7917,7 +8014,7 @@ Values attention_by(const std::string& way, const std::string& path, Shape s, do
 
 // On a GPU of compute capability 9.0.
 TEST_CASE("cuda: attention by groups of warps gives what single warps give") {
-    if (Cuda<bf16>().context->gpu.major != 9) return;
+    if (Cuda<float>().context->gpu.major != 9) return;
     const TemporaryFolder place;
     const std::string path = place.path + "/plans.txt";
     for (Shape s : {Shape{1, 1, 1, 64, 0}, Shape{2, 33, 2, 64, 0}, Shape{1, 64, 1, 64, 0},
@@ -7951,7 +8048,7 @@ TEST_CASE("cuda: attention by groups of warps gives what single warps give") {
 // Which of the two is faster is timed once and written down; what is written down is done ever
 // after. Where they differ, or the GPU has only one, it is mma.sync.
 TEST_CASE("cuda: attention by groups of warps is taken where tuning found it faster, and right") {
-    if (Cuda<bf16>().context->gpu.major != 9) return;
+    if (Cuda<float>().context->gpu.major != 9) return;
     const TemporaryFolder place;
     const std::string path = place.path + "/plans.txt";
     const Shape s{1, 70, 2, 64, 0};
@@ -8028,7 +8125,7 @@ TEST_CASE("cuda: attention by groups of warps is taken where tuning found it fas
 #ifdef CUDA_ON_CPU
 TEST_CASE("cuda: no GPU, an old one, a small one, sizes it has no kernels for: a line says so") {
     const CudaRuns text({400'000});
-    const auto before = cuda_on_cpu::settings();
+    const auto card = std::exchange(cuda_on_cpu::settings(), {}), before = cuda_on_cpu::settings();
     auto refusal = [&](const std::string& line) {
         cudaGetLastError();  // of the refusal before
         const Options o = text.options("--output " + text.out() + " " + line);
@@ -8042,6 +8139,21 @@ TEST_CASE("cuda: no GPU, an old one, a small one, sizes it has no kernels for: a
     CHECK(refusal("--max-steps 1") ==
           "there is no GPU here to train on (no CUDA-capable device is detected): "
           "type make train_gpt && ./train_gpt to train on the CPU");
+    cuda_on_cpu::settings() = before;
+    cuda_on_cpu::settings().old_driver = true;
+    CHECK(
+        refusal("--max-steps 1") ==
+        "this program was built with CUDA Toolkit 12.0, and the GPU's driver is for 11.8 at most: "
+        "install a newer driver, or build with an older Toolkit (make train_gpt_cu NVCC=...)");
+    cuda_on_cpu::settings() = before;
+    cuda_on_cpu::settings().has_code = false;
+    CHECK(refusal("--max-steps 1") ==
+          "this program holds no code for CUDA on CPU, of compute capability 9.0: type make "
+          "train_gpt_cu CUDA_ARCHS=90a");
+    cuda_on_cpu::settings().major = 7;
+    CHECK(refusal("--max-steps 1") ==
+          "this program holds no code for CUDA on CPU, of compute capability 7.0: type make "
+          "train_gpt_cu CUDA_ARCHS=70 with CUDA Toolkit 12, as later ones begin at 7.5");
     cuda_on_cpu::settings() = before;
 
     cuda_on_cpu::settings().major = 7, cuda_on_cpu::settings().minor = 5;
@@ -8074,7 +8186,7 @@ TEST_CASE("cuda: no GPU, an old one, a small one, sizes it has no kernels for: a
           "--batch-size 32767 or less");
     CHECK(cuda_on_cpu::buffers().count == buffers);  // nothing was allocated
     CHECK_FALSE(folder_exists(text.out()));
-    cuda_on_cpu::settings() = before;
+    cuda_on_cpu::settings() = card;
 }
 #endif
 
@@ -8152,6 +8264,27 @@ TEST_CASE_TEMPLATE("cuda: the kernels of a step are all timed", Device, Cuda<flo
 }
 
 #ifdef CUDA_ON_CPU
+// One step of one layer, in each precision that the card has.
+TEST_CASE("cuda: GPT-2's vocabulary, on every card") {
+    const auto before = cuda_on_cpu::settings();
+    auto loss = [](auto device) {
+        Gpt2<decltype(device)> model({1, 1, 64, 8, 50257}, device);
+        model.initialise(1);
+        model.reserve(1, 4, Use::training);
+        train_step(model, {random_batch(1, 1, 4, 50257, 0)}, {}, 0);
+        return state_of(model).loss;
+    };
+    for (const cuda_on_cpu::Card& card : cuda_on_cpu::cards) {
+        CAPTURE(card.name);
+        cuda_on_cpu::play_card(cuda_on_cpu::settings(), card.name);
+        CHECK(loss(Cuda<float>()) == doctest::Approx(std::log(50257)).epsilon(0.02));
+        if (card.major < 8) continue;
+        CHECK(loss(CudaTf32()) == doctest::Approx(std::log(50257)).epsilon(0.02));
+        CHECK(loss(Cuda<bf16>()) == doctest::Approx(std::log(50257)).epsilon(0.02));
+    }
+    cuda_on_cpu::settings() = before;
+}
+
 TEST_CASE("cuda: every kernel was launched") {
     long launches = 0;
     for (const auto& kernel : cuda_on_cpu::kernels()) launches += kernel.launches;

@@ -360,8 +360,9 @@ inline void check_init_from(const std::string& word) {
 
 // Refuses options that contradict each other: nothing the user types may be silently ignored.
 inline void check_together(const Options& o) {
-    for (auto [a, b] :
-         {std::pair{"data", "train-shards"}, {"data", "val-shards"}, {"prompt", "prompt-file"}})
+    const std::pair<const char*, const char*> excluding[] = {
+        {"data", "train-shards"}, {"data", "val-shards"}, {"prompt", "prompt-file"}};
+    for (auto [a, b] : excluding)
         if (o.given.contains(a) && o.given.contains(b))
             fail_usage("--", a, " and --", b, " exclude each other");
     if (o.command == kTrain && o.given.contains("val-shards") && !o.given.contains("train-shards"))

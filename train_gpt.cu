@@ -801,6 +801,11 @@ __device__ inline uint64_t tile_descriptor(const bf16* tile) {
     return (shared_address(tile) & 0x3ffff) >> 4 | uint64_t(64) << 16 | uint64_t(64) << 32 |
            uint64_t(1) << 62;
 }
+// Stops the kernel if its tiles are not aligned so, which would only give wrong numbers.
+template <bool kGroup>
+__device__ inline void check_tiles(const bf16* tiles) {
+    if (kGroup && shared_address(tiles) % 1024 != 0) __trap();
+}
 // Starts, as a group: d [64, 64] = a tile^T of a tile [64, 64]; 16 of its columns are 32 bytes.
 __device__ inline void group_rows_product(float (&d)[8][4], const unsigned (&a)[4][4],
                                           const bf16* tile) {
@@ -940,6 +945,7 @@ __global__ void __launch_bounds__(kHeadThreads)
     attention_forward_kernel(bf16* out, float* lse, const bf16* qkv, int T, int NH, Dropout drop) {
     constexpr int kQueries = 64 * kM, kKeys = 64, kApart = kGroup ? 64 : 16;
     extern __shared__ __align__(1024) bf16 attention_tiles[];
+    check_tiles<kGroup>(attention_tiles);
     bf16 *q_tile = attention_tiles, *k_tiles = q_tile + kQueries * HS,
          *v_tiles = k_tiles + 2 * kKeys * HS;
     const Head<bf16> head(qkv, T, NH, HS);
@@ -1074,6 +1080,7 @@ __global__ void __launch_bounds__(kHeadThreads)
                                       const bf16* qkv, int T, int NH, Dropout drop) {
     constexpr int kQueries = 64 * kM, kKeys = 64, kSlice = kGroup ? 64 : 32;
     extern __shared__ __align__(1024) bf16 attention_tiles[];
+    check_tiles<kGroup>(attention_tiles);
     bf16 *q_tile = attention_tiles, *d_tile = q_tile + kQueries * HS;
     bf16 *k_tiles = d_tile + kQueries * HS, *v_tiles = k_tiles + 2 * kKeys * HS;
     const Head<bf16> head(qkv, T, NH, HS);
@@ -1141,6 +1148,7 @@ __global__ void __launch_bounds__(kHeadThreads)
                                    const bf16* dout, const bf16* qkv, int T, int NH, Dropout drop) {
     constexpr int kKeys = 64 * kM, kQueries = 64, kSlice = kGroup ? 64 : 16;
     extern __shared__ __align__(1024) bf16 attention_tiles[];
+    check_tiles<kGroup>(attention_tiles);
     __shared__ float4 pairs[2 * kQueries / 2];  // statistics of the tiles' queries
     bf16 *k_tile = attention_tiles, *v_tile = k_tile + kKeys * HS;
     bf16 *q_tiles = v_tile + kKeys * HS, *d_tiles = q_tiles + 2 * kQueries * HS;
@@ -1222,18 +1230,18 @@ __global__ void gelu_kernel(A* gelu, const A* pre, size_t count) {
     store_pack(gelu + at, x);
 }
 
-// --- §4.7 The residual stream, where dropout keeps it out of the matmul
+// --- §4.7 The residual stream, where the matmul does not add it: with dropout, or if that is slower
 
-// out = residual + drop(out). Moves: reads 2, writes 1 number each. Operations: about 20 on
-// integers for each number's mask. Expect 80 %.
+// out = residual + drop(out). Moves: reads 2, writes 1 number each. Operations: with dropout about
+// 20 on integers for each number's mask. Expect 80 %.
 template <class A>
-__global__ void residual_dropout_kernel(A* out, const A* residual, size_t count, Dropout drop) {
+__global__ void residual_kernel(A* out, const A* residual, size_t count, Dropout drop) {
     constexpr int N = kPack<A>;
     const size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
     if (at >= count) return;
     float branch[N], stream[N];
     load_pack(branch, out + at), load_pack(stream, residual + at);
-    for (int i = 0; i < N; ++i) stream[i] += branch[i] * drop.scale(at + i);
+    for (int i = 0; i < N; ++i) stream[i] += drop.on() ? branch[i] * drop.scale(at + i) : branch[i];
     store_pack(out + at, stream);
 }
 
@@ -1478,7 +1486,8 @@ struct Epilogue {
     std::function<void()> by_hand = nullptr;
 };
 
-constexpr size_t kMatmulWorkspace = size_t(32) << 20;  // what NVIDIA recommends for Hopper
+// NVIDIA recommends 32 MB for Hopper; 7 parts of a [3072, 768] sum in fp32 are 66.
+constexpr size_t kMatmulWorkspace = size_t(72) << 20;
 
 // A product as cuBLASLt describes it, D [m, n] = epilogue(op(A) [m, k] op(B) [k, n] (+ C)), and the
 // kernel chosen. Careful: its matrices are column-major, so our row-major [r, c] is its [c, r]. It
@@ -1490,6 +1499,8 @@ struct Plan {
     cublasLtMatrixLayout_t a = nullptr, b = nullptr, d = nullptr;
     cublasLtMatmulAlgo_t algorithm = {};
     bool possible = false;
+    // How the parts of a sum over k may be added: stored in fp32, in order; never by atomics.
+    uint32_t split_sums = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     Plan(int64_t m, int64_t n, int64_t k) : m(m), n(n), k(k) {}
     double flops() const { return 2.0 * double(m) * double(n) * double(k); }
 };
@@ -1498,9 +1509,12 @@ inline void set(Plan& plan, cublasLtMatmulDescAttributes_t name, auto value) {
     CUDA_CHECK(cublasLtMatmulDescSetAttribute(plan.operation, name, &value, sizeof value));
 }
 
-// The file of tuned plans. A line is a plan: GPU and library version; the work; the choice; its
-// time and that of another. A product's choice is the library's description of the kernel, valid
-// for the same version. Lines of other GPUs stay as they are.
+// Raise it when a kernel changes that tuning chooses: then it is timed, and compared, again.
+constexpr int kKernelVersion = 2;
+
+// The file of tuned plans. A line is a plan: what it was made for; the work; the choice; its time
+// and that of another. A product's choice is the library's description of the kernel, valid for the
+// same version. Lines of other GPUs and builds stay as they are.
 class PlanFile {
 public:
     PlanFile(const std::string& path, const std::string& machine) : path_(path), machine_(machine) {
@@ -1572,8 +1586,13 @@ public:
     }
 
     // From now on plans are tuned, and kept in this file.
-    void tune_into(const std::string& path, const char* gpu) {
-        file_.emplace(path, format("%s, cuBLASLt %zu", gpu, cublasLtGetVersion()));
+    void tune_into(const std::string& path, const char* gpu) { file_.emplace(path, made_for(gpu)); }
+    // What a plan is valid for: GPU, library and, since a choice may be a kernel of ours, compiler
+    // and kernels.
+    static std::string made_for(const char* gpu) {
+        return format("%s, cuBLASLt %zu, nvcc %d.%d.%d, kernels %d", gpu, cublasLtGetVersion(),
+                      __CUDACC_VER_MAJOR__, __CUDACC_VER_MINOR__, __CUDACC_VER_BUILD__,
+                      kKernelVersion);
     }
 
     // The way to do this work: the faster one, if both were timed, else mma.sync. run(way) does it,
@@ -1599,6 +1618,20 @@ public:
         });
         plan.check(plan.choice == "mma.sync" || plan.choice == "wgmma");
         return found->second = plan.choice == "wgmma" ? Way::wgmma : Way::mma_sync;
+    }
+
+    // Which of left and right is transposed, and the sizes.
+    static std::string product_name(const Matrix& x, const Matrix& w, int64_t rows, int64_t columns,
+                                    int64_t k) {
+        return format("product %c%c %ldx%ld, k %ld", x.transposed ? 't' : 'n',
+                      w.transposed ? 't' : 'n', long(rows), long(columns), long(k));
+    }
+    std::string describe(const Matrix& out, const Matrix& x, const Matrix& w,
+                         const Epilogue& epilogue) const {
+        const char* type = type_ == CUDA_R_16BF ? "bf16" : tf32 ? "tf32" : "fp32";
+        return product_name(x, w, out.rows, out.columns, x.transposed ? x.rows : x.columns) +
+               format(", epilogue %d%s, %s to %s", int(epilogue.kind),
+                      epilogue.add ? " with beta 1" : "", type, epilogue.in_fp32 ? "fp32" : type);
     }
 
     // out = epilogue(left right); false if the library has no kernel for it, or by_hand was faster
@@ -1641,13 +1674,14 @@ private:
     }
 
     void describe(Plan& plan, const Matrix& x, const Matrix& w, const Epilogue& epilogue) {
-        plan.name = format("product %c%c %ldx%ld, k %ld", x.transposed ? 't' : 'n',
-                           w.transposed ? 't' : 'n', long(plan.n), long(plan.m), long(plan.k));
+        plan.name = product_name(x, w, plan.n, plan.m, plan.k);
         CUDA_CHECK(cublasLtMatmulDescCreate(&plan.operation, compute_, CUDA_R_32F));
         set(plan, CUBLASLT_MATMUL_DESC_TRANSA, w.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
         set(plan, CUBLASLT_MATMUL_DESC_TRANSB, x.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
         set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue.kind);
         if (epilogue.aux) set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, plan.m);
+        if (result_type(epilogue) == CUDA_R_32F)
+            plan.split_sums |= CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE;
         CUDA_CHECK(cublasLtMatrixLayoutCreate(&plan.a, type_, w.columns, w.rows, w.columns));
         CUDA_CHECK(cublasLtMatrixLayoutCreate(&plan.b, type_, x.columns, x.rows, x.columns));
         CUDA_CHECK(
@@ -1687,9 +1721,7 @@ private:
             CUDA_CHECK(cublasLtMatmulPreferenceSetAttribute(wish, name, &value, sizeof value));
         };
         prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, kMatmulWorkspace);
-        // Split sums over k are stored in fp32 and added in order: not in bf16, and not by atomics.
-        prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
-               uint32_t(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
+        prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, plan.split_sums);
         for (auto alignment : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
                                CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
                                CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
@@ -1722,16 +1754,18 @@ private:
             return cublasLtMatmulAlgoConfigSetAttribute(&algorithm, name, &value, sizeof value) ==
                    CUBLAS_STATUS_SUCCESS;
         };
-        const uint32_t in_order = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
         const size_t few = std::min<size_t>(4, list.size());
         for (size_t i = 0; i < few; ++i)
-            for (int32_t parts : {2, 3, 4, 6, 8, 12, 16}) {
-                Algorithm split = list[i];
-                if (set(split, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, parts) &&
-                    set(split, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, in_order) &&
-                    fits(plan, split))
-                    list.push_back(split);
-            }
+            for (int32_t parts : {2, 3, 4, 5, 6, 7, 8, 12, 16})
+                for (uint32_t scheme : {CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE,
+                                        CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE}) {
+                    Algorithm split = list[i];
+                    if ((plan.split_sums & scheme) &&
+                        set(split, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, parts) &&
+                        set(split, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, scheme) &&
+                        fits(plan, split))
+                        list.push_back(split);
+                }
     }
 
     // Times all candidates on the real operands, and returns the rest of a line: the fastest, in
@@ -1742,7 +1776,8 @@ private:
         if (plan.k >= 4 * std::max(plan.m, plan.n)) add_split_sums(candidates, plan);
         void* elsewhere = nullptr;
         if (epilogue.add == out.data) {
-            CUDA_CHECK(cudaMalloc(&elsewhere, size_t(plan.m * plan.n) * 4));
+            if (cudaMalloc(&elsewhere, size_t(plan.m * plan.n) * 4) != cudaSuccess)
+                return cudaGetLastError(), in_words(candidates[0]) + " | no memory to time it";
             out.data = elsewhere;
         }
         double first = 0, best = INFINITY;
@@ -1759,10 +1794,13 @@ private:
         const double otherwise =
             epilogue.by_hand ? stream_.best_seconds(epilogue.by_hand) : INFINITY;
         if (otherwise < best) best = otherwise, choice = {};
+        return in_words(choice) + format(" | %.1f us, first %.1f us", best * 1e6, first * 1e6);
+    }
+    static std::string in_words(const Algorithm& algorithm) {
         std::string words;
-        for (uint64_t word : choice.data)
+        for (uint64_t word : algorithm.data)
             words += format(words.empty() ? "%016llx" : "-%016llx", (unsigned long long)(word));
-        return words + format(" | %.1f us, first %.1f us", best * 1e6, first * 1e6);
+        return words;
     }
 
     cublasLtHandle_t library_ = nullptr;
@@ -1778,6 +1816,11 @@ private:
 // =================================================================================================
 // 6 The device
 // =================================================================================================
+
+// A version as CUDA counts them: 12040 is 12.4.
+inline std::string version_text(int version) {
+    return format("%d.%d", version / 1000, version / 10 % 100);
+}
 
 // What launch takes first: a kernel's name, and the kernel.
 #define KERNEL(...) #__VA_ARGS__, __VA_ARGS__
@@ -1920,13 +1963,16 @@ struct Cuda {
     static constexpr size_t kHeadBytes = size_t(8) << 30;
 
     std::shared_ptr<CudaContext> context;  // copies of a device are the same device
-    bool fuse = true;                      // let cuBLASLt do the GELU with the matmul
+    bool fuse;                             // let cuBLASLt do the GELU with the matmul
     bool use_graphs = true;                // launch a step as a CUDA graph, not kernel by kernel
     size_t head_bytes = kHeadBytes;
 
     Cuda(bool tf32 = false)
         : context(
-              std::make_shared<CudaContext>(tf32, kSeparateMasters ? CUDA_R_16BF : CUDA_R_32F)) {}
+              std::make_shared<CudaContext>(tf32, kSeparateMasters ? CUDA_R_16BF : CUDA_R_32F)) {
+        // Elsewhere the library runs it as a kernel of its own (llm.c, pull request 653), or slowly.
+        fuse = context->gpu.major == 9 || context->gpu.major == 10;
+    }
 
     // --- the machine
 
@@ -2129,13 +2175,19 @@ struct Cuda {
     }
     void linear_residual_forward(A* out, const A* residual, const A* x, const A* w, const A* b,
                                  int rows, int C, int OC, Dropout drop) {
-        const void* add = drop.on() ? nullptr : residual;
-        multiply({out, rows, OC}, {x, rows, C}, {w, C, OC},
-                 {.add = add, .kind = CUBLASLT_EPILOGUE_BIAS, .bias = b});
-        if (!drop.on()) return;
         const size_t count = size_t(rows) * OC;
-        launch(KERNEL(residual_dropout_kernel<A>), packs(count), kThreads, 0, out, residual, count,
-               drop);
+        auto by_hand = [=, this] {
+            linear_forward(out, x, w, b, rows, C, OC);
+            launch(KERNEL(residual_kernel<A>), packs(count), kThreads, 0, out, residual, count,
+                   drop);
+        };
+        const Epilogue fused{.add = residual,
+                             .kind = CUBLASLT_EPILOGUE_BIAS,
+                             .bias = b,
+                             .by_hand = by_hand};
+        if (drop.on() ||
+            !context->matmuls->multiply({out, rows, OC}, {x, rows, C}, {w, C, OC}, fused))
+            by_hand();
     }
 
     // --- attention
@@ -2289,7 +2341,9 @@ private:
     void multiply(const Matrix& out, const Matrix& left, const Matrix& right,
                   const Epilogue& epilogue = {}) const {
         if (!context->matmuls->multiply(out, left, right, epilogue))
-            fail("cuBLASLt has no kernel for a matrix product");
+            fail("cuBLASLt has no kernel for ",
+                 context->matmuls->describe(out, left, right, epilogue), " on ", context->gpu.name,
+                 ": CUBLASLT_LOG_LEVEL=5 makes it say why; a newer CUDA Toolkit may have one");
     }
     // A product with GELU in it; false where cuBLASLt cannot, or should not, make it. It has such
     // kernels for 16 bits only.
@@ -2367,7 +2421,8 @@ private:
             const size_t blocks = size_t(B) * NH * blocks_for(T, 128);
             const bool many = blocks >= 2 * size_t(context->gpu.multiProcessorCount);
             constexpr bool kDrop = true, kNoDrop = false, kGroup = true, kWarps = false;
-            auto in_64_rows = [&]<int kHS>(std::integral_constant<int, kHS>) {
+            auto in_64_rows = [&](auto size) {
+                constexpr int kHS = decltype(size)::value;
                 drop.on() ? start(Tiles<kHS, 1, kDrop, kWarps>())
                           : start(Tiles<kHS, 1, kNoDrop, kWarps>());
             };
@@ -2417,16 +2472,35 @@ private:
 // 7 main
 // =================================================================================================
 
-// Runs the command on the first GPU, in the given precision or the best it has.
-inline int run_on_gpu(Options options) {
-    int count = 0;
+// The first GPU, if this program can run there.
+inline cudaDeviceProp usable_gpu() {
+    int count = 0, driver = 0;
     const cudaError_t code = cudaGetDeviceCount(&count);
+    if (code == cudaErrorInsufficientDriver && cudaDriverGetVersion(&driver) == cudaSuccess &&
+        driver)
+        fail("this program was built with CUDA Toolkit ", version_text(CUDART_VERSION),
+             ", and the GPU's driver is for ", version_text(driver),
+             " at most: install a newer driver, or build with an older Toolkit (make train_gpt_cu "
+             "NVCC=...)");
     if (code != cudaSuccess || count == 0)
         fail("there is no GPU here to train on (",
              cudaGetErrorString(code != cudaSuccess ? code : cudaErrorNoDevice),
              "): type make train_gpt && ./train_gpt to train on the CPU");
     cudaDeviceProp gpu;
+    cudaFuncAttributes code_of_it;
     CUDA_CHECK(cudaGetDeviceProperties(&gpu, 0));
+    if (cudaFuncGetAttributes(&code_of_it, begin_step_kernel) == cudaErrorNoKernelImageForDevice)
+        fail("this program holds no code for ", gpu.name, ", of compute capability ", gpu.major,
+             ".", gpu.minor, ": type make train_gpt_cu CUDA_ARCHS=", gpu.major, gpu.minor,
+             gpu.major == 9 ? "a" : "",
+             gpu.major * 10 + gpu.minor < 75 ? " with CUDA Toolkit 12, as later ones begin at 7.5"
+                                             : "");
+    return gpu;
+}
+
+// Runs the command on the first GPU, in the given precision or the best it has.
+inline int run_on_gpu(Options options) {
+    const cudaDeviceProp gpu = usable_gpu();
     // bf16 and tf32 came with compute capability 8.0.
     const bool new_enough = gpu.major >= 8;
     if (options.precision.empty()) options.precision = new_enough ? "bf16" : "fp32";

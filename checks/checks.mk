@@ -31,16 +31,35 @@ test_emulator:
 	$(MAKE) -C cuda_on_cpu test CXX="$(CXX)" BUILD=$(abspath $(BUILD)) DOCTEST_DIR="$(DOCTEST_DIR)"
 
 # nvcc compiles without a warning (nor waits for each wgmma), and the attention kernels keep everything in
-# registers, of which those of a wgmma are left alone.
-CUOBJDUMP ?= $(or $(shell command -v cuobjdump),$(wildcard $(dir $(NVCC))cuobjdump))
-cuda_compiles: | $(BUILD)
-	for a in 80 90a; do $(NVCC) -std=c++20 -O3 -gencode=arch=compute_$$a,code=sm_$$a -Xptxas -v \
-	    -diag-suppress 1675 -Xcompiler -fopenmp,-march=$(MARCH),-Wall,-Wextra,-Wno-restrict -c train_gpt.cu -o $(BUILD)/train_gpt_cu.o \
-	    > $(BUILD)/ptxas-$$a.txt 2>&1 || { cat $(BUILD)/ptxas-$$a.txt; exit 1; }; done
-	! grep -iE "warning|Performance Loss" $(BUILD)/ptxas-80.txt $(BUILD)/ptxas-90a.txt
-	! grep -h -A1 "attention" $(BUILD)/ptxas-80.txt $(BUILD)/ptxas-90a.txt | grep -E "[1-9][0-9]* bytes (spill|stack)"
-	@if [ -n "$(CUOBJDUMP)" ]; then $(CUOBJDUMP) -sass $(BUILD)/train_gpt_cu.o | python3 checks/wgmma_registers.py; \
+# registers, of which those of a wgmma are left alone, and do nothing in fp64. checks/kernels.txt is what the
+# emulator takes kernels to be: make kernel_table writes it anew.
+CUOBJDUMP  ?= $(or $(shell command -v cuobjdump),$(wildcard $(dir $(NVCC))cuobjdump))
+ARCHS      := 75 80 86 89 90a 100 120
+NVCC_TRY    = $(NVCC) -std=c++20 -O3 -diag-suppress 1675 -Xcompiler -fopenmp,-march=$(MARCH),-Wall,-Wextra,-Wno-restrict
+$(BUILD)/ptxas-%.txt: $(CUDA_SOURCE) | $(BUILD)
+	$(NVCC_TRY) -gencode=arch=compute_$*,code=sm_$* -Xptxas -v -cubin train_gpt.cu -o $(BUILD)/k-$*.cubin > $@ 2>&1 || { cat $@; rm $@; exit 1; }
+cuda_compiles: $(ARCHS:%=$(BUILD)/ptxas-%.txt)
+	! $(NVCC_TRY) -gencode=arch=compute_80,code=compute_80 -c train_gpt.cu -o $(BUILD)/train_gpt_cu.o 2>&1 | grep .
+	checks/kernels.py $(WRITE) checks/kernels.txt $^
+	@if [ -n "$(CUOBJDUMP)" ]; then $(CUOBJDUMP) -sass $(BUILD)/k-90a.cubin | python3 checks/wgmma_registers.py; \
 	    else echo "there is no cuobjdump here (CUOBJDUMP=...): the registers of wgmma were not checked"; fi
+kernel_table:
+	$(MAKE) cuda_compiles WRITE=--write
+
+# CUDA 12.4 as Debian 13 has it, in a folder of its own: needs root, debootstrap and the network.
+CUDA_12 ?= build/debian-13
+cuda_12:
+	[ -d $(CUDA_12)/usr/lib ] || debootstrap --variant=minbase --components=main,contrib,non-free trixie $(CUDA_12)
+	[ -x $(CUDA_12)/usr/bin/nvcc ] || chroot $(CUDA_12) sh -c 'apt-get update -q && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends nvidia-cuda-toolkit g++ make python3'
+	mkdir -p $(CUDA_12)/tinygpt && cp -r Makefile checks cuda_on_cpu train_gpt.cu train_gpt.cpp tinygpt.hpp $(CUDA_12)/tinygpt
+	chroot $(CUDA_12) make -C tinygpt cuda_compiles MARCH=x86-64-v3 ARCHS="75 80 86 89 90a"
+
+# The CUDA tests on every card, as the emulator plays it; those of 7.x have no bf16 and no tf32.
+CARDS ?= v100 t4 a100 rtx3060 rtx4090 h100 b200 rtx5090
+cuda_cards: $(BUILD)/test_gpt
+	for card in $(CARDS); do echo "$$card"; TINYGPT_EMULATED_GPU=$$card OMP_WAIT_POLICY=passive $< -tc="cuda:*" || exit 1; done
+	for seed in 1 2 3; do CUDA_ON_CPU_REFUSALS=$$seed OMP_WAIT_POLICY=passive $< -tc="cuda:*" || exit 1; done
 
 # Kills, interrupts, full disks and flipped bits: about five minutes, a table at the end.
 torture: $(BUILD)/torture train_gpt_cu_on_cpu
@@ -90,7 +109,7 @@ show_pictures: $(BUILD)/train_gpt out/stories/log.csv
 out/stories/log.csv: | train_gpt
 	./train_gpt
 
-nightly: check torture damaged
+nightly: check torture damaged cuda_cards cuda_12
 	python3 checks/mutate.py cuda
 	$(MAKE) fuzz SECONDS=1200
 	$(MAKE) fuzz_coverage
@@ -130,4 +149,4 @@ count:
 	@awk '/^\/\/ What follows is plumbing/{exit} {t=$$0; sub(/^[ \t]+/,"",t); if(t!="" && t!~/^\/\//)k++} \
 	    END{printf "tinygpt.hpp, what a student reads: %d lines of code\n",k}' tinygpt.hpp
 	@cat checks/* .ci/run | awk '{t=$$0; sub(/^[ \t]+/,"",t); if(t!="" && t!~/^(\/\/|#[^i!])/)k++} END{printf "checks: %d lines of code\n",k}'
-.PHONY: check test_show show_pictures readme tidy grammar valgrind plot portable test_emulator cuda_compiles torture damaged fuzz fuzz_coverage test_hf nightly count
+.PHONY: check test_show show_pictures readme tidy grammar valgrind plot portable test_emulator cuda_compiles kernel_table cuda_12 cuda_cards torture damaged fuzz fuzz_coverage test_hf nightly count

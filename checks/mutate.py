@@ -94,8 +94,8 @@ gelu_slope | linear | term | 3 * kGeluCube * x * x | 0.0f
 gelu_kernel | linear | sign | gelu_of(x[i]) | -gelu_of(x[i])
 gelu_kernel | linear | term | gelu_of(x[i]) | x[i]
 column_sums_kernel | linear | term | x[i] *= gelu_slope(before[i]) | x[i] *= 1
-residual_dropout_kernel | linear | sign | branch[i] * drop.scale(at + i) | -branch[i] * drop.scale(at + i)
-residual_dropout_kernel | linear | term | branch[i] * drop.scale(at + i) | branch[i]
+residual_kernel | linear | sign | branch[i] * drop.scale(at + i) | -branch[i] * drop.scale(at + i)
+residual_kernel | linear | term | branch[i] * drop.scale(at + i) | branch[i]
 plain_dots | attention<*float | sign | x0 * y.x + x1 * y.y + x2 * y.z + x3 * y.w | x0 * y.x + x1 * y.y - x2 * y.z + x3 * y.w
 plain_dots | attention<*float | term | x0 * y.x + x1 * y.y + x2 * y.z + x3 * y.w | x0 * y.x + x1 * y.y + x2 * y.z
 plain_add | attention<*float | sign | p[r * 32 + j] * x[e] | -p[r * 32 + j] * x[e]

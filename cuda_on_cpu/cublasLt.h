@@ -190,6 +190,11 @@ inline size_t cublasLtGetVersion() { return 120000; }
 namespace cuda_on_cpu {
 constexpr uint64_t kAlgorithms = 3, kAlgorithmTag = 0x6f6e2d637075;  // "on-cpu"
 inline uint64_t split_of(const cublasLtMatmulAlgo_t& algo) { return algo.data[2]; }
+// In how many parts sums were ever wanted, for tests.
+inline std::set<uint32_t>& splits_wanted() {
+    static std::set<uint32_t> all;
+    return all;
+}
 inline cublasLtMatmulAlgo_t algorithm(uint64_t number) {
     return {{number, kAlgorithmTag, 1, CUBLASLT_REDUCTION_SCHEME_NONE, 0, 0, 0, 0}};
 }
@@ -396,22 +401,39 @@ inline std::string check_shapes(const Matmul& p) {
     return "";
 }
 
-// The combinations of types of the documentation's table for cublasLtMatmul, as far as known here.
+// The rows of the documentation's table for cublasLtMatmul with a scale in fp32 that there are here:
+// what is summed how, the types of A and B, of C and D, and of a bias. Tensor cores for tf32 and
+// bf16 came with compute capability 8.0.
+struct TypeRow {
+    int32_t compute, ab, cd, bias;
+};
+inline constexpr TypeRow type_rows[] =
+    {{CUBLAS_COMPUTE_32F, CUDA_R_16BF, CUDA_R_16BF, CUDA_R_16BF},
+     {CUBLAS_COMPUTE_32F, CUDA_R_16BF, CUDA_R_32F, CUDA_R_32F},
+     {CUBLAS_COMPUTE_32F, CUDA_R_32F, CUDA_R_32F, CUDA_R_32F},
+     {CUBLAS_COMPUTE_32F_PEDANTIC, CUDA_R_16BF, CUDA_R_16BF, CUDA_R_16BF},
+     {CUBLAS_COMPUTE_32F_PEDANTIC, CUDA_R_16BF, CUDA_R_32F, CUDA_R_32F},
+     {CUBLAS_COMPUTE_32F_PEDANTIC, CUDA_R_32F, CUDA_R_32F, CUDA_R_32F},
+     {CUBLAS_COMPUTE_32F_FAST_TF32, CUDA_R_32F, CUDA_R_32F, CUDA_R_32F}};
 inline std::string check_types(const Matmul& p) {
     const auto& d = p.desc;
-    if (d.compute_type != CUBLAS_COMPUTE_32F && d.compute_type != CUBLAS_COMPUTE_32F_FAST_TF32 &&
-        d.compute_type != CUBLAS_COMPUTE_32F_PEDANTIC)
-        return "this compute type is not known here";
     if (d.scale_type != CUDA_R_32F) return "the scale type must be CUDA_R_32F";
-    if (p.A.type != p.B.type) return "A and B must have one type";
-    if (p.C.type != p.D.type) return "C and D must have one type";
-    if (p.A.type == CUDA_R_32F && p.D.type != CUDA_R_32F) return "fp32 inputs have fp32 output";
-    if (p.A.type == CUDA_R_16BF && d.compute_type == CUBLAS_COMPUTE_32F_FAST_TF32)
-        return "CUBLAS_COMPUTE_32F_FAST_TF32 is for fp32 inputs";
     if (d.pointer_mode != CUBLASLT_POINTER_MODE_HOST)
         return "only CUBLASLT_POINTER_MODE_HOST is known here";
     if (d.trans_c != CUBLAS_OP_N) return "C cannot be transposed";
-    return "";
+    if (settings().major < 8 &&
+        (p.A.type == CUDA_R_16BF || d.compute_type == CUBLAS_COMPUTE_32F_FAST_TF32))
+        return "bf16 and tf32 need compute capability 8.0";
+    const bool bias = has_bias(d.epilogue) || has_bias_gradient(d.epilogue);
+    for (const TypeRow& row : type_rows)
+        if (row.compute == d.compute_type && row.ab == p.A.type && row.ab == p.B.type &&
+            row.cd == p.C.type && row.cd == p.D.type &&
+            (!bias || d.bias_type == -1 || d.bias_type == row.bias))
+            return "";
+    return text(
+        "the table of types has no row with compute type %d, A %d, B %d, C %d, D %d, bias "
+        "%d",
+        d.compute_type, p.A.type, p.B.type, p.C.type, p.D.type, d.bias_type);
 }
 
 inline std::string check_epilogue(const Matmul& p, cublasStatus_t& status) {
@@ -424,11 +446,6 @@ inline std::string check_epilogue(const Matmul& p, cublasStatus_t& status) {
     if (p.D.order != CUBLASLT_ORDER_COL) return "epilogues want D in CUBLASLT_ORDER_COL";
     if (p.D.batch_count > 1 && has_bias_gradient(d.epilogue))
         return "bias gradients are not known here for batches";
-    if ((has_bias(d.epilogue) || has_bias_gradient(d.epilogue)) && d.bias_type != -1 &&
-        d.bias_type != p.D.type)
-        return "the bias must have the type of D";
-    if (has_aux(d.epilogue) && d.aux_type != -1 && d.aux_type != p.D.type)
-        return "the auxiliary matrix must have the type of D";
     status = CUBLAS_STATUS_INVALID_VALUE;
     if ((has_bias(d.epilogue) || has_bias_gradient(d.epilogue)) && !d.bias)
         return "the epilogue needs CUBLASLT_MATMUL_DESC_BIAS_POINTER";
@@ -467,11 +484,27 @@ inline std::string check_algorithm(const Matmul& p) {
     if (split_of(p.algo) < 1 || split_of(p.algo) > std::max<uint64_t>(1, p.k() / 4))
         return text("k = %lu cannot be split into %lu parts", static_cast<unsigned long>(p.k()),
                     static_cast<unsigned long>(split_of(p.algo)));
-    if (split_of(p.algo) > 1 && data[3] != CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE)
-        return "a split sum needs CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE here";
+    if (split_of(p.algo) > 1 && data[3] != CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE &&
+        !(data[3] == CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE && p.D.type == CUDA_R_32F))
+        return "a split sum needs CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE here, or OUTPUT_TYPE of "
+               "fp32";
     if (split_of(p.algo) > 1 && p.desc.epilogue != CUBLASLT_EPILOGUE_DEFAULT)
         return "a split sum has no epilogue here";
     return "";
+}
+
+// What a version of the library may lack for some sizes: GELU in the epilogue, a bias gradient, a
+// bias together with a C, split sums. settings().refusals chooses; a program must do without.
+inline bool is_optional(const Matmul& p) {
+    return has_aux(p.desc.epilogue) || has_gelu(p.desc.epilogue) ||
+           has_bias_gradient(p.desc.epilogue) || (has_bias(p.desc.epilogue) && p.beta != 0) ||
+           split_of(p.algo) > 1;
+}
+inline std::string check_optional(const Matmul& p) {
+    const uint64_t seed = settings().refusals;
+    if (seed == 0 || !is_optional(p)) return "";
+    const uint64_t draw = mix(seed + mix(p.m() + mix(p.n() + mix(p.k() + mix(p.desc.epilogue)))));
+    return seed == 1 || draw % 2 ? "it refuses what is optional: CUDA_ON_CPU_REFUSALS" : "";
 }
 
 inline cublasStatus_t check_matmul(const Matmul& p) {
@@ -484,6 +517,8 @@ inline cublasStatus_t check_matmul(const Matmul& p) {
     if (std::string why = check_alignment(p); !why.empty())
         return refuse(CUBLAS_STATUS_NOT_SUPPORTED, why);
     if (std::string why = check_algorithm(p); !why.empty())
+        return refuse(CUBLAS_STATUS_NOT_SUPPORTED, why);
+    if (std::string why = check_optional(p); !why.empty())
         return refuse(CUBLAS_STATUS_NOT_SUPPORTED, why);
     return CUBLAS_STATUS_SUCCESS;
 }
@@ -796,7 +831,8 @@ inline cublasStatus_t cublasLtMatmulAlgoConfigSetAttribute(
     uint32_t value = 0;
     if (auto status = cuda_on_cpu::set_attribute(value, buffer, size)) return status;
     if (attribute == CUBLASLT_ALGO_CONFIG_SPLITK_NUM)
-        return algo->data[2] = value, CUBLAS_STATUS_SUCCESS;
+        return cuda_on_cpu::splits_wanted().insert(value), algo->data[2] = value,
+                                                           CUBLAS_STATUS_SUCCESS;
     if (attribute == CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME)
         return algo->data[3] = value, CUBLAS_STATUS_SUCCESS;
     return cuda_on_cpu::refuse(CUBLAS_STATUS_INVALID_VALUE,

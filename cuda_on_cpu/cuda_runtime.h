@@ -15,6 +15,9 @@
 
 #define CUDA_ON_CPU 1
 #define CUDART_VERSION 12000
+#define __CUDACC_VER_MAJOR__ 12
+#define __CUDACC_VER_MINOR__ 0
+#define __CUDACC_VER_BUILD__ 0
 #define __global__ __attribute__((noinline))  // so that a debugger shows the kernel as a function
 #define __device__
 #define __host__
@@ -374,7 +377,8 @@ inline cudaError_t cudaGetLastError() {
 
 struct cudaDeviceProp {
     char name[256];
-    size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin, sharedMemPerMultiprocessor;
+    size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin, sharedMemPerMultiprocessor,
+        reservedSharedMemPerBlock;
     int regsPerBlock, regsPerMultiprocessor, warpSize, maxThreadsPerBlock,
         maxThreadsPerMultiProcessor;
     int maxThreadsDim[3], maxGridSize[3];
@@ -383,9 +387,15 @@ struct cudaDeviceProp {
 };
 inline cudaError_t cudaGetDeviceCount(int* count) {
     *count = cuda_on_cpu::settings().device_count;
+    if (cuda_on_cpu::settings().old_driver)
+        return cuda_on_cpu::fail_with(cudaErrorInsufficientDriver, "the driver is for 11.8");
     return *count > 0
                ? cudaSuccess
                : cuda_on_cpu::fail_with(cudaErrorNoDevice, "no device: CUDA_ON_CPU_DEVICES is 0");
+}
+inline cudaError_t cudaDriverGetVersion(int* version) {
+    *version = cuda_on_cpu::settings().old_driver ? 11080 : CUDART_VERSION;
+    return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int device) {
     bool known = device >= 0 && device < cuda_on_cpu::settings().device_count;
@@ -402,11 +412,12 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
     p->totalGlobalMem = s.memory_bytes;
     p->sharedMemPerBlock = cuda_on_cpu::shared_limit_plain;
     p->sharedMemPerBlockOptin = cuda_on_cpu::shared_limit_opted();
-    p->sharedMemPerMultiprocessor = cuda_on_cpu::shared_limit_opted() + (s.major < 8 ? 0 : 1024);
-    p->regsPerBlock = p->regsPerMultiprocessor = 65536;
+    p->sharedMemPerMultiprocessor = cuda_on_cpu::limits().shared << 10;
+    p->reservedSharedMemPerBlock = cuda_on_cpu::limits().reserved << 10;
+    p->regsPerBlock = p->regsPerMultiprocessor = int(cuda_on_cpu::registers_of_multiprocessor);
     p->warpSize = 32;
     p->maxThreadsPerBlock = 1024;
-    p->maxThreadsPerMultiProcessor = 2048;
+    p->maxThreadsPerMultiProcessor = cuda_on_cpu::limits().threads;
     p->maxThreadsDim[0] = p->maxThreadsDim[1] = 1024;
     p->maxThreadsDim[2] = 64;
     p->maxGridSize[0] = 2147483647;
@@ -790,14 +801,31 @@ enum cudaFuncAttribute {
     cudaFuncAttributePreferredSharedMemoryCarveout = 9
 };
 
+struct cudaFuncAttributes {
+    size_t sharedSizeBytes;
+    int numRegs, maxThreadsPerBlock;
+};
+template <typename... P>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, void (*kernel)(P...)) {
+    if (!cuda_on_cpu::settings().has_code)
+        return cuda_on_cpu::fail_with(cudaErrorNoKernelImageForDevice,
+                                      "the program holds no code for this device");
+    const auto* size = cuda_on_cpu::size_of(reinterpret_cast<const void*>(kernel));
+    *a = {size ? size->static_bytes : 0, size ? int(size->registers) : 0, 1024};
+    return cudaSuccess;
+}
+
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute,
                                         int value) {
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-    if (value < 0 || size_t(value) > cuda_on_cpu::shared_limit_opted())
-        return cuda_on_cpu::fail_with(cudaErrorInvalidValue,
-                                      cuda_on_cpu::text("a block can have at most %zu bytes of "
-                                                        "shared memory, not %d",
-                                                        cuda_on_cpu::shared_limit_opted(), value));
+    const auto* size = cuda_on_cpu::size_of(kernel);
+    const size_t own = size ? size->static_bytes : 0, limit = cuda_on_cpu::shared_limit_opted();
+    if (value < 0 || size_t(value) + own > limit)
+        return cuda_on_cpu::
+            fail_with(cudaErrorInvalidValue,
+                      cuda_on_cpu::text("a block can have at most %zu bytes of shared "
+                                        "memory, not %d and %zu of the kernel's own",
+                                        limit, value, own));
     std::lock_guard lock(cuda_on_cpu::kernel_list().mutex);
     cuda_on_cpu::kernel_list().dynamic_limit[kernel] = size_t(value);
     return cudaSuccess;
@@ -806,9 +834,17 @@ template <typename... P>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribute, int value) {
     return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
 }
-template <typename Kernel>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int threads,
-                                                          size_t) {
-    *blocks = threads > 0 ? std::max(1, 2048 / threads) : 1;
+template <typename... P>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*kernel)(P...),
+                                                          int threads, size_t shared) {
+    const auto* size = cuda_on_cpu::size_of(reinterpret_cast<const void*>(kernel));
+    const auto& limits = cuda_on_cpu::limits();
+    const size_t own = size ? size->static_bytes : 0, used = shared + own + (limits.reserved << 10);
+    *blocks = std::min(limits.blocks, limits.threads / threads);
+    if (used > 0) *blocks = std::min(*blocks, int((limits.shared << 10) / used));
+    if (size && size->registers > 0)
+        *blocks = std::min(*blocks,
+                           int(cuda_on_cpu::registers_of_multiprocessor /
+                               cuda_on_cpu::registers_of_block(size->registers, size_t(threads))));
     return cudaSuccess;
 }

@@ -11,6 +11,8 @@
 // blockIdx are variables and can be printed.
 #pragma once
 
+#include <cxxabi.h>
+#include <dlfcn.h>
 #include <link.h>
 #include <pthread.h>
 #include <setjmp.h>
@@ -162,9 +164,12 @@ struct Settings {
     int multiprocessors = 4;                // few, so that grids sized by it stay small
     size_t memory_bytes = size_t(8) << 30;  // what cudaMalloc may hand out in total
     bool late_streams = false;              // streams do nothing until they are waited for
-};
+    bool has_code = true;                   // the program holds code for this device
+    bool old_driver = false;                // the driver is older than the Toolkit
+    uint64_t refusals = 0;                  // cuBLASLt refuses what is optional: at random by this
+};                                          // seed, all of it with 1, nothing with 0
 
-// Cards by name. What a capability decides (shared memory) is in shared_limit_opted.
+// Cards by name. What a capability decides is in limits().
 struct Card {
     const char* name;
     int major, minor, multiprocessors;
@@ -188,7 +193,7 @@ inline void play_card(Settings& s, const std::string& name) {
 
 // TINYGPT_EMULATED_GPU=a card's name, CUDA_ON_CPU_ORDER=ascending|descending|random[:seed]|
 // warps[:seed], CUDA_ON_CPU_DEVICES=n, CUDA_ON_CPU_MEMORY=bytes, CUDA_ON_CPU_CAPABILITY=7.5,
-// CUDA_ON_CPU_STREAMS=late
+// CUDA_ON_CPU_STREAMS=late, CUDA_ON_CPU_REFUSALS=1 (all of what is optional) or another seed
 inline Settings settings_from_environment() {
     Settings s;
     if (const char* card = std::getenv("TINYGPT_EMULATED_GPU")) play_card(s, card);
@@ -214,6 +219,8 @@ inline Settings settings_from_environment() {
     if (const char* capability = std::getenv("CUDA_ON_CPU_CAPABILITY"))
         if (std::sscanf(capability, "%d.%d", &s.major, &s.minor) != 2)
             throw std::runtime_error("CUDA_ON_CPU_CAPABILITY: expected such as 7.5");
+    if (const char* seed = std::getenv("CUDA_ON_CPU_REFUSALS"))
+        s.refusals = std::strtoull(seed, nullptr, 10);
     if (const char* streams = std::getenv("CUDA_ON_CPU_STREAMS"))
         s.late_streams = std::string(streams) == "late";
     return s;
@@ -458,6 +465,8 @@ struct Thread {
     bool group_begun = false;
 };
 
+struct KernelSize;
+
 // A launch: what stands between <<< and >>>, and what to call for each thread.
 struct Launch {
     const char* kernel;
@@ -465,8 +474,9 @@ struct Launch {
     int line;
     dim3 grid, block;
     size_t shared_bytes;
-    size_t shared_limit;  // of the dynamic part
-    bool shared_opted;    // cudaFuncSetAttribute was called: together they may take 227 KB
+    size_t shared_limit;     // of the dynamic part
+    bool shared_opted;       // cudaFuncSetAttribute was called: together they may take 227 KB
+    const KernelSize* size;  // null: not known
     void (*call)(const void* arguments);
     const void* arguments;
 };
@@ -807,15 +817,74 @@ inline void warp_operation(unsigned mask, void* data, WarpFunction function, boo
 // -------------------------------------------------------------------------------------------------
 // Shared memory, as a kernel sees it
 
-inline constexpr size_t shared_limit_plain = 48 << 10;
-// What a block may have if it asks: Programming Guide, "Compute Capabilities".
-inline size_t shared_limit_opted() {
+// Programming Guide, "Technical Specifications per Compute Capability".
+struct Limits {
+    int capability;           // and later ones, up to the next row
+    size_t shared, reserved;  // KB of a multiprocessor; of that, taken by the system for each block
+    int threads, blocks;      // of a multiprocessor
+};
+inline const Limits& limits() {
+    static constexpr Limits rows[] = {{0, 96, 0, 2048, 32},   {75, 64, 0, 1024, 16},
+                                      {80, 164, 1, 2048, 32}, {86, 100, 1, 1536, 16},
+                                      {87, 164, 1, 1536, 16}, {89, 100, 1, 1536, 24},
+                                      {90, 228, 1, 2048, 32}, {120, 100, 1, 1536, 24}};
     const int capability = 10 * settings().major + settings().minor;
-    if (capability < 75) return 96 << 10;
-    if (capability < 80) return 64 << 10;
-    if (capability == 80 || capability == 87) return 163 << 10;
-    if (capability < 90 || capability >= 120) return 99 << 10;
-    return 227 << 10;
+    return *std::prev(
+        std::upper_bound(std::begin(rows), std::end(rows), capability,
+                         [](int value, const Limits& row) { return value < row.capability; }));
+}
+inline constexpr size_t shared_limit_plain = 48 << 10, registers_of_multiprocessor = 65536;
+// What a block may have if it asks.
+inline size_t shared_limit_opted() { return (limits().shared - limits().reserved) << 10; }
+
+// What ptxas says of a kernel: bytes of static shared memory, and registers of a thread (the most
+// of all architectures). The emulator cannot know them; a program that does loads them from a file
+// of lines "static registers name<arguments>".
+struct KernelSize {
+    size_t static_bytes = 0, registers = 0;
+};
+inline std::map<std::string, KernelSize>& kernel_sizes() {
+    static auto* sizes = new std::map<std::string, KernelSize>;
+    return *sizes;
+}
+inline bool load_kernel_sizes(const char* path) {
+    FILE* file = std::fopen(path, "r");
+    if (!file) return false;
+    char line[4096], name[4000];
+    KernelSize size;
+    while (std::fgets(line, sizeof line, file))
+        if (std::sscanf(line, "%zu %zu %3999[^\n]", &size.static_bytes, &size.registers, name) == 3)
+            kernel_sizes()[name] = size;
+    std::fclose(file);
+    return true;
+}
+// "name<arguments>" of a kernel, by the symbols of the program (link it with -rdynamic).
+inline std::string name_of(const void* kernel) {
+    Dl_info found;
+    if (!dladdr(kernel, &found) || !found.dli_sname) return "";
+    int status = 0;
+    char* plain = abi::__cxa_demangle(found.dli_sname, nullptr, nullptr, &status);
+    std::string name = plain ? plain : "";
+    std::free(plain);
+    name = name.substr(0, name.find('('));
+    const size_t arguments = name.find('<'), begin = name.rfind("::", arguments);
+    return begin == name.npos ? name.substr(name.rfind(' ', arguments) + 1)
+                              : name.substr(begin + 2);
+}
+// Null where nothing is known.
+inline const KernelSize* size_of(const void* kernel) {
+    static std::mutex mutex;
+    static std::map<const void*, std::string> names;
+    std::lock_guard lock(mutex);
+    if (kernel_sizes().empty()) return nullptr;
+    auto [name, fresh] = names.try_emplace(kernel);
+    if (fresh) name->second = name_of(kernel);
+    auto size = kernel_sizes().find(name->second);
+    return size == kernel_sizes().end() ? nullptr : &size->second;
+}
+// Registers of a block: a warp takes a multiple of 256.
+inline size_t registers_of_block(size_t registers, size_t threads) {
+    return (threads + 31) / 32 * ((registers * 32 + 255) / 256 * 256);
 }
 
 // The largest alignment that an `extern __shared__` array of the program asks for. ptxas rounds the
@@ -825,9 +894,17 @@ inline size_t& dynamic_shared_alignment() {
     return alignment;
 }
 
-inline void check_shared_size(Worker& w) {
+inline size_t rounded_static(size_t bytes) {
     const size_t unit = dynamic_shared_alignment();
-    size_t total = (w.static_bytes + unit - 1) / unit * unit + w.launch->shared_bytes;
+    return (bytes + unit - 1) / unit * unit;
+}
+inline void check_shared_size(Worker& w) {
+    const KernelSize* size = w.launch->size;
+    if (size && rounded_static(w.static_bytes) > size->static_bytes)
+        report(Mistake::launch, text("its __shared__ arrays take %zu bytes, and ptxas said %zu",
+                                     rounded_static(w.static_bytes), size->static_bytes));
+    size_t total =
+        (size ? size->static_bytes : rounded_static(w.static_bytes)) + w.launch->shared_bytes;
     size_t limit = w.launch->shared_opted ? shared_limit_opted() : shared_limit_plain;
     if (w.static_bytes > shared_limit_plain)
         report(Mistake::launch, text("the __shared__ arrays of one kernel take %zu bytes; 49152 is "
@@ -1274,8 +1351,7 @@ inline std::string plain_name(std::string name) {
     throw Error(Mistake::launch, message, l.kernel, {}, {});
 }
 
-// The limits of every GPU since compute capability 3 (CUDA C++ Programming Guide, technical
-// specifications per compute capability); shared memory is that of 9.0.
+// The limits of every GPU since compute capability 3, and of the card that is played.
 inline void check_launch(const Launch& l) {
     const dim3 &g = l.grid, &b = l.block;
     size_t threads = size_t(b.x) * b.y * b.z;
@@ -1294,6 +1370,10 @@ inline void check_launch(const Launch& l) {
                                   ? ". Allow more with cudaFuncSetAttribute(kernel, "
                                     "cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)"
                                   : ""));
+    if (l.size && registers_of_block(l.size->registers, threads) > registers_of_multiprocessor)
+        refuse_launch(l, text("%zu threads of %zu registers are more than 65536", threads,
+                              l.size->registers));
+    if (!settings().has_code) refuse_launch(l, "the program holds no code for this device");
 }
 
 // Called where a kernel with __launch_bounds__(most) starts.
@@ -1462,13 +1542,15 @@ Launcher<Call> launch(const char* kernel, const char* file, int line, Call call,
                       dim3 grid, dim3 block, size_t shared_bytes = 0, Stream* stream = nullptr) {
     size_t limit = shared_limit_plain;
     bool opted = false;
+    const KernelSize* size = size_of(address(AddressOf()));
     {
         std::lock_guard lock(kernel_list().mutex);
         auto it = kernel_list().dynamic_limit.find(address(AddressOf()));
         opted = it != kernel_list().dynamic_limit.end();
         if (opted) limit = it->second;
     }
-    return {Launch{kernel, file, line, grid, block, shared_bytes, limit, opted, nullptr, nullptr},
+    return {Launch{kernel, file, line, grid, block, shared_bytes, limit, opted, size, nullptr,
+                   nullptr},
             stream, call};
 }
 
