@@ -28,30 +28,43 @@ ifeq ($(filter -j%,$(MAKEFLAGS)),)
 MAKEFLAGS += -j2
 endif
 
+# Runs a command that takes a while: says what it makes, and at the end how long that took. V=1 shows the command.
+say   = $(if $(V),,@)echo "$(1) ..." && began=$$(date +%s) && $(2) && echo "$(1): done, $$(($$(date +%s) - began)) s"
+# Ends with a line on what to install where a program or a file is missing.
+need  = $(if $(V),,@)$(1) > /dev/null 2>&1 || { echo "error: $(2)" >&2; exit 1; }
+APT  := $(if $(shell command -v sudo),sudo )apt-get install
+
 # train_gpt is built beside prepare_data, which then writes the default corpus.
 train_gpt: $(BUILD)/train_gpt data/stories/dataset.json
 	@cp $< $@
 prepare_data: $(BUILD)/prepare_data
 	@cp $< $@
 $(BUILD)/%: %.cpp tinygpt.hpp | $(BUILD)
-	$(CXX) $(CXXFLAGS) $< -o $@
-$(BUILD): ; @mkdir -p $@
+	$(call say,compiling $<,$(CXX) $(CXXFLAGS) $< -o $@)
+$(BUILD):
+	$(call need,command -v $(firstword $(CXX)),there is no $(firstword $(CXX)) here: $(APT) g++)
+	$(call need,printf '\043include <omp.h>' | $(CXX) $(CXXFLAGS) -E -x c++ -,$(CXX) has no OpenMP here: $(APT) libomp-dev; on macOS brew install libomp)
+	@mkdir -p $@
 data/stories/dataset.json: | prepare_data
-	./prepare_data
+	$(if $(V),,@)./prepare_data
 
 # CUDA: for every GPU of this machine; without one, for those named in CUDA_ARCHS. Beside it code that a driver
 # compiles for later GPUs (PTX). Each list of architectures has a folder of its own, and is asked for only where it
 # is built.
 NVCC       ?= $(or $(shell command -v nvcc),/usr/local/cuda/bin/nvcc)
 GPUS_HERE   = $(sort $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n 's/^\([0-9]*\)\.\([0-9]*\)$$/\1\2/p'))
-NVCC_KNOWS  = $(patsubst sm_%,%,$(shell $(NVCC) --list-gpu-code))
+NVCC_KNOWS  = $(patsubst sm_%,%,$(shell $(NVCC) --list-gpu-code 2>/dev/null))
 CUDA_ARCHS ?= $(or $(patsubst 90,90a,$(GPUS_HERE)),75 80 90a)
 GENCODE     = $(foreach a,$(filter-out ptx,$1),-gencode=arch=compute_$(a),code=sm_$(a)) -gencode=arch=compute_80,code=compute_80
 NVFLAGS     = -std=c++20 -O3 -diag-suppress 1675 -Xcompiler -fopenmp,-march=$(MARCH),-Wall,-Wextra,-Wno-restrict
 CUDA_SOURCE := train_gpt.cu train_gpt.cpp tinygpt.hpp
+NEED_NVCC   = $(call need,command -v $(NVCC),there is no nvcc here: install the CUDA Toolkit 12 or 13 (developer.nvidia.com/cuda-downloads) or name it: NVCC=...; without a GPU: make train_gpt_cu_on_cpu)
 train_gpt_cu: data/stories/dataset.json
+	$(NEED_NVCC)
 	+@$(call build_cuda,$@) && cp $$folder/$@ $@
 test_gpt_cu:
+	$(NEED_NVCC)
+	$(NEED_DOCTEST)
 	+@$(call build_cuda,$@) && $$folder/$@
 # Leaves out what this nvcc cannot compile: for a newer GPU there is PTX; an older one ends it.
 build_cuda = archs=; for a in $(CUDA_ARCHS); do case " $(NVCC_KNOWS) " in \
@@ -62,10 +75,10 @@ build_cuda = archs=; for a in $(CUDA_ARCHS); do case " $(NVCC_KNOWS) " in \
 	$(MAKE) --no-print-directory $$folder/$1
 build/cuda-$(MARCH)-%/train_gpt_cu: $(CUDA_SOURCE)
 	@mkdir -p $(@D)
-	$(NVCC) $(NVFLAGS) --threads 0 $(call GENCODE,$(subst -, ,$*)) $< -o $@ -lcublasLt
+	$(call say,compiling $<,$(NVCC) $(NVFLAGS) --threads 0 $(call GENCODE,$(subst -, ,$*)) $< -o $@ -lcublasLt)
 build/cuda-$(MARCH)-%/test_gpt_cu: test_gpt.cpp $(CUDA_SOURCE)
 	@mkdir -p $(@D)
-	$(NVCC) $(NVFLAGS) --threads 0 $(call GENCODE,$(subst -, ,$*)) $(TESTFLAGS) -DTINYGPT_TEST_CUDA -x cu $< -o $@ -lcublasLt
+	$(call say,compiling the tests of the GPU,$(NVCC) $(NVFLAGS) --threads 0 $(call GENCODE,$(subst -, ,$*)) $(TESTFLAGS) -DTINYGPT_TEST_CUDA -x cu $< -o $@ -lcublasLt)
 
 # The same kernels on the CPU, without the CUDA Toolkit: cuda_on_cpu/README.md.
 EMULATOR   := $(wildcard cuda_on_cpu/*.h cuda_on_cpu/*.hpp)
@@ -73,22 +86,25 @@ ON_CPU     := -Icuda_on_cpu -I. -g -Wno-unused-parameter
 $(BUILD)/translate: cuda_on_cpu/translate.cpp | $(BUILD)
 	@$(MAKE) --no-print-directory -C cuda_on_cpu BUILD=$(abspath $(BUILD)) $(abspath $@)
 $(BUILD)/train_gpt_cu.cpp: train_gpt.cu $(BUILD)/translate
-	$(BUILD)/translate $< $@
+	$(if $(V),,@)$(BUILD)/translate $< $@
 train_gpt_cu_on_cpu: $(BUILD)/train_gpt_cu.cpp $(CUDA_SOURCE) $(EMULATOR)
-	$(CXX) $(CXXFLAGS) -O2 $(ON_CPU) $< -o $@
+	$(call say,compiling the CUDA kernels for the CPU,$(CXX) $(CXXFLAGS) -O2 $(ON_CPU) $< -o $@)
 
-# The tests, CPU and CUDA in one program. FILTER="matmul*" runs those whose names match.
+# The tests, CPU and CUDA in one program. FILTER="matmul*" runs those whose names match, a * being any text.
 test: $(BUILD)/test_gpt
-	OMP_WAIT_POLICY=passive $(TEST_ENV) $(BUILD)/test_gpt $(FILTER:%=-tc="%")
-	checks/cuda_build.sh
+	$(if $(V),,@)OMP_WAIT_POLICY=passive $(TEST_ENV) $(BUILD)/test_gpt $(if $(FILTER),-tc="$(FILTER)")
+	$(if $(FILTER),,$(if $(V),,@)checks/cuda_build.sh)
+NEED_DOCTEST = $(call need,printf '\043include <doctest/doctest.h>' | $(CXX) $(TESTFLAGS) -E -x c++ -,the tests need doctest: $(APT) doctest-dev; or give DOCTEST_DIR=FOLDER that has doctest/doctest.h)
 TEST_PARTS ?= cpu cuda
 TEST_SOURCE := test_gpt.cpp prepare_data.cpp $(wildcard docs/embedding.cpp checks/*.hpp) $(CUDA_SOURCE)
 $(BUILD)/test_gpt: $(TEST_PARTS:%=$(BUILD)/test_%.o)
-	$(CXX) $(CXXFLAGS) $^ -rdynamic -o $@
+	$(if $(V),,@)$(CXX) $(CXXFLAGS) $^ -rdynamic -o $@
 $(BUILD)/test_cpu.o: $(TEST_SOURCE) | $(BUILD)
-	$(CXX) $(CXXFLAGS) $(if $(SANITIZE),,-O2) $(TESTFLAGS) -c $< -o $@
+	$(NEED_DOCTEST)
+	$(call say,compiling the tests of the CPU,$(CXX) $(CXXFLAGS) $(if $(SANITIZE),,-O2) $(TESTFLAGS) -c $< -o $@)
 $(BUILD)/test_cuda.o: $(TEST_SOURCE) $(BUILD)/train_gpt_cu.cpp $(EMULATOR)
-	$(CXX) $(CXXFLAGS) $(if $(SANITIZE),,-O2) $(TESTFLAGS) $(ON_CPU) -I$(BUILD) -DTINYGPT_TEST_CUDA -c $< -o $@
+	$(NEED_DOCTEST)
+	$(call say,compiling the tests of the CUDA kernels,$(CXX) $(CXXFLAGS) $(if $(SANITIZE),,-O2) $(TESTFLAGS) $(ON_CPU) -I$(BUILD) -DTINYGPT_TEST_CUDA -c $< -o $@)
 
 # Data that others made: fetched on request, checked, never part of the repository. URL=... overrides.
 HUB_URL  := https://huggingface.co/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e
@@ -110,7 +126,7 @@ gpt2: # the published weights of GPT-2 small: 551 MB
 	@checks/fetch.sh "$(or $(URL),$(HUB_URL))/merges.txt" $(VOCAB) data/gpt2/merges.txt 456318
 	@checks/fetch.sh "$(or $(URL),$(HUB_URL))/model.safetensors" $(WEIGHTS) data/gpt2/model.safetensors 548105171
 
-experiment: train_gpt prepare_data
+experiment: $(if $(NAME),train_gpt prepare_data)
 	@checks/experiment.sh $(NAME)
 compare: train_gpt prepare_data
 	@checks/experiment.sh device

@@ -46,22 +46,46 @@
 // Fixtures: what the cases of all areas, CPU and CUDA, share
 // =================================================================================================
 
-// What was skipped, and why, is repeated at the very end, where nobody can overlook it. A test says
-// so with MESSAGE("skipped: what: why").
-namespace skipped_tests {
-struct List : doctest::IReporter {
-    std::vector<std::string> lines;
-    std::string running;
-    explicit List(const doctest::ContextOptions&) {}
-    void test_case_start(const doctest::TestCaseData& test) override { running = test.m_name; }
+// What the tests say of themselves: a line for each area when it is done, on a terminal also which
+// case is running. What was skipped, and why, is repeated at the very end, where nobody can overlook
+// it; a test says so with MESSAGE("skipped: what: why").
+namespace test_report {
+struct Report : doctest::IReporter {
+    const bool terminal = ::isatty(STDOUT_FILENO);
+    std::vector<std::string> skipped;
+    std::string running, area;
+    int cases = 0;
+    double began = 0;
+    explicit Report(const doctest::ContextOptions&) {}
+    void test_case_start(const doctest::TestCaseData& test) override {
+        running = test.m_name;
+        const std::string its_area = running.substr(0, running.find(':'));
+        if (its_area != area) end_area(), area = its_area, began = tinygpt::now_seconds();
+        ++cases;
+        if (terminal) tinygpt::show_line({running}, false);
+    }
+    void end_area() {
+        if (cases > 0)
+            std::printf("%s%-14s %3d cases %7.1f s\n", terminal ? "\r\033[K" : "", area.c_str(),
+                        cases, tinygpt::now_seconds() - began);
+        std::fflush(stdout);
+        cases = 0;
+    }
     void log_message(const doctest::MessageData& message) override {
         const std::string text = message.m_string.c_str();
-        if (text.compare(0, 7, "skipped") == 0) lines.push_back(running + ": " + text);
+        if (text.starts_with("skipped")) skipped.push_back(running + ": " + text);
     }
-    void test_run_end(const doctest::TestRunStats&) override {
-        std::printf("[skipped] %zu checks were skipped%s\n", lines.size(),
-                    lines.empty() ? "" : ":");
-        for (const std::string& line : lines) std::printf("[skipped]   %s\n", line.c_str());
+    void test_run_end(const doctest::TestRunStats& stats) override {
+        end_area();
+        if (stats.numTestCasesPassingFilters == 0) {
+            std::puts(
+                "error: no test has a name like this; FILTER=\"matmul*\" runs those of one area");
+            std::fflush(stdout);
+            std::_Exit(1);
+        }
+        std::printf("[skipped] %zu checks were skipped%s\n", skipped.size(),
+                    skipped.empty() ? "" : ":");
+        for (const std::string& line : skipped) std::printf("[skipped]   %s\n", line.c_str());
     }
     void report_query(const doctest::QueryData&) override {}
     void test_run_start() override {}
@@ -74,9 +98,9 @@ struct List : doctest::IReporter {
     void test_case_skipped(const doctest::TestCaseData&) override {}
 };
 #if !defined(TINYGPT_TEST_CUDA) || defined(__CUDACC__)
-REGISTER_LISTENER("skipped", 1, List);
+REGISTER_LISTENER("report", 1, Report);
 #endif
-}  // namespace skipped_tests
+}  // namespace test_report
 
 // The CPU and the CUDA object are linked into one program: everything here is inline.
 namespace fixtures {

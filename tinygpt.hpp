@@ -1279,9 +1279,9 @@ void linear_residual_forward(const Ops& ops, real* out, const real* residual, co
 // Every token gets a score. The loss is how surprised the softmax is by the one that came: 0 if it
 // was certain of it, log V if it knows nothing. e^loss, the perplexity, is the number of tokens it
 // seems to be guessing among. x [rows, C] is ln_f; w is wte where the head is tied.
-//   walk> loss of the batch: the mean of 8 such = 2.433049; knowing nothing is log 11 = 2.3979
+//   walk> loss of the batch: mean of 8 such = 2.433049; knowing nothing is log 11 = 2.3979
 //   walk> cat     -0.8429       0.4305        0.0351   <- the target
-//   walk> sum of exp 12.2585; loss = log(sum) - logit of the target = 2.5062 - -0.8429 = 3.3491
+//   walk> sum of exp 12.2585; loss = log(sum) - logit = 2.5062 - -0.8429 = 3.3491
 // logits [rows, V] would be by far the largest array (0.8 GB for 4 x 1024 rows of GPT-2), so they
 // are made, and used up, for some rows at a time.
 
@@ -1300,7 +1300,7 @@ void head_logits(const Ops& ops, real* logits, const real* x, const real* w, int
 //   dloss/dlogits_v = d/dlogits_v (log sum_u exp(logits_u) - logits_target) = p_v - [v = target]
 // softmax minus one-hot: push every token down by the probability it was given, and the target up
 // by what it lacked. Times scale (1/8 in the walk, and -0.1206 = (0.0351 - 1) / 8):
-//   walk> dlogits of the first row, (p - [target]) / 8:  0.0094 -0.1206  0.0051  0.0179  0.0290
+//   walk> dlogits of row 0, (p - [target]) / 8:  0.0094 -0.1206  0.0051  0.0179
 // sets losses [rows], 0 where the target is kIgnore; works on logits [rows, V] in place.
 template <class real, class Ops>
 void softmax_cross_entropy(const Ops& ops, real* losses, real* logits, const int32_t* targets,
@@ -1887,7 +1887,7 @@ TINYGPT_HD inline double z_score(const double* window, int64_t count, double val
 // An outlier, which is a loss or a norm more than skip_outliers deviations above the last 128,
 // skips too. Clipping (Pascanu et al. 2013): a norm above the limit scales the gradient by limit /
 // norm, so it has the limit's length and the same direction.
-//   walk> norm of all gradients 2.550270; the limit is 0.5, so each is multiplied by 0.196058
+//   walk> norm of all gradients 2.550270; the limit is 0.5: each is multiplied by 0.196058
 TINYGPT_HD inline void judge_step(StepState* state, const Guards& guards) {
     const int64_t window = StepState::kWindow;
     const double limit = 1.7976931348623157e308;  // comparisons with a NaN are false
@@ -1920,7 +1920,7 @@ TINYGPT_HD inline void judge_step(StepState* state, const Guards& guards) {
 // only in tensors of two dimensions (§3). With beta2 = 0.95, v looks back on about 1/(1-beta2) = 20
 // steps. One element, with m_scale = 1/(1-beta1^t) and v_scale = 1/(1-beta2^t). In the walk:
 //   walk> g  = -0.507637 * 0.196058 = -0.099526
-//   walk> w  = 0.141984 - 0.1 (-0.099526 / (sqrt(0.009905) + 1e-8) + 0.1 * 0.141984) = 0.240565
+//   walk> w  = 0.141984 - 0.1 (-0.099526 / (sqrt(0.009905) + 1e-8) + 0.1 * 0.141984)
 template <class real>
 TINYGPT_HD inline void adamw_element(real& w, real& m, real& v, real g, real lr, real m_scale,
                                      real v_scale, real beta1, real beta2, real eps, real decay) {

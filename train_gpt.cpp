@@ -1514,14 +1514,16 @@ private:
     }
 
     void show_machine() {
-        const double bf16_peak = device_.bf16_peak_flops();
-        peak_bytes_ = device_.peak_bandwidth();
         std::printf("machine           %s\n", device_.describe().c_str());
-        std::printf("measured peaks    %.1f GFLOP/s, ", device_.peak_flops() / 1e9);
+        tinygpt::show_line({"measuring its peaks"}, false);
+        peak_bytes_ = device_.peak_bandwidth();
+        std::string peaks = format("%.1f GFLOP/s, ", device_.peak_flops() / 1e9);
         if constexpr (requires { device_.tile_peak_flops(); })
-            std::printf("%.1f with operands from L1, ", device_.tile_peak_flops() / 1e9);
-        if (bf16_peak > 0) std::printf("%.1f GFLOP/s in bf16 products, ", bf16_peak / 1e9);
-        std::printf("%.1f GB/s\n", peak_bytes_ / 1e9);
+            peaks += format("%.1f with operands from L1, ", device_.tile_peak_flops() / 1e9);
+        if (const double bf16_peak = device_.bf16_peak_flops(); bf16_peak > 0)
+            peaks += format("%.1f in bf16 products, ", bf16_peak / 1e9);
+        tinygpt::show_line({""}, false);
+        std::printf("measured peaks    %s%.1f GB/s\n", peaks.c_str(), peak_bytes_ / 1e9);
         std::printf("model             %d layers, %d heads, %d channels, ", config_.n_layer,
                     config_.n_head, C);
         std::printf("vocabulary %d; B=%d T=%d\n", config_.vocab_size, rows_ / T_, T_);
@@ -1607,6 +1609,7 @@ private:
     double table(const char* title, const char* what, double seconds, auto&& pass) {
         table_.clear(), kernels_.clear(), passes_ = 0;
         std::vector<double> whole;
+        tinygpt::show_line({"measuring: " + std::string(title)}, false);
         pass(), device_.synchronize();
         const double end = now_seconds() + seconds;
         while (whole.size() < 3 || (now_seconds() < end && whole.size() < 50)) {
@@ -1617,8 +1620,9 @@ private:
         }
         // A processor slows down when it gets hot: the peaks are those of this moment.
         peak_ = device_.peak_flops(), product_peak_ = product_peak_flops(device_);
-        std::printf("\n%-*s %6s %10s %12s %12s %10s\n", kName, title, "calls", "ms a call",
-                    "GFLOP/s", "GB/s", "of peak");
+        tinygpt::show_line({""}, false);
+        std::printf("\n%-*s %5s %9s %8s %8s %7s\n", kName, title, "calls", "ms a call", "GFLOP/s",
+                    "GB/s", "of peak");
         double sum = 0;
         for (const Row& row : table_) sum += show(row);
         std::printf("\nsum of the above  %.2f ms; a whole %s takes %.2f ms\n", sum * 1e3, what,
@@ -1639,9 +1643,9 @@ private:
     void show_line(const std::string& name, int calls, double seconds, const Row& work) const {
         const double least_flops = work.flops / (work.product ? product_peak_ : peak_);
         const double least_bytes = work.bytes / peak_bytes_;
-        std::printf("%-*s %6d %10.3f", kName, name.c_str(), calls, seconds * 1e3);
+        std::printf("%-*s %5d %9.3f", kName, name.c_str(), calls, seconds * 1e3);
         if (work.flops + work.bytes > 0)
-            std::printf(" %12.1f %12.1f %8.1f %% of %s", work.flops / seconds / 1e9,
+            std::printf(" %8.1f %8.1f %6.1f %% of %s", work.flops / seconds / 1e9,
                         work.bytes / seconds / 1e9,
                         100 * std::max(least_flops, least_bytes) / seconds,
                         least_flops > least_bytes ? "FLOP/s" : "GB/s");
@@ -1775,9 +1779,9 @@ private:
             std::printf("%-5s  %8.4f   %10.4f   %11.4f%s\n", kWords[v], logits[v],
                         std::exp(logits[v]), std::exp(logits[v]) / total,
                         v == target ? "   <- the target" : "");
-        std::printf("sum of exp %.4f; loss = log(sum) - logit of the target = %.4f - %.4f = %.4f\n",
-                    total, std::log(total), logits[target], std::log(total) - logits[target]);
-        std::printf("loss of the batch: the mean of 8 such = %.6f; ", loss());
+        std::printf("sum of exp %.4f; loss = log(sum) - logit = %.4f - %.4f = %.4f\n", total,
+                    std::log(total), logits[target], std::log(total) - logits[target]);
+        std::printf("loss of the batch: mean of 8 such = %.6f; ", loss());
         std::printf("knowing nothing is log 11 = %.4f\n", std::log(11.0));
     }
 
@@ -1786,8 +1790,8 @@ private:
     // h.
     void show_backward() {
         title("Backward: gradients, beside (loss(w + h) - loss(w - h)) / 2h with h = 1e-5");
-        std::printf("dlogits of the first row, (p - [target]) / 8:");
-        for (int v = 0; v < 6; ++v) std::printf(" %7.4f", model_.a.logits[v]);
+        std::printf("dlogits of row 0, (p - [target]) / 8:");
+        for (int v = 0; v < 4; ++v) std::printf(" %7.4f", model_.a.logits[v]);
         std::printf(" ...\n%-26s %12s %12s\n", "tensor, element 0", "backward", "difference");
         for (const TensorInfo& t : model_.layout.tensors) {
             if (t.name.starts_with("h.1.")) continue;  // the second layer is like the first
@@ -1811,20 +1815,18 @@ private:
         const StepState& state = *model_.state;
         const double clip = state.clip_scale, w = model_.weights[0], g = model_.grads[0] * clip;
         const double m = 0.1 * g, v = 0.05 * g * g, m_hat = m / 0.1, v_hat = v / 0.05;
-        std::printf("norm of all gradients %.6f; the limit is 0.5, so each is multiplied by %.6f\n",
+        std::printf("norm of all gradients %.6f; the limit is 0.5: each is multiplied by %.6f\n",
                     state.grad_norm, clip);
         std::printf("g  = %.6f * %.6f = %.6f\n", model_.grads[0], clip, g);
         std::printf("m  = 0.9 * 0 + 0.1 g = %.8f;     m / (1 - 0.9^1)  = %.6f\n", m, m_hat);
         std::printf("v  = 0.95 * 0 + 0.05 g^2 = %.8f; v / (1 - 0.95^1) = %.6f\n", v, v_hat);
-        std::printf("w  = %.6f - 0.1 (%.6f / (sqrt(%.6f) + 1e-8) + 0.1 * %.6f) = %.6f\n", w, m_hat,
-                    v_hat, w, w - 0.1 * (m_hat / (std::sqrt(v_hat) + 1e-8) + 0.1 * w));
+        std::printf("w  = %.6f - 0.1 (%.6f / (sqrt(%.6f) + 1e-8) + 0.1 * %.6f)\n   = %.6f\n", w,
+                    m_hat, v_hat, w, w - 0.1 * (m_hat / (std::sqrt(v_hat) + 1e-8) + 0.1 * w));
     }
 
     // Why doubled: the mean of what the next layer reads stays what it is without dropout.
     void show_dropout() {
-        title(
-            "Dropout 0.5 of the embedding: training zeroes half, doubles half; "
-            "evaluation does not");
+        title("Dropout 0.5 of the embedding: training zeroes half and doubles half");
         double x[kRows * kC];
         for (bool training : {true, false}) {
             const Dropout drop{random_key(1, 2, 3), training ? 0.5f : 0.0f};
@@ -1840,9 +1842,7 @@ private:
     }
     // One step on eight tokens is enough to see the right word gain.
     void show_effect() {
-        title(
-            "What the step changed: the likeliest words after \"the cat sat on\" "
-            "(the text has: the)");
+        title("What the step changed: words after \"the cat sat on\" (the text has: the)");
         const std::vector<Candidate> after = next_words();
         std::printf("before            after one step\n");
         for (size_t i = 0; i < 5; ++i)

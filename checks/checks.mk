@@ -114,9 +114,9 @@ nightly: check torture damaged cuda_cards cuda_12
 	$(MAKE) fuzz SECONDS=1200
 	$(MAKE) fuzz_coverage
 
-# Curves of runs side by side: make plot RUNS="out/a out/b".
+# Curves of runs side by side: make plot RUNS="out/a out/b"; without RUNS, all in out/.
 plot:
-	@RUNS="$(RUNS)" OUT="$(OUT)" checks/plot.sh $(RUNS)
+	@RUNS="$(or $(RUNS),$(patsubst %/log.csv,%,$(wildcard out/*/log.csv)))" OUT="$(OUT)" checks/plot.sh
 
 # What the compilers do not say. Their configurations, with reasons: .clang-tidy, checks/cppcheck.txt.
 tidy:

@@ -14,9 +14,9 @@ give_up() {
     echo "error: $1" >&2
     exit "${2:-1}"
 }
-[ -n "$RUNS" ] || give_up 'which runs? make plot RUNS="out/stories out/other"' 2
+[ -n "$RUNS" ] || give_up 'there is no run in out/: ./train_gpt makes one; make plot RUNS="out/a out/b" names runs' 2
 command -v gnuplot > /dev/null ||
-    give_up "gnuplot draws the figures, and is not installed (Debian: apt-get install gnuplot-nox)"
+    give_up "gnuplot draws the figures, and is not here: sudo apt-get install gnuplot-nox; without it: ./train_gpt show --runs $RUNS"
 scratch=$(mktemp -d "${TMPDIR:-/tmp}/plot.XXXXXX") || exit 1
 trap 'rm -rf "$scratch"' EXIT
 
