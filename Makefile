@@ -48,6 +48,17 @@ $(BUILD):
 data/stories/dataset.json: | prepare_data
 	$(if $(V),,@)./prepare_data
 
+# Several processes, or GPUs, train one model: docs/many-machines.md. Needs MPI; on GPUs NCCL too.
+MPICXX   ?= mpicxx
+MPI      := -DTINYGPT_MPI -DOMPI_SKIP_MPICXX -DMPICH_SKIP_MPICXX
+MPICOMPILE = OMPI_CXX="$(CXX)" MPICH_CXX="$(CXX)" $(MPICXX) $(CXXFLAGS) $(MPI)
+NEED_MPI  = $(call need,command -v $(MPICXX),there is no $(MPICXX) here: $(APT) libopenmpi-dev openmpi-bin)
+train_gpt_mpi: $(BUILD)/train_gpt_mpi data/stories/dataset.json
+	@cp $< $@
+$(BUILD)/train_gpt_mpi: train_gpt.cpp tinygpt.hpp | $(BUILD)
+	$(NEED_MPI)
+	$(call say,compiling $< for ranks,$(MPICOMPILE) $< -o $@)
+
 # CUDA: for every GPU of this machine; without one, for those named in CUDA_ARCHS. Beside it code that a driver
 # compiles for later GPUs (PTX). Each list of architectures has a folder of its own, and is asked for only where it
 # is built.
@@ -61,6 +72,8 @@ CUDA_SOURCE := train_gpt.cu train_gpt.cpp tinygpt.hpp
 NEED_NVCC   = $(call need,command -v $(NVCC),there is no nvcc here: install the CUDA Toolkit 12 or 13 (developer.nvidia.com/cuda-downloads) or name it: NVCC=...; without a GPU: make train_gpt_cu_on_cpu)
 train_gpt_cu: data/stories/dataset.json
 	$(NEED_NVCC)
+	+@$(call build_cuda,$@) && cp $$folder/$@ $@
+train_gpt_cu_mpi: data/stories/dataset.json
 	+@$(call build_cuda,$@) && cp $$folder/$@ $@
 test_gpt_cu:
 	$(NEED_NVCC)
@@ -76,6 +89,10 @@ build_cuda = archs=; for a in $(CUDA_ARCHS); do case " $(NVCC_KNOWS) " in \
 build/cuda-$(MARCH)-%/train_gpt_cu: $(CUDA_SOURCE)
 	@mkdir -p $(@D)
 	$(call say,compiling $<,$(NVCC) $(NVFLAGS) --threads 0 $(call GENCODE,$(subst -, ,$*)) $< -o $@ -lcublasLt)
+build/cuda-$(MARCH)-%/train_gpt_cu_mpi: $(CUDA_SOURCE)
+	$(NEED_MPI)
+	@mkdir -p $(@D)
+	$(call say,compiling $< for ranks,$(NVCC) -ccbin $(MPICXX) $(NVFLAGS) $(MPI) --threads 0 $(call GENCODE,$(subst -, ,$*)) $< -o $@ -lcublasLt -lnccl)
 build/cuda-$(MARCH)-%/test_gpt_cu: test_gpt.cpp $(CUDA_SOURCE)
 	@mkdir -p $(@D)
 	$(call say,compiling the tests of the GPU,$(NVCC) $(NVFLAGS) --threads 0 $(call GENCODE,$(subst -, ,$*)) $(TESTFLAGS) -DTINYGPT_TEST_CUDA -x cu $< -o $@ -lcublasLt)
@@ -89,6 +106,9 @@ $(BUILD)/train_gpt_cu.cpp: train_gpt.cu $(BUILD)/translate
 	$(if $(V),,@)$(BUILD)/translate $< $@
 train_gpt_cu_on_cpu: $(BUILD)/train_gpt_cu.cpp $(CUDA_SOURCE) $(EMULATOR)
 	$(call say,compiling the CUDA kernels for the CPU,$(CXX) $(CXXFLAGS) -O2 $(ON_CPU) $< -o $@)
+train_gpt_cu_mpi_on_cpu: $(BUILD)/train_gpt_cu.cpp $(CUDA_SOURCE) $(EMULATOR)
+	$(NEED_MPI)
+	$(call say,compiling $< for ranks,$(MPICOMPILE) -O2 $(ON_CPU) $< -o $@)
 
 # The tests, CPU and CUDA in one program. FILTER="matmul*" runs those whose names match, a * being any text.
 test: $(BUILD)/test_gpt
@@ -132,5 +152,5 @@ compare: train_gpt prepare_data
 	@checks/experiment.sh device
 include checks/checks.mk  # check, nightly, torture, fuzz, tidy, plot, count: what `make test` is too short for
 
-clean: ; rm -rf build cuda_on_cpu/build train_gpt train_gpt_cu train_gpt_cu_on_cpu test_gpt_cu prepare_data
-.PHONY: train_gpt train_gpt_cu prepare_data test test_gpt_cu shakespeare gpt2-vocab gpt2 experiment compare clean
+clean: ; rm -rf build cuda_on_cpu/build train_gpt train_gpt_cu train_gpt_cu_on_cpu train_gpt_mpi train_gpt_cu_mpi train_gpt_cu_mpi_on_cpu test_gpt_cu prepare_data
+.PHONY: train_gpt train_gpt_cu train_gpt_mpi train_gpt_cu_mpi prepare_data test test_gpt_cu shakespeare gpt2-vocab gpt2 experiment compare clean

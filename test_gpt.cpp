@@ -10,6 +10,7 @@
 #include <sys/resource.h>
 #include <sys/wait.h>
 
+#include <barrier>
 #include <fstream>
 #include <thread>
 
@@ -1404,7 +1405,9 @@ struct ModelCase {
 inline ModelCase small_case(bool untied, float dropout) {
     ModelCase c;
     c.config = {2, 3, 12, 8, 11, untied, dropout};
-    c.batches = {random_batch(1, 2, 5, 11, 4), random_batch(2, 2, 5, 11)};
+    // Three: one is set, and two are added to it, in place.
+    c.batches = {random_batch(1, 2, 5, 11, 4), random_batch(2, 2, 5, 11),
+                 random_batch(3, 1, 3, 11)};
     return c;
 }
 template <class Device>
@@ -1946,6 +1949,149 @@ TEST_CASE("training: k accumulated micro-batches are one batch k times as large"
         // Careful: AdamW divides by |g|, so a gradient of nearly 0 (the keys' bias) is noise.
         CHECK(relative_error(part_weights.data(), weights.data(), weights.size()) < 1e-9);
     }
+}
+
+// Ranks that are threads of this process.
+class ThreadRanks : public Ranks {
+public:
+    // Calls f(ranks) on `count` of them at once.
+    static void run(int count, const std::function<void(Ranks&)>& f) {
+        Meeting meeting{std::barrier<>(count), std::vector<void*>(size_t(count))};
+        std::vector<std::thread> threads;
+        for (int rank = 0; rank < count; ++rank)
+            threads.emplace_back([&, rank] {
+                ThreadRanks ranks(meeting, rank, count);
+                f(ranks);
+            });
+        for (std::thread& thread : threads) thread.join();
+    }
+    void exchange(void* to, const void* from, size_t bytes) override {
+        meet(const_cast<void*>(from), [&](size_t s, const char* theirs) {
+            std::memcpy(static_cast<char*>(to) + s * bytes, theirs + size_t(rank) * bytes, bytes);
+        });
+    }
+    void gather(void* array, size_t bytes, size_t rounds) override {
+        meet(array, [&](size_t s, const char* theirs) {
+            for (size_t t = 0; t < rounds && s != size_t(rank); ++t) {
+                const size_t at = (t * size_t(count) + s) * bytes;
+                std::memcpy(static_cast<char*>(array) + at, theirs + at, bytes);
+            }
+        });
+    }
+    void broadcast(void* data, size_t bytes) override {
+        meet(data, [&](size_t s, const char* theirs) {
+            if (s == 0 && rank != 0) std::memcpy(data, theirs, bytes);
+        });
+    }
+
+private:
+    struct Meeting {
+        std::barrier<> barrier;
+        std::vector<void*> data;
+    };
+    ThreadRanks(Meeting& meeting, int number, int of) : meeting_(meeting) {
+        rank = number, count = of;
+    }
+    void meet(void* mine, auto&& visit) {
+        meeting_.data[size_t(rank)] = mine;
+        meeting_.barrier.arrive_and_wait();
+        for (size_t s = 0; s < size_t(count); ++s)
+            visit(s, static_cast<const char*>(meeting_.data[s]));
+        meeting_.barrier.arrive_and_wait();
+    }
+    Meeting& meeting_;
+};
+
+TEST_CASE("ranks: every element of an array is one rank's, and all ranks have about as many") {
+    for (size_t size :
+         {size_t(64), size_t(16384), size_t(16448), size_t(903488), size_t(124475904)})
+        for (int count : {1, 2, 3, 4, 8}) {
+            CAPTURE(size);
+            CAPTURE(count);
+            std::vector<std::pair<size_t, size_t>> parts;
+            for (int rank = 0; rank < count; ++rank) {
+                Ranks ranks;
+                ranks.rank = rank, ranks.count = count;
+                const Shares s(size, ranks);
+                CHECK((s.room() >= size && s.own() * size_t(count) == s.room()));
+                CHECK(s.own() < ceil_div(size, size_t(count)) + s.rounds * Shares::kChunk);
+                size_t next = 0;
+                s.for_each([&](size_t own, size_t at, size_t n) {
+                    CHECK((own == next && at % s.part == 0 && n > 0));
+                    next = own + s.part;
+                    parts.emplace_back(at, n);
+                });
+            }
+            std::sort(parts.begin(), parts.end());
+            size_t end = 0;
+            for (auto [at, n] : parts) CHECK(std::exchange(end, at + n) == at);
+            CHECK(end == size);
+        }
+}
+
+TEST_CASE("ranks: 1, 2, 4 and 8 of them are one run, bit for bit, and may change at a checkpoint") {
+    TemporaryFolder folder;
+    std::vector<uint16_t> text(5000);
+    for (size_t i = 0; i < text.size(); ++i) text[i] = uint16_t(random_bits(7, i) % 101);
+    put_shard(folder / "val.bin", text);
+    const Shards shards(folder / "val.bin");
+    const auto windows = evaluation_windows(shards, 5, -1);
+    using Result = std::pair<std::vector<double>, std::vector<std::vector<float>>>;
+    // Steps `from` to `to`, which begin and end at a checkpoint.
+    auto run = [&](const Config& config, int count, size_t micro_batches, int from, int to) {
+        Result result;
+        ThreadRanks::run(count, [&](Ranks& ranks) {
+            Threads two(2);
+            Cpu device;
+            device.ranks = &ranks;
+            Gpt2<Cpu> model(config, device);
+            model.reserve(2, 5, Use::training);
+            model.initialise(1);
+            auto name = [&](int s) { return folder / format("%zu-%d", micro_batches, s); };
+            if (from > 0) load_weights(model, name(from)), load_moments(model, name(from));
+            const size_t here = micro_batches / size_t(count);
+            std::vector<double> numbers;
+            for (int s = from; s < to; ++s) {
+                model.state->updates = s;
+                StepShare share{size_t(ranks.rank) * here, micro_batches};
+                std::vector<Batch> batches;
+                for (size_t i = 0; i < micro_batches; ++i) {
+                    const uint64_t seed = uint64_t(s) * micro_batches + i;
+                    const Batch batch = random_batch(seed, 2, 5, config.vocab_size, int(i % 3));
+                    share.scored += batch.scored;
+                    if (i / here == size_t(ranks.rank)) batches.push_back(batch);
+                }
+                train_step(model, batches, plain_steps(1e-2, 9), s, share);
+                numbers.push_back(model.state->loss), numbers.push_back(model.state->grad_norm);
+            }
+            numbers.push_back(evaluate(model, windows, {}).total);
+            save_checkpoint(model, name(to), nullptr, {}, Purpose::resume);
+            std::vector<std::vector<float>> arrays = {model.get_weights()};
+            for (float* moment : model.moments) {
+                const float* whole = model.whole(moment);
+                arrays.emplace_back(whole, whole + model.layout.size);
+            }
+            if (ranks.rank == count - 1) result = {numbers, arrays};
+        });
+        return result;
+    };
+    // 16 micro-batches: leaves of two, added in place.
+    const Config small{2, 2, 40, 8, 101, false, 0.1f};
+    for (size_t micro_batches : {size_t(8), size_t(16)}) {
+        const Result one = run(small, 1, micro_batches, 0, 3);
+        for (int count : {2, 4, 8}) {
+            CAPTURE(count);
+            CAPTURE(micro_batches);
+            CHECK(run(small, count, micro_batches, 0, 3) == one);
+        }
+        run(small, 8, micro_batches, 0, 1), run(small, 2, micro_batches, 1, 2);
+        const Result changed = run(small, 4, micro_batches, 2, 3);
+        CHECK(changed.second == one.second);
+        CHECK(std::equal(changed.first.rbegin(), changed.first.rend(), one.first.rbegin()));
+    }
+    // Arrays of several rounds, and a head of its own.
+    const Config large{1, 2, 64, 8, 12000, true, 0};
+    CHECK(run(large, 2, 2, 0, 1) == run(large, 1, 2, 0, 1));
 }
 
 TEST_CASE("training: nothing but the list's tensors has a gradient or a weight") {

@@ -540,14 +540,17 @@ struct DataOrder {
     }
 };
 
-// Reads the batches of a run in order: a thread reads the next one while the model computes.
+// Reads the batches of a run in order: a thread reads the next one while the model computes. After
+// every `run` of them it passes over those of other ranks (§4), so many samples.
 // std::async starts a function on a thread and returns a future, whose get() waits for the result
 // (Python's executor.submit).
 class BatchLoader {
 public:
     // Careful: the shards of `order` must outlive it.
-    BatchLoader(const DataOrder& order, int vocab_size, int64_t first_sample)
-        : order_(order), vocab_size_(vocab_size), sample_(first_sample) {
+    BatchLoader(const DataOrder& order, int vocab_size, int64_t first_sample, int64_t run = 1,
+                int64_t others = 0)
+        : order_(order), vocab_size_(vocab_size), sample_(first_sample), run_(run),
+          others_(others) {
         read_ahead();
     }
     BatchLoader(const BatchLoader&) = delete;
@@ -555,7 +558,7 @@ public:
     // The next B samples. If reading them failed, this throws the error.
     Batch next() {
         Batch batch = ahead_.get();
-        sample_ += order_.B;
+        sample_ += order_.B + (++read_ % run_ == 0 ? others_ : 0);
         read_ahead();
         return batch;
     }
@@ -568,7 +571,8 @@ private:
 
     const DataOrder order_;
     const int vocab_size_;
-    int64_t sample_;
+    int64_t sample_, read_ = 0;
+    const int64_t run_, others_;
     // A shared_future's result, or error, can be fetched more than once. Careful: keep it the last
     // member. Members are destroyed from the last up, and this one waits for its thread, which
     // still uses the others.
@@ -1384,6 +1388,7 @@ T* allocate(size_t count) {
 struct StepState {
     static constexpr int kWindow = 128;  // how many past steps an outlier is judged by
     double lr = 0, loss = 0, grad_norm = 0;
+    double waiting[3] = {};             // losses that belong to the spare gradients (§8)
     double clip_scale = 1;              // gradients are multiplied by this in the update
     int32_t skip = 0;                   // 1: this update is not made
     int32_t broken = 0;                 // 1: loss or norm was NaN or infinite
@@ -1391,6 +1396,7 @@ struct StepState {
     int64_t skipped = 0, outliers = 0;  // totals of the run
     int64_t seen = 0;                   // steps in the window so far
     double losses[kWindow] = {}, norms[kWindow] = {};
+    TINYGPT_HD double* loss_of(int into) { return into == 0 ? &loss : &waiting[into - 1]; }
 };
 
 // When to clip a gradient, and when to skip an update (§7).
@@ -1409,13 +1415,36 @@ struct AdamW {
 // The update itself, in §7.
 inline void begin_step(StepState* state, double lr);
 template <class real>
-void add_loss(StepState* state, const real* losses, int rows, double scale);
+void add_loss(StepState* state, const real* losses, int rows, double scale, int into = 0);
 template <class real>
 void gradient_norm(StepState* state, const real* grads, size_t count);
+template <class real>
+void square_sums(double* sums, const real* grads, size_t count);
+inline void norm_of_sums(StepState* state, const double* sums, size_t chunks);
 TINYGPT_HD inline void judge_step(StepState* state, const Guards& guards);
 template <class real>
 void adamw(real* weights, real* masters, real* m, real* v, const real* grads, size_t count,
            size_t decayed, const StepState* state, const AdamW& hyper);
+
+// The processes that train one model together, each with a number. A process alone has nothing to
+// do here; train_gpt.cpp has the ranks of MPI. All ranks make the same calls in the same order.
+struct Ranks {
+    int rank = 0, count = 1;
+    int here = 1, rank_here = 0;    // the same, of those on this machine
+    double seconds = 0, bytes = 0;  // spent on the calls below, and sent by them
+    virtual ~Ranks() = default;
+    // Rank s sends the part from + r bytes to rank r, which finds it at to + s bytes.
+    virtual void exchange(void* /*to*/, const void* /*from*/, size_t /*bytes*/) {}
+    // array [rounds, count, bytes]: each rank has set its part of every round; sets the others.
+    virtual void gather(void* /*array*/, size_t /*bytes*/, size_t /*rounds*/) {}
+    // Sets data [bytes] to what it is at rank 0.
+    virtual void broadcast(void* /*data*/, size_t /*bytes*/) {}
+    // "rank 1 on host: ", before this rank's errors; and the end of all ranks, after one.
+    virtual std::string name() const { return ""; }
+    virtual void end_all(int /*status*/) {}
+};
+inline Ranks alone;
+inline Ranks* world = &alone;  // the ranks of this program
 
 // A device is a struct with the names below. Model, training and generation (§5-9) are written
 // once, over any device, and never ask which one it is. Layers passes each name on to the function
@@ -1432,6 +1461,7 @@ struct Layers {
     static constexpr bool kSeparateMasters = false;  // whether weights are copies
     static constexpr bool kHostMemory = true;        // the host may read and write its arrays
     Ops ops;
+    Ranks* ranks = world;
 
     void embed_forward(auto... a) { tinygpt::embed_forward<real>(a...); }
     void embed_backward(auto... a) { tinygpt::embed_backward<real>(a...); }
@@ -1457,6 +1487,8 @@ struct Layers {
     void begin_step(auto... a) { tinygpt::begin_step(a...); }
     void add_loss(auto... a) { tinygpt::add_loss<real>(a...); }
     void gradient_norm(auto... a) { tinygpt::gradient_norm<real>(a...); }
+    void square_sums(auto... a) { tinygpt::square_sums<real>(a...); }
+    void norm_of_sums(auto... a) { tinygpt::norm_of_sums(a...); }
     void judge_step(auto... a) { tinygpt::judge_step(a...); }
     void adamw(auto... a) { tinygpt::adamw<real>(a...); }
 
@@ -1474,6 +1506,20 @@ struct Layers {
     }
     void download(auto* to_host, const auto* from, size_t count) { upload(to_host, from, count); }
     void weights_from_masters(Weight*, const Real*, size_t) {}  // nothing to do: one array
+
+    // Sums over micro-batches and ranks: to += from, to = from, and what ranks send each other.
+    template <class T>
+    void add(T* to, const T* from, size_t count) {
+#pragma omp parallel for simd schedule(static)
+        for (size_t i = 0; i < count; ++i) to[i] += from[i];
+    }
+    void copy(auto* to, const auto* from, size_t count) { upload(to, from, count); }
+    void exchange(auto* to, const auto* from, size_t count) {
+        ranks->exchange(to, from, count * sizeof *to);
+    }
+    void gather(auto* array, size_t count, size_t rounds) {
+        ranks->gather(array, count * sizeof *array, rounds);
+    }
 
     // A GPU works while the CPU prepares later steps, up to kStepsBehind of them. post: copy the
     // state when the work so far is done; fetch: wait for the oldest such copy. replay does the
@@ -1585,6 +1631,31 @@ void take_buffers(Activations<Device>& a, Arena& arena, const Config& config, in
     a.dbranch = config.dropout > 0 ? wide(C) : a.dx;
 }
 
+// How ranks share out a flat array of `size` elements: it is cut into rounds of one part for each,
+// and part r of every round is rank r's. Only there it updates weights, and keeps moments (ZeRO
+// stage 1, Rajbhandari et al. 2020). Why rounds: while one is sent, another is added up.
+//   2 ranks, 2 rounds    | rank 0 | rank 1 | rank 0 | rank 1 |    the last may end in padding
+struct Shares {
+    static constexpr size_t kChunk = 1 << 14;  // of the sums in gradient_norm (§7)
+    size_t size = 0, part = 0, rounds = 1, rank = 0, count = 1;
+    Shares(size_t size, const Ranks& ranks)
+        : size(size), part(size), rank(size_t(ranks.rank)), count(size_t(ranks.count)) {
+        if (count == 1) return;
+        rounds = ceil_div(size, count << 18);
+        part = round_up(ceil_div(size, count * rounds), kChunk);
+    }
+    size_t own() const { return rounds * part; }           // elements of a rank
+    size_t room() const { return rounds * count * part; }  // of all, with the padding
+    // Calls visit(own, at, n) for every part of this rank: n elements, from `own` on in an array of
+    // its own elements, from `at` on in one of all.
+    void for_each(auto&& visit) const {
+        for (size_t t = 0; t < rounds; ++t) {
+            const size_t at = (t * count + rank) * part;
+            if (at < size) visit(t * part, at, std::min(part, size - at));
+        }
+    }
+};
+
 // A model on a device: it owns the memory of its parameters, of what training adds to them, and of
 // one pass. (device.template allocate<Weight>(n) is device.allocate<Weight>(n): the word `template`
 // tells the compiler that < is no comparison.)
@@ -1596,11 +1667,16 @@ struct Gpt2 {
     Config config;
     Layout layout;
     Device device;
-    // Flat arrays of layout.size elements.
+    Shares shares;
+    // Flat arrays of layout.size elements; the moments, and masters that are kept apart, have only
+    // those of this rank.
     Weight* weights = nullptr;
     Real* masters = nullptr;  // the weights themselves, unless the device keeps them apart (§4)
     Gradient* grads = nullptr;
+    std::vector<Gradient*> spares;  // more of them, for sums over micro-batches (§8)
     std::array<Real*, AdamW::kMoments.size()> moments{};
+    Gradient* received = nullptr;  // a round of parts, one from each rank
+    double* sums = nullptr;        // of squares, and each rank's loss
     StepState* state = nullptr;
     Parameters<Weight> w;    // weights by name
     Parameters<Gradient> g;  // grads by name
@@ -1609,9 +1685,10 @@ struct Gpt2 {
     char* buffers = nullptr;  // the memory of a
 
     explicit Gpt2(const Config& config, Device on = {})
-        : config(config), layout(layout_of(config)), device(on) {
-        weights = device.template allocate<Weight>(layout.size);
-        masters = Device::kSeparateMasters ? device.template allocate<Real>(layout.size)
+        : config(config), layout(layout_of(config)), device(on),
+          shares(layout.size, *device.ranks) {
+        weights = device.template allocate<Weight>(shares.room());
+        masters = Device::kSeparateMasters ? device.template allocate<Real>(shares.own())
                                            : reinterpret_cast<Real*>(weights);
         point_into(w, weights, config, layout);
         state = device.template allocate<StepState>(1);
@@ -1621,6 +1698,8 @@ struct Gpt2 {
     Gpt2(const Gpt2&) = delete;
     ~Gpt2() {
         for (Real* moment : moments) device.release(moment);
+        for (Gradient* spare : spares) device.release(spare);
+        device.release(received), device.release(sums);
         if (Device::kSeparateMasters) device.release(masters);
         device.release(weights), device.release(grads), device.release(buffers);
         device.release(state);
@@ -1636,24 +1715,60 @@ struct Gpt2 {
         arena = {buffers, 0};
         take_buffers(a, arena, config, rows, columns, use);
         if (use != Use::training || grads) return;
-        auto zeros = [&]<class Element>(Element*& array) {
-            array = device.template allocate<Element>(layout.size);
-            device.zero(array, layout.size);
-        };
-        zeros(grads);
-        for (Real*& moment : moments) zeros(moment);
+        zeros(grads, shares.room());
+        for (Real*& moment : moments) zeros(moment, shares.own());
         point_into(g, grads, config, layout);
+        if (shares.count == 1) return;
+        zeros(received, shares.count * shares.part);
+        zeros(sums, shares.room() / Shares::kChunk + shares.count);
+    }
+    // Makes so many spare arrays of gradients.
+    void make_spares(int count) {
+        while (int(spares.size()) < count) zeros(spares.emplace_back(), shares.room());
+    }
+    void zeros(auto*& array, size_t count) {
+        array = device.template allocate<std::remove_reference_t<decltype(*array)>>(count);
+        device.zero(array, count);
     }
 
+    // Whether an array of Real has only the elements of this rank.
+    bool is_shared_out(const Real* array) const {
+        return shares.count > 1 && (Device::kSeparateMasters || array != masters);
+    }
+    // Sets elements of masters or a moment, count from `first` on, as far as this rank has them.
+    void set(Real* array, size_t first, const Real* host, size_t count) {
+        if (!is_shared_out(array)) return device.upload(array + first, host, count);
+        shares.for_each([&](size_t own, size_t at, size_t n) {
+            const size_t begin = std::max(at, first), end = std::min(at + n, first + count);
+            if (begin < end)
+                device.upload(array + own + (begin - at), host + (begin - first), end - begin);
+        });
+    }
+    // The whole of masters or a moment. Careful: what was shared out is put together in grads.
+    const Real* whole(const Real* array) {
+        if (!is_shared_out(array)) return array;
+        shares.for_each(
+            [&](size_t own, size_t at, size_t n) { device.copy(grads + at, array + own, n); });
+        device.gather(grads, shares.part, shares.rounds);
+        return reinterpret_cast<const Real*>(grads);
+    }
+    // Rounds the weights from the masters, where they are apart.
+    void round_weights() {
+        if (!Device::kSeparateMasters) return;
+        shares.for_each([&](size_t own, size_t at, size_t n) {
+            device.weights_from_masters(weights + at, masters + own, n);
+        });
+        device.gather(weights, shares.part, shares.rounds);
+    }
     // Sets masters from the host's array, and rounds the weights from them.
     void set_weights(const Real* host) {
-        device.upload(masters, host, layout.size);
-        device.weights_from_masters(weights, masters, layout.size);
+        set(masters, 0, host, layout.size);
+        round_weights();
     }
     // The masters, on the host.
     std::vector<Real> get_weights() {
         std::vector<Real> host(layout.size);
-        device.download(host.data(), masters, layout.size);
+        device.download(host.data(), whole(masters), layout.size);
         return host;
     }
     // Fresh weights. Why on the host: every device begins with the same ones.
@@ -1669,17 +1784,21 @@ struct MemoryNeed {
     size_t weights = 0, gradients = 0, moments = 0, activations = 0;
     size_t total() const { return weights + gradients + moments + activations; }
 };
-// Counts what the constructor and reserve(B, T, use) would take.
+// Counts what the constructor and reserve(B, T, use) would take, and training with so many spare
+// arrays of gradients.
 template <class Device>
-MemoryNeed memory_need(const Config& config, int B, int T, Use use) {
-    const size_t n = layout_of(config).size, real = n * sizeof(typename Device::Real);
+MemoryNeed memory_need(const Config& config, int B, int T, Use use, const Ranks& ranks = alone,
+                       int spares = 0) {
+    const Shares shares(layout_of(config).size, ranks);
+    const size_t real = shares.own() * sizeof(typename Device::Real);
     Activations<Device> a;
     Arena arena;
     take_buffers(a, arena, config, B, T, use);
-    MemoryNeed need{.weights = n * sizeof(typename Device::Weight), .activations = arena.used};
+    MemoryNeed need{.weights = shares.room() * sizeof(typename Device::Weight),
+                    .activations = arena.used};
     if (Device::kSeparateMasters) need.weights += real;
     if (use != Use::training) return need;
-    need.gradients = n * sizeof(typename Device::Gradient);
+    need.gradients = (size_t(spares) + 1) * shares.room() * sizeof(typename Device::Gradient);
     need.moments = AdamW::kMoments.size() * real;
     return need;
 }
@@ -1689,8 +1808,10 @@ struct Pass {
     int B = 0, T = 0;
     // Training. Evaluation and generation leave these as they are.
     double scale = 0;      // of the losses: 1 / (number of scored targets in the whole step)
-    bool first = true;     // the first micro-batch of its step: backward sets gradients, else adds
+    bool first = true;     // the first micro-batch of a sum: backward sets gradients, else adds
     bool last = true;      // the last one of its step: the update follows
+    int into = 0;          // where the sum is made: 0 is grads, i is spares[i - 1]
+    int folds = 0;         // how often it is added to the array before, afterwards
     Dropout dropout = {};  // its key differs in every micro-batch of every step
     // Generation: the tokens follow `past` earlier ones in the key/value cache, and B is 1.
     int past = 0;
@@ -1772,7 +1893,8 @@ void backward(Gpt2<Device>& model, const Pass& pass) {
     Device& device = model.device;
     auto& a = model.a;
     auto& w = model.w;
-    auto& g = model.g;
+    auto g = model.g;
+    if (pass.into > 0) point_into(g, model.spares[size_t(pass.into - 1)], config, model.layout);
     const bool add = !pass.first;
     const int B = pass.B, T = pass.T, rows = B * T, C = config.n_embd, V = config.vocab_size;
     const int NH = config.n_head, HS = config.head_size(), L = config.n_layer;
@@ -1932,21 +2054,27 @@ TINYGPT_HD inline void adamw_element(real& w, real& m, real& v, real g, real lr,
 // Called first in a step: sets the rate, and the loss to 0; add_loss then adds to it.
 inline void begin_step(StepState* state, double lr) { state->lr = lr, state->loss = 0; }
 
-// state.loss += scale * sum of losses [rows], in order.
+// The loss of pass.into += scale * sum of losses [rows], in order.
 template <class real>
-void add_loss(StepState* state, const real* losses, int rows, double scale) {
+void add_loss(StepState* state, const real* losses, int rows, double scale, int into) {
     double sum = 0;
     for (int row = 0; row < rows; ++row) sum += double(losses[row]);
-    state->loss += scale * sum;
+    *state->loss_of(into) += scale * sum;
 }
 
 // state.grad_norm = the length of the whole gradient [count] as one vector: sqrt(sum of squares).
-// Chunks of fixed size are added in order, for any number of threads. Padding is 0 and adds
-// nothing.
+// Chunks of fixed size are added in order, for any number of threads and ranks. Padding is 0 and
+// adds nothing.
 template <class real>
 void gradient_norm(StepState* state, const real* grads, size_t count) {
-    const size_t chunk = 1 << 14, chunks = ceil_div(count, chunk);
-    std::vector<double> sums(chunks);
+    std::vector<double> sums(ceil_div(count, Shares::kChunk));
+    square_sums(sums.data(), grads, count);
+    norm_of_sums(state, sums.data(), sums.size());
+}
+// sums[i] = the sum of squares of chunk i.
+template <class real>
+void square_sums(double* sums, const real* grads, size_t count) {
+    const size_t chunk = Shares::kChunk, chunks = ceil_div(count, chunk);
 #pragma omp parallel for schedule(static)
     for (size_t i = 0; i < chunks; ++i) {
         const real* g = grads + i * chunk;
@@ -1956,7 +2084,9 @@ void gradient_norm(StepState* state, const real* grads, size_t count) {
         for (size_t j = 0; j < n; ++j) sum += double(g[j]) * double(g[j]);
         sums[i] = sum;
     }
-    state->grad_norm = std::sqrt(std::accumulate(sums.begin(), sums.end(), 0.0));
+}
+inline void norm_of_sums(StepState* state, const double* sums, size_t chunks) {
+    state->grad_norm = std::sqrt(std::accumulate(sums, sums + chunks, 0.0));
 }
 
 // Updates masters, m and v [count] from grads times clip_scale, unless state.skip. Elements below
@@ -1989,6 +2119,13 @@ void adamw(real*, real* masters, real* m, real* v, const real* grads, size_t cou
 // rounding, and without dropout), with a k-th of the activations. With n targets in all:
 //   gradient = sum over the micro-batches of (1/n) d(sum of its losses)
 // Careful: with unequal numbers of targets, the mean of the micro-batches' means is another number.
+//
+// The sum is a binary tree, so that it can be shared out: ranks take neighbouring micro-batches,
+// and then 1, 2, 4 or 8 of them make the same sum in the same order, and so the same bits.
+//   micro-batch    0   1   2   3        4 ranks add the last two columns,
+//                  0 + 1   2 + 3        2 ranks the last one,
+//                  (0 + 1) + (2 + 3)    1 rank none of them: it does all in its own memory
+// A tree has at most 8 leaves. A leaf is one micro-batch, or a few neighbours, added in place.
 
 // What all steps of a run have in common.
 struct StepOptions {
@@ -2008,29 +2145,103 @@ void set_batch(Gpt2<Device>& model, const Batch& batch) {
     model.device.upload(model.a.order, batch.order.data(), rows);
 }
 
-// The pass of micro-batch i of step s.
+// Which micro-batches of a step a rank has: neighbours, from number `first` on.
+struct StepShare {
+    size_t first = 0, all = 0;  // of so many in the step
+    int64_t scored = 0;         // targets in the whole step
+};
+
+// Leaves of the tree over so many micro-batches, and how many of them one of `ranks` has.
+inline size_t leaves_of_rank(size_t micro_batches, size_t ranks) {
+    const size_t leaves = std::gcd(micro_batches, size_t(8));
+    return leaves % ranks == 0 ? leaves / ranks : 1;
+}
+// How many arrays of gradients that takes beside the first.
+inline int spares_needed(size_t micro_batches, size_t ranks) {
+    return std::countr_zero(leaves_of_rank(micro_batches, ranks));
+}
+
+// The pass of micro-batch i of step s, of those that this rank has. Sums wait as the digits of a
+// binary counter do: leaf 3 = 011b goes into array 2, and is added to 1 and then to 0.
 inline Pass training_pass(const Config& config, const std::vector<Batch>& micro_batches, size_t i,
-                          uint64_t seed, int64_t s) {
+                          uint64_t seed, int64_t s, StepShare share = {}) {
     const size_t n = micro_batches.size();
-    int64_t scored = 0;
-    for (const Batch& batch : micro_batches) scored += batch.scored;
+    if (share.all == 0) {
+        share.all = n;
+        for (const Batch& batch : micro_batches) share.scored += batch.scored;
+    }
+    const size_t each = n / leaves_of_rank(share.all, share.all / n), leaf = i / each;
     Pass pass{.B = micro_batches[i].B, .T = micro_batches[i].T};
-    pass.scale = 1.0 / double(std::max<int64_t>(1, scored));
-    pass.first = i == 0, pass.last = i + 1 == n;
+    pass.scale = 1.0 / double(std::max<int64_t>(1, share.scored));
+    pass.first = i % each == 0, pass.last = i + 1 == n;
+    pass.into = std::popcount(leaf);
+    if (i % each == each - 1) pass.folds = std::countr_one(leaf);
     if (config.dropout > 0)
-        pass.dropout = {random_key(seed, uint64_t(s) * n + i, kMicroBatch), config.dropout};
+        pass.dropout = {random_key(seed, uint64_t(s) * share.all + share.first + i, kMicroBatch),
+                        config.dropout};
     return pass;
 }
 
-// From the gradients of a step to new weights. (A sum of gradients over several machines would come
-// first.)
+// Adds the losses of a pass to their sum; after a leaf's last pass, its sums to those that wait.
+template <class Device>
+void add_up(Gpt2<Device>& model, const Pass& pass) {
+    model.device.add_loss(model.state, model.a.losses, pass.B * pass.T, pass.scale, pass.into);
+    auto sum = [&](int into) { return into == 0 ? model.grads : model.spares[size_t(into - 1)]; };
+    for (int i = pass.into; i > pass.into - pass.folds; --i) {
+        model.device.add(sum(i - 1), sum(i), model.layout.size);
+        model.device.add(model.state->loss_of(i - 1), model.state->loss_of(i), 1);
+        model.device.zero(model.state->loss_of(i), 1);
+    }
+}
+
+// The rest of the tree, over parts [ranks, count] that came from all ranks: sets the first.
+template <class Device>
+void add_over_ranks(Device& device, auto* parts, size_t count) {
+    const int ranks = device.ranks->count;
+    for (int width = 1; width < ranks; width *= 2)
+        for (int r = 0; r + width < ranks; r += 2 * width)
+            device.add(parts + r * count, parts + (r + width) * count, count);
+}
+// Sets this rank's parts of grads to their sum over all ranks, and the state's loss and norm.
+template <class Device>
+void sum_over_ranks(Gpt2<Device>& model) {
+    Device& device = model.device;
+    const Shares& s = model.shares;
+    for (size_t t = 0; t < s.rounds; ++t) {
+        const size_t round = t * s.count * s.part;
+        device.exchange(model.received, model.grads + round, s.part);
+        add_over_ranks(device, model.received, s.part);
+        device.copy(model.grads + round + s.rank * s.part, model.received, s.part);
+    }
+    s.for_each([&](size_t, size_t at, size_t n) {
+        device.square_sums(model.sums + at / Shares::kChunk, model.grads + at, n);
+    });
+    device.gather(model.sums, s.part / Shares::kChunk, s.rounds);
+    device.norm_of_sums(model.state, model.sums, ceil_div(s.size, Shares::kChunk));
+    double* losses = model.sums + s.room() / Shares::kChunk;
+    device.copy(losses + s.rank, &model.state->loss, 1);
+    device.gather(losses, 1, 1);
+    add_over_ranks(device, losses, 1);
+    device.copy(&model.state->loss, losses, 1);
+}
+
+// From the gradients of a step to new weights.
 template <class Device>
 void update(Gpt2<Device>& model, const StepOptions& o) {
     Device& device = model.device;
-    device.gradient_norm(model.state, model.grads, model.layout.size);
+    const Shares& s = model.shares;
+    if (s.count > 1)
+        sum_over_ranks(model);
+    else
+        device.gradient_norm(model.state, model.grads, model.layout.size);
     device.judge_step(model.state, o.guards);
-    device.adamw(model.weights, model.masters, model.moments[0], model.moments[1], model.grads,
-                 model.layout.size, model.layout.decayed, model.state, o.adamw);
+    s.for_each([&](size_t own, size_t at, size_t n) {
+        const size_t decayed = model.layout.decayed - std::min(at, model.layout.decayed);
+        device.adamw(model.weights + at, model.masters + (Device::kSeparateMasters ? own : at),
+                     model.moments[0] + own, model.moments[1] + own, model.grads + at, n,
+                     std::min(decayed, n), model.state, o.adamw);
+    });
+    device.gather(model.weights, s.part, s.rounds);
 }
 
 // Step s (from 0). Afterwards model.state has the loss and the gradient norm of the step's batches,
@@ -2039,15 +2250,16 @@ void update(Gpt2<Device>& model, const StepOptions& o) {
 // (Not with dropout: its keys are arguments of the calls.)
 template <class Device>
 void train_step(Gpt2<Device>& model, const std::vector<Batch>& micro_batches, const StepOptions& o,
-                int64_t s) {
+                int64_t s, const StepShare& share = {}) {
     model.device.begin_step(model.state, learning_rate(o.rate, s));
     for (size_t i = 0; i < micro_batches.size(); ++i) {
-        const Pass pass = training_pass(model.config, micro_batches, i, o.seed, s);
+        const Pass pass = training_pass(model.config, micro_batches, i, o.seed, s, share);
         set_batch(model, micro_batches[i]);
+        model.make_spares(pass.into);
         model.device.replay(pass, o, [&] {
             forward(model, pass);
             backward(model, pass);
-            model.device.add_loss(model.state, model.a.losses, pass.B * pass.T, pass.scale);
+            add_up(model, pass);
             if (pass.last) update(model, o);
         });
     }
@@ -2111,21 +2323,31 @@ std::vector<typename Device::Real> batch_losses(Gpt2<Device>& model, const Batch
     return losses;
 }
 
-// Scores every window, model.B at a time. token_bytes[id]: how many bytes a token stands for; empty
-// if bits per byte are not needed.
+// Scores every window, model.B at a time on each rank. token_bytes[id]: how many bytes a token
+// stands for; empty if bits per byte are not needed.
 template <class Device>
 Evaluation evaluate(Gpt2<Device>& model, std::span<const Window> windows,
                     const std::vector<int>& token_bytes) {
     Evaluation result;
+    Ranks& ranks = *model.device.ranks;
+    const size_t rows = size_t(model.B) * size_t(model.T);
+    std::vector<typename Device::Real> losses(rows * size_t(ranks.count));
     while (!windows.empty()) {
-        const size_t n = std::min(windows.size(), size_t(model.B));
-        const Batch batch = read_batch(windows.first(n), model.B, model.T, model.config.vocab_size);
-        windows = windows.subspan(n);
-        const auto losses = batch_losses(model, batch);
+        std::vector<int32_t> targets;  // of all ranks
+        for (int rank = 0; rank < ranks.count; ++rank) {
+            const size_t n = std::min(windows.size(), size_t(model.B));
+            const Batch batch =
+                read_batch(windows.first(n), model.B, model.T, model.config.vocab_size);
+            windows = windows.subspan(n);
+            targets.insert(targets.end(), batch.targets.begin(), batch.targets.end());
+            if (rank == ranks.rank && n > 0)
+                std::ranges::copy(batch_losses(model, batch), &losses[rows * size_t(rank)]);
+        }
+        ranks.gather(losses.data(), rows * sizeof losses[0], 1);
         for (size_t i = 0; i < losses.size(); ++i) {
-            if (batch.targets[i] < 0) continue;
+            if (targets[i] < 0) continue;
             result.total += double(losses[i]), ++result.tokens;
-            if (!token_bytes.empty()) result.bytes += token_bytes[size_t(batch.targets[i])];
+            if (!token_bytes.empty()) result.bytes += token_bytes[size_t(targets[i])];
         }
     }
     return result;
@@ -4497,15 +4719,15 @@ inline TrainerState verify_checkpoint(const std::string& folder) {
 
 // --- Saving
 
-// The tensors of one file of a checkpoint, under their names there, and where the device keeps
-// them: the weights, or each of the optimizer's moments.
+// The tensors of one file of a checkpoint, under their names there, and of which array of the model
+// they are: the weights, or each of the optimizer's moments.
 enum class Contents { weights, moments };
 template <class Device>
 auto arrays_of(Gpt2<Device>& model, Contents contents) {
     std::pair<std::vector<TensorInfo>, std::vector<typename Device::Real*>> list;
     auto add = [&](const char* prefix, typename Device::Real* array) {
         for (TensorInfo info : model.layout.tensors) {
-            list.second.push_back(array + info.offset);
+            list.second.push_back(array);
             info.name = prefix + name_in_checkpoint(info.name);
             list.first.push_back(std::move(info));
         }
@@ -4516,14 +4738,40 @@ auto arrays_of(Gpt2<Device>& model, Contents contents) {
     return list;
 }
 
+// Makes the arrays of a checkpoint whole, one after the other, where ranks share them out. All ranks
+// take part to the end, even where writing fails: rank 0 alone writes.
 template <class Device>
-void write_arrays(const std::string& path, Gpt2<Device>& model, Contents contents) {
+struct WholeArrays {
+    using Real = typename Device::Real;
+    Gpt2<Device>& model;
+    std::vector<Real*> left;  // the next is the last
+    Real* last = nullptr;
+    const Real* now = nullptr;
+    WholeArrays(Gpt2<Device>& model, Purpose purpose) : model(model) {
+        if (purpose == Purpose::resume) left.assign(model.moments.rbegin(), model.moments.rend());
+        left.push_back(model.masters);
+    }
+    WholeArrays(const WholeArrays&) = delete;
+    ~WholeArrays() {
+        while (!left.empty()) make_next();
+    }
+    void make_next() { last = left.back(), left.pop_back(), now = model.whole(last); }
+    const Real* get(Real* array) {
+        while (array != last) make_next();
+        return now;
+    }
+};
+
+template <class Device>
+void write_arrays(const std::string& path, Gpt2<Device>& model, Contents contents,
+                  WholeArrays<Device>& whole) {
     const auto [infos, arrays] = arrays_of(model, contents);
     std::vector<StoredTensor> tensors;
     for (size_t i = 0; i < infos.size(); ++i) {
-        auto fill = [&model, array = arrays[i]](float* out, size_t first, size_t n) {
+        auto fill = [&, array = arrays[i], offset = infos[i].offset](float* out, size_t first,
+                                                                     size_t n) {
             std::vector<typename Device::Real> host(n);
-            model.device.download(host.data(), array + first, n);
+            model.device.download(host.data(), whole.get(array) + offset + first, n);
             std::copy(host.begin(), host.end(), out);
         };
         tensors.push_back({infos[i].name, "F32", infos[i].shape, fill});
@@ -4567,13 +4815,15 @@ inline void replace_folder(const std::string& temporary, const std::string& fold
 template <class Device>
 void save_checkpoint(Gpt2<Device>& model, const std::string& folder, const Tokenizer* tokenizer,
                      const TrainerState& state, Purpose purpose) {
+    WholeArrays<Device> whole(model, purpose);
+    if (model.device.ranks->rank != 0) return;
     const std::string temporary = folder + ".tmp";
     if (folder_exists(temporary)) remove_folder(temporary);
     if (::mkdir(temporary.c_str(), 0777) != 0) fail_errno("cannot create folder ", temporary);
     try {
-        write_arrays(temporary + "/model.safetensors", model, Contents::weights);
+        write_arrays(temporary + "/model.safetensors", model, Contents::weights, whole);
         if (purpose == Purpose::resume)
-            write_arrays(temporary + "/optimizer.safetensors", model, Contents::moments);
+            write_arrays(temporary + "/optimizer.safetensors", model, Contents::moments, whole);
         write_model_description(temporary, model.config, tokenizer);
         // Made from the files as they can be read back, while the model is still in memory.
         Json sums = Json::object();
@@ -4605,30 +4855,38 @@ inline Config config_of_folder(const std::string& folder) {
     return config;
 }
 
-// Sets the arrays from a file of them; for a GPU through the host, a tensor at a time.
+// Sets the arrays from a file of them, which rank 0 reads; for a GPU, or several ranks, through the
+// host, a tensor at a time.
 template <class Device>
 void read_arrays(const std::string& path, Gpt2<Device>& model, Contents contents) {
-    const SafetensorsFile file(path);
+    const Ranks& ranks = *model.device.ranks;
+    std::optional<SafetensorsFile> file;
     const auto [infos, arrays] = arrays_of(model, contents);
-    const std::vector<const StoredTensor*> stored = match_tensors(file, infos);
+    std::vector<const StoredTensor*> stored(infos.size());
+    if (ranks.rank == 0) file.emplace(path), stored = match_tensors(*file, infos);
     std::vector<typename Device::Real> host;
     for (size_t i = 0; i < stored.size(); ++i) {
-        if constexpr (Device::kHostMemory) {
-            file.read(*stored[i], arrays[i]);
-        } else {
-            host.resize(infos[i].count);
-            file.read(*stored[i], host.data());
-            model.device.upload(arrays[i], host.data(), host.size());
-        }
+        if constexpr (Device::kHostMemory)
+            if (ranks.count == 1) {
+                file->read(*stored[i], arrays[i] + infos[i].offset);
+                continue;
+            }
+        host.resize(infos[i].count);
+        if (ranks.rank == 0) file->read(*stored[i], host.data());
+        model.device.ranks->broadcast(host.data(), host.size() * sizeof host[0]);
+        model.set(arrays[i], infos[i].offset, host.data(), host.size());
     }
 }
 // Sets the model's weights from a Hugging Face folder (masters, and what the layers read of them).
 template <class Device>
 void load_weights(Gpt2<Device>& model, const std::string& folder) {
-    for (const TensorInfo& t : model.layout.tensors)
-        model.device.zero(model.masters + t.offset + t.count, t.room - t.count);
-    read_arrays(find_weights(folder), model, Contents::weights);
-    model.device.weights_from_masters(model.weights, model.masters, model.layout.size);
+    for (const TensorInfo& t : model.layout.tensors) {
+        const std::vector<typename Device::Real> padding(t.room - t.count);
+        model.set(model.masters, t.offset + t.count, padding.data(), padding.size());
+    }
+    const bool reads = model.device.ranks->rank == 0;
+    read_arrays(reads ? find_weights(folder) : "", model, Contents::weights);
+    model.round_weights();
 }
 // Sets AdamW's moments from a checkpoint. Needs reserve(..., Use::training) before.
 template <class Device>
@@ -4812,6 +5070,7 @@ inline void complain(int colour, const char* label, const std::string& text) {
 }
 // Reports what is wrong but does not end the run.
 inline void warn(const std::string& message) {
+    if (world->rank != 0) return;                    // rank 0 says it
     if (::isatty(STDOUT_FILENO)) std::printf("\n");  // the live line may not have ended
     complain(33, "warning:", message);
 }
@@ -4876,6 +5135,7 @@ private:
 struct LogRow {
     std::optional<double> step, epoch, tokens, train_loss, eval_train_loss, val_loss, perplexity;
     std::optional<double> floor, lr, grad_norm, tokens_per_s, mfu, seconds;
+    double ranks = 0;  // share of the step that went into other ranks; not in the file
 };
 
 // All columns: name, printf pattern, member. Nine digits restore a float exactly.
@@ -4962,6 +5222,7 @@ inline std::vector<std::string> live_line(const LogRow& row, int64_t steps, doub
     if (row.train_loss) parts.push_back(duration_text(seconds_left) + " left");
     if (row.tokens_per_s) parts.push_back(with_commas(int64_t(*row.tokens_per_s)) + " tok/s");
     if (row.mfu) parts.push_back(format("MFU %.0f%%", 100 * *row.mfu));
+    if (row.ranks > 0) parts.push_back(format("ranks %.0f%%", 100 * row.ranks));
     if (row.lr) parts.push_back(format("lr %.2e", *row.lr));
     if (row.grad_norm) parts.push_back(format("norm %.3f", *row.grad_norm));
     if (row.eval_train_loss) parts.push_back(format("fixed train %.4f", *row.eval_train_loss));
@@ -5131,9 +5392,10 @@ struct Start {
 template <class Device>
 void print_tensor_stats(Gpt2<Device>& model, const std::vector<typename Device::Real>& before,
                         int64_t step) {
-    const auto after = model.get_weights();
+    model.device.gather(model.grads, model.shares.part, model.shares.rounds);
     std::vector<typename Device::Gradient> grads(model.layout.size);
     model.device.download(grads.data(), model.grads, grads.size());
+    const auto after = model.get_weights();
     std::printf("\n%-28s %12s %12s %12s %12s\n", to_text("step ", step).c_str(), "|weight|",
                 "|gradient|", "|update|", "update/weight");
     for (const TensorInfo& t : model.layout.tensors) {
@@ -5155,21 +5417,25 @@ template <class Device>
 class Trainer {
 public:
     // The model must be reserved for batch_size x T, and have the weights and moments to begin
-    // with. peak_flops: operations a second that products could reach; 0: no MFU.
+    // with. peak_flops: operations a second that products could reach on a rank; 0: no MFU. All
+    // ranks run the same loop; rank 0 alone writes.
     Trainer(const RunOptions& options, const Corpus& corpus, Gpt2<Device>& model,
             double peak_flops = 0)
         : o_(options), corpus_(corpus), model_(model),
           order_(DataOrder{corpus.train, o_.batch_size, model.T, uint64_t(o_.seed), o_.shuffle,
                            o_.overfit_batch}),
           val_windows_(evaluation_windows(corpus.val, model.T, corpus.document_start())),
-          train_windows_(fixed_windows(order_, o_.eval_batches)), peak_flops_(peak_flops) {}
+          train_windows_(fixed_windows(order_, o_.eval_batches)),
+          peak_flops_(peak_flops * ranks_.count) {}
 
     // Trains to the end, and evaluates there unless Ctrl-C ends it. Why this order: the row is in
     // the log before anything may fail; what ends the run is decided once; the checkpoint comes
     // after best/, because it remembers which model was the best.
     End run(const Start& start) {
         begin(start);
-        BatchLoader loader(order_, model_.config.vocab_size, state_.samples);
+        const int64_t here = micro_batches(), rows = here * order_.B;
+        BatchLoader loader(order_, model_.config.vocab_size, state_.samples + ranks_.rank * rows,
+                           here, rows_per_step() - rows);
         End end = state_.step < state_.planned_steps ? End::none : End::finished;
         while (end == End::none) {
             const int64_t epoch = order_.epoch(state_.samples);
@@ -5177,14 +5443,14 @@ public:
             check_broken(row);
             const bool evaluated = o_.eval_interval > 0 && (is_last() || due(o_.eval_interval));
             if (evaluated) evaluate_into(row), note_best(row);
-            log_->add(row);
+            if (log_) log_->add(row);
             end = end_reached();
             show(row, evaluated || end != End::none);
             const std::string title = sample_title(epoch);
             if (evaluated && state_.best_step == state_.step) try_save("best", Purpose::use);
             if (end != End::none || due(o_.save_interval)) save(end);
             // Why last: Ctrl-C waits only for the checkpoint.
-            if (!title.empty() && end != End::interrupted) show_sample(title);
+            if (!title.empty() && end != End::interrupted && ranks_.rank == 0) show_sample(title);
         }
         return end;
     }
@@ -5224,11 +5490,13 @@ private:
         const bool resumed = !start.folder.empty();
         state_ = start.state;
         if (state_.planned_steps == 0) state_.planned_steps = planned_steps();
+        ranks_.broadcast(&state_.planned_steps, sizeof state_.planned_steps);  // it may be measured
         model_.device.upload(model_.state, &state_.guards, 1);
         // Checkpoints of steps that will be made again must not count as the newest.
-        for (const std::string& name : set_aside_later(o_.output, resumed ? state_.step : -1))
-            say("set aside", name + ", as " + name + ".set-aside");
-        if (resumed) log_.emplace(o_.output, rows_before(start.folder));
+        if (ranks_.rank == 0)
+            for (const std::string& name : set_aside_later(o_.output, resumed ? state_.step : -1))
+                say("set aside", name + ", as " + name + ".set-aside");
+        if (resumed && ranks_.rank == 0) log_.emplace(o_.output, rows_before(start.folder));
         const int64_t rows = state_.planned_steps * rows_per_step();
         say("run", with_commas(state_.planned_steps) + " steps of " +
                        with_commas(rows_per_step() * model_.T) + " tokens" +
@@ -5239,7 +5507,7 @@ private:
         LogRow row = row_now();
         if (o_.eval_interval > 0) evaluate_into(row);
         // Why only now: if the text cannot be read, no run is left behind.
-        log_.emplace(o_.output, std::vector<LogRow>{row});
+        if (ranks_.rank == 0) log_.emplace(o_.output, std::vector<LogRow>{row});
         show(row, true);
     }
 
@@ -5277,8 +5545,9 @@ private:
 
     // Passes over the training text in so many rows.
     double epochs(int64_t rows) const { return double(rows) / double(order_.blocks_per_epoch()); }
-    // Rows of text that one update reads.
+    // Rows of text that one update reads; and micro-batches of this rank.
     int64_t rows_per_step() const { return int64_t(o_.batch_size) * o_.grad_accum_steps; }
+    int64_t micro_batches() const { return o_.grad_accum_steps / ranks_.count; }
     // Whether something of that interval is due after step `step`; without it, after the step just
     // made.
     static bool due(int64_t interval, int64_t step) { return interval > 0 && step % interval == 0; }
@@ -5305,19 +5574,22 @@ private:
              {o_.eval_interval, o_.save_interval, o_.sample_interval, o_.tensor_stats_interval})
             if (due(interval, step)) return true;
         return due(o_.tensor_stats_interval, step + 1) || step >= state_.planned_steps ||
-               order_.epoch(samples) > order_.epoch(state_.samples) || stop_asked != 0 ||
-               time_is_up();
+               order_.epoch(samples) > order_.epoch(state_.samples) || stops_ || time_is_up();
     }
 
     // Starts step s on the device.
     void queue_step(BatchLoader& loader, int64_t s) {
         std::vector<Batch> batches;
-        while (int(batches.size()) < o_.grad_accum_steps) batches.push_back(loader.next());
+        while (int64_t(batches.size()) < micro_batches()) batches.push_back(loader.next());
+        StepShare share{size_t(ranks_.rank * micro_batches()), size_t(o_.grad_accum_steps)};
+        const int64_t first = state_.samples + (s - state_.step) * rows_per_step();
+        for (int64_t i = 0; i < rows_per_step(); ++i)
+            share.scored += order_.window(first + i).count;
         StepOptions options{uint64_t(o_.seed), o_.rate, o_.adamw, o_.guards};
         options.rate.schedule = schedule_named(o_.schedule);
         options.rate.steps = state_.planned_steps;
         if (!ahead_) began_ = now_seconds();
-        train_step(model_, batches, options, s);
+        train_step(model_, batches, options, s, share);
         model_.device.post(model_.state);
     }
 
@@ -5328,11 +5600,15 @@ private:
         const bool wants_stats = due(o_.tensor_stats_interval, state_.step + 1);
         std::vector<typename Device::Real> before;
         if (wants_stats) before = model_.get_weights();
+        const double before_ranks = ranks_.seconds;
         if (!ahead_) queue_step(loader, state_.step);
         ahead_ = Device::kStepsBehind > 0 && !next_is_waited_for();
         if (ahead_) queue_step(loader, state_.step + 1);
         state_.guards = model_.device.fetch(model_.state);
-        const double now = now_seconds(), seconds = now - std::exchange(began_, now);
+        const double waited = ranks_.seconds - before_ranks;
+        const double now = now_seconds();
+        double seconds = now - std::exchange(began_, now);
+        ranks_.broadcast(&seconds, sizeof seconds);  // one clock for all
         const StepState& done = state_.guards;
         ++state_.step, state_.samples += rows_per_step(), state_.seconds += seconds;
         state_.train_loss = done.loss;
@@ -5341,11 +5617,20 @@ private:
         LogRow row = row_now();
         row.train_loss = done.loss, row.grad_norm = done.grad_norm;
         row.lr = done.skip ? 0 : done.lr;
+        row.ranks = waited / seconds;
         row.tokens_per_s = double(rows_per_step() * model_.T) / seconds;
         if (peak_flops_ > 0)
             row.mfu = *row.tokens_per_s * flops_per_token(model_.config, model_.T) / peak_flops_;
         if (wants_stats) print_tensor_stats(model_, before, state_.step);
         return row;
+    }
+
+    // Whether any rank was asked to stop. Decisions must be the same on all.
+    bool any_stops() {
+        std::vector<int64_t> asked(size_t(ranks_.count));
+        asked[size_t(ranks_.rank)] = stop_asked;
+        ranks_.gather(asked.data(), sizeof asked[0], 1);
+        return std::ranges::any_of(asked, [](int64_t when) { return when != 0; });
     }
 
     // Reports an update that was skipped (§7). With --on-nan stop, a NaN or infinity ends the run:
@@ -5354,7 +5639,7 @@ private:
         const StepState& g = state_.guards;
         if (!g.skip) return;
         if (g.broken && o_.on_nan == "stop") {
-            log_->add(row);
+            if (log_) log_->add(row);
             fail("step ", state_.step, ": the loss is ", g.loss, " and the gradient's norm ",
                  g.grad_norm, ": training has diverged. Nothing of this step was saved. Go on ",
                  "from the last checkpoint with a lower --learning-rate, --resume auto and ",
@@ -5368,12 +5653,13 @@ private:
 
     // Ctrl-C comes last: a run that is finished anyway is finished. A step that the device already
     // has is completed first.
-    End end_reached() const {
+    End end_reached() {
+        stops_ = any_stops();
         if (ahead_) return End::none;
         if (state_.step >= state_.planned_steps) return End::finished;
         if (o_.patience > 0 && state_.stale_evals >= o_.patience) return End::plateau;
         if (time_is_up()) return End::out_of_time;
-        return stop_asked != 0 ? End::interrupted : End::none;
+        return stops_ ? End::interrupted : End::none;
     }
 
     // --- Watching it
@@ -5440,7 +5726,7 @@ private:
     // and somebody may make space. Any other error stops the run.
     bool try_save(const std::string& name, Purpose purpose) {
         try {
-            log_->sync();  // first: no checkpoint may be ahead of its log
+            if (log_) log_->sync();  // first: no checkpoint may be ahead of its log
             const Tokenizer* tokenizer = corpus_.tokenizer ? &*corpus_.tokenizer : nullptr;
             save_checkpoint(model_, o_.output + "/" + name, tokenizer, state_, purpose);
             return true;
@@ -5463,7 +5749,7 @@ private:
             fail("the run has ended at step ", state_.step, ", but it could not be saved there: ",
                  "make room and type --resume auto to make the last steps again");
         try {
-            remove_old_checkpoints(o_.output, o_.keep);
+            if (ranks_.rank == 0) remove_old_checkpoints(o_.output, o_.keep);
         } catch (const FileError& e) {
             warn(to_text(e.what(), "; an old checkpoint stays"));
         }
@@ -5472,6 +5758,7 @@ private:
     const RunOptions& o_;
     const Corpus& corpus_;
     Gpt2<Device>& model_;
+    Ranks& ranks_ = *model_.device.ranks;
     const DataOrder order_;
     const std::vector<Window> val_windows_, train_windows_;  // what is scored
     const double peak_flops_;
@@ -5480,6 +5767,7 @@ private:
     TrainerState state_;            // what a checkpoint keeps
     bool ahead_ = false;            // the device has the next step already
     double began_ = 0;              // when the current step began
+    bool stops_ = false;            // a rank was asked to stop
     double shown_ = now_seconds();  // when the last line was kept
 };
 

@@ -4,6 +4,13 @@
 
 #include <random>  // random_device
 
+#ifdef TINYGPT_MPI
+#include <mpi.h>
+#include <sched.h>
+
+#include <thread>
+#endif
+
 namespace tinygpt {
 
 // =================================================================================================
@@ -755,10 +762,13 @@ inline std::string bytes_text(double bytes) {
 // Refuses sizes that the device cannot hold, and says which batch would fit. Why before allocating:
 // Linux grants memory that it does not have, and kills the process that uses it.
 template <class Device>
-void check_memory(const Device& device, const Config& config, int B, int T, Use use) {
+void check_memory(const Device& device, const Config& config, int B, int T, Use use, int spares) {
     device.check_sizes(config, B);
-    const size_t free = device.free_memory();
-    auto need = [&](int rows) { return memory_need<Device>(config, rows, T, use).total(); };
+    const Ranks& ranks = *device.ranks;
+    const size_t free = device.free_memory() / size_t(Device::kHostMemory ? ranks.here : 1);
+    auto need = [&](int rows) {
+        return memory_need<Device>(config, rows, T, use, ranks, spares).total();
+    };
     if (need(B) <= free) return;
     // Would half as many sequences fit, or a quarter?
     int fits = B / 2;
@@ -777,11 +787,11 @@ double product_peak_flops(auto& device) {
 }
 
 // A model with buffers for batches of B x T. weights: the folder to load them from; empty: they are
-// not set.
+// not set. spares: as in memory_need.
 template <class Device>
 std::unique_ptr<Gpt2<Device>> open_model(Device device, const Config& config, int B, int T, Use use,
-                                         const std::string& weights = "") {
-    check_memory(device, config, B, T, use);
+                                         const std::string& weights = "", int spares = 0) {
+    check_memory(device, config, B, T, use, spares);
     auto model = std::make_unique<Gpt2<Device>>(config, device);
     model->reserve(B, T, use);
     if (!weights.empty()) load_weights(*model, weights);
@@ -790,14 +800,15 @@ std::unique_ptr<Gpt2<Device>> open_model(Device device, const Config& config, in
 
 // What the model is made of, and what it takes to train it. Returns the memory, by its uses.
 template <class Device>
-MemoryNeed print_model(const Config& config, int B, int T) {
+MemoryNeed print_model(const Config& config, int B, int T, const Ranks& ranks = alone,
+                       int spares = 0) {
     say("model", to_text(config.n_layer, " layers, ", config.n_head, " heads, ", config.n_embd,
                          " channels, ", config.n_positions, " positions, vocabulary ",
                          config.vocab_size, config.untied_head ? ", untied head" : ""));
-    const MemoryNeed need = memory_need<Device>(config, B, T, Use::training);
+    const MemoryNeed need = memory_need<Device>(config, B, T, Use::training, ranks, spares);
     say("", to_text(with_commas(int64_t(layout_of(config).count)), " parameters, ",
                     format("%.1f MFLOP a token, ", flops_per_token(config, T) / 1e6),
-                    bytes_text(need.total()), " to train"));
+                    bytes_text(need.total()), " to train", ranks.count > 1 ? " on each rank" : ""));
     return need;
 }
 
@@ -812,13 +823,92 @@ inline void on_stop_signal(int) {
     // Why 50 ms: `timeout` and a closing terminal send two signals at once and mean one.
     if (now - first > 50'000'000) ::_exit(130);
 }
-// Ctrl-C, `kill` and a closed terminal ask the run to stop. SIGPIPE and SIGXFSZ are ignored: the
+// Ctrl-C, `kill`, SIGUSR1 (as batch systems send it) and a closed terminal ask the run to stop. SIGPIPE and SIGXFSZ are ignored: the
 // failed write reports the error.
 inline void catch_signals() {
     stop_asked = 0;
-    for (int number : {SIGINT, SIGTERM}) ::signal(number, on_stop_signal);
+    for (int number : {SIGINT, SIGTERM, SIGUSR1}) ::signal(number, on_stop_signal);
     if (::signal(SIGHUP, on_stop_signal) == SIG_IGN) ::signal(SIGHUP, SIG_IGN);  // under nohup
     for (int number : {SIGPIPE, SIGXFSZ}) ::signal(number, SIG_IGN);
+}
+
+// --- Ranks: what they must agree about
+
+// What f returns at rank 0, which alone calls it; a number, or a struct of numbers.
+auto from_first(Ranks& ranks, auto&& f) {
+    decltype(f()) value{};
+    if (ranks.rank == 0) value = f();
+    ranks.broadcast(&value, sizeof value);
+    return value;
+}
+// A text of rank 0, for all.
+inline std::string text_from_first(Ranks& ranks, std::string text) {
+    text.resize(from_first(ranks, [&] { return text.size(); }));
+    ranks.broadcast(text.data(), text.size());
+    return text;
+}
+// The text of every rank, by number.
+inline std::vector<std::string> gather_texts(Ranks& ranks, const std::string& text) {
+    std::vector<size_t> sizes(size_t(ranks.count), text.size());
+    ranks.gather(sizes.data(), sizeof sizes[0], 1);
+    const size_t longest = *std::max_element(sizes.begin(), sizes.end());
+    std::string all(longest * sizes.size(), ' ');
+    text.copy(&all[longest * size_t(ranks.rank)], text.size());
+    ranks.gather(all.data(), longest, 1);
+    std::vector<std::string> texts;
+    for (size_t i = 0; i < sizes.size(); ++i) texts.push_back(all.substr(i * longest, sizes[i]));
+    return texts;
+}
+
+inline std::string host_name() {
+    char name[256] = "";
+    ::gethostname(name, sizeof name - 1);
+    return name;
+}
+
+// Refuses ranks that would not make the same run: other lines than those of rank 0.
+inline void check_same_ranks(Ranks& ranks, const std::vector<std::string>& lines) {
+    std::string mine = host_name();
+    for (const std::string& line : lines) mine += "\n" + line;
+    const std::vector<std::string> texts = gather_texts(ranks, mine);
+    const std::vector<std::string> first = split_at(texts[0], '\n');
+    for (size_t rank = 1; rank < texts.size(); ++rank) {
+        std::vector<std::string> other = split_at(texts[rank], '\n');
+        other.resize(std::max(first.size(), other.size()), "nothing");
+        for (size_t i = 1; i < other.size(); ++i)
+            if (i >= first.size() || other[i] != first[i])
+                fail("rank ", rank, " on ", other[0], " differs: it has ", other[i], "; rank 0 on ",
+                     first[0], " has ", i < first.size() ? first[i] : "nothing",
+                     ": all ranks need the same program, options and data");
+    }
+}
+
+// Refuses a number of ranks among which the step cannot be shared out.
+inline void check_share(const Options& o, const Ranks& ranks) {
+    const int all = o.grad_accum_steps, count = ranks.count;
+    if (all % count == 0) return;
+    const int next = round_up(all, count);
+    std::string advice = to_text("--grad-accum-steps ", next, " would do");
+    if (o.batch_size % next == 0 && all == 1)
+        advice += to_text(" (and --batch-size ", o.batch_size / next, " for as much text a step)");
+    fail_usage("--grad-accum-steps ", all, " are the micro-batches of a step, which ", count,
+               " ranks share out: it must be a multiple of ", count, "; ", advice);
+}
+
+// What the run says about its ranks.
+inline std::string describe_ranks(Ranks& ranks, int micro_batches, const MemoryNeed& need) {
+    std::map<std::string, int> hosts;
+    for (const std::string& host :
+         gather_texts(ranks, to_text(host_name(), ", ", omp_get_max_threads(), " threads each")))
+        ++hosts[host];
+    std::string text = to_text(ranks.count, ", of which each has ", bytes_text(need.moments),
+                               " of AdamW's moments");
+    for (auto& [host, count] : hosts) text += to_text("\n", count, " on ", host);
+    if (std::gcd(micro_batches, 8) % ranks.count != 0)
+        text +=
+            "\ntheir sums have an order of their own: only 1, 2, 4 or 8 ranks, whichever divide "
+            "--grad-accum-steps, make the same bits";
+    return text;
 }
 
 // --- train: where a run begins, and whether it may
@@ -922,6 +1012,9 @@ inline void warn_if_trained_on(const Corpus& corpus, const std::vector<std::stri
              " too: the validation loss will say nothing about new text");
 }
 
+// Options that may differ although they change the numbers: checksums tell whether the data does.
+inline const std::set<std::string> kPaths = {"data", "train-shards", "val-shards", "init-from"};
+
 // Fails where a resumed run would not be the run that was interrupted. Paths may change: checksums
 // tell whether the data is the same, and --init-from no longer matters.
 inline void check_same_run(const Options& o, const Start& start, const Corpus& corpus,
@@ -929,12 +1022,11 @@ inline void check_same_run(const Options& o, const Start& start, const Corpus& c
     const std::string& folder = start.folder;
     const char* override_hint = ", or say --override to go on all the same";
     // The options, one by one.
-    const std::set<std::string> paths = {"data", "train-shards", "val-shards", "init-from"};
     auto value = [](const std::string& text) { return text.empty() ? "(not set)" : text; };
     const Json options = options_that_change_numbers(o);
     for (auto& [name, now] : options.members) {
         const Json* saved = start.state.options.find(name);
-        if (saved && saved->text != now.text && !paths.contains(name))
+        if (saved && saved->text != now.text && !kPaths.contains(name))
             fail_usage(folder, " was made with --", name, " ", value(saved->text), ", now it is ",
                        value(now.text), ": resume with the same options", override_hint);
     }
@@ -950,6 +1042,24 @@ inline void check_same_run(const Options& o, const Start& start, const Corpus& c
         if (now[i] != saved[i])
             fail_usage("the data has changed since ", folder, " was saved (", saved[i], "; now ",
                        now[i], "): resume with the same data", override_hint);
+}
+
+// Gives all ranks the start that rank 0 found.
+inline void share_start(Ranks& ranks, Start& start) {
+    if (ranks.count == 1) return;
+    start.folder = text_from_first(ranks, start.folder);
+    const std::string state = text_from_first(ranks, state_to_json(start.state).write(0));
+    start.state = state_from_json(Json::parse(state, "rank 0"), "rank 0");
+}
+
+// What must be the same on all ranks, a line each: program, options, data.
+inline std::vector<std::string> rank_lines(const Options& o, const Corpus& corpus) {
+    std::vector<std::string> lines = {
+        to_text("version ", TINYGPT_VERSION, ", program ", file_checksum("/proc/self/exe"))};
+    for (auto& [name, value] : options_that_change_numbers(o).members)
+        if (!kPaths.contains(name)) lines.push_back(to_text("--", name, " ", value.text));
+    for (const std::string& line : fingerprint(corpus)) lines.push_back(line);
+    return lines;
 }
 
 // Sets the weights with which the run begins: those of the checkpoint (with its moments), of
@@ -980,37 +1090,46 @@ struct RunFolder : FolderToFill {
 template <class Device>
 int train_command(Device device, const Options& given) {
     Options o = given;
+    Ranks& ranks = *device.ranks;
+    const bool leads = ranks.rank == 0;
+    check_share(o, ranks);
     o.output = output_folder(o);
     // What is there: the data, the folder, the checkpoint.
     Corpus corpus = open_corpus(o);
-    check_output(o);
     std::optional<FileHandle> lock;
-    const bool resumes_here = o.resume == "auto" || file_exists(o.output + "/log.csv");
-    if (!o.resume.empty() && resumes_here && folder_exists(o.output)) {
-        lock.emplace(lock_folder(o.output));
-        recover_folders(o.output);
+    Start start;
+    if (leads) {
+        check_output(o);
+        const bool resumes_here = o.resume == "auto" || file_exists(o.output + "/log.csv");
+        if (!o.resume.empty() && resumes_here && folder_exists(o.output)) {
+            lock.emplace(lock_folder(o.output));
+            recover_folders(o.output);
+        }
+        start = find_start(o);
     }
-    Start start = find_start(o);
+    share_start(ranks, start);
     const bool resumed = !start.folder.empty();
     // Does it fit together?
-    const Config config = config_for(o, corpus, start.folder);
+    const Config config = from_first(ranks, [&] { return config_for(o, corpus, start.folder); });
     const int B = o.batch_size, T = sequence_length(o, config);
     // What was left to the program becomes an option that the checkpoint remembers: another
     // version's defaults must not change a run that is half done.
     for_each_size(o, config, [](const char*, auto& wanted, auto size) { wanted = size; });
     o.seq_len = T;
     if (o.precision.empty() && Device::kHostMemory) o.precision = "fp32";
-    if (!o.init_from.empty() && !resumed) check_same_tokenizer(corpus, o.init_from);
+    if (!o.init_from.empty() && !resumed && leads) check_same_tokenizer(corpus, o.init_from);
     check_data(o, corpus, config, T);
     const bool same_run = resumed && !o.override_changes;
-    if (same_run) check_same_run(o, start, corpus, Device::kProgram);
+    if (same_run && leads) check_same_run(o, start, corpus, Device::kProgram);
+    if (ranks.count > 1) check_same_ranks(ranks, rank_lines(o, corpus));
     if (same_run && start.state.finished) {
         std::printf("%s is finished: %ld steps. Nothing to do\n", o.output.c_str(),
                     start.state.step);
         return 0;
     }
     // Does it fit into memory, and can all be read that it begins with?
-    const auto model = open_model(device, config, B, T, Use::training);
+    const int spares = spares_needed(size_t(o.grad_accum_steps), size_t(ranks.count));
+    const auto model = open_model(device, config, B, T, Use::training, "", spares);
     load_start(*model, o, start);
     if (o.override_changes) start.state.planned_steps = 0;  // the plan may have changed
     start.state.options = options_that_change_numbers(o);
@@ -1019,8 +1138,9 @@ int train_command(Device device, const Options& given) {
     start.state.data = Json::array(data), start.state.program = Device::kProgram;
     Trainer<Device> trainer(o, corpus, *model, product_peak_flops(device));
     // From here on things are written.
-    const RunFolder folder(o.output);
-    if (!lock) lock.emplace(lock_folder(o.output));
+    std::optional<RunFolder> folder;
+    if (leads) folder.emplace(o.output);
+    if (leads && !lock) lock.emplace(lock_folder(o.output));
 
     // Say what will be trained on what, and go.
     say("tinygpt", device.describe());
@@ -1030,7 +1150,8 @@ int train_command(Device device, const Options& given) {
     say("data", to_text(corpus.folder.empty() ? "shards" : corpus.folder, ": ",
                         with_commas(corpus.train.tokens()), " training tokens, ",
                         with_commas(corpus.val.tokens()), " for validation"));
-    print_model<Device>(config, B, T);
+    const MemoryNeed need = print_model<Device>(config, B, T, ranks, spares);
+    if (ranks.count > 1) say("ranks", describe_ranks(ranks, o.grad_accum_steps, need));
     if (resumed) say("resumed", start.folder);
     if (!resumed && !o.init_from.empty()) say("weights", "from " + o.init_from);
     catch_signals();
@@ -1040,7 +1161,7 @@ int train_command(Device device, const Options& given) {
                     trainer.state().step);
         return 130;
     }
-    report(o, corpus, trainer, end);
+    if (leads) report(o, corpus, trainer, end);
     return 0;
 }
 
@@ -1144,10 +1265,19 @@ int hellaswag_command(auto device, const Options& o, const Config& config) {
     const auto examples = read_hellaswag(o.hellaswag, config.vocab_size);
     const int T = sequence_length(o, config, config.n_positions);
     const auto model = open_model(device, config, 4, T, Use::evaluation, o.init_from);
+    Ranks& ranks = *device.ranks;
     int right = 0;
-    for (const HellaswagExample& e : examples) {
-        const std::array<double, 4> loss = score_endings(*model, e);
-        right += std::min_element(loss.begin(), loss.end()) - loss.begin() == e.label;
+    std::vector<int> answers(size_t(ranks.count));  // of as many examples, one from each rank
+    for (size_t i = 0; i < examples.size(); i += answers.size()) {
+        const size_t mine = i + size_t(ranks.rank);
+        if (mine < examples.size()) {
+            const std::array<double, 4> loss = score_endings(*model, examples[mine]);
+            answers[size_t(ranks.rank)] =
+                int(std::min_element(loss.begin(), loss.end()) - loss.begin());
+        }
+        ranks.gather(answers.data(), sizeof answers[0], 1);
+        for (size_t j = i; j < std::min(i + answers.size(), examples.size()); ++j)
+            right += answers[j - i] == examples[j].label;
     }
     say("hellaswag", format("%d of %zu right: accuracy %.4f", right, examples.size(),
                             right / double(std::max<size_t>(1, examples.size()))));
@@ -1168,10 +1298,11 @@ inline std::vector<int> token_bytes(const std::optional<Tokenizer>& tokenizer) {
 //   bits/byte   what the text would take, compressed by this model. Careful: the other two depend
 //               on the tokenizer; only this one compares models with different ones
 int eval_command(auto device, const Options& o) {
-    const Config config = config_of_folder(need_init_from(o));
+    const Config config =
+        from_first(*device.ranks, [&] { return config_of_folder(need_init_from(o)); });
     if (!o.hellaswag.empty()) return hellaswag_command(device, o, config);
     const Corpus corpus = open_corpus(o);
-    check_same_tokenizer(corpus, o.init_from);
+    if (device.ranks->rank == 0) check_same_tokenizer(corpus, o.init_from);
     if (corpus.val.empty())
         fail(
             "there is no validation data: make some with ./prepare_data --val-fraction, or name "
@@ -2120,6 +2251,8 @@ int show_command(auto device, const Options& o) {
 
 // Runs the command on a device; returns the exit status.
 int run_command(auto device, const Options& o) {
+    const bool shared = o.command == kTrain || o.command == kEval;
+    if (device.ranks->rank != 0 && !shared) return 0;
     switch (o.command) {
         case kTrain: return train_command(device, o);
         case kEval: return eval_command(device, o);
@@ -2160,11 +2293,171 @@ inline void wait_politely(char** argv) {
     ::execv(self, argv);
 }
 
+// --- Ranks of MPI: mpirun starts them
+#ifdef TINYGPT_MPI
+class MpiRanks : public Ranks {
+public:
+    MpiRanks() {
+        int threads = 0;
+        MPI_Init_thread(nullptr, nullptr, MPI_THREAD_MULTIPLE, &threads);
+        MPI_Comm_rank(MPI_COMM_WORLD, &rank), MPI_Comm_size(MPI_COMM_WORLD, &count);
+        MPI_Comm machine;
+        MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &machine);
+        MPI_Comm_rank(machine, &rank_here), MPI_Comm_size(machine, &here);
+        MPI_Comm_free(&machine);
+        MPI_Comm_dup(MPI_COMM_WORLD, &watched_);
+        share_cores();
+        hosts_ = gather_texts(*this, host_name());
+        // Only rank 0 prints; an error still goes to standard error.
+        if (rank != 0 && !std::freopen("/dev/null", "w", stdout)) std::fclose(stdout);
+        if (const char* limit = std::getenv("TINYGPT_RANK_TIMEOUT")) limit_ = std::atof(limit);
+        if (count > 1 && threads == MPI_THREAD_MULTIPLE)
+            watcher_ = std::thread([this] { watch(); });
+    }
+    // Why the barrier: until all have come here, each is watched.
+    ~MpiRanks() override {
+        MPI_Request request;
+        MPI_Ibarrier(MPI_COMM_WORLD, &request);
+        wait(request);
+        done_ = true;
+        if (watcher_.joinable()) watcher_.join();
+        MPI_Finalize();
+    }
+
+    void exchange(void* to, const void* from, size_t part) override {
+        MPI_Request request;
+        MPI_Ialltoall(from, int(part), MPI_BYTE, to, int(part), MPI_BYTE, MPI_COMM_WORLD, &request);
+        wait(request);
+        bytes += double(part) * (count - 1);
+    }
+    void gather(void* array, size_t part, size_t rounds) override {
+        for (size_t t = 0; t < rounds; ++t) {
+            MPI_Request request;
+            char* round = static_cast<char*>(array) + t * part * size_t(count);
+            MPI_Iallgather(MPI_IN_PLACE, 0, MPI_BYTE, round, int(part), MPI_BYTE, MPI_COMM_WORLD,
+                           &request);
+            wait(request);
+        }
+        bytes += double(part * rounds) * (count - 1);
+    }
+    void broadcast(void* data, size_t size) override {
+        for (size_t at = 0, n; at < size; at += n) {
+            n = std::min(size - at, size_t(1) << 28);
+            MPI_Request request;
+            MPI_Ibcast(static_cast<char*>(data) + at, int(n), MPI_BYTE, 0, MPI_COMM_WORLD,
+                       &request);
+            wait(request);
+        }
+    }
+    std::string name() const override { return rank == 0 ? "" : name_of(rank) + ": "; }
+    // Why the alarm: with a machine that cannot be reached, MPI_Abort may never return.
+    void end_all(int status) override {
+        if (count == 1) return;
+        ::signal(SIGALRM, SIG_DFL), ::alarm(5);
+        MPI_Abort(MPI_COMM_WORLD, status);
+        ::_exit(status);
+    }
+
+private:
+    // Waits; a rank that shares its core gives it up meanwhile.
+    void wait(MPI_Request& request) {
+        const double begin = now_seconds();
+        for (int done = 0, turns = 0;; ++turns) {
+            MPI_Test(&request, &done, MPI_STATUS_IGNORE);
+            if (done) break;
+            turns < 1000 ? ::sched_yield() : ::usleep(20);
+        }
+        seconds += now_seconds() - begin;
+    }
+    std::string name_of(int rank) const {
+        return to_text("rank ", rank, " on ", hosts_[size_t(rank)]);
+    }
+
+    // Divides the cores of this machine among its ranks, whatever mpirun bound them to: Open MPI
+    // gives each of two ranks one core, on which all threads would crowd.
+    void share_cores() {
+        cpu_set_t set;
+        std::memset(&set, 0xff, sizeof set);
+        if (::sched_setaffinity(0, sizeof set, &set) != 0) return;
+        ::sched_getaffinity(0, sizeof set, &set);
+        std::vector<std::array<int, 3>> cores;  // package, core, number
+        for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+            if (!CPU_ISSET(cpu, &set)) continue;
+            const std::string topology = to_text("/sys/devices/system/cpu/cpu", cpu, "/topology/");
+            auto number = [&](const char* name) {
+                return file_exists(topology + name) ? std::atoi(read_file(topology + name).c_str())
+                                                    : 0;
+            };
+            cores.push_back({number("physical_package_id"), number("core_id"), cpu});
+        }
+        std::sort(cores.begin(), cores.end());
+        const size_t n = cores.size(), begin = n * size_t(rank_here) / size_t(here),
+                     end = std::max(begin + 1, n * size_t(rank_here + 1) / size_t(here));
+        CPU_ZERO(&set);
+        for (size_t i = begin; i < end; ++i) CPU_SET(cores[i][2], &set);
+        ::sched_setaffinity(0, sizeof set, &set);
+        omp_set_num_threads(int(end - begin));
+    }
+
+    // Rank 0 and every other send each other a sign of life each second. One that stays silent has
+    // stopped, or was cut off. A rank that is only slow, or writes a checkpoint, is not silent: the
+    // signs come from this thread.
+    void watch() {
+        std::vector<double> heard(size_t(count), now_seconds());
+        std::vector<MPI_Request> sent(size_t(count), MPI_REQUEST_NULL);
+        double last = now_seconds(), next = last;
+        for (; !done_; ::usleep(50000)) {
+            const double now = now_seconds();
+            if (now - last > 5)
+                heard.assign(heard.size(), now);  // it was this one that stood still
+            last = now;
+            int there = 1;
+            for (MPI_Status from; there;) {
+                MPI_Iprobe(MPI_ANY_SOURCE, 0, watched_, &there, &from);
+                if (!there) break;
+                MPI_Recv(nullptr, 0, MPI_BYTE, from.MPI_SOURCE, 0, watched_, MPI_STATUS_IGNORE);
+                heard[size_t(from.MPI_SOURCE)] = now;
+            }
+            if (now < next) continue;
+            next = now + 1;
+            for (int other = rank == 0 ? 1 : 0; other < (rank == 0 ? count : 1); ++other) {
+                int free = 1;
+                MPI_Test(&sent[size_t(other)], &free, MPI_STATUS_IGNORE);
+                if (free) MPI_Isend(nullptr, 0, MPI_BYTE, other, 0, watched_, &sent[size_t(other)]);
+                if (now - heard[size_t(other)] < limit_ + 0.1 * rank) continue;
+                complain(31, "error:",
+                         to_text(name_of(other), " has not answered for ", limit_,
+                                 " seconds: all ranks end. Go on with --resume auto"));
+                end_all(1);
+            }
+        }
+        for (MPI_Request& request : sent)
+            if (request != MPI_REQUEST_NULL) MPI_Request_free(&request);
+    }
+
+    MPI_Comm watched_;
+    std::vector<std::string> hosts_;
+    double limit_ = 30;  // seconds of silence
+    std::atomic<bool> done_{false};
+    std::thread watcher_;
+};
+inline std::unique_ptr<Ranks> start_ranks() {
+    auto ranks = std::make_unique<MpiRanks>();
+    world = ranks.get();
+    return ranks;
+}
+#else
+inline std::unique_ptr<Ranks> start_ranks() { return nullptr; }
+#endif
+
 // Reads the command line, hands the options to `run`, and turns errors into a line on standard
 // error and an exit status. All errors end here; destructors tidy up on the way.
 int program(int argc, char** argv, const char* name, auto&& run) {
     auto failed = [](int status, const std::string& message) {
-        complain(31, "error:", message);
+        // Why sleep: what is wrong on all ranks, rank 0 says, and then ends all.
+        if (world->rank != 0) ::sleep(2);
+        complain(31, "error:", world->name() + message);
+        world->end_all(status);
         return status;
     };
     try {
@@ -2326,6 +2619,7 @@ int main(int argc, char** argv) {
     using namespace tinygpt;
     wait_politely(argv);
     flush_tiny_numbers();
+    const auto ranks = start_ranks();
     return program(argc, argv, "train_gpt",
                    [](const Options& options) { return run_command(make_cpu(options), options); });
 }

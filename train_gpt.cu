@@ -21,6 +21,9 @@
 // Two runs are equal bit for bit: every sum has a fixed order, and there is no atomic addition.
 #include <cublasLt.h>
 #include <cuda_runtime.h>
+#ifdef TINYGPT_MPI
+#include <nccl.h>
+#endif
 
 #include <deque>
 
@@ -1303,20 +1306,20 @@ __global__ void __launch_bounds__(kHeadRowThreads, 2)
 // The step's numbers live on the GPU: one thread.
 __global__ void begin_step_kernel(StepState* state, double lr) { state->lr = lr, state->loss = 0; }
 
-// state.loss += scale * sum of losses [rows]. One block. Moves: 4 bytes each.
-__global__ void add_loss_kernel(StepState* state, const float* losses, int rows, double scale) {
+// The loss of pass.into += scale * sum of losses [rows]. One block. Moves: 4 bytes each.
+__global__ void add_loss_kernel(double* loss, const float* losses, int rows, double scale) {
     double sum = 0;
     for (int row = threadIdx.x; row < rows; row += blockDim.x) sum += double(losses[row]);
     sum = block_sum(sum);
-    if (threadIdx.x == 0) state->loss += scale * sum;
+    if (threadIdx.x == 0) *loss += scale * sum;
 }
 
-// sums[block] = its part of the sum of squares of grads [count], count a multiple of 4. Moves: 4
+// sums[block] = the sum of squares of its chunk of grads [count], count a multiple of 4. Moves: 4
 // bytes each, 0.17 ms for GPT-2's 124M. Expect 90 %.
-__global__ void sum_of_squares_kernel(double* sums, const float* grads, size_t count) {
+__global__ void square_sums_kernel(double* sums, const float* grads, size_t count) {
     double sum = 0;
-    const size_t step = size_t(gridDim.x) * blockDim.x * 4;
-    for (size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 4; i < count; i += step) {
+    const size_t begin = blockIdx.x * Shares::kChunk, end = min(begin + Shares::kChunk, count);
+    for (size_t i = begin + threadIdx.x * 4; i < end; i += blockDim.x * 4) {
         float g[4];
         load_pack(g, grads + i);
         for (int j = 0; j < 4; ++j) sum += double(g[j]) * double(g[j]);
@@ -1325,11 +1328,18 @@ __global__ void sum_of_squares_kernel(double* sums, const float* grads, size_t c
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 // state.grad_norm = the root of the sum of sums [count]. One block. Moves: 8 bytes each.
-__global__ void gradient_norm_kernel(StepState* state, const double* sums, int count) {
+__global__ void norm_of_sums_kernel(StepState* state, const double* sums, int count) {
     double sum = 0;
     for (int i = threadIdx.x; i < count; i += blockDim.x) sum += sums[i];
     sum = block_sum(sum);
     if (threadIdx.x == 0) state->grad_norm = sqrt(sum);
+}
+
+// to [count] += from. Moves: 12 bytes each, of floats. Expect 90 %.
+template <class T>
+__global__ void add_kernel(T* to, const T* from, size_t count) {
+    const size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i < count) to[i] += from[i];
 }
 
 __global__ void judge_step_kernel(StepState* state, Guards guards) { judge_step(state, guards); }
@@ -1838,6 +1848,66 @@ struct Pinned {
     ~Pinned() { cudaFreeHost(data); }
 };
 
+// --- Between GPUs: NCCL, one GPU a rank
+
+#ifdef TINYGPT_MPI
+inline void check_code(ncclResult_t code, const char* call, int line) {
+    if (code != ncclSuccess)
+        fail("train_gpt.cu:", line, ": ", call, " failed: ", ncclGetErrorString(code), " (",
+             ncclGetLastError(nullptr), ")");
+}
+
+// What Ranks does, on the GPUs' memory, in the order of the stream. Why no ncclAllReduce: its sums
+// depend on the number of ranks.
+class GpuRanks {
+public:
+    GpuRanks(Ranks& ranks, cudaStream_t stream) : ranks_(ranks), stream_(stream) {
+        if (ranks.count == 1) return;
+        const ncclUniqueId id = from_first(ranks, [] {
+            ncclUniqueId id;
+            CUDA_CHECK(ncclGetUniqueId(&id));
+            return id;
+        });
+        CUDA_CHECK(ncclCommInitRank(&comm_, ranks.count, id, ranks.rank));
+    }
+    GpuRanks(const GpuRanks&) = delete;
+    ~GpuRanks() {
+        if (comm_) ncclCommDestroy(comm_);
+    }
+    void exchange(void* to, const void* from, size_t bytes) {
+        CUDA_CHECK(ncclGroupStart());
+        for (int r = 0; r < ranks_.count; ++r) {
+            const size_t at = size_t(r) * bytes;
+            CUDA_CHECK(
+                ncclSend(static_cast<const char*>(from) + at, bytes, ncclChar, r, comm_, stream_));
+            CUDA_CHECK(ncclRecv(static_cast<char*>(to) + at, bytes, ncclChar, r, comm_, stream_));
+        }
+        CUDA_CHECK(ncclGroupEnd());
+    }
+    void gather(void* array, size_t bytes, size_t rounds) {
+        if (ranks_.count == 1) return;
+        CUDA_CHECK(ncclGroupStart());
+        for (size_t t = 0; t < rounds; ++t) {
+            char* round = static_cast<char*>(array) + t * bytes * size_t(ranks_.count);
+            CUDA_CHECK(ncclAllGather(round + size_t(ranks_.rank) * bytes, round, bytes, ncclChar,
+                                     comm_, stream_));
+        }
+        CUDA_CHECK(ncclGroupEnd());
+    }
+
+private:
+    Ranks& ranks_;
+    cudaStream_t stream_;
+    ncclComm_t comm_ = nullptr;
+};
+#else
+struct GpuRanks {
+    GpuRanks(Ranks&, cudaStream_t) {}
+    void exchange(void*, const void*, size_t) {}
+    void gather(void*, size_t, size_t) {}
+};
+#endif
+
 // Which work a CUDA graph is of: device (copies of one share a context), pass and options.
 using GraphKey = std::tuple<const void*, Pass, StepOptions>;
 
@@ -1849,12 +1919,13 @@ class CudaContext {
 public:
     cudaDeviceProp gpu;
     Stream stream;
+    GpuRanks ranks{*world, stream};
     std::optional<Matmuls> matmuls;
     const char* way = "";       // of the latest function, where there are several
     double agreement = 0x1p-8;  // how near to each other results of two ways must be
 
     CudaContext(bool tf32, cudaDataType_t type) {
-        CUDA_CHECK(cudaGetDeviceProperties(&gpu, 0));
+        CUDA_CHECK(cudaGetDeviceProperties(&gpu, world->rank_here));
         matmuls.emplace(tf32, type, stream);
     }
     CudaContext(const CudaContext&) = delete;
@@ -1966,6 +2037,7 @@ struct Cuda {
     bool fuse;                             // let cuBLASLt do the GELU with the matmul
     bool use_graphs = true;                // launch a step as a CUDA graph, not kernel by kernel
     size_t head_bytes = kHeadBytes;
+    Ranks* ranks = world;
 
     Cuda(bool tf32 = false)
         : context(
@@ -2279,15 +2351,35 @@ struct Cuda {
     void begin_step(StepState* state, double lr) {
         launch(KERNEL(begin_step_kernel), 1, 1, 0, state, lr);
     }
-    void add_loss(StepState* state, const float* losses, int rows, double scale) {
-        launch(KERNEL(add_loss_kernel), 1, kOneBlock, 0, state, losses, rows, scale);
+    void add_loss(StepState* state, const float* losses, int rows, double scale, int into = 0) {
+        launch(KERNEL(add_loss_kernel), 1, kOneBlock, 0, state->loss_of(into), losses, rows, scale);
     }
     void gradient_norm(StepState* state, const float* grads, size_t count) {
-        const int blocks =
-            resident_blocks(sum_of_squares_kernel, kThreads, 0, blocks_for(count, 4 * kThreads));
-        double* sums = context->scratch<double>(blocks);
-        launch(KERNEL(sum_of_squares_kernel), blocks, kThreads, 0, sums, grads, count);
-        launch(KERNEL(gradient_norm_kernel), 1, kOneBlock, 0, state, sums, blocks);
+        const size_t chunks = blocks_for(count, Shares::kChunk);
+        double* sums = context->scratch<double>(chunks);
+        square_sums(sums, grads, count);
+        norm_of_sums(state, sums, chunks);
+    }
+    void square_sums(double* sums, const float* grads, size_t count) {
+        launch(KERNEL(square_sums_kernel), blocks_for(count, Shares::kChunk), kThreads, 0, sums,
+               grads, count);
+    }
+    void norm_of_sums(StepState* state, const double* sums, size_t chunks) {
+        launch(KERNEL(norm_of_sums_kernel), 1, kOneBlock, 0, state, sums, int(chunks));
+    }
+    template <class T>
+    void add(T* to, const T* from, size_t count) {
+        launch(KERNEL(add_kernel<T>), blocks_for(count, kThreads), kThreads, 0, to, from, count);
+    }
+    void copy(auto* to, const auto* from, size_t count) {
+        stream().copy(to, from, count * sizeof *to);
+    }
+    void exchange(auto* to, const auto* from, size_t count) {
+        context->ranks.exchange(to, from, count * sizeof *to);
+        stream().lap("exchange");
+    }
+    void gather(auto* array, size_t count, size_t rounds) {
+        context->ranks.gather(array, count * sizeof *array, rounds);
     }
     void judge_step(StepState* state, Guards guards) {
         launch(KERNEL(judge_step_kernel), 1, 1, 0, state, guards);
@@ -2486,9 +2578,14 @@ inline cudaDeviceProp usable_gpu() {
         fail("there is no GPU here to train on (",
              cudaGetErrorString(code != cudaSuccess ? code : cudaErrorNoDevice),
              "): type make train_gpt && ./train_gpt to train on the CPU");
+    const int here = world->rank_here;  // a GPU for each rank of this machine
+    if (here >= count)
+        fail("there are ", world->here, " ranks on this machine and ", count,
+             " GPUs: start no more ranks here than GPUs (mpirun --map-by ppr:", count, ":node)");
+    CUDA_CHECK(cudaSetDevice(here));
     cudaDeviceProp gpu;
     cudaFuncAttributes code_of_it;
-    CUDA_CHECK(cudaGetDeviceProperties(&gpu, 0));
+    CUDA_CHECK(cudaGetDeviceProperties(&gpu, here));
     if (cudaFuncGetAttributes(&code_of_it, begin_step_kernel) == cudaErrorNoKernelImageForDevice)
         fail("this program holds no code for ", gpu.name, ", of compute capability ", gpu.major,
              ".", gpu.minor, ": type make train_gpt_cu CUDA_ARCHS=", gpu.major, gpu.minor,
@@ -2521,6 +2618,7 @@ inline int run_on_gpu(Options options) {
 
 #ifndef TRAIN_GPT_CU_NO_MAIN
 int main(int argc, char** argv) {
+    const auto ranks = tinygpt::start_ranks();
     return tinygpt::program(argc, argv, "train_gpt_cu", tinygpt::run_on_gpu);
 }
 #endif

@@ -26,6 +26,10 @@ portable: | $(BUILD)
 	aarch64-linux-gnu-g++ $(PORTABLE) -static $(TESTFLAGS) test_gpt.cpp -o $(BUILD)/portable-aarch64
 	qemu-aarch64 $(BUILD)/portable-aarch64 -tc="matmul*,attention*,gradients*"
 
+# One run on 1, 2, 4 and 8 ranks: the same bytes, and what faults leave. Needs Open MPI; about a minute.
+mpi_test: $(BUILD)/train_gpt $(BUILD)/train_gpt_mpi $(BUILD)/prepare_data train_gpt_cu_on_cpu train_gpt_cu_mpi_on_cpu
+	checks/mpi_test.sh $(BUILD) ./train_gpt_cu_mpi_on_cpu ./train_gpt_cu_on_cpu
+
 # The tests of cuda_on_cpu itself.
 test_emulator:
 	$(MAKE) -C cuda_on_cpu test CXX="$(CXX)" BUILD=$(abspath $(BUILD)) DOCTEST_DIR="$(DOCTEST_DIR)"
@@ -149,4 +153,4 @@ count:
 	@awk '/^\/\/ What follows is plumbing/{exit} {t=$$0; sub(/^[ \t]+/,"",t); if(t!="" && t!~/^\/\//)k++} \
 	    END{printf "tinygpt.hpp, what a student reads: %d lines of code\n",k}' tinygpt.hpp
 	@cat checks/* .ci/run | awk '{t=$$0; sub(/^[ \t]+/,"",t); if(t!="" && t!~/^(\/\/|#[^i!])/)k++} END{printf "checks: %d lines of code\n",k}'
-.PHONY: check test_show show_pictures readme tidy grammar valgrind plot portable test_emulator cuda_compiles kernel_table cuda_12 cuda_cards torture damaged fuzz fuzz_coverage test_hf nightly count
+.PHONY: check mpi_test test_show show_pictures readme tidy grammar valgrind plot portable test_emulator cuda_compiles kernel_table cuda_12 cuda_cards torture damaged fuzz fuzz_coverage test_hf nightly count

@@ -158,12 +158,14 @@ softmax_cross_entropy_kernel | head | term | v == target ? scale : 0 | 0.0f
 softmax_cross_entropy_kernel | head | term | sum * exp2_approx((highest - top) * kLog2E) | sum
 begin_step_kernel | update | sign | state->lr = lr | state->lr = -lr
 begin_step_kernel | update | term | state->loss = 0 | state->loss += 0
-add_loss_kernel | update | sign | state->loss += scale * sum | state->loss -= scale * sum
-add_loss_kernel | update | term | state->loss += scale * sum | state->loss += sum
-sum_of_squares_kernel | update | sign | sum += double(g[j]) * double(g[j]) | sum -= double(g[j]) * double(g[j])
-sum_of_squares_kernel | update | term | sum += double(g[j]) * double(g[j]) | sum += double(g[j])
-gradient_norm_kernel | update | sign | sum += sums[i] | sum -= sums[i]
-gradient_norm_kernel | update | term | sqrt(sum) | sum
+add_loss_kernel | update | sign | *loss += scale * sum | *loss -= scale * sum
+add_loss_kernel | update | term | *loss += scale * sum | *loss += sum
+square_sums_kernel | update | sign | sum += double(g[j]) * double(g[j]) | sum -= double(g[j]) * double(g[j])
+square_sums_kernel | update | term | sum += double(g[j]) * double(g[j]) | sum += double(g[j])
+norm_of_sums_kernel | update | sign | sum += sums[i] | sum -= sums[i]
+norm_of_sums_kernel | update | term | sqrt(sum) | sum
+add_kernel | update | sign | to[i] += from[i] | to[i] -= from[i]
+add_kernel | update | term | to[i] += from[i] | to[i] = from[i]
 judge_step_kernel | update | sign | judge_step(state, guards) | judge_step(state, Guards{-guards.grad_clip, 0})
 judge_step_kernel | update | term | judge_step(state, guards) | (void)0
 adamw_kernel | update | sign | g4[j] * clip | -g4[j] * clip
