@@ -5091,6 +5091,11 @@ TEST_CASE("run: what users once stumbled over") {
                                       "1 2", "--max-new-tokens", "3", "--threads", "1"});
     CHECK_MESSAGE(sample.out.starts_with("1 2 "), sample.out);
     CHECK_MESSAGE(std::count(sample.out.begin(), sample.out.end(), ' ') == 5, sample.out);
+    // Quiet: all is in the folder, and nothing on the screen.
+    const Outcome quiet = place.train("quiet", {"--quiet"});
+    CHECK(quiet.status == 0);
+    CHECK(quiet.out + quiet.err == "");
+    check_same_end(place.out("straight"), place.out("quiet"));
     // A thread that cannot be started is a message, not an abort.
     const Outcome no_thread = outcome_of([&] {
         char name[] = "train_gpt", *argv[] = {name};
@@ -6942,15 +6947,18 @@ TEST_CASE("hf: sample takes its prompt from the command line, a file, a pipe") {
     CHECK(text.size() > prompt.size() + 1);
     put_file(scratch / "prompt", prompt);
     CHECK(sample({"--prompt-file", scratch / "prompt"}) == text);
-    {
+    // Runs it with this standard input.
+    auto piped = [&](const std::string& in, const Arguments& more) {
         int ends[2];
         REQUIRE(::pipe(ends) == 0);
-        REQUIRE(::write(ends[1], prompt.data(), prompt.size()) == ssize_t(prompt.size()));
+        REQUIRE(::write(ends[1], in.data(), in.size()) == ssize_t(in.size()));
         ::close(ends[1]);
         Redirect input(STDIN_FILENO, ends[0]);
         ::close(ends[0]);
-        CHECK(sample({"--prompt-file", "-"}) == text);
-    }
+        std::clearerr(stdin);
+        return sample(more);
+    };
+    CHECK(piped(prompt, {"--prompt-file", "-"}) == text);
     CHECK(train_gpt({"sample", "--init-from", scratch / "m", "--prompt-file", scratch / "none"})
               .says(scratch / "none"));
     // Several samples: the same greedy one each time, another one from each seed otherwise.
@@ -6961,6 +6969,11 @@ TEST_CASE("hf: sample takes its prompt from the command line, a file, a pipe") {
     CHECK(sample(words(hot)) == a);
     CHECK(both.starts_with(a + "\n---\n"));
     CHECK(both != a + "\n---\n" + a);
+    // A conversation: each line is a prompt, and gets the next seed. Without --seed it has its own.
+    const std::string second = sample(words("--prompt b --temperature 1 --seed 8"));
+    CHECK(piped("a\nb", words("--interactive --temperature 1 --seed 7")) == a + second);
+    CHECK(piped("a\n", words("--interactive --temperature 1")) !=
+          piped("a\n", words("--interactive --temperature 1")));
 }
 
 TEST_CASE("hf: sample stops at the end of text, says when the context slides, shows only UTF-8") {

@@ -331,7 +331,7 @@ constexpr OtherNames kOtherNames[] = {
     {"push-to-hub hub-model-id", "", "every checkpoint is a Hugging Face folder, ready to upload"},
     {"device use-cpu no-cuda", "", "./train_gpt runs on the CPU, ./train_gpt_cu on the GPU"},
     {"backend ddp-backend local-rank deepspeed fsdp z pn pr pg pm ps pp", "",
-     "one process trains, on all cores or on one GPU"},
+     "mpirun -np 4 ./train_gpt_mpi trains with four processes"},
     {"compile torch-compile", "", "this program is compiled already"},
     {"bias", "", "all layers of GPT-2 have biases"},
     {"lr-decay-iters", "", "the learning rate falls until the last step, that of --max-steps"},
@@ -367,8 +367,9 @@ inline void check_init_from(const std::string& word) {
 
 // Refuses options that contradict each other: nothing the user types may be silently ignored.
 inline void check_together(const Options& o) {
-    const std::pair<const char*, const char*> excluding[] = {
-        {"data", "train-shards"}, {"data", "val-shards"}, {"prompt", "prompt-file"}};
+    const std::pair<const char*, const char*> excluding[] = {{"data", "train-shards"},
+                                                             {"data", "val-shards"},
+                                                             {"prompt", "prompt-file"}};
     for (auto [a, b] : excluding)
         if (o.given.contains(a) && o.given.contains(b))
             fail_usage("--", a, " and --", b, " exclude each other");

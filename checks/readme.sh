@@ -20,8 +20,9 @@ STEPS=${STEPS:-100} WITH=" ${WITH:-} " CLONE=build/readme LOG=$PWD/build/readme.
 needs() {
     case "$1" in
         *apt-get*) echo network ;;
-        "make gpt2"* | "make shakespeare"*) echo network ;;
-        "make test" | "make torture"* | "make check"* | "make nightly"*) echo time ;;
+        "make gpt2"* | "make shakespeare"* | *shakespeare.conf) echo network ;;
+        "make test" | "make test FILTER"* | "make torture"* | "make check"* | "make nightly"*) echo time ;;
+        "make plot") echo gnuplot ;;
         "make grammar") echo whole ;;
         "make train_gpt_cu" | "make test_gpt_cu"*) echo nvcc ;;
         "./train_gpt_cu" | "./train_gpt_cu "*) echo gpu ;;
@@ -31,6 +32,7 @@ reason() {
     case "$1" in
         network) echo "a network, and root for apt-get (WITH=network)" ;;
         time) echo "minutes; make check or make nightly has it (WITH=time)" ;;
+        gnuplot) echo "gnuplot" ;;
         whole) echo "the default run, not shortened (STEPS=all)" ;;
         nvcc) echo "the CUDA Toolkit" ;;
         gpu) echo "an NVIDIA GPU and the CUDA Toolkit" ;;
@@ -38,6 +40,7 @@ reason() {
 }
 has() {
     case "$1" in
+        gnuplot) command -v gnuplot > /dev/null ;;
         whole) [ "$STEPS" = all ] ;;
         nvcc) command -v nvcc > /dev/null || [ -x /usr/local/cuda/bin/nvcc ] ;;
         gpu) has nvcc && nvidia-smi > /dev/null 2>&1 ;;
@@ -52,7 +55,7 @@ filled_in() {
     command=$(sed 's|--init-from DIR|--init-from out/stories/best|; s|--data DIR|--data data/stories|
                    s|--prompt TEXT|--prompt Once|' <<< "$1")
     case "$command" in
-        ./train_gpt | "./train_gpt --"* | "./train_gpt train"* | ./train_gpt_cu | "./train_gpt_cu --"*)
+        ./train_gpt | "./train_gpt --"* | "./train_gpt data/"* | "./train_gpt train"* | ./train_gpt_cu | "./train_gpt_cu --"*)
             [[ "$STEPS" == all || "$command" == *--help* ]] || command+=" --max-steps $STEPS" ;;
     esac
     echo "$command"
@@ -87,8 +90,9 @@ if [ "${1:-}" != --list ]; then
         echo "with the changes that are not committed"
         git diff --binary HEAD | git -C "$CLONE" apply
     fi
-    # The text of the reader's own that README speaks of.
+    # The texts of the reader's own that README speaks of.
     cat ./*.hpp ./*.cpp > "$CLONE/book.txt"
+    cat ./*.cu > "$CLONE/letters.txt"
     : > "$LOG"
 fi
 
