@@ -83,6 +83,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <functional>
 #include <future>
 #include <limits>
@@ -308,7 +309,6 @@ struct InputFile {
     std::string path;
     FileHandle file;
     size_t bytes = 0;
-    int64_t changed = 0;  // when it was last written, in seconds
 
     // Why O_NONBLOCK: opening a pipe would wait for a writer. O_CLOEXEC, here as everywhere: child
     // processes do not inherit the file.
@@ -317,7 +317,7 @@ struct InputFile {
         struct stat info;
         if (file.fd < 0 || ::fstat(file.fd, &info) != 0) fail_errno("cannot read ", path);
         if (!S_ISREG(info.st_mode)) fail(path, ": expected a file, found a folder, pipe or device");
-        bytes = size_t(info.st_size), changed = int64_t(info.st_mtime);
+        bytes = size_t(info.st_size);
     }
     // Sets out[count] from the bytes at `offset`. pread may return fewer than requested, or EINTR
     // because of a signal.
@@ -350,7 +350,8 @@ inline std::string no_shard_hint(const std::string& path, std::string_view begin
 // program may have open files.
 struct Shard {
     std::string path;
-    int64_t tokens = 0, changed = 0;
+    int64_t tokens = 0;
+    std::filesystem::file_time_type written;  // the last time it was
 
     explicit Shard(const std::string& path) : path(path) {
         const InputFile file(path);
@@ -362,7 +363,7 @@ struct Shard {
                  kShardMagic, " and version 1, found ", file.bytes, " bytes with ", header[0],
                  " and ", header[1], ". ",
                  no_shard_hint(path, {reinterpret_cast<const char*>(header), there}, header[0]));
-        tokens = header[2], changed = file.changed;
+        tokens = header[2], written = std::filesystem::last_write_time(path);
         if (tokens < 0 || file.bytes != bytes())
             fail(path, " is damaged: its header promises ", tokens, " tokens, which take ",
                  kShardHeaderBytes + 2 * tokens, " bytes, but it has ", file.bytes);
@@ -374,8 +375,8 @@ struct Shard {
     // has no row for it.
     void read(uint16_t* out, int64_t begin, int64_t count, int vocab_size = 65536) const {
         const InputFile file(path);
-        if (file.bytes != bytes() || file.changed != changed)
-            fail(path, " was replaced or became shorter while it was in use: go on with the data ",
+        if (file.bytes != bytes() || std::filesystem::last_write_time(path) != written)
+            fail(path, " was changed, replaced or cut while it was in use: go on with the data ",
                  "as it was, or start a new run");
         file.read_bytes(out, 2 * size_t(count), kShardHeaderBytes + 2 * size_t(begin));
         for (int64_t i = 0; i < count; ++i)
