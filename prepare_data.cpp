@@ -7,7 +7,7 @@
 // It reads documents, cuts off the last part for validation, learns or loads a tokenizer, turns the
 // documents into tokens on all cores, and writes a folder with
 //   train_000001.bin ...  val_000000.bin   the tokens (the format is in §2 of tinygpt.hpp)
-//   vocab.json  merges.txt                 the tokenizer (§12)
+//   vocab.json  merges.txt  tokenizer.json the tokenizer (§12)
 //   dataset.json                           source, counts, and the floor where it is known
 // The order is: options, documents, learning a vocabulary, tokens, the folder, the default corpus,
 // models of llm.c.
@@ -416,6 +416,36 @@ inline Tokenizer train_bpe(const std::vector<std::string_view>& documents, int64
 // caches the tokens of short pieces, where it finds 96 of 100 pieces of English, and because it
 // merges the others without a heap.
 
+// Which token two neighbours merge into: a hash table with linear probing, at most half full.
+// Why not std::unordered_map: a look-up here touches one cache line, there three or more.
+class MergeTable {
+    struct Entry {
+        uint32_t pair = 0, token = kNoToken;
+    };
+    std::vector<Entry> entries_;
+
+public:
+    explicit MergeTable(size_t merges) : entries_(std::bit_ceil(2 * merges + 2)) {}
+    // The token that left and right become, or kNoToken. The smaller it is, the earlier the merge
+    // was learnt, so nothing else has to be stored. Both ids must be below 65,536.
+    uint32_t find(uint32_t left, uint32_t right) const {
+        return entries_[index_of(left << 16 | right)].token;
+    }
+    void add(uint32_t left, uint32_t right, uint32_t token) {
+        entries_[index_of(left << 16 | right)] = {left << 16 | right, token};
+    }
+
+private:
+    // Where the pair is, or the empty entry where it belongs. The search begins where Fibonacci
+    // hashing says (Knuth, The Art of Computer Programming, 6.4).
+    size_t index_of(uint32_t pair) const {
+        const size_t mask = entries_.size() - 1;
+        size_t at = size_t((pair * 0x9e3779b97f4a7c15ull) >> 32) & mask;
+        while (entries_[at].token != kNoToken && entries_[at].pair != pair) at = (at + 1) & mask;
+        return at;
+    }
+};
+
 // Careful: one for each thread, because of the cache.
 class Encoder {
     static constexpr size_t kMaxBytes = 15, kMaxTokens = 7;  // of a cached piece
@@ -429,11 +459,14 @@ class Encoder {
         uint64_t low = 0, high = 0;  // zero: nothing here, as no piece is empty
         uint16_t count = 0, tokens[kMaxTokens] = {};
     };
-    const MergeTable& table_;
+    MergeTable table_;
     std::vector<Cached> cache_ = std::vector<Cached>(1 << 16);  // 2 MB: it stays in L2
 
 public:
-    explicit Encoder(const Tokenizer& tokenizer) : table_(tokenizer.merge_table()) {}
+    explicit Encoder(const Tokenizer& tokenizer) : table_(tokenizer.merges().size()) {
+        uint32_t token = 256;
+        for (auto [left, right] : tokenizer.merges()) table_.add(left, right, token++);
+    }
 
     // Appends the tokens of the text to out.
     void encode(std::string_view text, std::vector<uint16_t>& out) {
@@ -445,7 +478,7 @@ public:
             at += piece.size();
             if (piece.size() > kShort || to + kShort > std::end(buffer)) flush();
             if (piece.size() > kShort)
-                merge_piece(table_, piece, out);
+                merge_piece([&](uint32_t a, uint32_t b) { return table_.find(a, b); }, piece, out);
             else
                 to += inside && piece.size() <= kMaxBytes ? cached(piece, to)
                                                           : merge_short(piece, to);

@@ -83,6 +83,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <filesystem>
 #include <functional>
 #include <future>
@@ -2369,6 +2370,7 @@ struct SampleOptions {
     double top_p = 1;          // 1: all tokens
     uint64_t seed = 0;
     int end_of_text = -1;  // the token at which generation stops; -1: none
+    int vocab_size = 0;    // ids from here on have no token and are never drawn; 0: all have one
 };
 
 struct Candidate {
@@ -2461,7 +2463,9 @@ int generate(Gpt2<Device>& model, std::vector<int32_t> tokens, const SampleOptio
             cached = 0, ++slides;
         }
         const std::vector<int32_t> fresh(tokens.begin() + cached, tokens.end());
-        std::vector<Candidate> list = candidates(next_logits(model, fresh, cached), o.temperature);
+        std::vector<float> logits = next_logits(model, fresh, cached);
+        if (o.vocab_size > 0) logits.resize(std::min(logits.size(), size_t(o.vocab_size)));
+        std::vector<Candidate> list = candidates(logits, o.temperature);
         cached = int(tokens.size());
         const int top_k = o.temperature > 0 ? o.top_k : 1;
         if (top_k > 0 || o.top_p < 1) list = likeliest(std::move(list), top_k, o.top_p);
@@ -3275,6 +3279,39 @@ inline std::string read_file(const std::string& path, size_t max_bytes = SIZE_MA
     return bytes;
 }
 
+// What a file with this beginning is, and what to do about it; "" where it may be what was expected.
+inline const char* other_form(std::string_view begin) {
+    static constexpr std::pair<std::string_view, const char*> forms[] =
+        {{"version https://git-lfs",
+          "a pointer of Git LFS: fetch the file itself with git lfs pull"},
+         {"<!", "an HTML page, saved instead of the file: download it again"},
+         {"<h", "an HTML page, saved instead of the file: download it again"},
+         {"PK\3\4",
+          "PyTorch's own form or another zip file: save it again with transformers, "
+          "save_pretrained(folder)"},
+         {"GGUF",
+          "a GGUF file, for llama.cpp: take the Hugging Face folder that it was made from"}};
+    for (auto& [start, text] : forms)
+        if (begin.starts_with(start)) return text;
+    return "";
+}
+
+// A whole text file, without the byte-order mark that some editors put before it.
+inline std::string read_text(const std::string& path, size_t max_bytes) {
+    std::string text = read_file(path, max_bytes);
+    if (text.starts_with("\xef\xbb\xbf")) text.erase(0, 3);
+    if (*other_form(text)) fail(path, ": found ", other_form(text));
+    return text;
+}
+// "a|b" -> "a", "b". Always at least one part, which may be empty.
+inline std::vector<std::string> split_at(std::string_view text, char separator) {
+    std::vector<std::string> parts;
+    for (size_t end; (end = text.find(separator)) != text.npos; text.remove_prefix(end + 1))
+        parts.emplace_back(text.substr(0, end));
+    parts.emplace_back(text);
+    return parts;
+}
+
 // Makes the names in a folder survive a power cut; to sync a file does not sync its name. Some
 // network file systems cannot (EINVAL, ENOTSUP).
 inline void sync_folder(const std::string& path) {
@@ -3552,6 +3589,17 @@ struct Json {
                  names[int(value->kind)]);
         return *value;
     }
+    // Fails where the member is there and has none of these values.
+    void only(const std::string& where, std::string_view key, const std::vector<Json>& allowed,
+              std::string_view why) const {
+        const Json* value = find(key);
+        auto is_value = [&](const Json& one) {
+            const auto number = one.as<double>();
+            return number ? number == value->as<double>() : one.write() == value->write();
+        };
+        if (value && std::none_of(allowed.begin(), allowed.end(), is_value))
+            fail(where, ": \"", key, "\" is ", value->write().substr(0, 60), ": ", why);
+    }
     int64_t get_int(std::string_view key, const std::string& where, int64_t lowest = INT64_MIN,
                     int64_t highest = INT64_MAX) const {
         const Json& value = get(key, Kind::number, where);
@@ -3793,36 +3841,6 @@ constexpr std::string_view kEndOfText = "<|endoftext|>";  // its name in a vocab
 
 constexpr uint32_t kNoToken = UINT32_MAX;
 
-// Which token two neighbours merge into: a hash table with linear probing, at most half full.
-// Why not std::unordered_map: a look-up here touches one cache line, there three or more.
-class MergeTable {
-    struct Entry {
-        uint32_t pair = 0, token = kNoToken;
-    };
-    std::vector<Entry> entries_;
-
-public:
-    explicit MergeTable(size_t merges) : entries_(std::bit_ceil(2 * merges + 2)) {}
-    // The token that left and right become, or kNoToken. The smaller it is, the earlier the merge
-    // was learnt, so nothing else has to be stored. Both ids must be below 65,536.
-    uint32_t find(uint32_t left, uint32_t right) const {
-        return entries_[index_of(left << 16 | right)].token;
-    }
-    void add(uint32_t left, uint32_t right, uint32_t token) {
-        entries_[index_of(left << 16 | right)] = {left << 16 | right, token};
-    }
-
-private:
-    // Where the pair is, or the empty entry where it belongs. The search begins where Fibonacci
-    // hashing says (Knuth, The Art of Computer Programming, 6.4).
-    size_t index_of(uint32_t pair) const {
-        const size_t mask = entries_.size() - 1;
-        size_t at = size_t((pair * 0x9e3779b97f4a7c15ull) >> 32) & mask;
-        while (entries_[at].token != kNoToken && entries_[at].pair != pair) at = (at + 1) & mask;
-        return at;
-    }
-};
-
 // A vocabulary, and what can be done with it. Tokens 0..255 are the bytes (in GPT-2's order), token
 // 256 + i is what merge i makes of two earlier tokens, and the last token is the end of a text.
 class Tokenizer {
@@ -3830,8 +3848,7 @@ public:
     using Merge = std::pair<uint16_t, uint16_t>;
 
     // Fails if a merge names a token that does not exist before it.
-    explicit Tokenizer(std::vector<Merge> merge_list)
-        : merges_(std::move(merge_list)), table_(merges_.size()) {
+    explicit Tokenizer(std::vector<Merge> merge_list) : merges_(std::move(merge_list)) {
         if (merges_.size() > 65536 - 257)
             fail("expected at most 65279 merges, found ", merges_.size(), ": ids have 16 bits");
         for (int b : kBytes.byte_of_id) bytes_.emplace_back(1, char(b));
@@ -3839,7 +3856,7 @@ public:
             if (left >= bytes_.size() || right >= bytes_.size())
                 fail("merge ", bytes_.size() - 256, " joins tokens ", left, " and ", right,
                      ", which do not exist before it");
-            table_.add(left, right, uint32_t(bytes_.size()));
+            merged_[uint32_t(left) << 16 | right] = uint32_t(bytes_.size());
             bytes_.push_back(bytes_[left] + bytes_[right]);
         }
         bytes_.emplace_back();
@@ -3850,7 +3867,6 @@ public:
     int vocab_size() const { return int(bytes_.size()); }
     int end_of_text() const { return vocab_size() - 1; }
     const std::vector<Merge>& merges() const { return merges_; }
-    const MergeTable& merge_table() const { return table_; }
     bool operator==(const Tokenizer& other) const { return merges_ == other.merges_; }
 
     // The bytes that a token stands for: none for the end of a text.
@@ -3870,23 +3886,26 @@ public:
     // The tokens of a text. "<|endoftext|>" in it is thirteen characters like any others.
     std::vector<uint16_t> encode(std::string_view text) const;
 
-    // A folder with vocab.json and merges.txt (save writes those), or encoder.json and vocab.bpe.
+    // A folder with vocab.json and merges.txt, encoder.json and vocab.bpe, or tokenizer.json.
     static Tokenizer load(const std::string& folder);
+    // Writes vocab.json, merges.txt and tokenizer.json. Makes the folder where it is missing.
     void save(const std::string& folder) const;
-    std::string name_of(int id) const;  // the token in GPT-2's visible characters
+    std::string name_of(int id) const;             // the token in GPT-2's visible characters
+    std::vector<std::string> merge_names() const;  // "Ġ t", "Ġ a", ...
     std::string vocab_json() const;
     std::string merges_text() const;
+    std::string tokenizer_json() const;
 
 private:
     std::vector<Merge> merges_;
-    std::vector<std::string> bytes_;  // of every token
-    MergeTable table_;
+    std::vector<std::string> bytes_;                 // of every token
+    std::unordered_map<uint32_t, uint32_t> merged_;  // left << 16 | right -> what they become
 };
 
 // --- Encoding
 
 // Appends the tokens of one piece to `out`, in n log n steps: a piece may be a megabyte of one
-// letter. The tokens are a linked list. Every pair that has a merge waits in a heap, the earliest
+// letter. merge(left, right) is what two tokens become, or kNoToken. The tokens are a linked list. Every pair that has a merge waits in a heap, the earliest
 // merge first and, of the same merge, the leftmost: aaa becomes (aa)a. With merges a a -> A and
 // A A -> B, aaaaa goes through
 //     tokens        waiting, smallest first           taken
@@ -3895,8 +3914,7 @@ private:
 //     A . a a a     A at 2, A at 3                    A at 2, which adds B at 0
 //     A . A . a     A at 3, B at 0                    A at 3: gone; then B at 0
 //     B . . . a     nothing                           the result is B a
-inline void merge_piece(const MergeTable& table, std::string_view piece,
-                        std::vector<uint16_t>& out) {
+inline void merge_piece(const auto& merge, std::string_view piece, std::vector<uint16_t>& out) {
     if (piece.size() >= kNoToken) fail("a word of ", piece.size(), " bytes is too long to encode");
     const uint32_t n = uint32_t(piece.size());
     std::vector<uint32_t> token(n), previous(n), next(n);
@@ -3904,7 +3922,7 @@ inline void merge_piece(const MergeTable& table, std::string_view piece,
     // What token i and its right neighbour make. kNoToken also where its left one has taken it in.
     auto merged_at = [&](uint32_t i) {
         const bool is_pair = token[i] != kNoToken && next[i] < n;
-        return is_pair ? table.find(token[i], token[next[i]]) : kNoToken;
+        return is_pair ? merge(token[i], token[next[i]]) : kNoToken;
     };
     auto offer = [&](uint32_t i) {
         const uint64_t merged = merged_at(i);
@@ -3928,10 +3946,14 @@ inline void merge_piece(const MergeTable& table, std::string_view piece,
 }
 
 inline std::vector<uint16_t> Tokenizer::encode(std::string_view text) const {
+    auto merge = [&](uint32_t left, uint32_t right) {
+        const auto found = merged_.find(left << 16 | right);
+        return found == merged_.end() ? kNoToken : found->second;
+    };
     std::vector<uint16_t> tokens;
     for (size_t at = 0; at < text.size();) {
         const std::string_view piece = next_piece(text, at);
-        merge_piece(table_, piece, tokens);
+        merge_piece(merge, piece, tokens);
         at += piece.size();
     }
     return tokens;
@@ -3944,8 +3966,12 @@ inline std::vector<uint16_t> Tokenizer::encode(std::string_view text) const {
 //                   Ġ t                                    "\u0120t": 256, "\u0120a": 257, ...
 //                   Ġ a                                    "<|endoftext|>": 50256}
 //
-// The vocabulary follows from the merges alone. A vocab.json that says otherwise is refused: its
-// model would see other tokens.
+// and one that has both, and says how text is cut, in the format of Hugging Face's tokenizers:
+//
+//     tokenizer.json    {..., "model": {"type": "BPE", "vocab": {...}, "merges": ["Ġ t", "Ġ a", ...]}}
+//
+// The vocabulary follows from the merges alone. One that says otherwise is refused: its model would
+// see other tokens.
 
 inline std::string Tokenizer::name_of(int id) const {
     if (id == end_of_text()) return std::string(kEndOfText);
@@ -3953,10 +3979,15 @@ inline std::string Tokenizer::name_of(int id) const {
     for (char b : bytes_of(id)) append_utf8(name, kBytes.character_of_byte[uint8_t(b)]);
     return name;
 }
+inline std::vector<std::string> Tokenizer::merge_names() const {
+    std::vector<std::string> names;
+    for (auto [left, right] : merges_) names.push_back(name_of(left) + ' ' + name_of(right));
+    return names;
+}
 
 inline std::string Tokenizer::merges_text() const {
     std::string text = "#version: 0.2\n";
-    for (auto [left, right] : merges_) text += name_of(left) + ' ' + name_of(right) + '\n';
+    for (const std::string& names : merge_names()) text += names + '\n';
     return text;
 }
 
@@ -3976,73 +4007,131 @@ inline std::string Tokenizer::vocab_json() const {
     return json + "}";
 }
 
-// Makes the folder where it is missing.
+// As tokenizers writes it. ByteLevel is the alphabet and the pattern above.
+inline std::string Tokenizer::tokenizer_json() const {
+    const std::string byte_level = R"({"type": "ByteLevel", "add_prefix_space": false, )"
+                                   R"("trim_offsets": true, "use_regex": true})";
+    return to_text(
+        R"({"version": "1.0", "truncation": null, "padding": null, "added_tokens": [{"id": )",
+        end_of_text(), R"(, "content": ")", kEndOfText,
+        R"(", "single_word": false, "lstrip": false, )",
+        R"("rstrip": false, "normalized": false, "special": true}], "normalizer": null, )",
+        R"("pre_tokenizer": )", byte_level, R"(, "post_processor": null, "decoder": )", byte_level,
+        R"(, "model": {"type": "BPE", "dropout": null, "unk_token": null, )",
+        R"("continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": false, )",
+        R"("byte_fallback": false, "ignore_merges": false, "vocab": )", vocab_json(),
+        R"(, "merges": )", Json::array(merge_names()).write(), "}}\n");
+}
+
 inline void Tokenizer::save(const std::string& folder) const {
     make_folders(folder);
     write_file(folder + "/vocab.json", vocab_json());
     write_file(folder + "/merges.txt", merges_text());
+    write_file(folder + "/tokenizer.json", tokenizer_json());
 }
 
 constexpr size_t kMaxVocabBytes = 16'000'000;  // of a vocabulary file: GPT-2's have a million
 
-// The merges of a merges file. Sets `ids`, the id of every token but the last by its name.
-inline std::vector<Tokenizer::Merge> read_merges(const std::string& path,
-                                                 std::unordered_map<std::string, uint16_t>& ids) {
+// The tokenizer of some lines of two names each. `vocab`, an object in the file `path`, must give the
+// same tokens the same ids. An error in a line begins with `where` and the line's number.
+inline Tokenizer make_tokenizer(const std::vector<std::string>& lines, const std::string& where,
+                                const Json& vocab, const std::string& path) {
+    std::unordered_map<std::string_view, int> ids;
+    for (const auto& [name, id] : vocab.members) ids[name] = id.as<int>().value_or(-1);
+    auto id_of = [&](const std::string& name) { return ids.contains(name) ? ids[name] : -1; };
+    int next = 0;
+    auto expect = [&](const std::string& name) {
+        if (id_of(name) != next)
+            fail(path, ": the token ", shown(name), " must have the id ", next,
+                 ", as its merge has, found ", id_of(name) < 0 ? "none" : to_text(id_of(name)));
+        ++next;
+    };
     const Tokenizer bytes = Tokenizer::bytes();
-    for (int id = 0; id < 256; ++id) ids[bytes.name_of(id)] = uint16_t(id);
+    for (int id = 0; id < 256; ++id) expect(bytes.name_of(id));
     std::vector<Tokenizer::Merge> merges;
-    const std::string text = read_file(path, kMaxVocabBytes);
-    int line_number = 0;
-    for (size_t at = 0, end; at < text.size(); at = end + 1) {
-        end = std::min(text.find('\n', at), text.size());
-        const std::string line = text.substr(at, end - at);
-        if (++line_number == 1 && line.starts_with("#version")) continue;
-        const std::string where = to_text(path, ", line ", line_number, ": ");
-        const size_t blank = line.find(' ');
-        if (blank == line.npos)
-            fail(where, "expected two tokens with a blank between them, found ", shown(line));
-        const auto left = ids.find(line.substr(0, blank)), right = ids.find(line.substr(blank + 1));
-        if (left == ids.end() || right == ids.end())
-            fail(where, shown(line),
-                 " is not two tokens that exist before it (bytes, or made by an earlier line)");
-        if (ids.size() == 65535) fail(where, "expected at most 65279 merges: ids have 16 bits");
-        merges.emplace_back(left->second, right->second);
-        if (!ids.emplace(left->first + right->first, uint16_t(ids.size())).second)
-            fail(where, shown(line), " makes a token that exists already");
+    for (size_t i = 0; i < lines.size(); ++i) {
+        if (i == 0 && lines[i].starts_with("#version")) continue;
+        const std::string at = to_text(where, i + 1, ": ");
+        const size_t blank = lines[i].find(' ');
+        const std::string left = lines[i].substr(0, blank), right = lines[i].substr(blank + 1);
+        auto exists = [&](const std::string& name) {
+            return id_of(name) >= 0 && id_of(name) < next;
+        };
+        if (blank == std::string::npos || !exists(left) || !exists(right))
+            fail(at, "expected two tokens with a blank between them, bytes or made by earlier ",
+                 "lines, found ", shown(lines[i]));
+        if (next == 65535) fail(at, "expected at most 65279 merges: ids have 16 bits");
+        merges.emplace_back(id_of(left), id_of(right));
+        expect(left + right);
     }
-    return merges;
+    expect(std::string(kEndOfText));
+    if (vocab.members.size() != size_t(next))
+        fail(path, ": expected an object of ", next, " tokens (256 bytes, ", merges.size(),
+             " merges, ", kEndOfText, "), found ", vocab.members.size());
+    return Tokenizer(std::move(merges));
+}
+
+// The lines of a merges file, whose ends may be those of Windows.
+inline std::vector<std::string> read_merge_lines(const std::string& path) {
+    std::vector<std::string> lines = split_at(read_text(path, kMaxVocabBytes), '\n');
+    if (lines.back().empty()) lines.pop_back();
+    for (std::string& line : lines)
+        if (line.ends_with('\r')) line.pop_back();
+    return lines;
+}
+
+// tokenizer.json. What it holds that this tokenizer does not do is refused by name; what changes no
+// token (padding, and what is put around a text) is not looked at.
+inline Tokenizer read_tokenizer_json(const std::string& path) {
+    const Json json = Json::parse(read_text(path, kMaxVocabBytes), path, {16, 400'000});
+    const auto object = Json::Kind::object, array = Json::Kind::array;
+    json.only(path, "normalizer", {nullptr}, "text is encoded as it is here");
+    const Json& cut = json.get("pre_tokenizer", object, path);
+    const Json& model = json.get("model", object, path);
+    cut.only(path, "type", {"ByteLevel"}, "only GPT-2's byte-level BPE is supported");
+    cut.only(path, "add_prefix_space", {false}, "only false is supported");
+    cut.only(path, "use_regex", {true}, "only GPT-2's pattern is supported");
+    model.only(path, "type", {"BPE"}, "only GPT-2's byte-level BPE is supported");
+    model.only(path, "dropout", {nullptr, 0}, "only null is supported");
+    for (const char* key : {"continuing_subword_prefix", "end_of_word_suffix"})
+        model.only(path, key, {nullptr, ""}, "only null is supported");
+    for (const char* key : {"byte_fallback", "ignore_merges"})
+        model.only(path, key, {false}, "only false is supported");
+    Json vocab = model.get("vocab", object, path);
+    for (const auto& [none, token] : json.get("added_tokens", array, path).members) {
+        token.only(path, "content", {std::string(kEndOfText)},
+                   "no other added token is supported: remove it if your texts do without it");
+        vocab.set(kEndOfText, token.get("id", Json::Kind::number, path));
+    }
+    std::vector<std::string> lines;  // "Ġ t", or of two names, ["Ġ", "t"]
+    for (const auto& [none, merge] : model.get("merges", array, path).members) {
+        const auto& names = merge.members;
+        const bool pair = names.size() == 2;
+        lines.push_back(pair ? names[0].second.text + ' ' + names[1].second.text : merge.text);
+    }
+    return make_tokenizer(lines, path + ", merge ", vocab, path);
 }
 
 inline Tokenizer Tokenizer::load(const std::string& folder) {
-    const bool ours = file_exists(folder + "/vocab.json") && file_exists(folder + "/merges.txt");
-    const bool openai = file_exists(folder + "/encoder.json") && file_exists(folder + "/vocab.bpe");
-    if (!ours && !openai)
-        fail("there is no tokenizer in ", folder, ": expected vocab.json and merges.txt, or ",
-             "encoder.json and vocab.bpe (make gpt2-vocab fetches GPT-2's into data/gpt2)");
-    std::unordered_map<std::string, uint16_t> ids;
-    Tokenizer tokenizer(read_merges(folder + (ours ? "/merges.txt" : "/vocab.bpe"), ids));
-    ids.emplace(kEndOfText, uint16_t(tokenizer.end_of_text()));
-    // vocab.json must say what the merges say: the same names, with the same ids.
-    const std::string path = folder + (ours ? "/vocab.json" : "/encoder.json");
-    const Json vocab =
-        Json::parse(read_file(path, kMaxVocabBytes), path, {.depth = 2, .values = 70'000});
-    if (vocab.members.size() != ids.size())
-        fail(path, ": expected an object of ", ids.size(), " tokens (256 bytes, ",
-             tokenizer.merges().size(), " merges, ", kEndOfText, "), found ", vocab.members.size());
-    for (const auto& [name, id] : vocab.members) {
-        const auto expected = ids.find(name);
-        if (expected == ids.end()) fail(path, ": no merge makes the token ", shown(name));
-        if (id.as<int>() != expected->second)
-            fail(path, ": the token ", shown(name), " must have the id ", expected->second,
-                 ", as its merge has, found ", format("%.20s", id.write().c_str()));
+    for (auto [vocab, merges] :
+         {std::pair{"/vocab.json", "/merges.txt"}, {"/encoder.json", "/vocab.bpe"}}) {
+        const std::string path = folder + vocab;
+        if (!file_exists(path) || !file_exists(folder + merges)) continue;
+        const std::vector<std::string> lines = read_merge_lines(folder + merges);
+        const Json ids = Json::parse(read_text(path, kMaxVocabBytes), path, {2, 70'000});
+        return make_tokenizer(lines, folder + merges + ", line ", ids, path);
     }
-    return tokenizer;
+    if (file_exists(folder + "/tokenizer.json"))
+        return read_tokenizer_json(folder + "/tokenizer.json");
+    fail("there is no tokenizer in ", folder, ": expected vocab.json and merges.txt, encoder.json ",
+         "and vocab.bpe (make gpt2-vocab fetches GPT-2's into data/gpt2), or tokenizer.json");
 }
 
 // The tokenizer of a folder, where it has one. One that is damaged is an error all the same.
 inline std::optional<Tokenizer> tokenizer_of(const std::string& folder) {
-    const bool there = file_exists(folder + "/vocab.json") || file_exists(folder + "/encoder.json");
-    return there ? std::optional(Tokenizer::load(folder)) : std::nullopt;
+    for (const char* name : {"/vocab.json", "/encoder.json", "/tokenizer.json"})
+        if (file_exists(folder + name)) return Tokenizer::load(folder);
+    return std::nullopt;
 }
 
 // --- What Unicode says of a character
@@ -4141,12 +4230,14 @@ inline size_t dtype_bytes(std::string_view dtype) {
 // IEEE half precision: one bit of sign, five of exponent, ten of significand. It is only read.
 struct f16 {
     uint16_t bits;
-    // Exponents are biased by 15 here, by 127 in a float: the bits, moved to their positions in a
-    // float, mean 2^-112 times the value. The largest exponent is infinity and NaN in both.
+    // Exponents are biased by 15 here, by 127 in a float. The largest is infinity and NaN in both;
+    // with exponent 0 the value is significand * 2^-24. Careful: numbers below 1.2e-38 may count as
+    // zero, so none may occur on the way.
     explicit operator float() const {
-        const uint32_t moved = uint32_t(bits & 0x7fff) << 13;
-        float value = std::bit_cast<float>(moved) * 0x1p112f;
-        if ((bits & 0x7c00) == 0x7c00) value = std::bit_cast<float>(moved | 0x7f800000);
+        const uint32_t exponent = bits >> 10 & 31, significand = bits & 0x3ff;
+        const uint32_t moved = (exponent == 31 ? 255 : exponent + 112) << 23 | significand << 13;
+        const float value =
+            exponent == 0 ? float(significand) * 0x1p-24f : std::bit_cast<float>(moved);
         return bits & 0x8000 ? -value : value;
     }
 };
@@ -4178,12 +4269,13 @@ void for_each_chunk(size_t count, Use&& use) {
         if (error) std::rethrow_exception(error);
 }
 
-// A tensor of a file. One that is read has the bytes [begin, end) of the file. One to be written
-// has fill(out, first, n), which sets out[n] to the elements from `first` on.
+// A tensor of a file. One that is read has the bytes [begin, end) of `file`. One to be written has
+// fill(out, first, n), which sets out[n] to the elements from `first` on.
 struct StoredTensor {
     std::string name, dtype;
     std::vector<int64_t> shape;
     std::function<void(float* out, size_t first, size_t n)> fill = nullptr;
+    const class SafetensorsFile* file = nullptr;
     size_t begin = 0, end = 0;
     size_t count() const {
         return std::accumulate(shape.begin(), shape.end(), size_t(1), std::multiplies<size_t>());
@@ -4203,13 +4295,7 @@ public:
     explicit SafetensorsFile(const std::string& path) : InputFile(path) {
         parse_header(read_header());
     }
-
-    // The tensor of that name, or null.
-    const StoredTensor* find(std::string_view name) const {
-        for (const StoredTensor& tensor : tensors)
-            if (tensor.name == name) return &tensor;
-        return nullptr;
-    }
+    SafetensorsFile(const SafetensorsFile&) = delete;  // its tensors point to it
 
     // Sets out[tensor.count()]. Refuses NaN, infinities, and what is too large for `real`.
     template <class real>
@@ -4248,10 +4334,13 @@ private:
     std::string read_header() const {
         size_t N = 0;
         if (bytes < 8) fail(path, ": a safetensors file has at least 10 bytes, found ", bytes);
-        read_bytes(&N, 8, 0);
+        std::string begin(std::min<size_t>(bytes, 64), ' ');
+        read_bytes(begin.data(), begin.size(), 0);
+        std::memcpy(&N, begin.data(), 8);
         if (N > bytes - 8)
-            fail(path, ": header of ", N, " bytes in a file of ", bytes,
-                 ": cut short, or no safetensors file; fetch or copy it again");
+            fail(path, ": header of ", N, " bytes in a file of ", bytes, ": ",
+                 *other_form(begin) ? to_text("no safetensors file, but ", other_form(begin))
+                                    : "cut short, or no safetensors file; fetch or copy it again");
         // Why: a header of GPT-2 has about 110 bytes a tensor; parsing 100 MB would take seconds.
         if (N > 4'000'000) fail(path, ": header of ", N, " bytes: a GPT-2 needs less than 4000000");
         std::string header(N, '\0');
@@ -4294,7 +4383,7 @@ private:
     // One member of the header; begin and end still count from the data:
     //     "h.0.ln_1.bias": {"dtype": "F32", "shape": [768], "data_offsets": [0, 3072]}
     StoredTensor parse_tensor(const std::string& name, const Json& value) const {
-        StoredTensor tensor{name, "", {}};
+        StoredTensor tensor{name, "", {}, nullptr, this};
         const std::string where = path + ": tensor " + shown(name);
         for (auto& [key, part] : value.members)
             if (key != "dtype" && key != "shape" && key != "data_offsets")
@@ -4376,66 +4465,126 @@ inline void write_safetensors(const std::string& path, std::vector<StoredTensor>
 // The list of the model's tensors (§3) has Hugging Face's names, shapes and order of elements. But
 // files name them in several ways:
 //
-//     transformer.h.0.ln_1.weight    as transformers saves a language model, and as we do
-//     h.0.ln_1.weight                as OpenAI's own checkpoint has it
-//     h.0.attn.bias                  the causal mask, in older files: a constant, ignored
-//     lm_head.weight                 the head; a tied one is wte once more, and ignored
+//     transformer.h.0.ln_1.weight           as transformers saves a language model, and as we do
+//     h.0.ln_1.weight                       as OpenAI's own checkpoint has it
+//     module.transformer.h.0.ln_1.weight    of a model that was wrapped when it was saved
+//     h.0.attn.bias                         the causal mask, in older files: a constant, ignored
+//     lm_head.weight                        the head; a tied one is wte once more
+//     score.weight                          the head of another task, passed over
 
 // The name to write; the head stands outside of the transformer.
 inline std::string name_in_checkpoint(const std::string& name) {
     return name == "lm_head.weight" ? name : "transformer." + name;
 }
-// The name to compare by.
-inline std::string_view without_prefix(std::string_view name) {
-    constexpr std::string_view prefix = "transformer.";
-    return name.starts_with(prefix) ? name.substr(prefix.size()) : name;
+// The name without what stands before it in any of those ways.
+inline std::string_view bare_name(std::string_view name) {
+    for (const std::string_view part : {"module.", "_orig_mod.", "model.", "transformer."})
+        if (name.starts_with(part)) return bare_name(name.substr(part.size()));
+    return name;
+}
+// What stands before the names of a model's tensors. Read off the token embedding's.
+inline std::string prefix_of(const std::deque<SafetensorsFile>& files) {
+    for (const SafetensorsFile& file : files)
+        for (const StoredTensor& tensor : file.tensors)
+            if (bare_name(tensor.name) == "wte.weight")
+                return tensor.name.substr(0, tensor.name.size() - std::strlen("wte.weight"));
+    return "";
+}
+inline bool is_other_head(const StoredTensor& tensor) {
+    const std::string_view name = bare_name(tensor.name);
+    for (const char* head :
+         {"score.", "classifier.", "qa_outputs.", "multiple_choice_head.", "v_head."})
+        if (name.starts_with(head)) return true;
+    return false;
 }
 
-// Finds every tensor of the list in the file; result[i] belongs to expected[i]. A missing, extra or
-// misshapen tensor is an error: such a model would run and talk nonsense.
-inline std::vector<const StoredTensor*> match_tensors(const SafetensorsFile& file,
+// Finds every tensor of the list in the files; result[i] belongs to expected[i]. A missing, extra or
+// misshapen tensor is an error: such a model would run and talk nonsense. Of a tied model that has
+// lm_head.weight all the same, that tensor is put at the end.
+inline std::vector<const StoredTensor*> match_tensors(const std::deque<SafetensorsFile>& files,
                                                       const std::vector<TensorInfo>& expected) {
     std::map<std::string_view, size_t> index;
-    for (size_t i = 0; i < expected.size(); ++i) index[without_prefix(expected[i].name)] = i;
+    for (size_t i = 0; i < expected.size(); ++i) index[bare_name(expected[i].name)] = i;
     // A causal mask is named like a layer's tensor: h.0.attn.bias or h.0.attn.masked_bias.
     auto is_mask = [&](std::string_view name) {
         const std::string layer(name.substr(0, std::min(name.find("attn."), name.size())));
         return (name == layer + "attn.bias" || name == layer + "attn.masked_bias") &&
                index.count(layer + "attn.c_attn.bias") > 0;
     };
+    const std::string prefix = prefix_of(files);
     std::vector<const StoredTensor*> found(expected.size(), nullptr);
-    for (const StoredTensor& tensor : file.tensors) {
-        const std::string_view name = without_prefix(tensor.name);
-        // A tied head must have wte's shape, and is not read.
-        const bool spare_head = name == "lm_head.weight" && index.count(name) == 0;
+    auto match = [&](const StoredTensor& tensor) {
+        const std::string about = tensor.file->about(tensor);
+        const std::string_view name = bare_name(tensor.name);
+        const bool head = name == "lm_head.weight", spare_head = head && !index.count(name);
         const auto entry = index.find(spare_head ? "wte.weight" : name);
-        if (entry == index.end() && is_mask(name)) continue;
+        if (entry == index.end() && (is_mask(name) || is_other_head(tensor))) return;
         if (entry == index.end())
-            fail(file.about(tensor), "unexpected: the model of config.json has no such tensor");
+            fail(about, "unexpected: the model of config.json has no such tensor");
+        if (!head && tensor.name != prefix + std::string(name))
+            fail(about, "expected a name that begins as wte.weight's does, with ", shown(prefix));
         const TensorInfo& wanted = expected[entry->second];
         if (tensor.shape != wanted.shape)
-            fail(file.about(tensor), "expected shape ", shape_text(wanted.shape), ", found ",
+            fail(about, "expected shape ", shape_text(wanted.shape), ", found ",
                  shape_text(tensor.shape));
-        if (spare_head) continue;
-        if (std::exchange(found[entry->second], &tensor))
-            fail(file.about(tensor), "there twice, with and without \"transformer.\"");
-    }
+        if (spare_head)
+            found.push_back(&tensor);
+        else if (std::exchange(found[entry->second], &tensor))
+            fail(about, "there twice");
+    };
+    for (const SafetensorsFile& file : files)
+        for (const StoredTensor& tensor : file.tensors) match(tensor);
     for (size_t i = 0; i < expected.size(); ++i)
         if (!found[i])
-            fail(file.path, ": tensor ", shown(without_prefix(expected[i].name)),
+            fail(files.front().path, ": tensor ", shown(bare_name(expected[i].name)),
                  " is missing: expected shape ", shape_text(expected[i].shape));
     return found;
 }
 
-// The file of a folder's weights.
-inline std::string find_weights(const std::string& folder) {
-    if (!folder_exists(folder)) fail(folder, ": there is no such folder");
-    std::string path = folder + "/model.safetensors";
-    if (!file_exists(path))
+// --- A folder's weights: model.safetensors, or several such files (shards) and which has what:
+//     model.safetensors.index.json    {"metadata": {...}, "weight_map":
+//                                         {"wte.weight": "model-00001-of-00002.safetensors", ...}}
+
+// Opens every file that the index names. The tensors must be where it says, and no others.
+inline void open_shards(const std::string& folder, std::deque<SafetensorsFile>& files) {
+    const std::string path = folder + "/model.safetensors.index.json";
+    const Json json = Json::parse(read_text(path, 4'000'000), path, {4, 200'000});
+    const auto& members = json.get("weight_map", Json::Kind::object, path).members;
+    std::map<std::string, std::string> shard_of;  // by the names of the tensors
+    std::set<std::string> shards;
+    for (auto& [tensor, shard] : members) shard_of[tensor] = shard.text, shards.insert(shard.text);
+    size_t tensors = 0;
+    for (const std::string& shard : shards) {
+        const std::string file = folder + "/" + shard;
+        if (shard.find('/') != shard.npos || !file_exists(file))
+            fail(path, " names the file ", shown(shard), ", which is missing: fetch it too");
+        tensors += files.emplace_back(file).tensors.size();
+        for (const StoredTensor& tensor : files.back().tensors)
+            if (shard_of[tensor.name] != shard)
+                fail(files.back().about(tensor), "it is not there by ", path,
+                     ": they are of different saves; fetch or save all again");
+    }
+    if (tensors != members.size())
+        fail(path, " lists ", members.size(), " tensors, its files have ", tensors,
+             ": they are of different saves; fetch or save all again");
+    for (const std::string& name : list_folder(folder))
+        if (name.starts_with("model-") && name.ends_with(".safetensors") && !shards.contains(name))
+            fail(folder, "/", name, " is not in ", path, ": remove it if it is of another save");
+}
+
+// The files of a folder's weights.
+inline std::deque<SafetensorsFile> open_weights(const std::string& folder) {
+    const std::string path = folder + "/model.safetensors";
+    std::deque<SafetensorsFile> files;
+    if (file_exists(path))
+        files.emplace_back(path);
+    else if (file_exists(path + ".index.json"))
+        open_shards(folder, files);
+    if (files.empty())
         fail(folder,
-             ": expected model.safetensors, found no such file. Save a model of another form "
-             "with transformers: save_pretrained(folder, max_shard_size=\"100GB\")");
-    return path;
+             ": expected model.safetensors, found no such file. Save a model of another form ",
+             "with transformers: save_pretrained(folder)");
+    return files;
 }
 
 // --- config.json
@@ -4447,19 +4596,8 @@ inline std::string find_weights(const std::string& folder) {
 // Reads GPT-2's config.json. What this model does not do is refused by name; what does not change
 // the numbers is ignored, and so is dropout, the run's choice.
 inline Config read_hf_config(const std::string& path) {
-    const Json json =
-        Json::parse(read_file(path, 1'000'000), path, {.depth = 64, .values = 100'000});
-    // A rule: the member is missing, or has one of these values.
-    auto only = [&](const char* key, const std::vector<Json>& allowed, const char* why) {
-        const Json* value = json.find(key);
-        auto is_value = [&](const Json& one) {
-            const auto number = one.as<double>();
-            return number ? number == value->as<double>() : one.write() == value->write();
-        };
-        if (value && std::none_of(allowed.begin(), allowed.end(), is_value))
-            fail(path, ": \"", key, "\" is ", value->write().substr(0, 60), ": ", why);
-    };
-    only("model_type", {"gpt2"}, "only \"gpt2\" is supported");
+    const Json json = Json::parse(read_text(path, 1'000'000), path, {64, 100'000});
+    json.only(path, "model_type", {"gpt2"}, "only \"gpt2\" is supported");
     Config model;
     for (const SizeLimit& limit : kSizes) {
         const char* key = json.find(limit.name) || !json.find(limit.also) ? limit.name : limit.also;
@@ -4467,22 +4605,22 @@ inline Config read_hf_config(const std::string& path) {
     }
     if (model.n_embd % model.n_head != 0)
         fail(path, ": \"n_head\" ", model.n_head, " does not divide \"n_embd\" ", model.n_embd);
-    only("n_inner", {nullptr, 4 * model.n_embd}, "only null or 4 n_embd is supported");
-    only("n_ctx", {model.n_positions}, "it must equal n_positions");
-    only("activation_function",
-         {"gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"},
-         "only the tanh GELU (\"gelu_new\") is supported");
+    json.only(path, "n_inner", {nullptr, 4 * model.n_embd}, "only null or 4 n_embd is supported");
+    json.only(path, "n_ctx", {model.n_positions}, "it must equal n_positions");
+    json.only(path, "activation_function",
+              {"gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"},
+              "only the tanh GELU (\"gelu_new\") is supported");
     const Json epsilon = json.find("layer_norm_epsilon") ? *json.find("layer_norm_epsilon") : 1e-5;
     model.layer_norm_epsilon = epsilon.as<double>().value_or(0);
     if (!(model.layer_norm_epsilon >= 1e-30 && model.layer_norm_epsilon <= 1))
         fail(path, ": \"layer_norm_epsilon\" must be from 1e-30 to 1, found ", epsilon.write());
-    only("scale_attn_weights", {true}, "only true is supported");
+    json.only(path, "scale_attn_weights", {true}, "only true is supported");
     for (const char* key : {"scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn",
                             "add_cross_attention", "is_encoder_decoder"})
-        only(key, {false}, "only false is supported");
-    only("quantization_config", {nullptr}, "quantised weights are not supported");
-    only("pruned_heads", {nullptr, Json::object()}, "pruned heads are not supported");
-    only("tie_word_embeddings", {true, false}, "must be true or false");
+        json.only(path, key, {false}, "only false is supported");
+    json.only(path, "quantization_config", {nullptr}, "quantised weights are not supported");
+    json.only(path, "pruned_heads", {nullptr, Json::object()}, "pruned heads are not supported");
+    json.only(path, "tie_word_embeddings", {true, false}, "must be true or false");
     const Json* tied = json.find("tie_word_embeddings");
     model.untied_head = tied && tied->text == "false";
     return model;
@@ -4493,12 +4631,10 @@ inline Json hf_config(const Config& model, int64_t end_of_text) {
     Json json = Json::object(), end = end_of_text < 0 ? Json() : Json(end_of_text);
     json.set("model_type", "gpt2");
     json.set("architectures", Json::array(std::vector{"GPT2LMHeadModel"}));
-    json.set("vocab_size", model.vocab_size).set("n_positions", model.n_positions);
-    json.set("n_ctx", model.n_positions).set("n_embd", model.n_embd);
-    json.set("n_layer", model.n_layer).set("n_head", model.n_head).set("n_inner", nullptr);
-    json.set("activation_function", "gelu_new");
-    json.set("layer_norm_epsilon", model.layer_norm_epsilon);
-    json.set("initializer_range", 0.02).set("scale_attn_weights", true);
+    for (const SizeLimit& limit : kSizes) json.set(limit.name, model.*limit.size);
+    json.set("n_ctx", model.n_positions).set("n_inner", nullptr);
+    json.set("activation_function", "gelu_new").set("scale_attn_weights", true);
+    json.set("layer_norm_epsilon", model.layer_norm_epsilon).set("initializer_range", 0.02);
     for (const char* key : {"resid_pdrop", "embd_pdrop", "attn_pdrop"})
         json.set(key, std::stod(format("%.6g", double(model.dropout))));  // as it was typed
     json.set("tie_word_embeddings", !model.untied_head);
@@ -4510,6 +4646,7 @@ inline Json hf_config(const Config& model, int64_t end_of_text) {
 //     config.json              the model's sizes        GPT2LMHeadModel.from_pretrained(folder)
 //     generation_config.json   where a text ends        model.generate(...)
 //     vocab.json merges.txt    the vocabulary (§12)     GPT2Tokenizer.from_pretrained(folder)
+//     tokenizer.json           the same, once more      Tokenizer.from_file(file), of tokenizers
 //     tokenizer_config.json    its kind and its limit   AutoTokenizer.from_pretrained(folder)
 inline void write_model_description(const std::string& folder, const Config& config,
                                     const Tokenizer* tokenizer) {
@@ -4536,7 +4673,8 @@ inline void write_model_description(const std::string& folder, const Config& con
 // resuming needs:
 //
 //   checkpoint-<step>/  model.safetensors  config.json  generation_config.json
-//                       vocab.json  merges.txt  tokenizer_config.json  (if there is a tokenizer)
+//                       vocab.json  merges.txt  tokenizer.json  tokenizer_config.json  (if there
+//                       is a tokenizer)
 //                       optimizer.safetensors    AdamW's moments, "m." and "v." + the tensor's name
 //                       trainer_state.json       everything else, the checksum of every other file,
 //                                                and in its last line its own
@@ -4587,51 +4725,42 @@ void for_each_field(TrainerState& s, Visit& visit) {
     visit("options", s.options), visit("data", s.data);
 }
 
-// The value of a member that is a number; otherwise what is given.
-inline double number_or(const Json& json, const char* key, double otherwise) {
-    const Json* value = json.find(key);
-    return value ? value->as<double>().value_or(otherwise) : otherwise;
-}
-
-// The two visitors of that list.
-using Recent = double[StepState::kWindow];
-struct FieldWriter {
-    Json json = Json::object();
-    void operator()(const char* name, const auto& field, int64_t = 0) { json.set(name, field); }
-    void operator()(const char* name, const Recent& field) { json.set(name, Json::array(field)); }
-};
-// A member that is missing, or of another kind, is an error. But a double may be missing or null (a
-// NaN or infinity): then it stays as in a fresh state.
-struct FieldReader {
-    const Json& json;
-    const std::string& where;  // the file's name
-    void operator()(const char* name, int64_t& field, int64_t lowest = 0) {
-        field = json.get_int(name, where, lowest);
-    }
-    void operator()(const char* name, bool& field) {
-        field = json.get(name, Json::Kind::boolean, where).text == "true";
-    }
-    void operator()(const char* name, double& field) { field = number_or(json, name, field); }
-    void operator()(const char* name, std::string& field) { field = json.get_string(name, where); }
-    void operator()(const char* name, Json& field) { field = json.get(name, field.kind, where); }
-    void operator()(const char* name, Recent& field) {
-        const auto& list = json.get(name, Json::Kind::array, where).members;
-        if (list.size() != std::size(field))
-            fail(where, ": \"", name, "\" must have ", std::size(field), " numbers");
-        for (size_t i = 0; i < list.size(); ++i) field[i] = list[i].second.as<double>().value_or(0);
-    }
-};
-
 // The state as JSON, without checksums.
 inline Json state_to_json(TrainerState state) {
-    FieldWriter writer;
-    for_each_field(state, writer);
-    return writer.json;
+    Json json = Json::object();
+    auto put = [&](const char* name, const auto& field, int64_t = 0) {
+        if constexpr (!std::is_array_v<std::remove_cvref_t<decltype(field)>>)
+            json.set(name, field);
+        else
+            json.set(name, Json::array(field));
+    };
+    for_each_field(state, put);
+    return json;
 }
+// A member that is missing, or of another kind, is an error. But a double may be missing or null (a
+// NaN or infinity): then it stays as in a fresh state.
 inline TrainerState state_from_json(const Json& json, const std::string& where) {
     TrainerState state;
-    FieldReader reader{json, where};
-    for_each_field(state, reader);
+    auto take = [&]<class Field>(const char* name, Field& field, int64_t lowest = 0) {
+        if constexpr (std::is_same_v<Field, int64_t>) {
+            field = json.get_int(name, where, lowest);
+        } else if constexpr (std::is_same_v<Field, double>) {
+            if (const Json* value = json.find(name)) field = value->as<double>().value_or(field);
+        } else if constexpr (std::is_same_v<Field, bool>) {
+            field = json.get(name, Json::Kind::boolean, where).text == "true";
+        } else if constexpr (std::is_same_v<Field, std::string>) {
+            field = json.get_string(name, where);
+        } else if constexpr (std::is_same_v<Field, Json>) {
+            field = json.get(name, field.kind, where);
+        } else {
+            const auto& list = json.get(name, Json::Kind::array, where).members;
+            if (list.size() != std::size(field))
+                fail(where, ": \"", name, "\" must have ", std::size(field), " numbers");
+            for (size_t i = 0; i < list.size(); ++i)
+                field[i] = list[i].second.as<double>().value_or(0);
+        }
+    };
+    for_each_field(state, take);
     return state;
 }
 
@@ -4703,19 +4832,6 @@ inline Json verify_files(const std::string& folder, Purpose purpose) {
             fail(file, " is damaged, or was changed: its checksum does not match", advice);
     }
     return state;
-}
-
-// Verifies every byte of a checkpoint that is to be resumed, and reads its state.
-inline TrainerState verify_checkpoint(const std::string& folder) {
-    const std::string path = folder + "/trainer_state.json";
-    if (!file_exists(path))
-        fail(folder,
-             " is no checkpoint to resume: it has no trainer_state.json (--init-from "
-             "starts a new run from any Hugging Face folder)");
-    const Json state = verify_files(folder, Purpose::resume);
-    if (!state.find("checksums")->find("optimizer.safetensors"))
-        fail(folder, " has no moments of AdamW: it can be used with --init-from, but not resumed");
-    return state_from_json(state, path);
 }
 
 // --- Saving
@@ -4849,31 +4965,40 @@ void save_checkpoint(Gpt2<Device>& model, const std::string& folder, const Token
 inline Config config_of_folder(const std::string& folder) {
     if (!folder_exists(folder)) fail(folder, ": there is no such folder");
     if (has_checksums(folder)) verify_files(folder, Purpose::use);
-    if (file_exists(folder + "/best/config.json") && !file_exists(folder + "/config.json"))
-        fail(folder, " is the folder of a run: its model is ", folder, "/best");
     const Config config = read_hf_config(folder + "/config.json");
-    match_tensors(SafetensorsFile(find_weights(folder)), layout_of(config).tensors);
+    const std::deque<SafetensorsFile> files = open_weights(folder);
+    const std::vector<TensorInfo> expected = layout_of(config).tensors;
+    const std::vector<const StoredTensor*> stored = match_tensors(files, expected);
+    // wte is the first of the list; what stands behind the list is the head of a tied model.
+    for (size_t i = expected.size(); i < stored.size(); ++i) {
+        std::vector<float> wte(expected[0].count), head(wte.size());
+        stored[0]->file->read(*stored[0], wte.data());
+        stored[i]->file->read(*stored[i], head.data());
+        if (wte != head)
+            fail(stored[i]->file->about(*stored[i]), "differs from wte.weight, but ", folder,
+                 "/config.json says that the head is tied: set \"tie_word_embeddings\" to false "
+                 "there to use this head, or remove it from the file");
+    }
     return config;
 }
 
-// Sets the arrays from a file of them, which rank 0 reads; for a GPU, or several ranks, through the
-// host, a tensor at a time.
+// Sets the arrays from files that have them, which rank 0 reads; for a GPU, or several ranks, through
+// the host, a tensor at a time.
 template <class Device>
-void read_arrays(const std::string& path, Gpt2<Device>& model, Contents contents) {
+void read_arrays(const std::deque<SafetensorsFile>& files, Gpt2<Device>& model, Contents contents) {
     const Ranks& ranks = *model.device.ranks;
-    std::optional<SafetensorsFile> file;
     const auto [infos, arrays] = arrays_of(model, contents);
     std::vector<const StoredTensor*> stored(infos.size());
-    if (ranks.rank == 0) file.emplace(path), stored = match_tensors(*file, infos);
+    if (ranks.rank == 0) stored = match_tensors(files, infos);
     std::vector<typename Device::Real> host;
-    for (size_t i = 0; i < stored.size(); ++i) {
+    for (size_t i = 0; i < infos.size(); ++i) {
         if constexpr (Device::kHostMemory)
             if (ranks.count == 1) {
-                file->read(*stored[i], arrays[i] + infos[i].offset);
+                stored[i]->file->read(*stored[i], arrays[i] + infos[i].offset);
                 continue;
             }
         host.resize(infos[i].count);
-        if (ranks.rank == 0) file->read(*stored[i], host.data());
+        if (ranks.rank == 0) stored[i]->file->read(*stored[i], host.data());
         model.device.ranks->broadcast(host.data(), host.size() * sizeof host[0]);
         model.set(arrays[i], infos[i].offset, host.data(), host.size());
     }
@@ -4885,14 +5010,10 @@ void load_weights(Gpt2<Device>& model, const std::string& folder) {
         const std::vector<typename Device::Real> padding(t.room - t.count);
         model.set(model.masters, t.offset + t.count, padding.data(), padding.size());
     }
-    const bool reads = model.device.ranks->rank == 0;
-    read_arrays(reads ? find_weights(folder) : "", model, Contents::weights);
+    std::deque<SafetensorsFile> files;
+    if (model.device.ranks->rank == 0) files = open_weights(folder);
+    read_arrays(files, model, Contents::weights);
     model.round_weights();
-}
-// Sets AdamW's moments from a checkpoint. Needs reserve(..., Use::training) before.
-template <class Device>
-void load_moments(Gpt2<Device>& model, const std::string& folder) {
-    read_arrays(folder + "/optimizer.safetensors", model, Contents::moments);
 }
 
 // --- The checkpoints of a run
@@ -4936,22 +5057,6 @@ inline void remove_old_checkpoints(const std::string& output, int keep) {
     }
 }
 
-// Tidies a run's folder after a kill: what a save left half done is removed, and a checkpoint that
-// was about to be replaced gets its name back. Careful: only with the folder's lock held.
-inline void recover_folders(const std::string& output) {
-    for (const std::string& name : list_folder(output)) {
-        const std::string path = output + "/" + name;
-        if (name.starts_with("log.csv.tmp-") && file_exists(path)) remove_file(path);
-        if (name.size() < 5 || !folder_exists(path)) continue;
-        const std::string stem = name.substr(0, name.size() - 4);
-        if (stem != "best" && step_of_name(stem) < 0) continue;
-        if (name.ends_with(".old") && !folder_exists(output + "/" + stem))
-            rename_path(path, output + "/" + stem);
-        else if (name.ends_with(".old") || name.ends_with(".tmp"))
-            remove_folder(path);
-    }
-}
-
 // A run that goes on from `step` makes the later steps again: their checkpoints are set aside, or
 // they would count as the newest. A run that starts (step -1) sets aside all, best/ too.
 // Returns the names.
@@ -4969,15 +5074,6 @@ inline std::vector<std::string> set_aside_later(const std::string& output, int64
 // §15 Log and terminal: what a run writes and shows
 // =================================================================================================
 // What you have now: all that trains, and files. This is how a run reports.
-
-// "a|b" -> "a", "b". Always at least one part, which may be empty.
-inline std::vector<std::string> split_at(std::string_view text, char separator) {
-    std::vector<std::string> parts;
-    for (size_t end; (end = text.find(separator)) != text.npos; text.remove_prefix(end + 1))
-        parts.emplace_back(text.substr(0, end));
-    parts.emplace_back(text);
-    return parts;
-}
 
 // "a", "b" -> "a, b", one item at a time.
 inline void join(std::string& list, const char* separator, const std::string& item) {
@@ -5473,7 +5569,8 @@ public:
             if (end_of_text >= 0) tokens.insert(tokens.begin(), end_of_text);
             if (tokens.empty()) tokens.push_back(0);
             SampleOptions s;
-            s.max_new_tokens = count, s.seed = o_.seed, s.end_of_text = end_of_text;
+            s.max_new_tokens = count, s.seed = o_.seed;
+            s.end_of_text = end_of_text, s.vocab_size = end_of_text + 1;
             generate(model_, tokens, s, add);
             text = take_characters(bytes, true);
             if (!samples_) samples_.emplace(o_.output + "/samples.txt");

@@ -34,7 +34,8 @@ enum Command : unsigned {
     kInfo = 8,
     kBench = 16,
     kWalk = 32,
-    kShow = 64
+    kShow = 64,
+    kExport = 128
 };
 
 // In the order of the help.
@@ -46,6 +47,7 @@ inline const std::vector<CommandName> kCommands = {
     {kBench, "bench", "how fast each layer is, against what this machine can do"},
     {kWalk, "walk", "one tiny batch through one training step, with all its numbers"},
     {kShow, "show", "a page: what a model sees in a text, or the curves of runs"},
+    {kExport, "export", "a checkpoint as a GGUF file, which llama.cpp reads"},
 };
 
 // A default outside the option's own range (0 where the least is 1) or an empty text means "not
@@ -72,14 +74,14 @@ struct Options : RunOptions {
     SampleOptions sampling;
     int num_samples = 1, show_top = 0;
 
-    std::string hellaswag;
+    std::string hellaswag, type = "f32";
     std::vector<std::string> runs;
 };
 
 // kNumbers marks an option that changes the numbers which a training run computes. A resumed run
 // must have the same value, so checkpoints remember it. kRun: those of a training run; kBuild: of
 // commands that make a model of the sizes given; kBatch: of commands that run batches.
-constexpr unsigned kAll = 127, kNumbers = 128, kRun = kTrain | kNumbers;
+constexpr unsigned kAll = 255, kNumbers = 256, kRun = kTrain | kNumbers;
 constexpr unsigned kBuild = kRun | kInfo | kBench, kBatch = kBuild | kEval;
 
 // "tiny|gpt2|...": what --model may be.
@@ -127,8 +129,8 @@ inline std::vector<Option> model_options(Options& o) {
          "give the output head weights of its own, instead of the token embedding's"},
         {"recompute-gelu", &o.recompute_gelu, "model", kRun | kInfo, "0|1",
          "recompute GELU in backward instead of keeping it: less memory, a little slower"},
-        {"init-from", &o.init_from, "model", kRun | kEval | kSample | kInfo | kShow, "DIR",
-         "load the model from this Hugging Face folder or checkpoint"},
+        {"init-from", &o.init_from, "model", kRun | kEval | kSample | kInfo | kShow | kExport,
+         "DIR", "load the model from this Hugging Face folder or checkpoint"},
 
         {"config", &o.config, "run", kAll, "FILE",
          "read options from this file, lines of `name = value` (# begins a comment); the command "
@@ -137,9 +139,9 @@ inline std::vector<Option> model_options(Options& o) {
          "continue from this checkpoint; auto: from the newest intact one in --output, if any"},
         {"override", &o.override_changes, "run", kTrain, "0|1",
          "resume although options that change the numbers differ from the checkpoint's"},
-        {"output", &o.output, "run", kTrain | kShow, "DIR",
-         "folder of the run; not set: out/ and the name of the data folder; of show: the page's "
-         "file"},
+        {"output", &o.output, "run", kTrain | kShow | kExport, "DIR",
+         "folder of the run; not set: out/ and the name of the data folder; of show "
+         "and export: the file to write"},
         {"seed", &o.seed, "run", kRun | kEval | kSample | kBench, "[0, 1e+18]",
          "random seed of initial weights, data order, dropout and sampling"},
         {"threads", &o.threads, "run", kAll, "[0, 1024]", "CPU threads; 0: all cores"},
@@ -248,6 +250,9 @@ inline std::vector<Option> option_table(Options& o) {
 
             {"runs", &o.runs, "show", kShow, "DIR",
              "show the curves and samples of these runs, instead of a model"},
+
+            {"type", &o.type, "export", kExport, "f32|f16|bf16",
+             "type of the weights; norms, biases and positions are always f32"},
 
             {"hellaswag", &o.hellaswag, "eval", kEval, "FILE",
              "score this HellaSwag file (in llm.c's format) instead of the validation data"},
@@ -630,6 +635,12 @@ void report(const Options& o, const Corpus& corpus, Trainer<Device>& trainer, En
 
 // --- The data
 
+// The value of a member that is a number; otherwise what is given.
+inline double number_or(const Json& json, const char* key, double otherwise) {
+    const Json* value = json.find(key);
+    return value ? value->as<double>().value_or(otherwise) : otherwise;
+}
+
 // The data of a folder: opens every shard and reads the tokenizer and dataset.json, but no token.
 inline Corpus open_corpus(const std::string& folder) {
     if (!folder_exists(folder))
@@ -700,6 +711,80 @@ inline void check_data(const Options& o, const Corpus& corpus, const Config& con
 
 // --- The model
 
+// Fails where --init-from is no folder with a model, saying what it is and what to type.
+inline void check_model_folder(const std::string& path) {
+    if (file_exists(path)) {
+        std::string begin(64, ' ');
+        const InputFile file(path);
+        file.read_bytes(begin.data(), std::min(begin.size(), file.bytes), 0);
+        const std::string folder = parent_folder(path), form = other_form(begin);
+        fail(path, " is ", form.empty() ? "a file" : form,
+             file_exists(folder + "/config.json")
+                 ? ": give its folder, --init-from " + shell_word(folder)
+                 : "; expected a folder with config.json and model.safetensors");
+    }
+    if (!folder_exists(path)) {
+        const bool is_name =
+            path[0] != '.' && path[0] != '/' && std::count(path.begin(), path.end(), '/') < 2;
+        fail(path, ": there is no such folder",
+             is_name ? "; for a model of Hugging Face's hub: hf download " + path +
+                           " --local-dir data/model, then --init-from data/model"
+                     : "");
+    }
+    if (file_exists(path + "/config.json") && (file_exists(path + "/model.safetensors") ||
+                                               file_exists(path + "/model.safetensors.index.json")))
+        return;
+    const std::vector<std::string> names = list_folder(path);
+    std::string inner = "best";
+    for (const std::string& name : names)
+        if (!file_exists(path + "/" + inner + "/config.json")) inner = name;
+    if (file_exists(path + "/" + inner + "/config.json"))
+        fail(path, " is the folder of a run: its model is ", path, "/", inner);
+    if (file_exists(path + "/adapter_config.json"))
+        fail(path, " holds a LoRA adapter, not a whole model: merge the two with peft, python3 -c ",
+             "\"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('", path,
+             "').merge_and_unload().save_pretrained('", path, "-merged')\"");
+    // How names end, what such files are, and what to do.
+    const std::string convert =
+        "python3 -c \"from transformers import GPT2LMHeadModel as M; "
+        "M.from_pretrained('" +
+        path + "').save_pretrained('" + path + "')\"";
+    const std::tuple<const char*, const char*, std::string> forms[] =
+        {{".index.json", "the list of shards", "fetch the shards that it names, too"},
+         {"-of-00001.safetensors", "a shard", "rename it to model.safetensors"},
+         {".safetensors", "weights under another name",
+          "model.safetensors or, for shards, model.safetensors.index.json must be there"},
+         {".bin", "PyTorch's own form", convert},
+         {".gguf", "a GGUF file, for llama.cpp", "take the folder that it was made from"},
+         {".h5", "TensorFlow's form", "save the model again with PyTorch's transformers"},
+         {".msgpack", "Flax's form", "save the model again with PyTorch's transformers"},
+         {".pt", "the checkpoint of another trainer", "save the model with transformers"},
+         {".pth", "the checkpoint of another trainer", "save the model with transformers"},
+         {".ckpt", "the checkpoint of another trainer", "save the model with transformers"}};
+    if (file_exists(path + "/model.safetensors")) return;  // config.json is missed soon enough
+    for (auto& [end, what, advice] : forms)
+        for (const std::string& name : names)
+            if (name.ends_with(end) && !name.starts_with("optimizer"))
+                fail(path, ": expected model.safetensors, found ", shown(name), ", ", what, ": ",
+                     advice);
+}
+
+// The model of --init-from. What is passed over in its files is said.
+inline Config config_of_model(const std::string& folder) {
+    check_model_folder(folder);
+    const Config config = config_of_folder(folder);
+    const std::deque<SafetensorsFile> files = open_weights(folder);
+    const std::string prefix = prefix_of(files);
+    if (!prefix.empty() && prefix != "transformer.")
+        warn(to_text(folder, ": the names of its tensors begin with ", shown(prefix),
+                     ", which is passed over"));
+    for (const SafetensorsFile& file : files)
+        for (const StoredTensor& tensor : file.tensors)
+            if (is_other_head(tensor))
+                warn(file.about(tensor) + "passed over: it is a head for another task");
+    return config;
+}
+
 // Calls visit(name, wanted, size) for every option that says how large a model is: its value and
 // the member of the config that it sets.
 void for_each_size(auto& o, auto& config, auto&& visit) {
@@ -720,7 +805,7 @@ inline Config config_for(const Options& o, const Corpus& corpus, const std::stri
     const int tokens = corpus.tokenizer ? corpus.tokenizer->vocab_size() : 0;
     Config config;
     if (given_weights) {
-        config = config_of_folder(folder);
+        config = config_of_model(folder);
     } else {
         for (const Preset& preset : kPresets)
             if (o.model == preset.name) config = preset.config;
@@ -953,6 +1038,42 @@ inline void check_output(const Options& o) {
     if (!holds_run || o.resume == "auto") return;
     if (o.resume.empty() || !same_folder(o.output, parent_folder(o.resume)))
         fail(o.output, " already holds a run: go on with --resume auto, or give another --output");
+}
+
+// Verifies every byte of a checkpoint that is to be resumed, and reads its state.
+inline TrainerState verify_checkpoint(const std::string& folder) {
+    const std::string path = folder + "/trainer_state.json";
+    if (!file_exists(path))
+        fail(folder,
+             " is no checkpoint to resume: it has no trainer_state.json (--init-from "
+             "starts a new run from any Hugging Face folder)");
+    const Json state = verify_files(folder, Purpose::resume);
+    if (!state.find("checksums")->find("optimizer.safetensors"))
+        fail(folder, " has no moments of AdamW: it can be used with --init-from, but not resumed");
+    return state_from_json(state, path);
+}
+// Sets AdamW's moments from a checkpoint. Needs reserve(..., Use::training) before.
+template <class Device>
+void load_moments(Gpt2<Device>& model, const std::string& folder) {
+    std::deque<SafetensorsFile> files;
+    if (model.device.ranks->rank == 0) files.emplace_back(folder + "/optimizer.safetensors");
+    read_arrays(files, model, Contents::moments);
+}
+
+// Tidies a run's folder after a kill: what a save left half done is removed, and a checkpoint that
+// was about to be replaced gets its name back. Careful: only with the folder's lock held.
+inline void recover_folders(const std::string& output) {
+    for (const std::string& name : list_folder(output)) {
+        const std::string path = output + "/" + name;
+        if (name.starts_with("log.csv.tmp-") && file_exists(path)) remove_file(path);
+        if (name.size() < 5 || !folder_exists(path)) continue;
+        const std::string stem = name.substr(0, name.size() - 4);
+        if (stem != "best" && step_of_name(stem) < 0) continue;
+        if (name.ends_with(".old") && !folder_exists(output + "/" + stem))
+            rename_path(path, output + "/" + stem);
+        else if (name.ends_with(".old") || name.ends_with(".tmp"))
+            remove_folder(path);
+    }
 }
 
 // --resume DIR: that checkpoint, which must verify. --resume auto: the newest that does; damaged
@@ -1300,7 +1421,7 @@ inline std::vector<int> token_bytes(const std::optional<Tokenizer>& tokenizer) {
 //               on the tokenizer; only this one compares models with different ones
 int eval_command(auto device, const Options& o) {
     const Config config =
-        from_first(*device.ranks, [&] { return config_of_folder(need_init_from(o)); });
+        from_first(*device.ranks, [&] { return config_of_model(need_init_from(o)); });
     if (!o.hellaswag.empty()) return hellaswag_command(device, o, config);
     const Corpus corpus = open_corpus(o);
     if (device.ranks->rank == 0) check_same_tokenizer(corpus, o.init_from);
@@ -1340,7 +1461,9 @@ void show_top(auto& model, const std::vector<int32_t>& tokens,
     const size_t context = size_t(std::min(model.config.n_positions, model.T));
     const std::vector<int32_t> tail(tokens.end() - ptrdiff_t(std::min(tokens.size(), context)),
                                     tokens.end());
-    for (const Candidate& c : likeliest(candidates(next_logits(model, tail, 0), 1), 0, 1)) {
+    std::vector<float> logits = next_logits(model, tail, 0);
+    if (tokenizer) logits.resize(std::min(logits.size(), size_t(tokenizer->vocab_size())));
+    for (const Candidate& c : likeliest(candidates(logits, 1), 0, 1)) {
         if (count-- <= 0) break;
         const bool end = tokenizer && c.token == tokenizer->end_of_text();
         const std::string text = end ? std::string(kEndOfText) : text_of_token(tokenizer, c.token);
@@ -1414,7 +1537,7 @@ void converse(auto& model, const std::optional<Tokenizer>& tokenizer, SampleOpti
 // --num-samples texts, each after the prompt and with a seed of its own; or, with --show-top, the
 // likeliest next tokens. Without a prompt a text begins where a document does.
 int sample_command(auto device, const Options& o) {
-    const Config config = config_of_folder(need_init_from(o));
+    const Config config = config_of_model(need_init_from(o));
     const std::optional<Tokenizer> tokenizer = tokenizer_of(o.init_from);
     if (tokenizer && tokenizer->vocab_size() > config.vocab_size)
         fail(o.init_from, ": its tokenizer has more tokens than its model");
@@ -1428,6 +1551,7 @@ int sample_command(auto device, const Options& o) {
     options.seed = uint64_t(o.seed);
     if (o.interactive && !o.given.contains("seed")) options.seed = std::random_device()();
     options.end_of_text = tokenizer ? tokenizer->end_of_text() : -1;
+    options.vocab_size = options.end_of_text + 1;
     if (o.interactive) return converse(*model, tokenizer, options), 0;
     for (int i = 0; i < o.num_samples; ++i, ++options.seed) {
         if (i > 0) std::printf("\n---\n");
@@ -2231,7 +2355,7 @@ int show_command(auto device, const Options& o) {
     const std::string output = o.output.empty() ? "out/show.html" : o.output;
     if (o.output.empty()) make_folders("out");
     if (!o.runs.empty()) return write_page(output, numbers_of_runs(o.runs)), 0;
-    const Config config = config_of_folder(need_init_from(o));
+    const Config config = config_of_model(need_init_from(o));
     const std::optional<Tokenizer> tokenizer = tokenizer_of(o.init_from);
     std::vector<int32_t> tokens = prompt_tokens(o.prompt, tokenizer, config.vocab_size);
     // As a document begins, where there is a token that says so.
@@ -2245,7 +2369,218 @@ int show_command(auto device, const Options& o) {
 }
 
 // =================================================================================================
-// 6 main
+// 6 export: the model as a GGUF file
+// =================================================================================================
+// What you have now: a folder that transformers opens. llama.cpp reads one file instead, GGUF
+// (ggml's docs/gguf.md), version 3, little-endian; a text is its length in 64 bits, then its bytes:
+//
+//     "GGUF", 3 (32 bits)       number of tensors, number of members (64 bits each)
+//     each member               name, type (32 bits), value; an array: type, length, values
+//     each tensor               name, number of sizes (32 bits), sizes (64 bits), type (32 bits),
+//                               where its bytes begin (64 bits), counted from the first tensor's
+//     zeros to a multiple of 32, then the tensors' bytes, each filled up in the same way
+//
+// The sizes of a tensor stand in the other order there, fastest first. llama.cpp multiplies by
+// matrices [out, in], so those of linear layers are turned round; ids without a token are left out.
+
+// The header's members and tensors, as bytes.
+struct GgufBytes {
+    std::string bytes;
+    size_t count = 0;
+
+    template <class Number>
+    void put(Number value) {
+        bytes.append(reinterpret_cast<const char*>(&value), sizeof value);
+    }
+    void put_text(std::string_view text) { put(uint64_t(text.size())), bytes += text; }
+    void begin(const std::string& name, uint32_t type) { put_text(name), put(type), ++count; }
+    // Members; the numbers of their types are the format's.
+    void member(const std::string& name, uint32_t value) { begin(name, 4), put(value); }
+    void member(const std::string& name, float value) { begin(name, 6), put(value); }
+    void member(const std::string& name, bool value) { begin(name, 7), put(value); }
+    void member(const std::string& name, const std::string& value) {
+        begin(name, 8), put_text(value);
+    }
+    void member(const std::string& name, const std::vector<int32_t>& values) {
+        begin(name, 9), put(uint32_t(5)), put(uint64_t(values.size()));
+        for (int32_t value : values) put(value);
+    }
+    void member(const std::string& name, const std::vector<std::string>& values) {
+        begin(name, 9), put(uint32_t(8)), put(uint64_t(values.size()));
+        for (const std::string& value : values) put_text(value);
+    }
+};
+
+// The name that llama.cpp has for a tensor of the list: h.3.ln_1.bias is blk.3.attn_norm.bias.
+inline std::string gguf_name(std::string name) {
+    static const std::pair<const char*, const char*> parts[] =
+        {{"wte.", "token_embd."},          {"wpe.", "position_embd."},
+         {"ln_f.", "output_norm."},        {"lm_head.", "output."},
+         {"ln_1.", "attn_norm."},          {"attn.c_attn.", "attn_qkv."},
+         {"attn.c_proj.", "attn_output."}, {"ln_2.", "ffn_norm."},
+         {"mlp.c_fc.", "ffn_up."},         {"mlp.c_proj.", "ffn_down."}};
+    if (name.starts_with("h.")) name = "blk." + name.substr(2);
+    for (auto& [ours, theirs] : parts)
+        if (const size_t at = name.find(ours); at != name.npos)
+            return name.replace(at, std::strlen(ours), theirs);
+    return name;
+}
+
+// IEEE half precision, rounded to nearest, ties to even; infinite where it is too large.
+inline uint16_t f16_bits(float value) {
+    const uint32_t u = std::bit_cast<uint32_t>(value), sign = u >> 16 & 0x8000, a = u & 0x7fffffff;
+    // Exponents are biased by 127 there, by 15 here. Below 2^-14 the step is 2^-24, whatever the
+    // exponent: so more bits are dropped.
+    uint32_t from = a - (112u << 23), drop = 13;
+    if (a < 113u << 23) from = (a & 0x7fffff) | 0x800000, drop = std::min(126 - (a >> 23), 31u);
+    if (a >= 143u << 23) return uint16_t(sign | 0x7c00);
+    const uint32_t half = (1u << (drop - 1)) - 1 + (from >> drop & 1);
+    return uint16_t(sign | (from + half) >> drop);
+}
+
+// A type of weights: its number among the types of elements and among those of files.
+struct GgufType {
+    const char* name;
+    uint32_t element, file;
+    size_t bytes;
+};
+inline constexpr GgufType kGgufTypes[] = {{"f32", 0, 0, 4}, {"f16", 1, 1, 2}, {"bf16", 30, 32, 2}};
+
+// The numbers as elements of that type.
+inline std::string gguf_elements(const std::vector<float>& values, const GgufType& type) {
+    std::string out(values.size() * type.bytes, '\0');
+    if (type.bytes == 4) return std::memcpy(out.data(), values.data(), out.size()), out;
+    for (size_t i = 0; i < values.size(); ++i) {
+        const uint16_t bits = type.element == 1 ? f16_bits(values[i]) : bf16(values[i]).bits;
+        std::memcpy(&out[2 * i], &bits, 2);
+    }
+    return out;
+}
+
+// A model in files, as it is to be written.
+class GgufWriter {
+    const std::string folder_;
+    const Config config_;
+    const Tokenizer tokenizer_;
+    const std::vector<TensorInfo> infos_;
+    const std::deque<SafetensorsFile> files_;
+    const std::vector<const StoredTensor*> stored_;
+
+public:
+    GgufWriter(const std::string& folder, const Config& config, const Tokenizer& tokenizer)
+        : folder_(folder), config_(config), tokenizer_(tokenizer),
+          infos_(layout_of(config).tensors), files_(open_weights(folder)),
+          stored_(match_tensors(files_, infos_)) {}
+
+    void write(const std::string& path, const GgufType& type) const {
+        GgufBytes members = describe(type), tensors;
+        size_t at = 0;
+        for (const TensorInfo& info : infos_) {
+            std::vector<int64_t> sizes = sizes_of(info);
+            const GgufType& own = type_of(info, type);
+            tensors.put_text(gguf_name(info.name)), tensors.put(uint32_t(sizes.size()));
+            size_t bytes = own.bytes;
+            for (int64_t n : sizes) tensors.put(uint64_t(n)), bytes *= size_t(n);
+            tensors.put(own.element), tensors.put(uint64_t(at));
+            at += round_up(bytes, size_t(32));
+        }
+        GgufBytes all{"GGUF"};
+        all.put(uint32_t(3)), all.put(uint64_t(infos_.size())), all.put(uint64_t(members.count));
+        FileWriter file(path);
+        write_padded(file, all.bytes + members.bytes + tensors.bytes);
+        for (size_t i = 0; i < infos_.size(); ++i) {
+            const GgufType& own = type_of(infos_[i], type);
+            const std::vector<float> values = values_of(i);
+            if (own.element == 1 && std::any_of(values.begin(), values.end(),
+                                                [](float x) { return std::abs(x) >= 65520; }))
+                fail(stored_[i]->file->about(*stored_[i]),
+                     "a weight is beyond 65504, the largest of ", "--type f16: use --type bf16");
+            write_padded(file, gguf_elements(values, own));
+        }
+        file.commit();
+    }
+
+private:
+    static void write_padded(FileWriter& file, std::string bytes) {
+        bytes.resize(round_up(bytes.size(), size_t(32)));
+        file.write(bytes.data(), bytes.size());
+    }
+    // Positions and what has one dimension are small, and kept exact.
+    static const GgufType& type_of(const TensorInfo& info, const GgufType& type) {
+        return info.shape.size() < 2 || info.name == "wpe.weight" ? kGgufTypes[0] : type;
+    }
+    static bool is_table(const TensorInfo& info) {
+        return info.name == "wte.weight" || info.name == "lm_head.weight";
+    }
+    // Fastest first.
+    std::vector<int64_t> sizes_of(const TensorInfo& info) const {
+        std::vector<int64_t> sizes = info.shape;
+        if (is_table(info)) sizes[0] = tokenizer_.vocab_size();
+        if (is_table(info) || info.name == "wpe.weight") std::reverse(sizes.begin(), sizes.end());
+        return sizes;
+    }
+    std::vector<float> values_of(size_t i) const {
+        std::vector<float> values(infos_[i].count);
+        stored_[i]->file->read(*stored_[i], values.data());
+        const bool table = is_table(infos_[i]);
+        if (table) values.resize(size_t(tokenizer_.vocab_size()) * size_t(config_.n_embd));
+        if (table || infos_[i].shape.size() < 2 || infos_[i].name == "wpe.weight") return values;
+        const size_t IN = size_t(infos_[i].shape[0]), OUT = size_t(infos_[i].shape[1]);
+        std::vector<float> turned(values.size());
+#pragma omp parallel for
+        for (size_t o = 0; o < OUT; ++o)
+            for (size_t in = 0; in < IN; ++in) turned[o * IN + in] = values[in * OUT + o];
+        return turned;
+    }
+    GgufBytes describe(const GgufType& type) const {
+        GgufBytes m;
+        m.member("general.architecture", std::string("gpt2"));
+        m.member("general.name", folder_);
+        m.member("general.file_type", type.file);
+        m.member("gpt2.block_count", uint32_t(config_.n_layer));
+        m.member("gpt2.context_length", uint32_t(config_.n_positions));
+        m.member("gpt2.embedding_length", uint32_t(config_.n_embd));
+        m.member("gpt2.feed_forward_length", uint32_t(4 * config_.n_embd));
+        m.member("gpt2.attention.head_count", uint32_t(config_.n_head));
+        m.member("gpt2.attention.layer_norm_epsilon", float(config_.layer_norm_epsilon));
+        // "gpt-2" names the pattern by which text is cut. Kinds of tokens: 1 text, 3 control.
+        std::vector<std::string> names;
+        for (int id = 0; id < tokenizer_.vocab_size(); ++id)
+            names.push_back(tokenizer_.name_of(id));
+        std::vector<int32_t> kinds(names.size(), 1);
+        kinds.back() = 3;
+        m.member("tokenizer.ggml.model", std::string("gpt2"));
+        m.member("tokenizer.ggml.pre", std::string("gpt-2"));
+        m.member("tokenizer.ggml.tokens", names);
+        m.member("tokenizer.ggml.token_type", kinds);
+        m.member("tokenizer.ggml.merges", tokenizer_.merge_names());
+        m.member("tokenizer.ggml.bos_token_id", uint32_t(tokenizer_.end_of_text()));
+        m.member("tokenizer.ggml.eos_token_id", uint32_t(tokenizer_.end_of_text()));
+        m.member("tokenizer.ggml.add_bos_token", false);
+        return m;
+    }
+};
+
+inline int export_command(const Options& o) {
+    const Config config = config_of_model(need_init_from(o));
+    if (o.output.empty())
+        fail_usage("--output is missing: give the file to write, such as model.gguf");
+    const std::optional<Tokenizer> tokenizer = tokenizer_of(o.init_from);
+    if (!tokenizer)
+        fail(o.init_from, " has no tokenizer, and a GGUF file needs one: expected vocab.json and ",
+             "merges.txt, or tokenizer.json, beside the model");
+    if (tokenizer->vocab_size() > config.vocab_size)
+        fail(o.init_from, ": its tokenizer has more tokens than its model");
+    for (const GgufType& type : kGgufTypes)
+        if (o.type == type.name) GgufWriter(o.init_from, config, *tokenizer).write(o.output, type);
+    say("written",
+        to_text(o.output, ", ", bytes_text(double(InputFile(o.output).bytes)), " in ", o.type,
+                "; with llama.cpp: llama-cli -m ", shell_word(o.output), " -p \"Once\""));
+    return 0;
+}
+
+// =================================================================================================
+// 7 main
 // =================================================================================================
 // What you have now: every command. A driver adds the device: its main gives `program` a function
 // that makes one and calls run_command with it.
@@ -2261,6 +2596,7 @@ int run_command(auto device, const Options& o) {
         case kInfo: return info_command(device, o);
         case kBench: return Bench(device, o).run(), 0;
         case kShow: return show_command(device, o);
+        case kExport: return export_command(o);
         case kWalk: return Walk().run(), 0;
     }
     return 2;

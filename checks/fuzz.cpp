@@ -72,8 +72,9 @@ void json(const std::string& input) {
 
 void safetensors(const std::string& input) {
     static const Layout layout = layout_of({1, 1, 2, 2, 3});
-    const SafetensorsFile file(put(folder + "/input", input));
-    may_refuse([&] { match_tensors(file, layout.tensors); });
+    std::deque<SafetensorsFile> files;
+    const SafetensorsFile& file = files.emplace_back(put(folder + "/input", input));
+    may_refuse([&] { match_tensors(files, layout.tensors); });
     for (const StoredTensor& tensor : file.tensors) {
         check(tensor.end <= input.size(), "a tensor is inside its file");
         may_refuse([&] {
@@ -165,6 +166,22 @@ void config(const std::string& input) {
 
 // --- A tokenizer's two files and a text
 
+// The vocab.json that goes with these merges.
+std::string vocab_of(const Strings& lines) {
+    Json vocab = Json::object();
+    auto add = [&](const std::string& name) {
+        vocab.members.emplace_back(name, vocab.members.size());
+    };
+    for (int id = 0; id < 256; ++id) add(Tokenizer::bytes().name_of(id));
+    for (std::string line : lines) {
+        if (line.starts_with("#version")) continue;
+        if (line.find(' ') != line.npos) line.erase(line.find(' '), 1);
+        add(line);
+    }
+    add(std::string(kEndOfText));
+    return vocab.write();
+}
+
 // An empty vocab.json stands for the right one, so that the way behind it is open.
 void tokenizer(const std::string& input) {
     Strings parts = split_at(input, '\0');
@@ -175,9 +192,7 @@ void tokenizer(const std::string& input) {
     shown += take_characters(held, true);
     for (size_t at = 0, n; at < shown.size(); at += n)
         check((n = utf8_character(std::string_view(shown).substr(at, 4)).bytes) > 0, "UTF-8 only");
-    std::unordered_map<std::string, uint16_t> ids;
-    put(folder + "/vocab.json",
-        parts[1].empty() ? Tokenizer(read_merges(merges, ids)).vocab_json() : parts[1]);
+    put(folder + "/vocab.json", parts[1].empty() ? vocab_of(read_merge_lines(merges)) : parts[1]);
     const Tokenizer tokenizer = Tokenizer::load(folder);
     check(tokenizer.decode(tokenizer.encode(text)) == text, "decodes what it encodes");
     check(tokenizer.encode(text).size() <= text.size(), "no more tokens than bytes");

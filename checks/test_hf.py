@@ -1,34 +1,46 @@
 #!/usr/bin/env python3
-"""Holds tinygpt against Hugging Face's transformers, in both directions, and prints the figures.
+"""Holds tinygpt against Hugging Face's transformers, in both directions, and against llama.cpp.
 
-    make test_hf                      needs Python with torch and transformers (PYTHON=... names it)
+    make test_hf                      needs Python with torch, transformers and llama-cpp-python
+                                      (PYTHON=... names it)
     checks/test_hf.py --goldens DIR   writes the small folders of data/reference/hf-* anew
 
 1. Folders that transformers wrote: several shapes, the head tied or not, names with and without the
-   prefix, float32, bfloat16 and float16. Loss, logits and 50 greedy tokens must be the same here.
+   prefix, one file or several, float32, bfloat16 and float16. Loss, logits and 50 greedy tokens must
+   be the same here.
 2. Folders that tinygpt wrote: transformers must open model and tokenizer as they are, with the same
    loss, the same tokens of a text and the same 50 greedy tokens; and what transformers then saves
-   again must come back here bit for bit.
+   again (of the tokenizer only tokenizer.json) must come back here bit for bit.
+3. GGUF files that tinygpt exported: llama.cpp must have the same tokens of every golden text, and
+   the same 50 greedy tokens, for the type of the weights in each.
 """
 import argparse
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
 import tempfile
 
+if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
+    sys.path.pop(0)  # transformers looks for a module `kernels`; checks/kernels.py is not that
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 try:
     import torch
+    import tokenizers
     import transformers
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 except ImportError as error:
     sys.exit(f"test_hf: {error}. It needs torch and transformers: pip install torch transformers, "
              "and PYTHON=... if that is not python3")
+try:
+    from llama_cpp import Llama
+except ImportError:
+    Llama = None
 
 LOSS_LIMIT, LOGITS_LIMIT, NEW_TOKENS = 1e-5, 1e-4, 50
 TEXT = ("Once upon a time, Mia's dog couldn't find 3 red apples.\n\n  \"Where are they?\" she "
@@ -39,6 +51,10 @@ TEXT = ("Once upon a time, Mia's dog couldn't find 3 red apples.\n\n  \"Where ar
 #   bare     as save_pretrained of the model without its head writes them
 #   openai   as the published GPT-2: no prefix, and the causal masks are in the file
 #   spare    the tied head is in the file a second time
+#   module   as DistributedDataParallel and torch.compile name them
+#   shards   in several files
+#   score    with the head of another task, a layernorm epsilon and an activation of its own
+#   small    with weights that float16 can only hold as subnormals
 CASES = {
     "tied": (2, 2, 16, 64, 300, True, "prefix", "float32"),
     "openai": (2, 4, 16, 60, 257, True, "openai", "float32"),
@@ -48,6 +64,10 @@ CASES = {
     "spare": (1, 1, 24, 75, 1000, True, "spare", "float32"),
     "bf16": (2, 2, 128, 128, 2048, True, "prefix", "bfloat16"),
     "f16": (2, 12, 96, 64, 400, True, "prefix", "float16"),
+    "f16 small": (2, 2, 32, 64, 300, True, "small", "float16"),
+    "wrapped": (2, 2, 16, 64, 300, False, "module", "float32"),
+    "shards": (3, 2, 32, 64, 300, True, "shards", "float32"),
+    "score": (2, 2, 16, 64, 300, True, "score", "float32"),
 }
 GOLDENS = ["tied", "openai", "untied-bf16"]
 
@@ -75,6 +95,10 @@ def make_folder(folder, seed, layers, heads, channels, positions, vocab, tied, f
     torch.manual_seed(seed)
     # Without a name for the end of text it is GPT-2's, 50256, whatever the vocabulary.
     ends = {} if dtype == "float16" else {"bos_token_id": vocab - 1, "eos_token_id": vocab - 1}
+    if form == "small":
+        ends |= {"layer_norm_epsilon": 1e-12}
+    if form == "score":
+        ends |= {"layer_norm_epsilon": 1e-2, "activation_function": "gelu_fast"}
     model = GPT2LMHeadModel(GPT2Config(
         n_layer=layers, n_head=heads, n_embd=channels, n_positions=positions, vocab_size=vocab,
         tie_word_embeddings=tied, initializer_range=0.2, **ends))
@@ -82,7 +106,15 @@ def make_folder(folder, seed, layers, heads, channels, positions, vocab, tied, f
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter += 0.1 * torch.randn_like(parameter)
+        if form == "small":  # most are below 6.1e-5; the layernorms make them large again
+            for name, parameter in model.named_parameters():
+                if "wte" in name or "wpe" in name:
+                    parameter *= 1e-4
     model = model.to(getattr(torch, dtype))
+    if form == "shards":
+        model.save_pretrained(folder, max_shard_size="20KB")
+        assert not os.path.exists(f"{folder}/model.safetensors")
+        return
     (model.transformer if form == "bare" and tied else model).save_pretrained(folder)
     path = f"{folder}/model.safetensors"
     weights = load_file(path)
@@ -93,12 +125,22 @@ def make_folder(folder, seed, layers, heads, channels, positions, vocab, tied, f
         weights |= {f"h.{layer}.attn.bias": mask.clone() for layer in range(layers)}
     if form == "spare":
         weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
-    if form != "prefix":
+    if form == "module":
+        weights = {"module._orig_mod." + name: w for name, w in weights.items()}
+    if form == "score":
+        weights["score.weight"] = torch.ones(2, channels)
+    if form not in ("prefix", "small"):
         save_file(weights, path, metadata={"format": "pt"})
 
 
-def open_folder(folder):
+def open_folder(folder, form=""):
     """The model as transformers opens it, computing in float32."""
+    if form == "module":  # transformers has no names for wrapped models
+        config = GPT2Config.from_pretrained(folder)
+        model = GPT2LMHeadModel(config)
+        model.load_state_dict({name.removeprefix("module._orig_mod."): w for name, w in
+                               load_file(f"{folder}/model.safetensors").items()})
+        return model.eval()
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
@@ -163,7 +205,7 @@ def opened_here(programs, temporary):
     for seed, (name, shape) in enumerate(CASES.items()):
         folder, shard = f"{temporary}/{name}", f"{temporary}/{name}.bin"
         make_folder(folder, seed, *shape)
-        T, model = min(48, shape[3]), open_folder(folder)
+        T, model = min(48, shape[3]), open_folder(folder, shape[6])
         tokens = random_tokens(seed, 5 * T + 12, shape[4])
         with open(shard, "wb") as file:
             file.write(struct.pack(f"<256i{len(tokens)}H", 20240520, 1, len(tokens), *[0] * 253, *tokens))
@@ -214,13 +256,108 @@ def opened_there(programs, temporary):
         theirs = their_greedy(model, tokenizer(prompt).input_ids, end)
         same = our_greedy(programs, folder, prompt).decode(errors="replace") == tokenizer.decode(
             theirs, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        # And back: saved again by transformers, not a bit differs.
+        # And back: saved again by transformers, not a bit differs. Of the tokenizer it writes
+        # tokenizer.json alone; from that, and from ours alone, the same tokens come.
         model.save_pretrained(f"{temporary}/again")
+        tokenizer.save_pretrained(f"{temporary}/tokenizer {name}")
+        assert not os.path.exists(f"{temporary}/tokenizer {name}/vocab.json")
+        run(programs.prepare_data, "--input", f"{temporary}/text.txt", "--tokenizer", "gpt2",
+            "--vocab", f"{temporary}/tokenizer {name}", "--val-fraction", 0, "--output",
+            f"{temporary}/tokens again {name}")
+        same_text &= ids == read_shard(f"{temporary}/tokens again {name}/train_000001.bin")
+        alone = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
+        same_text &= alone.encode(text).ids == ids[1:] and alone.decode(ids[1:]) == text
         before, after = (load_file(f"{where}/model.safetensors") for where in (folder, f"{temporary}/again"))
         back = before.keys() == after.keys() and all(
             before[key].numpy().tobytes() == after[key].numpy().tobytes() for key in before)
         table.row(name, folder, model, f"{data}/val_000000.bin", 64, len(theirs) if same else "differs",
                   "same" if same_text else "differs", same and same_text and back)
+
+
+def golden_texts():
+    """Texts that have gone wrong somewhere, with GPT-2's tokens of them where those are known."""
+    shared = os.environ.get("TINYGPT_SHARED", "../shared") + "/data"
+    texts = [(text, None) for text in (TEXT, "a", " ", "a   b", "\n\nA", "DON'T don't ''s x'sy", "½ Ⅷ ² 3.14",
+             "e\u0301 naïve\u00a0\u3000x", "<|endoftext|>", "😀" * 3, "=" * 100, "\t\tif (x) {\r\n")]
+    if os.path.exists(f"{shared}/gpt2_golden.jsonl"):
+        with open(f"{shared}/gpt2_golden.jsonl", encoding="utf-8") as file:
+            texts += [(line["text"], line["ids"]) for line in map(json.loads, file) if line["text"]]
+    return texts, shared
+
+
+def our_tokens(programs, temporary, folder, texts):
+    """The tokens of each text, with the vocabulary of a folder."""
+    with open(f"{temporary}/texts.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    out = f"{temporary}/texts"
+    shutil.rmtree(out, ignore_errors=True)
+    run(programs.prepare_data, "--input", f"{temporary}/texts.jsonl", "--tokenizer", "gpt2", "--vocab",
+        folder, "--val-fraction", 0, "--output", out)
+    lists, end = [], None
+    for token in read_shard(f"{out}/train_000001.bin"):
+        end = token if end is None else end
+        if token == end:
+            lists.append([])
+        else:
+            lists[-1].append(token)
+    return lists
+
+
+def folders_to_export(programs, temporary):
+    """Name, folder and a prompt: those that tinygpt trained, and one of GPT-2's own vocabulary."""
+    for name in ("bpe", "byte", "bpe untied"):
+        yield name, f"{temporary}/run {name}/best", "12. Once upon"
+    shared = golden_texts()[1]
+    if not os.path.exists(f"{shared}/vocab.bpe"):
+        print(f"skipped: GPT-2's vocabulary is not in {shared}")
+        return
+    folder = f"{temporary}/gpt2-vocabulary"
+    make_folder(folder, 7, 2, 2, 32, 128, 50257, True, "prefix", "float32")
+    shutil.copy(f"{shared}/encoder.json", f"{folder}/vocab.json")
+    shutil.copy(f"{shared}/vocab.bpe", f"{folder}/merges.txt")
+    yield "gpt2's vocabulary", folder, "Every effort moves you"
+
+
+def exported(programs, temporary):
+    """Part 3: GGUF files of tinygpt, in llama.cpp."""
+    title = "exported here, opened by llama.cpp"
+    if Llama is None:
+        print(f"\n{title}: skipped: pip install llama-cpp-python")
+        return
+    print(f"\n{title}\n{'folder':24} {'type':5} {'texts':>9} {'greedy':>8}  result")
+    for name, folder, prompt in folders_to_export(programs, temporary):
+        texts = [text for text, _ in golden_texts()[0]]
+        ours = our_tokens(programs, temporary, folder, texts)
+        if name.startswith("gpt2"):
+            assert all(known in (None, ids) for (_, known), ids in zip(golden_texts()[0], ours))
+        # Without a tokenizer, sample takes and writes token numbers.
+        bare = f"{temporary}/numbers {name}"
+        os.makedirs(bare)
+        for file in ("config.json", "model.safetensors"):
+            shutil.copy(f"{folder}/{file}", bare)
+        start = our_tokens(programs, temporary, folder, [prompt])[0]
+        greedy = [int(token) for token in our_greedy(
+            programs, bare, " ".join(map(str, start)) + " ").split()]
+        for kind in ("f32", "f16", "bf16"):
+            path = f"{temporary}/model.gguf"
+            run(programs.train_gpt, "export", "--init-from", folder, "--output", path, "--type", kind)
+            # f32 keys and values, as here
+            llama = Llama(path, n_ctx=0, n_threads=1, verbose=False, type_k=0, type_v=0)
+            theirs = [llama.tokenize(text.encode(), add_bos=False, special=False) for text in texts]
+            same_texts = sum(a == b for a, b in zip(ours, theirs))
+            tokens = []
+            for token in llama.generate(start, temp=0.0, top_k=1, repeat_penalty=1.0):
+                tokens.append(token)
+                if len(tokens) == NEW_TOKENS:
+                    break
+            same = sum(a == b for a, b in zip(greedy, tokens))
+            good = same_texts == len(texts) and same == NEW_TOKENS
+            Table.good &= good
+            print(f"{name:24} {kind:5} {same_texts:>5}/{len(texts)} {same:>5}/{NEW_TOKENS}  "
+                  f"{'ok' if good else 'WRONG'}", flush=True)
+            for a, b, text in zip(ours, theirs, texts):
+                if a != b:
+                    print(f"    {text!r}: {a}, llama.cpp {b}")
 
 
 def train_tokenizer(folder, vocab):
@@ -277,6 +414,7 @@ def main():
     with tempfile.TemporaryDirectory(prefix="tinygpt-hf-") as temporary:
         opened_here(arguments, temporary)
         opened_there(arguments, temporary)
+        exported(arguments, temporary)
     print("\ntest_hf: " + ("all agree" if Table.good else "NOT the same"))
     return 0 if Table.good else 1
 
