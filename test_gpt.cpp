@@ -2171,6 +2171,14 @@ TEST_CASE("evaluation: every prediction is scored exactly once, and the mean is 
             }
             CHECK(hits.size() == 60 + 39);
             for (const auto& [prediction, times] : hits) CHECK(times == 1);
+            for (int64_t limit : {1, 59, 60, 61, 98, 99, 1000}) {  // the first of them, each once
+                std::set<std::pair<const Shard*, int64_t>> first;
+                for (const Window& w : evaluation_windows(shards, T, document_start, limit))
+                    for (int64_t t = w.skip; t < w.count; ++t) first.insert({w.shard, w.begin + t});
+                auto next = hits.begin();
+                CHECK(first.size() == size_t(std::min<int64_t>(limit, 99)));
+                for (const auto& prediction : first) CHECK(prediction == (next++)->first);
+            }
             model.reserve(1, T, Use::evaluation);
             double total = 0;
             int64_t scored = 0;
@@ -4257,16 +4265,16 @@ struct WholeRun : TestRuns {
         const auto s = int64_t(*row.step);
         state.step = s, state.samples = kRows * s, state.guards.updates = s;
         state.planned_steps = 60, state.finished = s == end;
-        if (row.val_loss) state.val_loss = *row.val_loss;
-        if (s == 0) return;
-        state.train_loss = *row.train_loss;
-        state.epoch_loss += *row.train_loss, ++state.epoch_steps;
-        if (row.val_loss) {
+        if (row.val_loss) {  // the loss before training counts, too
+            state.val_loss = *row.val_loss;
             const bool better = *row.val_loss < state.best_loss;
             resets += better && state.stale_evals > 0;
             state.stale_evals = better ? 0 : state.stale_evals + 1;
             if (better) state.best_loss = *row.val_loss, state.best_step = s;
         }
+        if (s == 0) return;
+        state.train_loss = *row.train_loss;
+        state.epoch_loss += *row.train_loss, ++state.epoch_steps;
         const int64_t epoch = kRows * s / kBlocks;
         if (epoch > kRows * (s - 1) / kBlocks) {
             titles.push_back(format("epoch %ld ends at step %ld: mean train loss %.4f", epoch, s,
@@ -4392,7 +4400,7 @@ TEST_CASE("run: every checkpoint knows what the log says, and best/ is the best 
         CHECK(near(state.epoch_loss, expected.epoch_loss, 1e-7));
         CHECK(near(state.train_loss, expected.train_loss, 1e-8));
         CHECK(near(state.val_loss, expected.val_loss, 1e-8));
-        if (expected.best_step > 0) CHECK(near(state.best_loss, expected.best_loss, 1e-8));
+        CHECK(near(state.best_loss, expected.best_loss, 1e-8));
     }
     CHECK(read_file(run.out() + "/best/model.safetensors") ==
           read_file(run.checkpoint(run.states.back().best_step) + "/model.safetensors"));
@@ -4481,6 +4489,301 @@ TEST_CASE("run: a run whose time is up is evaluated, and says how much time it h
     CHECK_MESSAGE(fits.status == 0, fits.err);
     CHECK(verify_checkpoint(checkpoint_folder(place.out("fits"), last_step(place.out("fits"))))
               .planned_steps >= last_step(place.out("fits")));
+}
+
+// A CPU that does something at every batch that is evaluated, and in every update.
+struct Hooked : tinygpt::Machine {
+    std::function<void()> on_evaluation = [] {}, on_update = [] {};
+    void head_forward(auto... a) { on_evaluation(), Cpu::head_forward(a...); }
+    void adamw(auto... a) { on_update(), Cpu::adamw(a...); }
+};
+Outcome train_on(const Hooked& device, const Arguments& arguments) {
+    return outcome_of([&] {
+        try {
+            return train_command(device, parse_options(arguments));
+        } catch (const Error& error) {
+            return std::fprintf(stderr, "error: %s\n", error.what()), error.status;
+        }
+    });
+}
+
+TEST_CASE("run: with --max-minutes alone, the plan follows the clock, and so does a resumed run") {
+    TestRuns place;
+    // Updates take 20 to 140 ms on a clock that only they move; 3 seconds are to be used.
+    int made = 0;
+    Hooked device;
+    device.on_update = [&] { steady_clock_shows += 20'123'457 * (1 + ++made / 4 % 7); };
+    auto arguments = [&](const std::string& name, const std::string& more = "--log-interval 0") {
+        return words(
+            "--n-layer 1 --n-embd 8 --n-head 2 --n-positions 8 --batch-size 2 --max-minutes 0.05 "
+            "--warmup-steps 4 --min-lr-fraction 0 --learning-rate 0.1 --eval-interval 8 --threads 1 "
+            "--data " +
+            place.data() + " --output " + place.out(name) + " " + more);
+    };
+    steady_clock_shows = 1'000'000'000;
+    const Outcome straight = train_on(device, arguments("straight"));
+    CHECK_MESSAGE(straight.status == 0, straight.err);
+    CHECK_MESSAGE(contains(straight.out, "\nrun        3s of steps of 16 tokens into "),
+                  straight.out);
+    CHECK(contains(straight.out, "\nstep 0 | val "));
+    const int64_t end = last_step(place.out("straight"));
+    const std::vector<LogRow> rows = read_log(place.out("straight") + "/log.csv", end);
+    CHECK(std::abs(*rows.back().seconds - 3) < 0.14);
+    CHECK(*rows.back().lr < 0.01);  // the schedule has come to its end
+    CHECK(*rows[size_t(end / 2)].lr > 0.02);
+    for (int step : {1, 7, int(end) - 2}) {
+        CAPTURE(step);
+        const std::string name = to_text("out", step);
+        made = 0;
+        at_step(step, [] { ::raise(SIGTERM); });
+        CHECK(train_on(device, arguments(name)).status == 130);
+        CHECK(train_on(device, arguments(name, "--resume auto")).status == 0);
+        check_same_end(place.out("straight"), place.out(name));
+    }
+    // A clock that stands still divides nothing by zero.
+    device.on_update = [] {};
+    at_step(5, [] { ::raise(SIGTERM); });
+    CHECK(train_on(device, arguments("still")).status == 130);
+    CHECK(!read_log(place.out("still") + "/log.csv", 5)[3].tokens_per_s);
+    steady_clock_shows = 0;
+}
+
+TEST_CASE("run: Ctrl-C stops an evaluation at once; resumed, it is made again, to the same run") {
+    Runs place;
+    int batches = 0;
+    Hooked device;
+    device.on_evaluation = [&] { ++batches; };
+    REQUIRE(train_on(device, place.arguments("counted")).status == 0);
+    const int all = batches;
+    CHECK(all > 50);
+    // Before row 0 nothing is there to save, and no folder stays.
+    for (int stop = 1; stop < all; stop += stop < 10 ? 1 : 13) {
+        CAPTURE(stop);
+        const std::string name = to_text("run", stop);
+        batches = 0;
+        device.on_evaluation = [&] {
+            if (++batches == stop) stop_asked = 1;
+        };
+        const Outcome stopped = train_on(device, place.arguments(name));
+        CHECK_MESSAGE(stopped.status == 130, stopped.err);
+        CHECK(batches == stop + 0);
+        if (!folder_exists(place.out(name))) {
+            CHECK(contains(stopped.out, "before the first step"));
+            CHECK(stop < 10);
+        } else {
+            place.resume(name);
+        }
+    }
+}
+
+TEST_CASE("run: progress is shown on a terminal, once a second, and cleared") {
+    int screen = -1, terminal = -1;
+    REQUIRE(::openpty(&screen, &terminal, nullptr, nullptr, nullptr) == 0);
+    outcome_of(
+        [] {
+            steady_clock_shows = 1'000'000'000;
+            Progress progress{"evaluating", 200};
+            for (int64_t done : {0, 20, 50, 60, 100})
+                progress.show(done), steady_clock_shows += 700'000'000;
+            return 0;
+        },
+        terminal);
+    steady_clock_shows = 0;
+    std::string shown;  // the terminal is closed: reading ends
+    char part[1000];
+    for (ssize_t got; (got = ::read(screen, part, sizeof part)) > 0;)
+        shown.append(part, size_t(got));
+    ::close(screen);
+    CHECK(shown == "\r\033[Kevaluating 25 % | 4s left\r\033[Kevaluating 50 % | 3s left\r\033[K");
+}
+
+TEST_CASE("run: the loss before training counts for best/, --patience and the verdict") {
+    TestRuns place;
+    REQUIRE(place.train("good", words("--patience 0")).status == 0);
+    const std::string weights = place.out("good/best");
+    const Outcome worse =
+        place.train("worse", words("--warmup-steps 0 --learning-rate 2 --patience 3 --init-from " +
+                                   weights));
+    REQUIRE_MESSAGE(worse.status == 0, worse.err);
+    CHECK(last_step(place.out("worse")) == 6);
+    CHECK(read_file(place.out("worse/best/model.safetensors")) ==
+          read_file(weights + "/model.safetensors"));
+    CHECK_MESSAGE(contains(worse.out, "% above that before training"), worse.out);
+    CHECK_MESSAGE(contains(worse.out, " at step 0"), worse.out);
+}
+
+TEST_CASE("run: --seq-len and --learning-rate follow the model and the start, and are said") {
+    const std::pair<const char*, double> rates[] = {{"tiny", 2e-3},
+                                                    {"gpt2", 6e-4},
+                                                    {"gpt2-medium", 3e-4},
+                                                    {"gpt2-large", 2.5e-4},
+                                                    {"gpt2-xl", 2e-4}};
+    for (const Preset& preset : kPresets)
+        for (const auto& [name, rate] : rates)
+            if (name == std::string(preset.name))
+                CHECK(usual_rate(layout_of(preset.config).count) == rate);
+    TestRuns place;
+    const std::string small = "--n-layer 1 --n-embd 8 --n-head 2 --n-positions 24 ";
+    auto run = [&](const std::string& name, const std::string& more) {
+        const Outcome outcome =
+            train_gpt(words("--warmup-steps 1 --batch-size 2 --max-steps 2 --data " + place.data() +
+                            " --output " + place.out(name) + " " + more));
+        CHECK_MESSAGE(outcome.status == 0, outcome.err);
+        return outcome.out;
+    };
+    auto saved = [&](const std::string& name, const char* option) {
+        const TrainerState state =
+            verify_checkpoint(checkpoint_folder(place.out(name), last_step(place.out(name))));
+        return state.options.find(option)->text;
+    };
+    const std::string fresh = run("fresh", small + "--max-steps 2");
+    CHECK_MESSAGE(contains(fresh, "--seq-len 24: the model's positions"), fresh);
+    CHECK_MESSAGE(contains(fresh, "--learning-rate 0.002: for a new model of "), fresh);
+    CHECK(saved("fresh", "seq-len") == "24");
+    CHECK(*read_log(place.out("fresh") + "/log.csv", 2)[1].lr == 0.002);
+    const std::string part = run("part", small + "--seq-len 8 --learning-rate 0.5");
+    CHECK_MESSAGE(contains(part, "positions 8 to 23 stay untrained"), part);
+    CHECK(!contains(part, "--learning-rate 0.5:"));
+    // From trained weights, a tenth; resumed without --init-from, it stays what it was.
+    const std::string tuned = "--init-from " + place.out("fresh/best");
+    at_step(1, [] { ::raise(SIGTERM); });
+    CHECK(train_gpt(words("--warmup-steps 1 --batch-size 2 --max-steps 2 --data " + place.data() +
+                          " --output " + place.out("tuned") + " " + tuned))
+              .status == 130);
+    file_fault() = nullptr;
+    run("tuned", small + "--resume auto");
+    CHECK(*read_log(place.out("tuned") + "/log.csv", 2)[1].lr == 0.0002);
+    CHECK(std::stod(saved("tuned", "learning-rate")) == 0.0002);
+    // eval reads as many, too.
+    const Outcome eval =
+        train_gpt(words("eval --data " + place.data() + " --batch-size 1 " + tuned));
+    const auto model = loaded(place.out("fresh/best"), 1, 24);
+    const Shards val(place.data() + "/val_*.bin");
+    const std::string loss =
+        format("%.9g nats", evaluate(*model, evaluation_windows(val, 24, -1), {}).loss());
+    CHECK_MESSAGE(contains(eval.out, loss), eval.out);
+}
+
+TEST_CASE("run: --eval-tokens limits the evaluations of a run; eval scores all, on the same data") {
+    TestRuns place;
+    REQUIRE(place.train("out", words("--max-steps 2 --patience 0 --eval-tokens 20")).status == 0);
+    const auto model = loaded(place.out("out/checkpoint-2"), 1, 8);
+    const Shards val(place.data() + "/val_*.bin");
+    const Evaluation first = evaluate(*model, evaluation_windows(val, 8, -1, 20), {});
+    CHECK(first.tokens == 20);
+    CHECK(near(*read_log(place.out() + "/log.csv", 2)[2].val_loss, first.loss(), 1e-8));
+    const std::string eval = "eval --threads 1 --init-from " + place.out("out/best");
+    const Outcome same = train_gpt(words(eval));
+    CHECK_MESSAGE(same.status == 0, same.err);
+    CHECK(contains(same.out, place.data() + ", as in its training"));
+    CHECK(contains(same.out, "over 149 tokens"));
+    // The same of shards; data that was moved; other data, where it is named.
+    const std::string shards = place.data() + "/val_*.bin";
+    REQUIRE(train_gpt(
+                words("--vocab-size 257 --n-embd 8 --n-positions 8 --max-steps 1 --train-shards " +
+                      place.data() + "/train_*.bin --val-shards " + shards + " --output " +
+                      place.out("shards")))
+                .status == 0);
+    CHECK(contains(train_gpt(words("eval --init-from " + place.out("shards/best"))).out, shards));
+    std::filesystem::rename(place.data(), place.out("moved"));
+    const Outcome gone = train_gpt(words(eval));
+    CHECK(gone.status == 1);
+    CHECK_MESSAGE(gone.says("was trained on " + place.data() + ", which is not here"), gone.err);
+    CHECK(train_gpt(words(eval + " --data " + place.out("moved"))).status == 0);
+}
+
+TEST_CASE("run: --overwrite sets the old run aside, and only once the new one can begin") {
+    TestRuns place;
+    const Arguments options = words("--max-steps 2 --patience 0");
+    REQUIRE(place.train("out", options).status == 0);
+    const auto before = snapshot(place.out());
+    const Arguments over = joined(options, {"--overwrite"});
+    CHECK(place.train("out", joined(over, {"--seq-len", "9"})).status == 2);
+    {
+        const FileHandle lock = lock_folder(place.out());
+        CHECK(place.train("out", over).says("another run is writing into"));
+    }
+    CHECK(snapshot(place.out()) == before);
+    const Outcome again = place.train("out", joined(over, {"--seed", "4"}));
+    CHECK_MESSAGE(again.status == 0, again.err);
+    CHECK(contains(again.out, place.out() + ", as " + place.out() + ".set-aside"));
+    CHECK(place.train("out", over).status == 0);
+    auto bytes = [&](const std::string& name) {
+        std::vector<std::string> list;
+        for (const auto& file : snapshot(place.out(name))) list.push_back(file.second);
+        return list;
+    };
+    CHECK(before == [&] {
+        std::map<std::string, std::string> moved;
+        for (const auto& [path, text] : snapshot(place.out("out.set-aside")))
+            moved[place.out() + path.substr((place.out() + ".set-aside").size())] = text;
+        return moved;
+    }());
+    CHECK(bytes("out.set-aside-2").size() == bytes("out").size());
+}
+
+TEST_CASE("run: --log-json has a line for every row, also of a resumed run") {
+    Runs place;
+    const std::string json = place.out("run.json");
+    place.stop("out", 7, SIGTERM, {"--log-json", json});
+    place.resume("out", {"--log-json", json});
+    const std::vector<LogRow> rows = read_log(place.out() + "/log.csv", place.end());
+    const std::vector<std::string> lines = split_at(read_file(json), '\n');
+    REQUIRE(lines.size() == rows.size() + 1);
+    for (size_t i = 0; i < rows.size(); ++i) {
+        const Json line = Json::parse(lines[i], json);
+        for (const LogColumn& column : kLogColumns) {
+            const auto& value = rows[i].*column.value;
+            CHECK(bool(line.find(column.name)) == value.has_value());
+            if (value) CHECK(number_or(line, column.name, NAN) == *value);
+        }
+    }
+    LogRow row;
+    row.step = 1, row.train_loss = NAN, row.lr = 0;
+    CHECK(json_line(row) == "{\"step\": 1, \"train_loss\": null, \"lr\": 0}\n");
+    const Outcome twice = place.train("more", {"--log-json", json});
+    CHECK(twice.status == 1);
+    CHECK(twice.says("exists already"));
+    CHECK(place.train("more", {"--log-json", place.out("none/x")}).says("there is no folder"));
+    CHECK(place.train("more", {"--log-json", json, "--overwrite"}).status == 0);
+    CHECK(file_exists(json + ".set-aside"));
+}
+
+TEST_CASE(
+    "run: of two that begin in one new folder one wins; a folder that was replaced is noticed") {
+    TestRuns place;
+    const Arguments options = words("--max-steps 8 --patience 0");
+    // Another run takes the lock of the folder that this one has just made.
+    std::optional<FileHandle> other;
+    auto at_lock = [&](std::function<void()> action) {
+        file_fault() = [&, action](const char* call, const std::string& path) {
+            if (std::string(call) == "open" && path.ends_with("out/lock")) action();
+            return 0;
+        };
+    };
+    at_lock([&] { other.emplace(lock_folder(place.out())); });
+    const Outcome lost = place.train("out", options);
+    CHECK(lost.status == 1);
+    CHECK(lost.says("another run is writing into"));
+    CHECK(leads_to(place.out("out/lock"), *other));  // what the other needs stays
+    other.reset();
+    // Another run has begun and ended there before this one had the lock.
+    REQUIRE(place.train("ended", options).status == 0);
+    std::filesystem::remove_all(place.out());
+    at_lock([&] { copy(place.out("ended") + "/best", place.out("out/best")); });
+    CHECK(place.train("out", options).says("already holds a run"));
+    std::filesystem::remove_all(place.out());
+    // Replaced under a run: nothing is written into what is now another's.
+    at_step(5, [&] {
+        std::filesystem::rename(place.out(), place.out("gone"));
+        make_folders(place.out());
+        put_file(place.out("out/lock"), "another's");
+    });
+    const Outcome replaced = place.train("out", options);
+    CHECK(replaced.status == 1);
+    CHECK_MESSAGE(replaced.says("was removed or replaced while this run was writing"),
+                  replaced.err);
+    CHECK(list_folder(place.out()) == Arguments{"lock"});
 }
 
 TEST_CASE("run: the norms of every tensor are those of its weights, gradients and updates") {
@@ -4624,7 +4927,7 @@ TEST_CASE("run: resuming with any option that changes the numbers is refused, na
         "untied-head 1 recompute-gelu 1 seed 1 batch-size 2 seq-len 7 grad-accum-steps 1 shuffle 0 "
         "overfit-batch 1 max-steps 31 epochs 3 max-minutes 9 learning-rate 0.2 min-lr-fraction 0 "
         "schedule wsd warmup-steps 0 weight-decay 0 beta1 0.8 beta2 0.99 eps 1e-6 grad-clip 0 "
-        "eval-interval 3 eval-batches 2 patience 6 on-nan skip skip-outliers 9";
+        "eval-interval 3 eval-batches 2 eval-tokens 9 patience 6 on-nan skip skip-outliers 9";
     std::set<std::string> tried = {"data",      "train-shards", "val-shards",
                                    "init-from", "precision",    "tune-matmul"};  // known otherwise
     const Arguments pairs = words(changed);
@@ -5001,6 +5304,13 @@ TEST_CASE("run: a NaN stops the run, keeping nothing of it, or is skipped and st
     CHECK(state.epoch_steps == 0);
     CHECK(read_file(place.out("skip") + "/checkpoint-9/model.safetensors") ==
           read_file(weights + "/model.safetensors"));
+    // A hundred in a row end it, counted across a stop.
+    at_step(60, [] { ::raise(SIGTERM); });
+    CHECK(with("long", "skip --max-steps 200 --sample-interval 0").status == 130);
+    const Outcome many = with("long", "skip --max-steps 200 --sample-interval 0 --resume auto");
+    CHECK(many.status == 1);
+    CHECK_MESSAGE(many.says("step 100: the loss is"), many.err);
+    CHECK(many.says("like 99 steps before it"));
 }
 
 TEST_CASE("run: an outlier is skipped where that is asked for, and stays in the log") {
@@ -5128,7 +5438,7 @@ TEST_CASE("run: bad input ends with a clear line or two, and nothing is written"
         {new_data + "--seq-len 8 --output " + path + "new/deep/" + std::string(300, 'x'), 1,
          "cannot create folder"},
         {new_data + "--n-layer 1000 --n-embd 65536 --n-head 512 --n-positions 1048576 --vocab-size "
-                    "65536",
+                    "65536 --seq-len 8",
          1, "of memory, and"},
     };
     const auto before = snapshot(place.path);
@@ -5220,7 +5530,9 @@ TEST_CASE("run: the report says what the run was, and what it says to type next 
         {"flat: validation loss rose 0.0 % since step 20\n", "--max-steps 40 --learning-rate 0"},
         {"improving: training loss fell ",
          "--max-steps 100 --eval-interval 0 --learning-rate 0.01"},
-        {"too short a run", "--max-steps 4 --epochs 9"},
+        {"improving: validation loss fell ", "--max-steps 4 --epochs 9"},
+        {"too short a run", "--max-steps 4 --eval-interval 0"},
+        {"worse: validation loss is ", "--max-steps 40 --learning-rate 20"},
     };
     for (const auto& [start, more] : cases) {
         const std::string verdict = start;
@@ -5391,11 +5703,11 @@ struct Rows {
 
 const std::vector<std::string> kDocumented = split_at(
     "data train-shards val-shards model n-layer n-head n-embd n-positions vocab-size dropout "
-    "untied-head recompute-gelu init-from config resume override output seed threads precision "
+    "untied-head recompute-gelu init-from config resume override overwrite output seed threads precision "
     "tune-matmul quiet help version batch-size seq-len grad-accum-steps shuffle overfit-batch max-steps epochs "
     "max-minutes learning-rate min-lr-fraction schedule warmup-steps weight-decay beta1 beta2 eps "
-    "grad-clip log-interval eval-interval eval-batches sample-interval prompt "
-    "tensor-stats-interval patience save-interval keep on-nan skip-outliers prompt-file "
+    "grad-clip log-interval eval-interval eval-batches eval-tokens sample-interval prompt "
+    "tensor-stats-interval patience save-interval log-json keep on-nan skip-outliers prompt-file "
     "interactive max-new-tokens num-samples temperature top-k top-p show-top runs type hellaswag",
     ' ');
 
@@ -5550,9 +5862,26 @@ TEST_CASE("options: what is no option, a missing or a wrong value, a contradicti
         {{"--val-shards", "b"}, "--val-shards needs --train-shards"},
         {{"--override"}, "--override needs --resume"},
         {{"--patience", "3", "--eval-interval", "0"}, "--patience"},
+        {{"--overwrite", "--resume", "auto"}, "--overwrite and --resume exclude each other"},
+        // What a command could not use.
+        {{"eval", "--seed", "1"}, "eval takes no option --seed; it is for train, sample"},
+        {{"bench", "--seed", "1"}, "bench takes no option --seed"},
+        {{"info", "--dropout", "0.1"}, "info takes no option --dropout"},
+        {{"eval", "--eval-tokens", "9"}, "eval takes no option --eval-tokens"},
+        {{"eval", "--hellaswag", "a", "--data", "b"}, "--hellaswag and --data exclude each other"},
+        {{"eval", "--hellaswag", "a", "--batch-size", "2"}, "--batch-size exclude each other"},
+        {{"eval", "--hellaswag", "a", "--eval-batches", "2"}, "--eval-batches exclude each other"},
+        {{"eval", "--train-shards", "a", "--val-shards", "b"}, "only for --eval-batches"},
+        {{"sample", "--show-top", "5", "--seed", "1"}, "--show-top and --seed exclude"},
+        {{"sample", "--show-top", "5", "--num-samples", "2"}, "--num-samples exclude each other"},
+        {{"sample", "--show-top", "5", "--max-new-tokens", "2"}, "--max-new-tokens exclude"},
+        {{"show", "--runs", "a", "--prompt", "b"}, "--runs and --prompt exclude each other"},
+        {{"show", "--runs", "a", "--precision", "fp32"}, "--runs and --precision exclude"},
+        {{"show", "--runs", "a", "--init-from", "b"}, "--runs and --init-from exclude"},
         {{"--batch-size", "1000000", "--seq-len", "4096"}, "must be below 2147483648 tokens"},
     });
     CHECK(refusal({"eval", "--val-shards", "b"}).empty());
+    CHECK(refusal(words("eval --train-shards a --val-shards b --eval-batches 3")).empty());
     CHECK(refusal({"--train-shards", "a", "--val-shards", "b"}).empty());
     CHECK(refusal({"--override", "--resume", "auto"}).empty());
 }
@@ -5901,7 +6230,7 @@ TEST_CASE("options: those that change the numbers") {
     for (auto& [name, value] : list.members) CHECK(saved.emplace(name, value.text).second);
     CHECK(saved["batch-size"] == "3");
     CHECK(saved["schedule"] == "wsd");
-    CHECK(saved["learning-rate"] == "0.002");
+    CHECK(saved["weight-decay"] == "0.1");
     for (const char* name : {"data", "model", "n-layer", "dropout", "seed", "precision", "seq-len",
                              "shuffle", "grad-accum-steps", "max-steps", "beta2", "grad-clip",
                              "patience", "on-nan", "skip-outliers"})

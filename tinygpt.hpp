@@ -2283,18 +2283,23 @@ void train_step(Gpt2<Device>& model, const std::vector<Batch>& micro_batches, co
 // = 8 and the documents Abcdef Ghij Klmno, whose first tokens are the capitals:
 //   inputs of window 0     A b c d e f G h        8 are scored; targets b ... i
 //             window 1     G h i j K l m n        2 are context, 6 are scored; targets j ... o
-inline std::vector<Window> evaluation_windows(const Shards& shards, int T, int document_start) {
+// Only the first `limit` predictions are scored; 0: all.
+inline std::vector<Window> evaluation_windows(const Shards& shards, int T, int document_start,
+                                              int64_t limit = 0) {
     std::vector<Window> windows;
+    int64_t left = limit > 0 ? limit : shards.predictions();
     for (const Shard& shard : shards.files()) {
-        std::vector<uint16_t> tokens(document_start < 0 ? 0 : size_t(shard.tokens));
+        const int64_t end = std::min(left, shard.predictions());
+        left -= end;
+        std::vector<uint16_t> tokens(document_start < 0 ? 0 : size_t(end));
         shard.read(tokens.data(), 0, int64_t(tokens.size()));
-        for (int64_t scored = 0; scored < shard.predictions();) {
+        for (int64_t scored = 0; scored < end;) {
             int64_t begin = scored;
             if (document_start >= 0) {
                 while (begin > 0 && tokens[size_t(begin)] != document_start) --begin;
                 if (scored - begin >= T) begin = scored;  // a document longer than the window
             }
-            const int64_t count = std::min<int64_t>(T, shard.predictions() - begin);
+            const int64_t count = std::min<int64_t>(T, end - begin);
             windows.push_back({&shard, begin, count, scored - begin});
             scored = begin + count;
         }
@@ -2305,6 +2310,7 @@ inline std::vector<Window> evaluation_windows(const Shards& shards, int T, int d
 struct Evaluation {
     double total = 0;               // sum of -log p, in nats
     int64_t tokens = 0, bytes = 0;  // scored; what they decode to
+    bool stopped = false;           // before all were
     double loss() const { return total / double(std::max<int64_t>(1, tokens)); }
     double perplexity() const { return std::exp(loss()); }
     double bits_per_byte() const {
@@ -2326,15 +2332,21 @@ std::vector<typename Device::Real> batch_losses(Gpt2<Device>& model, const Batch
 }
 
 // Scores every window, model.B at a time on each rank. token_bytes[id]: how many bytes a token
-// stands for; empty if bits per byte are not needed.
+// stands for; empty if bits per byte are not needed. Before each batch go_on(tokens scored) may
+// return false to stop, on all ranks.
 template <class Device>
 Evaluation evaluate(Gpt2<Device>& model, std::span<const Window> windows,
-                    const std::vector<int>& token_bytes) {
+                    const std::vector<int>& token_bytes,
+                    const std::function<bool(int64_t)>& go_on = nullptr) {
     Evaluation result;
     Ranks& ranks = *model.device.ranks;
     const size_t rows = size_t(model.B) * size_t(model.T);
     std::vector<typename Device::Real> losses(rows * size_t(ranks.count));
     while (!windows.empty()) {
+        if (go_on && !go_on(result.tokens)) {
+            result.stopped = true;
+            break;
+        }
         std::vector<int32_t> targets;  // of all ranks
         for (int rank = 0; rank < ranks.count; ++rank) {
             const size_t n = std::min(windows.size(), size_t(model.B));
@@ -2424,6 +2436,14 @@ inline std::vector<Candidate> likeliest(std::vector<Candidate> list, int top_k, 
     return kept;
 }
 
+// What may come next, and how likely.
+inline std::vector<Candidate> choices(std::vector<float> logits, const SampleOptions& o) {
+    if (o.vocab_size > 0) logits.resize(std::min(logits.size(), size_t(o.vocab_size)));
+    const int top_k = o.temperature > 0 ? o.top_k : 1;
+    std::vector<Candidate> list = candidates(logits, o.temperature);
+    return top_k > 0 || o.top_p < 1 ? likeliest(std::move(list), top_k, o.top_p) : list;
+}
+
 // Picks by a uniform number u in [0, 1): the first token at which the sum of probabilities exceeds
 // u. Why the last line: rounding may leave the sum a little below 1.
 inline int pick(const std::vector<Candidate>& list, double u) {
@@ -2463,12 +2483,8 @@ int generate(Gpt2<Device>& model, std::vector<int32_t> tokens, const SampleOptio
             cached = 0, ++slides;
         }
         const std::vector<int32_t> fresh(tokens.begin() + cached, tokens.end());
-        std::vector<float> logits = next_logits(model, fresh, cached);
-        if (o.vocab_size > 0) logits.resize(std::min(logits.size(), size_t(o.vocab_size)));
-        std::vector<Candidate> list = candidates(logits, o.temperature);
+        const std::vector<Candidate> list = choices(next_logits(model, fresh, cached), o);
         cached = int(tokens.size());
-        const int top_k = o.temperature > 0 ? o.top_k : 1;
-        if (top_k > 0 || o.top_p < 1) list = likeliest(std::move(list), top_k, o.top_p);
         const int token = pick(list, random_uniform(key, uint64_t(i)));
         if (token == o.end_of_text || !on_token(token)) break;
         tokens.push_back(token);
@@ -5176,7 +5192,13 @@ inline void warn(const std::string& message) {
 inline void say(const std::string& label, const std::string& text) {
     std::printf("%s %s\n", coloured(36, format("%-10s", label.c_str())).c_str(),
                 wrapped(text, STDOUT_FILENO, 11, 11).c_str());
-    std::fflush(stdout);
+    std::fflush(stdout);  // a file shows it before the minutes that may follow
+}
+
+// Seconds, from a clock that is never set; only differences mean something.
+inline double now_seconds() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
+        .count();
 }
 
 // 1234567 -> "1,234,567"
@@ -5194,6 +5216,13 @@ inline std::string duration_text(double seconds) {
 }
 
 // --- Files that grow
+
+// Whether the path still leads to the open file or folder.
+inline bool leads_to(const std::string& path, const FileHandle& file) {
+    struct stat a = {}, b = {};
+    return ::fstat(file.fd, &a) == 0 && ::stat(path.c_str(), &b) == 0 && a.st_dev == b.st_dev &&
+           a.st_ino == b.st_ino;
+}
 
 // A file that grows during a run, so that others can follow it. On a full disk, its text waits in
 // memory; the user is warned once.
@@ -5268,6 +5297,16 @@ inline std::string log_line(const LogRow& row) {
     line.back() = '\n';
     return line;
 }
+// The same as JSON, for --log-json: {"step": 3, "train_loss": 4.1}. JSON has no NaN or infinity.
+inline std::string json_line(const LogRow& row) {
+    std::string line;
+    for (const LogColumn& column : kLogColumns)
+        if (const auto& value = row.*column.value)
+            join(line, ", ",
+                 to_text("\"", column.name,
+                         "\": ", std::isfinite(*value) ? format(column.pattern, *value) : "null"));
+    return "{" + line + "}\n";
+}
 inline std::string log_text(const std::vector<LogRow>& rows) {
     std::string text;
     for (const LogColumn& column : kLogColumns) join(text, ",", column.name);
@@ -5297,23 +5336,34 @@ inline std::vector<LogRow> read_log(const std::string& path, int64_t last) {
     return rows;
 }
 
-// The log of a run that goes on. The rows so far replace the file: never append to half a row.
+// The log of a run that goes on, and its copy in JSON where `json` names a file. The rows so far
+// replace the files: never append to half a row.
 class Log {
 public:
-    Log(const std::string& output, const std::vector<LogRow>& rows) {
-        write_file(output + "/log.csv", log_text(rows));
-        csv_.emplace(output + "/log.csv");
+    Log(const std::string& csv, const std::string& json, const std::vector<LogRow>& rows) {
+        std::string lines;
+        for (const LogRow& row : rows) lines += json_line(row);
+        if (!json.empty()) write_file(json, lines), json_.emplace(json);
+        write_file(csv, log_text(rows));
+        csv_.emplace(csv);
     }
-    void add(const LogRow& row) { csv_->append(log_line(row)); }
+    void add(const LogRow& row) {
+        csv_->append(log_line(row));
+        if (json_) json_->append(json_line(row));
+    }
     void sync() { csv_->sync(); }
 
 private:
-    std::optional<GrowingFile> csv_;
+    std::optional<GrowingFile> csv_, json_;
 };
+
+// Steps of a run that has no such limit: more than any run makes.
+constexpr int64_t kNoLimit = 1'000'000'000'000;
 
 // "step 50/2500", "loss 4.3021", ...: what matters most comes first.
 inline std::vector<std::string> live_line(const LogRow& row, int64_t steps, double seconds_left) {
-    std::vector<std::string> parts = {format("step %.0f/%ld", *row.step, steps)};
+    std::vector<std::string> parts = {format("step %.0f", *row.step)};
+    if (steps < kNoLimit) parts[0] += format("/%ld", steps);
     if (row.train_loss) parts.push_back(format("loss %.4f", *row.train_loss));
     if (row.val_loss) parts.push_back(format("val %.4f", *row.val_loss));
     if (row.train_loss) parts.push_back(duration_text(seconds_left) + " left");
@@ -5322,7 +5372,7 @@ inline std::vector<std::string> live_line(const LogRow& row, int64_t steps, doub
     if (row.ranks > 0) parts.push_back(format("ranks %.0f%%", 100 * row.ranks));
     if (row.lr) parts.push_back(format("lr %.2e", *row.lr));
     if (row.grad_norm) parts.push_back(format("norm %.3f", *row.grad_norm));
-    if (row.eval_train_loss) parts.push_back(format("fixed train %.4f", *row.eval_train_loss));
+    if (row.eval_train_loss) parts.push_back(format("eval train %.4f", *row.eval_train_loss));
     if (row.perplexity) parts.push_back(format("perplexity %.2f", *row.perplexity));
     return parts;
 }
@@ -5341,6 +5391,24 @@ inline void show_line(const std::vector<std::string>& parts, bool keep) {
     std::printf("%s%s%s", live ? "\r\033[K" : "", line.c_str(), keep ? "\n" : "");
     std::fflush(stdout);
 }
+
+// Shows, in place of the live line, how far work has come that takes more than a second.
+struct Progress {
+    const char* what;
+    int64_t total;
+    double begin = now_seconds(), shown = begin;
+
+    ~Progress() {
+        if (shown > begin) show_line({""}, false);
+    }
+    void show(int64_t done) {
+        const double now = now_seconds(), left = (now - begin) * (double(total) / double(done) - 1);
+        if (now - shown < 1 || done <= 0) return;
+        shown = now;
+        show_line({to_text(what, " ", 100 * done / total, " %"), duration_text(left) + " left"},
+                  false);
+    }
+};
 
 // Takes all whole characters from the front of sampled bytes. A token may end inside a character:
 // its bytes stay for the next call, unless the text has ended. Invalid bytes become U+FFFD.
@@ -5376,7 +5444,8 @@ static_assert(std::atomic<int64_t>::is_always_lock_free, "a signal handler must 
 // Three numbers of the live line to watch. loss: in nats a token; e^loss is the perplexity, among
 // how many tokens the model hesitates. norm: the gradient's length; a jump means that a batch, or
 // the learning rate, throws the weights off. MFU: the share of the machine's peak that went into
-// the model; half is good.
+// the model; half is good. Evaluations add two: val, of text that training never reads; eval train,
+// of the same few training batches every time. What val is above it, the model knows by heart.
 //
 // A run ends at max_steps, epochs or max_minutes, whichever comes first; 0: no such limit.
 // Intervals are in steps; 0: never.
@@ -5397,9 +5466,11 @@ struct RunOptions {
 
     int64_t log_interval = -1;  // -1: at evaluations, and once a minute
     int64_t eval_interval = 250, eval_batches = 10, sample_interval = 1000;
+    int64_t eval_tokens = 1 << 20;  // of the validation text, in an evaluation; 0: all
     int64_t tensor_stats_interval = 0, patience = 0, save_interval = 500;
-    int keep = 2;        // newest checkpoints
-    std::string prompt;  // of samples
+    int keep = 2;          // newest checkpoints
+    std::string prompt;    // of samples
+    std::string log_json;  // the log's second file; empty: none
 
     std::string on_nan = "stop";  // or "skip"
 };
@@ -5459,12 +5530,6 @@ inline std::vector<Window> fixed_windows(const DataOrder& order, int64_t batches
     return windows;
 }
 
-// Seconds, from a clock that is never set; only differences mean something.
-inline double now_seconds() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
-        .count();
-}
-
 // Operations of a training step per token: 2 for every weight in forward and 4 in backward;
 // attention's scores and sums over the causal half, on average (T+1)/2 positions of 2 C each,
 // twice, and twice as much again in backward.
@@ -5474,6 +5539,9 @@ inline double flops_per_token(const Config& config, int T) {
 }
 
 // --- The run
+
+// With --on-nan skip, this many broken steps in a row end a run.
+constexpr int64_t kMostBroken = 100;
 
 // Why a run ended; none: it goes on.
 enum class End { none, finished, out_of_time, plateau, interrupted };
@@ -5521,33 +5589,23 @@ public:
         : o_(options), corpus_(corpus), model_(model),
           order_(DataOrder{corpus.train, o_.batch_size, model.T, uint64_t(o_.seed), o_.shuffle,
                            o_.overfit_batch}),
-          val_windows_(evaluation_windows(corpus.val, model.T, corpus.document_start())),
+          val_windows_(
+              evaluation_windows(corpus.val, model.T, corpus.document_start(), o_.eval_tokens)),
           train_windows_(fixed_windows(order_, o_.eval_batches)),
           peak_flops_(peak_flops * ranks_.count) {}
 
-    // Trains to the end, and evaluates there unless Ctrl-C ends it. Why this order: the row is in
-    // the log before anything may fail; what ends the run is decided once; the checkpoint comes
-    // after best/, because it remembers which model was the best.
+    // Trains to the end, and evaluates there unless Ctrl-C ends it.
     End run(const Start& start) {
-        begin(start);
+        std::optional<LogRow> row = begin(start);
         const int64_t here = micro_batches(), rows = here * order_.B;
         BatchLoader loader(order_, model_.config.vocab_size, state_.samples + ranks_.rank * rows,
                            here, rows_per_step() - rows);
         End end = state_.step < state_.planned_steps ? End::none : End::finished;
+        if (row) end = finish(*row);
         while (end == End::none) {
-            const int64_t epoch = order_.epoch(state_.samples);
-            LogRow row = one_step(loader);
-            check_broken(row);
-            const bool evaluated = o_.eval_interval > 0 && (is_last() || due(o_.eval_interval));
-            if (evaluated) evaluate_into(row), note_best(row);
-            if (log_) log_->add(row);
-            end = end_reached();
-            show(row, evaluated || end != End::none);
-            const std::string title = sample_title(epoch);
-            if (evaluated && state_.best_step == state_.step) try_save("best", Purpose::use);
-            if (end != End::none || due(o_.save_interval)) save(end);
-            // Why last: Ctrl-C waits only for the checkpoint.
-            if (!title.empty() && end != End::interrupted && ranks_.rank == 0) show_sample(title);
+            row = one_step(loader);
+            check_broken(*row);
+            end = finish(*row);
         }
         return end;
     }
@@ -5582,31 +5640,44 @@ public:
     }
 
 private:
-    // Plans the run, and evaluates the model as it is: row 0. Why: a model that knows nothing has a
+    // Plans the run. Returns the row to finish first, if any: row 0 of a new run, or the one whose
+    // evaluation was interrupted. Why a row 0, of the model as it is: one that knows nothing has a
     // loss of log V; a first row far from it shows a mistake early.
-    void begin(const Start& start) {
+    std::optional<LogRow> begin(const Start& start) {
         const bool resumed = !start.folder.empty();
         state_ = start.state;
         if (state_.planned_steps == 0) state_.planned_steps = planned_steps();
-        ranks_.broadcast(&state_.planned_steps, sizeof state_.planned_steps);  // it may be measured
+        plan_by_clock();
         model_.device.upload(model_.state, &state_.guards, 1);
+        const bool first = ranks_.rank == 0;  // it alone writes
+        if (first) folder_.emplace(::open(o_.output.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
         // Checkpoints of steps that will be made again must not count as the newest.
-        if (ranks_.rank == 0)
+        if (first)
             for (const std::string& name : set_aside_later(o_.output, resumed ? state_.step : -1))
                 say("set aside", name + ", as " + name + ".set-aside");
-        if (resumed && ranks_.rank == 0) log_.emplace(o_.output, rows_before(start.folder));
-        const int64_t rows = state_.planned_steps * rows_per_step();
-        say("run", with_commas(state_.planned_steps) + " steps of " +
-                       with_commas(rows_per_step() * model_.T) + " tokens" +
-                       format(" (%.2f epochs) into ", epochs(rows)) + o_.output);
-        std::printf("\n");
-        if (resumed) return;
-        show_line({"evaluating the model as it is"}, false);
-        LogRow row = row_now();
-        if (o_.eval_interval > 0) evaluate_into(row);
-        // Why only now: if the text cannot be read, no run is left behind.
-        if (ranks_.rank == 0) log_.emplace(o_.output, std::vector<LogRow>{row});
-        show(row, true);
+        const std::string tokens =
+            " steps of " + with_commas(rows_per_step() * model_.T) + " tokens";
+        say("run", (by_clock() ? duration_text(o_.max_minutes * 60) + " of" + tokens
+                               : with_commas(state_.planned_steps) + tokens +
+                                     format(" (%.2f epochs)",
+                                            epochs(state_.planned_steps * rows_per_step()))) +
+                       " into " + o_.output + "\n");
+        if (!resumed) return row_now();
+        LogRow last;
+        bool unfinished = false;
+        if (first) {
+            rows_ = rows_before(start.folder);
+            for (size_t i = rows_.size(); i-- > 0 && is_broken(rows_[i]);) ++broken_in_a_row_;
+            if (!rows_.empty()) last = rows_.back();
+            unfinished = last.step == state_.step && wants_evaluation() && !last.val_loss &&
+                         !last.eval_train_loss;
+            unfinished ? rows_.pop_back()
+                       : void(log_.emplace(o_.output + "/log.csv", o_.log_json, rows_));
+        }
+        ranks_.broadcast(&broken_in_a_row_, sizeof broken_in_a_row_);
+        ranks_.broadcast(&unfinished, sizeof unfinished);
+        if (!unfinished) return {};
+        return last;
     }
 
     // The log up to the checkpoint.
@@ -5619,24 +5690,26 @@ private:
         return rows;
     }
 
-    // The fewer of max_steps and epochs; where only max_minutes is set, what fits into it.
-    int64_t planned_steps() {
-        const int64_t no_limit = std::numeric_limits<int64_t>::max();
-        int64_t steps = o_.max_steps > 0 ? o_.max_steps : no_limit;
-        if (o_.epochs > 0) {
-            const double rows = o_.epochs * double(order_.blocks_per_epoch());
-            const double wanted = std::ceil(rows / double(rows_per_step()) - 1e-9);
-            steps = std::min(steps, int64_t(std::clamp(wanted, 1.0, 1e15)));
-        }
-        if (steps < no_limit) return steps;
-        // A step takes about three evaluations of its batch (backward is twice forward), and a
-        // tenth more for the update. The first evaluation warms up.
-        const std::vector<Window> windows = fixed_windows(order_, 1);
-        evaluate(model_, windows, {});
-        const double begin = now_seconds();
-        for (int i = 0; i < 3; ++i) evaluate(model_, windows, {});
-        const double a_step = (now_seconds() - begin) * 1.1 * o_.grad_accum_steps;
-        return std::max<int64_t>(1, int64_t(o_.max_minutes * 60 / a_step));
+    // The fewer of max_steps and epochs.
+    int64_t planned_steps() const {
+        const int64_t steps = o_.max_steps > 0 ? o_.max_steps : kNoLimit;
+        if (o_.epochs <= 0) return steps;
+        const double rows = o_.epochs * double(order_.blocks_per_epoch());
+        const double wanted = std::ceil(rows / double(rows_per_step()) - 1e-9);
+        return std::min(steps, int64_t(std::clamp(wanted, 1.0, double(kNoLimit))));
+    }
+    bool by_clock() const { return o_.max_steps == 0 && o_.epochs <= 0 && o_.max_minutes > 0; }
+
+    // Where only max_minutes is set, plans what fits into it at the speed so far, so the learning
+    // rate has fallen when the time is up. It is a function of what a checkpoint keeps. Why not for
+    // every small difference: a GPU records its graph again for every plan.
+    void plan_by_clock() {
+        if (!by_clock() || state_.seconds <= 0) return;
+        const double left = std::max(0.0, o_.max_minutes * 60 - state_.seconds);
+        const double fit = std::min(left * double(state_.step) / state_.seconds, double(kNoLimit));
+        if (std::abs(double(state_.planned_steps - state_.step) - fit) > 0.5 + fit / 32)
+            state_.planned_steps =
+                state_.step + std::max(int64_t(ahead_), int64_t(std::lround(fit)));
     }
 
     // --- The step
@@ -5648,12 +5721,18 @@ private:
     int64_t micro_batches() const { return o_.grad_accum_steps / ranks_.count; }
     // Whether something of that interval is due after step `step`; without it, after the step just
     // made.
-    static bool due(int64_t interval, int64_t step) { return interval > 0 && step % interval == 0; }
+    static bool due(int64_t interval, int64_t step) {
+        return interval > 0 && step > 0 && step % interval == 0;
+    }
     bool due(int64_t interval) const { return due(interval, state_.step); }
     // Why not the clock: the minutes before a resume count too.
     bool time_is_up() const { return o_.max_minutes > 0 && state_.seconds > o_.max_minutes * 60; }
     bool is_last() const {
         return state_.step == state_.planned_steps || (time_is_up() && !ahead_);
+    }
+    bool wants_evaluation() const {
+        return o_.eval_interval > 0 && (state_.step == 0 || is_last() || due(o_.eval_interval)) &&
+               !(val_windows_.empty() && train_windows_.empty());
     }
 
     // A row with nothing measured yet.
@@ -5711,13 +5790,14 @@ private:
         ++state_.step, state_.samples += rows_per_step(), state_.seconds += seconds;
         state_.train_loss = done.loss;
         if (!done.broken) state_.epoch_loss += done.loss, ++state_.epoch_steps;
+        plan_by_clock();
 
         LogRow row = row_now();
         row.train_loss = done.loss, row.grad_norm = done.grad_norm;
         row.lr = done.skip ? 0 : done.lr;
-        row.ranks = waited / seconds;
-        row.tokens_per_s = double(rows_per_step() * model_.T) / seconds;
-        if (peak_flops_ > 0)
+        row.ranks = seconds > 0 ? waited / seconds : 0;
+        if (seconds > 0) row.tokens_per_s = double(rows_per_step() * model_.T) / seconds;
+        if (seconds > 0 && peak_flops_ > 0)
             row.mfu = *row.tokens_per_s * flops_per_token(model_.config, model_.T) / peak_flops_;
         if (wants_stats) print_tensor_stats(model_, before, state_.step);
         return row;
@@ -5731,17 +5811,25 @@ private:
         return std::ranges::any_of(asked, [](int64_t when) { return when != 0; });
     }
 
+    static bool is_broken(const LogRow& row) {
+        return row.grad_norm && !(std::isfinite(*row.grad_norm) && std::isfinite(*row.train_loss));
+    }
+
     // Reports an update that was skipped (§7). With --on-nan stop, a NaN or infinity ends the run:
-    // its row is logged, nothing else of the step is kept. Why: such a loss comes again.
+    // its row is logged, nothing else of the step is kept. Why: such a loss comes again. So many in
+    // a row end it with skip, too.
     void check_broken(const LogRow& row) {
         const StepState& g = state_.guards;
+        broken_in_a_row_ = g.broken ? broken_in_a_row_ + 1 : 0;
         if (!g.skip) return;
-        if (g.broken && o_.on_nan == "stop") {
+        const bool skips = o_.on_nan == "skip";
+        if (g.broken && (!skips || broken_in_a_row_ >= kMostBroken)) {
             if (log_) log_->add(row);
             fail("step ", state_.step, ": the loss is ", g.loss, " and the gradient's norm ",
-                 g.grad_norm, ": training has diverged. Nothing of this step was saved. Go on ",
-                 "from the last checkpoint with a lower --learning-rate, --resume auto and ",
-                 "--override, or pass over such steps with --on-nan skip");
+                 g.grad_norm, skips ? to_text(", like ", kMostBroken - 1, " steps before it") : "",
+                 ": training has diverged. Nothing of this step was saved. Go on from the last ",
+                 "checkpoint with a lower --learning-rate, --resume auto and --override",
+                 skips ? "" : ", or pass over such steps with --on-nan skip");
         }
         if (g.skipped <= 4 || std::has_single_bit(uint64_t(g.skipped)))
             warn(to_text("step ", state_.step, " was skipped: loss ", g.loss, ", norm ",
@@ -5760,17 +5848,55 @@ private:
         return stops_ ? End::interrupted : End::none;
     }
 
+    // What a step is followed by; returns whether the run goes on. Why this order: the row is in
+    // the log before anything may fail; what ends the run is decided once; the checkpoint comes
+    // after best/, because it remembers which model was the best.
+    End finish(LogRow& row) {
+        const bool wanted = wants_evaluation(), evaluated = wanted && evaluate_into(row);
+        const bool cut_short = wanted && !evaluated;  // by Ctrl-C: made again when resumed
+        if (cut_short && state_.step == 0) return End::interrupted;
+        if (evaluated) note_best(row);
+        // Why only now: if the text of the first evaluation cannot be read, no run is left behind.
+        if (log_)
+            log_->add(row);
+        else if (ranks_.rank == 0)
+            rows_.push_back(row), log_.emplace(o_.output + "/log.csv", o_.log_json, rows_);
+        const End end = cut_short ? End::interrupted : end_reached();
+        show(row, evaluated || state_.step == 0 || end != End::none);
+        const std::string title = cut_short ? "" : sample_title();
+        if (evaluated && state_.best_step == state_.step) try_save("best", Purpose::use);
+        if (end != End::none || due(o_.save_interval)) save(end);
+        // Why last: Ctrl-C waits only for the checkpoint.
+        if (!title.empty() && end != End::interrupted && ranks_.rank == 0) show_sample(title);
+        return end;
+    }
+
     // --- Watching it
 
+    // Shows how far it is, and stops for Ctrl-C.
+    Evaluation score(const std::vector<Window>& windows) {
+        if (state_.step == 0) show_line({"evaluating the model as it is"}, false);
+        int64_t tokens = 0;
+        for (const Window& window : windows) tokens += window.count - window.skip;
+        Progress progress{"evaluating", tokens};
+        return evaluate(model_, windows, {}, [&](int64_t done) {
+            progress.show(done);
+            return !any_stops();
+        });
+    }
+
     // Validation and training text: the gap between their losses is what the model has memorised.
-    void evaluate_into(LogRow& row) {
-        if (!val_windows_.empty()) {
-            const Evaluation e = evaluate(model_, val_windows_, {});
-            row.val_loss = state_.val_loss = e.loss(), row.perplexity = e.perplexity();
+    // False if Ctrl-C came in between; the row is as it was then.
+    bool evaluate_into(LogRow& row) {
+        const Evaluation val = score(val_windows_);
+        const Evaluation train = val.stopped ? val : score(train_windows_);
+        if (train.stopped) return false;
+        if (val.tokens > 0) {
+            row.val_loss = state_.val_loss = val.loss(), row.perplexity = val.perplexity();
             if (std::isfinite(corpus_.floor)) row.floor = corpus_.floor;
         }
-        if (!train_windows_.empty())
-            row.eval_train_loss = evaluate(model_, train_windows_, {}).loss();
+        if (train.tokens > 0) row.eval_train_loss = train.loss();
+        return true;
     }
 
     // Without validation text, the fixed training batches decide which evaluation is the best.
@@ -5804,10 +5930,11 @@ private:
         std::printf("%s%s\n", lines[0].c_str(), lines.size() > 1 ? " ..." : "");
     }
 
-    // The title of a sample that is due; empty: none is. `epoch` is the step's. At its end, reports
-    // its mean loss, unless it has only a few steps, and resets the sum.
-    std::string sample_title(int64_t epoch) {
+    // The title of a sample that is due; empty: none is. At an epoch's end, reports its mean loss,
+    // unless it has only a few steps, and resets the sum.
+    std::string sample_title() {
         std::string title;
+        const int64_t epoch = order_.epoch(std::max<int64_t>(0, state_.samples - rows_per_step()));
         if (due(o_.sample_interval)) title = to_text("sample at step ", state_.step);
         if (order_.epoch(state_.samples) == epoch) return title;
         const double mean = state_.epoch_loss / double(std::max<int64_t>(1, state_.epoch_steps));
@@ -5823,6 +5950,9 @@ private:
     // Returns whether it saved. A full disk is a warning: the last good checkpoint is untouched,
     // and somebody may make space. Any other error stops the run.
     bool try_save(const std::string& name, Purpose purpose) {
+        if (folder_ && !leads_to(o_.output, *folder_))
+            fail(o_.output, " was removed or replaced while this run was writing into it, so step ",
+                 state_.step, " cannot be saved there. Give every run an --output of its own");
         try {
             if (log_) log_->sync();  // first: no checkpoint may be ahead of its log
             const Tokenizer* tokenizer = corpus_.tokenizer ? &*corpus_.tokenizer : nullptr;
@@ -5860,6 +5990,8 @@ private:
     const DataOrder order_;
     const std::vector<Window> val_windows_, train_windows_;  // what is scored
     const double peak_flops_;
+    std::optional<FileHandle> folder_;  // of the run
+    std::vector<LogRow> rows_;          // with which the log begins
     std::optional<Log> log_;
     std::optional<GrowingFile> samples_;
     TrainerState state_;            // what a checkpoint keeps
@@ -5867,6 +5999,7 @@ private:
     double began_ = 0;              // when the current step began
     bool stops_ = false;            // a rank was asked to stop
     double shown_ = now_seconds();  // when the last line was kept
+    int64_t broken_in_a_row_ = 0;   // latest steps whose loss or norm was NaN or infinite
 };
 
 // =================================================================================================

@@ -65,7 +65,7 @@ struct Options : RunOptions {
     bool untied_head = false, recompute_gelu = false;
 
     std::string config, resume, precision;
-    bool override_changes = false, tune_matmul = false, quiet = false;
+    bool override_changes = false, overwrite = false, tune_matmul = false, quiet = false;
     bool help = false, version = false;
     int threads = 0, seq_len = 0;
 
@@ -76,6 +76,8 @@ struct Options : RunOptions {
 
     std::string hellaswag, type = "f32";
     std::vector<std::string> runs;
+
+    Options() { rate.peak = -1; }  // not set: it follows the model
 };
 
 // kNumbers marks an option that changes the numbers which a training run computes. A resumed run
@@ -123,7 +125,7 @@ inline std::vector<Option> model_options(Options& o) {
          "longest context in tokens, instead of the preset's"},
         {"vocab-size", &o.vocab_size, "model", kBuild, size_range(&Config::vocab_size),
          "tokens in the vocabulary; not set: the tokenizer's, or else the preset's"},
-        {"dropout", &o.dropout, "model", kBuild, "[0, 0.999]",
+        {"dropout", &o.dropout, "model", kRun | kBench, "[0, 0.999]",
          "dropout probability during training"},
         {"untied-head", &o.untied_head, "model", kBuild, "0|1",
          "give the output head weights of its own, instead of the token embedding's"},
@@ -139,10 +141,12 @@ inline std::vector<Option> model_options(Options& o) {
          "continue from this checkpoint; auto: from the newest intact one in --output, if any"},
         {"override", &o.override_changes, "run", kTrain, "0|1",
          "resume although options that change the numbers differ from the checkpoint's"},
+        {"overwrite", &o.overwrite, "run", kTrain, "0|1",
+         "where --output holds a run already, rename its folder to NAME.set-aside and start"},
         {"output", &o.output, "run", kTrain | kShow | kExport, "DIR",
          "folder of the run; not set: out/ and the name of the data folder; of show "
          "and export: the file to write"},
-        {"seed", &o.seed, "run", kRun | kEval | kSample | kBench, "[0, 1e+18]",
+        {"seed", &o.seed, "run", kRun | kSample, "[0, 1e+18]",
          "random seed of initial weights, data order, dropout and sampling"},
         {"threads", &o.threads, "run", kAll, "[0, 1024]", "CPU threads; 0: all cores"},
         {"precision", &o.precision, "run", kBatch | kSample | kShow, "fp32|bf16|tf32",
@@ -158,7 +162,7 @@ inline std::vector<Option> model_options(Options& o) {
         {"batch-size", &o.batch_size, "batch", kBatch, "[1, 1000000]",
          "sequences in a micro-batch"},
         {"seq-len", &o.seq_len, "batch", kBatch, "[1, 1048576]",
-         "tokens in a sequence; not set: 128, or --n-positions where that is less"},
+         "tokens in a sequence; not set: as many as the model has positions (bench: 128 at most)"},
         {"grad-accum-steps", &o.grad_accum_steps, "batch", kRun, "[1, 1000000]",
          "micro-batches accumulated into one update"},
         {"shuffle", &o.shuffle, "batch", kRun, "0|1",
@@ -178,7 +182,9 @@ inline std::vector<Option> training_options(Options& o) {
         {"max-minutes", &o.max_minutes, "length", kRun, "(0, 1000000000]",
          "training time in minutes; the first limit reached ends the run"},
 
-        {"learning-rate", &o.rate.peak, "optimizer", kRun, "[0, 100]", "peak learning rate"},
+        {"learning-rate", &o.rate.peak, "optimizer", kRun, "[0, 100]",
+         "peak learning rate; not set: 0.002 for the tiny model, 0.0006 for gpt2, less for larger "
+         "ones, and a tenth of that where training starts from --init-from"},
         {"min-lr-fraction", &o.rate.min_fraction, "optimizer", kRun, "[0, 1]",
          "learning rate at the end, as a fraction of the peak"},
         {"schedule", &o.schedule, "optimizer", kRun, "cosine|linear|constant|wsd",
@@ -202,7 +208,9 @@ inline std::vector<Option> training_options(Options& o) {
         {"eval-interval", &o.eval_interval, "watching", kRun, "[0, 1e+12]",
          "steps between evaluations; 0: never"},
         {"eval-batches", &o.eval_batches, "watching", kRun | kEval, "[0, 1e+12]",
-         "fixed training batches scored in each evaluation, beside the validation data; 0: none"},
+         "training batches scored in each evaluation, always the same (eval train); 0: none"},
+        {"eval-tokens", &o.eval_tokens, "watching", kRun, "[0, 1e+18]",
+         "tokens of the validation data scored in each evaluation, the first ones; 0: all"},
         {"sample-interval", &o.sample_interval, "watching", kTrain, "[0, 1e+12]",
          "steps between samples; 0: never"},
         {"prompt", &o.prompt, "watching", kTrain | kSample | kShow, "TEXT",
@@ -213,11 +221,14 @@ inline std::vector<Option> training_options(Options& o) {
          "stop after this many evaluations without a new best loss; 0: do not"},
         {"save-interval", &o.save_interval, "watching", kTrain, "[0, 1e+12]",
          "steps between checkpoints; 0: only at the end"},
+        {"log-json", &o.log_json, "watching", kTrain, "FILE",
+         "also write every row of log.csv into this file, as a line of JSON"},
         {"keep", &o.keep, "watching", kTrain, "[1, 1000000]",
          "number of checkpoints to keep, the newest"},
 
         {"on-nan", &o.on_nan, "guards", kRun, "stop|skip",
-         "what to do when the loss or the gradient is NaN or infinite"},
+         "what to do when the loss or the gradient is NaN or infinite: stop, or skip the update (100 "
+         "in a row stop, too)"},
         {"skip-outliers", &o.guards.skip_outliers, "guards", kRun, "[0, 1000000]",
          "skip updates whose loss or gradient norm is this many standard deviations above the "
          "mean; 0: none"},
@@ -246,7 +257,8 @@ inline std::vector<Option> option_table(Options& o) {
             {"top-p", &o.sampling.top_p, "sample", kSample, "(0, 1]",
              "sample from the likeliest tokens only, as many as have this probability together"},
             {"show-top", &o.show_top, "sample", kSample, "[0, 65536]",
-             "print that many of the likeliest next tokens, with probabilities, instead of text"},
+             "print that many of the likeliest next tokens, with probabilities, instead of text; "
+             "--temperature is then 1 unless it is given"},
 
             {"runs", &o.runs, "show", kShow, "DIR",
              "show the curves and samples of these runs, instead of a model"},
@@ -370,14 +382,27 @@ inline void check_init_from(const std::string& word) {
                    "then say --init-from data/gpt2");
 }
 
+inline void check_batch(const Options& o, int T) {
+    if (int64_t(o.batch_size) * T > INT32_MAX)
+        fail_usage("--batch-size ", o.batch_size, " times --seq-len ", T,
+                   " must be below 2147483648 tokens");
+}
+
 // Refuses options that contradict each other: nothing the user types may be silently ignored.
 inline void check_together(const Options& o) {
-    const std::pair<const char*, const char*> excluding[] = {{"data", "train-shards"},
-                                                             {"data", "val-shards"},
-                                                             {"prompt", "prompt-file"}};
-    for (auto [a, b] : excluding)
-        if (o.given.contains(a) && o.given.contains(b))
-            fail_usage("--", a, " and --", b, " exclude each other");
+    const std::vector<std::pair<const char*, std::vector<const char*>>> alone =
+        {{"data", {"train-shards", "val-shards"}},
+         {"prompt", {"prompt-file"}},
+         {"overwrite", {"resume"}},
+         {"runs", {"init-from", "prompt", "precision"}},
+         {"show-top", {"num-samples", "max-new-tokens", "seed"}},
+         {"hellaswag", {"data", "train-shards", "val-shards", "eval-batches", "batch-size"}}};
+    for (const auto& [a, others] : alone)
+        for (const char* b : others)
+            if (o.given.contains(a) && o.given.contains(b))
+                fail_usage("--", a, " and --", b, " exclude each other");
+    if (o.command == kEval && o.given.contains("train-shards") && !o.given.contains("eval-batches"))
+        fail_usage("eval reads --train-shards only for --eval-batches N: give both or neither");
     if (o.command == kTrain && o.given.contains("val-shards") && !o.given.contains("train-shards"))
         fail_usage("--val-shards needs --train-shards too: --train-shards GLOB --val-shards GLOB");
     if (o.override_changes && o.resume.empty())
@@ -387,13 +412,9 @@ inline void check_together(const Options& o) {
             if (o.given.contains(other))
                 fail_usage("--interactive and --", other, " exclude each other: it reads prompts");
     if (o.given.contains("init-from") && !folder_exists(o.init_from)) check_init_from(o.init_from);
-    if (!o.runs.empty() && o.given.contains("init-from"))
-        fail_usage("--runs and --init-from exclude each other: a page shows runs or a model");
     if (o.patience > 0 && o.eval_interval == 0)
         fail_usage("--patience counts evaluations: it needs an --eval-interval above 0");
-    if (int64_t(o.batch_size) * std::max(o.seq_len, 1) > INT32_MAX)
-        fail_usage("--batch-size ", o.batch_size, " times --seq-len ", o.seq_len,
-                   " must be below 2147483648 tokens");
+    check_batch(o, std::max(o.seq_len, 1));
 }
 
 // The options in the arguments (without the program's name), all checked. Bad usage throws Error
@@ -486,11 +507,12 @@ struct CurvePoint {
 };
 using Curve = std::vector<CurvePoint>;
 
-// A column of the log, where it was measured.
+// A column of the log, where it was measured and is a number.
 inline Curve curve_of(const std::vector<LogRow>& rows, std::optional<double> LogRow::*loss) {
     Curve curve;
     for (const LogRow& row : rows)
-        if (row.*loss) curve.push_back({int64_t(*row.step), *(row.*loss)});
+        if (std::isfinite((row.*loss).value_or(NAN)))
+            curve.push_back({int64_t(*row.step), *(row.*loss)});
     return curve;
 }
 
@@ -503,7 +525,6 @@ inline std::string draw_curve(const Curve& train, const Curve& val, double floor
     int64_t last = 1;
     for (const Curve* curve : {&train, &val})
         for (const CurvePoint& p : *curve) {
-            if (!std::isfinite(p.loss)) continue;
             low = std::min(low, p.loss), high = std::max(high, p.loss);
             last = std::max(last, p.step);
         }
@@ -541,7 +562,7 @@ inline CurvePoint curve_at(const Curve& curve, double step, double window) {
     double sum = 0, count = 0;
     CurvePoint last{0, NAN};
     for (const CurvePoint& p : curve) {
-        if (double(p.step) > step || !std::isfinite(p.loss)) continue;
+        if (double(p.step) > step) continue;
         last = p;
         if (double(p.step) > step - window) sum += p.loss, ++count;
     }
@@ -549,27 +570,45 @@ inline CurvePoint curve_at(const Curve& curve, double step, double window) {
     return last;
 }
 
-// Improving, flat, rising or overfitting, by what the losses did in the last quarter of the run:
-// the validation loss where there were evaluations. Less than 1 % counts as nothing.
-inline std::string verdict(const TrainerState& state, const Curve& train, const Curve& val) {
-    const double end = double(state.step), start = 0.75 * end;
-    if (state.step < 20) return "too short a run to judge by";
-    // "training loss fell 3.1 % since step 1875"
-    auto change = [&](const char* name, const Curve& curve, double window) {
-        const CurvePoint before = curve_at(curve, start, window);
-        const double percent = 100 * (curve_at(curve, end, window).loss / before.loss - 1);
-        return std::pair(percent,
-                         format("%s loss %s %.1f %% since step %ld", name,
-                                percent < 0 ? "fell" : "rose", std::abs(percent), before.step));
+// What a run came to, with the numbers that say so. Validation losses judge wherever there are two
+// (that before training is one): they are of the same tokens, so a thousandth is no noise.
+// Otherwise training losses judge; less than 1 % counts as nothing.
+inline std::string verdict(int64_t steps, const Curve& train, const Curve& val) {
+    const double end = double(steps), window = end / 8;
+    auto percent = [](double loss, double before) { return 100 * (loss / before - 1); };
+    auto change = [&](const char* name, double loss, const CurvePoint& before) {
+        const double by = percent(loss, before.loss);
+        return format("%s loss %s %.1f %% since step %ld", name, by < 0 ? "fell" : "rose",
+                      std::abs(by), before.step);
     };
-    const auto learned = change("training", train, end / 8);
-    const auto [percent, text] = val.size() > 1 ? change("validation", val, 0) : learned;
-    const double above_best = 100 * (state.val_loss / state.best_loss - 1);
-    if (above_best > 1)
-        return format("overfitting: validation loss is %.1f %% above its best, of step %ld;\n",
-                      above_best, state.best_step) +
-               learned.second;
-    return (percent < -1 ? "improving: " : percent > 1 ? "rising: " : "flat: ") + text;
+    auto word = [&](double loss, const CurvePoint& before, const char* rising) {
+        const double by = percent(loss, before.loss);
+        return by < -1 ? "improving: " : by > 1 ? rising : "flat: ";
+    };
+    const double learned = curve_at(train, end, window).loss;
+    if (val.size() < 2) {
+        const CurvePoint before = curve_at(train, 0.75 * end, window);
+        if (steps < 20) return "too short a run to judge by";
+        return word(learned, before, "worse: ") + change("training", learned, before);
+    }
+    const double first = val.front().loss, last = val.back().loss;
+    if (percent(last, first) > 0.1)
+        return format("worse: validation loss is %.1f %% above that before training, %.4f",
+                      percent(last, first), first);
+    auto lower = [](const CurvePoint& a, const CurvePoint& b) { return a.loss < b.loss; };
+    const CurvePoint best = *std::min_element(val.begin(), val.end(), lower);
+    if (percent(last, best.loss) > 1) {
+        const CurvePoint then = curve_at(train, std::max(window, double(best.step)), window);
+        return (learned < then.loss ? "overfitting: " : "worse: ") +
+               format("validation loss is %.1f %% above its best, of step %ld;\n",
+                      percent(last, best.loss), best.step) +
+               change("training", learned, then);
+    }
+    auto nearer = [&](const CurvePoint& a, const CurvePoint& b) {
+        return std::abs(double(a.step) - 0.75 * end) < std::abs(double(b.step) - 0.75 * end);
+    };
+    const CurvePoint before = *std::min_element(val.begin(), val.end() - 1, nearer);
+    return word(last, before, "worse: ") + change("validation", last, before);
 }
 
 // A label and a command to paste, which is in one line, however wide the terminal is.
@@ -605,7 +644,7 @@ void report(const Options& o, const Corpus& corpus, Trainer<Device>& trainer, En
     else
         say("train loss",
             format("%.4f", curve_at(train, double(state.step), double(state.step) / 8).loss));
-    say("verdict", verdict(state, train, val));
+    say("verdict", verdict(state.step, train, val));
     if (state.guards.skipped)
         say("guards", to_text(state.guards.skipped, " updates were skipped, ",
                               state.guards.outliers, " of them as outliers"));
@@ -618,7 +657,9 @@ void report(const Options& o, const Corpus& corpus, Trainer<Device>& trainer, En
     const std::string program = to_text("./", Device::kProgram);
     const char* prompt = corpus.tokenizer && o.prompt.empty() ? " --prompt \"Once\"" : "";
     say_command("next", program + " sample" + retyped(o, kSample) + model + prompt);
-    if (!corpus.val.empty()) say_command("", program + " eval" + retyped(o, kEval) + model);
+    Options eval = o;
+    if (!o.given.contains("eval-batches")) eval.given.erase("train-shards");
+    if (!corpus.val.empty()) say_command("", program + " eval" + retyped(eval, kEval) + model);
 }
 
 // =================================================================================================
@@ -830,14 +871,15 @@ inline Config config_for(const Options& o, const Corpus& corpus, const std::stri
     return config;
 }
 
-// How many tokens the model reads at once: --seq-len; not set: `otherwise`, but no more than the
-// model's positions. Why not all of them: attention's cost grows with the square of T.
-inline int sequence_length(const Options& o, const Config& config, int otherwise = 128) {
-    if (o.seq_len == 0) return std::min(otherwise, config.n_positions);
-    if (o.seq_len > config.n_positions)
-        fail_usage("--seq-len ", o.seq_len, " is longer than the model's ", config.n_positions,
+// How many tokens the model reads at once: --seq-len; not set: all its positions, at most `most`.
+// Why all: a position that training never reads keeps its random weights.
+inline int sequence_length(const Options& o, const Config& config, int most = INT_MAX) {
+    const int T = o.seq_len > 0 ? o.seq_len : std::min(most, config.n_positions);
+    if (T > config.n_positions)
+        fail_usage("--seq-len ", T, " is longer than the model's ", config.n_positions,
                    " positions: shorten it, or raise --n-positions");
-    return o.seq_len;
+    check_batch(o, T);
+    return T;
 }
 
 // Decimal units, as on disks and data sheets.
@@ -845,6 +887,40 @@ inline std::string bytes_text(double bytes) {
     if (bytes >= 1e9) return format("%.2f GB", bytes / 1e9);
     return bytes >= 1e6 ? format("%.1f MB", bytes / 1e6) : format("%.1f KB", bytes / 1e3);
 }
+// The peak learning rate for new weights of a model with so many parameters: GPT-3's (Brown et al.
+// 2020, table 2.1) from 125 million on; 1e-3 is nanoGPT's for 10 million; 2e-3 was measured here.
+inline double usual_rate(size_t parameters) {
+    constexpr std::pair<double, double> kRates[] = {{6e6, 2e-3},   {60e6, 1e-3},  {200e6, 6e-4},
+                                                    {500e6, 3e-4}, {1e9, 2.5e-4}, {2e9, 2e-4}};
+    for (const auto& [most, rate] : kRates)
+        if (double(parameters) <= most) return rate;
+    return 1.6e-4;
+}
+
+// Chooses --seq-len and --learning-rate where they were not given; returns what to say about them.
+// Trained weights get a tenth of the usual rate, with which a run's schedule ends: they are past
+// the large steps.
+inline std::string choose_defaults(Options& o, const Config& config) {
+    const size_t parameters = layout_of(config).count;
+    std::string notes;
+    const bool chosen = o.seq_len == 0;
+    o.seq_len = sequence_length(o, config);
+    if (chosen)
+        join(notes, "\n", to_text("--seq-len ", o.seq_len, ": the model's positions"));
+    else if (o.seq_len < config.n_positions && o.init_from.empty())
+        join(notes, "\n",
+             to_text("--seq-len ", o.seq_len, ": positions ", o.seq_len, " to ",
+                     config.n_positions - 1, " stay untrained"));
+    if (o.rate.peak >= 0) return notes;
+    const double usual = usual_rate(parameters);
+    o.rate.peak = o.init_from.empty() ? usual : usual / 10;
+    join(notes, "\n",
+         to_text("--learning-rate ", o.rate.peak, ": ",
+                 o.init_from.empty() ? "" : "its weights are trained, so a tenth of that ",
+                 format("for a new model of %.3g million parameters", double(parameters) / 1e6)));
+    return notes;
+}
+
 // Refuses sizes that the device cannot hold, and says which batch would fit. Why before allocating:
 // Linux grants memory that it does not have, and kills the process that uses it.
 template <class Device>
@@ -1015,7 +1091,9 @@ inline FileHandle lock_folder(const std::string& folder) {
     const std::string path = folder + "/lock";
     FileHandle file(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666));
     if (file.fd < 0) fail_errno("cannot write into ", folder);
-    if (::flock(file.fd, LOCK_EX | LOCK_NB) == 0) return file;
+    // A run that was refused may have removed the file just now: then the lock locks nothing.
+    if (::flock(file.fd, LOCK_EX | LOCK_NB) == 0)
+        return leads_to(path, file) ? std::move(file) : lock_folder(folder);
     if (errno == EWOULDBLOCK)
         fail("another run is writing into ", folder, ": wait for it, or give another --output");
     // Some file systems have no locks.
@@ -1032,12 +1110,38 @@ inline bool same_folder(const std::string& a, const std::string& b) {
 }
 
 // Refuses to write over a run: only the run that resumes it goes on in its folder.
+inline bool holds_run(const std::string& folder) {
+    return !checkpoint_steps(folder).empty() || file_exists(folder + "/log.csv") ||
+           folder_exists(folder + "/best");
+}
 inline void check_output(const Options& o) {
-    const bool holds_run = !checkpoint_steps(o.output).empty() ||
-                           file_exists(o.output + "/log.csv") || folder_exists(o.output + "/best");
-    if (!holds_run || o.resume == "auto") return;
-    if (o.resume.empty() || !same_folder(o.output, parent_folder(o.resume)))
-        fail(o.output, " already holds a run: go on with --resume auto, or give another --output");
+    const std::string advice =
+        "go on with --resume auto, give another name, or keep the old one "
+        "as NAME.set-aside with --overwrite";
+    if (!o.log_json.empty() && !folder_exists(parent_folder(o.log_json)))
+        fail("--log-json ", o.log_json, ": there is no folder ", parent_folder(o.log_json));
+    if (o.resume == "auto" || o.overwrite) return;
+    const bool goes_on = !o.resume.empty() && same_folder(o.output, parent_folder(o.resume));
+    if (holds_run(o.output) && !goes_on) fail(o.output, " already holds a run: ", advice);
+    if (file_exists(o.log_json) && o.resume.empty())
+        fail("--log-json ", o.log_json, " exists already: ", advice);
+}
+
+// Renames what an earlier run left: "out/a" to "out/a.set-aside", or "out/a.set-aside-2".
+inline void set_aside(const std::string& path) {
+    std::string name = path + ".set-aside";
+    for (int i = 2; folder_exists(name) || file_exists(name); ++i)
+        name = to_text(path, ".set-aside-", i);
+    rename_path(path, name);
+    say("set aside", path + ", as " + name);
+}
+inline void set_aside_old_run(const Options& o) {
+    if (!o.overwrite) return;
+    if (holds_run(o.output)) {
+        const FileHandle lock = lock_folder(o.output);  // nobody may be writing there
+        set_aside(o.output);
+    }
+    if (file_exists(o.log_json)) set_aside(o.log_json);
 }
 
 // Verifies every byte of a checkpoint that is to be resumed, and reads its state.
@@ -1184,6 +1288,15 @@ inline std::vector<std::string> rank_lines(const Options& o, const Corpus& corpu
     return lines;
 }
 
+// What the program chose for a run that is resumed, and what is not given anew, stays as it was.
+inline void take_choices(Options& o, const TrainerState& state) {
+    for (const Option& option : option_table(o)) {
+        const Json* saved = state.options.find(option.name);
+        const bool chosen = option.name == "seq-len" || option.name == "learning-rate";
+        if (chosen && saved && !o.given.contains(option.name)) checked(option, saved->text).set();
+    }
+}
+
 // Sets the weights with which the run begins: those of the checkpoint (with its moments), of
 // --init-from (fine-tuning), or new random ones.
 void load_start(auto& model, const Options& o, const Start& start) {
@@ -1195,13 +1308,16 @@ void load_start(auto& model, const Options& o, const Start& start) {
         model.initialise(o.seed);
 }
 
-// The folder of a run. A run that ends before it has a log was refused after all: its lock is
-// removed, and so is the folder if it was made for it.
+// The folder of a run, locked: `held` is the lock, or it is taken. A run that ends before it has a
+// log was refused after all: its lock is removed, and so is the folder if it was made for it.
 struct RunFolder : FolderToFill {
-    using FolderToFill::FolderToFill;
+    const FileHandle lock;
+    RunFolder(const std::string& path, std::optional<FileHandle>& held)
+        : FolderToFill(path), lock(held ? std::move(*held) : lock_folder(path)) {}
     ~RunFolder() {
         if (made.empty() || file_exists(made.back() + "/log.csv")) return;
-        ::unlink((made.back() + "/lock").c_str());
+        const std::string path = made.back() + "/lock";
+        if (leads_to(path, lock)) ::unlink(path.c_str());
     }
 };
 
@@ -1233,11 +1349,12 @@ int train_command(Device device, const Options& given) {
     const bool resumed = !start.folder.empty();
     // Does it fit together?
     const Config config = from_first(ranks, [&] { return config_for(o, corpus, start.folder); });
-    const int B = o.batch_size, T = sequence_length(o, config);
     // What was left to the program becomes an option that the checkpoint remembers: another
     // version's defaults must not change a run that is half done.
     for_each_size(o, config, [](const char*, auto& wanted, auto size) { wanted = size; });
-    o.seq_len = T;
+    if (resumed) take_choices(o, start.state);
+    const std::string notes = choose_defaults(o, config);
+    const int B = o.batch_size, T = o.seq_len;
     if (o.precision.empty() && Device::kHostMemory) o.precision = "fp32";
     if (!o.init_from.empty() && !resumed && leads) check_same_tokenizer(corpus, o.init_from);
     check_data(o, corpus, config, T);
@@ -1260,9 +1377,10 @@ int train_command(Device device, const Options& given) {
     start.state.data = Json::array(data), start.state.program = Device::kProgram;
     Trainer<Device> trainer(o, corpus, *model, product_peak_flops(device));
     // From here on things are written.
+    if (leads) set_aside_old_run(o);
     std::optional<RunFolder> folder;
-    if (leads) folder.emplace(o.output);
-    if (leads && !lock) lock.emplace(lock_folder(o.output));
+    if (leads) folder.emplace(o.output, lock);
+    if (leads) check_output(o);  // again: another run may have ended there meanwhile
 
     // Say what will be trained on what, and go.
     say("tinygpt", device.describe());
@@ -1276,11 +1394,16 @@ int train_command(Device device, const Options& given) {
     if (ranks.count > 1) say("ranks", describe_ranks(ranks, o.grad_accum_steps, need));
     if (resumed) say("resumed", start.folder);
     if (!resumed && !o.init_from.empty()) say("weights", "from " + o.init_from);
+    if (!resumed && !notes.empty()) say("chosen", notes);
     catch_signals();
     const End end = trainer.run(start);
     if (end == End::interrupted) {
-        std::printf("\ninterrupted: saved at step %ld; go on with --resume auto\n",
-                    trainer.state().step);
+        const bool saved = !checkpoint_steps(o.output).empty();
+        std::printf("\ninterrupted%s\n",
+                    saved ? format(": saved at step %ld; go on with --resume auto",
+                                   trainer.state().step)
+                                .c_str()
+                          : " before the first step: there was nothing to save");
         return 130;
     }
     if (leads) report(o, corpus, trainer, end);
@@ -1294,6 +1417,24 @@ inline const std::string& need_init_from(const Options& o) {
     if (o.init_from.empty())
         fail_usage("--init-from is missing: give the folder of a model, such as out/stories/best");
     return o.init_from;
+}
+
+// Where no data is named, takes that of the run which made the model.
+inline void use_training_data(Options& o) {
+    const std::string path = o.init_from + "/trainer_state.json";
+    for (const char* name : {"data", "train-shards", "val-shards"})
+        if (o.given.contains(name)) return;
+    if (!has_checksums(o.init_from)) return;
+    const Json options = read_sealed(path).get("options", Json::Kind::object, path);
+    auto take = [&](const char* name, std::string& value) {
+        if (const Json* saved = options.find(name)) value = saved->text;
+    };
+    take("data", o.data), take("train-shards", o.train_shards), take("val-shards", o.val_shards);
+    const bool named = !o.train_shards.empty() || !o.val_shards.empty();
+    if (!named && !folder_exists(o.data))
+        fail(o.init_from, " was trained on ", o.data, ", which is not here: name a folder with ",
+             "--data");
+    say("data", (named ? o.val_shards : o.data) + ", as in its training");
 }
 
 // HellaSwag (Zellers et al. 2019): which of four endings fits? The model's answer is the ending of
@@ -1385,12 +1526,14 @@ std::array<double, 4> score_endings(auto& model, const HellaswagExample& e) {
 // Prints how many examples the model answers right.
 int hellaswag_command(auto device, const Options& o, const Config& config) {
     const auto examples = read_hellaswag(o.hellaswag, config.vocab_size);
-    const int T = sequence_length(o, config, config.n_positions);
+    const int T = sequence_length(o, config);
     const auto model = open_model(device, config, 4, T, Use::evaluation, o.init_from);
     Ranks& ranks = *device.ranks;
-    int right = 0;
+    int64_t right = 0;
     std::vector<int> answers(size_t(ranks.count));  // of as many examples, one from each rank
+    Progress progress{"scoring", int64_t(examples.size())};
     for (size_t i = 0; i < examples.size(); i += answers.size()) {
+        progress.show(int64_t(i));
         const size_t mine = i + size_t(ranks.rank);
         if (mine < examples.size()) {
             const std::array<double, 4> loss = score_endings(*model, examples[mine]);
@@ -1401,7 +1544,7 @@ int hellaswag_command(auto device, const Options& o, const Config& config) {
         for (size_t j = i; j < std::min(i + answers.size(), examples.size()); ++j)
             right += answers[j - i] == examples[j].label;
     }
-    say("hellaswag", format("%d of %zu right: accuracy %.4f", right, examples.size(),
+    say("hellaswag", format("%ld of %zu right: accuracy %.4f", right, examples.size(),
                             right / double(std::max<size_t>(1, examples.size()))));
     return 0;
 }
@@ -1419,10 +1562,12 @@ inline std::vector<int> token_bytes(const std::optional<Tokenizer>& tokenizer) {
 //   perplexity  e^loss: the model is as unsure as among that many equally likely tokens
 //   bits/byte   what the text would take, compressed by this model. Careful: the other two depend
 //               on the tokenizer; only this one compares models with different ones
-int eval_command(auto device, const Options& o) {
+int eval_command(auto device, const Options& given) {
+    Options o = given;
     const Config config =
         from_first(*device.ranks, [&] { return config_of_model(need_init_from(o)); });
     if (!o.hellaswag.empty()) return hellaswag_command(device, o, config);
+    use_training_data(o);
     const Corpus corpus = open_corpus(o);
     if (device.ranks->rank == 0) check_same_tokenizer(corpus, o.init_from);
     if (corpus.val.empty())
@@ -1434,7 +1579,9 @@ int eval_command(auto device, const Options& o) {
     const auto windows = evaluation_windows(corpus.val, T, corpus.document_start());
     if (windows.empty()) fail("the validation data is too short: at least two tokens are needed");
     const double begin = now_seconds();
-    const Evaluation e = evaluate(*model, windows, token_bytes(corpus.tokenizer));
+    Progress progress{"evaluating", corpus.val.predictions()};
+    const Evaluation e = evaluate(*model, windows, token_bytes(corpus.tokenizer),
+                                  [&](int64_t done) { return progress.show(done), true; });
     const double speed = double(e.tokens) / (now_seconds() - begin);
     say("val loss",
         format("%.9g nats a token over ", e.loss()) + with_commas(e.tokens) + " tokens");
@@ -1454,16 +1601,14 @@ int eval_command(auto device, const Options& o) {
 
 // --- sample
 
-// The likeliest next tokens, with their probabilities: what the softmax says, before any sampling.
+// The likeliest next tokens, with the probabilities that they are drawn with.
 void show_top(auto& model, const std::vector<int32_t>& tokens,
-              const std::optional<Tokenizer>& tokenizer, int count) {
+              const std::optional<Tokenizer>& tokenizer, const SampleOptions& sampling, int count) {
     // Of a prompt that is too long, the end counts.
     const size_t context = size_t(std::min(model.config.n_positions, model.T));
     const std::vector<int32_t> tail(tokens.end() - ptrdiff_t(std::min(tokens.size(), context)),
                                     tokens.end());
-    std::vector<float> logits = next_logits(model, tail, 0);
-    if (tokenizer) logits.resize(std::min(logits.size(), size_t(tokenizer->vocab_size())));
-    for (const Candidate& c : likeliest(candidates(logits, 1), 0, 1)) {
+    for (const Candidate& c : likeliest(choices(next_logits(model, tail, 0), sampling), 0, 1)) {
         if (count-- <= 0) break;
         const bool end = tokenizer && c.token == tokenizer->end_of_text();
         const std::string text = end ? std::string(kEndOfText) : text_of_token(tokenizer, c.token);
@@ -1546,12 +1691,15 @@ int sample_command(auto device, const Options& o) {
     const auto tokens = sample_tokens(prompt, tokenizer, config.vocab_size);
     const auto model =
         open_model(device, config, 1, config.n_positions, Use::generation, o.init_from);
-    if (o.show_top > 0) return show_top(*model, tokens, tokenizer, o.show_top), 0;
     SampleOptions options = o.sampling;
     options.seed = uint64_t(o.seed);
     if (o.interactive && !o.given.contains("seed")) options.seed = std::random_device()();
     options.end_of_text = tokenizer ? tokenizer->end_of_text() : -1;
     options.vocab_size = options.end_of_text + 1;
+    if (o.show_top > 0) {
+        if (!o.given.contains("temperature")) options.temperature = 1;  // what the softmax says
+        return show_top(*model, tokens, tokenizer, options, o.show_top), 0;
+    }
     if (o.interactive) return converse(*model, tokenizer, options), 0;
     for (int i = 0; i < o.num_samples; ++i, ++options.seed) {
         if (i > 0) std::printf("\n---\n");
@@ -1568,7 +1716,7 @@ template <class Device>
 int info_command(Device device, const Options& o) {
     const Corpus corpus = o.given.contains("data") ? open_corpus(o) : Corpus();
     const Config config = config_for(o, corpus);
-    const int T = sequence_length(o, config, config.n_positions);
+    const int T = sequence_length(o, config);
     const Layout layout = layout_of(config);
     std::printf("%-28s %-16s %14s %8s  %s\n", "tensor", "shape", "parameters", "share", "decays");
     auto row = [&](const std::string& name, const std::string& shape, size_t count) {
@@ -1713,7 +1861,7 @@ class Bench {
 public:
     // Random weights and tokens will do.
     Bench(const Device& device, const Options& o)
-        : config_(config_for(o, Corpus())), C(config_.n_embd), T_(sequence_length(o, config_)),
+        : config_(config_for(o, Corpus())), C(config_.n_embd), T_(sequence_length(o, config_, 128)),
           model_(open_model(Watched<Device>{device}, config_, o.batch_size, T_, Use::training)),
           device_(model_->device) {
         model_->initialise(1);
