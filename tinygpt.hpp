@@ -5927,7 +5927,7 @@ private:
         std::replace(text.begin(), text.end(), '\n', ' ');
         WordWrap wrap(columns_of(STDOUT_FILENO) - 4);
         const auto lines = split_at(wrap.add(title + ": " + text) + wrap.end(), '\n');
-        std::printf("%s%s\n", lines[0].c_str(), lines.size() > 1 ? " ..." : "");
+        std::printf("\r\033[K%s%s\n", lines[0].c_str(), lines.size() > 1 ? " ..." : "");
     }
 
     // The title of a sample that is due; empty: none is. At an epoch's end, reports its mean loss,
@@ -6334,7 +6334,9 @@ inline std::string options_help(const std::vector<Option>& defaults, unsigned co
         std::string line = "  --" + option.name, help = option.help;
         if (!option.is_switch()) line += range.is_number() ? number : " " + range.text;
         if (range.is_number() && range.high < 1e6) help += "; " + range.wanted();
-        if (is_set(option)) help += " (default " + value_text(option) + ")";
+        const std::string value = value_text(option);
+        if (is_set(option) && !(option.is_switch() && value == "0"))
+            help += " (default " + value + ")";
         if (line.size() >= indent) text += std::exchange(line, "") + "\n";
         WordWrap wrap(width, indent, line.size());
         text += line + wrap.add(help + "\n");

@@ -1664,13 +1664,14 @@ void write_text(auto& model, const std::string& prompt, const std::optional<Toke
 // Reads prompts, one a line, and continues each, until the input ends. A prompt that cannot be read
 // does not end it.
 void converse(auto& model, const std::optional<Tokenizer>& tokenizer, SampleOptions options) {
+    const bool typed = ::isatty(STDIN_FILENO);
     std::fprintf(stderr, "[seed %llu; type a prompt; Ctrl-D ends]\n",
                  static_cast<unsigned long long>(options.seed));
     for (std::string prompt;; ++options.seed, prompt.clear()) {
-        if (::isatty(STDIN_FILENO)) std::fputs("> ", stderr);
+        if (typed) std::fputs("> ", stderr);
         int c;
         while ((c = std::getchar()) != EOF && c != '\n') prompt += char(c);
-        if (c == EOF && prompt.empty()) return;
+        if (c == EOF && prompt.empty()) return void(typed && std::fputs("\n", stderr));
         try {
             write_text(model, prompt, tokenizer, options);
         } catch (const Error& error) {

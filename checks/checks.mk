@@ -13,6 +13,10 @@ check: test
 	$(MAKE) test_show
 	$(MAKE) readme
 
+# What the commands print at 80 x 24 and 120 x 40, in build/screens. Needs tmux.
+screens: train_gpt
+	checks/screens.sh
+
 # Every command of README.md, in a fresh clone; what is skipped is listed with the reason.
 readme:
 	checks/readme.sh
@@ -153,4 +157,4 @@ count:
 	@awk '/^\/\/ What follows is plumbing/{exit} {t=$$0; sub(/^[ \t]+/,"",t); if(t!="" && t!~/^\/\//)k++} \
 	    END{printf "tinygpt.hpp, what a student reads: %d lines of code\n",k}' tinygpt.hpp
 	@cat checks/* .ci/run | awk '{t=$$0; sub(/^[ \t]+/,"",t); if(t!="" && t!~/^(\/\/|#[^i!])/)k++} END{printf "checks: %d lines of code\n",k}'
-.PHONY: check mpi_test test_show show_pictures readme tidy grammar valgrind plot portable test_emulator cuda_compiles kernel_table cuda_12 cuda_cards torture damaged fuzz fuzz_coverage test_hf nightly count
+.PHONY: screens check mpi_test test_show show_pictures readme tidy grammar valgrind plot portable test_emulator cuda_compiles kernel_table cuda_12 cuda_cards torture damaged fuzz fuzz_coverage test_hf nightly count
