@@ -23,6 +23,7 @@ needs() {
         "make gpt2"* | "make shakespeare"* | *shakespeare.conf) echo network ;;
         "make test" | "make test FILTER"* | "make torture"* | "make check"* | "make nightly"*) echo time ;;
         "make plot") echo gnuplot ;;
+        "make train_gpt_mpi") echo mpi ;;
         "make grammar") echo whole ;;
         "make train_gpt_cu" | "make test_gpt_cu"*) echo nvcc ;;
         "./train_gpt_cu" | "./train_gpt_cu "*) echo gpu ;;
@@ -32,6 +33,7 @@ reason() {
     case "$1" in
         network) echo "a network, and root for apt-get (WITH=network)" ;;
         time) echo "minutes; make check or make nightly has it (WITH=time)" ;;
+        mpi) echo "MPI" ;;
         gnuplot) echo "gnuplot" ;;
         whole) echo "the default run, not shortened (STEPS=all)" ;;
         nvcc) echo "the CUDA Toolkit" ;;
@@ -40,6 +42,7 @@ reason() {
 }
 has() {
     case "$1" in
+        mpi) command -v mpicxx > /dev/null ;;
         gnuplot) command -v gnuplot > /dev/null ;;
         whole) [ "$STEPS" = all ] ;;
         nvcc) command -v nvcc > /dev/null || [ -x /usr/local/cuda/bin/nvcc ] ;;
@@ -53,7 +56,7 @@ has() {
 filled_in() {
     local command
     command=$(sed 's|--init-from DIR|--init-from out/stories/best|; s|--data DIR|--data data/stories|
-                   s|--prompt TEXT|--prompt Once|' <<< "$1")
+                   s|--prompt TEXT|--prompt Once|; s|--output FILE|--output model.gguf|' <<< "$1")
     case "$command" in
         ./train_gpt | "./train_gpt --"* | "./train_gpt data/"* | "./train_gpt train"* | ./train_gpt_cu | "./train_gpt_cu --"*)
             [[ "$STEPS" == all || "$command" == *--help* ]] || command+=" --max-steps $STEPS" ;;
