@@ -2117,6 +2117,33 @@ TEST_CASE("ranks: 1, 2, 4 and 8 of them are one run, bit for bit, and may change
     CHECK(run(large, 2, 2, 0, 1) == run(large, 1, 2, 0, 1));
 }
 
+// Rank 1 makes a NaN where the others make a gradient.
+struct NanAtRankOne : Cpu {
+    void add_loss(auto... a) {
+        Cpu::add_loss(a...);
+        if (ranks->rank == 1) grads[7] = NAN;
+    }
+    float* grads = nullptr;
+};
+TEST_CASE("ranks: a NaN at one of them is seen by all, and reaches no weight") {
+    ThreadRanks::run(4, [](Ranks& ranks) {
+        Threads one(1);
+        NanAtRankOne device;
+        device.ranks = &ranks;
+        Gpt2<NanAtRankOne> model(Config{1, 2, 40, 8, 101}, device);
+        model.reserve(2, 5, Use::training);
+        model.initialise(1);
+        model.device.grads = model.grads;
+        const std::vector<float> before = model.get_weights();
+        const StepShare share{size_t(ranks.rank), 4, 40};
+        train_step(model, {random_batch(uint64_t(ranks.rank), 2, 5, 101)}, plain_steps(1e-2, 9), 0,
+                   share);
+        const bool seen = model.state->broken == 1 && model.state->skip == 1;
+        const bool kept = model.get_weights() == before;
+        CHECK((seen && kept));
+    });
+}
+
 TEST_CASE("training: nothing but the list's tensors has a gradient or a weight") {
     Threads one(1);
     Lively<float> model(Config{2, 3, 9, 7, 13, true, 0.1f}, 2, 7);

@@ -1435,8 +1435,10 @@ struct Ranks {
     int here = 1, rank_here = 0;    // the same, of those on this machine
     double seconds = 0, bytes = 0;  // spent on the calls below, and sent by them
     virtual ~Ranks() = default;
-    // Rank s sends the part from + r bytes to rank r, which finds it at to + s bytes.
+    // Starts that rank s sends the part from + r bytes to rank r, which finds it at to + s bytes.
     virtual void exchange(void* /*to*/, const void* /*from*/, size_t /*bytes*/) {}
+    // Whether the oldest exchange is done, and forgets it; with `wait`, waits for it.
+    virtual bool arrived(bool /*wait*/) { return true; }
     // array [rounds, count, bytes]: each rank has set its part of every round; sets the others.
     virtual void gather(void* /*array*/, size_t /*bytes*/, size_t /*rounds*/) {}
     // Sets data [bytes] to what it is at rank 0.
@@ -1519,6 +1521,7 @@ struct Layers {
     void exchange(auto* to, const auto* from, size_t count) {
         ranks->exchange(to, from, count * sizeof *to);
     }
+    bool arrived(bool wait) { return ranks->arrived(wait); }
     void gather(auto* array, size_t count, size_t rounds) {
         ranks->gather(array, count * sizeof *array, rounds);
     }
@@ -1639,6 +1642,7 @@ void take_buffers(Activations<Device>& a, Arena& arena, const Config& config, in
 //   2 ranks, 2 rounds    | rank 0 | rank 1 | rank 0 | rank 1 |    the last may end in padding
 struct Shares {
     static constexpr size_t kChunk = 1 << 14;  // of the sums in gradient_norm (§7)
+    static constexpr size_t kInFlight = 8;     // rounds that may be on their way at a time
     size_t size = 0, part = 0, rounds = 1, rank = 0, count = 1;
     Shares(size_t size, const Ranks& ranks)
         : size(size), part(size), rank(size_t(ranks.rank)), count(size_t(ranks.count)) {
@@ -1677,8 +1681,9 @@ struct Gpt2 {
     Gradient* grads = nullptr;
     std::vector<Gradient*> spares;  // more of them, for sums over micro-batches (§8)
     std::array<Real*, AdamW::kMoments.size()> moments{};
-    Gradient* received = nullptr;  // a round of parts, one from each rank
-    double* sums = nullptr;        // of squares, and each rank's loss
+    Gradient* received = nullptr;   // rounds of parts, one part from each rank
+    size_t started = 0, added = 0;  // rounds of this step: on their way, and added up
+    double* sums = nullptr;         // of squares, and each rank's loss
     StepState* state = nullptr;
     Parameters<Weight> w;    // weights by name
     Parameters<Gradient> g;  // grads by name
@@ -1721,7 +1726,7 @@ struct Gpt2 {
         for (Real*& moment : moments) zeros(moment, shares.own());
         point_into(g, grads, config, layout);
         if (shares.count == 1) return;
-        zeros(received, shares.count * shares.part);
+        zeros(received, Shares::kInFlight * shares.count * shares.part);
         zeros(sums, shares.room() / Shares::kChunk + shares.count);
     }
     // Makes so many spare arrays of gradients.
@@ -1888,9 +1893,10 @@ void forward(Gpt2<Device>& model, const Pass& pass) {
 // (The gradient of one weight by backward, and by moving that weight a little.)
 
 // Sets every parameter gradient, or adds to it where not pass.first; sets a.losses, not scaled.
-// Reads a.targets, a.order, and what forward of the same pass has kept.
+// Reads a.targets, a.order, and what forward of the same pass has kept. After each layer calls
+// on_final(i): in the flat array, the matrices from element i on have their gradients.
 template <class Device>
-void backward(Gpt2<Device>& model, const Pass& pass) {
+void backward(Gpt2<Device>& model, const Pass& pass, auto&& on_final) {
     const Config& config = model.config;
     Device& device = model.device;
     auto& a = model.a;
@@ -1936,11 +1942,17 @@ void backward(Gpt2<Device>& model, const Pass& pass) {
                                   a.dnarrow, a.dx, input_of(i), l.ln_1_mean, l.ln_1_rstd,
                                   p.ln_1_weight, rows, C, i > 0 ? pass.drop(3 * i) : Dropout{},
                                   add);
+        on_final(size_t(d.c_attn_weight - g.wte));
     }
     // embed_backward only adds, so both tables begin at 0; but a tied wte has the head's gradient.
     if (pass.first) device.zero(g.wpe, size_t(config.n_positions) * C);
     if (pass.first && config.untied_head) device.zero(g.wte, size_t(V) * C);
     device.embed_backward(g.wte, g.wpe, a.dx, a.inputs, a.order, B, T, C, pass.drop(0));
+}
+
+template <class Device>
+void backward(Gpt2<Device>& model, const Pass& pass) {
+    backward(model, pass, [](size_t) {});
 }
 
 // =================================================================================================
@@ -2204,17 +2216,42 @@ void add_over_ranks(Device& device, auto* parts, size_t count) {
         for (int r = 0; r + width < ranks; r += 2 * width)
             device.add(parts + r * count, parts + (r + width) * count, count);
 }
+// Exchanges the gradients of all ranks, a round at a time, and adds them up. They go in the order in
+// which backward makes them: from the last matrix to the first, then what does not decay. Those below
+// `final` may not go yet; at the end it is 0, and this returns when all rounds are added.
+template <class Device>
+void exchange_gradients(Gpt2<Device>& model, size_t final) {
+    Device& device = model.device;
+    const Shares& s = model.shares;
+    const size_t round = s.count * s.part, matrices = model.layout.decayed / round;
+    auto at = [&](size_t i) { return (i < matrices ? matrices - 1 - i : i) * round; };
+    auto buffer = [&](size_t i) { return model.received + i % Shares::kInFlight * round; };
+    while (model.added < s.rounds) {
+        const size_t i = model.started;
+        const bool ready = i < s.rounds && (final == 0 || (i < matrices && at(i) >= final));
+        if (ready && i < model.added + Shares::kInFlight) {
+            device.exchange(buffer(i), model.grads + at(i), s.part);
+            ++model.started;
+            continue;
+        }
+        if (model.added == model.started || !device.arrived(final == 0)) return;
+        add_over_ranks(device, buffer(model.added), s.part);
+        device.copy(model.grads + at(model.added) + s.rank * s.part, buffer(model.added), s.part);
+        ++model.added;
+    }
+}
+// Does so while backward goes on, if nothing else will be added to the gradients of this rank.
+template <class Device>
+void exchange_early(Gpt2<Device>& model, const Pass& pass, size_t final) {
+    if (model.shares.count > 1 && pass.last && pass.into == 0) exchange_gradients(model, final);
+}
 // Sets this rank's parts of grads to their sum over all ranks, and the state's loss and norm.
 template <class Device>
 void sum_over_ranks(Gpt2<Device>& model) {
     Device& device = model.device;
     const Shares& s = model.shares;
-    for (size_t t = 0; t < s.rounds; ++t) {
-        const size_t round = t * s.count * s.part;
-        device.exchange(model.received, model.grads + round, s.part);
-        add_over_ranks(device, model.received, s.part);
-        device.copy(model.grads + round + s.rank * s.part, model.received, s.part);
-    }
+    exchange_gradients(model, 0);
+    model.started = model.added = 0;
     s.for_each([&](size_t, size_t at, size_t n) {
         device.square_sums(model.sums + at / Shares::kChunk, model.grads + at, n);
     });
@@ -2260,7 +2297,7 @@ void train_step(Gpt2<Device>& model, const std::vector<Batch>& micro_batches, co
         model.make_spares(pass.into);
         model.device.replay(pass, o, [&] {
             forward(model, pass);
-            backward(model, pass);
+            backward(model, pass, [&](size_t final) { exchange_early(model, pass, final); });
             add_up(model, pass);
             if (pass.last) update(model, o);
         });
@@ -4871,26 +4908,20 @@ auto arrays_of(Gpt2<Device>& model, Contents contents) {
     return list;
 }
 
-// Makes the arrays of a checkpoint whole, one after the other, where ranks share them out. All ranks
-// take part to the end, even where writing fails: rank 0 alone writes.
+// Makes the arrays of a checkpoint whole, in their order, where ranks share them out. All ranks take
+// part to the end, even where writing fails; only rank 0 writes.
 template <class Device>
 struct WholeArrays {
     using Real = typename Device::Real;
     Gpt2<Device>& model;
-    std::vector<Real*> left;  // the next is the last
-    Real* last = nullptr;
+    std::vector<Real*> arrays;
+    size_t made = 0;
     const Real* now = nullptr;
-    WholeArrays(Gpt2<Device>& model, Purpose purpose) : model(model) {
-        if (purpose == Purpose::resume) left.assign(model.moments.rbegin(), model.moments.rend());
-        left.push_back(model.masters);
-    }
-    WholeArrays(const WholeArrays&) = delete;
     ~WholeArrays() {
-        while (!left.empty()) make_next();
+        if (made < arrays.size()) get(arrays.back());
     }
-    void make_next() { last = left.back(), left.pop_back(), now = model.whole(last); }
     const Real* get(Real* array) {
-        while (array != last) make_next();
+        while (made == 0 || arrays[made - 1] != array) now = model.whole(arrays[made++]);
         return now;
     }
 };
@@ -4948,7 +4979,9 @@ inline void replace_folder(const std::string& temporary, const std::string& fold
 template <class Device>
 void save_checkpoint(Gpt2<Device>& model, const std::string& folder, const Tokenizer* tokenizer,
                      const TrainerState& state, Purpose purpose) {
-    WholeArrays<Device> whole(model, purpose);
+    WholeArrays<Device> whole{model, {model.masters}};
+    if (purpose == Purpose::resume)
+        whole.arrays.insert(whole.arrays.end(), model.moments.begin(), model.moments.end());
     if (model.device.ranks->rank != 0) return;
     const std::string temporary = folder + ".tmp";
     if (folder_exists(temporary)) remove_folder(temporary);

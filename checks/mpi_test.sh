@@ -4,7 +4,7 @@
 set -eu
 BUILD=$(readlink -f "$1") CUDA_MPI=${2:-} CUDA=${3:-}
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMP_WAIT_POLICY=passive
-export OMPI_MCA_mpi_yield_when_idle=1 OMPI_MCA_btl_vader_single_copy_mechanism=none
+export NO_COLOR=1 OMPI_MCA_mpi_yield_when_idle=1 OMPI_MCA_btl_vader_single_copy_mechanism=none
 T=$(mktemp -d) && trap 'rm -rf "$T"' EXIT
 failed=0
 bad() { echo "FAILED: $*"; failed=1; }
@@ -19,7 +19,7 @@ mkdir "$T/data" && cp "$T"/d4/{*.json,merges.txt} "$T/data/"
 for i in 1 2 3; do cp "$T/d$i/train_000001.bin" "$T/data/train_00000$i.bin"; done
 cp "$T/d4/train_000001.bin" "$T/data/val_000000.bin"
 
-SMALL="--data $T/data --n-layer 2 --n-head 4 --n-embd 48 --n-positions 64 --batch-size 6 --grad-accum-steps 8
+SMALL="--data $T/data --n-layer 2 --n-head 4 --n-embd 48 --n-positions 48 --batch-size 4 --grad-accum-steps 8
     --dropout 0.1 --eval-batches 3 --sample-interval 0 --warmup-steps 5 --keep 99 --patience 9 --threads 1"
 A="$SMALL --max-steps 40 --eval-interval 20 --save-interval 20"
 
@@ -44,7 +44,7 @@ for n in 1 2 4 8; do mpi $n "$BUILD/train_gpt_mpi" $A --output "$T/n$n" > "$T/lo
 mpi 2 "$BUILD/train_gpt_mpi" $A --threads 2 --output "$T/t2" > "$T/log" && same one t2 40 "2 ranks of 2 threads"
 
 # Another number of ranks at every resume. A signal to one rank stops, and saves, all.
-one_rank() { pgrep -f "^$BUILD/train_gpt_mpi.*$T/$1\>" | sed -n "$2p"; }
+one_rank() { pgrep -f "^[^ ]*/train_gpt_mpi .*$T/$1( |\$)" | sed -n "$2p"; }
 rows() { wc -l 2> /dev/null < "$T/$1/log.csv" || echo 0; }
 until_row() { for _ in $(seq 3000); do [ "$(rows "$1")" -gt "$2" ] && return; sleep 0.01; done; }
 row=8
@@ -90,7 +90,7 @@ says "a rank that hangs" x "rank [01] on .* has not answered for 2 seconds" "$T/
 # mpirun is told to end.
 mpi 2 "$BUILD/train_gpt_mpi" $A --max-steps 4000 --output "$T/term" > "$T/log" 2>&1 & pid=$!
 until_row term 5
-pkill -TERM -P $pid mpirun
+kill -TERM "$(pgrep -f "^mpirun .*--output $T/term\$")"
 status=0; wait $pid || status=$?
 step=$(ls "$T/term" | sed -n 's/checkpoint-//p' | sort -n | tail -1)
 [ "$(rows term)" = $((${step:-0} + 2)) ] || bad "SIGTERM to mpirun: checkpoint $step, $(rows term) rows"
