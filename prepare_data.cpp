@@ -1430,6 +1430,7 @@ inline void run_prepare_data(const std::vector<std::string>& arguments) {
 #ifndef PREPARE_DATA_NO_MAIN
 int main(int argc, char** argv) {
     ::signal(SIGXFSZ, SIG_IGN);  // a file that may not grow is then an error message
+    tinygpt::use_all_cores();
     try {
         tinygpt::run_prepare_data({argv + 1, argv + argc});
         return 0;

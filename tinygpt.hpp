@@ -64,8 +64,14 @@
 #include <sys/ioctl.h>  // TIOCGWINSZ: how wide the terminal is
 #include <sys/mman.h>   // madvise: large pages
 #include <sys/stat.h>
-#include <sys/syscall.h>  // arch_prctl: asking for the matrix unit
-#include <unistd.h>       // pread, fsync
+#include <unistd.h>  // pread, fsync
+#ifdef __APPLE__
+#include <mach-o/dyld.h>  // _NSGetExecutablePath
+#include <xlocale.h>
+#else
+#include <sys/auxv.h>     // getauxval: what an ARM CPU can do
+#include <sys/syscall.h>  // calls that a C library may lack
+#endif
 
 #include <algorithm>
 #include <array>
@@ -75,6 +81,7 @@
 #include <cerrno>
 #include <charconv>
 #include <chrono>
+#include <clocale>
 #include <cmath>
 #include <compare>
 #include <concepts>
@@ -135,8 +142,23 @@ struct Error : std::runtime_error {
     Error(int status, const std::string& message) : std::runtime_error(message), status(status) {}
 };
 
+// Until the end of the scope, this thread's decimal point is a dot, whatever locale the program that
+// includes this header has chosen.
+class DotForDecimals {
+    locale_t chosen_;
+
+public:
+    DotForDecimals() {
+        static const locale_t plain = ::newlocale(LC_ALL_MASK, "C", nullptr);
+        chosen_ = ::uselocale(plain);
+    }
+    DotForDecimals(const DotForDecimals&) = delete;
+    ~DotForDecimals() { ::uselocale(chosen_); }
+};
+
 // printf into a string: format("%d of %s", 3, "x") is "3 of x".
 [[gnu::format(printf, 1, 2)]] inline std::string format(const char* pattern, ...) {
+    const DotForDecimals dot;
     va_list args, again;
     va_start(args, pattern);
     va_copy(again, args);
@@ -145,6 +167,28 @@ struct Error : std::runtime_error {
     va_end(args);
     va_end(again);
     return out;
+}
+
+// The number that the whole text is; none where it is no number of that type. Strict: no blanks, no
+// "+5", no hexadecimal, no infinity or NaN; an integer has digits only. Why not from_chars for both:
+// Apple's library has none for double.
+template <class Number>
+std::optional<Number> number_of(const std::string& text) {
+    if constexpr (std::is_integral_v<Number>) {
+        Number n{};
+        const char* end = text.data() + text.size();
+        const auto [stop, error] = std::from_chars(text.data(), end, n);
+        return error == std::errc() && stop == end ? std::optional(n) : std::nullopt;
+    } else {
+        const DotForDecimals dot;
+        const bool plain = text.find_first_not_of("0123456789+-.eE") == text.npos;
+        char* stop = nullptr;
+        errno = 0;
+        const Number n = std::strtod(text.c_str(), &stop);
+        const bool fits = !std::isinf(n) && (n != 0 || errno != ERANGE);
+        if (!plain || !fits || text.empty() || text[0] == '+' || *stop) return {};
+        return n;
+    }
 }
 
 // Text and numbers joined: to_text("expected ", 3, ", found ", name).
@@ -1366,6 +1410,8 @@ void head_forward_backward(const Ops& ops, real* losses, real* dx, real* dw, rea
 
 // --- Memory
 
+inline void use_large_pages(void* start, size_t bytes);  // §11
+
 // Uninitialised memory for count elements, aligned to 64 bytes. Large arrays get large pages: fewer
 // TLB misses when §10 jumps from row to row.
 template <class T>
@@ -1377,9 +1423,7 @@ T* allocate(size_t count) {
     void* pointer = std::aligned_alloc(unit, bytes);
     if (!pointer)
         fail("out of memory: ", format("%.2f", double(bytes) / 1e9), " GB more were needed");
-#ifdef MADV_HUGEPAGE
-    if (unit == large_page) ::madvise(pointer, bytes, MADV_HUGEPAGE);
-#endif
+    if (unit == large_page) use_large_pages(pointer, bytes);
     return static_cast<T*>(pointer);
 }
 
@@ -3255,13 +3299,90 @@ struct Cpu : Layers<float, FastOps> {
 };
 
 // =================================================================================================
-// §11 Files and JSON
+// §11 Systems, files and JSON
 // =================================================================================================
-// What you have now: a model that trains, in memory. Here is how files are read and written, and
-// two formats of text: UTF-8 and JSON.
+// What you have now: a model that trains, in memory. Here is what the machine and its system decide,
+// how files are read and written, and two formats of text: UTF-8 and JSON.
 //
 // A file must survive a kill, a full disk and a power cut. So it is written in full under another
 // name and then renamed, and no call goes unchecked.
+
+// --- What differs between systems: Linux with glibc or musl, macOS; x86-64, ARM
+
+// Ends the program where this CPU lacks instructions that the compiler was free to use, and says
+// which. Careful: it runs before any of them can, so before the initialisers of globals (101 is the
+// first priority that a program may use), and is compiled without them itself.
+#define TINYGPT_TEXT_OF(macro) #macro  // "1" for a macro that is defined as 1
+#define TINYGPT_NEEDS(macro, name, is_there)             \
+    if (TINYGPT_TEXT_OF(macro)[0] == '1' && !(is_there)) \
+    std::fputs(missing++ ? " " name : "error: this program was built for a CPU with " name, stderr)
+#define TINYGPT_X86(macro, name) TINYGPT_NEEDS(macro, name, __builtin_cpu_supports(name))
+#ifdef __x86_64__
+__attribute__((target("no-sse3,no-bmi,no-bmi2,no-movbe,no-lzcnt,no-popcnt")))
+#endif
+__attribute__((constructor(101))) static void
+check_cpu() {
+    int missing = 0;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    TINYGPT_X86(__SSE4_2__, "sse4.2");
+    TINYGPT_X86(__SSE4A__, "sse4a");
+    TINYGPT_X86(__AVX2__, "avx2");
+    TINYGPT_X86(__FMA__, "fma");
+    TINYGPT_X86(__BMI2__, "bmi2");
+    TINYGPT_X86(__AVX512F__, "avx512f");
+    TINYGPT_X86(__AVX512BW__, "avx512bw");
+    TINYGPT_X86(__AVX512VL__, "avx512vl");
+    TINYGPT_X86(__AVX512VNNI__, "avx512vnni");
+    TINYGPT_X86(__AVX512VBMI2__, "avx512vbmi2");
+    TINYGPT_X86(__AVX512BF16__, "avx512bf16");
+#elif defined(__aarch64__) && defined(__linux__)
+    TINYGPT_NEEDS(__ARM_FEATURE_ATOMICS, "lse", ::getauxval(AT_HWCAP) & HWCAP_ATOMICS);
+    TINYGPT_NEEDS(__ARM_FEATURE_DOTPROD, "dotprod", ::getauxval(AT_HWCAP) & HWCAP_ASIMDDP);
+    TINYGPT_NEEDS(__ARM_FEATURE_SVE, "sve", ::getauxval(AT_HWCAP) & HWCAP_SVE);
+    TINYGPT_NEEDS(__ARM_FEATURE_BF16, "bf16", ::getauxval(AT_HWCAP2) & HWCAP2_BF16);
+#endif
+    if (missing == 0) return;
+    std::fputs(
+        ", which this one lacks: build it here (make clean, then make as before), or for every CPU "
+        "of the kind (MARCH=x86-64 behind make; on ARM MARCH=armv8-a)\n",
+        stderr);
+    ::_exit(1);
+}
+
+// Has a large array mapped in pages of 2 MB, where the system can.
+inline void use_large_pages([[maybe_unused]] void* start, [[maybe_unused]] size_t bytes) {
+#ifdef MADV_HUGEPAGE
+    ::madvise(start, bytes, MADV_HUGEPAGE);
+#endif
+}
+// 0 when the file is on the disk. On macOS, fsync leaves it in the disk's own memory.
+inline int sync_file(int fd) {
+#ifdef F_FULLFSYNC
+    if (::fcntl(fd, F_FULLFSYNC) == 0) return 0;
+#endif
+    return ::fsync(fd);
+}
+// Lets two folders change places in one step; false where the file system cannot.
+inline bool exchange_folders(const std::string& a, const std::string& b) {
+#if defined(__APPLE__)
+    return ::renamex_np(a.c_str(), b.c_str(), RENAME_SWAP) == 0;
+#elif defined(RENAME_EXCHANGE)
+    return ::renameat2(AT_FDCWD, a.c_str(), AT_FDCWD, b.c_str(), RENAME_EXCHANGE) == 0;
+#else  // musl
+    return ::syscall(SYS_renameat2, AT_FDCWD, a.c_str(), AT_FDCWD, b.c_str(), 2) == 0;
+#endif
+}
+// The path of the running program; empty where it cannot be found.
+inline std::string own_program() {
+    char path[4096] = {};
+#ifdef __APPLE__
+    uint32_t bytes = sizeof path;
+    return ::_NSGetExecutablePath(path, &bytes) == 0 ? path : "";
+#else
+    return ::readlink("/proc/self/exe", path, sizeof path - 1) > 0 ? path : "";
+#endif
+}
 
 // --- Files and folders
 // Writes all the bytes. One call may be interrupted by a signal (EINTR) or come up short; the next
@@ -3310,26 +3431,22 @@ inline std::vector<std::string> list_folder(const std::string& path) {
     return names;
 }
 
-// The whole file. More than max_bytes is an error before it is read. A pipe's length is not known,
-// so the buffer grows.
+// The whole file; more than max_bytes is an error. A pipe's length is not known, so the buffer grows.
 inline std::string read_file(const std::string& path, size_t max_bytes = SIZE_MAX) {
     const FileHandle file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
     struct stat info;
     if (file.fd < 0 || ::fstat(file.fd, &info) != 0) fail_errno("cannot read ", path);
-    const size_t expected = S_ISREG(info.st_mode) ? size_t(info.st_size) : 0;
     std::string bytes;
-    size_t used = 0;
-    for (ssize_t got = 1; got != 0;) {
-        if (std::max(used, expected) > max_bytes)
+    for (size_t used = 0, more = S_ISREG(info.st_mode) ? size_t(info.st_size) : 0;;) {
+        if (std::max(used, more) > max_bytes)
             fail(path, ": expected at most ", max_bytes, " bytes, found more");
         // One more than expected: then the read that finds the end needs no larger buffer.
-        if (used == bytes.size()) bytes.resize(std::max(expected + 1, 2 * used + 4096));
-        got = ::read(file.fd, bytes.data() + used, bytes.size() - used);
+        if (used == bytes.size()) bytes.resize(std::max(more + 1, 2 * used + 4096));
+        const ssize_t got = ::read(file.fd, bytes.data() + used, bytes.size() - used);
         if (got < 0 && errno != EINTR) fail_errno("cannot read ", path);
+        if (got == 0) return bytes.resize(used), bytes;
         used += size_t(std::max<ssize_t>(got, 0));
     }
-    bytes.resize(used);
-    return bytes;
 }
 
 // What a file with this beginning is, and what to do about it; "" where it may be what was expected.
@@ -3370,7 +3487,7 @@ inline std::vector<std::string> split_at(std::string_view text, char separator) 
 inline void sync_folder(const std::string& path) {
     const FileHandle folder(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
     if (folder.fd < 0) fail_errno("cannot open folder ", path);
-    const bool synced = ::fsync(folder.fd) == 0;
+    const bool synced = sync_file(folder.fd) == 0;
     if (!synced && errno != EINVAL && errno != ENOTSUP) fail_errno("cannot sync folder ", path);
 }
 
@@ -3451,7 +3568,7 @@ public:
     }
     // Careful: a disk may report here, and only here, that an earlier write was lost.
     void commit() {
-        if (::fsync(file_.fd) != 0) fail_errno("cannot write (fsync) ", path_);
+        if (sync_file(file_.fd) != 0) fail_errno("cannot write (fsync) ", path_);
         rename_path(temporary_, path_);
         ::close(std::exchange(file_.fd, -1));
     }
@@ -3461,6 +3578,56 @@ inline void write_file(const std::string& path, std::string_view bytes) {
     FileWriter writer(path);
     writer.write(bytes.data(), bytes.size());
     writer.commit();
+}
+
+// --- What containers leave of the machine
+// Linux keeps processes in control groups, one inside the other, and each may have limits. A group is
+// a folder under /sys/fs/cgroup; in version 1 of the interface it is one for each resource.
+//                          version 2                   version 1
+//     /proc/self/cgroup    0::/box/run                 4:memory:/box/run
+//     cores                cpu.max: 150000 100000      cpu.cfs_quota_us, cpu.cfs_period_us
+//     memory               memory.max, .current        memory.limit_in_bytes, .usage_in_bytes
+
+// What a file says; empty where there is none, or none that may be read.
+inline std::string text_if_any(const std::string& path) {
+    return ::access(path.c_str(), R_OK) == 0 ? read_file(path) : "";
+}
+// The two numbers behind `name` in a text; 0 where there are none ("max" is none).
+inline std::array<double, 2> numbers_behind(const std::string& text, std::string_view name = "") {
+    std::array<double, 2> numbers{};
+    const size_t at = text.find(name);
+    if (at != text.npos) std::sscanf(&text[at + name.size()], "%lf %lf", &numbers[0], &numbers[1]);
+    return numbers;
+}
+// What the files of these names say, joined, in each control group of this process.
+inline std::vector<std::string> of_groups(const std::string& root, auto... names) {
+    std::vector<std::string> texts;
+    for (const std::string& line : split_at(text_if_any(root + "/proc/self/cgroup"), '\n')) {
+        const std::vector<std::string> parts = split_at(line, ':');  // number, resources, path
+        if (parts.size() != 3) continue;
+        for (std::string path = parts[2];; path = parent_folder(path)) {
+            const std::string folder = root + "/sys/fs/cgroup/" + parts[1] + path + "/";
+            texts.push_back(to_text(text_if_any(folder + names)...));
+            if (path.size() < 2) break;
+        }
+    }
+    return texts;
+}
+// The cores that the threads of this process can keep busy, at least 1; one and a half count as two.
+// The root is another one in tests.
+inline int usable_cores(const std::string& root = "") {
+    double cores = omp_get_num_procs();
+    for (const std::string& limit :
+         of_groups(root, "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us")) {
+        const auto [quota, period] = numbers_behind(limit);
+        if (quota > 0 && period > 0) cores = std::min(cores, std::ceil(quota / period));
+    }
+    return int(cores);
+}
+
+// As many threads as that from now on, unless OMP_NUM_THREADS says how many.
+inline void use_all_cores() {
+    if (!std::getenv("OMP_NUM_THREADS")) omp_set_num_threads(usable_cores());
 }
 
 // A 64-bit checksum, 16 hexadecimal digits, at the speed of memory; against accidents, not attackers.
@@ -3611,11 +3778,7 @@ struct Json {
     // The number as int64_t or double; none where it is no such: 1.0 and 1e3 are no integers.
     template <class Number>
     std::optional<Number> as() const {
-        Number n{};
-        const char* end = text.data() + text.size();
-        const auto [stop, error] = std::from_chars(text.data(), end, n);
-        if (kind != Kind::number || error != std::errc() || stop != end) return std::nullopt;
-        return n;
+        return kind == Kind::number ? number_of<Number>(text) : std::nullopt;
     }
 
     // Sets a member, where it was or at the end. Careful: looks through all of them.
@@ -3718,7 +3881,7 @@ struct JsonParser {
     }
 
     // number: -? (0 | digits) (. digits)? ([eE] [+-]? digits)?
-    // Careful: from_chars alone would take "01", "1." and "inf". So the grammar comes first.
+    // Careful: number_of alone would take "01" and "1.". So the grammar comes first.
     Json number() {
         const size_t start = at;
         accept("-");
@@ -4689,7 +4852,8 @@ inline Json hf_config(const Config& model, int64_t end_of_text) {
     json.set("activation_function", "gelu_new").set("scale_attn_weights", true);
     json.set("layer_norm_epsilon", model.layer_norm_epsilon).set("initializer_range", 0.02);
     for (const char* key : {"resid_pdrop", "embd_pdrop", "attn_pdrop"})
-        json.set(key, std::stod(format("%.6g", double(model.dropout))));  // as it was typed
+        json.set(key,
+                 *number_of<double>(format("%.6g", double(model.dropout))));  // as it was typed
     json.set("tie_word_embeddings", !model.untied_head);
     json.set("bos_token_id", end).set("eos_token_id", end).set("torch_dtype", "float32");
     return json;
@@ -4957,7 +5121,7 @@ inline void move_folder(const std::string& from, const std::string& to) {
 // Why not rename alone: it replaces a file, but no folder that has something in it.
 inline void replace_folder(const std::string& temporary, const std::string& folder) {
     if (!folder_exists(folder)) return rename_path(temporary, folder);
-    if (::renameat2(AT_FDCWD, temporary.c_str(), AT_FDCWD, folder.c_str(), RENAME_EXCHANGE) == 0) {
+    if (exchange_folders(temporary, folder)) {
         sync_folder(parent_folder(folder));
         return remove_folder(temporary);
     }
@@ -5274,7 +5438,7 @@ public:
     }
     // Fails unless all text is on the disk.
     void sync() {
-        if (!flush() || ::fsync(file_.fd) != 0) fail_errno("cannot write ", path_);
+        if (!flush() || sync_file(file_.fd) != 0) fail_errno("cannot write ", path_);
     }
 
 private:
@@ -5349,6 +5513,7 @@ inline std::string log_text(const std::vector<LogRow>& rows) {
 }
 // The rows up to step `last`, without damaged lines and half a line that a crash left at the end.
 inline std::vector<LogRow> read_log(const std::string& path, int64_t last) {
+    const DotForDecimals dot;
     std::vector<LogRow> rows;
     const std::string text = file_exists(path) ? read_file(path) : "";
     double before = -1;
@@ -5396,7 +5561,7 @@ constexpr int64_t kNoLimit = 1'000'000'000'000;
 // "step 50/2500", "loss 4.3021", ...: what matters most comes first.
 inline std::vector<std::string> live_line(const LogRow& row, int64_t steps, double seconds_left) {
     std::vector<std::string> parts = {format("step %.0f", *row.step)};
-    if (steps < kNoLimit) parts[0] += format("/%ld", steps);
+    if (steps < kNoLimit) parts[0] += format("/%ld", long(steps));
     if (row.train_loss) parts.push_back(format("loss %.4f", *row.train_loss));
     if (row.val_loss) parts.push_back(format("val %.4f", *row.val_loss));
     if (row.train_loss) parts.push_back(duration_text(seconds_left) + " left");
@@ -5972,8 +6137,8 @@ private:
         if (order_.epoch(state_.samples) == epoch) return title;
         const double mean = state_.epoch_loss / double(std::max<int64_t>(1, state_.epoch_steps));
         if (order_.blocks_per_epoch() >= 10 * rows_per_step())
-            title = format("epoch %ld ends at step %ld: mean train loss %.4f", epoch + 1,
-                           state_.step, mean);
+            title = format("epoch %ld ends at step %ld: mean train loss %.4f", long(epoch + 1),
+                           long(state_.step), mean);
         state_.epoch_loss = 0, state_.epoch_steps = 0;
         return title;
     }
@@ -6053,7 +6218,10 @@ struct Range {
     std::string text;
     double low = 0, high = 0;  // of a number
 
-    Range(const char* text) : text(text) { std::sscanf(text, "%*c%lf, %lf", &low, &high); }
+    Range(const char* text) : text(text) {
+        const DotForDecimals dot;
+        std::sscanf(text, "%*c%lf, %lf", &low, &high);
+    }
     bool is_number() const { return text[0] == '[' || text[0] == '('; }
     bool is_text() const { return std::isupper(text[0]); }
     std::vector<std::string> words() const { return split_at(text, '|'); }
@@ -6117,7 +6285,7 @@ inline std::string value_text(const Option& option) {
 // False for an empty text and for a number outside the option's range: both mean "not set".
 inline bool is_set(const Option& option) {
     const std::string text = value_text(option);
-    return option.range.is_number() ? option.range.contains(std::strtod(text.c_str(), nullptr))
+    return option.range.is_number() ? option.range.contains(number_of<double>(text).value_or(NAN))
                                     : !text.empty();
 }
 
@@ -6135,16 +6303,13 @@ inline bool is_set(const Option& option) {
                                       : "");
 }
 
-// The number that the whole text is. Strict: no blanks, no "+5", no hexadecimal, no infinity or
-// NaN, nothing that does not fit the type; a whole number has digits only.
+// The number that the whole text is, within the option's range.
 template <class T>
 T parse_number(const Option& option, const std::string& text) {
-    T value{};
-    const char* end = text.data() + text.size();
-    const auto [stop, error] = std::from_chars(text.data(), end, value);
-    if (stop != end || error != std::errc() || !option.range.contains(double(value)))
+    const std::optional<T> value = number_of<T>(text);
+    if (!value || !option.range.contains(double(*value)))
         fail_value(option, std::is_integral_v<T> ? "a whole number " : "a number ", text);
-    return value;
+    return *value;
 }
 
 // An option and a value for it that was checked; set() stores it. Why in two steps: the command

@@ -552,7 +552,8 @@ inline std::string draw_curve(const Curve& train, const Curve& val, double floor
         out += rows[size_t(r)].substr(0, rows[size_t(r)].find_last_not_of(' ') + 1) + "\n";
     }
     out += "         +" + std::string(width, '-') + "\n";
-    out += format("          0%*ld\n", width - 1, last) + "          loss over steps: . train";
+    out +=
+        format("          0%*ld\n", width - 1, long(last)) + "          loss over steps: . train";
     out += val.empty() ? "" : "   o validation";
     return out + (std::isfinite(floor) ? format("   --- floor %.4f\n", floor) : "\n");
 }
@@ -580,7 +581,7 @@ inline std::string verdict(int64_t steps, const Curve& train, const Curve& val) 
     auto change = [&](const char* name, double loss, const CurvePoint& before) {
         const double by = percent(loss, before.loss);
         return format("%s loss %s %.1f %% since step %ld", name, by < 0 ? "fell" : "rose",
-                      std::abs(by), before.step);
+                      std::abs(by), long(before.step));
     };
     auto word = [&](double loss, const CurvePoint& before, const char* rising) {
         const double by = percent(loss, before.loss);
@@ -602,7 +603,7 @@ inline std::string verdict(int64_t steps, const Curve& train, const Curve& val) 
         const CurvePoint then = curve_at(train, std::max(window, double(best.step)), window);
         return (learned < then.loss ? "overfitting: " : "worse: ") +
                format("validation loss is %.1f %% above its best, of step %ld;\n",
-                      percent(last, best.loss), best.step) +
+                      percent(last, best.loss), long(best.step)) +
                change("training", learned, then);
     }
     auto nearer = [&](const CurvePoint& a, const CurvePoint& b) {
@@ -632,11 +633,11 @@ void report(const Options& o, const Corpus& corpus, Trainer<Device>& trainer, En
     const char* why = end == End::plateau       ? "stopped early: no progress (--patience)"
                       : end == End::out_of_time ? "time is up (--max-minutes)"
                                                 : "done";
-    std::printf("\n%s: %ld steps in %s\n\n%s\n", why, state.step,
+    std::printf("\n%s: %ld steps in %s\n\n%s\n", why, long(state.step),
                 duration_text(state.seconds).c_str(), draw_curve(train, val, corpus.floor).c_str());
 
-    std::string losses =
-        format("%.4f, best %.4f at step %ld", state.val_loss, state.best_loss, state.best_step);
+    std::string losses = format("%.4f, best %.4f at step %ld", state.val_loss, state.best_loss,
+                                long(state.best_step));
     if (std::isfinite(corpus.floor))
         losses += format("; %.1f %% above the floor, %.4f",
                          100 * (state.val_loss / corpus.floor - 1), corpus.floor);
@@ -1364,7 +1365,7 @@ int train_command(Device device, const Options& given) {
     if (ranks.count > 1) check_same_ranks(ranks, rank_lines(o, corpus));
     if (same_run && start.state.finished) {
         std::printf("%s is finished: %ld steps. Nothing to do\n", o.output.c_str(),
-                    start.state.step);
+                    long(start.state.step));
         return 0;
     }
     // Does it fit into memory, and can all be read that it begins with?
@@ -1402,7 +1403,7 @@ int train_command(Device device, const Options& given) {
         const bool saved = !checkpoint_steps(o.output).empty();
         std::printf("\ninterrupted%s\n",
                     saved ? format(": saved at step %ld; go on with --resume auto",
-                                   trainer.state().step)
+                                   long(trainer.state().step))
                                 .c_str()
                           : " before the first step: there was nothing to save");
         return 130;
@@ -1545,7 +1546,7 @@ int hellaswag_command(auto device, const Options& o, const Config& config) {
         for (size_t j = i; j < std::min(i + answers.size(), examples.size()); ++j)
             right += answers[j - i] == examples[j].label;
     }
-    say("hellaswag", format("%ld of %zu right: accuracy %.4f", right, examples.size(),
+    say("hellaswag", format("%ld of %zu right: accuracy %.4f", long(right), examples.size(),
                             right / double(std::max<size_t>(1, examples.size()))));
     return 0;
 }
@@ -1650,8 +1651,8 @@ void write_text(auto& model, const std::string& prompt, const std::optional<Toke
         return ++count, !std::ferror(stdout);
     });
     show(take_characters(bytes, true) + "\n");
-    std::string note =
-        format("[%zu tokens read in %.2f s, %ld written", tokens.size(), first - begin, count);
+    std::string note = format("[%zu tokens read in %.2f s, %ld written", tokens.size(),
+                              first - begin, long(count));
     if (count > 1) note += format(", %.1f a second", double(count - 1) / (now_seconds() - first));
     note += "]\n";
     if (slides)
@@ -2286,7 +2287,7 @@ constexpr char kBase64[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz
 
 // Seven digits: what a page needs of a double.
 inline Json rounded(double x) {
-    return std::isfinite(x) ? Json(std::strtod(format("%.7g", x).c_str(), nullptr)) : Json();
+    return std::isfinite(x) ? Json(*number_of<double>(format("%.7g", x))) : Json();
 }
 
 // The bits of some bytes, six at a time, as text (RFC 4648, without the padding at the end).
@@ -2773,11 +2774,8 @@ inline void wait_politely(char** argv) {
         return;
     ::setenv("GOMP_SPINCOUNT", "10000", 0);  // libgomp: about 30 microseconds
     ::setenv("KMP_BLOCKTIME", "0", 0);       // libomp: milliseconds
-    char self[4096];
-    const ssize_t length = ::readlink("/proc/self/exe", self, sizeof self - 1);
-    if (length <= 0) return;  // run as it is
-    self[length] = 0;
-    ::execv(self, argv);
+    const std::string self = own_program();
+    if (!self.empty()) ::execv(self.c_str(), argv);  // if that fails, it runs as it is
 }
 
 // --- Ranks of MPI: mpirun starts them
@@ -2962,6 +2960,10 @@ int program(int argc, char** argv, const char* name, auto&& run) {
         if (options.version) return std::printf("%s", version_text().c_str()), 0;
         if (options.quiet && !std::freopen("/dev/null", "w", stdout)) fail_errno("/dev/null");
         if (options.threads > 0) omp_set_num_threads(options.threads);
+        const int threads = omp_get_max_threads(), cores = usable_cores();
+        if (threads > cores)
+            warn(to_text(threads, " threads share ", cores, cores == 1 ? " core" : " cores",
+                         ", which is slow: use --threads ", cores));
         const int status = run(options);
         // What a run makes is in its folder; what other commands make must have been printed.
         const bool printed = std::fflush(stdout) == 0 && !std::ferror(stdout);
@@ -3039,6 +3041,24 @@ inline double on_all_threads(double (*f)()) {
     return total;
 }
 
+// Bytes that this process could use without swapping: what the system calls available (or all, where
+// it does not say), within the limits of its control groups. Copies of files (inactive_file) make
+// room when it is needed. The root is another one in tests.
+inline size_t usable_memory(const std::string& root = "") {
+    double bytes = 1024 * numbers_behind(text_if_any(root + "/proc/meminfo"), "MemAvailable:")[0];
+    if (bytes == 0) bytes = double(::sysconf(_SC_PHYS_PAGES)) * double(::sysconf(_SC_PAGESIZE));
+    const auto limits = of_groups(root, "memory.max", "memory.limit_in_bytes");
+    const auto used = of_groups(root, "memory.current", "memory.usage_in_bytes");
+    const auto details = of_groups(root, "memory.stat");
+    for (size_t i = 0; i < limits.size(); ++i) {
+        const double limit = numbers_behind(limits[i])[0];
+        const double files = numbers_behind(details[i], "inactive_file")[0];
+        if (limit > 0)
+            bytes = std::min(bytes, std::max(limit - numbers_behind(used[i])[0] + files, 0.0));
+    }
+    return size_t(bytes);
+}
+
 // The CPU as the program's device: what a program asks of the machine. Peaks are measured: a data
 // sheet's number is rarely what is left of it in a container, or on a warm laptop.
 struct Machine : Cpu {
@@ -3050,18 +3070,7 @@ struct Machine : Cpu {
         return format("CPU, %d threads, vectors of %d bits, %s", omp_get_max_threads(),
                       kVectorBytes * 8, bf16_products() ? "bf16 products" : "fp32");
     }
-    // Bytes that could be used without swapping; without /proc, all memory there is.
-    size_t free_memory() const {
-        char line[128];
-        size_t kB = 0;
-        if (std::FILE* info = std::fopen("/proc/meminfo", "r")) {
-            while (kB == 0 && std::fgets(line, sizeof line, info))
-                std::sscanf(line, "MemAvailable: %zu kB", &kB);
-            std::fclose(info);
-        }
-        if (kB > 0) return kB * 1024;
-        return size_t(::sysconf(_SC_PHYS_PAGES)) * size_t(::sysconf(_SC_PAGESIZE));
-    }
+    size_t free_memory() const { return usable_memory(); }
     // Operations a second: in registers alone; of the fp32 product's tiles with operands in L1; of
     // products in bf16, 0 where the CPU has none.
     double peak_flops() const { return on_all_threads(registers_only_flops); }
@@ -3114,6 +3123,7 @@ inline Machine make_cpu(const Options& o) {
 int main(int argc, char** argv) {
     using namespace tinygpt;
     wait_politely(argv);
+    use_all_cores();
     flush_tiny_numbers();
     const auto ranks = start_ranks();
     return program(argc, argv, "train_gpt",
