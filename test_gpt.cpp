@@ -6220,6 +6220,8 @@ TEST_CASE("options: help and version, however they are asked for; a config file 
 TEST_CASE("options: the names of nanoGPT, llm.c and transformers are taken, or answered rightly") {
     const std::vector<std::pair<std::string, std::string>> accepted = {
         {"--out_dir=x", "output x"},
+        {"--block_size=256", "n-positions 256"},
+        {"--overwrite_output_dir", "overwrite 1"},
         {"--gradient_accumulation_steps=5", "grad-accum-steps 5"},
         {"--batch_size=12", "batch-size 12"},
         {"--max_iters=600", "max-steps 600"},
@@ -6277,7 +6279,6 @@ TEST_CASE("options: the names of nanoGPT, llm.c and transformers are taken, or a
         CHECK(rows.options.given.contains(part[0]));
     }
     const std::vector<std::pair<std::string, std::string>> answered = {
-        {"--block_size=256", "--block-size is --seq-len here: "},
         {"--dtype=bfloat16", "--dtype is --precision here: "},
         {"--bf16", "is --precision here"},
         {"--fp16", "there is no fp16"},
@@ -6288,7 +6289,7 @@ TEST_CASE("options: the names of nanoGPT, llm.c and transformers are taken, or a
         {"--torch_compile", "there is no --torch-compile: "},
         {"--wandb_log=True", "log.csv"},
         {"--report_to wandb", "log.csv"},
-        {"--eval_iters=200", "--eval-iters is --eval-batches here: "},
+        {"--eval_iters=200", "--eval-iters is --eval-tokens here: "},
         {"--start=x", "--prompt TEXT"},
         {"--bias=False", "all layers of GPT-2 have biases"},
         {"--decay_lr=False", "--schedule constant"},
@@ -6307,14 +6308,13 @@ TEST_CASE("options: the names of nanoGPT, llm.c and transformers are taken, or a
         {"-y 1", "--resume auto"},
         {"-z 1", "there is no --z: "},
         {"-sl 5.0", "is --skip-outliers here"},
-        {"-m 20", "is --eval-batches here"},
+        {"-m 20", "is --eval-tokens here"},
         {"--gradient_checkpointing", "is --recompute-gelu here"},
         {"--warmup_ratio 0.1", "is --warmup-steps here"},
         {"--do_train", "trains unless"},
         {"--optim adamw_torch", "AdamW is the only optimizer"},
         {"--load_best_model_at_end", "best/"},
         {"--push_to_hub", "Hugging Face folder"},
-        {"--overwrite_output_dir", "is --output here"},
     };
     for (const auto& [typed, answer] : answered) {
         const std::string found = refusal(words(typed));

@@ -13,7 +13,7 @@ seconds() { awk -v now="$(date +%s.%N)" -v then="$began" 'BEGIN { print now - th
 # What is typed, and what it prints.
 typed() {
     echo "        \$ $1"
-    inside "$1" 2>&1 | stamped
+    { TIMEFORMAT='(%U + %S s of processor time)'; time inside "$1" 2>&1; } 2>&1 | stamped
 }
 # A command in the new system, which sees nothing of this one but its processor and its devices.
 inside() {
