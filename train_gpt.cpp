@@ -733,13 +733,12 @@ inline void check_same_tokenizer(const Corpus& corpus, const std::string& model_
 // Refuses training data that is too short for a batch of --batch-size x T, tokens that the model
 // does not have, and options that this data cannot serve.
 inline void check_data(const Options& o, const Corpus& corpus, const Config& config, int T) {
-    const int64_t batch = int64_t(o.batch_size) * T;
+    const int64_t batch = int64_t(o.batch_size) * T, fits = corpus.train.predictions() / T;
     if (corpus.train.predictions() < batch)
         fail_usage("the training data has ", with_commas(corpus.train.tokens()),
                    " tokens, but one batch of ", o.batch_size, " x ", T, " needs ",
-                   with_commas(batch + 1),
-                   " (one more than its size): take a smaller --batch-size or --seq-len, or more "
-                   "text");
+                   with_commas(batch + 1), " (one more than its size): take more text, or ",
+                   fits > 0 ? to_text("--batch-size ", fits) : "a shorter --seq-len");
     if (o.overfit_batch && corpus.train.files()[0].predictions() < batch)
         fail_usage("--overfit-batch takes its batch from the first shard: it is too short for it");
     if (o.patience > 0 && corpus.val.empty() && o.eval_batches == 0)
