@@ -5696,6 +5696,8 @@ TEST_CASE("run: no line is wider than the terminal") {
             MESSAGE("skipped: the live line: this machine gives no terminal");
             return;
         }
+        // In colour, unless the user has said NO_COLOR.
+        ::setenv("TERM", "xterm", 1), ::setenv("NO_COLOR", columns == 300 ? "1" : "", 1);
         std::string shown;
         std::thread reader([&] {
             char part[4096];
@@ -5707,6 +5709,11 @@ TEST_CASE("run: no line is wider than the terminal") {
         reader.join();
         ::close(screen);
         CHECK_MESSAGE(outcome.status == 0, outcome.err);
+        CHECK(contains(shown, "\033[36mdata      \033[0m ") == (columns != 300));
+        for (size_t at; (at = shown.find("\033[36m")) != shown.npos;) {
+            shown.erase(at, 5);
+            shown.erase(shown.find("\033[0m", at), 4);
+        }
         size_t live = 0, widest = 0;  // of steps 1 and 3: the others are evaluated, and stay
         for (std::string line : split_at(shown, '\n')) {
             while (line.ends_with('\r')) line.pop_back();

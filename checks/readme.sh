@@ -13,6 +13,7 @@
 # Each line of the output has the command as it was run. What was skipped is listed with the reason.
 set -eu
 cd "$(dirname "$0")/.."
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 unset MAKEFLAGS MAKELEVEL MFLAGS  # a make that runs this does not decide how those below build
 STEPS=${STEPS:-100} WITH=" ${WITH:-} " CLONE=build/readme LOG=$PWD/build/readme.log
 
@@ -23,7 +24,7 @@ needs() {
         "make gpt2"* | "make shakespeare"* | *shakespeare.conf) echo network ;;
         "make test" | "make test FILTER"* | "make torture"* | "make check"* | "make nightly"*) echo time ;;
         "make plot") echo gnuplot ;;
-        "make train_gpt_mpi") echo mpi ;;
+        "make train_gpt_mpi" | mpirun*) echo mpi ;;
         "make grammar") echo whole ;;
         "make train_gpt_cu" | "make test_gpt_cu"*) echo nvcc ;;
         "./train_gpt_cu" | "./train_gpt_cu "*) echo gpu ;;
@@ -58,7 +59,7 @@ filled_in() {
     command=$(sed 's|--init-from DIR|--init-from out/stories/best|; s|--data DIR|--data data/stories|
                    s|--prompt TEXT|--prompt Once|; s|--output FILE|--output model.gguf|' <<< "$1")
     case "$command" in
-        ./train_gpt | "./train_gpt --"* | "./train_gpt data/"* | "./train_gpt train"* | ./train_gpt_cu | "./train_gpt_cu --"*)
+        ./train_gpt | "./train_gpt --"* | "./train_gpt data/"* | mpirun* | "./train_gpt train"* | ./train_gpt_cu | "./train_gpt_cu --"*)
             [[ "$STEPS" == all || "$command" == *--help* ]] || command+=" --max-steps $STEPS" ;;
     esac
     echo "$command"
