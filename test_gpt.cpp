@@ -4566,7 +4566,8 @@ TEST_CASE("run: MFU is the model's operations a second over the peak of the mach
     model.initialise(1);
     RunOptions o;
     o.output = place.path, o.batch_size = 2, o.max_steps = 2, o.eval_interval = 0;
-    Trainer<Cpu> trainer(o, corpus, model, 1e7);
+    Observer<Cpu> nobody;
+    Trainer<Cpu> trainer(o, corpus, model, 1e7, nobody);
     outcome_of([&] { return int(trainer.run({})); });
     const std::vector<LogRow> rows = read_log(place.path + "/log.csv", 2);
     REQUIRE(rows.size() == 3);
@@ -4649,7 +4650,7 @@ TEST_CASE("run: with --max-minutes alone, the plan follows the clock, and so doe
     steady_clock_shows = 1'000'000'000;
     const Outcome straight = train_on(device, arguments("straight"));
     CHECK_MESSAGE(straight.status == 0, straight.err);
-    CHECK_MESSAGE(contains(straight.out, "\nrun        3s of steps of 16 tokens into "),
+    CHECK_MESSAGE(contains(straight.out, "\nrun        0.05 minutes, in steps of 16 tokens into "),
                   straight.out);
     CHECK(contains(straight.out, "\nstep 0 | val "));
     const int64_t end = last_step(place.out("straight"));
@@ -4708,7 +4709,7 @@ TEST_CASE("run: progress is shown on a terminal, once a second, and cleared") {
     outcome_of(
         [] {
             steady_clock_shows = 1'000'000'000;
-            Progress progress{"evaluating", 200};
+            ProgressLine progress{"evaluating", 200};
             for (int64_t done : {0, 20, 50, 60, 100})
                 progress.show(done), steady_clock_shows += 700'000'000;
             return 0;
@@ -4792,7 +4793,11 @@ TEST_CASE("run: --seq-len and --learning-rate follow the model and the start, an
 
 TEST_CASE("run: --eval-tokens limits the evaluations of a run; eval scores all, on the same data") {
     TestRuns place;
-    REQUIRE(place.train("out", words("--max-steps 2 --patience 0 --eval-tokens 20")).status == 0);
+    put_file(place.data() + "/dataset.json", "{\"floor\": 1.25}");
+    const Outcome run = place.train("out", words("--max-steps 2 --patience 0 --eval-tokens 20"));
+    REQUIRE_MESSAGE(run.status == 0, run.err);
+    CHECK(contains(run.out, "--eval-tokens 20: the first of 150 for validation"));
+    CHECK(!read_log(place.out() + "/log.csv", 2)[2].floor);  // known of the whole text only
     const auto model = loaded(place.out("out/checkpoint-2"), 1, 8);
     const Shards val(place.data() + "/val_*.bin");
     const Evaluation first = evaluate(*model, evaluation_windows(val, 8, -1, 20), {});

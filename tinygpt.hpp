@@ -5404,14 +5404,6 @@ inline std::string with_commas(int64_t n) {
     for (size_t at = digits.size(); at > 3;) digits.insert(at -= 3, 1, ',');
     return digits;
 }
-// The two largest units: "2d 3h", "3h 07m", "7m 05s", "5s".
-inline std::string duration_text(double seconds) {
-    const long s = std::lround(seconds);
-    if (s >= 86400) return format("%ldd %ldh", s / 86400, s % 86400 / 3600);
-    if (s >= 3600) return format("%ldh %02ldm", s / 3600, s % 3600 / 60);
-    return s >= 60 ? format("%ldm %02lds", s / 60, s % 60) : format("%lds", s);
-}
-
 // --- Files that grow
 
 // Whether the path still leads to the open file or folder.
@@ -5558,56 +5550,6 @@ private:
 // Steps of a run that has no such limit: more than any run makes.
 constexpr int64_t kNoLimit = 1'000'000'000'000;
 
-// "step 50/2500", "loss 4.3021", ...: what matters most comes first.
-inline std::vector<std::string> live_line(const LogRow& row, int64_t steps, double seconds_left) {
-    std::vector<std::string> parts = {format("step %.0f", *row.step)};
-    if (steps < kNoLimit) parts[0] += format("/%ld", long(steps));
-    if (row.train_loss) parts.push_back(format("loss %.4f", *row.train_loss));
-    if (row.val_loss) parts.push_back(format("val %.4f", *row.val_loss));
-    if (row.train_loss) parts.push_back(duration_text(seconds_left) + " left");
-    if (row.tokens_per_s) parts.push_back(with_commas(int64_t(*row.tokens_per_s)) + " tok/s");
-    if (row.mfu) parts.push_back(format("MFU %.0f%%", 100 * *row.mfu));
-    if (row.ranks > 0) parts.push_back(format("ranks %.0f%%", 100 * row.ranks));
-    if (row.lr) parts.push_back(format("lr %.2e", *row.lr));
-    if (row.grad_norm) parts.push_back(format("norm %.3f", *row.grad_norm));
-    if (row.eval_train_loss) parts.push_back(format("eval train %.4f", *row.eval_train_loss));
-    if (row.perplexity) parts.push_back(format("perplexity %.2f", *row.perplexity));
-    return parts;
-}
-// Overwrites the live line with as many parts as fit; with `keep`, the next does not overwrite it.
-// In a file or a pipe only those are printed. Why: of a line that wrapped, only the last part would
-// be overwritten.
-inline void show_line(const std::vector<std::string>& parts, bool keep) {
-    const bool live = ::isatty(STDOUT_FILENO);
-    if (!live && !keep) return;
-    const size_t width = columns_of(STDOUT_FILENO) - 1;
-    std::string line = parts[0].substr(0, width);
-    for (size_t i = 1; i < parts.size(); ++i) {
-        if (line.size() + 3 + parts[i].size() > width) break;
-        line += " | " + parts[i];
-    }
-    std::printf("%s%s%s", live ? "\r\033[K" : "", line.c_str(), keep ? "\n" : "");
-    std::fflush(stdout);
-}
-
-// Shows, in place of the live line, how far work has come that takes more than a second.
-struct Progress {
-    const char* what;
-    int64_t total;
-    double begin = now_seconds(), shown = begin;
-
-    ~Progress() {
-        if (shown > begin) show_line({""}, false);
-    }
-    void show(int64_t done) {
-        const double now = now_seconds(), left = (now - begin) * (double(total) / double(done) - 1);
-        if (now - shown < 1 || done <= 0) return;
-        shown = now;
-        show_line({to_text(what, " ", 100 * done / total, " %"), duration_text(left) + " left"},
-                  false);
-    }
-};
-
 // Takes all whole characters from the front of sampled bytes. A token may end inside a character:
 // its bytes stay for the next call, unless the text has ended. Invalid bytes become U+FFFD.
 inline std::string take_characters(std::string& text, bool ended) {
@@ -5662,7 +5604,6 @@ struct RunOptions {
     AdamW adamw;
     Guards guards;
 
-    int64_t log_interval = -1;  // -1: at evaluations, and once a minute
     int64_t eval_interval = 250, eval_batches = 10, sample_interval = 1000;
     int64_t eval_tokens = 1 << 20;  // of the validation text, in an evaluation; 0: all
     int64_t tensor_stats_interval = 0, patience = 0, save_interval = 500;
@@ -5750,28 +5691,19 @@ struct Start {
     TrainerState state;
 };
 
-// The norms of every tensor's weight, gradient and update. Watch update/weight: about 0.001 is
-// healthy; far less learns slowly, far more is about to break.
+// What a run tells while it goes on. A program of your own may leave all of it empty.
 template <class Device>
-void print_tensor_stats(Gpt2<Device>& model, const std::vector<typename Device::Real>& before,
-                        int64_t step) {
-    model.device.gather(model.grads, model.shares.part, model.shares.rounds);
-    std::vector<typename Device::Gradient> grads(model.layout.size);
-    model.device.download(grads.data(), model.grads, grads.size());
-    const auto after = model.get_weights();
-    std::printf("\n%-28s %12s %12s %12s %12s\n", to_text("step ", step).c_str(), "|weight|",
-                "|gradient|", "|update|", "update/weight");
-    for (const TensorInfo& t : model.layout.tensors) {
-        double weight = 0, gradient = 0, update = 0;  // sums of squares
-        for (size_t i = t.offset; i < t.offset + t.count; ++i) {
-            const double w = double(after[i]), g = double(grads[i]), u = w - double(before[i]);
-            weight += w * w, gradient += g * g, update += u * u;
-        }
-        std::printf("%-28s %12.5g %12.5g %12.5g %12.3g\n", t.name.c_str(), std::sqrt(weight),
-                    std::sqrt(gradient), std::sqrt(update),
-                    std::sqrt(update / std::max(weight, 1e-300)));
-    }
-}
+struct Observer {
+    virtual ~Observer() = default;
+    // The row of a step; of how many; whether it matters (it has an evaluation, say).
+    virtual void step(const LogRow&, int64_t /*steps*/, double /*seconds_left*/, bool /*keep*/) {}
+    // Tokens scored of all in an evaluation, from 0 to all.
+    virtual void evaluating(int64_t /*done*/, int64_t /*all*/) {}
+    virtual void sample(const std::string& /*title*/, const std::string& /*text*/) {}
+    // With --tensor-stats-interval, the weights before the step, and the model after it.
+    virtual void tensors(Gpt2<Device>&, const std::vector<typename Device::Real>& /*before*/,
+                         int64_t /*step*/) {}
+};
 
 // One run. It prints, and writes into options.output, which no other run may use. Divergence, or a
 // disk that fails, ends it with an Error; --resume auto then goes on. A full disk is an Error only
@@ -5782,9 +5714,9 @@ public:
     // The model must be reserved for batch_size x T, and have the weights and moments to begin
     // with. peak_flops: operations a second that products could reach on a rank; 0: no MFU. All
     // ranks run the same loop; rank 0 alone writes.
-    Trainer(const RunOptions& options, const Corpus& corpus, Gpt2<Device>& model,
-            double peak_flops = 0)
-        : o_(options), corpus_(corpus), model_(model),
+    Trainer(const RunOptions& options, const Corpus& corpus, Gpt2<Device>& model, double peak_flops,
+            Observer<Device>& observer)
+        : o_(options), corpus_(corpus), model_(model), observer_(observer),
           order_(DataOrder{corpus.train, o_.batch_size, model.T, uint64_t(o_.seed), o_.shuffle,
                            o_.overfit_batch}),
           val_windows_(
@@ -5853,17 +5785,21 @@ private:
         if (first)
             for (const std::string& name : set_aside_later(o_.output, resumed ? state_.step : -1))
                 say("set aside", name + ", as " + name + ".set-aside");
-        const std::string tokens =
-            " steps of " + with_commas(rows_per_step() * model_.T) + " tokens";
-        say("run", (by_clock() ? duration_text(o_.max_minutes * 60) + " of" + tokens
-                               : with_commas(state_.planned_steps) + tokens +
-                                     format(" (%.2f epochs)",
-                                            epochs(state_.planned_steps * rows_per_step()))) +
+        const std::string tokens = with_commas(rows_per_step() * model_.T) + " tokens";
+        const double passes = epochs(state_.planned_steps * rows_per_step());
+        say("run", (by_clock() ? to_text(o_.max_minutes, " minutes, in steps of ", tokens)
+                               : with_commas(state_.planned_steps) + " steps of " + tokens +
+                                     format(" (%.2f epochs)", passes)) +
                        " into " + o_.output + "\n");
-        if (!resumed) return row_now();
+        if (resumed) return reopen_log(start);
+        return row_now();
+    }
+
+    // Returns its last row where that is not finished.
+    std::optional<LogRow> reopen_log(const Start& start) {
         LogRow last;
         bool unfinished = false;
-        if (first) {
+        if (ranks_.rank == 0) {
             rows_ = rows_before(start.folder);
             for (size_t i = rows_.size(); i-- > 0 && is_broken(rows_[i]);) ++broken_in_a_row_;
             if (!rows_.empty()) last = rows_.back();
@@ -5997,7 +5933,7 @@ private:
         if (seconds > 0) row.tokens_per_s = double(rows_per_step() * model_.T) / seconds;
         if (seconds > 0 && peak_flops_ > 0)
             row.mfu = *row.tokens_per_s * flops_per_token(model_.config, model_.T) / peak_flops_;
-        if (wants_stats) print_tensor_stats(model_, before, state_.step);
+        if (wants_stats) observer_.tensors(model_, before, state_.step);
         return row;
     }
 
@@ -6060,27 +5996,29 @@ private:
         else if (ranks_.rank == 0)
             rows_.push_back(row), log_.emplace(o_.output + "/log.csv", o_.log_json, rows_);
         const End end = cut_short ? End::interrupted : end_reached();
-        show(row, evaluated || state_.step == 0 || end != End::none);
+        observer_.step(row, state_.planned_steps, seconds_left(),
+                       evaluated || state_.step == 0 || end != End::none);
         const std::string title = cut_short ? "" : sample_title();
         if (evaluated && state_.best_step == state_.step) try_save("best", Purpose::use);
         if (end != End::none || due(o_.save_interval)) save(end);
         // Why last: Ctrl-C waits only for the checkpoint.
-        if (!title.empty() && end != End::interrupted && ranks_.rank == 0) show_sample(title);
+        if (!title.empty() && end != End::interrupted && ranks_.rank == 0)
+            observer_.sample(title, write_sample(title, 50));
         return end;
     }
 
     // --- Watching it
 
-    // Shows how far it is, and stops for Ctrl-C.
+    // Stops for Ctrl-C.
     Evaluation score(const std::vector<Window>& windows) {
-        if (state_.step == 0) show_line({"evaluating the model as it is"}, false);
         int64_t tokens = 0;
         for (const Window& window : windows) tokens += window.count - window.skip;
-        Progress progress{"evaluating", tokens};
-        return evaluate(model_, windows, {}, [&](int64_t done) {
-            progress.show(done);
+        const Evaluation result = evaluate(model_, windows, {}, [&](int64_t done) {
+            observer_.evaluating(done, tokens);
             return !any_stops();
         });
+        observer_.evaluating(tokens, tokens);
+        return result;
     }
 
     // Validation and training text: the gap between their losses is what the model has memorised.
@@ -6107,25 +6045,11 @@ private:
     }
 
     // The time left is that of the steps, or of --max-minutes where that is less.
-    void show(const LogRow& row, bool keep) {
-        const double now = now_seconds();
-        keep |= o_.log_interval < 0 ? now - shown_ > 60 : due(o_.log_interval);
-        if (keep) shown_ = now;
+    double seconds_left() const {
         const double a_step = state_.seconds / double(std::max<int64_t>(1, state_.step));
-        double left = double(state_.planned_steps - state_.step) * a_step;
-        if (o_.max_minutes > 0) left = std::clamp(o_.max_minutes * 60 - state_.seconds, 0.0, left);
-        show_line(live_line(row, state_.planned_steps, left), keep);
-    }
-
-    // Prints a sample: a terminal has one line for it, and all of it is in samples.txt.
-    void show_sample(const std::string& title) {
-        std::string text = write_sample(title, 50);
-        if (!::isatty(STDOUT_FILENO))
-            return void(std::printf("\n%s\n%s\n\n", title.c_str(), text.c_str()));
-        std::replace(text.begin(), text.end(), '\n', ' ');
-        WordWrap wrap(columns_of(STDOUT_FILENO) - 4);
-        const auto lines = split_at(wrap.add(title + ": " + text) + wrap.end(), '\n');
-        std::printf("\r\033[K%s%s\n", lines[0].c_str(), lines.size() > 1 ? " ..." : "");
+        const double left = double(state_.planned_steps - state_.step) * a_step;
+        if (o_.max_minutes <= 0) return left;
+        return std::clamp(o_.max_minutes * 60 - state_.seconds, 0.0, left);
     }
 
     // The title of a sample that is due; empty: none is. At an epoch's end, reports its mean loss,
@@ -6184,6 +6108,7 @@ private:
     const RunOptions& o_;
     const Corpus& corpus_;
     Gpt2<Device>& model_;
+    Observer<Device>& observer_;
     Ranks& ranks_ = *model_.device.ranks;
     const DataOrder order_;
     const std::vector<Window> val_windows_, train_windows_;  // what is scored
@@ -6192,12 +6117,11 @@ private:
     std::vector<LogRow> rows_;          // with which the log begins
     std::optional<Log> log_;
     std::optional<GrowingFile> samples_;
-    TrainerState state_;            // what a checkpoint keeps
-    bool ahead_ = false;            // the device has the next step already
-    double began_ = 0;              // when the current step began
-    bool stops_ = false;            // a rank was asked to stop
-    double shown_ = now_seconds();  // when the last line was kept
-    int64_t broken_in_a_row_ = 0;   // latest steps whose loss or norm was NaN or infinite
+    TrainerState state_;           // what a checkpoint keeps
+    bool ahead_ = false;           // the device has the next step already
+    double began_ = 0;             // when the current step began
+    bool stops_ = false;           // a rank was asked to stop
+    int64_t broken_in_a_row_ = 0;  // latest steps whose loss or norm was NaN or infinite
 };
 
 // =================================================================================================

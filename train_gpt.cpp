@@ -59,6 +59,7 @@ struct Options : RunOptions {
     std::set<std::string> given;  // names of the options that were: "batch-size"
 
     std::string data = "data/stories", train_shards, val_shards;
+    int64_t log_interval = -1;  // -1: at evaluations, and once a minute
 
     std::string model = "tiny", init_from;
     int n_layer = 0, n_head = 0, n_embd = 0, n_positions = 0, vocab_size = 0;  // 0: the preset's
@@ -494,6 +495,136 @@ inline std::string retyped(Options o, Command command) {
 // =================================================================================================
 // 2 Report: what a run's own numbers say, and what to type next
 // =================================================================================================
+// --- While it trains
+
+// The two largest units: "2d 3h", "3h 07m", "7m 05s", "5s".
+inline std::string duration_text(double seconds) {
+    const long s = std::lround(seconds);
+    if (s >= 86400) return format("%ldd %ldh", s / 86400, s % 86400 / 3600);
+    if (s >= 3600) return format("%ldh %02ldm", s / 3600, s % 3600 / 60);
+    return s >= 60 ? format("%ldm %02lds", s / 60, s % 60) : format("%lds", s);
+}
+
+// "step 50/2500", "loss 4.3021", ...: what matters most comes first.
+inline std::vector<std::string> live_line(const LogRow& row, int64_t steps, double seconds_left) {
+    std::vector<std::string> parts = {format("step %.0f", *row.step)};
+    if (steps < kNoLimit) parts[0] += format("/%ld", long(steps));
+    if (row.train_loss) parts.push_back(format("loss %.4f", *row.train_loss));
+    if (row.val_loss) parts.push_back(format("val %.4f", *row.val_loss));
+    if (row.train_loss) parts.push_back(duration_text(seconds_left) + " left");
+    if (row.tokens_per_s) parts.push_back(with_commas(int64_t(*row.tokens_per_s)) + " tok/s");
+    if (row.mfu) parts.push_back(format("MFU %.0f%%", 100 * *row.mfu));
+    if (row.ranks > 0) parts.push_back(format("ranks %.0f%%", 100 * row.ranks));
+    if (row.lr) parts.push_back(format("lr %.2e", *row.lr));
+    if (row.grad_norm) parts.push_back(format("norm %.3f", *row.grad_norm));
+    if (row.eval_train_loss) parts.push_back(format("eval train %.4f", *row.eval_train_loss));
+    if (row.perplexity) parts.push_back(format("perplexity %.2f", *row.perplexity));
+    return parts;
+}
+// Overwrites the live line with as many parts as fit; with `keep`, the next does not overwrite it.
+// In a file or a pipe only those are printed. Why: of a line that wrapped, only the last part would
+// be overwritten.
+inline void show_line(const std::vector<std::string>& parts, bool keep) {
+    const bool live = ::isatty(STDOUT_FILENO);
+    if (!live && !keep) return;
+    const size_t width = columns_of(STDOUT_FILENO) - 1;
+    std::string line = parts[0].substr(0, width);
+    for (size_t i = 1; i < parts.size(); ++i) {
+        if (line.size() + 3 + parts[i].size() > width) break;
+        line += " | " + parts[i];
+    }
+    std::printf("%s%s%s", live ? "\r\033[K" : "", line.c_str(), keep ? "\n" : "");
+    std::fflush(stdout);
+}
+
+// Shows, in place of the live line, how far work has come that takes more than a second.
+struct ProgressLine {
+    const char* what;
+    int64_t total;
+    double begin = now_seconds(), shown = begin;
+
+    ~ProgressLine() {
+        if (shown > begin) show_line({""}, false);
+    }
+    void show(int64_t done) {
+        const double now = now_seconds(), left = (now - begin) * (double(total) / double(done) - 1);
+        if (now - shown < 1 || done <= 0) return;
+        shown = now;
+        show_line({to_text(what, " ", 100 * done / total, " %"), duration_text(left) + " left"},
+                  false);
+    }
+};
+
+// The norms of every tensor's weight, gradient and update. Watch update/weight: about 0.001 is
+// healthy; far less learns slowly, far more is about to break.
+template <class Device>
+void print_tensor_stats(Gpt2<Device>& model, const std::vector<typename Device::Real>& before,
+                        int64_t step) {
+    model.device.gather(model.grads, model.shares.part, model.shares.rounds);
+    std::vector<typename Device::Gradient> grads(model.layout.size);
+    model.device.download(grads.data(), model.grads, grads.size());
+    const auto after = model.get_weights();
+    std::printf("\n%-28s %12s %12s %12s %12s\n", to_text("step ", step).c_str(), "|weight|",
+                "|gradient|", "|update|", "update/weight");
+    for (const TensorInfo& t : model.layout.tensors) {
+        double weight = 0, gradient = 0, update = 0;  // sums of squares
+        for (size_t i = t.offset; i < t.offset + t.count; ++i) {
+            const double w = double(after[i]), g = double(grads[i]), u = w - double(before[i]);
+            weight += w * w, gradient += g * g, update += u * u;
+        }
+        std::printf("%-28s %12.5g %12.5g %12.5g %12.3g\n", t.name.c_str(), std::sqrt(weight),
+                    std::sqrt(gradient), std::sqrt(update),
+                    std::sqrt(update / std::max(weight, 1e-300)));
+    }
+}
+
+// A run on the terminal: a live line, which is kept at evaluations and every log_interval steps
+// (negative: once a minute), and samples.
+template <class Device>
+class Screen : public Observer<Device> {
+public:
+    explicit Screen(int64_t log_interval) : log_interval_(log_interval) {}
+
+    void step(const LogRow& row, int64_t steps, double seconds_left, bool keep) override {
+        const double now = now_seconds();
+        const bool due = log_interval_ > 0 && int64_t(*row.step) % log_interval_ == 0;
+        keep |= log_interval_ < 0 ? now - kept_ > 60 : due;
+        if (keep) kept_ = now;
+        show_line(live_line(row, steps, seconds_left), keep);
+        began_ = true;
+    }
+    void evaluating(int64_t done, int64_t all) override {
+        if (!began_ && done == 0) show_line({"evaluating the model as it is"}, false);
+        if (done == 0) progress_.emplace("evaluating", all);
+        if (done == all)
+            progress_.reset();
+        else
+            progress_->show(done);
+    }
+    // A terminal has one line for a sample, and all of it is in samples.txt.
+    void sample(const std::string& title, const std::string& text) override {
+        if (!::isatty(STDOUT_FILENO))
+            return void(std::printf("\n%s\n%s\n\n", title.c_str(), text.c_str()));
+        std::string line = text;
+        std::replace(line.begin(), line.end(), '\n', ' ');
+        WordWrap wrap(columns_of(STDOUT_FILENO) - 4);
+        const auto lines = split_at(wrap.add(title + ": " + line) + wrap.end(), '\n');
+        std::printf("\r\033[K%s%s\n", lines[0].c_str(), lines.size() > 1 ? " ..." : "");
+    }
+    void tensors(Gpt2<Device>& model, const std::vector<typename Device::Real>& before,
+                 int64_t step) override {
+        print_tensor_stats(model, before, step);
+    }
+
+private:
+    const int64_t log_interval_;
+    bool began_ = false;           // a step was shown
+    double kept_ = now_seconds();  // when the last line was kept
+    std::optional<ProgressLine> progress_;
+};
+
+// --- When it has ended
+//
 // How to read a curve. While both losses fall, the model learns what all such texts have in
 // common. When only training loss falls, it learns the training text by heart: overfitting; best/
 // is the model to keep. When neither falls, nothing is left to learn (compare the floor), or the
@@ -1348,11 +1479,18 @@ int train_command(Device device, const Options& given) {
     const bool resumed = !start.folder.empty();
     // Does it fit together?
     const Config config = from_first(ranks, [&] { return config_for(o, corpus, start.folder); });
+    // Known of the whole validation text only.
+    const bool limited = o.eval_tokens > 0 && o.eval_tokens < corpus.val.predictions();
+    if (limited) corpus.floor = NAN;
     // What was left to the program becomes an option that the checkpoint remembers: another
     // version's defaults must not change a run that is half done.
     for_each_size(o, config, [](const char*, auto& wanted, auto size) { wanted = size; });
     if (resumed) take_choices(o, start.state);
-    const std::string notes = choose_defaults(o, config);
+    std::string notes = choose_defaults(o, config);
+    if (limited)
+        join(notes, "\n",
+             to_text("--eval-tokens ", o.eval_tokens, ": the first of ",
+                     with_commas(corpus.val.tokens()), " for validation"));
     const int B = o.batch_size, T = o.seq_len;
     if (o.precision.empty() && Device::kHostMemory) o.precision = "fp32";
     if (!o.init_from.empty() && !resumed && leads) check_same_tokenizer(corpus, o.init_from);
@@ -1374,7 +1512,8 @@ int train_command(Device device, const Options& given) {
     const std::vector<std::string> data = fingerprint(corpus);
     warn_if_trained_on(corpus, data);
     start.state.data = Json::array(data), start.state.program = Device::kProgram;
-    Trainer<Device> trainer(o, corpus, *model, product_peak_flops(device));
+    Screen<Device> screen(o.log_interval);
+    Trainer<Device> trainer(o, corpus, *model, product_peak_flops(device), screen);
     // From here on things are written.
     if (leads) set_aside_old_run(o);
     std::optional<RunFolder> folder;
@@ -1530,7 +1669,7 @@ int hellaswag_command(auto device, const Options& o, const Config& config) {
     Ranks& ranks = *device.ranks;
     int64_t right = 0;
     std::vector<int> answers(size_t(ranks.count));  // of as many examples, one from each rank
-    Progress progress{"scoring", int64_t(examples.size())};
+    ProgressLine progress{"scoring", int64_t(examples.size())};
     for (size_t i = 0; i < examples.size(); i += answers.size()) {
         progress.show(int64_t(i));
         const size_t mine = i + size_t(ranks.rank);
@@ -1578,7 +1717,7 @@ int eval_command(auto device, const Options& given) {
     const auto windows = evaluation_windows(corpus.val, T, corpus.document_start());
     if (windows.empty()) fail("the validation data is too short: at least two tokens are needed");
     const double begin = now_seconds();
-    Progress progress{"evaluating", corpus.val.predictions()};
+    ProgressLine progress{"evaluating", corpus.val.predictions()};
     const Evaluation e = evaluate(*model, windows, token_bytes(corpus.tokenizer),
                                   [&](int64_t done) { return progress.show(done), true; });
     const double speed = double(e.tokens) / (now_seconds() - begin);
