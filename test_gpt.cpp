@@ -3933,7 +3933,6 @@ TEST_CASE("checkpoints: every way of naming GPT-2's tensors is understood") {
                 }
                 write_safetensors(path, weights.tensors);
                 const auto files = one_file(path);
-                CHECK(prefix_of(files) == prefix);
                 CHECK(values_in(files, weights.layout) == weights.values);
                 const size_t spare = extras && !config.untied_head;
                 CHECK(match_tensors(files, weights.layout.tensors).size() ==
@@ -4061,11 +4060,11 @@ TEST_CASE("checkpoints: a missing, extra or misshapen tensor is named with what 
           {"scores.weight", {2, 8}, "tensor scores.weight: unexpected"},
           {"transformer.h.0.attn.biases", {1}, "tensor transformer.h.0.attn.biases: unexpected"},
           {"transformer.h..attn.bias", {1}, "unexpected"},
-          {"model.wte.weight", {11, 8}, "expected a name that begins as wte.weight's does, with"},
-          {"h.0.ln_1.bias", {8}, "expected a name that begins as wte.weight's does, with"},
+          {"model.wte.weight", {11, 8}, "expected a name that begins with"},
+          {"h.0.ln_1.bias", {8}, "expected a name that begins with"},
           {"transformer.lm_head.weight", {8, 11}, "expected shape [11,8]"},
           {"bad\nname", {1}, "tensor \"bad\\nname\""},
-          {"wte.weight", {11, 8}, "expected a name that begins as"}})
+          {"wte.weight", {11, 8}, "expected a name that begins with"}})
         check(reason, [&, &name = name, &shape = shape](Weights& w) { w.add(name, shape); });
     check("nnn\"...: unexpected", [](Weights& w) { w.add(std::string(5000, 'n'), {1}); });
     for (auto& [name, shape, reason] :
@@ -5537,6 +5536,8 @@ TEST_CASE("run: bad input ends with a clear line or two, and nothing is written"
         {new_data + "--vocab-size 256", 2, "smaller than the tokenizer's 257"},
         {new_data + "--prompt x --seq-len 16 --batch-size 1000", 2, "needs 16,001"},
         {"--data " + path + "none", 1, "there is no data folder"},
+        {"--data " + path + "file", 1,
+         "is a file, and --data takes a folder: for text, ./prepare_data"},
         {"--data " + path + "empty", 1, "holds no train_*.bin"},
         // Enough tokens, and nothing to predict.
         {"--seq-len 4 --batch-size 1 --data " + path + "ones", 2, "one batch of 1 x 4 needs 5"},
@@ -7512,7 +7513,9 @@ TEST_CASE("hf: what --init-from names is named for what it is, with what to type
         {{"config.json", "pytorch_model.bin"},
          m,
          "found pytorch_model.bin, PyTorch's own form: python3 -c"},
-        {{"config.json", "pytorch_model-00001-of-00002.bin"}, m, "save_pretrained('" + m + "')"},
+        {{"config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"},
+         m,
+         "save_pretrained('" + m + "')"},
         {{"model-q4.gguf"}, m, "found model-q4.gguf, a GGUF file, for llama.cpp: take the folder"},
         {{"adapter_config.json", "adapter_model.safetensors"}, m, "holds a LoRA adapter"},
         {{"adapter_config.json", "adapter_model.bin"}, m, "merge_and_unload().save_pretrained('"},

@@ -4065,6 +4065,7 @@ public:
 
     // Fails if a merge names a token that does not exist before it.
     explicit Tokenizer(std::vector<Merge> merge_list) : merges_(std::move(merge_list)) {
+        merged_.reserve(merges_.size());
         if (merges_.size() > 65536 - 257)
             fail("expected at most 65279 merges, found ", merges_.size(), ": ids have 16 bits");
         for (int b : kBytes.byte_of_id) bytes_.emplace_back(1, char(b));
@@ -4121,9 +4122,9 @@ private:
 // --- Encoding
 
 // Appends the tokens of one piece to `out`, in n log n steps: a piece may be a megabyte of one
-// letter. merge(left, right) is what two tokens become, or kNoToken. The tokens are a linked list. Every pair that has a merge waits in a heap, the earliest
-// merge first and, of the same merge, the leftmost: aaa becomes (aa)a. With merges a a -> A and
-// A A -> B, aaaaa goes through
+// letter. merge(left, right) is what two tokens become, or kNoToken. The tokens are a linked list.
+// Every pair that has a merge waits in a heap, the earliest merge first and, of the same merge, the
+// leftmost: aaa becomes (aa)a. With merges a a -> A and A A -> B, aaaaa goes through
 //     tokens        waiting, smallest first           taken
 //     a a a a a     A at 0, A at 1, A at 2, A at 3    A at 0
 //     A . a a a     A at 1, A at 2, A at 3            A at 1: that a is gone, skip
@@ -4253,32 +4254,36 @@ constexpr size_t kMaxVocabBytes = 16'000'000;  // of a vocabulary file: GPT-2's 
 inline Tokenizer make_tokenizer(const std::vector<std::string>& lines, const std::string& where,
                                 const Json& vocab, const std::string& path) {
     std::unordered_map<std::string_view, int> ids;
+    ids.reserve(vocab.members.size());
     for (const auto& [name, id] : vocab.members) ids[name] = id.as<int>().value_or(-1);
-    auto id_of = [&](const std::string& name) { return ids.contains(name) ? ids[name] : -1; };
+    auto id_of = [&](std::string_view name) {
+        const auto found = ids.find(name);
+        return found == ids.end() ? -1 : found->second;
+    };
     int next = 0;
     auto expect = [&](const std::string& name) {
-        if (id_of(name) != next)
+        const int id = id_of(name);
+        if (id != next)
             fail(path, ": the token ", shown(name), " must have the id ", next,
-                 ", as its merge has, found ", id_of(name) < 0 ? "none" : to_text(id_of(name)));
+                 ", as its merge has, found ", id < 0 ? "none" : to_text(id));
         ++next;
     };
     const Tokenizer bytes = Tokenizer::bytes();
     for (int id = 0; id < 256; ++id) expect(bytes.name_of(id));
     std::vector<Tokenizer::Merge> merges;
     for (size_t i = 0; i < lines.size(); ++i) {
-        if (i == 0 && lines[i].starts_with("#version")) continue;
-        const std::string at = to_text(where, i + 1, ": ");
-        const size_t blank = lines[i].find(' ');
-        const std::string left = lines[i].substr(0, blank), right = lines[i].substr(blank + 1);
-        auto exists = [&](const std::string& name) {
-            return id_of(name) >= 0 && id_of(name) < next;
-        };
-        if (blank == std::string::npos || !exists(left) || !exists(right))
-            fail(at, "expected two tokens with a blank between them, bytes or made by earlier ",
-                 "lines, found ", shown(lines[i]));
-        if (next == 65535) fail(at, "expected at most 65279 merges: ids have 16 bits");
-        merges.emplace_back(id_of(left), id_of(right));
-        expect(left + right);
+        const std::string& line = lines[i];
+        if (i == 0 && line.starts_with("#version")) continue;
+        const size_t blank = std::min(line.find(' '), line.size());
+        const std::string_view names = line;
+        const int left = id_of(names.substr(0, blank));
+        const int right = id_of(names.substr(std::min(blank + 1, line.size())));
+        if (left < 0 || left >= next || right < 0 || right >= next)
+            fail(where, i + 1, ": expected two tokens with a blank between them, bytes or made by ",
+                 "earlier lines, found ", shown(line));
+        if (next == 65535) fail(where, i + 1, ": expected at most 65279 merges: ids have 16 bits");
+        merges.emplace_back(left, right);
+        expect(std::string(line).erase(blank, 1));
     }
     expect(std::string(kEndOfText));
     if (vocab.members.size() != size_t(next))
@@ -4698,14 +4703,6 @@ inline std::string_view bare_name(std::string_view name) {
         if (name.starts_with(part)) return bare_name(name.substr(part.size()));
     return name;
 }
-// What stands before the names of a model's tensors. Read off the token embedding's.
-inline std::string prefix_of(const std::deque<SafetensorsFile>& files) {
-    for (const SafetensorsFile& file : files)
-        for (const StoredTensor& tensor : file.tensors)
-            if (bare_name(tensor.name) == "wte.weight")
-                return tensor.name.substr(0, tensor.name.size() - std::strlen("wte.weight"));
-    return "";
-}
 inline bool is_other_head(const StoredTensor& tensor) {
     const std::string_view name = bare_name(tensor.name);
     for (const char* head :
@@ -4727,7 +4724,7 @@ inline std::vector<const StoredTensor*> match_tensors(const std::deque<Safetenso
         return (name == layer + "attn.bias" || name == layer + "attn.masked_bias") &&
                index.count(layer + "attn.c_attn.bias") > 0;
     };
-    const std::string prefix = prefix_of(files);
+    std::optional<std::string> prefix;  // what stands before the bare names: the same for all
     std::vector<const StoredTensor*> found(expected.size(), nullptr);
     auto match = [&](const StoredTensor& tensor) {
         const std::string about = tensor.file->about(tensor);
@@ -4737,8 +4734,10 @@ inline std::vector<const StoredTensor*> match_tensors(const std::deque<Safetenso
         if (entry == index.end() && (is_mask(name) || is_other_head(tensor))) return;
         if (entry == index.end())
             fail(about, "unexpected: the model of config.json has no such tensor");
-        if (!head && tensor.name != prefix + std::string(name))
-            fail(about, "expected a name that begins as wte.weight's does, with ", shown(prefix));
+        const std::string before = tensor.name.substr(0, tensor.name.size() - name.size());
+        if (!head && !prefix) prefix = before;
+        if (!head && before != *prefix)
+            fail(about, "expected a name that begins with ", shown(*prefix), ", as the others do");
         const TensorInfo& wanted = expected[entry->second];
         if (tensor.shape != wanted.shape)
             fail(about, "expected shape ", shape_text(wanted.shape), ", found ",

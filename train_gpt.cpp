@@ -815,6 +815,10 @@ inline double number_or(const Json& json, const char* key, double otherwise) {
 
 // The data of a folder: opens every shard and reads the tokenizer and dataset.json, but no token.
 inline Corpus open_corpus(const std::string& folder) {
+    if (file_exists(folder))
+        fail(folder, " is a file, and --data takes a folder: for text, ./prepare_data --input ",
+             shell_word(folder), " --output data/mine, then --data data/mine; for shards, ",
+             "--train-shards ", shell_word(folder));
     if (!folder_exists(folder))
         fail("there is no data folder ", folder,
              ": make the default one with ./prepare_data, or one of your own with ./prepare_data "
@@ -882,47 +886,49 @@ inline void check_data(const Options& o, const Corpus& corpus, const Config& con
 
 // --- The model
 
-// Fails where --init-from is no folder with a model, saying what it is and what to type.
+// --init-from names a file: fails with what it is.
+[[noreturn]] inline void fail_model_file(const std::string& path) {
+    std::string begin(64, ' ');
+    const InputFile file(path);
+    file.read_bytes(begin.data(), std::min(begin.size(), file.bytes), 0);
+    const std::string folder = parent_folder(path), form = other_form(begin);
+    fail(path, " is ", form.empty() ? "a file" : form,
+         file_exists(folder + "/config.json")
+             ? ": give its folder, --init-from " + shell_word(folder)
+             : "; expected a folder with config.json and model.safetensors");
+}
+
+// --init-from names nothing that is there: fails; what looks like a name may be one of the hub.
+[[noreturn]] inline void fail_no_model(const std::string& path) {
+    const bool is_name =
+        path[0] != '.' && path[0] != '/' && std::count(path.begin(), path.end(), '/') < 2;
+    fail(path, ": there is no such folder",
+         is_name ? "; for a model of Hugging Face's hub: hf download " + path +
+                       " --local-dir data/model, then --init-from data/model"
+                 : "");
+}
+
+// Fails where a folder has no model as this program reads it, with what it has and what to type.
 inline void check_model_folder(const std::string& path) {
-    if (file_exists(path)) {
-        std::string begin(64, ' ');
-        const InputFile file(path);
-        file.read_bytes(begin.data(), std::min(begin.size(), file.bytes), 0);
-        const std::string folder = parent_folder(path), form = other_form(begin);
-        fail(path, " is ", form.empty() ? "a file" : form,
-             file_exists(folder + "/config.json")
-                 ? ": give its folder, --init-from " + shell_word(folder)
-                 : "; expected a folder with config.json and model.safetensors");
-    }
-    if (!folder_exists(path)) {
-        const bool is_name =
-            path[0] != '.' && path[0] != '/' && std::count(path.begin(), path.end(), '/') < 2;
-        fail(path, ": there is no such folder",
-             is_name ? "; for a model of Hugging Face's hub: hf download " + path +
-                           " --local-dir data/model, then --init-from data/model"
-                     : "");
-    }
-    if (file_exists(path + "/config.json") && (file_exists(path + "/model.safetensors") ||
-                                               file_exists(path + "/model.safetensors.index.json")))
-        return;
+    auto has = [&](const std::string& name) { return file_exists(path + "/" + name); };
+    const bool weights = has("model.safetensors") || has("model.safetensors.index.json");
+    if (has("config.json") && weights) return;
     const std::vector<std::string> names = list_folder(path);
     std::string inner = "best";
     for (const std::string& name : names)
-        if (!file_exists(path + "/" + inner + "/config.json")) inner = name;
-    if (file_exists(path + "/" + inner + "/config.json"))
+        if (!has(inner + "/config.json")) inner = name;
+    if (has(inner + "/config.json"))
         fail(path, " is the folder of a run: its model is ", path, "/", inner);
-    if (file_exists(path + "/adapter_config.json"))
+    if (has("adapter_config.json"))
         fail(path, " holds a LoRA adapter, not a whole model: merge the two with peft, python3 -c ",
              "\"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('", path,
              "').merge_and_unload().save_pretrained('", path, "-merged')\"");
     // How names end, what such files are, and what to do.
     const std::string convert =
-        "python3 -c \"from transformers import GPT2LMHeadModel as M; "
-        "M.from_pretrained('" +
-        path + "').save_pretrained('" + path + "')\"";
+        to_text("python3 -c \"from transformers import GPT2LMHeadModel as M; M.from_pretrained('",
+                path, "').save_pretrained('", path, "')\"");
     const std::tuple<const char*, const char*, std::string> forms[] =
-        {{".index.json", "the list of shards", "fetch the shards that it names, too"},
-         {"-of-00001.safetensors", "a shard", "rename it to model.safetensors"},
+        {{"-of-00001.safetensors", "a shard", "rename it to model.safetensors"},
          {".safetensors", "weights under another name",
           "model.safetensors or, for shards, model.safetensors.index.json must be there"},
          {".bin", "PyTorch's own form", convert},
@@ -932,27 +938,29 @@ inline void check_model_folder(const std::string& path) {
          {".pt", "the checkpoint of another trainer", "save the model with transformers"},
          {".pth", "the checkpoint of another trainer", "save the model with transformers"},
          {".ckpt", "the checkpoint of another trainer", "save the model with transformers"}};
-    if (file_exists(path + "/model.safetensors")) return;  // config.json is missed soon enough
     for (auto& [end, what, advice] : forms)
         for (const std::string& name : names)
-            if (name.ends_with(end) && !name.starts_with("optimizer"))
+            if (!weights && name.ends_with(end) && !name.starts_with("optimizer"))
                 fail(path, ": expected model.safetensors, found ", shown(name), ", ", what, ": ",
                      advice);
 }
 
 // The model of --init-from. What is passed over in its files is said.
 inline Config config_of_model(const std::string& folder) {
+    if (file_exists(folder)) fail_model_file(folder);
+    if (!folder_exists(folder)) fail_no_model(folder);
     check_model_folder(folder);
     const Config config = config_of_folder(folder);
     const std::deque<SafetensorsFile> files = open_weights(folder);
-    const std::string prefix = prefix_of(files);
-    if (!prefix.empty() && prefix != "transformer.")
-        warn(to_text(folder, ": the names of its tensors begin with ", shown(prefix),
-                     ", which is passed over"));
     for (const SafetensorsFile& file : files)
-        for (const StoredTensor& tensor : file.tensors)
+        for (const StoredTensor& tensor : file.tensors) {
             if (is_other_head(tensor))
                 warn(file.about(tensor) + "passed over: it is a head for another task");
+            const std::string prefix = tensor.name.substr(0, tensor.name.rfind("wte.weight"));
+            if (bare_name(tensor.name) == "wte.weight" && prefix != "" && prefix != "transformer.")
+                warn(to_text(folder, ": the names of its tensors begin with ", shown(prefix),
+                             ", which is passed over"));
+        }
     return config;
 }
 

@@ -100,12 +100,13 @@ fuzz_coverage:
 	llvm-profdata merge -sparse $(BUILD)/corpus/*.raw -o $(BUILD)/corpus.profile
 	python3 checks/fuzz_coverage.py $(BUILD)/coverage $(BUILD)/corpus.profile
 
-# Against transformers, both ways. Needs Python with torch and transformers; PYTHON=... names it.
+# Against transformers, both ways, and against llama.cpp. Needs Python with torch, transformers and
+# llama-cpp-python; PYTHON=... names it.
 PYTHON ?= python3
 test_hf: $(BUILD)/train_gpt $(BUILD)/prepare_data $(BUILD)/hf_logits
 	$(PYTHON) checks/test_hf.py --train-gpt $(BUILD)/train_gpt --prepare-data $(BUILD)/prepare_data \
 	    --logits $(BUILD)/hf_logits
-$(BUILD)/hf_logits: checks/hf_logits.cpp tinygpt.hpp | $(BUILD)
+$(BUILD)/hf_logits: checks/hf_logits.cpp train_gpt.cpp tinygpt.hpp | $(BUILD)
 	$(CXX) $(CXXFLAGS) $< -o $@
 
 # Pages of `train_gpt show` in a real browser. Needs chromium.

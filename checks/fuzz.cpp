@@ -193,10 +193,14 @@ void tokenizer(const std::string& input) {
     for (size_t at = 0, n; at < shown.size(); at += n)
         check((n = utf8_character(std::string_view(shown).substr(at, 4)).bytes) > 0, "UTF-8 only");
     put(folder + "/vocab.json", parts[1].empty() ? vocab_of(read_merge_lines(merges)) : parts[1]);
+    if (parts[0].starts_with('{')) {  // the whole of tokenizer.json
+        for (const char* name : {"/vocab.json", "/merges.txt"}) remove_file(folder + name);
+        put(folder + "/tokenizer.json", parts[0]);
+    }
     const Tokenizer tokenizer = Tokenizer::load(folder);
     check(tokenizer.decode(tokenizer.encode(text)) == text, "decodes what it encodes");
     check(tokenizer.encode(text).size() <= text.size(), "no more tokens than bytes");
-    put(folder + "/merges.txt", tokenizer.merges_text());
+    tokenizer.save(folder);
     check(Tokenizer::load(folder) == tokenizer, "reads what it writes");
 }
 
@@ -276,6 +280,7 @@ void seed_texts() {
     const std::vector<Strings> inputs =
         {{few.merges_text(), "", "abc the cat's 12 abcabc, \xc3\xa9\xe4\xb8\xad\xff  x"},
          {few.merges_text(), few.vocab_json(), "abc"},
+         {few.tokenizer_json(), "", "abc"},
          {"#version: 0.2\n\xc4\xa0 t\nh e\n\xc4\xa0t he\n", "", "the then\n\n  the"},
          {"a b\na b\n", "", ""},
          {"a b\nab c\n", "{\"a\": 0}", "x"},

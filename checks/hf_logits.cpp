@@ -1,11 +1,13 @@
 // hf_logits FOLDER: reads token numbers from standard input and prints the logits after each of
 // them, a line a token, with all the digits of a float. For checks/test_hf.py.
-#include "../tinygpt.hpp"
+#define TRAIN_GPT_NO_MAIN
+#include "../train_gpt.cpp"
 
 #include <iostream>
 
 int main(int argc, char** argv) {
     using namespace tinygpt;
+    flush_tiny_numbers();  // as the program does
     try {
         if (argc != 2) fail_usage("hf_logits takes a folder, and token numbers on standard input");
         const Config config = config_of_folder(argv[1]);
