@@ -3,7 +3,7 @@
 // The model, an explicit forward and an explicit backward for every layer, the update, and the
 // training loop. Two programs use it: train_gpt.cpp on a CPU, train_gpt.cu on an NVIDIA GPU. It is
 // GPT-2 exactly, in fp32 or bf16, from scratch or from a Hugging Face checkpoint. It is not a
-// framework: no autograd, no other model, one machine, one GPU.
+// framework: no autograd, no other model.
 //
 //   make train_gpt && ./train_gpt   learns the default corpus in about a minute
 //   ./train_gpt walk                shows one training step, with every number
@@ -5739,6 +5739,8 @@ public:
         return end;
     }
     const TrainerState& state() const { return state_; }
+    // What this rank spent on the others in its steps, and sent.
+    double ranks_seconds = 0, ranks_bytes = 0, ranks_steps = 0;
 
     // Some text of the model's own, which is also appended to samples.txt. It begins with the
     // prompt, or where a document does. Always the run's seed, so samples differ by what was
@@ -5910,12 +5912,13 @@ private:
         const bool wants_stats = due(o_.tensor_stats_interval, state_.step + 1);
         std::vector<typename Device::Real> before;
         if (wants_stats) before = model_.get_weights();
-        const double before_ranks = ranks_.seconds;
+        const double seconds_before = ranks_.seconds, bytes_before = ranks_.bytes;
         if (!ahead_) queue_step(loader, state_.step);
         ahead_ = Device::kStepsBehind > 0 && !next_is_waited_for();
         if (ahead_) queue_step(loader, state_.step + 1);
         state_.guards = model_.device.fetch(model_.state);
-        const double waited = ranks_.seconds - before_ranks;
+        const double waited = ranks_.seconds - seconds_before;
+        ranks_seconds += waited, ranks_bytes += ranks_.bytes - bytes_before, ++ranks_steps;
         const double now = now_seconds();
         double seconds = now - std::exchange(began_, now);
         ranks_.broadcast(&seconds, sizeof seconds);  // one clock for all

@@ -1459,6 +1459,14 @@ struct RunFolder : FolderToFill {
     }
 };
 
+// "31 % of the steps' time went into other ranks; each rank sent 12.3 MB a step"
+std::string spent_on_ranks(const auto& trainer, double seconds) {
+    const double percent = 100 * trainer.ranks_seconds / std::max(seconds, 1e-9);
+    return format("%.0f %% of the steps' time went into other ranks; each sent %s a step%s",
+                  percent, bytes_text(trainer.ranks_bytes / trainer.ranks_steps).c_str(),
+                  percent < 20 ? "" : ": a larger --grad-accum-steps lowers the share");
+}
+
 // Checks the data, the output folder, the checkpoint, the sizes, the options against the
 // checkpoint's, and memory, in this order; then trains.
 // Careful: a folder that is resumed is locked before it is read, a new one is made after all
@@ -1543,6 +1551,8 @@ int train_command(Device device, const Options& given) {
     if (!resumed && !notes.empty()) say("chosen", notes);
     catch_signals();
     const End end = trainer.run(start);
+    if (ranks.count > 1 && trainer.ranks_steps > 0)
+        say("ranks", spent_on_ranks(trainer, trainer.state().seconds - start.state.seconds));
     if (end == End::interrupted) {
         const bool saved = !checkpoint_steps(o.output).empty();
         std::printf("\ninterrupted%s\n",
@@ -3008,6 +3018,20 @@ private:
         return to_text("rank ", rank, " on ", hosts_[size_t(rank)]);
     }
 
+    // Why a child: mpirun would wait for a machine that it cannot reach, after it has killed this rank.
+    void end_mpirun() {
+        const pid_t parent = ::getppid();
+        auto name = [&] {
+            const std::string path = to_text("/proc/", parent, "/comm");
+            return file_exists(path) ? read_file(path) : "";
+        };
+        if (rank != 0 || (name() != "mpirun\n" && name() != "mpiexec\n") || ::fork() != 0) return;
+        for (int fd : {0, 1, 2}) ::close(fd);
+        ::setsid(), ::sleep(5);
+        if (name() != "") ::kill(parent, SIGKILL);
+        ::_exit(0);
+    }
+
     // Divides the cores of this machine among its ranks, whatever mpirun bound them to: Open MPI
     // gives each of two ranks one core, on which all threads would crowd.
     void share_cores() {
@@ -3064,6 +3088,7 @@ private:
                 complain(31, "error:",
                          to_text(name_of(other), " has not answered for ", limit_,
                                  " seconds: all ranks end. Go on with --resume auto"));
+                end_mpirun();
                 end_all(1);
             }
         }
