@@ -4,17 +4,18 @@
 //   ./prepare_data --input book.txt --vocab-size 4096 --output data/book
 //   ./prepare_data --input a.txt b.jsonl folder --tokenizer gpt2 --output data/mine
 //
-// It reads documents, cuts off the last part for validation, learns or loads a tokenizer, turns the
-// documents into tokens on all cores, and writes a folder with
+// It finds the documents, cuts off the last part for validation, learns or loads a tokenizer, turns
+// the documents into tokens on all cores, and writes a folder with
 //   train_000001.bin ...  val_000000.bin   the tokens (the format is in §2 of tinygpt.hpp)
 //   vocab.json  merges.txt  tokenizer.json the tokenizer (§12)
 //   dataset.json                           source, counts, and the floor where it is known
-// The order is: options, documents, learning a vocabulary, tokens, the folder, the default corpus,
-// models of llm.c.
+// The order is: options, what is text, passes over it, the input, learning a vocabulary, tokens, the
+// folder, the default corpus, models of llm.c.
 
 #include "tinygpt.hpp"
 
 #include <filesystem>
+#include <thread>
 
 namespace tinygpt {
 
@@ -24,7 +25,7 @@ namespace tinygpt {
 
 struct PrepareOptions {
     std::vector<std::string> input;
-    std::string tokenizer = "bpe", vocab = "data/gpt2", output, from_llmc;
+    std::string field = "text", tokenizer = "bpe", vocab = "data/gpt2", output, from_llmc;
     int64_t vocab_size = 4096, shard_tokens = 100'000'000, seed = 1;
     double val_fraction = 0.1;
     bool help = false;
@@ -37,7 +38,9 @@ inline std::vector<Option> option_table(PrepareOptions& o) {
     const char* group = "options";
     return {
         {"input", &o.input, group, 1, "FILE...",
-         "texts, .jsonl files (field \"text\") and folders to read; may be repeated"},
+         "texts, files with a JSON object in every line, and folders; - is standard input; may be "
+         "repeated"},
+        {"field", &o.field, group, 1, "NAME", "the field that holds the text in lines of JSON"},
         {"output", &o.output, group, 1, "DIR",
          "the folder to write; for the default corpus data/stories"},
         {"tokenizer", &o.tokenizer, group, 1, "bpe|byte|gpt2",
@@ -80,6 +83,8 @@ inline PrepareOptions parse_prepare_options(const std::vector<std::string>& argu
         fail_usage(
             "--from-llmc needs --output DIR, and takes no --input: it converts a model, not ",
             "text");
+    if (o.input.empty() && o.has("field"))
+        fail_usage("--field is for --input FILE with lines of JSON");
     if (!o.input.empty() && o.has("seed"))
         fail_usage("--seed is for the default corpus: with --input nothing is drawn at random");
     if (!o.input.empty() && o.output.empty())
@@ -91,117 +96,81 @@ inline PrepareOptions parse_prepare_options(const std::vector<std::string>& argu
 }
 
 // =================================================================================================
-// Documents
+// What is text
 // =================================================================================================
 
-// The texts that were read, and how they are divided. The views look into `texts`.
-struct Documents {
-    std::vector<std::string> texts;
-    std::vector<std::string_view> train, val;
-    int64_t empty = 0;  // documents without a byte, left out
+// A kind of file that is no text: what it begins with and what else is near its beginning, its
+// name, and the command that makes text of it. FILE stands for its path.
+struct FileKind {
+    std::string_view begin, within;
+    const char *name, *remedy;
+};
+constexpr const char* kPandoc = "pandoc -t plain FILE -o FILE.txt";
+constexpr FileKind kFileKinds[] = {
+    {"\x1f\x8b", "", "gzip", "zcat FILE | ./prepare_data --input - ..."},
+    {"BZh", "", "bzip2", "bzcat FILE | ./prepare_data --input - ..."},
+    {"\xfd\x37zXZ", "", "xz", "xzcat FILE | ./prepare_data --input - ..."},
+    {"\x28\xb5\x2f\xfd", "", "zstd", "zstdcat FILE | ./prepare_data --input - ..."},
+    {"PK\x03\x04", "[Content_Types].xml", "an Office document (docx, xlsx, pptx)", kPandoc},
+    {"PK\x03\x04", "application/epub+zip", "an EPUB book", kPandoc},
+    {"PK\x03\x04", "opendocument", "an OpenDocument file", kPandoc},
+    {"PK\x03\x04", "", "a zip archive", "unzip FILE -d FILE.files, and --input FILE.files"},
+    {"\xd0\xcf\x11\xe0", "", "an old Office document (doc, xls)", "soffice --convert-to txt FILE"},
+    {"{\\rtf", "", "an RTF document", kPandoc},
+    {"%PDF-", "", "PDF", "pdftotext FILE FILE.txt"},
+    {"PAR1", "", "parquet",
+     "python3 -c \"import pandas; pandas.read_parquet('FILE').to_json('FILE.jsonl', "
+     "orient='records', lines=True)\""},
+    {{"\xff\xfe\0\0", 4}, "", "UTF-32", "iconv -f UTF-32 -t UTF-8 FILE > FILE.txt"},
+    {"\xff\xfe", "", "UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > FILE.txt"},
+    {"\xfe\xff", "", "UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > FILE.txt"},
+    {"version https://git-lfs", "", "a pointer to a file of Git LFS", "git lfs pull"},
+};
+constexpr FileKind kUtf16 = {"", "", "UTF-16", "iconv -f UTF-16LE -t UTF-8 FILE > FILE.txt"};
+constexpr FileKind kUtf16Swapped = {"", "", "UTF-16", "iconv -f UTF-16BE -t UTF-8 FILE > FILE.txt"};
+constexpr FileKind kBinary = {"", "", "binary data", "make text of it first"};
+constexpr FileKind kJsonArray = {"", "", "a JSON array", "jq -c '.[]' FILE > FILE.jsonl"};
 
-    void add(std::string text) {
-        if (text.empty())
-            ++empty;
-        else
-            texts.push_back(std::move(text));
+// The kind of the file that begins so; null: it is text.
+inline const FileKind* no_text(std::string_view begin, const std::string& field) {
+    for (const FileKind& kind : kFileKinds)
+        if (begin.starts_with(kind.begin) && begin.find(kind.within) != begin.npos) return &kind;
+    size_t zeros[2] = {}, controls = 0;  // zeros: at even and at odd places
+    for (size_t i = 0; i < begin.size(); ++i) {
+        zeros[i % 2] += begin[i] == 0;
+        const uint8_t c = uint8_t(begin[i]);
+        controls += c < 32 && class_of(c) != kSpace && c != '\x1b';  // that one colours text
     }
+    // ASCII in UTF-16 without a byte-order mark: every second byte is 0.
+    const auto [fewer, more] = std::minmax(zeros[0], zeros[1]);
+    if (fewer == 0 && more > begin.size() / 4) return zeros[1] ? &kUtf16 : &kUtf16Swapped;
+    if (more > 0 || controls > begin.size() / 20) return &kBinary;
+    const size_t first = begin.find_first_not_of(" \t\r\n");
+    const size_t second = begin.find_first_not_of(" \t\r\n", first + 1);
+    const bool array = second != begin.npos && begin[first] == '[' && begin[second] == '{';
+    return array && begin.find("\"" + field + "\"") != begin.npos ? &kJsonArray : nullptr;
+}
+
+// =================================================================================================
+// Passes over the text
+// =================================================================================================
+// The text may be larger than the memory. So it is never held: it stays in its files, is cut into
+// chunks, and a pass over it reads chunk by chunk, on all cores. There are three passes: one counts
+// what there is, so that it can be divided; one learns a vocabulary; one makes tokens.
+
+// A file, or a part of one. It is one document, or holds one in every line.
+struct Source {
+    std::string path;
+    std::string field;  // of the JSON object in a line, that holds the text; empty: plain text
+    size_t begin, end;  // bytes
 };
 
-// Every line of a .jsonl file is a document: an object with a string "text". Blank lines are none.
-inline void add_jsonl(Documents& documents, const std::string& path) {
-    std::string file = read_file(path);
-    if (file.starts_with("\xef\xbb\xbf")) file.erase(0, 3);  // the byte order mark of Windows
-    int64_t line_number = 0;
-    for (size_t at = 0, end; at < file.size(); at = end + 1) {
-        end = std::min(file.find('\n', at), file.size());
-        const std::string_view line = std::string_view(file).substr(at, end - at);
-        const std::string where = to_text(path, ", line ", ++line_number);
-        if (line.find_first_not_of(" \t\r") == line.npos) continue;
-        const Json object = Json::parse(line, where);
-        if (object.kind != Json::Kind::object)
-            fail(where, ": expected an object with a \"text\", found ", shown(line));
-        documents.add(object.get_string("text", where));
-    }
-}
-
-// The files of an input, sorted by path. In a folder, hidden files and folders are left out.
-inline std::vector<std::string> files_of_input(const std::string& input) {
-    namespace fs = std::filesystem;
-    if (!folder_exists(input)) return {input};
-    std::vector<std::string> files;
-    std::error_code error;
-    std::string last = input;  // what an error is about
-    for (fs::recursive_directory_iterator at(input, error), end; !error && at != end;) {
-        last = at->path().string();
-        const bool hidden = at->path().filename().string().starts_with(".");
-        if (hidden && at->is_directory(error)) at.disable_recursion_pending();
-        if (!hidden && at->is_regular_file(error)) files.push_back(last);
-        if (!error) at.increment(error);
-    }
-    if (error) fail("cannot read ", last, ": ", error.message());
-    std::sort(files.begin(), files.end());
-    return files;
-}
-
-// A file is one document, and a line of a .jsonl file is one. Fails if there is no text.
-inline Documents read_documents(const std::vector<std::string>& inputs) {
-    Documents documents;
-    for (const std::string& input : inputs)
-        for (const std::string& path : files_of_input(input)) {
-            if (path.ends_with(".jsonl"))
-                add_jsonl(documents, path);
-            else
-                documents.add(read_file(path));
-        }
-    if (documents.texts.empty()) {
-        std::string names;
-        for (const std::string& input : inputs) join(names, ", ", input);
-        fail("there is no text in the input (", names.substr(0, 200), "): nothing to prepare");
-    }
-    return documents;
-}
-
-// Where the character after the one at text[at] begins. A byte that belongs to none counts as one.
-inline size_t next_character(std::string_view text, size_t at) {
-    return at + std::max<size_t>(utf8_character(text.substr(at)).bytes, 1);
-}
-inline int64_t count_characters(std::string_view text) {
-    int64_t count = 0;
-    for (size_t at = 0; at < text.size(); at = next_character(text, at)) ++count;
-    return count;
-}
-
-// The last `val_fraction` is for validation, rounded up. One text is cut by characters, several by
-// documents. (nanoGPT cuts Shakespeare at the same character.)
-inline void split_documents(Documents& documents, double val_fraction) {
-    const auto& texts = documents.texts;
-    const bool single = texts.size() == 1;
-    const int64_t count = single ? count_characters(texts[0]) : int64_t(texts.size());
-    // Careful: 1 - 0.1 and the like are not exact; without the last term 10 could become 9.
-    const int64_t kept = int64_t(std::floor(double(count) * (1 - val_fraction) + 1e-9));
-    if (kept <= 0)
-        fail("--val-fraction ", val_fraction, " leaves nothing to train on: the input has only ",
-             count, single ? " characters" : " documents");
-    documents.train.assign(texts.begin(), texts.begin() + (single ? 1 : kept));
-    documents.val.assign(texts.begin() + (single ? 1 : kept), texts.end());
-    if (!single) return;
-    size_t cut = 0;
-    for (int64_t i = 0; i < kept; ++i) cut = next_character(texts[0], cut);
-    documents.train[0] = documents.train[0].substr(0, cut);
-    if (cut < texts[0].size()) documents.val = {std::string_view(texts[0]).substr(cut)};
-}
-
-// =================================================================================================
-// Work for all cores
-// =================================================================================================
-
-// A part of a document that can be tokenized by itself. A job is some of them.
-struct Part {
-    std::string_view text;
-    bool begins_document;
+// The bytes of a source from the first place at or behind `begin` where the text may be cut, up to
+// the first at or behind `end`. So a chunk can be read without those before it.
+struct Chunk {
+    const Source& source;
+    size_t begin, end;
 };
-using Job = std::vector<Part>;
 
 // The first index from `at` on where the text may be cut, so that its two parts have the same
 // pieces as the whole (§12): between a character that is no space and a space, both ASCII.
@@ -213,38 +182,393 @@ inline size_t safe_cut(std::string_view text, size_t at) {
     }
     return text.size();
 }
+// The same for lines: behind a line end.
+inline size_t line_cut(std::string_view text, size_t at) {
+    return std::min(text.find('\n', std::max<size_t>(at, 1) - 1), text.size() - 1) + 1;
+}
 
-// Cuts the documents into jobs of about job_bytes each.
-inline std::vector<Job> make_jobs(const std::vector<std::string_view>& documents,
-                                  size_t job_bytes = 1 << 18) {
-    std::vector<Job> jobs;
-    size_t filled = job_bytes;
-    for (std::string_view text : documents)
-        for (size_t at = 0; at < text.size();) {
-            if (filled >= job_bytes) jobs.emplace_back(), filled = 0;
-            const size_t end = safe_cut(text, at + (job_bytes - filled));
-            jobs.back().push_back({text.substr(at, end - at), at == 0});
-            filled += end - at, at = end;
+// The bytes of a chunk; sets `at` to where in the file they are. None where the text cannot be cut
+// within the chunk: then they belong to one before.
+inline std::string read_chunk(const Chunk& chunk, size_t& at) {
+    const Source& source = chunk.source;
+    const InputFile file(source.path);
+    const auto cut = source.field.empty() ? safe_cut : line_cut;
+    const bool first = chunk.begin == source.begin;
+    // One byte more in front: whether it can be cut at `begin` depends on both sides.
+    at = chunk.begin - !first;
+    const size_t last = chunk.end - at, most = source.end - at;
+    std::string text;
+    size_t begin = 0, end = 0;
+    for (size_t more = 1 << 12; end == text.size() && text.size() < most; more *= 2) {
+        const size_t have = text.size();
+        text.resize(std::min(std::max(have, last) + more, most));
+        file.read_bytes(text.data() + have, text.size() - have, at + have);
+        if (have == 0 && !first) begin = cut(text, 1);
+        if (begin >= last) return "";
+        end = last == most ? most : cut(text, std::max(have, last));
+    }
+    at += begin;
+    return text.substr(begin, end - begin);
+}
+
+// Some text of a document, or all of it.
+struct Text {
+    std::string_view text;
+    bool begins;  // is it the beginning of the document?
+    size_t end;   // where it ends in the file
+};
+
+// The text in a line of JSON. Errors do not say which line it is.
+inline std::string text_of_line(std::string_view line, const std::string& field) {
+    const Json object = Json::parse(line, "");
+    if (object.kind != Json::Kind::object)
+        fail(": expected an object with a \"", field, "\", found ", shown(line));
+    std::string others;
+    for (const auto& [name, value] : object.members)
+        if (value.kind == Json::Kind::string && others.size() < 200) join(others, ", ", name);
+    if (!object.find(field) && !others.empty())
+        fail(": \"", field, "\" is missing; say with --field which to read: ", others);
+    return object.get_string(field, "");
+}
+
+// How many lines of a file end before `at`.
+inline int64_t lines_before(const std::string& path, size_t at) {
+    const InputFile file(path);
+    std::string bytes;
+    int64_t lines = 0;
+    for (size_t from = 0; from < at; from += bytes.size()) {
+        bytes.resize(std::min<size_t>(1 << 20, at - from));
+        file.read_bytes(bytes.data(), bytes.size(), from);
+        lines += std::count(bytes.begin(), bytes.end(), '\n');
+    }
+    return lines;
+}
+
+// Calls visit(Text) for all text in a chunk, in order. Blank lines are no documents.
+template <class Visit>
+void for_each_text(const Chunk& chunk, const Visit& visit) {
+    const Source& source = chunk.source;
+    size_t from = 0;
+    const std::string bytes = read_chunk(chunk, from);
+    if (bytes.empty()) return;
+    if (source.field.empty())
+        return visit(Text{bytes, chunk.begin == source.begin, from + bytes.size()});
+    for (size_t at = 0, end; at < bytes.size(); at = end) {
+        end = std::min(bytes.find('\n', at), bytes.size() - 1) + 1;
+        std::string_view line = std::string_view(bytes).substr(at, end - at);
+        line = line.substr(0, line.find_last_not_of(" \t\r\n") + 1);
+        if (line.empty()) continue;
+        std::string text;
+        try {
+            text = text_of_line(line, source.field);
+        } catch (const Error& error) {
+            fail(source.path, ", line ", 1 + lines_before(source.path, from + at), error.what());
         }
-    return jobs;
+        visit(Text{text, true, from + end});
+    }
 }
 
 inline size_t thread_count() { return size_t(omp_get_max_threads()); }
 
-// Calls work(job number, thread number) for every job, on all cores. Throws what one of them threw.
-template <class Work>
-inline void for_all_jobs(size_t jobs, const Work& work) {
-    std::exception_ptr error;
-#pragma omp parallel for schedule(dynamic)
-    for (size_t i = 0; i < jobs; ++i) {
-        try {
-            work(i, size_t(omp_get_thread_num()));
-        } catch (...) {
-#pragma omp critical
-            error = std::current_exception();
+constexpr const char* kInterrupted = "interrupted; nothing was changed";
+
+// One pass over some sources, and how far it is.
+class TextPass {
+    const char* doing_;
+    double total_ = 0, done_ = 0, start_ = now_seconds(), shown_ = start_;
+
+public:
+    std::vector<Chunk> chunks;
+
+    TextPass(const char* doing, const std::vector<Source>& sources, size_t chunk_bytes = 1 << 18)
+        : doing_(doing) {
+        for (const Source& source : sources) {
+            for (size_t at = source.begin; at < source.end; at = chunks.back().end)
+                chunks.push_back({source, at, std::min(at + chunk_bytes, source.end)});
+            total_ += double(source.end - source.begin);
         }
     }
-    if (error) std::rethrow_exception(error);
+    ~TextPass() {
+        if (::isatty(STDOUT_FILENO)) std::fputs("\r\033[K", stdout);
+    }
+
+    // Calls visit(result, text, thread) for all text of `count` chunks from `first` on, on all
+    // cores, with a Result for each chunk, and then(result) in the order of the chunks. Throws the
+    // first error in this order.
+    template <class Result, class Visit, class Then>
+    void run(size_t first, size_t count, const Visit& visit, const Then& then) {
+        std::map<size_t, std::pair<Result, std::exception_ptr>> done;  // before those before them
+        std::atomic<size_t> next = first;
+        std::atomic<bool> failed = false;
+        std::exception_ptr error;
+#pragma omp parallel for schedule(dynamic)
+        for (size_t i = first; i < first + count; ++i) {
+            // What is done too early shall not fill the memory.
+            while (i > next + 256) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+            std::pair<Result, std::exception_ptr> mine;
+            const size_t thread = size_t(omp_get_thread_num());
+            const auto visit_one = [&](const Text& text) { visit(mine.first, text, thread); };
+            try {
+                if (!failed) for_each_text(chunks[i], visit_one);
+            } catch (...) {
+                mine.second = std::current_exception();
+            }
+#pragma omp critical
+            for (done[i] = std::move(mine); done.contains(next); done.erase(next++)) try {
+                    if (failed) continue;
+                    if (done[next].second) std::rethrow_exception(done[next].second);
+                    then(done[next].first);
+                    advance(chunks[next].end - chunks[next].begin);
+                } catch (...) {
+                    error = std::current_exception(), failed = true;
+                }
+        }
+        if (error) std::rethrow_exception(error);
+    }
+
+private:
+    // On a terminal a line that changes, elsewhere one every half minute.
+    void advance(size_t bytes) {
+        if (stop_asked) throw Error(130, kInterrupted);
+        done_ += double(bytes);
+        const bool live = ::isatty(STDOUT_FILENO);
+        const double now = now_seconds(), speed = done_ / (now - start_);
+        if (now - shown_ < (live ? 0.5 : 30)) return;
+        shown_ = now;
+        std::printf("%s  %s: %.0f of %.0f MB, %.0f MB/s, %.1f minutes left%s",
+                    live ? "\r\033[K" : "", doing_, done_ / 1e6, total_ / 1e6, speed / 1e6,
+                    (total_ - done_) / speed / 60, live ? "" : "\n");
+        std::fflush(stdout);
+    }
+};
+
+// =================================================================================================
+// The input
+// =================================================================================================
+
+// The files of the input, and what there is to say of some: "passed over (gzip)" -> their paths.
+struct Input {
+    std::vector<Source> sources;
+    int64_t empty = 0;  // files without a byte of text
+    std::map<std::string, std::vector<std::string>> notes;
+};
+
+// Does it hold a JSON object in every line? Yes, if the first one has the field, or the first two
+// lines are objects.
+inline bool holds_json_lines(Source source, const std::string& field) {
+    source.field = field;  // so that chunks are lines
+    int objects = 0;
+    for (size_t at = source.begin; at < source.end && objects < 2;) try {
+            const std::string text = read_chunk({source, at, at + 1}, at);
+            at += text.size();
+            if (text.find_first_not_of(" \t\r\n") == text.npos) continue;
+            if (text[0] != '{') return false;
+            const Json object = Json::parse(text, ""), *value = object.find(field);
+            if (value && value->kind == Json::Kind::string) return true;
+            ++objects;
+        } catch (const Error&) {
+            return false;
+        }
+    return objects == 2;
+}
+
+// Adds a file where it is text. What is none is an error where the file was named, and passed over
+// where it was found in a folder.
+inline void add_file(Input& input, const std::string& path, const std::string& field, bool named) {
+    const InputFile file(path);
+    std::string begin(std::min<size_t>(file.bytes, 1 << 16), '\0');
+    file.read_bytes(begin.data(), begin.size(), 0);
+    if (const FileKind* kind = no_text(begin, field)) {
+        if (!named) return input.notes[to_text("passed over (", kind->name, ")")].push_back(path);
+        std::string remedy = kind->remedy;
+        for (size_t at = 0; (at = remedy.find("FILE", at)) != remedy.npos; at += path.size())
+            remedy.replace(at, 4, path);
+        fail(path, " is no text but ", kind->name, ": ", remedy);
+    }
+    const bool mark = begin.starts_with("\xef\xbb\xbf");
+    if (mark) input.notes["left out the byte-order mark of"].push_back(path);
+    Source source{path, "", mark ? 3u : 0u, file.bytes};
+    if (source.begin == source.end) return void(++input.empty);
+    if (path.ends_with(".jsonl") || holds_json_lines(source, field)) source.field = field;
+    input.sources.push_back(source);
+}
+
+// Adds the files of a folder, sorted by path. Hidden files and folders are left out, links to
+// folders and links to nothing too.
+inline void add_folder(Input& input, const std::string& folder, const std::string& field) {
+    namespace fs = std::filesystem;
+    std::vector<std::string> files;
+    std::error_code error, ignored;
+    std::string last = folder;  // what an error is about
+    for (fs::recursive_directory_iterator at(folder, error), end; !error && at != end;) {
+        last = at->path().string();
+        const bool hidden = at->path().filename().string().starts_with(".");
+        if (hidden && at->is_directory(ignored)) at.disable_recursion_pending();
+        if (!hidden && at->is_regular_file(ignored))
+            files.push_back(last);
+        else if (!hidden && at->is_symlink(ignored))
+            input
+                .notes[folder_exists(last) ? "passed over (a link to a folder)"
+                                           : "passed over (a link to nothing)"]
+                .push_back(last);
+        at.increment(error);
+    }
+    if (error) fail("cannot read ", last, ": ", error.message());
+    std::sort(files.begin(), files.end());
+    for (const std::string& path : files) add_file(input, path, field, false);
+}
+
+// Copies standard input ("-") or a pipe to a file, as it is read more than once.
+inline void copy_stream(const std::string& name, const std::string& path) {
+    const FileHandle from(name == "-" ? ::dup(STDIN_FILENO) : ::open(name.c_str(), O_RDONLY));
+    const FileHandle to(::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666));
+    if (from.fd < 0 || to.fd < 0) fail_errno("cannot read ", name);
+    std::vector<char> buffer(1 << 20);
+    for (ssize_t got = 1; got != 0;) {
+        got = ::read(from.fd, buffer.data(), buffer.size());
+        if (stop_asked) throw Error(130, kInterrupted);
+        if (got < 0 && errno != EINTR) fail_errno("cannot read ", name);
+        const size_t count = size_t(std::max<ssize_t>(got, 0));
+        if (write_all(to.fd, buffer.data(), count) < count) fail_errno("cannot write ", path);
+    }
+}
+
+// Is it a shard's name as this program writes it?
+inline bool is_shard_name(const std::string& name) {
+    const size_t begin = name.starts_with("train_") ? 6 : name.starts_with("val_") ? 4 : name.npos;
+    return begin != name.npos && name.size() == begin + 10 && name.ends_with(".bin") &&
+           std::all_of(name.begin() + ptrdiff_t(begin), name.end() - 4,
+                       [](char c) { return c >= '0' && c <= '9'; });
+}
+
+// Fails where this run would read what it, or one before it, writes.
+inline void check_apart(const std::string& input, const std::string& output) {
+    const auto in = std::filesystem::weakly_canonical(input);
+    const auto out = std::filesystem::weakly_canonical(output);
+    const bool inside =
+        std::mismatch(in.begin(), in.end(), out.begin(), out.end()).first == in.end();
+    if (folder_exists(input) && inside)
+        fail_usage("--output ", output, " lies in the input folder ", input,
+                   ": the next run would read it as text; choose an --output elsewhere");
+    const std::string name = in.filename();
+    const bool written = is_shard_name(name) || name == "dataset.json" || name == "vocab.json" ||
+                         name == "merges.txt" || name == "tokenizer.json";
+    if (in.parent_path() == out && written)
+        fail_usage("--input ", input,
+                   " is a file that this would replace; choose another --output");
+}
+
+// All files of the input. What cannot be read twice is copied into the folder `copies`.
+inline Input find_input(const PrepareOptions& o, const std::string& copies) {
+    Input input;
+    for (const std::string& name : o.input) {
+        const mode_t mode = mode_of(name);
+        const bool stream = name == "-" || (mode && !S_ISREG(mode) && !S_ISDIR(mode));
+        const std::string copy = to_text(copies, "/.input-", input.sources.size());
+        if (stream)
+            copy_stream(name, copy);
+        else
+            check_apart(name, o.output);
+        if (folder_exists(name) && !stream)
+            add_folder(input, name, o.field);
+        else
+            add_file(input, stream ? copy : name, o.field, true);
+    }
+    const bool lines = std::any_of(input.sources.begin(), input.sources.end(),
+                                   [](const Source& source) { return !source.field.empty(); });
+    if (o.has("field") && !lines)
+        fail_usage("--field ", o.field, " is for lines of JSON, and the input has none");
+    return input;
+}
+
+// --- How much there is, and how it is divided
+
+// Where the character after the one at text[at] begins. A byte that belongs to none counts as one.
+inline size_t next_character(std::string_view text, size_t at) {
+    return at + std::max<size_t>(utf8_character(text.substr(at)).bytes, 1);
+}
+inline int64_t count_characters(std::string_view text) {
+    int64_t count = 0;
+    for (size_t at = 0; at < text.size(); ++count) {
+        uint64_t eight = 0x80;
+        if (at + 8 <= text.size()) std::memcpy(&eight, &text[at], 8);
+        const bool ascii = (eight & 0x8080808080808080) == 0;  // all eight: faster than one by one
+        at = ascii ? at + 8 : next_character(text, at), count += ascii ? 7 : 0;
+    }
+    return count;
+}
+struct Tally {
+    int64_t documents = 0, empty = 0, characters = 0, bytes = 0, tokens = 0;
+
+    void add(const Text& text) {
+        if (text.begins) ++(text.text.empty() ? empty : documents);
+        characters += count_characters(text.text), bytes += int64_t(text.text.size());
+    }
+    void add(const Tally& b) {
+        documents += b.documents, empty += b.empty, characters += b.characters;
+        bytes += b.bytes, tokens += b.tokens;
+    }
+};
+
+// What is trained on and what is for validation.
+struct Split {
+    std::vector<Source> train, val;
+    Tally all = {};
+};
+
+// Where in the file the first `count` documents of a chunk end, or characters of a single text.
+inline size_t end_of(int64_t count, bool characters, const Chunk& chunk) {
+    if (!characters && chunk.source.field.empty()) return chunk.source.end;
+    size_t offset = chunk.begin;
+    for_each_text(chunk, [&](const Text& text) {
+        if (!characters && !text.text.empty() && count-- > 0) offset = text.end;
+        if (!characters) return;
+        size_t at = 0;
+        for (; count > 0 && at < text.text.size(); --count) at = next_character(text.text, at);
+        offset = text.end - text.text.size() + at;
+    });
+    return offset;
+}
+
+// The last `val_fraction` is for validation, rounded up. One text is cut by characters, several by
+// documents. (nanoGPT cuts Shakespeare at the same character.) `copies`: a folder for a copy.
+inline Split divide(const std::vector<Source>& sources, double val_fraction,
+                    const std::string& copies) {
+    Split split;
+    std::vector<Tally> tallies;  // of the chunks
+    TextPass pass("counting", sources);
+    const auto count_text = [](Tally& tally, const Text& text, size_t) { tally.add(text); };
+    pass.run<Tally>(0, pass.chunks.size(), count_text,
+                    [&](const Tally& tally) { tallies.push_back(tally), split.all.add(tally); });
+    const bool single = split.all.documents == 1;
+    const auto counted = [&](const Tally& t) { return single ? t.characters : t.documents; };
+    // Careful: 1 - 0.1 and the like are not exact; without the last term 10 could become 9.
+    const int64_t count = counted(split.all);
+    int64_t kept = int64_t(std::floor(double(count) * (1 - val_fraction) + 1e-9));
+    if (kept <= 0 && count > 0)
+        fail("--val-fraction ", val_fraction, " leaves nothing to train on: the input has only ",
+             count, single ? " characters" : " documents");
+    split.train = sources;
+    if (kept == count) return split;
+    // The chunk in which the last part begins.
+    size_t c = 0;
+    for (; counted(tallies[c]) < kept; ++c) kept -= counted(tallies[c]);
+    const Chunk& chunk = pass.chunks[c];
+    if (single && !chunk.source.field.empty()) {  // text can be cut, a line of JSON cannot
+        const std::string copy = copies + "/.document";
+        for_each_text(chunk, [&](const Text& text) {
+            if (!text.text.empty()) write_file(copy, text.text);
+        });
+        const Tally all = split.all;
+        split = divide({{copy, "", 0, size_t(all.bytes)}}, val_fraction, copies);
+        split.all = all;
+        return split;
+    }
+    const size_t s = size_t(&chunk.source - sources.data());
+    split.train.resize(s + 1), split.train[s].end = end_of(kept, single, chunk);
+    split.val.assign(sources.begin() + ptrdiff_t(s), sources.end());
+    split.val[0].begin = split.train[s].end;
+    return split;
 }
 
 // =================================================================================================
@@ -284,24 +608,82 @@ inline std::string_view fast_piece(std::string_view text, size_t at) {
 // words. For "aaabdaaabac": aa is the most frequent pair (4), XabdXabac; then ab (2; Xa is as
 // frequent, but its tokens are later ones), XYdXYac; then XY (2), ZdZac.
 
-// Every distinct piece of the documents and how often it occurs, in byte order.
-inline std::vector<std::pair<std::string_view, int64_t>> count_pieces(
-    const std::vector<std::string_view>& documents) {
-    const std::vector<Job> jobs = make_jobs(documents);
-    std::vector<std::unordered_map<std::string_view, int64_t>> counts(thread_count());
-    for_all_jobs(jobs.size(), [&](size_t job, size_t thread) {
-        for (const Part& part : jobs[job])
-            for (size_t at = 0; at < part.text.size();) {
-                const std::string_view piece = fast_piece(part.text, at);
-                ++counts[thread][piece];
-                at += piece.size();
-            }
-    });
-    for (size_t thread = 1; thread < counts.size(); ++thread)
-        for (auto [piece, count] : counts[thread]) counts[0][piece] += count;
-    std::vector<std::pair<std::string_view, int64_t>> sorted(counts[0].begin(), counts[0].end());
-    std::sort(sorted.begin(), sorted.end());
-    return sorted;
+// Distinct pieces and how often each occurs.
+class PieceCounts {
+    struct Hash {  // with is_transparent, a piece is found without making a std::string of it
+        using is_transparent = void;
+        size_t operator()(std::string_view piece) const {
+            return std::hash<std::string_view>()(piece);
+        }
+    };
+    std::unordered_map<std::string, int64_t, Hash, std::equal_to<>> counts_;
+
+public:
+    size_t bytes = 0;  // of the pieces, each counted once
+
+    void add_piece(std::string_view piece, int64_t count) {
+        const auto found = counts_.find(piece);
+        if (found != counts_.end()) return void(found->second += count);
+        counts_.emplace(piece, count);
+        bytes += piece.size();
+    }
+    void add(std::string_view text) {
+        for (size_t at = 0; at < text.size();) {
+            const std::string_view piece = fast_piece(text, at);
+            add_piece(piece, 1);
+            at += piece.size();
+        }
+    }
+    // Takes the counts of `other`, which has none then.
+    void take(PieceCounts& other) {
+        for (const auto& [piece, count] : other.counts_) add_piece(piece, count);
+        other = {};
+    }
+    // In byte order. The pieces are those of this object.
+    std::vector<std::pair<std::string_view, int64_t>> sorted() const {
+        std::vector<std::pair<std::string_view, int64_t>> all(counts_.begin(), counts_.end());
+        std::sort(all.begin(), all.end());
+        return all;
+    }
+    // Keeps the most frequent pieces, at most `most` bytes of them. Of those that are as frequent
+    // a hash chooses, so that they are a fair sample.
+    void forget_rare(size_t most) {
+        std::vector<std::tuple<int64_t, uint64_t, std::string_view>> order;
+        for (const auto& [piece, count] : counts_) {
+            uint64_t hash = 0;
+            for (char c : piece) hash = mix_bits(hash + uint8_t(c) + 1);
+            order.emplace_back(-count, hash, piece);
+        }
+        std::sort(order.begin(), order.end());
+        size_t kept = 0;
+        for (const auto& [count, hash, piece] : order) {
+            kept += piece.size();
+            if (kept <= most) continue;
+            bytes -= piece.size();
+            counts_.erase(counts_.find(piece));
+        }
+    }
+};
+
+// The pieces from which a vocabulary is learnt. Learning takes some thirty times their bytes of
+// memory: where there are more than `most`, only the frequent ones are kept. Careful: whether there
+// are must not depend on the threads, so it is decided only between groups of chunks.
+inline PieceCounts count_pieces(const std::vector<Source>& sources, size_t most = 32'000'000) {
+    std::vector<PieceCounts> counts(thread_count());
+    TextPass pass("learning a vocabulary", sources);
+    const auto count = [&](bool&, const Text& text, size_t thread) {
+        counts[thread].add(text.text);
+    };
+    for (size_t at = 0, some = 128; at < pass.chunks.size(); at += some) {
+        pass.run<bool>(at, std::min(some, pass.chunks.size() - at), count, [](bool) {});
+        size_t bytes = 0;
+        for (const PieceCounts& of_thread : counts) bytes += of_thread.bytes;
+        const bool last = at + some >= pass.chunks.size();
+        for (size_t t = 1; (last || bytes > most) && t < counts.size(); ++t)
+            counts[0].take(counts[t]);
+        if (counts[0].bytes > most) counts[0].forget_rare(most / 2);
+    }
+    return std::move(counts[0]);
 }
 
 // Learns merges, one at a time. The distinct pieces lie one after the other in one array of
@@ -311,14 +693,13 @@ class BpeTrainer {
 public:
     explicit BpeTrainer(const std::vector<std::pair<std::string_view, int64_t>>& pieces) {
         for (auto [piece, count] : pieces) {
-            if (symbols_.size() + piece.size() >= kNone)
-                fail("the text has more than ", kNone,
-                     " bytes of distinct pieces: learn the vocabulary from a part of it");
+            counts_.push_back(count);
             for (size_t i = 0; i < piece.size(); ++i) {
                 const uint32_t at = uint32_t(symbols_.size());
                 const uint32_t previous = i == 0 ? kNone : at - 1;
                 const uint32_t next = i + 1 == piece.size() ? kNone : at + 1;
-                symbols_.push_back({kBytes.id_of_byte[uint8_t(piece[i])], previous, next, count});
+                symbols_.push_back({kBytes.id_of_byte[uint8_t(piece[i])], previous, next,
+                                    uint32_t(counts_.size() - 1)});
                 if (i > 0) count_pair(at - 1, +1);
             }
         }
@@ -349,7 +730,7 @@ private:
     static constexpr uint32_t kNone = UINT32_MAX;
     struct Symbol {
         uint32_t token, previous, next;  // previous, next: indices, kNone at a piece's ends
-        int64_t weight;                  // how often the piece occurs
+        uint32_t piece;                  // it occurs counts_[piece] times
     };
     struct Pair {
         int64_t count = 0;
@@ -361,7 +742,7 @@ private:
         const Symbol& left = symbols_[at];
         const uint32_t key = left.token << 16 | symbols_[left.next].token;
         Pair& pair = pairs_[key];
-        pair.count += sign * left.weight;
+        pair.count += sign * counts_[left.piece];
         if (sign < 0) return;
         if (pair.where.empty()) fresh_.push_back(key);
         pair.where.push_back(at);
@@ -399,14 +780,15 @@ private:
     }
 
     std::vector<Symbol> symbols_;
+    std::vector<int64_t> counts_;               // of every piece
     std::unordered_map<uint32_t, Pair> pairs_;  // key: left token << 16 | right token
     std::priority_queue<std::pair<int64_t, uint32_t>> queue_;  // count, inverted key
     std::vector<uint32_t> fresh_;                              // keys of pairs not yet queued
 };
 
-// A vocabulary of `size` tokens, or as many as the documents support.
-inline Tokenizer train_bpe(const std::vector<std::string_view>& documents, int64_t size) {
-    return Tokenizer(BpeTrainer(count_pieces(documents)).train(size_t(size - 257)));
+// A vocabulary of `size` tokens, or as many as the pieces support.
+inline Tokenizer train_bpe(const PieceCounts& pieces, int64_t size) {
+    return Tokenizer(BpeTrainer(pieces.sorted()).train(size_t(size - 257)));
 }
 
 // =================================================================================================
@@ -537,60 +919,74 @@ private:
     }
 };
 
-// The tokens of all documents, each after an end of text. The same for any number of threads.
-inline std::vector<uint16_t> encode_documents(const Tokenizer& tokenizer,
-                                              const std::vector<std::string_view>& documents) {
-    const std::vector<Job> jobs = make_jobs(documents);
-    std::vector<std::vector<uint16_t>> done(jobs.size());
+// Calls then(tokens) with the tokens of all text, in its order, an end of text before each document.
+// The same for any number of threads. Returns what there was.
+template <class Then>
+Tally encode_sources(const Tokenizer& tokenizer, const std::vector<Source>& sources,
+                     const Then& then) {
+    struct Encoded {
+        std::vector<uint16_t> tokens = {};
+        Tally tally = {};
+    };
     std::vector<std::unique_ptr<Encoder>> encoders(thread_count());
-    for_all_jobs(jobs.size(), [&](size_t job, size_t thread) {
+    const auto encode = [&](Encoded& out, const Text& text, size_t thread) {
         if (!encoders[thread]) encoders[thread] = std::make_unique<Encoder>(tokenizer);
-        for (const Part& part : jobs[job]) {
-            if (part.begins_document) done[job].push_back(uint16_t(tokenizer.end_of_text()));
-            encoders[thread]->encode(part.text, done[job]);
-        }
+        out.tally.add(text);
+        if (text.begins && !text.text.empty())
+            out.tokens.push_back(uint16_t(tokenizer.end_of_text()));
+        encoders[thread]->encode(text.text, out.tokens);
+    };
+    Tally all;
+    TextPass pass("making tokens", sources);
+    pass.run<Encoded>(0, pass.chunks.size(), encode, [&](const Encoded& encoded) {
+        then(encoded.tokens);
+        all.add(encoded.tally), all.tokens += int64_t(encoded.tokens.size());
     });
-    std::vector<uint16_t> tokens;
-    size_t total = 0;
-    for (const auto& of_job : done) total += of_job.size();
-    tokens.reserve(total);
-    for (auto& of_job : done) {
-        tokens.insert(tokens.end(), of_job.begin(), of_job.end());
-        std::vector<uint16_t>().swap(of_job);  // frees it
-    }
-    return tokens;
+    return all;
 }
 
 // =================================================================================================
 // The data folder
 // =================================================================================================
 
-// Everything that goes into the folder.
-struct Dataset {
-    Tokenizer tokenizer;
-    std::vector<uint16_t> train, val;
-    Json description;
+// Writes tokens to shards (§2) of at most `most` tokens: train_000001.bin and so on.
+class ShardWriter {
+    std::string prefix_;
+    size_t number_, most_, tokens_ = 0;  // in the shard that is open
+    std::optional<FileWriter> file_;
+
+public:
+    // `prefix`: the path up to the number. `number`: the first.
+    ShardWriter(const std::string& prefix, size_t number, int64_t most)
+        : prefix_(prefix), number_(number), most_(size_t(most)) {}
+
+    void add(std::span<const uint16_t> tokens) {
+        while (!tokens.empty()) {
+            if (!file_) {
+                file_.emplace(prefix_ + format("%06zu.bin", number_++));
+                write_header(0);
+            }
+            const size_t count = std::min(tokens.size(), most_ - tokens_);
+            file_->write(tokens.data(), 2 * count);
+            tokens_ += count, tokens = tokens.subspan(count);
+            if (tokens_ == most_) finish();
+        }
+    }
+    // Writes the header again, now that the number of tokens is known.
+    void finish() {
+        if (!file_) return;
+        file_->rewind();
+        write_header(int32_t(tokens_));
+        file_->commit();
+        file_.reset(), tokens_ = 0;
+    }
+
+private:
+    void write_header(int32_t count) {
+        const int32_t header[kShardHeaderBytes / 4] = {kShardMagic, 1, count};
+        file_->write(header, sizeof header);
+    }
 };
-
-// Writes count tokens as one shard (§2).
-inline void write_shard(const std::string& path, const uint16_t* tokens, size_t count) {
-    if (count > INT32_MAX)
-        fail(path, ": a shard holds at most ", INT32_MAX, " tokens, not ", count,
-             "; use a smaller --val-fraction");
-    const int32_t header[kShardHeaderBytes / 4] = {kShardMagic, 1, int32_t(count)};
-    FileWriter file(path);
-    file.write(header, sizeof header);
-    file.write(tokens, count * sizeof *tokens);
-    file.commit();
-}
-
-// Is it a shard's name as this program writes it?
-inline bool is_shard_name(const std::string& name) {
-    const size_t begin = name.starts_with("train_") ? 6 : name.starts_with("val_") ? 4 : name.npos;
-    return begin != name.npos && name.size() == begin + 10 && name.ends_with(".bin") &&
-           std::all_of(name.begin() + ptrdiff_t(begin), name.end() - 4,
-                       [](char c) { return c >= '0' && c <= '9'; });
-}
 
 constexpr const char* kIncoming = ".incoming";  // the new files wait here until all are written
 
@@ -614,94 +1010,118 @@ inline void check_output_folder(const std::string& folder) {
                  "prepare_data's to replace; choose another --output");
 }
 
-inline void write_dataset_files(const std::string& folder, const Dataset& data,
-                                size_t shard_tokens) {
-    for (size_t at = 0, shard = 1; at < data.train.size(); at += shard_tokens, ++shard)
-        write_shard(folder + format("/train_%06zu.bin", shard), data.train.data() + at,
-                    std::min(shard_tokens, data.train.size() - at));
-    if (!data.val.empty())
-        write_shard(folder + "/val_000000.bin", data.val.data(), data.val.size());
-    data.tokenizer.save(folder);
-    write_file(folder + "/dataset.json", data.description.write(2) + "\n");
-}
+// The folder within the output folder where the new files wait until all are written. What is left
+// in it at the end of the scope is removed: whatever fails leaves the old data as it was.
+struct Incoming {
+    std::string folder, path;
+    FolderToFill made;
+    FileHandle lock;
 
-// Whole or not at all: all files are first written to a folder within the folder. Then shards of an
-// earlier run are removed and the new files take their names, dataset.json last. Whatever fails in
-// the first half leaves the old data as it was.
-inline void write_dataset(const std::string& folder, const Dataset& data, int64_t shard_tokens) {
-    const std::string incoming = folder + "/" + kIncoming;
-    if (folder_exists(incoming)) remove_folder(incoming);
-    const FolderToFill to_fill(incoming);
-    try {
-        write_dataset_files(incoming, data, size_t(shard_tokens));
-        for (const std::string& name : list_folder(folder))
-            if (is_shard_name(name) && !file_exists(incoming + "/" + name))
-                remove_file(folder + "/" + name);
-        for (const std::string& name : list_folder(incoming))
-            if (name != "dataset.json") rename_path(incoming + "/" + name, folder + "/" + name);
-        rename_path(incoming + "/dataset.json", folder + "/dataset.json");
-    } catch (...) {
-        std::error_code ignored;
-        std::filesystem::remove_all(incoming, ignored);
-        throw;
+    explicit Incoming(const std::string& output)
+        : folder(output), path(output + "/" + kIncoming), made(path),
+          lock(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {
+        if (::flock(lock.fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
+            fail("another prepare_data is writing to ", output, ": wait for it to end");
+        clear();  // what a killed run has left
     }
-}
+    ~Incoming() {
+        std::error_code ignored;
+        std::filesystem::remove_all(path, ignored);
+    }
+    void clear() const {
+        for (const std::string& name : list_folder(path)) remove_file(path + "/" + name);
+    }
+    // Shards of an earlier run are removed and the new files take their names, dataset.json last.
+    // Names with a dot in front are not the dataset's.
+    void publish() const {
+        for (const std::string& name : list_folder(folder))
+            if (is_shard_name(name) && !file_exists(path + "/" + name))
+                remove_file(folder + "/" + name);
+        for (const std::string& name : list_folder(path))
+            if (name != "dataset.json" && !name.starts_with("."))
+                rename_path(path + "/" + name, folder + "/" + name);
+        rename_path(path + "/dataset.json", folder + "/dataset.json");
+    }
+};
 
 // Adds to the description how large one split is, and prints it.
-inline void describe_split(Json& json, const std::string& split,
-                           const std::vector<std::string_view>& documents, size_t tokens) {
-    int64_t characters = 0, bytes = 0;
-    for (std::string_view text : documents)
-        characters += count_characters(text), bytes += int64_t(text.size());
-    json.set(split + "_documents", documents.size())
-        .set(split + "_characters", characters)
-        .set(split + "_bytes", bytes)
-        .set(split + "_tokens", tokens);
-    std::printf("  %-5s %9zu document%s %12s characters %12s bytes %12zu tokens\n", split.c_str(),
-                documents.size(), documents.size() == 1 ? " " : "s",
-                std::to_string(characters).c_str(), std::to_string(bytes).c_str(), tokens);
+inline void describe_split(Json& json, const std::string& split, const Tally& tally) {
+    json.set(split + "_documents", tally.documents)
+        .set(split + "_characters", tally.characters)
+        .set(split + "_bytes", tally.bytes)
+        .set(split + "_tokens", tally.tokens);
+    std::printf("  %-5s %9ld document%s %12ld characters %12ld bytes %12ld tokens\n", split.c_str(),
+                tally.documents, tally.documents == 1 ? " " : "s", tally.characters, tally.bytes,
+                tally.tokens);
 }
 
 // The tokenizer of the options. One that is learnt learns from the training part only.
-inline Tokenizer make_tokenizer(const PrepareOptions& o,
-                                const std::vector<std::string_view>& train) {
+inline Tokenizer make_tokenizer(const PrepareOptions& o, const std::vector<Source>& train) {
     if (o.tokenizer == "byte") return Tokenizer::bytes();
     if (o.tokenizer == "gpt2") return Tokenizer::load(o.vocab);
-    return train_bpe(train, o.vocab_size);
+    return train_bpe(count_pieces(train), o.vocab_size);
 }
 
-// Documents to a data folder. `source` says where they came from; `add` may add to the description.
-inline void prepare(const PrepareOptions& o, const Documents& documents, const std::string& source,
-                    const std::function<void(Json&)>& add = nullptr) {
+// Text to a data folder. `source` says where it came from; `add` may add to the description.
+// Returns the number of tokens to train on.
+inline int64_t prepare(const PrepareOptions& o, const Incoming& incoming, const Split& split,
+                       const std::string& source, const std::function<void(Json&)>& add = nullptr) {
     const double start = now_seconds();
-    Dataset data{make_tokenizer(o, documents.train), {}, {}, Json::object()};
+    const Tokenizer tokenizer = make_tokenizer(o, split.train);
     const double learnt = now_seconds();
-    data.train = encode_documents(data.tokenizer, documents.train);
-    data.val = encode_documents(data.tokenizer, documents.val);
+    const auto encode = [&](const std::vector<Source>& sources, ShardWriter shards) {
+        auto write = [&](const std::vector<uint16_t>& tokens) { shards.add(tokens); };
+        const Tally tally = encode_sources(tokenizer, sources, write);
+        shards.finish();
+        return tally;
+    };
+    const Tally train = encode(split.train, {incoming.path + "/train_", 1, o.shard_tokens});
+    const Tally val = encode(split.val, {incoming.path + "/val_", 0, INT32_MAX});
     const double encoded = now_seconds();
-    std::printf("%s -> %s\n", source.c_str(), o.output.c_str());
-    const int vocab_size = data.tokenizer.vocab_size();
-    data.description.set("source", source)
-        .set("tokenizer", o.tokenizer)
-        .set("vocab_size", vocab_size);
-    describe_split(data.description, "train", documents.train, data.train.size());
-    describe_split(data.description, "val", documents.val, data.val.size());
-    if (add) add(data.description);
-    write_dataset(o.output, data, o.shard_tokens);
-    double bytes = 0;
-    for (const std::string& text : documents.texts) bytes += double(text.size());
+    const int vocab_size = tokenizer.vocab_size();
+    Json description = Json::object();
+    description.set("source", source).set("tokenizer", o.tokenizer).set("vocab_size", vocab_size);
+    describe_split(description, "train", train);
+    describe_split(description, "val", val);
+    if (add) add(description);
+    tokenizer.save(incoming.path);
+    write_file(incoming.path + "/dataset.json", description.write(2) + "\n");
+    incoming.publish();
+    const double bytes = double(train.bytes + val.bytes);
     std::string notes;
     if (o.tokenizer == "bpe" && !o.input.empty() && vocab_size < o.vocab_size)
         notes += to_text("  no pair is left that occurs twice: the vocabulary has ", vocab_size,
                          " tokens, not ", o.vocab_size, "\n");
-    if (documents.empty)
-        notes += to_text("  ", documents.empty, " empty documents were left out\n");
+    if (split.all.empty)
+        notes += to_text("  ", split.all.empty, " empty documents were left out\n");
     notes += to_text("  ", vocab_size, " tokens in the vocabulary (", o.tokenizer, ", ",
                      format("%.1f s), %.2f bytes a token", learnt - start,
-                            bytes / double(data.train.size() + data.val.size())));
+                            bytes / double(train.tokens + val.tokens)));
     if (bytes >= 1e6)  // less says nothing about speed
         notes += format(", tokenized at %.0f MB/s", bytes / 1e6 / (encoded - learnt));
     std::puts(notes.c_str());
+    return train.tokens;
+}
+
+// The input of the options to a data folder.
+inline int64_t prepare_text(const PrepareOptions& o) {
+    const Incoming incoming(o.output);
+    std::string names;
+    for (const std::string& input : o.input)
+        join(names, ", ", input == "-" ? "standard input" : input);
+    const Input input = find_input(o, incoming.path);
+    std::printf("%s -> %s\n", names.c_str(), o.output.c_str());
+    for (const auto& [note, paths] : input.notes) {
+        std::string some;
+        for (size_t i = 0; i < paths.size() && some.size() < 200; ++i) join(some, ", ", paths[i]);
+        std::printf("  %s %zu file%s, such as %s\n", note.c_str(), paths.size(),
+                    paths.size() == 1 ? "" : "s", some.c_str());
+    }
+    Split split = divide(input.sources, o.val_fraction, incoming.path);
+    if (split.all.documents == 0)
+        fail("there is no text in the input (", names.substr(0, 200), "): nothing to prepare");
+    split.all.empty += input.empty;
+    return prepare(o, incoming, split, names);
 }
 
 // =================================================================================================
@@ -905,7 +1325,6 @@ struct Slot {
 struct Grammar {
     std::vector<Rule> rules;  // rules[0] is the story
     std::vector<Slot> slots;
-    std::vector<Items> sentences;  // every sentence of every rule, for is_story_sentence
 };
 
 // For every slot the number of the word it holds, or -1.
@@ -989,21 +1408,6 @@ inline Items parse_items(Grammar& grammar, std::string text) {
     return items;
 }
 
-// Adds the sentences that are written out in an alternative: what ends in . ! or ?, less the rules
-// before it ({Opening} and so on) that are sentences of their own.
-inline void add_sentences(Grammar& grammar, std::string_view text) {
-    while (!text.empty()) {
-        const bool rule = text[0] == '{' && is_capital(text[1]);
-        size_t end = rule ? text.find('}') + 1 : 1;
-        while (!rule && end < text.size() &&
-               !(std::strchr(".!?", text[end - 1]) && text[end] == ' '))
-            end++;
-        if (!rule)
-            grammar.sentences.push_back(parse_items(grammar, std::string(text.substr(0, end))));
-        text.remove_prefix(std::min(end + 1, text.size()));
-    }
-}
-
 // Adds a slot for every word that is drawn somewhere in the text.
 inline void declare_slots(Grammar& grammar, std::string text) {
     while (!text.empty()) {
@@ -1059,13 +1463,9 @@ inline Grammar parse_grammar(std::string_view text) {
     for (size_t i = 0; i < bodies.size(); i++) {
         Rule& rule = grammar.rules[i];
         if (!rule.words.empty()) continue;
-        for (const std::string& alternative : split(bodies[i], '|')) {
+        for (const std::string& alternative : split(bodies[i], '|'))
             rule.alternatives.push_back(parse_items(grammar, alternative));
-            const bool whole_sentences = is_capital(rule.name[0]);
-            if (whole_sentences) add_sentences(grammar, alternative);
-        }
     }
-    grammar.sentences.push_back(parse_items(grammar, "The end."));
     if (grammar.slots.size() > Memory().size())
         fail("story grammar: ", grammar.slots.size(), " slots, at most ", Memory().size());
     return grammar;
@@ -1143,112 +1543,7 @@ inline double entropy(const Grammar& grammar, const Rule& rule) {
     return std::log(n) + sum / n;
 }
 
-// --- Reading a story back
-
-// What is still to be read: the rest of some items, and then the rest of those around them.
-struct Todo {
-    const Items& items;
-    size_t next;
-    const Todo* around;
-};
-
-// Finds every way in which the grammar can write a text: tries each alternative in turn, and gives
-// it up at the first letter that differs.
-struct Reader {
-    const Grammar& grammar;
-    std::vector<double> neg_log_probs = {};  // of every way found
-
-    // May the slot hold this word? A slot that is still empty may: a sentence read alone recalls
-    // words that were drawn before it.
-    bool may_hold(const Memory& memory, int slot, int word) const {
-        if (memory[slot] >= 0) return memory[slot] == word;
-        for (size_t other = 0; other < grammar.slots.size(); other++) {
-            const bool differ =
-                grammar.slots[slot].unlike == int(other) || grammar.slots[other].unlike == slot;
-            if (differ && memory[other] == word) return false;
-        }
-        return true;
-    }
-
-    // Reads `text` as what is to do, where the choices so far cost `cost`.
-    void read(const Todo& todo, std::string_view text, const Memory& memory, double cost) {
-        if (todo.next == todo.items.size()) {
-            if (todo.around)
-                read(*todo.around, text, memory, cost);
-            else if (text.empty())
-                neg_log_probs.push_back(cost);
-            return;
-        }
-        const Item& item = todo.items[todo.next];
-        const Todo after{todo.items, todo.next + 1, todo.around};
-        if (item.kind == Item::letters) {
-            if (!text.starts_with(item.text)) return;
-            read(after, text.substr(item.text.size()), memory, cost);
-        } else if (item.kind == Item::rule) {
-            const Rule& rule = grammar.rules[item.index];
-            for (const Items& items : rule.alternatives)
-                read({items, 0, &after}, text, memory, cost + std::log(rule.alternatives.size()));
-        } else {
-            read_word(item, after, text, memory, cost);
-        }
-    }
-
-    void read_word(const Item& item, const Todo& after, std::string_view text, Memory memory,
-                   double cost) {
-        const Slot& slot = grammar.slots[item.index];
-        int n = int(grammar.rules[slot.rule].words.size());
-        if (item.kind == Item::draw) {
-            memory[item.index] = -1;
-            cost += std::log(double(n - (slot.unlike >= 0)));
-        }
-        const Memory before = memory;
-        for (int word = 0; word < n; word++) {
-            const std::string spelt = spell(grammar, item, word);
-            if (!text.starts_with(spelt) || !may_hold(before, item.index, word)) continue;
-            memory[item.index] = int8_t(word);
-            read(after, text.substr(spelt.size()), memory, cost);
-        }
-    }
-};
-
-// What each way of reading `text` as one of the `starts` costs, in nats.
-inline std::vector<double> derivations(std::string_view text, const std::vector<Items>& starts) {
-    Reader reader{the_grammar()};
-    for (const Items& items : starts) reader.read({items, 0, nullptr}, text, {}, 0.0);
-    return reader.neg_log_probs;
-}
-// Of a whole story: one number, as the grammar is unambiguous; none if it cannot tell this story.
-inline std::vector<double> derivations(std::string_view story) {
-    return derivations(story, the_grammar().rules[0].alternatives);
-}
-
 }  // namespace stories
-
-// -log p(story) in nats, exactly: the loss of the true model, summed over the story's tokens and
-// its end-of-text token, whatever the tokenizer. Infinity if the grammar cannot tell this story.
-inline double story_neg_log_prob(std::string_view story) {
-    const std::vector<double> found = stories::derivations(story);
-    return found.empty() ? std::numeric_limits<double>::infinity() : found[0];
-}
-
-// Does this sentence occur in some story of the grammar? What is recalled in it must agree within
-// it: pronouns with names, a number with the number less one.
-inline bool is_story_sentence(std::string_view sentence) {
-    return !stories::derivations(sentence, stories::the_grammar().sentences).empty();
-}
-
-// The sentences of a text, without blanks around them. A sentence ends in . ! or ? and, in these
-// stories, such a mark ends nothing else.
-inline std::vector<std::string> story_sentences(std::string_view text) {
-    std::vector<std::string> sentences(1);
-    for (char c : text) {
-        const bool blank = std::isspace(uint8_t(c)) != 0;
-        if (!blank || !sentences.back().empty()) sentences.back() += blank ? ' ' : c;
-        if (c == '.' || c == '!' || c == '?') sentences.emplace_back();
-    }
-    if (sentences.back().empty()) sentences.pop_back();
-    return sentences;
-}
 
 struct StoryCorpus {
     std::vector<std::string> train, val;
@@ -1279,18 +1574,25 @@ inline StoryCorpus make_stories(uint64_t seed, int train_stories, int val_storie
 constexpr int kStories = 22'000;  // of which a tenth is for validation
 
 // Draws the stories and writes them as a dataset whose floor is known.
-inline void prepare_stories(const PrepareOptions& o) {
+inline int64_t prepare_stories(const PrepareOptions& o) {
     const int val = int(std::ceil(kStories * o.val_fraction - 1e-9));
     if (val >= kStories) fail("--val-fraction ", o.val_fraction, " leaves no story to train on");
     const StoryCorpus stories = make_stories(uint64_t(o.seed), kStories - val, val);
-    Documents documents;
-    documents.texts = stories.train;
-    documents.texts.insert(documents.texts.end(), stories.val.begin(), stories.val.end());
-    documents.train.assign(documents.texts.begin(), documents.texts.end() - val);
-    documents.val.assign(documents.texts.end() - val, documents.texts.end());
+    const Incoming incoming(o.output);
+    const auto source = [&](const char* name, const std::vector<std::string>& texts) {
+        std::string lines;
+        for (const std::string& text : texts)
+            lines += Json::object().set("text", text).write() + "\n";
+        const std::string path = incoming.path + "/." + name;
+        write_file(path, lines);
+        return std::vector<Source>{{path, "text", 0, lines.size()}};
+    };
+    const Split split{source("train", stories.train), source("val", stories.val)};
+    const std::string name = to_text("stories, seed ", o.seed);
+    std::printf("%s -> %s\n", name.c_str(), o.output.c_str());
     // The floor is the loss of the true model: what the validation stories cost it, divided by the
     // tokens that are predicted (all but the first). The entropy is what a story costs on average.
-    prepare(o, documents, to_text("stories, seed ", o.seed), [&](Json& json) {
+    return prepare(o, incoming, split, name, [&](Json& json) {
         if (val == 0) return;
         const double tokens = json.find("val_tokens")->as<double>().value();
         const double floor = stories.val_neg_log_prob / (tokens - 1);
@@ -1411,17 +1713,15 @@ inline void run_prepare_data(const std::vector<std::string>& arguments) {
     }
     check_output_folder(o.output);
     if (!o.from_llmc.empty()) return convert_llmc(o);
-    if (o.input.empty()) {
-        prepare_stories(o);
-    } else {
-        std::string source;
-        for (const std::string& input : o.input) join(source, ", ", input);
-        Documents documents = read_documents(o.input);
-        split_documents(documents, o.val_fraction);
-        prepare(o, documents, source);
-    }
-    std::printf("next: ./train_gpt%s\n",
-                o.output == "data/stories" ? "" : (" --data " + shell_word(o.output)).c_str());
+    if (o.tokenizer == "gpt2") Tokenizer::load(o.vocab);  // where it fails: now, not hours later
+    const int64_t tokens = o.input.empty() ? prepare_stories(o) : prepare_text(o);
+    std::string next = "next: ./train_gpt";
+    if (o.output != "data/stories") next += " --data " + shell_word(o.output);
+    // A batch of eight rows of 128 tokens, which is the default, needs one token more.
+    if (tokens <= 8 * 128)
+        next +=
+            to_text(" --seq-len ", std::bit_floor(uint64_t(std::max<int64_t>(8, tokens - 1)) / 8));
+    std::puts(next.c_str());
 }
 
 }  // namespace tinygpt
@@ -1429,6 +1729,11 @@ inline void run_prepare_data(const std::vector<std::string>& arguments) {
 // test_gpt.cpp includes this file for its functions and has a main of its own.
 #ifndef PREPARE_DATA_NO_MAIN
 int main(int argc, char** argv) {
+    // Ctrl-C stops at the next chunk, a second one at once.
+    for (int number : {SIGINT, SIGTERM})
+        ::signal(number, [](int) {
+            if (tinygpt::stop_asked.exchange(1) != 0) ::_exit(130);
+        });
     ::signal(SIGXFSZ, SIG_IGN);  // a file that may not grow is then an error message
     tinygpt::use_all_cores();
     try {

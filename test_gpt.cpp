@@ -31,6 +31,9 @@
 #endif
 #endif
 
+#ifndef TINYGPT_TEST_CUDA
+#include "checks/stories.hpp"
+#endif
 #include "checks/runs.hpp"
 
 // Numbers below 1.2e-38 count as zero in all tests, as they do in the program.
@@ -3176,7 +3179,43 @@ inline std::vector<std::string> pieces_of(std::string_view text) {
 }
 
 inline Tokenizer trained_on(const std::vector<std::string>& texts, int64_t size) {
-    return train_bpe(std::vector<std::string_view>(texts.begin(), texts.end()), size);
+    PieceCounts pieces;
+    for (const std::string& text : texts) pieces.add(text);
+    return train_bpe(pieces, size);
+}
+
+// The texts as files of a folder, a document each.
+inline std::vector<Source> sources_of(const TemporaryFolder& folder,
+                                      const std::vector<std::string>& texts) {
+    std::vector<Source> sources;
+    for (const std::string& text : texts) {
+        sources.push_back({folder / to_text("text-", sources.size()), "", 0, text.size()});
+        put_file(sources.back().path, text);
+    }
+    return sources;
+}
+// What a source holds.
+inline std::string bytes_of(const Source& source) {
+    return read_file(source.path).substr(source.begin, source.end - source.begin);
+}
+inline std::vector<std::string> texts_of(const std::vector<Source>& sources) {
+    std::vector<std::string> texts;
+    TextPass pass("reading", sources);
+    const auto keep = [](std::string& all, const Text& text, size_t) {
+        all += (text.begins ? "|" : "") + std::string(text.text);
+    };
+    std::string all;
+    pass.run<std::string>(0, pass.chunks.size(), keep, [&](std::string& some) { all += some; });
+    if (all.empty()) return {};
+    return split_at(all.substr(1), '|');
+}
+inline std::vector<uint16_t> encode_all(const Tokenizer& tokenizer,
+                                        const std::vector<Source>& sources) {
+    std::vector<uint16_t> all;
+    encode_sources(tokenizer, sources, [&](const std::vector<uint16_t>& tokens) {
+        all.insert(all.end(), tokens.begin(), tokens.end());
+    });
+    return all;
 }
 
 // The bytes of every piece, as tokens.
@@ -3310,29 +3349,31 @@ TEST_CASE("tokenizer: tinyshakespeare has the published tokens") {
           "25c01b32b32f41897a6359dd222ec114992dc30c357bcafbfe6c56672f76cd31");
     CHECK(gpt2.decode(tokens) == text);
     // nanoGPT's split: the first 90 % of the characters.
-    Documents documents;
-    documents.texts = {text};
-    split_documents(documents, 0.1);
-    CHECK(documents.val[0].size() == 111540);
-    CHECK(sha256_of(raw(gpt2.encode(documents.train[0]))) ==
+    TemporaryFolder temporary;
+    const Split split = divide(sources_of(temporary, {text}), 0.1, temporary.path);
+    const std::string train = bytes_of(split.train[0]), val = bytes_of(split.val[0]);
+    CHECK(val.size() == 111540);
+    CHECK(sha256_of(raw(gpt2.encode(train))) ==
           "502a2bdc8210d1ac5d5674867cb74467dd31db575d25cf6dbb08c8bdbea8680f");
-    CHECK(sha256_of(raw(gpt2.encode(documents.val[0]))) ==
+    CHECK(sha256_of(raw(gpt2.encode(val))) ==
           "68a53422394c26a655ebe641f5c6f49888e8f4e45fe5d6f02abda63ba3ebd65b");
     // llm.c's: a document for each section, the first 32,768 tokens for validation, as whole files.
-    std::vector<std::string_view> sections;
+    std::string lines;
     for (size_t at = 0, end; at < text.size(); at = end) {
         end = std::min(text.find("\n\n", at), text.size() - 2) + 2;
-        sections.push_back(std::string_view(text).substr(at, end - at));
+        lines += Json::object().set("text", text.substr(at, end - at)).write() + "\n";
     }
-    CHECK(sections.size() == 7222);
-    TemporaryFolder temporary;
-    std::vector<uint16_t> all = encode_documents(gpt2, sections);
+    CHECK(std::count(lines.begin(), lines.end(), '\n') == 7222);
+    put_file(temporary / "lines", lines);
+    const std::vector<uint16_t> all =
+        encode_all(gpt2, {{temporary / "lines", "text", 0, lines.size()}});
     REQUIRE(all.size() == 32768 + 305260);
-    write_shard(temporary / "val.bin", all.data(), 32768);
-    write_shard(temporary / "train.bin", all.data() + 32768, 305260);
-    CHECK(sha256_of(read_file(temporary / "val.bin")) ==
+    ShardWriter first(temporary / "val_", 0, 32768), rest(temporary / "train_", 1, INT32_MAX);
+    first.add(std::span(all).first(32768)), rest.add(std::span(all).subspan(32768));
+    first.finish(), rest.finish();
+    CHECK(sha256_of(read_file(temporary / "val_000000.bin")) ==
           "fe99db720dc7c83e694806d4e047a952909411da1daccde4ccc2e55f40882a62");
-    CHECK(sha256_of(read_file(temporary / "train.bin")) ==
+    CHECK(sha256_of(read_file(temporary / "train_000001.bin")) ==
           "8a70606be574040c26d225694f5f9759973b419852d22f7fe5c118e1b359dcc8");
 }
 
@@ -3421,20 +3462,76 @@ TEST_CASE("tokenizer: the same tokens on any number of threads, and from the ser
     std::vector<std::string> texts;
     for (uint64_t seed = 0; seed < 40; ++seed)
         texts.push_back(random_text(seed, 10 + seed * seed * 30));
-    std::vector<std::string_view> documents(texts.begin(), texts.end());
-    CHECK(make_jobs(documents).size() > 3);
+    texts.push_back(random_text(40, 200'000));
+    TemporaryFolder temporary;
+    const std::vector<Source> sources = sources_of(temporary, texts);
+    CHECK(TextPass("", sources).chunks.size() > texts.size());  // some have more than one
     std::vector<uint16_t> serial;
     for (const std::string& text : texts) {
         std::vector<uint16_t> tokens = tokenizer.encode(text);
         serial.push_back(uint16_t(tokenizer.end_of_text()));
         serial.insert(serial.end(), tokens.begin(), tokens.end());
     }
-    const std::vector<Merge> learnt = train_bpe(documents, 400).merges();
+    const std::vector<Merge> learnt = trained_on(texts, 400).merges();
+    const auto frequent = [&](size_t most) {
+        const PieceCounts pieces = count_pieces(sources, most);
+        const auto sorted = pieces.sorted();
+        return std::map<std::string, int64_t>(sorted.begin(), sorted.end());
+    };
+    const auto few = frequent(10'000);
+    CHECK((few.size() > 100 && few.size() < frequent(1 << 30).size()));
     for (int n : {1, 2, 3}) {
         Threads threads(n);
-        CHECK(encode_documents(tokenizer, documents) == serial);
-        CHECK(train_bpe(documents, 400).merges() == learnt);
+        CHECK(encode_all(tokenizer, sources) == serial);
+        CHECK(train_bpe(count_pieces(sources), 400).merges() == learnt);
+        CHECK(frequent(10'000) == few);
     }
+}
+
+TEST_CASE("tokenizer: where there are too many pieces, the most frequent ones are kept") {
+    PieceCounts pieces;
+    for (int i = 0; i < 1000; ++i) pieces.add(format(" word%d", i) + (i % 10 ? "" : " often"));
+    const size_t before = pieces.bytes;
+    pieces.forget_rare(500);
+    CHECK((pieces.bytes <= 500 && pieces.bytes > 400 && before > 2000));
+    size_t bytes = 0, often = 0, last = 0;
+    for (auto [piece, count] : pieces.sorted()) {
+        bytes += piece.size(), often += piece == " often" && count == 100;
+        last += piece.find("9") != piece.npos;
+    }
+    CHECK(bytes == pieces.bytes);
+    CHECK(often == 1);
+    CHECK((last > 2 && last < 60));  // of the rest any, not the first or the last ones
+}
+
+TEST_CASE("prepare_data: chunks of any size are the text, whatever is in it") {
+    TemporaryFolder folder;
+    std::vector<std::string> texts = {std::string(10'000, 'a'), std::string(3, ' '), "x", " y z "};
+    for (uint64_t seed = 0; seed < 6; ++seed) texts.push_back(random_text(seed, 700));
+    texts.push_back(std::string(9'000, 'b') + " c " + std::string(9'000, 'd'));
+    std::string lines = "\n";
+    for (const std::string& text : texts)
+        lines += Json::object().set("t", text).write() + (text.size() % 2 ? "\n" : "\r\n \n");
+    std::vector<Source> sources = sources_of(folder, texts);
+    put_file(folder / "lines", lines);
+    sources.push_back({folder / "lines", "t", 0, lines.size()});
+    sources.push_back({folder / "lines", "", 5, lines.size() - 3});
+    using Found = std::pair<std::string, size_t>;  // the text, and in how many pieces it falls
+    const auto keep = [](Found& found, const Text& text, size_t) {
+        found.first += (text.begins ? "|" : "") + std::string(text.text);
+        found.second += pieces_of(text.text).size();
+    };
+    std::optional<Found> whole;
+    for (size_t bytes : {1 << 30, 1, 7, 100, 5'000}) {
+        TextPass pass("", sources, bytes);
+        Found all;
+        pass.run<Found>(0, pass.chunks.size(), keep, [&](const Found& some) {
+            all.first += some.first, all.second += some.second;
+        });
+        if (!whole) whole = all;
+        CHECK(all == *whole);
+    }
+    CHECK(whole->first.starts_with("|" + texts[0] + "|   |x| y z |"));
 }
 
 TEST_CASE("tokenizer: learning, on the worked example aaabdaaabac") {
@@ -6603,7 +6700,8 @@ TEST_CASE("prepare_data: options") {
     for (const char* bad : {"1", "-0.1", "nan", "inf", "half", "0.1x"})
         CHECK(contains(prepare_data({"--val-fraction", bad}), "2: --val-fraction must be"));
     const std::pair<const char*, const char*> cases[] =
-        {{"--vocabsize 300",
+        {{"--field body", "2: --field is for --input FILE"},
+         {"--vocabsize 300",
           "2: unknown option --vocabsize; did you mean --vocab-size? (--help lists all options)"},
          {"--shard-tokens=0", "2: --shard-tokens must be"},
          {"--output", "2: --output needs a value"},
@@ -6667,28 +6765,39 @@ TEST_CASE("prepare_data: documents keep their order and their bytes") {
     put_file(temporary / "in/a.jsonl",
              "\xef\xbb\xbf{\"text\": \" x\\n\", \"id\": 1}\n\n{\"id\": 2, \"text\": "
              "\"\\u732b\\ud83d\\udc31\"}\r\n{\"text\": \"\"}\n");
-    put_file(temporary / "in/c", "\xff\xfe");
+    put_file(temporary / "in/c", "\xff\xfd");
     put_file(temporary / "in/.hidden", "no");
     put_file(temporary / "in/empty", "");
-    Documents documents = read_documents({temporary / "in/c", temporary / "in"});
-    CHECK(documents.texts ==
-          std::vector<std::string>{"\xff\xfe", " x\n", "\u732b\U0001f431", "one\r\n", "\xff\xfe"});
-    CHECK(documents.empty == 2);
+    PrepareOptions o;
+    o.output = temporary / "out";
+    o.input = {temporary / "in/c", temporary / "in"};
+    const Input input = find_input(o, temporary.path);
+    using Texts = std::vector<std::string>;
+    CHECK(texts_of(input.sources) ==
+          Texts{"\xff\xfd", " x\n", "\u732b\U0001f431", "", "one\r\n", "\xff\xfd"});
+    CHECK(input.empty == 1);
     // Several documents are divided by documents, the validation part rounded up.
-    split_documents(documents, 0.3);
-    CHECK(documents.train.size() == 3);
-    CHECK(documents.val == std::vector<std::string_view>{"one\r\n", "\xff\xfe"});
-    // One is divided by characters, whole ones.
-    Documents single;
-    single.texts = {
-        "\u732b\u732b\u732b\u732b\xff"
-        "a\u732b\u732b\u732b\u732b"};
-    split_documents(single, 0.5);
-    CHECK(single.train[0] == "\u732b\u732b\u732b\u732b\xff");
-    split_documents(single, 0);
-    CHECK(single.val.empty());
-    single.texts = {"a"};
-    CHECK(contains(error_of([&] { split_documents(single, 0.1); }), "only 1 characters"));
+    const Split split = divide(input.sources, 0.3, temporary.path);
+    CHECK(split.all.documents == 5);
+    CHECK(split.all.empty == 1);
+    CHECK(texts_of(split.train) == Texts{"\xff\xfd", " x\n", "\u732b\U0001f431"});
+    CHECK(texts_of(split.val) == Texts{"", "one\r\n", "\xff\xfd"});
+    // One is divided by characters, whole ones, in lines of JSON too.
+    const std::string cats = "\u732b\u732b\u732b\u732b", single = cats +
+                                                                  "\xff"
+                                                                  "a" +
+                                                                  cats;
+    const auto divided = [&](const std::string& text, double fraction) {
+        put_file(temporary / "single", text);
+        const std::string field = text[0] == '{' ? "t" : "";
+        return divide({{temporary / "single", field, 0, text.size()}}, fraction, temporary.path);
+    };
+    CHECK(texts_of(divided(single, 0.5).train) == Texts{cats + "\xff"});
+    CHECK(texts_of(divided(single, 0.5).val) == Texts{"a" + cats});
+    CHECK(texts_of(divided("{\"t\": \"\"}\n{\"t\": \"" + cats + "\"}", 0.25).val) ==
+          Texts{"\u732b"});
+    CHECK(divided(single, 0).val.empty());
+    CHECK(contains(error_of([&] { divided("a", 0.1); }), "only 1 characters"));
 }
 
 TEST_CASE("prepare_data: bad input ends in one line, and nothing is written") {
@@ -6704,7 +6813,7 @@ TEST_CASE("prepare_data: bad input ends in one line, and nothing is written") {
     // --input and --output, where ~ is the folder, and the error.
     const std::array<std::string, 3> cases[] =
         {{"~missing", "~out", "1: cannot read"},
-         {"~links", "~out", "links/gone: No such file"},
+         {"~links", "~out", "1: there is no text in the input"},
          {"~empty", "~out", "1: there is no text in the input"},
          {"~nothing", "~out", "1: there is no text in the input"},
          {"~bad.jsonl", "~out", "bad.jsonl, line 2: not valid JSON"},
@@ -6725,6 +6834,203 @@ TEST_CASE("prepare_data: bad input ends in one line, and nothing is written") {
         CHECK_FALSE(folder_exists(temporary / "out"));
     }
     CHECK(read_file(temporary / "foreign/train_000001.bin") == "x");
+}
+
+// Prepares the inputs, with a token for each byte; returns what was printed, and behind it the text
+// of the shards, training and validation, where there are any.
+inline std::string prepared_text(const TemporaryFolder& temporary, const Arguments& inputs,
+                                 const Arguments& more = {}) {
+    const std::string out = temporary / "out";
+    std::filesystem::remove_all(out);
+    Outcome ran = outcome_of([&] {
+        try {
+            run_prepare_data(joined(joined({"--input"}, inputs),
+                                    joined({"--output", out, "--tokenizer", "byte"}, more)));
+            return 0;
+        } catch (const Error& error) {
+            std::printf("%d: %s\n", error.status, error.what());
+            return error.status;
+        }
+    });
+    for (const char* shard : {"/train_000001.bin", "/val_000000.bin"})
+        if (file_exists(out + shard))
+            ran.out += "\n" + Tokenizer::bytes().decode(shard_tokens(out + shard), "|");
+    return ran.out;
+}
+
+TEST_CASE("prepare_data: what is no text is named, with what makes text of it") {
+    const std::string prose = "It was the best of times, it was the worst of times.\n";
+    std::string wide, swapped, noise;
+    for (char c : prose) wide += c, wide += '\0', swapped += '\0', swapped += c;
+    for (int i = 0; i < 100; ++i) noise += char(1 + i * 37 % 255);
+    const std::string zip("PK\x03\x04\x14\0\x06\0", 8), zeros(20, '\0');
+    struct Case {
+        std::string bytes;
+        const char *kind, *remedy;
+    };
+    const Case cases[] = {{"\x1f\x8b\x08" + noise, "gzip", "zcat ~ | ./prepare_data --input -"},
+                          {"BZh91AY&SY" + noise, "bzip2", "bzcat ~ |"},
+                          {"\xfd\x37zXZ" + zeros, "xz", "xzcat ~ |"},
+                          {"\x28\xb5\x2f\xfd" + noise, "zstd", "zstdcat ~ |"},
+                          {zip + "[Content_Types].xml", "an Office document", "pandoc -t plain ~"},
+                          {zip + "mimetypeapplication/epub+zip", "an EPUB book", "pandoc"},
+                          {zip + "mimetypeapplication/vnd.oasis.opendocument.text",
+                           "an OpenDocument file", "pandoc"},
+                          {zip + "book.txt", "a zip archive", "unzip ~"},
+                          {"\xd0\xcf\x11\xe0\xa1\xb1" + zeros, "an old Office document", "txt ~"},
+                          {"{\\rtf1\\ansi " + prose, "an RTF document", "pandoc"},
+                          {"%PDF-1.7\n" + noise, "PDF", "pdftotext ~"},
+                          {"PAR1" + noise, "parquet", "pandas.read_parquet('~')"},
+                          {"\xff\xfe" + wide, "UTF-16", "iconv -f UTF-16 -t UTF-8 ~ > ~.txt"},
+                          {"\xfe\xff" + swapped, "UTF-16", "iconv -f UTF-16 -t"},
+                          {wide, "UTF-16", "iconv -f UTF-16LE"},
+                          {swapped, "UTF-16", "iconv -f UTF-16BE"},
+                          {"\xff\xfe" + zeros, "UTF-32", "iconv -f UTF-32"},
+                          {"\x89PNG\r\n\x1a\n" + zeros + noise, "binary data", "text"},
+                          {"\x7f"
+                           "ELF" +
+                               zeros,
+                           "binary data", "text"},
+                          {prose + '\0' + prose, "binary data", "text"},
+                          {std::string(30, '\x02') + prose, "binary data", "text"},
+                          {"version https://git-lfs.github.com/spec/v1\noid x", "a pointer to a",
+                           "git lfs pull"},
+                          {"[\n  {\"id\": 1, \"text\": \"x\"},\n", "a JSON array",
+                           "jq -c '.[]' ~"}};
+    for (const Case& c : cases) {
+        TemporaryFolder temporary;
+        make_folders(temporary / "in");
+        const std::string file = temporary / "in/FILE", text = temporary / "in/text";
+        put_file(file, c.bytes), put_file(text, prose);
+        CAPTURE(c.kind);
+        std::string remedy = c.remedy;
+        for (size_t at; (at = remedy.find('~')) != remedy.npos;) remedy.replace(at, 1, file);
+        const std::string named = prepared_text(temporary, {file});
+        CHECK_MESSAGE(contains(named, "1: " + file + " is no text but " + c.kind), named);
+        CHECK_MESSAGE(contains(named, remedy), named);
+        CHECK_FALSE(folder_exists(temporary / "out"));
+        const std::string in_folder = prepared_text(temporary, {temporary / "in"});
+        CHECK_MESSAGE(contains(in_folder, to_text("passed over (", c.kind)), in_folder);
+        CHECK(contains(in_folder, "1 file"));
+        CHECK(contains(in_folder, "\n|It was the best of times, it"));
+    }
+    // What is text, though it may not look so.
+    TemporaryFolder temporary;
+    for (const std::string text :
+         {"caf\xe9\n", "\x1b[31mred\x1b[0m", "{\"a\": 1}", "[x]\n{y}", "PK",
+          "\xef\xbb\xbf\xd0\xb4\xd0\xb0", "a\fb\x01 and so on, and on"}) {
+        put_file(temporary / "text", text);
+        const std::string out =
+            prepared_text(temporary, {temporary / "text"}, {"--val-fraction=0"});
+        CHECK_MESSAGE(out.ends_with("\n|" + text.substr(text[0] == '\xef' ? 3 : 0)), out);
+    }
+}
+
+TEST_CASE("prepare_data: lines of JSON are told by what is in them; --field says which text") {
+    TemporaryFolder temporary;
+    const std::string path = temporary / "file.json";
+    struct Case {
+        std::string bytes, more, found;
+    };
+    const std::string two =
+        "{\"title\": \"A\", \"text\": \"x y\"}\n{\"text\": \"z\", \"title\": \"B\"}\n";
+    const std::string bodies = "{\"body\": \"one\"}\n\n{\"body\": \"two\"}";
+    const Case cases[] =
+        {{two, "", "\n|x y|z"},
+         {"\xef\xbb\xbf" + two, "", "left out the byte-order mark of 1 file"},
+         {"\xef\xbb\xbf" + two, "", "\n|x y|z"},
+         {two, "--field title", "\n|A|B"},
+         {two, "--field none",
+          "line 1: \"none\" is missing; say with --field which to read: title, text"},
+         {bodies, "--field body", "\n|one|two"},
+         {bodies, "", "line 1: \"text\" is missing; say with --field which to read: body"},
+         {"{\"text\": \"alone\"}", "", "\n|alone"},
+         {"{\"name\": \"package\"}", "", "\n|{\"name\": \"package\"}"},
+         {"{\n  \"text\": \"pretty\"\n}\n", "", "\n|{\n  \"text\""},
+         {"{x}\n{\"text\": \"y\"}\n", "", "\n|{x}\n{"},
+         {two + "{\"text\": 3}\n", "", "line 3: \"text\" must be a string, found a number"},
+         {two + "{\"text\": \"a\xff\"}\n", "", "line 3: not valid JSON"},
+         {"plain\n", "--field body", "2: --field body is for lines of JSON"}};
+    for (const Case& c : cases) {
+        put_file(path, c.bytes);
+        const Arguments more = c.more.empty() ? Arguments() : words(c.more);
+        const std::string out =
+            prepared_text(temporary, {path}, joined(more, {"--val-fraction", "0"}));
+        CHECK_MESSAGE(contains(out, c.found), out);
+    }
+    // The first error in the file's order is the one that is told, on any number of threads.
+    std::string many;
+    for (int i = 0; i < 60'000; ++i)
+        many += i % 20'000 == 19'999 ? "{}\n" : "{\"text\": \"abc\"}\n";
+    put_file(path, many);
+    CHECK(contains(prepared_text(temporary, {path}), "line 20000: \"text\" is missing"));
+}
+
+TEST_CASE("prepare_data: standard input and pipes; links to nothing; input and output apart") {
+    TemporaryFolder temporary;
+    const std::string text = temporary / "text", in = temporary / "in";
+    put_file(text, "abc def");
+    {
+        const FileHandle file(::open(text.c_str(), O_RDONLY));
+        const Redirect input(STDIN_FILENO, file.fd);
+        const std::string out = prepared_text(temporary, {"-", text}, {"--val-fraction", "0"});
+        CHECK(contains(out, "standard input, " + text));
+        CHECK(contains(out, "\n|abc def|abc def"));
+        CHECK(contains(out, "out --seq-len 1\n"));          // so that the next command can work
+        CHECK(list_folder(temporary / "out").size() == 5);  // and nothing of the copy
+    }
+    REQUIRE(::mkfifo((temporary / "pipe").c_str(), 0600) == 0);
+    std::thread writer([&] { std::ofstream(temporary / "pipe") << "{\"text\": \"piped\"}\n"; });
+    CHECK(
+        contains(prepared_text(temporary, {temporary / "pipe"}, {"--val-fraction=0"}), "\n|piped"));
+    writer.join();
+    // In a folder.
+    make_folders(in + "/deep");
+    std::filesystem::create_symlink("nowhere", in + "/gone");
+    std::filesystem::create_directory_symlink(in, in + "/deep/round");
+    std::filesystem::create_symlink(text, in + "/deep/good");
+    const std::string out = prepared_text(temporary, {in});
+    CHECK(contains(out, "passed over (a link to nothing) 1 file, such as " + in + "/gone"));
+    CHECK(contains(out, "passed over (a link to a folder) 1 file, such as " + in + "/deep/round"));
+    CHECK(contains(out, "\n|abc de\n|f"));
+    // Where a second run would read what the first has written, the first is refused.
+    std::filesystem::create_directory_symlink(temporary.path, temporary / "link");
+    const std::array<std::string, 3> cases[] = {{"", "/out", "2: --output"},
+                                                {"", "", "2: --output"},
+                                                {"/link", "/in/out", "2: --output"},
+                                                {"/in", "/link/in/x/y", "2: --output"},
+                                                {"/in/vocab.json", "/in", "would replace"},
+                                                {"/in/deep", "/in", ""},
+                                                {"/in/deep/good", "/in/deep", ""},
+                                                {"/in", "/in2", ""}};
+    put_file(in + "/vocab.json", "{}");
+    for (const auto& [input, output, error] : cases) {
+        const Arguments arguments = {"--input",     temporary.path + input,
+                                     "--output",    temporary.path + output,
+                                     "--tokenizer", "byte"};
+        const std::string message = prepare_data(arguments);
+        CAPTURE(input);
+        CHECK_MESSAGE((error.empty() ? message.empty() : contains(message, error)), message);
+    }
+}
+
+TEST_CASE("prepare_data: interrupted, or beside another, it changes nothing") {
+    TemporaryFolder temporary;
+    const std::string out = temporary / "out";
+    put_file(temporary / "text", "some text, some more text");
+    const Arguments arguments = {"--input", temporary / "text", "--output", out};
+    stop_asked = 1;
+    CHECK(prepare_data(arguments) == "130: interrupted; nothing was changed");
+    stop_asked = 0;
+    CHECK_FALSE(folder_exists(out));
+    {
+        const Incoming other(out);
+        CHECK(contains(prepare_data(arguments), "another prepare_data is writing to " + out));
+    }
+    make_folders(out + "/.incoming");
+    put_file(out + "/.incoming/train_000007.bin", "of a run that was killed");
+    CHECK(prepare_data(arguments) == "");
+    CHECK(list_folder(out).size() == 6);
 }
 
 TEST_CASE("prepare_data: when writing fails, the old dataset stays whole") {

@@ -3566,6 +3566,10 @@ public:
     void write(const void* data, size_t bytes) {
         if (write_all(file_.fd, data, bytes) < bytes) fail_errno("cannot write ", path_);
     }
+    // What is written next replaces the beginning of the file.
+    void rewind() {
+        if (::lseek(file_.fd, 0, SEEK_SET) < 0) fail_errno("cannot write ", path_);
+    }
     // Careful: a disk may report here, and only here, that an earlier write was lost.
     void commit() {
         if (sync_file(file_.fd) != 0) fail_errno("cannot write (fsync) ", path_);
@@ -3906,10 +3910,10 @@ struct JsonParser {
         std::string out;
         while (!accept("\"")) {
             if (uint8_t(peek()) < 0x20) wrong("the rest of a string");
-            if (accept("\\"))
-                append_utf8(out, escape());
-            else
-                out += text[at++];
+            const size_t start = at;
+            while (uint8_t(peek()) >= 0x20 && peek() != '"' && peek() != '\\') at++;
+            out += text.substr(start, at - start);
+            if (accept("\\")) append_utf8(out, escape());
         }
         return out;
     }

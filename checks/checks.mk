@@ -138,7 +138,7 @@ tidy:
 # Of 100 sentences that the default model writes, how many the grammar of its stories can make.
 grammar: $(BUILD)/grammar train_gpt
 	./train_gpt sample --init-from out/stories/best --num-samples 30 --temperature 1 | $<
-$(BUILD)/grammar: checks/grammar.cpp prepare_data.cpp tinygpt.hpp | $(BUILD)
+$(BUILD)/grammar: checks/grammar.cpp checks/stories.hpp prepare_data.cpp tinygpt.hpp | $(BUILD)
 	$(CXX) $(CXXFLAGS) $< -o $@
 
 # A tiny run under valgrind, built for a CPU that valgrind knows.

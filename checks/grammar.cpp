@@ -2,6 +2,7 @@
 //   ./train_gpt sample --init-from out/stories/best --num-samples 20 | build/.../grammar
 #define PREPARE_DATA_NO_MAIN
 #include "../prepare_data.cpp"
+#include "stories.hpp"
 
 #include <iostream>
 #include <iterator>
