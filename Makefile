@@ -22,9 +22,21 @@ endif
 comma    := ,
 BUILD    := build/$(notdir $(CXX))-$(MARCH)$(subst $(comma),-,$(SANITIZE:%=-%))
 CXXFLAGS := -std=c++20 $(OPT) -fno-math-errno -march=$(MARCH) -fopenmp $(WARN) $(SANFLAGS) $(EXTRA)
+# Apple's clang has no OpenMP of its own: brew install libomp. On Apple's CPUs "native" is -mcpu's word.
+ifeq ($(shell uname -s)$(findstring clang,$(shell $(CXX) --version 2>/dev/null)),Darwinclang)
+OMP_DIR  ?= $(firstword $(wildcard /opt/homebrew/opt/libomp /usr/local/opt/libomp) /opt/homebrew/opt/libomp)
+CXXFLAGS := $(subst -march=native,-mcpu=native,$(subst -fopenmp,-Xpreprocessor -fopenmp -I$(OMP_DIR)/include \
+    -L$(OMP_DIR)/lib -lomp -Wno-unused-command-line-argument,$(CXXFLAGS)))
+endif
+# Where memory is short: one file at a time, and a compiler that frees memory early (g++; half of it, in twice the time).
+MEMORY   := $(shell awk '/^MemAvailable/ {print int($$2 / 1024)}' /proc/meminfo 2>/dev/null)
+SHORT_OF_MEMORY := $(shell [ $(or $(MEMORY),9999) -lt 3000 ] && echo yes)
+ifeq ($(SHORT_OF_MEMORY)$(findstring clang,$(CXX)),yes)
+CXXFLAGS += --param ggc-min-expand=20 --param ggc-min-heapsize=65536
+endif
 TESTFLAGS := $(if $(DOCTEST_DIR),-I$(DOCTEST_DIR))
 # Two files at a time, unless make was told otherwise.
-ifeq ($(filter -j%,$(MAKEFLAGS)),)
+ifeq ($(filter -j%,$(MAKEFLAGS))$(SHORT_OF_MEMORY),)
 MAKEFLAGS += -j2
 endif
 

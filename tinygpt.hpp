@@ -21,7 +21,7 @@
 //   §8  one training step   all of it on one screen
 //   §9  evaluate, generate
 //   ----  the model ends here; the rest is plumbing
-//   §10 the fast CPU   §11 files, JSON   §12 tokenizer   §13 Hugging Face folders
+//   §10 the fast CPU   §11 systems, files, JSON   §12 tokenizer   §13 Hugging Face folders
 //   §14 checkpoints   §15 log, terminal   §16 the training loop   §17 options
 //
 // Notation. x is a layer's input, out its output, w and b its weight and bias; dx is the gradient

@@ -21,9 +21,11 @@ screens: train_gpt
 readme:
 	checks/readme.sh
 
-# The matmul, attention and gradient checks on other instruction sets; aarch64 under qemu-user.
+# Compilers, systems and instruction sets, each built and run as far as it can be here: docs/platforms.md.
+# Then the matmul, attention and gradient checks on other instruction sets; aarch64 under qemu-user.
 PORTABLE := -std=c++20 -O2 -fopenmp $(WARN) -fno-math-errno -DTINYGPT_TEST_PORTABLE
 portable: | $(BUILD)
+	CHROOT="$(CHROOT)" LIBOMP="$(LIBOMP)" checks/portable.sh $(ROWS)
 	for m in x86-64 x86-64-v3 x86-64-v4; do \
 	    g++ $(PORTABLE) -march=$$m $(TESTFLAGS) test_gpt.cpp -o $(BUILD)/portable && \
 	    $(BUILD)/portable -tc="matmul*,attention*,gradients*" || exit 1; done
