@@ -1051,8 +1051,8 @@ inline void describe_split(Json& json, const std::string& split, const Tally& ta
         .set(split + "_bytes", tally.bytes)
         .set(split + "_tokens", tally.tokens);
     std::printf("  %-5s %9ld document%s %12ld characters %12ld bytes %12ld tokens\n", split.c_str(),
-                tally.documents, tally.documents == 1 ? " " : "s", tally.characters, tally.bytes,
-                tally.tokens);
+                long(tally.documents), tally.documents == 1 ? " " : "s", long(tally.characters),
+                long(tally.bytes), long(tally.tokens));
 }
 
 // The tokenizer of the options. One that is learnt learns from the training part only.
