@@ -34,14 +34,17 @@ for suite in "$@"; do
     apt=$(($(date +%s) - began))
     {
         echo "checks/bare.sh, Debian $(cat "$root/etc/debian_version") with nothing installed, $(date -u +%F);"
-        echo "$(nproc) processors, $(sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1), load $(cut -d' ' -f1 /proc/loadavg)"
+        echo "$(nproc) processors, $(sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1), load $(cut -d" " -f1 /proc/loadavg), niceness $(nice)"
         echo "        # apt-get install -y g++ make doctest-dev: $apt s"
         began=$(date +%s.%N)
         typed "make train_gpt"
         echo "        \$ ./train_gpt            # interrupted at the first training loss"
         inside 'echo $$ > ../pid; exec ./train_gpt' 2>&1 | stamped | while IFS= read -r line; do
             echo "$line"
-            case $line in *" loss "*) kill -INT "$(cat "$root/root/pid")" ;; esac
+            case $line in *" loss "*) # once: a second signal would not let it save
+                [ ! -f "$root/root/pid" ] || kill -INT "$(cat "$root/root/pid")"
+                rm -f "$root/root/pid" ;;
+            esac
         done
     } | tee "$out"
 done
