@@ -847,8 +847,8 @@ struct Dropout {
     auto operator<=>(const Dropout&) const = default;
     TINYGPT_HD bool on() const { return p > 0; }
     TINYGPT_HD float scale(uint64_t i) const {
-        const auto dropped = uint64_t(std::ceil(p * 0x1p32f));  // exact: p is a float
-        return random_bits(key, i) >> 32 < dropped ? 0.0f : 1.0f / (1.0f - p);
+        const auto dropped = uint32_t(std::ceil(p * 0x1p32f));  // exact: p is a float below 1
+        return uint32_t(random_bits(key, i) >> 32) < dropped ? 0.0f : 1.0f / (1.0f - p);
     }
 };
 

@@ -603,7 +603,7 @@ __device__ inline void plain_add(float (&sum)[kPlainRows][E], const float* p, co
 // For queries past .. past + n - 1 of sequences of past + n rows: training has past = 0 and n = T.
 // out [B * n, C]; lse [B * NH, n], or null. E: channels of a lane.
 template <class A, int E>
-__global__ void __launch_bounds__(kHeadThreads)
+__global__ void __launch_bounds__(kHeadThreads, 2)
     attention_plain_forward_kernel(A* out, float* lse, const A* qkv, int past, int n, int NH,
                                    int HS, Dropout drop) {
     extern __shared__ __align__(16) float plain_tiles[];
@@ -656,7 +656,7 @@ __global__ void __launch_bounds__(kHeadThreads)
 // queries (q and dout) streamed, which makes dk and dv from delta. Either way s is the first held
 // table times the first streamed one, and dp the second times the second.
 template <class A, int E, bool kForKeys>
-__global__ void __launch_bounds__(kHeadThreads)
+__global__ void __launch_bounds__(kHeadThreads, 2)
     attention_plain_backward_kernel(A* dqkv, float* delta, const A* dout, const A* out,
                                     const float* lse, const A* qkv, int T, int NH, int HS,
                                     Dropout drop) {
@@ -944,7 +944,7 @@ constexpr bool kKeepQueries = true;
 // twice as many products of a tile once read, and needs all registers. kDrop: with dropout.
 // Operations: 4 HS and an exponential for each pair of T^2 / 2. Moves: reads 3, writes 1 row of C.
 template <int HS, int kM, bool kDrop, bool kGroup>
-__global__ void __launch_bounds__(kHeadThreads)
+__global__ void __launch_bounds__(kHeadThreads, 2)
     attention_forward_kernel(bf16* out, float* lse, const bf16* qkv, int T, int NH, Dropout drop) {
     constexpr int kQueries = 64 * kM, kKeys = 64, kApart = kGroup ? 64 : 16;
     extern __shared__ __align__(1024) bf16 attention_tiles[];
@@ -1077,7 +1077,7 @@ __device__ inline void warp_delta(float (&subtract)[2], float2* statistics, cons
 // times 16 queries each, of one head; keys are copied in tiles of 64 and used kSlice at a time.
 // Operations: 6 HS and an exponential for each pair of T^2 / 2. Moves: reads 5, writes 1 row of C.
 template <int HS, int kM, bool kDrop, bool kGroup>
-__global__ void __launch_bounds__(kHeadThreads)
+__global__ void __launch_bounds__(kHeadThreads, 2)
     attention_backward_queries_kernel(bf16* dqkv, float* partial, float2* statistics,
                                       const bf16* dout, const bf16* out, const float* lse,
                                       const bf16* qkv, int T, int NH, Dropout drop) {
@@ -1146,7 +1146,7 @@ __global__ void __launch_bounds__(kHeadThreads)
 // operands as they are. Operations: 8 HS and an exponential for each pair of T^2 / 2.
 // Moves: reads 4, writes 2 rows of C.
 template <int HS, int kM, bool kDrop, bool kGroup>
-__global__ void __launch_bounds__(kHeadThreads)
+__global__ void __launch_bounds__(kHeadThreads, 2)
     attention_backward_keys_kernel(bf16* dqkv, float* partial, const float2* statistics,
                                    const bf16* dout, const bf16* qkv, int T, int NH, Dropout drop) {
     constexpr int kKeys = 64 * kM, kQueries = 64, kSlice = kGroup ? 64 : 16;
@@ -1577,6 +1577,7 @@ enum class Way { mma_sync, wgmma };
 class Matmuls {
 public:
     double tune_from = 1e9;  // operations; smaller products are not worth timing
+    std::string refused;     // the latest product that the library has no kernel for
     const bool tf32;
 
     // type: of the operands.
@@ -1630,20 +1631,6 @@ public:
         return found->second = plan.choice == "wgmma" ? Way::wgmma : Way::mma_sync;
     }
 
-    // Which of left and right is transposed, and the sizes.
-    static std::string product_name(const Matrix& x, const Matrix& w, int64_t rows, int64_t columns,
-                                    int64_t k) {
-        return format("product %c%c %ldx%ld, k %ld", x.transposed ? 't' : 'n',
-                      w.transposed ? 't' : 'n', long(rows), long(columns), long(k));
-    }
-    std::string describe(const Matrix& out, const Matrix& x, const Matrix& w,
-                         const Epilogue& epilogue) const {
-        const char* type = type_ == CUDA_R_16BF ? "bf16" : tf32 ? "tf32" : "fp32";
-        return product_name(x, w, out.rows, out.columns, x.transposed ? x.rows : x.columns) +
-               format(", epilogue %d%s, %s to %s", int(epilogue.kind),
-                      epilogue.add ? " with beta 1" : "", type, epilogue.in_fp32 ? "fp32" : type);
-    }
-
     // out = epilogue(left right); false if the library has no kernel for it, or by_hand was faster
     // when the plan was tuned.
     bool multiply(const Matrix& out, const Matrix& left, const Matrix& right,
@@ -1660,10 +1647,15 @@ public:
         if (epilogue.bias) set(plan, CUBLASLT_MATMUL_DESC_BIAS_POINTER, epilogue.bias);
         if (epilogue.aux) set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, epilogue.aux);
         if (fresh) choose(plan, key, out, left, right, epilogue);
-        if (!plan.possible) return false;
-        const cublasStatus_t code = run(plan, plan.algorithm, out, left, right, epilogue.add);
-        plan.possible = code != CUBLAS_STATUS_NOT_SUPPORTED;  // a suggestion is no promise
-        if (plan.possible) CUDA_CHECK(code), stream_.lap(plan.name, plan.flops());
+        if (plan.possible) {
+            const cublasStatus_t code = run(plan, plan.algorithm, out, left, right, epilogue.add);
+            plan.possible = code != CUBLAS_STATUS_NOT_SUPPORTED;  // a suggestion is no promise
+            if (plan.possible) CUDA_CHECK(code), stream_.lap(plan.name, plan.flops());
+        }
+        if (!plan.possible)
+            refused = format("%s, epilogue %d, beta %d, types %d to %d", plan.name.c_str(),
+                             int(epilogue.kind), epilogue.add != nullptr, int(type_),
+                             int(result_type(epilogue)));
         return plan.possible;
     }
 
@@ -1684,7 +1676,8 @@ private:
     }
 
     void describe(Plan& plan, const Matrix& x, const Matrix& w, const Epilogue& epilogue) {
-        plan.name = product_name(x, w, plan.n, plan.m, plan.k);
+        plan.name = format("product %c%c %ldx%ld, k %ld", x.transposed ? 't' : 'n',
+                           w.transposed ? 't' : 'n', long(plan.n), long(plan.m), long(plan.k));
         CUDA_CHECK(cublasLtMatmulDescCreate(&plan.operation, compute_, CUDA_R_32F));
         set(plan, CUBLASLT_MATMUL_DESC_TRANSA, w.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
         set(plan, CUBLASLT_MATMUL_DESC_TRANSB, x.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
@@ -1826,11 +1819,6 @@ private:
 // =================================================================================================
 // 6 The device
 // =================================================================================================
-
-// A version as CUDA counts them: 12040 is 12.4.
-inline std::string version_text(int version) {
-    return format("%d.%d", version / 1000, version / 10 % 100);
-}
 
 // What launch takes first: a kernel's name, and the kernel.
 #define KERNEL(...) #__VA_ARGS__, __VA_ARGS__
@@ -2434,8 +2422,8 @@ private:
     void multiply(const Matrix& out, const Matrix& left, const Matrix& right,
                   const Epilogue& epilogue = {}) const {
         if (!context->matmuls->multiply(out, left, right, epilogue))
-            fail("cuBLASLt has no kernel for ",
-                 context->matmuls->describe(out, left, right, epilogue), " on ", context->gpu.name,
+            fail("cuBLASLt has no kernel for ", context->matmuls->refused, " on ",
+                 context->gpu.name,
                  ": CUBLASLT_LOG_LEVEL=5 makes it say why; a newer CUDA Toolkit may have one");
     }
     // A product with GELU in it; false where cuBLASLt cannot, or should not, make it. It has such
@@ -2571,10 +2559,11 @@ inline cudaDeviceProp usable_gpu() {
     const cudaError_t code = cudaGetDeviceCount(&count);
     if (code == cudaErrorInsufficientDriver && cudaDriverGetVersion(&driver) == cudaSuccess &&
         driver)
-        fail("this program was built with CUDA Toolkit ", version_text(CUDART_VERSION),
-             ", and the GPU's driver is for ", version_text(driver),
-             " at most: install a newer driver, or build with an older Toolkit (make train_gpt_cu "
-             "NVCC=...)");
+        fail(format(
+            "this program was built with CUDA Toolkit %d.%d, and the GPU's driver is for %d.%d "
+            "at most: install a newer driver, or build with an older Toolkit (make "
+            "train_gpt_cu NVCC=...)",
+            CUDART_VERSION / 1000, CUDART_VERSION / 10 % 100, driver / 1000, driver / 10 % 100));
     if (code != cudaSuccess || count == 0)
         fail("there is no GPU here to train on (",
              cudaGetErrorString(code != cudaSuccess ? code : cudaErrorNoDevice),
