@@ -86,11 +86,14 @@ train_gpt_cu: data/stories/dataset.json
 	$(NEED_NVCC)
 	+@$(call build_cuda,$@) && cp $$folder/$@ $@
 train_gpt_cu_mpi: data/stories/dataset.json
+	$(NEED_NVCC)
 	+@$(call build_cuda,$@) && cp $$folder/$@ $@
-test_gpt_cu:
+test_gpt_cu: build/test_gpt_cu
+	$<
+build/test_gpt_cu:
 	$(NEED_NVCC)
 	$(NEED_DOCTEST)
-	+@$(call build_cuda,$@) && $$folder/$@
+	+@$(call build_cuda,$(@F)) && cp $$folder/$(@F) $@
 # Leaves out what this nvcc cannot compile: for a newer GPU there is PTX; an older one ends it.
 build_cuda = archs=; for a in $(CUDA_ARCHS); do case " $(NVCC_KNOWS) " in \
 	    *" $${a%a} "*) archs="$$archs $$a";; \
@@ -165,4 +168,4 @@ compare: train_gpt prepare_data
 include checks/checks.mk  # check, nightly, torture, fuzz, tidy, plot, count: what `make test` is too short for
 
 clean: ; rm -rf build cuda_on_cpu/build train_gpt train_gpt_cu train_gpt_cu_on_cpu train_gpt_mpi train_gpt_cu_mpi train_gpt_cu_mpi_on_cpu test_gpt_cu prepare_data
-.PHONY: train_gpt train_gpt_cu train_gpt_mpi train_gpt_cu_mpi prepare_data test test_gpt_cu shakespeare gpt2-vocab gpt2 experiment compare clean
+.PHONY: train_gpt train_gpt_cu train_gpt_mpi train_gpt_cu_mpi prepare_data test test_gpt_cu build/test_gpt_cu shakespeare gpt2-vocab gpt2 experiment compare clean

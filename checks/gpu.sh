@@ -2,8 +2,9 @@
 # checks/gpu.sh: what only a real GPU can tell: are the kernels right there, and how fast are they?
 # Needs nvcc, a C++ compiler and, for proof, doctest; no network.
 #
-#     checks/gpu.sh              every figure once: the parts speed, gpt2 and sizes
+#     checks/gpu.sh              is it right, and how fast: the parts first, proof and speed
 #     checks/gpu.sh PART...      these parts:
+#         first     a minute that tells most: every precision trains, GPT-2 steps, what cuBLASLt refuses
 #         proof     all CUDA tests, compute-sanitizer; GPT-2 trains, saves, resumes, samples
 #         speed     GPT-2 124M at B=64: tokens a second, memory, every kernel; two runs are equal
 #         gpt2      2,000 steps of GPT-2 124M, ours and PyTorch's
@@ -19,10 +20,10 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 dry=
 [ "${1:-}" = dry ] && dry=yes && shift
-parts=${*:-speed gpt2 sizes}
+parts=${*:-first proof speed}
 for part in $parts; do
     case $part in
-        proof | speed | gpt2 | sizes | curves) ;;
+        first | proof | speed | gpt2 | sizes | curves) ;;
         *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 2 ;;
     esac
 done
@@ -127,6 +128,25 @@ build() {
     [[ $parts == *curves* ]] && targets+=(train_gpt)
     [[ $parts == *proof* ]] && targets+=(build/test_gpt_cu)
     attempt build 400 make -j8 "${targets[@]}"
+}
+
+# ---- first: does it run at all? ------------------------------------------------------------------
+# The library's own log of one step of GPT-2, and of it what it refused.
+refusals() {
+    CUBLASLT_LOG_LEVEL=5 CUBLASLT_LOG_FILE=$PWD/$work/cublaslt.log train $cu refused 60 "${gpt2[@]}" "${shards[@]}" \
+        --batch-size "$small" --max-steps 2 --eval-interval 0 --save-interval 0 || return
+    grep -iE 'error|warning|not.supported' "$work/cublaslt.log" 2> /dev/null | cut -c1-300 > "$OUT/cublaslt.txt"
+    row "cuBLASLt's log of refusals" "$(wc -l < "$OUT/cublaslt.txt") lines: $OUT/cublaslt.txt" ""
+}
+first() {
+    local precision
+    for precision in fp32 bf16 tf32; do
+        train $cu "first-$precision" 60 "${stories[@]}" "${default[@]}" --precision $precision --max-steps 20 &&
+            row "the default model, $precision: 20 steps" "loss $(last_of "first-$precision" 4)" ok
+    done
+    train $cu first-gpt2 60 "${gpt2[@]}" "${shards[@]}" --batch-size "$small" --max-steps 3 --eval-interval 0 \
+        --save-interval 0 && row "GPT-2: 3 steps" "loss $(last_of first-gpt2 4)" ok
+    refusals
 }
 
 # ---- proof: is it right? -------------------------------------------------------------------------

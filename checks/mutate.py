@@ -81,6 +81,7 @@ rows_product | attention<*bf16 | term | 2 * k + side | 2 * k
 add_columns_product | attention<*bf16 | term | k * 16 + lane % 16 | lane % 16
 tile_descriptor | attention by groups | term | uint64_t(64) << 32 | uint64_t(32) << 32
 tile_descriptor | attention by groups | term | uint64_t(1) << 62 | uint64_t(2) << 62
+check_tiles | attention by groups | term | shared_address(tiles) % 1024 != 0 | shared_address(tiles) % 1024 == 0
 group_rows_product | attention by groups | term | tile + k * 16 | tile
 group_rows_product | attention by groups | term | k > 0 | true
 group_columns_product | attention by groups | term | tile + k * 16 * 64 | tile

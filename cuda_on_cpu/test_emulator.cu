@@ -528,6 +528,84 @@ TEST_CASE("emulator catches: static shared memory is rounded up to the dynamic p
     cuda_on_cpu::settings() = kept;
 }
 
+// What the Programming Guide's table of compute capabilities says, in KB and by multiprocessor.
+TEST_CASE("emulator: a card has its shared memory, threads and blocks") {
+    const auto kept = cuda_on_cpu::settings();
+    struct Row {
+        const char* card;
+        size_t optin, shared;
+        int threads, of_32, of_1024;  // blocks that fit: small ones, and such of 1,024 threads
+    };
+    for (const Row& row :
+         {Row{"v100", 96, 96, 2048, 32, 2}, Row{"t4", 64, 64, 1024, 16, 1},
+          Row{"a100", 163, 164, 2048, 32, 2}, Row{"rtx3060", 99, 100, 1536, 16, 1},
+          Row{"rtx4090", 99, 100, 1536, 24, 1}, Row{"h100", 227, 228, 2048, 32, 2},
+          Row{"b200", 227, 228, 2048, 32, 2}, Row{"rtx5090", 99, 100, 1536, 24, 1}}) {
+        CAPTURE(row.card);
+        cuda_on_cpu::play_card(cuda_on_cpu::settings(), row.card);
+        cudaDeviceProp gpu;
+        REQUIRE(cudaGetDeviceProperties(&gpu, 0) == cudaSuccess);
+        CHECK(gpu.sharedMemPerBlockOptin == row.optin << 10);
+        CHECK(gpu.sharedMemPerMultiprocessor == row.shared << 10);
+        CHECK(gpu.reservedSharedMemPerBlock == (row.shared - row.optin) << 10);
+        CHECK(gpu.maxThreadsPerMultiProcessor == row.threads);
+        auto blocks = [](int threads, size_t shared) {
+            int found = 0;
+            REQUIRE(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found, small_static_part,
+                                                                  threads, shared) == cudaSuccess);
+            return found;
+        };
+        CHECK(blocks(32, 0) == row.of_32);
+        CHECK(blocks(1024, 0) == row.of_1024);
+        CHECK(blocks(32, gpu.sharedMemPerBlockOptin) == 1);
+        CHECK(blocks(32, gpu.sharedMemPerMultiprocessor / 2 - gpu.reservedSharedMemPerBlock) == 2);
+        CHECK(blocks(32, gpu.sharedMemPerMultiprocessor / 2 - gpu.reservedSharedMemPerBlock + 1) ==
+              1);
+    }
+    cuda_on_cpu::settings() = kept;
+}
+
+TEST_CASE("emulator catches: more than ptxas said that a kernel has") {
+    const auto kept = cuda_on_cpu::settings();
+    cuda_on_cpu::play_card(cuda_on_cpu::settings(), "rtx4090");
+    const std::string path = "/tmp/kernel_sizes." + std::to_string(::getpid());
+    auto say = [&](const std::string& text) {
+        cuda_on_cpu::kernel_sizes().clear();
+        if (FILE* file = std::fopen(path.c_str(), "w")) {
+            std::fputs(text.c_str(), file);
+            std::fclose(file);
+        }
+        REQUIRE(cuda_on_cpu::load_kernel_sizes(path.c_str()));
+    };
+    Device<int> out(1);
+    auto allow = [](size_t bytes) {
+        return cudaFuncSetAttribute(small_static_part, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    int(bytes));
+    };
+    say("2048 40 small_static_part\n");
+    CHECK(allow((99 << 10) - 2048) == cudaSuccess);
+    CHECK(allow((99 << 10) - 2048 + 16) == cudaErrorInvalidValue);
+    CHECK_NOTHROW((small_static_part<<<1, 32, 40 << 10>>>(out.data)));
+    int blocks = 0;
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, small_static_part, 256, 0);
+    CHECK(blocks == 6);  // of 40 x 256 registers; threads would allow as many
+    say("2048 80 small_static_part\n");
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, small_static_part, 256, 0);
+    CHECK(blocks == 3);
+    Error e = mistake_of([&] { small_static_part<<<1, 1024, 4096>>>(out.data); });
+    CHECK(says(e, "1024 threads of 80 registers are more than 65536"));
+    say("0 40 small_static_part\n");
+    e = mistake_of([&] { small_static_part<<<1, 32, 4096>>>(out.data); });
+    CHECK(says(e, "its __shared__ arrays take 1024 bytes, and ptxas said 0"));
+    cuda_on_cpu::settings().has_code = false;
+    cuda_on_cpu::kernel_sizes().clear();
+    e = mistake_of([&] { small_static_part<<<1, 32, 4096>>>(out.data); });
+    CHECK(says(e, "the program holds no code for this device"));
+    CHECK(allow(48 << 10) == cudaSuccess);  // as it was
+    std::remove(path.c_str());
+    cuda_on_cpu::settings() = kept;
+}
+
 __global__ void add_floats(float* x) { atomicAdd(x, 1.0f); }
 PLANTED __global__ void divide(int* x) { x[1] = 7 / x[0]; }
 __device__ inline float dig(volatile float* above, int depth) {
@@ -1433,6 +1511,33 @@ TEST_CASE("cuBLASLt stand-in: refuses what the documentation does not allow") {
               p.in = CUDA_R_16BF, p.compute = CUBLAS_COMPUTE_32F_FAST_TF32;
           }) == CUBLAS_STATUS_NOT_SUPPORTED);
     CHECK(status([](Problem& p) { p.past_the_end = true; }) == CUBLAS_STATUS_EXECUTION_FAILED);
+    const auto kept = cuda_on_cpu::settings();
+    cuda_on_cpu::settings().major = 7;
+    CHECK(status([](Problem& p) { p.in = p.out = CUDA_R_16BF; }) == CUBLAS_STATUS_NOT_SUPPORTED);
+    CHECK(status([](Problem& p) { p.compute = CUBLAS_COMPUTE_32F_FAST_TF32; }) ==
+          CUBLAS_STATUS_NOT_SUPPORTED);
+    cuda_on_cpu::settings() = kept;
+}
+
+TEST_CASE("cuBLASLt stand-in: refuses what is optional, all of it or by a seed") {
+    const auto kept = cuda_on_cpu::settings();
+    auto refused = [](uint64_t seed, cublasLtEpilogue_t epilogue, int m) {
+        cuda_on_cpu::settings().refusals = seed;
+        Problem p;
+        p.epilogue = epilogue, p.m = m;
+        return Setup(p).heuristic == CUBLAS_STATUS_NOT_SUPPORTED;
+    };
+    for (auto optional : {CUBLASLT_EPILOGUE_GELU, CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
+                          CUBLASLT_EPILOGUE_DGELU, CUBLASLT_EPILOGUE_BGRADB}) {
+        CHECK_FALSE(refused(0, optional, 16));
+        CHECK(refused(1, optional, 16));
+        int some = 0;
+        for (int m = 8; m <= 160; m += 8) some += refused(2, optional, m);
+        CHECK((some > 0 && some < 20));
+    }
+    for (auto needed : {CUBLASLT_EPILOGUE_DEFAULT, CUBLASLT_EPILOGUE_BIAS})
+        CHECK_FALSE(refused(1, needed, 16));
+    cuda_on_cpu::settings() = kept;
 }
 
 // =================================================================================================
