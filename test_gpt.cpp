@@ -7009,7 +7009,6 @@ TEST_CASE("prepare_data: standard input and pipes; links to nothing; input and o
                                      "--output",    temporary.path + output,
                                      "--tokenizer", "byte"};
         const std::string message = prepare_data(arguments);
-        CAPTURE(input);
         CHECK_MESSAGE((error.empty() ? message.empty() : contains(message, error)), message);
     }
 }
