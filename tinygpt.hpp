@@ -659,8 +659,8 @@ struct Config {
     int head_size() const { return n_embd / n_head; }
 };
 
-// The sizes as config.json names them, each with another name that transformers reads, and how large
-// they may be: tokens have 16 bits, and products of sizes must stay below 2^63.
+// The sizes as config.json names them, each with another name that transformers reads, and how
+// large they may be: tokens have 16 bits, and products of sizes must stay below 2^63.
 struct SizeLimit {
     const char *name, *also;
     int Config::*size;
@@ -3449,7 +3449,7 @@ inline std::string read_file(const std::string& path, size_t max_bytes = SIZE_MA
     }
 }
 
-// What a file with this beginning is, and what to do about it; "" where it may be what was expected.
+// What a file with this beginning is, and what to do about it; "" where that is not known.
 inline const char* other_form(std::string_view begin) {
     static constexpr std::pair<std::string_view, const char*> forms[] =
         {{"version https://git-lfs",
@@ -4189,7 +4189,7 @@ inline std::vector<uint16_t> Tokenizer::encode(std::string_view text) const {
 //
 // and one that has both, and says how text is cut, in the format of Hugging Face's tokenizers:
 //
-//     tokenizer.json    {..., "model": {"type": "BPE", "vocab": {...}, "merges": ["Ġ t", "Ġ a", ...]}}
+//     tokenizer.json    {..., "model": {"type": "BPE", "vocab": {...}, "merges": ["Ġ t", ...]}}
 //
 // The vocabulary follows from the merges alone. One that says otherwise is refused: its model would
 // see other tokens.
@@ -4253,8 +4253,8 @@ inline void Tokenizer::save(const std::string& folder) const {
 
 constexpr size_t kMaxVocabBytes = 16'000'000;  // of a vocabulary file: GPT-2's have a million
 
-// The tokenizer of some lines of two names each. `vocab`, an object in the file `path`, must give the
-// same tokens the same ids. An error in a line begins with `where` and the line's number.
+// The tokenizer of some lines of two names each. `vocab`, an object in the file `path`, must give
+// the same tokens the same ids. An error in a line begins with `where` and the line's number.
 inline Tokenizer make_tokenizer(const std::vector<std::string>& lines, const std::string& where,
                                 const Json& vocab, const std::string& path) {
     std::unordered_map<std::string_view, int> ids;
@@ -4715,9 +4715,9 @@ inline bool is_other_head(const StoredTensor& tensor) {
     return false;
 }
 
-// Finds every tensor of the list in the files; result[i] belongs to expected[i]. A missing, extra or
-// misshapen tensor is an error: such a model would run and talk nonsense. Of a tied model that has
-// lm_head.weight all the same, that tensor is put at the end.
+// Finds every tensor of the list in the files; result[i] belongs to expected[i]. A missing, extra
+// or misshapen tensor is an error: such a model would run and talk nonsense. Of a tied model that
+// has lm_head.weight all the same, that tensor is put at the end.
 inline std::vector<const StoredTensor*> match_tensors(const std::deque<SafetensorsFile>& files,
                                                       const std::vector<TensorInfo>& expected) {
     std::map<std::string_view, size_t> index;
@@ -5198,8 +5198,8 @@ inline Config config_of_folder(const std::string& folder) {
     return config;
 }
 
-// Sets the arrays from files that have them, which rank 0 reads; for a GPU, or several ranks, through
-// the host, a tensor at a time.
+// Sets the arrays from files that have them, which rank 0 reads; for a GPU, or several ranks,
+// through the host, a tensor at a time.
 template <class Device>
 void read_arrays(const std::deque<SafetensorsFile>& files, Gpt2<Device>& model, Contents contents) {
     const Ranks& ranks = *model.device.ranks;

@@ -2609,6 +2609,7 @@ inline int run_on_gpu(Options options) {
 #ifndef TRAIN_GPT_CU_NO_MAIN
 int main(int argc, char** argv) {
     tinygpt::use_all_cores();
+    tinygpt::flush_tiny_numbers();  // on the host, as ./train_gpt and the tests do
     const auto ranks = tinygpt::start_ranks();
     return tinygpt::program(argc, argv, "train_gpt_cu", tinygpt::run_on_gpu);
 }
