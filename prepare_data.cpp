@@ -9,8 +9,8 @@
 //   train_000001.bin ...  val_000000.bin   the tokens (the format is in §2 of tinygpt.hpp)
 //   vocab.json  merges.txt  tokenizer.json the tokenizer (§12)
 //   dataset.json                           source, counts, and the floor where it is known
-// The order is: options, what is text, passes over it, the input, learning a vocabulary, tokens, the
-// folder, the default corpus, models of llm.c.
+// The order is: options, what is text, passes over it, the input, learning a vocabulary, tokens,
+// the folder, the default corpus, models of llm.c.
 
 #include "tinygpt.hpp"
 
@@ -589,8 +589,8 @@ inline size_t leading_letters(const char* text) {
     return size_t(std::countr_zero(others)) / 8;
 }
 
-// next_piece (§12), faster: eight letters at a time where the piece is a word of up to 15 letters of
-// ASCII, perhaps with a blank before it.
+// next_piece (§12), faster: eight letters at a time where the piece is a word of up to 15 letters
+// of ASCII, perhaps with a blank before it.
 inline std::string_view fast_piece(std::string_view text, size_t at) {
     if (at + 17 > text.size()) return next_piece(text, at);
     const size_t begin = at + (text[at] == ' ');
@@ -919,8 +919,8 @@ private:
     }
 };
 
-// Calls then(tokens) with the tokens of all text, in its order, an end of text before each document.
-// The same for any number of threads. Returns what there was.
+// Calls then(tokens) with the tokens of all text, in its order, an end of text before each
+// document. The same for any number of threads. Returns what there was.
 template <class Then>
 Tally encode_sources(const Tokenizer& tokenizer, const std::vector<Source>& sources,
                      const Then& then) {
