@@ -84,7 +84,7 @@ echo "compiling and running each platform; this takes about twenty minutes"
 row "platform" "compiled" "run" "losses of the first three steps"
 row "---" "---" "---" "---"
 platform x86-64 "g++ $(g++ -dumpversion), x86-64" "" g++ $flags -fopenmp
-command -v clang++-14 > /dev/null && platform clang14 "clang++ 14, x86-64" "" clang++-14 $flags -fopenmp
+wants clang14 && command -v clang++-14 > /dev/null && platform clang14 "clang++ 14, x86-64" "" clang++-14 $flags -fopenmp
 
 # The compilers of Debian 13 and Ubuntu 24.04, in a system of their own. chroot starts in its root.
 if [ -n "${CHROOT-}" ]; then
@@ -117,10 +117,10 @@ else
     missing "x86-64 v1, v3, v4" "apt-get install qemu-user"
 fi
 if command -v aarch64-linux-gnu-g++ > /dev/null && command -v qemu-aarch64 > /dev/null; then
-    platform aarch64 "aarch64" "qemu-aarch64" aarch64-linux-gnu-g++ $flags -fopenmp -static
+    platform aarch64 "aarch64" "qemu-aarch64 -L /usr/aarch64-linux-gnu" aarch64-linux-gnu-g++ $flags -fopenmp
     if wants sve; then
-        compile sve aarch64-linux-gnu-g++ $flags -fopenmp -static -march=armv8.2-a+sve
-        said=$(qemu-aarch64 -cpu cortex-a57 build/portable/train_gpt-sve --help 2>&1)
+        compile sve aarch64-linux-gnu-g++ $flags -fopenmp -march=armv8.2-a+sve
+        said=$(qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu cortex-a57 build/portable/train_gpt-sve --help 2>&1)
         [[ $said == *"built for a CPU with"*sve* ]] && row "aarch64 with SVE on a cortex-a57" "" "qemu-aarch64" "says that sve is missing" ||
             fail "aarch64 with SVE on a cortex-a57" "" "$said"
     fi
