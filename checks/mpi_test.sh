@@ -21,6 +21,7 @@ cp "$T/d4/train_000001.bin" "$T/data/val_000000.bin"
 
 SMALL="--data $T/data --n-layer 2 --n-head 4 --n-embd 48 --n-positions 48 --batch-size 4 --grad-accum-steps 8
     --dropout 0.1 --eval-batches 3 --sample-interval 0 --warmup-steps 5 --keep 99 --patience 9 --threads 1"
+SMALL=$(echo $SMALL)  # one line
 A="$SMALL --max-steps 40 --eval-interval 20 --save-interval 20"
 
 # The first ten columns of the log, the weights and the moments.
@@ -112,12 +113,19 @@ says "another option" 1 "rank 1 on .* has --dropout 0.2" "$T/log"
 status=0; mpi 2 "$BUILD/train_gpt_mpi" $A --grad-accum-steps 3 --output "$T/other" > "$T/log" 2>&1 || status=$?
 says "three micro-batches for two ranks" 2 "--grad-accum-steps 4 would do" "$T/log"
 
-# A full disk at rank 0 (a limit on the size of files is one): the last checkpoint stays.
-status=0
-mpi 2 bash -c 'if [ -d '"$T/full/checkpoint-20"' ]; then exit 1; fi; [ "$OMPI_COMM_WORLD_RANK" = 1 ] || ulimit -f 300; exec '"$BUILD/train_gpt_mpi $A --output $T/full" > "$T/log" 2>&1 || status=$?
-says "a full disk" 1 "it could not be saved there" "$T/log"
-mpi 2 "$BUILD/train_gpt_mpi" $A --output "$T/full" --resume auto > "$T/log" 2>&1 || true
-if [ -d "$T/full/checkpoint-40" ]; then same one full 40 "after a full disk"; fi
+# A full disk at rank 0: the end of the run cannot be saved; with more room it goes on.
+mkdir "$T/full"
+if mount -t tmpfs -o size=600k tmpfs "$T/full" 2> /dev/null; then
+    trap 'umount "$T/full"; rm -rf "$T"' EXIT
+    F="$SMALL --max-steps 40 --eval-interval 20 --save-interval 0"
+    status=0; mpi 2 "$BUILD/train_gpt_mpi" $F --output "$T/full/run" > "$T/log" 2>&1 || status=$?
+    says "a full disk" 1 "could not be saved there" "$T/log"
+    mount -o remount,size=20m "$T/full"
+    mpi 2 "$BUILD/train_gpt_mpi" $F --output "$T/full/run" --resume auto > "$T/log" 2>&1 || true
+    tail -1 "$T/log" | cut -c1-99
+else
+    echo "[skipped] a full disk: no tmpfs can be mounted here"
+fi
 
 # The CUDA program, on the CPU.
 if [ -n "$CUDA_MPI" ]; then
