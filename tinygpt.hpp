@@ -241,13 +241,16 @@ struct bf16 {
         bool nan = (u & 0x7fffffffu) > 0x7f800000u;
         bits = uint16_t(nan ? (u >> 16) | 0x40 : (u + 0x7fffu + ((u >> 16) & 1)) >> 16);
     }
-    TINYGPT_HD explicit operator float() const {
+    TINYGPT_HD operator float() const {  // exact, so it need not be asked for
         uint32_t u = uint32_t(bits) << 16;
         float value;
         std::memcpy(&value, &u, 4);
         return value;
     }
 };
+// The type that computes with numbers stored as A: for bf16 float, otherwise A itself.
+template <class A>
+using RealOf = std::conditional_t<std::is_same_v<A, bf16>, float, A>;
 
 // A random number is a pure function: random_bits(key, i) is number i of the stream `key`. None is
 // drawn "next", so threads, resumed runs and GPUs see the same ones. mix_bits is the finaliser of
@@ -837,6 +840,10 @@ void initialise(real* weights, const Config& config, const Layout& layout, uint6
 // backward of the residual's sum (§4.7) is in layernorm_backward; and forward joins c_fc with GELU,
 // where backward joins GELU with the linear layer above it. `accumulate`: add to a parameter's
 // gradient, otherwise set it. (A step may take its batch in several parts, micro-batches: §8.)
+//
+// Activations and weights are stored as A and computed with as `real`. Mostly both are one type;
+// where A is bf16, real is float: A(sum) rounds, and reading widens. Parameter gradients,
+// statistics, losses and every sum are real.
 
 // Dropout multiplies each element by a mask, 0 with probability p, otherwise 1/(1-p), so that the
 // mean stays: (1-p) x/(1-p) = x (Srivastava et al. 2014). out_i = m_i x_i, so dx_i = m_i dout_i.
@@ -865,17 +872,18 @@ inline int stripe_begin(int rows, int stripe) { return int(int64_t(rows) * strip
 
 // sets out [B*T, C] from tokens [B*T] (each below V), wte [V, C], wpe [P, C]. past: the position of
 // the first column, 0 except in generation; past + T is at most P.
-template <class real>
-void embed_forward(real* out, const int32_t* tokens, const real* wte, const real* wpe, int B, int T,
-                   int C, int past, Dropout drop) {
+template <class A, class real>
+void embed_forward(A* out, const int32_t* tokens, const A* wte, const A* wpe, int B, int T, int C,
+                   int past, Dropout drop) {
 #pragma omp parallel for schedule(static)
     for (int row = 0; row < B * T; ++row) {
-        const real* token = wte + size_t(tokens[row]) * C;
-        const real* position = wpe + size_t(past + row % T) * C;
-        real* o = out + size_t(row) * C;
-        for (int c = 0; c < C; ++c) o[c] = token[c] + position[c];
-        if (drop.on())
-            for (int c = 0; c < C; ++c) o[c] *= drop.scale(size_t(row) * C + c);
+        const A* token = wte + size_t(tokens[row]) * C;
+        const A* position = wpe + size_t(past + row % T) * C;
+        A* o = out + size_t(row) * C;
+        for (int c = 0; c < C; ++c) {
+            const real sum = token[c] + position[c];
+            o[c] = A(drop.on() ? sum * drop.scale(size_t(row) * C + c) : sum);
+        }
     }
 }
 
@@ -885,18 +893,18 @@ void embed_forward(real* out, const int32_t* tokens, const real* wte, const real
 // The threads divide the channels among them: if they divided the rows, two could add to the same
 // token's vector at once. `order` (rows sorted by token) is not needed here, but on a GPU, where
 // each thread takes a token.
-template <class real>
-void embed_backward(real* dwte, real* dwpe, const real* dout, const int32_t* tokens,
+template <class A, class real>
+void embed_backward(real* dwte, real* dwpe, const A* dout, const int32_t* tokens,
                     const int32_t* /*order*/, int B, int T, int C, Dropout drop) {
     const int slice = 16;
 #pragma omp parallel for schedule(static)
     for (int first = 0; first < C; first += slice)
         for (int row = 0; row < B * T; ++row) {
-            const real* d = dout + size_t(row) * C;
+            const A* d = dout + size_t(row) * C;
             real* token = dwte + size_t(tokens[row]) * C;
             real* position = dwpe + size_t(row % T) * C;
             for (int c = first; c < std::min(C, first + slice); ++c) {
-                real value = drop.on() ? d[c] * drop.scale(size_t(row) * C + c) : d[c];
+                const real value = drop.on() ? d[c] * drop.scale(size_t(row) * C + c) : d[c];
                 token[c] += value, position[c] += value;
             }
         }
@@ -910,13 +918,13 @@ void embed_backward(real* dwte, real* dwpe, const real* dout, const int32_t* tok
 
 // sets out [rows, C], and for backward mean and rstd (m and r) [rows], from x [rows, C], weight and
 // bias [C]. Why two passes: mean(x^2) - m^2, in one, loses digits where m is large.
-template <class real>
-void layernorm_forward(real* out, real* mean, real* rstd, const real* x, const real* weight,
-                       const real* bias, int rows, int C, double eps) {
+template <class A, class real>
+void layernorm_forward(A* out, real* mean, real* rstd, const A* x, const A* weight, const A* bias,
+                       int rows, int C, double eps) {
 #pragma omp parallel for schedule(static) if (rows > 1)
     for (int row = 0; row < rows; ++row) {
-        const real* in = x + size_t(row) * C;
-        real* o = out + size_t(row) * C;
+        const A* in = x + size_t(row) * C;
+        A* o = out + size_t(row) * C;
         real sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum)
         for (int c = 0; c < C; ++c) sum += in[c];
@@ -924,7 +932,7 @@ void layernorm_forward(real* out, real* mean, real* rstd, const real* x, const r
 #pragma omp simd reduction(+ : squares)
         for (int c = 0; c < C; ++c) squares += (in[c] - m) * (in[c] - m);
         const real r = 1 / std::sqrt(squares / C + real(eps));
-        for (int c = 0; c < C; ++c) o[c] = (in[c] - m) * r * weight[c] + bias[c];
+        for (int c = 0; c < C; ++c) o[c] = A((in[c] - m) * r * weight[c] + bias[c]);
         mean[row] = m, rstd[row] = r;
     }
 }
@@ -948,10 +956,10 @@ void layernorm_forward(real* out, real* mean, real* rstd, const real* x, const r
 //   dbranch = drop(dx) (written only when drop is on)   dbranch_bias = column sums of dbranch
 // reads dout, dresidual, x [rows, C], mean, rstd [rows], weight [C]. sets dx and dbranch [rows, C];
 // sets dweight, dbias, dbranch_bias [C], or adds to them if accumulate. dbranch_bias may be null.
-template <class real>
-void layernorm_backward(real* dx, real* dweight, real* dbias, real* dbranch, real* dbranch_bias,
-                        const real* dout, const real* dresidual, const real* x, const real* mean,
-                        const real* rstd, const real* weight, int rows, int C, Dropout drop,
+template <class A, class real>
+void layernorm_backward(A* dx, real* dweight, real* dbias, A* dbranch, real* dbranch_bias,
+                        const A* dout, const A* dresidual, const A* x, const real* mean,
+                        const real* rstd, const A* weight, int rows, int C, Dropout drop,
                         bool accumulate) {
     std::vector<real> sums(size_t(kStripes) * 3 * C);  // of dweight, dbias, dbranch_bias
 #pragma omp parallel for schedule(static)
@@ -960,7 +968,8 @@ void layernorm_backward(real* dx, real* dweight, real* dbias, real* dbranch, rea
         real *sum_b = sum_w + C, *sum_branch = sum_b + C;
         for (int row = stripe_begin(rows, stripe); row < stripe_begin(rows, stripe + 1); ++row) {
             const size_t at = size_t(row) * C;
-            const real *in = x + at, *d = dout + at, m = mean[row], r = rstd[row];
+            const A *in = x + at, *d = dout + at;
+            const real m = mean[row], r = rstd[row];
             real mean_g = 0, mean_gn = 0;
 #pragma omp simd reduction(+ : mean_g, mean_gn)
             for (int c = 0; c < C; ++c) {
@@ -972,11 +981,11 @@ void layernorm_backward(real* dx, real* dweight, real* dbias, real* dbranch, rea
                 const real g = d[c] * weight[c], n = (in[c] - m) * r;
                 const real joined = dresidual ? dresidual[at + c] : real(0);
                 sum_w[c] += d[c] * n, sum_b[c] += d[c];
-                dx[at + c] = joined + r * (g - mean_g - n * mean_gn);
+                dx[at + c] = A(joined + r * (g - mean_g - n * mean_gn));
             }
             if (drop.on())
-                for (int c = 0; c < C; ++c) dbranch[at + c] = dx[at + c] * drop.scale(at + c);
-            const real* branch = drop.on() ? dbranch : dx;
+                for (int c = 0; c < C; ++c) dbranch[at + c] = A(dx[at + c] * drop.scale(at + c));
+            const A* branch = drop.on() ? dbranch : dx;
             for (int c = 0; c < C; ++c) sum_branch[c] += branch[at + c];
         }
     }
@@ -1070,9 +1079,9 @@ struct PlainOps {
 // w is [in, out], as Hugging Face stores GPT-2; PyTorch's nn.Linear is the other way round.
 
 // sets out [rows, OC] = x w + b, from x [rows, C], w [C, OC], b [OC].
-template <class real, class Ops>
-void linear_forward(const Ops& ops, real* out, const real* x, const real* w, const real* b,
-                    int rows, int C, int OC) {
+template <class A, class real, class Ops>
+void linear_forward(const Ops& ops, A* out, const A* x, const A* w, const A* b, int rows, int C,
+                    int OC) {
     ops.matmul(out, OC, rows_of(x, C), rows_of(w, OC), rows, OC, C, false,
                [=](int, int col, int count, real* values) {
                    for (int j = 0; j < count; ++j) values[j] += b[col + j];
@@ -1088,16 +1097,16 @@ void linear_forward(const Ops& ops, real* out, const real* x, const real* w, con
 // function that makes dout, which has the numbers at hand: c_attn's by attention_backward, c_fc's
 // by linear_gelu_backward, those of the two projections by layernorm_backward. sets dx [rows, C];
 // sets dw [C, OC], or adds to it if accumulate.
-template <class real, class Ops>
-void linear_backward(const Ops& ops, real* dx, real* dw, const real* dout, const real* x,
-                     const real* w, int rows, int C, int OC, bool accumulate) {
+template <class A, class real, class Ops>
+void linear_backward(const Ops& ops, A* dx, real* dw, const A* dout, const A* x, const A* w,
+                     int rows, int C, int OC, bool accumulate) {
     ops.matmul(dx, C, rows_of(dout, OC), transpose_of(w, OC), rows, C, OC);
     ops.matmul(dw, OC, transpose_of(x, C), rows_of(dout, OC), C, OC, rows, accumulate);
 }
 
 // sets out [n] to the column sums of x [rows, n], added in the order of rows, or adds them to it.
-template <class real>
-void column_sums(real* out, const real* x, int rows, int n, bool accumulate) {
+template <class A, class real>
+void column_sums(real* out, const A* x, int rows, int n, bool accumulate) {
     constexpr int width = 256;
 #pragma omp parallel for schedule(static)
     for (int j0 = 0; j0 < n; j0 += width) {
@@ -1155,8 +1164,8 @@ void PlainOps::attend(real* out, real* lse, const real* qkv, int first, int last
 }
 
 // All heads of all sequences: sets out [B*T, C] and lse [B, NH, T] from qkv [B*T, 3C].
-template <class real, class Ops>
-void attention_forward(const Ops& ops, real* out, real* lse, const real* qkv, int B, int T, int NH,
+template <class A, class real, class Ops>
+void attention_forward(const Ops& ops, A* out, real* lse, const A* qkv, int B, int T, int NH,
                        int HS, Dropout drop) {
     const int C = NH * HS;
 #pragma omp parallel for schedule(dynamic)
@@ -1208,10 +1217,10 @@ void PlainOps::attend_backward(real* dqkv, const real* dout, const real* out, co
 
 // sets dqkv [B*T, 3C] from dout, out [B*T, C], lse [B, NH, T] and qkv [B*T, 3C]; sets dqkv_bias
 // [3C], the bias gradient of the layer that made qkv, or adds to it if accumulate.
-template <class real, class Ops>
-void attention_backward(const Ops& ops, real* dqkv, real* dqkv_bias, const real* dout,
-                        const real* out, const real* lse, const real* qkv, int B, int T, int NH,
-                        int HS, Dropout drop, bool accumulate) {
+template <class A, class real, class Ops>
+void attention_backward(const Ops& ops, A* dqkv, real* dqkv_bias, const A* dout, const A* out,
+                        const real* lse, const A* qkv, int B, int T, int NH, int HS, Dropout drop,
+                        bool accumulate) {
     const int C = NH * HS;
 #pragma omp parallel for schedule(dynamic)
     for (int head = 0; head < B * NH; ++head) {
@@ -1225,8 +1234,8 @@ void attention_backward(const Ops& ops, real* dqkv, real* dqkv_bias, const real*
 
 // Generation: sets out [n, C] for positions past..past+n-1 of one sequence, from the KV cache, its
 // qkv rows 0..past+n-1.
-template <class real, class Ops>
-void attention_cached(const Ops& ops, real* out, const real* qkv, int past, int n, int NH, int HS) {
+template <class A, class real, class Ops>
+void attention_cached(const Ops& ops, A* out, const A* qkv, int past, int n, int NH, int HS) {
     real* no_lse = nullptr;
 #pragma omp parallel for schedule(dynamic)
     for (int head = 0; head < NH; ++head)
@@ -1265,22 +1274,22 @@ real gelu_derivative(real x) {
 
 // sets pre [rows, OC] = x w + b and gelu [rows, OC] = GELU(pre). Both are kept: pre for GELU's
 // derivative, gelu as the next layer's input. x [rows, C], w [C, OC], b [OC].
-template <class real, class Ops>
-void linear_gelu_forward(const Ops& ops, real* gelu, real* pre, const real* x, const real* w,
-                         const real* b, int rows, int C, int OC) {
+template <class A, class real, class Ops>
+void linear_gelu_forward(const Ops& ops, A* gelu, A* pre, const A* x, const A* w, const A* b,
+                         int rows, int C, int OC) {
     ops.matmul(gelu, OC, rows_of(x, C), rows_of(w, OC), rows, OC, C, false,
                [=](int row, int col, int count, real* values) {
-                   real* kept = pre + size_t(row) * OC + col;
-                   for (int j = 0; j < count; ++j) kept[j] = values[j] + b[col + j];
-                   for (int j = 0; j < count; ++j) values[j] = tinygpt::gelu<Ops>(kept[j]);
+                   A* kept = pre + size_t(row) * OC + col;
+                   for (int j = 0; j < count; ++j) kept[j] = A(values[j] + b[col + j]);
+                   for (int j = 0; j < count; ++j) values[j] = tinygpt::gelu<Ops>(real(kept[j]));
                });
 }
 
 // sets gelu [count] = GELU(pre), to the bit as above. For --recompute-gelu (§5).
-template <class real, class Ops>
-void gelu_forward(const Ops&, real* gelu, const real* pre, size_t count) {
+template <class A, class real, class Ops>
+void gelu_forward(const Ops&, A* gelu, const A* pre, size_t count) {
 #pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < count; ++i) gelu[i] = tinygpt::gelu<Ops>(pre[i]);
+    for (size_t i = 0; i < count; ++i) gelu[i] = A(tinygpt::gelu<Ops>(real(pre[i])));
 }
 
 // From the gradient of the MLP's output back to pre: the backward of its second linear layer (w),
@@ -1288,14 +1297,14 @@ void gelu_forward(const Ops&, real* gelu, const real* pre, size_t count) {
 //   dpre = (dout w^T) gelu'(pre)     dw = gelu^T dout     dpre_bias = column sums of dpre
 // dpre_bias is the bias gradient of the layer that made pre. Shapes: dpre, gelu, pre [rows, C],
 // dout [rows, OC], w [C, OC]. sets dpre; sets dw, dpre_bias [C], or adds to them if accumulate.
-template <class real, class Ops>
-void linear_gelu_backward(const Ops& ops, real* dpre, real* dw, real* dpre_bias, const real* dout,
-                          const real* gelu, const real* pre, const real* w, int rows, int C, int OC,
+template <class A, class real, class Ops>
+void linear_gelu_backward(const Ops& ops, A* dpre, real* dw, real* dpre_bias, const A* dout,
+                          const A* gelu, const A* pre, const A* w, int rows, int C, int OC,
                           bool accumulate) {
     ops.matmul(dpre, C, rows_of(dout, OC), transpose_of(w, OC), rows, C, OC, false,
                [=](int row, int col, int count, real* values) {
-                   const real* x = pre + size_t(row) * C + col;
-                   for (int j = 0; j < count; ++j) values[j] *= gelu_derivative<Ops>(x[j]);
+                   const A* x = pre + size_t(row) * C + col;
+                   for (int j = 0; j < count; ++j) values[j] *= gelu_derivative<Ops>(real(x[j]));
                });
     ops.matmul(dw, OC, transpose_of(gelu, C), rows_of(dout, OC), C, OC, rows, accumulate);
     column_sums(dpre_bias, dpre, rows, C, accumulate);
@@ -1311,9 +1320,9 @@ void linear_gelu_backward(const Ops& ops, real* dpre, real* dw, real* dpre_bias,
 // sets out [rows, OC] = residual + drop(x w + b), from residual [rows, OC], x [rows, C], w [C, OC],
 // b [OC]. Its backward: layernorm_backward (§4.2) makes drop(dout) and the bias gradient,
 // linear_backward the rest; the residual's gradient is dout itself.
-template <class real, class Ops>
-void linear_residual_forward(const Ops& ops, real* out, const real* residual, const real* x,
-                             const real* w, const real* b, int rows, int C, int OC, Dropout drop) {
+template <class A, class real, class Ops>
+void linear_residual_forward(const Ops& ops, A* out, const A* residual, const A* x, const A* w,
+                             const A* b, int rows, int C, int OC, Dropout drop) {
     ops.matmul(out, OC, rows_of(x, C), rows_of(w, OC), rows, OC, C, false,
                [=](int row, int col, int count, real* values) {
                    const size_t at = size_t(row) * OC + col;
@@ -1338,8 +1347,8 @@ void linear_residual_forward(const Ops& ops, real* out, const real* residual, co
 constexpr int kHeadRows = 1024;  // enough for a fast product
 
 // sets logits [rows, V] = x w^T. By itself, because generation (§9) needs logits without a loss.
-template <class real, class Ops>
-void head_logits(const Ops& ops, real* logits, const real* x, const real* w, int rows, int C,
+template <class Ops>
+void head_logits(const Ops& ops, auto* logits, const auto* x, const auto* w, int rows, int C,
                  int V) {
     ops.matmul(logits, V, rows_of(x, C), transpose_of(w, C), rows, V, C);
 }
@@ -1352,18 +1361,21 @@ void head_logits(const Ops& ops, real* logits, const real* x, const real* w, int
 // by what it lacked. Times scale (1/8 in the walk, and -0.1206 = (0.0351 - 1) / 8):
 //   walk> dlogits of row 0, (p - [target]) / 8:  0.0094 -0.1206  0.0051  0.0179
 // sets losses [rows], 0 where the target is kIgnore; works on logits [rows, V] in place.
-template <class real, class Ops>
-void softmax_cross_entropy(const Ops& ops, real* losses, real* logits, const int32_t* targets,
+template <class A, class real, class Ops>
+void softmax_cross_entropy(const Ops& ops, real* losses, A* logits, const int32_t* targets,
                            int rows, int V, real scale) {
 #pragma omp parallel for schedule(static)
     for (int row = 0; row < rows; ++row) {
-        real* l = logits + size_t(row) * V;
+        A* stored = logits + size_t(row) * V;
         const int target = targets[row];
         if (target < 0) {
             losses[row] = 0;
-            if (scale > 0) std::fill(l, l + V, real(0));
+            if (scale > 0) std::fill(stored, stored + V, A(0));
             continue;
         }
+        std::vector<real> wide(std::is_same_v<A, real> ? 0 : V);  // a row that is rounded only once
+        std::copy_n(stored, wide.size(), wide.begin());
+        real* l = wide.empty() ? reinterpret_cast<real*>(stored) : wide.data();
         const real highest = ops.maximum(l, V);
         const real at_target = l[target];
         const real sum = ops.exp_and_sum(l, highest, V);  // l[v] = exp(l[v] - highest)
@@ -1372,13 +1384,14 @@ void softmax_cross_entropy(const Ops& ops, real* losses, real* logits, const int
         const real factor = scale / sum;
         for (int v = 0; v < V; ++v) l[v] *= factor;
         l[target] -= scale;
+        for (size_t v = 0; v < wide.size(); ++v) stored[v] = A(wide[v]);
     }
 }
 
 // sets losses [rows], in nats, 0 where the target is kIgnore. x [rows, C], w [V, C], targets
 // [rows]; logits [at most kHeadRows, V] is scratch.
-template <class real, class Ops>
-void head_forward(const Ops& ops, real* losses, real* logits, const real* x, const real* w,
+template <class A, class real, class Ops>
+void head_forward(const Ops& ops, real* losses, A* logits, const A* x, const A* w,
                   const int32_t* targets, int rows, int C, int V) {
     for (int first = 0; first < rows; first += kHeadRows) {
         const int n = std::min(kHeadRows, rows - first);
@@ -1393,13 +1406,13 @@ void head_forward(const Ops& ops, real* losses, real* logits, const real* x, con
 //   dw_vc = sum_r dlogits_rv x_rc     dw = dlogits^T x
 // A tied w is wte, which is used twice, so its gradient is a sum: embed_backward adds to this dw.
 // sets losses [rows], dx [rows, C]; sets dw [V, C], or adds to it if accumulate.
-template <class real, class Ops>
-void head_forward_backward(const Ops& ops, real* losses, real* dx, real* dw, real* logits,
-                           const real* x, const real* w, const int32_t* targets, int rows, int C,
-                           int V, real scale, bool accumulate) {
+template <class A, class real, class Ops>
+void head_forward_backward(const Ops& ops, real* losses, A* dx, real* dw, A* logits, const A* x,
+                           const A* w, const int32_t* targets, int rows, int C, int V, real scale,
+                           bool accumulate) {
     for (int first = 0; first < rows; first += kHeadRows) {
         const int n = std::min(kHeadRows, rows - first);
-        const real* x_rows = x + size_t(first) * C;
+        const A* x_rows = x + size_t(first) * C;
         head_logits(ops, logits, x_rows, w, n, C, V);
         softmax_cross_entropy(ops, losses + first, logits, targets + first, n, V, scale);
         ops.matmul(dx + size_t(first) * C, C, rows_of(logits, V), rows_of(w, C), n, C, V);
@@ -1468,8 +1481,8 @@ template <class real>
 void square_sums(double* sums, const real* grads, size_t count);
 inline void norm_of_sums(StepState* state, const double* sums, size_t chunks);
 TINYGPT_HD inline void judge_step(StepState* state, const Guards& guards);
-template <class real>
-void adamw(real* weights, real* masters, real* m, real* v, const real* grads, size_t count,
+template <class A, class real>
+void adamw(A* weights, real* masters, real* m, real* v, const real* grads, size_t count,
            size_t decayed, const StepState* state, const AdamW& hyper);
 
 // The processes that train one model together, each with a number. A process alone has nothing to
@@ -1498,47 +1511,49 @@ inline Ranks* world = &alone;  // the ranks of this program
 // once, over any device, and never ask which one it is. Layers passes each name on to the function
 // above. With PlainOps it is called Reference, with §10's operations Cpu. Cuda, in train_gpt.cu,
 // has the same names, as kernels. (auto... a: any arguments, passed on, as *args in Python.)
-template <class real, class Ops = PlainOps>
+template <class A, class Ops = PlainOps>
 struct Layers {
-    // AdamW changes the masters, in fp32. Layers read the weights: in bf16 on a GPU those are
-    // rounded copies of the masters, otherwise the same array.
-    using Real = real;                               // masters, moments, statistics, losses
-    using Weight = real;                             // what the layers read
-    using Gradient = real;                           // of parameters
-    using Activation = real;                         // and their gradients
-    static constexpr bool kSeparateMasters = false;  // whether weights are copies
-    static constexpr bool kHostMemory = true;        // the host may read and write its arrays
+    // AdamW changes the masters, in fp32. Layers read the weights: in bf16 those are rounded copies
+    // of the masters, otherwise the same array.
+    using Activation = A;                                               // and their gradients
+    using Weight = A;                                                   // what the layers read
+    using Real = RealOf<A>;                                             // masters, moments, losses
+    using Gradient = Real;                                              // of parameters
+    static constexpr bool kSeparateMasters = !std::is_same_v<A, Real>;  // weights are copies
+    static constexpr bool kHostMemory = true;  // the host may read and write its arrays
     Ops ops;
     Ranks* ranks = world;
 
-    void embed_forward(auto... a) { tinygpt::embed_forward<real>(a...); }
-    void embed_backward(auto... a) { tinygpt::embed_backward<real>(a...); }
-    void layernorm_forward(auto... a) { tinygpt::layernorm_forward<real>(a...); }
-    void layernorm_backward(auto... a) { tinygpt::layernorm_backward<real>(a...); }
-    void linear_forward(auto... a) { tinygpt::linear_forward<real>(ops, a...); }
-    void linear_backward(auto... a) { tinygpt::linear_backward<real>(ops, a...); }
-    void attention_forward(auto... a) { tinygpt::attention_forward<real>(ops, a...); }
-    void attention_backward(auto... a) { tinygpt::attention_backward<real>(ops, a...); }
-    void attention_cached(auto... a) { tinygpt::attention_cached<real>(ops, a...); }
-    void linear_gelu_forward(auto... a) { tinygpt::linear_gelu_forward<real>(ops, a...); }
-    void gelu_forward(auto... a) { tinygpt::gelu_forward<real>(ops, a...); }
-    void linear_gelu_backward(auto... a) { tinygpt::linear_gelu_backward<real>(ops, a...); }
-    void linear_residual_forward(auto... a) { tinygpt::linear_residual_forward<real>(ops, a...); }
+    void embed_forward(auto... a) { tinygpt::embed_forward<A, Real>(a...); }
+    void embed_backward(auto... a) { tinygpt::embed_backward<A, Real>(a...); }
+    void layernorm_forward(auto... a) { tinygpt::layernorm_forward<A, Real>(a...); }
+    void layernorm_backward(auto... a) { tinygpt::layernorm_backward<A, Real>(a...); }
+    void linear_forward(auto... a) { tinygpt::linear_forward<A, Real>(ops, a...); }
+    void linear_backward(auto... a) { tinygpt::linear_backward<A, Real>(ops, a...); }
+    void attention_forward(auto... a) { tinygpt::attention_forward<A, Real>(ops, a...); }
+    void attention_backward(auto... a) { tinygpt::attention_backward<A, Real>(ops, a...); }
+    void attention_cached(auto... a) { tinygpt::attention_cached<A, Real>(ops, a...); }
+    void linear_gelu_forward(auto... a) { tinygpt::linear_gelu_forward<A, Real>(ops, a...); }
+    void gelu_forward(auto... a) { tinygpt::gelu_forward<A, Real>(ops, a...); }
+    void linear_gelu_backward(auto... a) { tinygpt::linear_gelu_backward<A, Real>(ops, a...); }
+    void linear_residual_forward(auto... a) {
+        tinygpt::linear_residual_forward<A, Real>(ops, a...);
+    }
     static size_t head_workspace(int rows, int V) {  // elements of `logits`
         return size_t(std::min(rows, kHeadRows)) * size_t(V);
     }
-    void head_logits(auto... a) { tinygpt::head_logits<real>(ops, a...); }
-    void head_forward(auto... a) { tinygpt::head_forward<real>(ops, a...); }
-    void head_forward_backward(auto... a) { tinygpt::head_forward_backward<real>(ops, a...); }
+    void head_logits(auto... a) { tinygpt::head_logits(ops, a...); }
+    void head_forward(auto... a) { tinygpt::head_forward<A, Real>(ops, a...); }
+    void head_forward_backward(auto... a) { tinygpt::head_forward_backward<A, Real>(ops, a...); }
 
     // The update of all parameters at once, and what it depends on.
     void begin_step(auto... a) { tinygpt::begin_step(a...); }
-    void add_loss(auto... a) { tinygpt::add_loss<real>(a...); }
-    void gradient_norm(auto... a) { tinygpt::gradient_norm<real>(a...); }
-    void square_sums(auto... a) { tinygpt::square_sums<real>(a...); }
+    void add_loss(auto... a) { tinygpt::add_loss<Real>(a...); }
+    void gradient_norm(auto... a) { tinygpt::gradient_norm<Real>(a...); }
+    void square_sums(auto... a) { tinygpt::square_sums<Real>(a...); }
     void norm_of_sums(auto... a) { tinygpt::norm_of_sums(a...); }
     void judge_step(auto... a) { tinygpt::judge_step(a...); }
-    void adamw(auto... a) { tinygpt::adamw<real>(a...); }
+    void adamw(auto... a) { tinygpt::adamw<A, Real>(a...); }
 
     // Memory. upload copies to the device, download from it.
     template <class T>
@@ -1553,7 +1568,10 @@ struct Layers {
         std::memcpy(static_cast<void*>(to), from_host, count * sizeof *to);
     }
     void download(auto* to_host, const auto* from, size_t count) { upload(to_host, from, count); }
-    void weights_from_masters(Weight*, const Real*, size_t) {}  // nothing to do: one array
+    void weights_from_masters(Weight* weights, const Real* masters, size_t count) {
+        if constexpr (kSeparateMasters)
+            for (size_t i = 0; i < count; ++i) weights[i] = Weight(masters[i]);
+    }
 
     // Sums over micro-batches and ranks: to += from, to = from, and what ranks send each other.
     template <class T>
@@ -2147,12 +2165,18 @@ inline void norm_of_sums(StepState* state, const double* sums, size_t chunks) {
     state->grad_norm = std::sqrt(std::accumulate(sums, sums + chunks, 0.0));
 }
 
+// Why a function: a temporary bf16 in a simd loop keeps GCC 12 from vectorising it.
+template <class A, class real>
+TINYGPT_HD inline void store_as(A& to, real value) {
+    to = A(value);
+}
+
 // Updates masters, m and v [count] from grads times clip_scale, unless state.skip. Elements below
-// `decayed` decay (see Layout). The first argument, the weights that the layers read,
-// is for devices that keep them apart from the masters.
-template <class real>
-void adamw(real*, real* masters, real* m, real* v, const real* grads, size_t count, size_t decayed,
-           const StepState* state, const AdamW& hyper) {
+// `decayed` decay (see Layout). The weights that the layers read are rounded from the masters,
+// where they are not the same array.
+template <class A, class real>
+void adamw(A* weights, real* masters, real* m, real* v, const real* grads, size_t count,
+           size_t decayed, const StepState* state, const AdamW& hyper) {
     if (state->skip) return;
     const double t = double(state->updates);
     const real m_scale = real(1 / (1 - std::pow(hyper.beta1, t)));
@@ -2161,9 +2185,11 @@ void adamw(real*, real* masters, real* m, real* v, const real* grads, size_t cou
     const real beta1 = real(hyper.beta1), beta2 = real(hyper.beta2), eps = real(hyper.eps);
     auto update = [&](size_t begin, size_t end, real decay) {
 #pragma omp parallel for simd schedule(static)
-        for (size_t i = begin; i < end; ++i)
+        for (size_t i = begin; i < end; ++i) {
             adamw_element(masters[i], m[i], v[i], grads[i] * clip, lr, m_scale, v_scale, beta1,
                           beta2, eps, decay);
+            if constexpr (!std::is_same_v<A, real>) store_as(weights[i], masters[i]);
+        }
     };
     update(0, decayed, real(hyper.weight_decay)), update(decayed, count, real(0));
 }
@@ -2619,6 +2645,46 @@ Vec<T> load(const T* from) {
     return v;
 }
 void store(auto* to, auto v) { std::memcpy(to, &v, sizeof v); }
+// As many bf16 numbers as Vec has lanes: in memory, and their bits in the lower halves of lanes.
+typedef uint16_t HalfVec __attribute__((vector_size(kVectorBytes / 2)));
+inline Vec<uint32_t> widen(HalfVec bits) { return __builtin_convertvector(bits, Vec<uint32_t>); }
+inline Vec<uint32_t> load_bits(const bf16* from) {
+    HalfVec bits;
+    std::memcpy(&bits, from, sizeof bits);
+    return widen(bits);
+}
+// What bf16 (§1) does, for a vector: the rounded bits are the upper halves.
+inline Vec<uint32_t> bf16_bits(Vec<float> x) {
+    const auto u = std::bit_cast<Vec<uint32_t>>(x);
+    return (u & 0x7fffffffu) > 0x7f800000u ? u | 0x400000u : u + 0x7fffu + (u >> 16 & 1u);
+}
+// Numbers of either type as floats, from and to memory.
+inline Vec<float> load_floats(const float* from) { return load(from); }
+inline Vec<float> load_floats(const bf16* from) {
+    return std::bit_cast<Vec<float>>(load_bits(from) << 16);
+}
+// The numbers of low, rounded, and then those of high. (The instruction counts subnormals as 0.)
+inline Vec<uint32_t> round_both(Vec<float> low, Vec<float> high) {
+#ifdef __AVX512BF16__
+    Vec<uint32_t> both;
+    asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(high), "v"(low));
+    return both;
+#else
+    const auto half = [](Vec<float> x) {
+        return __builtin_convertvector(bf16_bits(x) >> 16, HalfVec);
+    };
+    return std::bit_cast<Vec<uint32_t>>(std::array{half(low), half(high)});
+#endif
+}
+inline void store_rounded(float* to, const float* from, int n) { std::copy_n(from, n, to); }
+inline void store_rounded(bf16* to, const float* from, int n) {
+    int j = 0;
+    for (; j + kLanes <= n; j += kLanes) {
+        const HalfVec bits = __builtin_convertvector(bf16_bits(load(from + j)) >> 16, HalfVec);
+        std::memcpy(to + j, &bits, sizeof bits);
+    }
+    for (; j < n; ++j) to[j] = bf16(from[j]);
+}
 // Prefetches into L2; L1 has room for far fewer outstanding loads. Any address is safe.
 inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
 
@@ -2666,16 +2732,17 @@ inline float maximum(const float* x, int n) {
     for (; j < n; ++j) top = std::max(top, x[j]);
     return top;
 }
-inline float exp_and_sum(float* x, float shift, int count) {
+// x becomes e^(factor x - shift).
+inline float exp_and_sum(float* x, float shift, int count, float factor = 1) {
     Vec<float> sums = {};
     int j = 0;
     for (; j + kLanes <= count; j += kLanes) {
-        const Vec<float> e = exp_fast(load(x + j) - shift);
+        const Vec<float> e = exp_fast(factor * load(x + j) - shift);
         store(x + j, e);
         sums += e;
     }
     float sum = sum_of_lanes(sums);
-    for (; j < count; ++j) sum += x[j] = exp_fast(x[j] - shift);
+    for (; j < count; ++j) sum += x[j] = exp_fast(factor * x[j] - shift);
     return sum;
 }
 
@@ -2689,7 +2756,7 @@ inline void* scratch_bytes(int i, size_t bytes) {
         std::unique_ptr<char, decltype(&std::free)> memory{nullptr, &std::free};
         size_t size = 0;
     };
-    static thread_local Buffer buffers[7];  // attention's backward needs so many
+    static thread_local Buffer buffers[10];  // attention's backward needs so many
     Buffer& buffer = buffers[i];
     if (bytes > buffer.size) {
         buffer.memory.reset(), buffer.size = 0;
@@ -2713,8 +2780,8 @@ T* scratch(int i, size_t count) {
 //              n                   b, kDepth rows at a time, is cut into panels of kCols
 //         +---------+              columns, each copied so that it is read from start to end.
 //  kDepth |  | |b|  |
-//         +---------+              a is read where it lies. Only if it is a transpose, or becomes
-//         |  | | |  |              bf16, some rows and kDepth columns at a time are copied.
+//         +---------+              a is read where it lies, if its rows are rows in memory. Else
+//         |  | | |  |              some rows and kDepth columns at a time are copied.
 //
 //   a          c                   A tile of c is kTileRows rows of a times one panel of b. Its
 // +---+---+ +---------+            sums stay in registers for kDepth steps. Each step takes one
@@ -2727,6 +2794,10 @@ T* scratch(int i, size_t count) {
 // along its rows, which suits memory. That is the blocking of Goto and van de Geijn (2008) and of
 // BLIS, with the two operands exchanged. At ragged edges panels are padded with zeros, and smaller
 // micro-kernels make the last rows.
+//
+// In bf16 a packed element is a pair of numbers, two neighbouring steps of k. The numbers lie in
+// memory as bf16 already, so packing a product's operands only moves them. Sums are fp32, and are
+// rounded once, when all of k and `finish` are in them.
 
 // Two registers of sums a row, two for b's row, one for a's number: 2 * 14 + 3 of 32, or 2 * 6 + 3
 // of 16.
@@ -2737,19 +2808,23 @@ constexpr int kPackedB = 512 * kDepth;  // elements of b packed at a time: they 
 // all lie in 2 of L1's 64 sets, and evict each other where they are read downwards.
 constexpr int kStride = kDepth + 16;
 
-// One step of the product: sum += a b, a number a beside a vector b.
-inline void multiply_add(Vec<float>& sum, float a, Vec<float> b) { sum += a * b; }
+// One step of the product: sum += a b, a number a beside a vector b. Careful: if the compiler does
+// not inline these, the sums live in memory, and products take twice as long.
+[[gnu::always_inline]] inline void multiply_add(Vec<float>& sum, float a, Vec<float> b) {
+    sum += a * b;
+}
 
-// In bf16 (below) a packed element is a pair of numbers, two neighbouring steps of k, and one
-// instruction adds both products: sum += a.low b.low + a.high b.high, in fp32.
+// Of a pair one instruction adds both products: sum += a.low b.low + a.high b.high, in fp32.
 #ifdef __AVX512BF16__
-inline bool cpu_has_bf16_dot() { return true; }
-inline void multiply_add(Vec<float>& sum, uint32_t a, Vec<uint32_t> b) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(b), "v"(Vec<uint32_t>{} + a));  // a in every lane
+constexpr bool kHasPairs = true;
+[[gnu::always_inline]] inline void multiply_add(Vec<float>& sum, uint32_t a, Vec<uint32_t> b) {
+    Vec<float> kept = sum;  // a copy: asm would keep an array's element in memory
+    asm("vdpbf16ps %2, %1, %0" : "+v"(kept) : "v"(b), "v"(Vec<uint32_t>{} + a));  // a in every lane
+    sum = kept;
 }
 #else
-inline bool cpu_has_bf16_dot() { return false; }
-inline void multiply_add(Vec<float>&, uint32_t, Vec<uint32_t>) {}  // refused before it gets here
+constexpr bool kHasPairs = false;
+inline void multiply_add(Vec<float>&, uint32_t, Vec<uint32_t>) {}  // never called
 #endif
 
 // Tile [rows, 2 L] (+)= a [rows, k] * panel of b [k, 2 L]. The tile's rows are ldc apart, b's
@@ -2767,7 +2842,8 @@ void micro_kernel(float* tile, ptrdiff_t ldc, View<Packed> a, const Packed* b, i
         const Vec<Packed> b0 = load(b), b1 = load(b + L);
 #pragma GCC unroll 16
         for (int i = 0; i < rows; ++i) {
-            const Packed x = a.data[i * row];
+            Packed x;  // a pair need not lie where a uint32_t would
+            std::memcpy(&x, a.data + i * row, sizeof x);
             multiply_add(c0[i], x, b0), multiply_add(c1[i], x, b1);
         }
     }
@@ -2802,50 +2878,64 @@ template <int step = 1>
     }
 }
 
-// A way to compute tiles. This one takes numbers as they are; the two for bf16 are below.
+// A packed operand: element (i, j) is data[j / N * panel + i * N + j % N].
+template <class Packed, int N>
+struct Panels {
+    Packed* data;
+    size_t panel;
+    // The same from an element whose column begins a panel.
+    Panels from(ptrdiff_t i, ptrdiff_t j) const { return {data + i * N + j / N * panel, panel}; }
+};
+
+// A way to compute tiles. This one, with floats in its registers, is that of fp32, and of bf16
+// where the CPU has nothing better; the two ways to multiply pairs are below.
 struct PlainTiles {
     using Packed = float;                          // an element of a packed operand
     static constexpr int kNumbers = 1;             // that it holds, of neighbouring steps of k
     static int steps(int depth) { return depth; }  // elements that `depth` steps of k become
     static constexpr int kRows = kTileRows, kCols = 2 * kLanes;
+    static constexpr int kPanel = kCols;    // columns of a panel of b
     static constexpr int kSteps = kDepth;   // that tile() makes at a time
     static constexpr bool kAnyRows = true;  // tile() writes `rows` rows, else all kRows
     static constexpr int kBelow = 0;        // prefetch c so many rows below the tile
     static float element(float number, float /*of the next step*/) { return number; }
     // A vector of elements. Of a pair, element e's numbers are from[e] and from[e + next] or, where
     // next is 1, neighbours: from[2 e] and from[2 e + 1].
-    static Vec<float> elements(const float* from, ptrdiff_t /*next*/) { return load(from); }
+    static Vec<float> elements(const auto* from, ptrdiff_t /*next*/) { return load_floats(from); }
     // c [rows, kCols] (+)= a b, with b one panel: some rows at a time, as often as they fit, then
-    // fewer (14, 8, 4, 2, 1). Packed pairs of a always have their steps along the rows.
+    // fewer (14, 8, 4, 2, 1).
     template <int some = kTileRows, class Element>
-    static void tile(float* c, ptrdiff_t ldc, View<Element> a, const Element* b, int rows, int k,
-                     bool add) {
-        constexpr bool any_way = std::is_same_v<Element, float>;
+    static void tile(float* c, ptrdiff_t ldc, View<Element> a, Panels<Element, kPanel> b, int rows,
+                     int k, bool add) {
         for (; rows >= some; rows -= some, c += some * ldc, a = a.from(some, 0))
-            if (!any_way || a.col == 1)
-                micro_kernel<some, false>(c, ldc, a, b, k, add);
+            if (a.col == 1)
+                micro_kernel<some, false>(c, ldc, a, b.data, k, add);
             else
-                micro_kernel<some, any_way>(c, ldc, a, b, k, add);
+                micro_kernel<some, true>(c, ldc, a, b.data, k, add);
         if constexpr (some > 1)
             if (rows > 0) tile<int(std::bit_floor(unsigned(some - 1)))>(c, ldc, a, b, rows, k, add);
     }
 };
 
-// Packs an operand x, numbers [rows, cols], as elements [i_end, j_end]: element (i, j) goes to
-// out[j / N][i][j % N], and what lies beyond x counts as 0. down: the steps of k run down the
+// Packs an operand x, numbers [rows, cols], as elements [i_end, j_end], in panels of N columns:
+// element (i, j) goes to out[j / N * N * i_end + i * apart + j % N], and what lies beyond x counts
+// as 0. down: the steps of k run down the
 // columns, else along the rows; an element is made of I numbers of a column, or of J of a row.
 // L by L elements at a time, in the order in which they lie in memory: L vectors are read, and
-// unless x's rows are rows in memory they are transposed. Then, one by one, the rest at the edges.
-template <class Tiles, int N, bool down, class Packed>
-void pack(Packed* out, View<float> x, int rows, int cols, int i_end, int j_end) {
+// unless x's rows are rows in memory they are transposed. Then the edges: rows in memory by
+// vectors, and the rest one by one.
+template <class Tiles, int N, bool down, class Packed, class Number>
+void pack(Packed* out, ptrdiff_t apart, View<Number> x, int rows, int cols, int i_end, int j_end) {
     constexpr int L = kLanes, I = down ? Tiles::kNumbers : 1, J = Tiles::kNumbers / I;
     const bool copy = x.col == 1;
     const int i_whole = rows / I / L * L, j_whole = cols / J / L * L;
-    const auto at = [&](int i, int j) { return out + j / N * size_t(N) * i_end + i * N + j % N; };
+    const auto at = [&](int i, int j) {
+        return out + j / N * size_t(N) * i_end + i * apart + j % N;
+    };
     for (int row = 0; row < (copy ? i_whole : j_whole); row += L)
         for (int col = 0; col < (copy ? j_whole : i_whole); col += L) {
             const int i = copy ? row : col, j = copy ? col : row;
-            const float* from = x.from(i * I, j * J).data;
+            const Number* from = x.from(i * I, j * J).data;
             const ptrdiff_t next = copy ? I * x.row : J * x.col;
             Vec<Packed> square[L] = {};
 #pragma GCC unroll 16
@@ -2857,49 +2947,69 @@ void pack(Packed* out, View<float> x, int rows, int cols, int i_end, int j_end) 
 #pragma GCC unroll 16
             for (int p = 0; p < L; ++p) store(at(i + p, j), square[p]);
         }
-    const auto number = [&](int i, int j) { return i < rows && j < cols ? x(i, j) : 0; };
-    for (int i = 0; i < i_end; ++i)
-        for (int j = i < i_whole ? j_whole : 0; j < j_end; ++j)
+    const auto number = [&](int i, int j) { return i < rows && j < cols ? float(x(i, j)) : 0; };
+    for (int i = 0; i < i_end; ++i) {
+        int j = i < i_whole ? j_whole : 0;
+        for (; copy && i < rows / I && j < j_whole; j += L)
+            store(at(i, j), Tiles::elements(x.from(i * I, j * J).data, down ? x.row : x.col));
+        for (; j < j_end; ++j)
             *at(i, j) = Tiles::element(number(i * I, j * J), number(i * I + down, j * J + !down));
-}
-
-// The left operand of tiles, a [rows, depth]: where it lies, if it can be read there; else packed
-// into scratch(buffer), its rows kStride apart.
-template <class Tiles, class Packed = typename Tiles::Packed>
-View<Packed> pack_left(int buffer, View<float> a, int rows, int depth) {
-    if constexpr (Tiles::kNumbers == 1)
-        if (a.col == 1) return a;
-    Packed* out = scratch<Packed>(buffer, size_t(round_up(rows, Tiles::kRows)) * kStride);
-    pack<Tiles, kStride, false>(out, a, rows, depth, rows, Tiles::steps(depth));
-    return rows_of<Packed>(out, kStride);
-}
-
-// The right operand, in panels of a tile's columns, which lie `panel` elements apart.
-template <class Tiles>
-struct Panels {
-    typename Tiles::Packed* data;
-    size_t panel;
-    // The same from a row, and from a column that begins a panel.
-    Panels from(int row, int col) const {
-        return {data + row * Tiles::kCols + col / Tiles::kCols * panel, panel};
     }
-};
-// Packs b [depth, cols] into scratch(buffer); the last panel is padded with zeros.
-template <class Tiles>
-Panels<Tiles> pack_right(int buffer, View<float> b, int depth, int cols) {
-    constexpr int N = Tiles::kCols;
-    const int steps = Tiles::steps(depth), wide = round_up(cols, N);
+}
+
+// Whether tiles can read the rows of a left operand where they lie: floats as they are, bf16 as
+// pairs, if each row begins at an even place and no half pair is left over.
+template <class Tiles, class Number>
+bool in_place(View<Number> a, int depth) {
+    if (Tiles::kPanel != Tiles::kCols || a.col != 1) return false;
+    return std::is_same_v<Number, typename Tiles::Packed> ||
+           (std::is_same_v<Number, bf16> && Tiles::kNumbers == 2 && depth % 2 == 0 &&
+            a.row % 2 == 0 && reinterpret_cast<uintptr_t>(a.data) % 4 == 0);
+}
+
+// The left operand of tiles, a [rows, depth]: where it lies, or packed into scratch(buffer): in the
+// direction in which it lies or, for tiles that want both operands so, in panels.
+template <class Tiles, class Number>
+auto pack_left(int buffer, View<Number> a, int rows, int depth) {
+    using Packed = typename Tiles::Packed;
+    const int high = round_up(rows, Tiles::kRows), steps = Tiles::steps(depth);
+    if constexpr (Tiles::kPanel != Tiles::kCols) {
+        Packed* out = scratch<Packed>(buffer, size_t(high) * steps);
+        pack<Tiles, Tiles::kPanel, false>(out, Tiles::kPanel, a, rows, depth, high, steps);
+        return Panels<Packed, Tiles::kPanel>{out, size_t(high) * Tiles::kPanel};
+    } else {
+        if (in_place<Tiles>(a, depth))
+            return rows_of(reinterpret_cast<const Packed*>(a.data), a.row / Tiles::kNumbers);
+        constexpr int kOnePanel = 1 << 30;
+        const bool down = a.col != 1;
+        const int apart = round_up(down ? rows : steps, 32) + 16;  // see kStride
+        Packed* out = scratch<Packed>(buffer, size_t(down ? steps : rows) * apart);
+        if (down) {
+            pack<Tiles, kOnePanel, true>(out, apart, a.transposed(), depth, rows, steps, rows);
+            return transpose_of<Packed>(out, apart);
+        }
+        pack<Tiles, kOnePanel, false>(out, apart, a, rows, depth, rows, steps);
+        return rows_of<Packed>(out, apart);
+    }
+}
+
+// The right operand, b [depth, cols], packed into scratch(buffer) in panels; the last columns of a
+// tile are padded with zeros.
+template <class Tiles, class Number>
+auto pack_right(int buffer, View<Number> b, int depth, int cols) {
+    constexpr int N = Tiles::kPanel;
+    const int steps = Tiles::steps(depth), wide = round_up(cols, Tiles::kCols);
     auto* out = scratch<typename Tiles::Packed>(buffer, size_t(steps) * wide);
-    pack<Tiles, N, true>(out, b, depth, cols, steps, wide);
-    return {out, size_t(steps) * N};
+    pack<Tiles, N, true>(out, N, b, depth, cols, steps, wide);
+    return Panels<typename Tiles::Packed, N>{out, size_t(steps) * N};
 }
 
 // A row of tiles, at most kRows high: c [rows, cols] (+)= a b, `steps` packed elements deep; add:
 // to what is there. A tile that is cut off by the edge of c is made beside it. c comes from memory:
 // while a tile's sums are made, it or the one below is prefetched, some rows in each pass.
 template <class Tiles>
-void multiply_tiles(float* c, ptrdiff_t ldc, View<typename Tiles::Packed> a, Panels<Tiles> b,
-                    int rows, int cols, int steps, bool add) {
+void multiply_tiles(float* c, ptrdiff_t ldc, auto a, auto b, int rows, int cols, int steps,
+                    bool add) {
     constexpr int R = Tiles::kRows, N = Tiles::kCols, S = Tiles::kSteps;
     const int passes = ceil_div(steps, S);
     alignas(64) float edge[R * N];
@@ -2911,54 +3021,68 @@ void multiply_tiles(float* c, ptrdiff_t ldc, View<typename Tiles::Packed> a, Pan
             for (int i = pass; whole && i < rows; i += passes)
                 prefetch(later + i * ldc), prefetch(later + i * ldc + N / 2);
             Tiles::tile(whole ? out : edge, whole ? ldc : N, a.from(0, pass * S),
-                        b.from(pass * S, j).data, rows, k, whole && add);
+                        b.from(pass * S, j), rows, k, whole && add);
             for (int i = 0; !whole && i < rows; ++i)
                 for (int x = 0; x < count; ++x)
                     out[i * ldc + x] = (add ? out[i * ldc + x] : 0) + edge[i * N + x];
         }
 }
 
-// c[m, n] = finish(a b), or finish(c + a b) if accumulate. c is cut into tasks, each some columns
-// by some or all rows. A thread takes one task after another and packs for itself what it needs:
-// columns of b, which stay in its L2, and some rows of a at a time, where a cannot be read in
-// place. So no thread waits for another, and one thread makes the whole sum of an element, in
-// order: no result depends on the number of threads.
-template <class Tiles>
-void multiply(float* c, ptrdiff_t ldc, View<float> a, View<float> b, int m, int n, int k,
+// c[m, n] = finish(a b), or finish(c + a b) if accumulate, which only floats can. c is cut into
+// tasks, each some columns by some or all rows. A thread takes one task after another and packs for
+// itself what it needs: columns of b, which stay in its L2, and some rows of a at a time, where a
+// cannot be read in place. So no thread waits for another, and one thread makes the whole sum of an
+// element, in order: no result depends on the number of threads.
+// Sums are made in c itself where it is float; else in scratch, from which they are rounded: a row
+// of tiles, or all the task's rows if k is more than is packed at a time.
+template <class Tiles, class C, class Number>
+void multiply(C* c, ptrdiff_t ldc, View<Number> a, View<Number> b, int m, int n, int k,
               bool accumulate, const Finish<float>& finish) {
-    constexpr int R = Tiles::kRows, N = Tiles::kCols, kMostDepth = Tiles::kNumbers * kDepth;
+    constexpr int R = Tiles::kRows, N = Tiles::kCols;
+    constexpr bool rounds = !std::is_same_v<C, float>;
     // Rows of a that are packed at a time: whole tiles, and whole squares to transpose.
     constexpr int kSome = round_up(100, std::lcm(R, kLanes));
+    // Why deeper where sums are rounded: then they seldom have to be kept for all rows.
+    constexpr int most_depth = (rounds ? 4 : 1) * Tiles::kNumbers * kDepth;
     // A task's columns: at most about kPackedB elements and at least four panels, and as many tasks
     // for each thread where whole panels allow it.
     const int threads = omp_get_max_threads();
-    const int most_cols = kPackedB / Tiles::steps(std::min(k, kMostDepth));
+    const int most_cols = kPackedB / Tiles::steps(std::min(k, most_depth));
     const int wanted = round_up(ceil_div(n, most_cols), threads);
     const int task_cols = std::max(4 * N, round_up(ceil_div(n, wanted), N));
     const int across = ceil_div(n, task_cols);
     // Its rows: all, unless that makes fewer tasks than threads; then about two tasks a thread.
     const int cuts = across < threads ? 2 * threads / across : 1;
     const int task_rows = round_up(ceil_div(m, cuts), R), down = ceil_div(m, task_rows);
+    const int strip = task_cols + 16;  // see kStride
+    const bool all_rows = k > most_depth;
 #pragma omp parallel
     {
         [[maybe_unused]] Tiles setup{};  // what a thread needs first: see MatrixTiles
+        float* sums =
+            rounds ? scratch<float>(2, size_t(all_rows ? task_rows : R) * strip) : nullptr;
 #pragma omp for schedule(dynamic)
         for (int task = 0; task < across * down; ++task) {
             const int j0 = task / down * task_cols, cols = std::min(task_cols, n - j0);
             const int i0 = task % down * task_rows, end = std::min(m, i0 + task_rows);
-            for (int k0 = 0; k0 < k; k0 += kMostDepth) {
-                const int depth = std::min(kMostDepth, k - k0);
+            for (int k0 = 0; k0 < k; k0 += most_depth) {
+                const int depth = std::min(most_depth, k - k0);
                 const auto right = pack_right<Tiles>(1, b.from(k0, j0), depth, cols);
                 for (int i1 = i0; i1 < end; i1 += kSome) {
                     const int some = std::min(kSome, end - i1);
                     const auto left = pack_left<Tiles>(0, a.from(i1, k0), some, depth);
                     for (int i = i1; i < i1 + some; i += R) {
                         const int rows = std::min(R, i1 + some - i);
-                        float* out = c + i * ldc + j0;
-                        multiply_tiles(out, ldc, left.from(i - i1, 0), right, rows, cols,
-                                       Tiles::steps(depth), k0 > 0 || accumulate);
-                        for (int r = 0; finish && k0 + depth == k && r < rows; ++r)
-                            finish(i + r, j0, cols, out + r * ldc);
+                        const ptrdiff_t apart = rounds ? strip : ldc;
+                        float* out = sums + (all_rows ? (i - i0) * apart : 0);
+                        if constexpr (!rounds) out = c + i * ldc + j0;
+                        multiply_tiles<Tiles>(out, apart, left.from(i - i1, 0), right, rows, cols,
+                                              Tiles::steps(depth), k0 > 0 || accumulate);
+                        for (int r = 0; k0 + depth == k && r < rows; ++r) {
+                            if (finish) finish(i + r, j0, cols, out + r * apart);
+                            if (rounds)
+                                store_rounded(c + (i + r) * ldc + j0, out + r * apart, cols);
+                        }
                     }
                 }
             }
@@ -2968,19 +3092,20 @@ void multiply(float* c, ptrdiff_t ldc, View<float> a, View<float> b, int m, int 
 
 // --- A product of one row, as in generation
 
-// How far ahead to prefetch operands that come from memory, in numbers: 8 KB.
-constexpr int kAhead = 8192 / sizeof(float);
+// How far ahead to prefetch operands that come from memory.
+constexpr ptrdiff_t kAheadBytes = 8192;
 
 // a.b of k numbers: four vectors of partial sums, then their lanes, then the rest. Prefetches
 // `ahead` numbers beyond those of b.
-inline float dot(const float* a, const float* b, int k, ptrdiff_t ahead = kAhead) {
+template <class X, class Number>
+float dot(const X* a, const Number* b, int k, ptrdiff_t ahead = kAheadBytes / sizeof(Number)) {
     constexpr int L = kLanes;
     Vec<float> sums[4] = {};
     int p = 0;
     for (; p + 4 * L <= k; p += 4 * L)
         for (int i = 0; i < 4; ++i) {
             prefetch(b + p + i * L + ahead);
-            sums[i] += load(a + p + i * L) * load(b + p + i * L);
+            sums[i] += load_floats(a + p + i * L) * load_floats(b + p + i * L);
         }
     float sum = sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
     for (; p < k; ++p) sum += a[p] * b[p];
@@ -2988,14 +3113,15 @@ inline float dot(const float* a, const float* b, int k, ptrdiff_t ahead = kAhead
 }
 
 // sum[n] = rows first..last-1 of b, each times its number in x.
-inline void add_rows(float* sum, const float* x, View<float> b, int n, int first, int last) {
+template <class Number>
+void add_rows(float* sum, const float* x, View<Number> b, int n, int first, int last) {
     std::fill(sum, sum + n, 0.0f);
     for (int p = first; p < last; ++p) {
-        const float* row = b.data + p * b.row;
+        const Number* row = b.data + p * b.row;
         int j = 0;
         for (; j + kLanes <= n; j += kLanes) {
-            prefetch(row + j + kAhead);
-            store(sum + j, load(sum + j) + x[p] * load(row + j));
+            prefetch(row + j + kAheadBytes / sizeof(Number));
+            store(sum + j, load(sum + j) + x[p] * load_floats(row + j));
         }
         for (; j < n; ++j) sum[j] += x[p] * row[j];
     }
@@ -3004,9 +3130,10 @@ inline void add_rows(float* sum, const float* x, View<float> b, int n, int first
 // c[1, n] of one row a. Every number of b is used once, so nothing is packed, and memory sets the
 // speed: each thread should read one part of b from start to end. A row-major b is cut into
 // kStripes stripes of rows, whose sums are added in order; a transposed one into columns, each a
-// dot product.
-inline void multiply_row(float* c, View<float> a, View<float> b, int n, int k, bool accumulate,
-                         const Finish<float>& finish) {
+// dot product. In bf16 b is half as many bytes, and is widened as it is read.
+template <class C, class Number>
+void multiply_row(C* c, View<Number> a, View<Number> b, int n, int k, bool accumulate,
+                  const Finish<float>& finish) {
     const bool row_major = b.col == 1;
     float *x = scratch<float>(0, k), *sums = scratch<float>(1, size_t(kStripes) * n);
     for (int p = 0; p < k; ++p) x[p] = a(0, p);
@@ -3027,172 +3154,220 @@ inline void multiply_row(float* c, View<float> a, View<float> b, int n, int k, b
                 for (int j = 0; j < count; ++j) out[j] += sums[size_t(stripe) * n + j0 + j];
             for (int j = 0; !row_major && j < count; ++j)
                 out[j] = dot(x, &b.data[(j0 + j) * b.col], k);
-            for (int j = 0; j < count; ++j) c[j0 + j] = accumulate ? c[j0 + j] + out[j] : out[j];
-            if (finish) finish(0, j0, count, c + j0);
+            for (int j = 0; accumulate && j < count; ++j) out[j] += c[j0 + j];
+            if (finish) finish(0, j0, count, out);
+            store_rounded(c + j0, out, count);
         }
     }
 }
 
-// --- Tiles in bf16, in two ways
-// A packed element is a pair: two neighbouring steps of k. Packing rounds the numbers; sums stay
-// fp32.
-
-// What bf16 (§1) does, for a vector: the rounded bits are the upper halves.
-inline Vec<uint32_t> bf16_bits(Vec<float> x) {
-    const auto u = std::bit_cast<Vec<uint32_t>>(x);
-    return (u & 0x7fffffffu) > 0x7f800000u ? u | 0x400000u : u + 0x7fffu + (u >> 16 & 1u);
-}
+// --- Tiles of pairs, in two ways
 
 // With the vector unit's dot product.
 struct PairTiles : PlainTiles {
     using Packed = uint32_t;
     static constexpr int kNumbers = 2;
-    // Pairs are padded with zeros to whole registers.
-    static int steps(int depth) { return round_up(depth, 32) / 2; }
+    static int steps(int depth) { return ceil_div(depth, 2); }
     static uint32_t element(float low, float high) {
         return bf16(low).bits | uint32_t(bf16(high).bits) << 16;
     }
-    static Vec<uint32_t> pair(Vec<uint32_t> low, Vec<uint32_t> high) {
-        return low >> 16 | (high & 0xffff0000u);
+    // Numbers that are bf16 already are only moved.
+    static Vec<uint32_t> elements(const bf16* from, ptrdiff_t next) {
+        if (next != 1) return load_bits(from) | load_bits(from + next) << 16;
+        Vec<uint32_t> pairs;
+        std::memcpy(&pairs, from, sizeof pairs);
+        return pairs;
     }
+    // Others, attention's scores, are rounded.
     static Vec<uint32_t> elements(const float* from, ptrdiff_t next) {
-        if (next == 1) return neighbours(from, std::make_integer_sequence<int, kLanes>());
-        return pair(bf16_bits(load(from)), bf16_bits(load(from + next)));
-    }
-    // Pairs of numbers that are neighbours in memory: the even and the odd ones.
-    template <int... lane>
-    static Vec<uint32_t> neighbours(const float* from, std::integer_sequence<int, lane...>) {
-        constexpr int L = kLanes, H = L / 2;
-        const auto a = bf16_bits(load(from)), b = bf16_bits(load(from + L));
-        return pair(Vec<uint32_t>{(lane < H ? a[2 * lane % L] : b[2 * lane % L])...},
-                    Vec<uint32_t>{(lane < H ? a[2 * lane % L + 1] : b[2 * lane % L + 1])...});
+        if (next == 1) return round_both(load(from), load(from + kLanes));
+        const auto both =
+            std::bit_cast<std::array<HalfVec, 2>>(round_both(load(from), load(from + next)));
+        return widen(both[0]) | widen(both[1]) << 16;
     }
 };
 
-// With the matrix unit, where the CPU has one (AMX; Intel 64 manual, volume 1, chapter 18): a tile
-// register holds 16 rows of 64 bytes, and one instruction multiplies 16 x 32 by 32 x 16 numbers.
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
+// With the matrix unit, where the CPU has one (AMX; Intel 64 manual, volume 1, chapter 18). It has
+// eight registers of 16 rows of 64 bytes, and one instruction multiplies 16 x 32 by 32 x 16 numbers.
+// Unit: its instructions; register numbers are template arguments, as they are part of the code.
+template <class Unit>
 struct MatrixTiles : PairTiles {
-    // Why fewer steps: 32 rows of kDepth pairs do not fit into L1 beside b's panel.
-    static constexpr int kRows = 32, kCols = 32, kSteps = 128, kBelow = kRows;
+    // Both operands in panels of 16 columns, so that what a register takes is 1 KB without gaps.
+    // Why fewer steps: 32 rows of 192 pairs, 24 KB, stay in L1 while b's panels come from L2.
+    static constexpr int kRows = 32, kCols = 32, kPanel = 16, kSteps = 192, kBelow = kRows;
     static constexpr bool kAnyRows = false;
+    // Careful: steps beyond k are zeros in both operands. 0 times a NaN would be a NaN.
+    static int steps(int depth) { return round_up(depth, 32) / 2; }
+    Unit unit;  // sets up the registers of its thread
+
+    // Registers 0 to 3 are the quarters of c, 4 and 5 two of a, below each other, 6 and 7 two of b.
+    // Why this order: each product waits for one load only.
+    static void tile(float* c, ptrdiff_t ldc, Panels<Packed, 16> a, Panels<Packed, 16> b, int,
+                     int k, bool add) {
+        float* low = c + 16 * ldc;
+        const ptrdiff_t row = 4 * ldc;  // bytes
+        if (add) {
+            Unit::template load<0>(c, row), Unit::template load<1>(c + 16, row);
+            Unit::template load<2>(low, row), Unit::template load<3>(low + 16, row);
+        } else {
+            Unit::template zero<0>(), Unit::template zero<1>();
+            Unit::template zero<2>(), Unit::template zero<3>();
+        }
+        for (int p = 0; p < k; p += 16, a.data += a.panel, b.data += 256) {
+            Unit::template load<4>(a.data, 64), Unit::template load_once<6>(b.data, 64);
+            Unit::template load_once<7>(b.data + b.panel, 64), Unit::template multiply<0, 4, 6>();
+            Unit::template load<5>(a.data + 256, 64), Unit::template multiply<1, 4, 7>();
+            Unit::template multiply<2, 5, 6>(), Unit::template multiply<3, 5, 7>();
+        }
+        Unit::template store<0>(c, row), Unit::template store<1>(c + 16, row);
+        Unit::template store<2>(low, row), Unit::template store<3>(low + 16, row);
+    }
+};
+
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
+struct MatrixUnit {
+    static constexpr bool kBuilt = true;
     // Linux lends the unit to a process that asks: ARCH_REQ_XCOMP_PERM, for tile data.
     static bool usable() {
         static const bool lent = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
         return lent;
     }
-    // Registers 0 to 3 are the four quarters of c; 4, 5 two of a, below each other; 6, 7 two of b.
-    static void tile(float* c, ptrdiff_t ldc, View<Packed> a, const Packed* b, int, int k,
-                     bool add) {
-        float* low = c + 16 * ldc;
-        const ptrdiff_t c_row = 4 * ldc, a_row = 4 * a.row, b_row = 4 * kCols;  // bytes
-        if (add)
-            asm volatile(
-                "tileloadd (%0,%2), %%tmm0; tileloadd 64(%0,%2), %%tmm1;"
-                "tileloadd (%1,%2), %%tmm2; tileloadd 64(%1,%2), %%tmm3" ::"r"(c),
-                "r"(low), "r"(c_row)
-                : "memory");
-        else
-            asm volatile("tilezero %tmm0; tilezero %tmm1; tilezero %tmm2; tilezero %tmm3");
-        for (int p = 0; p < k; p += 16, b += 16 * kCols)
-            asm volatile(
-                "tileloadd (%0,%3), %%tmm4; tileloadd (%1,%3), %%tmm5;"
-                "tileloadd (%2,%4), %%tmm6; tileloadd 64(%2,%4), %%tmm7;"
-                "tdpbf16ps %%tmm6, %%tmm4, %%tmm0; tdpbf16ps %%tmm7, %%tmm4, %%tmm1;"
-                "tdpbf16ps %%tmm6, %%tmm5, %%tmm2; tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::"r"(
-                    a.from(0, p).data),
-                "r"(a.from(16, p).data), "r"(b), "r"(a_row), "r"(b_row)
-                : "memory");
-        asm volatile(
-            "tilestored %%tmm0, (%0,%2); tilestored %%tmm1, 64(%0,%2);"
-            "tilestored %%tmm2, (%1,%2); tilestored %%tmm3, 64(%1,%2)" ::"r"(c),
-            "r"(low), "r"(c_row)
-            : "memory");
+    template <int t>
+    static void zero() {
+        asm volatile("tilezero %%tmm%c0" ::"i"(t));
     }
-    // While one of these lives, its thread's registers are set up: 8 of 16 rows of 64 bytes.
-    MatrixTiles() {
-        alignas(64) uint8_t setup[64] = {1};
+    template <int t>
+    static void load(const void* from, ptrdiff_t row) {
+        asm volatile("tileloadd (%0,%1), %%tmm%c2" ::"r"(from), "r"(row), "i"(t) : "memory");
+    }
+    template <int t>
+    static void load_once(const void* from, ptrdiff_t row) {  // need not stay in L1
+        asm volatile("tileloaddt1 (%0,%1), %%tmm%c2" ::"r"(from), "r"(row), "i"(t) : "memory");
+    }
+    template <int t>
+    static void store(void* to, ptrdiff_t row) {
+        asm volatile("tilestored %%tmm%c2, (%0,%1)" ::"r"(to), "r"(row), "i"(t) : "memory");
+    }
+    template <int c, int a, int b>
+    static void multiply() {
+        asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
+    }
+    MatrixUnit() {
+        alignas(64) uint8_t setup[64] = {1};  // eight registers of 16 rows of 64 bytes
         for (int i = 0; i < 8; ++i) setup[16 + 2 * i] = 64, setup[48 + i] = 16;
         asm volatile("ldtilecfg %0" ::"m"(setup));
     }
-    ~MatrixTiles() { asm volatile("tilerelease"); }
+    ~MatrixUnit() { asm volatile("tilerelease"); }
 };
 #else
-struct MatrixTiles : PairTiles {
+struct MatrixUnit {
+    static constexpr bool kBuilt = false;
     static bool usable() { return false; }
 };
 #endif
+
+// Calls use<Tiles>() with the fastest way to multiply such numbers that this CPU has.
+template <class Number>
+auto with_tiles(auto&& use) {
+    if constexpr (std::is_same_v<Number, bf16> && kHasPairs) {
+        if constexpr (MatrixUnit::kBuilt)
+            if (MatrixUnit::usable()) return use.template operator()<MatrixTiles<MatrixUnit>>();
+        return use.template operator()<PairTiles>();
+    } else {
+        return use.template operator()<PlainTiles>();
+    }
+}
 
 // --- Attention, forward
 // A tile of queries meets kDepth keys at a time; only their scores are ever kept, and they stay in
 // L1. The softmax is updated as keys come (Milakov and Gimelshein 2018):
 //   new max = max(old max, s)    p = e^(s - new max)    old sums shrink by e^(old max - new max)
 // Keys later than a tile's last query are left out, but for those of its last panel: that is the
-// causal half.
+// causal half. In bf16 scores, p and sums are fp32; p is rounded where it is multiplied as a pair.
 
-// One step of that softmax, for one query: scores s[count] become p; max, total and sums[HS] are
-// updated.
-inline void running_softmax(float* s, int count, float& max, float& total, float* sums, int HS) {
-    const float top = std::max(max, maximum(s, count));
+// The left operand of one of attention's products: floats are read where they lie, down a column too.
+template <class Tiles, class Number>
+auto attention_left(int buffer, View<Number> a, int rows, int depth) {
+    if constexpr (std::is_same_v<Number, typename Tiles::Packed>)
+        return a;
+    else
+        return pack_left<Tiles>(buffer, a, rows, depth);
+}
+
+// One step of that softmax, for one query: scores s[count], still to be multiplied by factor, become
+// p; max, total and sums[HS] are updated.
+inline void running_softmax(float* s, float factor, int count, float& max, float& total,
+                            float* sums, int HS) {
+    const float top = std::max(max, factor * maximum(s, count));
     const float shrink = exp_fast(max - top);
-    total = total * shrink + exp_and_sum(s, top, count);
+    total = total * shrink + exp_and_sum(s, top, count, factor);
     max = top;
     for (int j = 0; j < HS; ++j) sums[j] *= shrink;
 }
 
 // One query, the last of n rows, in one head. Nothing is used twice, so nothing is packed. Rows lie
 // too far apart for the CPU to guess the next one, so it is prefetched.
-inline void attend_one(float* out, const float* qkv, int n, int C, int HS) {
-    float* p = scratch<float>(0, n);
+template <class A>
+void attend_one(A* out, const A* qkv, int n, int C, int HS) {
+    float *p = scratch<float>(0, n), *sums = scratch<float>(1, HS);
     const ptrdiff_t stride = 3 * ptrdiff_t(C), ahead = 8 * stride;
-    const float *q = qkv + (n - 1) * stride, *k = qkv + C, *v = qkv + 2 * C;
+    const A *q = qkv + (n - 1) * stride, *k = qkv + C, *v = qkv + 2 * C;
     float top = -INFINITY;
     for (int t = 0; t < n; ++t, k += stride) {
         p[t] = dot(q, k, HS, ahead) / std::sqrt(float(HS));
         top = std::max(top, p[t]);
     }
     const float total = exp_and_sum(p, top, n);
-    std::fill(out, out + HS, 0.0f);
+    std::fill(sums, sums + HS, 0.0f);
     for (int t = 0; t < n; ++t, v += stride) {
         for (int i = 0; i < HS; i += kLanes) prefetch(v + ahead + i);
         const float share = p[t] / total;
-        for (int i = 0; i < HS; ++i) out[i] += share * v[i];
+        for (int i = 0; i < HS; ++i) sums[i] += share * v[i];
     }
+    store_rounded(out, sums, HS);
 }
 
-inline void attend(float* out, float* lse, const float* qkv, int first, int last, int C, int HS,
-                   Dropout drop, uint64_t head) {
+template <class Tiles, class A>
+void attend(A* out, float* lse, const A* qkv, int first, int last, int C, int HS, Dropout drop,
+            uint64_t head) {
     if (first + 1 == last && !lse) return attend_one(out, qkv, last, C, HS);
-    constexpr int R = PlainTiles::kRows;
-    const View<float> q = rows_of(qkv, 3 * ptrdiff_t(C)), k = q.from(0, C), v = q.from(0, 2 * C);
-    const auto keys = pack_right<PlainTiles>(0, k.transposed(), HS, last),
-               values = pack_right<PlainTiles>(1, v, last, HS);
-    for (size_t i = 0; i < size_t(HS) * round_up(last, PlainTiles::kCols); ++i)
-        keys.data[i] *= 1 / std::sqrt(float(HS));       // so scores come out divided by it
+    constexpr int R = Tiles::kRows;
+    [[maybe_unused]] Tiles setup{};
+    const View<A> q = rows_of(qkv, 3 * ptrdiff_t(C)), k = q.from(0, C), v = q.from(0, 2 * C);
+    const auto keys = pack_right<Tiles>(0, k.transposed(), HS, last);
+    const auto values = pack_right<Tiles>(1, v, last, HS);
+    // Floats are divided by sqrt(HS) as keys; pairs, which that would round again, as scores.
+    const float scale = 1 / std::sqrt(float(HS)), left_over = Tiles::kNumbers == 1 ? 1 : scale;
+    if constexpr (Tiles::kNumbers == 1)
+        for (size_t i = 0; i < size_t(HS) * round_up(last, Tiles::kCols); ++i)
+            keys.data[i] *= scale;
     float* p = scratch<float>(2, size_t(R) * kStride);  // scores, then p
     float* sums = scratch<float>(3, size_t(R) * HS);    // of p v, not yet divided by total
     for (int t = first; t < last; t += R) {
         const int count = std::min(R, last - t), end = t + count;
+        const auto queries = attention_left<Tiles>(4, q.from(t, 0), count, HS);
         float max[R], total[R] = {};
         std::fill(max, max + R, -INFINITY);
         std::fill_n(sums, R * HS, 0.0f);
         for (int k0 = 0; k0 < end; k0 += kDepth) {
-            const int n = std::min(kDepth, end - k0), wide = round_up(n, PlainTiles::kCols);
-            multiply_tiles(p, kStride, q.from(t, 0), keys.from(0, k0), count, wide, HS, false);
+            const int n = std::min(kDepth, end - k0), wide = round_up(n, Tiles::kCols);
+            multiply_tiles<Tiles>(p, kStride, queries, keys.from(0, k0), count, wide,
+                                  Tiles::steps(HS), false);
             for (int i = 0; i < count; ++i) {
                 float* row = p + i * kStride;
                 const int seen = std::clamp(t + i + 1 - k0, 0, n);
                 std::fill(row + seen, row + wide, -INFINITY);  // keys later than the query
-                running_softmax(row, wide, max[i], total[i], sums + i * HS, HS);
+                running_softmax(row, left_over, wide, max[i], total[i], sums + i * HS, HS);
                 for (int j = 0; drop.on() && j < seen; ++j)
                     row[j] *= drop.scale((head * last + t + i) * last + k0 + j);
             }
-            multiply_tiles(sums, HS, rows_of<float>(p, kStride), values.from(k0, 0), count, HS, n,
-                           true);
+            const auto left = attention_left<Tiles>(5, rows_of<float>(p, kStride), count, wide);
+            multiply_tiles<Tiles>(sums, HS, left, values.from(Tiles::steps(k0), 0), count, HS,
+                                  Tiles::steps(n), true);
         }
         for (int i = 0; i < count; ++i) {
-            for (int j = 0; j < HS; ++j)
-                out[(t - first + i) * ptrdiff_t(C) + j] = sums[i * HS + j] / total[i];
+            A* o = out + (t - first + i) * ptrdiff_t(C);
+            for (int j = 0; j < HS; ++j) o[j] = A(sums[i * HS + j] / total[i]);
             if (lse) lse[t - first + i] = max[i] + std::log(total[i]);
         }
     }
@@ -3220,83 +3395,103 @@ inline void softmax_row_backward(float* p, float* ds, float lse, float D, int co
     std::fill(p + seen, p + count, 0.0f), std::fill(ds + seen, ds + count, 0.0f);
 }
 
-inline void attend_backward(float* dqkv, const float* dout, const float* out, const float* lse,
-                            const float* qkv, int T, int C, int HS, Dropout drop, uint64_t head) {
-    constexpr int R = PlainTiles::kRows, kQueries = 8 * R;
-    const View<float> q = rows_of(qkv, 3 * ptrdiff_t(C)), k = q.from(0, C), v = q.from(0, 2 * C),
-                      d = rows_of(dout, C), o = rows_of(out, C);
-    float *dq = dqkv, *dk = dqkv + C, *dv = dqkv + 2 * C;
+template <class Tiles, class A>
+void attend_backward(A* dqkv, const A* dout, const A* out, const float* lse, const A* qkv, int T,
+                     int C, int HS, Dropout drop, uint64_t head) {
+    constexpr int R = Tiles::kRows, kQueries = 8 * R;
+    [[maybe_unused]] Tiles setup{};
+    const View<A> q = rows_of(qkv, 3 * ptrdiff_t(C)), k = q.from(0, C), v = q.from(0, 2 * C),
+                  d = rows_of(dout, C), o = rows_of(out, C);
+    // Gradients add up as floats: in dqkv itself or, if that is bf16, beside it.
+    constexpr bool rounds = !std::is_same_v<A, float>;
+    const ptrdiff_t width = rounds ? HS : C, apart = 3 * width;
+    float* dq;
+    if constexpr (rounds)
+        dq = scratch<float>(8, T * apart);
+    else
+        dq = dqkv;
+    float *dk = dq + width, *dv = dk + width;
     const size_t square = size_t(kQueries) * kStride;  // [queries][keys]
     float *p = scratch<float>(0, square), *ds = scratch<float>(1, square);
-    const auto q_right = pack_right<PlainTiles>(2, q, T, HS),
-               d_right = pack_right<PlainTiles>(3, d, T, HS);
+    const auto q_right = pack_right<Tiles>(2, q, T, HS), d_right = pack_right<Tiles>(3, d, T, HS);
+    const int deep = Tiles::steps(HS);
     for (int k0 = 0; k0 < T; k0 += kDepth) {
         const int keys = std::min(kDepth, T - k0);
-        const auto k_right = pack_right<PlainTiles>(4, k.from(k0, 0), keys, HS),
-                   k_across = pack_right<PlainTiles>(5, k.from(k0, 0).transposed(), HS, keys),
-                   v_across = pack_right<PlainTiles>(6, v.from(k0, 0).transposed(), HS, keys);
+        const auto k_right = pack_right<Tiles>(4, k.from(k0, 0), keys, HS),
+                   k_across = pack_right<Tiles>(5, k.from(k0, 0).transposed(), HS, keys),
+                   v_across = pack_right<Tiles>(6, v.from(k0, 0).transposed(), HS, keys);
         for (int t = k0; t < T; t += kQueries) {
             const int queries = std::min(kQueries, T - t);
             for (int i = 0; i < queries; i += R) {
                 const int rows = std::min(R, queries - i), n = std::min(keys, t + i + rows - k0),
-                          wide = round_up(n, PlainTiles::kCols);
+                          wide = round_up(n, Tiles::kCols);
                 float *p_i = p + i * kStride, *ds_i = ds + i * kStride;
-                multiply_tiles(p_i, kStride, q.from(t + i, 0), k_across, rows, wide, HS, false);
-                multiply_tiles(ds_i, kStride, d.from(t + i, 0), v_across, rows, wide, HS, false);
+                multiply_tiles<Tiles>(p_i, kStride,
+                                      attention_left<Tiles>(7, q.from(t + i, 0), rows, HS),
+                                      k_across, rows, wide, deep, false);
+                multiply_tiles<Tiles>(ds_i, kStride,
+                                      attention_left<Tiles>(7, d.from(t + i, 0), rows, HS),
+                                      v_across, rows, wide, deep, false);
                 for (int s = t + i; s < t + i + rows; ++s)
                     softmax_row_backward(p + (s - t) * kStride, ds + (s - t) * kStride, lse[s],
-                                         dot(d.from(s, 0).data, o.from(s, 0).data, HS), n,
+                                         dot(d.from(s, 0).data, o.from(s, 0).data, HS), wide,
                                          std::min(n, s + 1 - k0), HS, drop,
                                          (head * T + s) * T + k0);
-                multiply_tiles(dq + (t + i) * q.row, q.row, rows_of<float>(ds_i, kStride), k_right,
-                               rows, HS, n, k0 > 0);
+                multiply_tiles<Tiles>(dq + (t + i) * apart, apart,
+                                      attention_left<Tiles>(7, rows_of<float>(ds_i, kStride), rows,
+                                                            wide),
+                                      k_right, rows, HS, Tiles::steps(n), k0 > 0);
             }
+            const auto p_down =
+                           attention_left<Tiles>(7, transpose_of<float>(p, kStride), keys, queries),
+                       ds_down = attention_left<Tiles>(9, transpose_of<float>(ds, kStride), keys,
+                                                       queries);
             for (int j = 0; j < keys; j += R) {
                 const int first = std::max(0, k0 + j - t);  // the first query that sees key j
                 if (first >= queries) break;
-                const int rows = std::min(R, keys - j), n = queries - first;
-                const ptrdiff_t at = (k0 + j) * q.row;
+                const int rows = std::min(R, keys - j), steps = Tiles::steps(queries - first),
+                          from = Tiles::steps(first), from_all = Tiles::steps(t + first);
+                const ptrdiff_t at = (k0 + j) * apart;
                 const bool add = t > k0 + j;  // earlier queries have seen it
-                multiply_tiles(dv + at, q.row,
-                               transpose_of<float>(p + first * kStride + j, kStride),
-                               d_right.from(t + first, 0), rows, HS, n, add);
-                multiply_tiles(dk + at, q.row,
-                               transpose_of<float>(ds + first * kStride + j, kStride),
-                               q_right.from(t + first, 0), rows, HS, n, add);
+                multiply_tiles<Tiles>(dv + at, apart, p_down.from(j, from),
+                                      d_right.from(from_all, 0), rows, HS, steps, add);
+                multiply_tiles<Tiles>(dk + at, apart, ds_down.from(j, from),
+                                      q_right.from(from_all, 0), rows, HS, steps, add);
             }
         }
     }
+    for (int i = 0; rounds && i < 3 * T; ++i)
+        store_rounded(dqkv + i * ptrdiff_t(C), dq + i * width, HS);
 }
 
 // --- The operations of §4.3 again, now fast
 
 struct FastOps {
-    bool bf16 = false;  // products round their operands to bf16; sums stay fp32
-
-    // One row in bf16 is made in fp32: its speed is that of reading b, which is fp32 either way.
-    void matmul(float* c, ptrdiff_t ldc, View<float> a, View<float> b, int m, int n, int k,
-                bool accumulate = false, const Finish<float>& finish = {}) const {
+    // c is what its operands are, or float.
+    template <class C, class Number>
+    static void matmul(C* c, ptrdiff_t ldc, View<Number> a, View<Number> b, int m, int n, int k,
+                       bool accumulate = false, const Finish<float>& finish = {}) {
         if (m == 1) return multiply_row(c, a, b, n, k, accumulate, finish);
-        if (!bf16) return multiply<PlainTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
-        if (!cpu_has_bf16_dot())
-            fail(
-                "bf16 products need a CPU with avx512_bf16 and a build for it (-march=native), "
-                "which this is not: use --precision fp32");
-        if (MatrixTiles::usable())
-            return multiply<MatrixTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
-        multiply<PairTiles>(c, ldc, a, b, m, n, k, accumulate, finish);
+        with_tiles<Number>(
+            [&]<class Tiles>() { multiply<Tiles>(c, ldc, a, b, m, n, k, accumulate, finish); });
     }
     static auto exp(auto x) { return exp_fast(x); }
     static auto maximum(auto... a) { return tinygpt::maximum(a...); }
     static auto exp_and_sum(auto... a) { return tinygpt::exp_and_sum(a...); }
-    static void attend(auto... a) { tinygpt::attend(a...); }
-    static void attend_backward(auto... a) { tinygpt::attend_backward(a...); }
+    template <class A>
+    static void attend(A* out, auto... a) {
+        with_tiles<A>([&]<class Tiles>() { tinygpt::attend<Tiles>(out, a...); });
+    }
+    template <class A>
+    static void attend_backward(A* dqkv, auto... a) {
+        with_tiles<A>([&]<class Tiles>() { tinygpt::attend_backward<Tiles>(dqkv, a...); });
+    }
 };
 
 // The CPU as a device: the layers of §4 with the operations above.
-struct Cpu : Layers<float, FastOps> {
-    bool bf16_products() const { return ops.bf16; }
-};
+template <class A>
+using CpuOf = Layers<A, FastOps>;
+using Cpu = CpuOf<float>;
 
 // =================================================================================================
 // §11 Systems, files and JSON

@@ -152,7 +152,8 @@ inline std::vector<Option> model_options(Options& o) {
          "random seed of initial weights, data order, dropout and sampling"},
         {"threads", &o.threads, "run", kAll, "[0, 1024]", "CPU threads; 0: all cores"},
         {"precision", &o.precision, "run", kBatch | kSample | kShow, "fp32|bf16|tf32",
-         "precision of the computation; not set: bf16 on a GPU that has it, otherwise fp32"},
+         "precision of the computation; not set: bf16 on a GPU that has it, otherwise fp32. "
+         "bf16 on a CPU: half the memory, and faster where it has AVX512-BF16 or AMX"},
         {"tune-matmul", &o.tune_matmul, "run", kRun | kBench, "0|1",
          "on a GPU: time matmul kernels once, keep the fastest in data/matmul-plans.txt"},
         {"quiet", &o.quiet, "run", kTrain, "0|1",
@@ -3182,23 +3183,22 @@ inline double registers_only_flops() {
 // Operations a second of one thread in the product's tiles, with operands that lie in L1. What
 // whole products lose against this they lose on packing, on the caches and on ragged edges. In fp32
 // it is below what registers alone reach, because every step has to load as well.
-template <class Tiles>
+template <class Tiles, class Number>
 double tile_flops() {
-    using Packed = typename Tiles::Packed;
-    constexpr int R = Tiles::kRows, N = Tiles::kCols, kSteps = 128, kCalls = 500;
+    constexpr int R = Tiles::kRows, N = Tiles::kCols, kDeep = 256, kCalls = 500;
     [[maybe_unused]] Tiles setup{};
     alignas(64) float c[R * N] = {};
-    Packed *a = scratch<Packed>(0, R * kStride), *b = scratch<Packed>(1, N * kSteps);
-    std::memset(a, 0x3f, sizeof(Packed) * R * kStride);  // about 0.75, in fp32 as in bf16
-    std::memset(b, 0x3f, sizeof(Packed) * N * kSteps);
+    const std::vector<Number> numbers(size_t(std::max(R, N)) * kDeep, Number(0.75f));
+    const auto left = pack_left<Tiles>(0, rows_of(numbers.data(), kDeep), R, kDeep);
+    const auto right = pack_right<Tiles>(1, transpose_of(numbers.data(), kDeep), kDeep, N);
     const double seconds = least_seconds(8, [&] {
         for (int call = 0; call < kCalls; ++call) {
-            Tiles::tile(c, N, rows_of<Packed>(a, kStride), b, R, kSteps, true);
+            Tiles::tile(c, N, left, right, R, Tiles::steps(kDeep), true);
             // Careful: without this the compiler may make one call and add it 500 times.
-            asm volatile("" ::"r"(a), "r"(b), "r"(c) : "memory");
+            asm volatile("" ::"r"(left.data), "r"(right.data), "r"(c) : "memory");
         }
     });
-    return 2.0 * Tiles::kNumbers * R * N * kSteps * kCalls / seconds;
+    return 2.0 * R * N * kDeep * kCalls / seconds;
 }
 
 // The sum of f() over all threads at once: cores that share a power budget, or an arithmetic unit,
@@ -3230,23 +3230,31 @@ inline size_t usable_memory(const std::string& root = "") {
 
 // The CPU as the program's device: what a program asks of the machine. Peaks are measured: a data
 // sheet's number is rarely what is left of it in a container, or on a warm laptop.
-struct Machine : Cpu {
+template <class A>
+struct Machine : CpuOf<A> {
     static constexpr const char* kProgram = "train_gpt";
+    bool bf16_products() const { return this->kSeparateMasters && kHasPairs; }
     void check_sizes(const Config&, int /*B*/) const {}  // any will do
 
     // "CPU, 2 threads, vectors of 512 bits, fp32"
     std::string describe() const {
+        const char* precision = !this->kSeparateMasters ? "fp32"
+                                : MatrixUnit::usable()  ? "bf16, products on the matrix unit (AMX)"
+                                : kHasPairs ? "bf16, products by vdpbf16ps"
+                                            : "bf16 in memory, fp32 arithmetic: half the memory, "
+                                              "not faster (no AVX512-BF16 here, or not built for it)";
         return format("CPU, %d threads, vectors of %d bits, %s", omp_get_max_threads(),
-                      kVectorBytes * 8, bf16_products() ? "bf16 products" : "fp32");
+                      kVectorBytes * 8, precision);
     }
     size_t free_memory() const { return usable_memory(); }
     // Operations a second: in registers alone; of the fp32 product's tiles with operands in L1; of
     // products in bf16, 0 where the CPU has none.
     double peak_flops() const { return on_all_threads(registers_only_flops); }
-    double tile_peak_flops() const { return on_all_threads(tile_flops<PlainTiles>); }
+    double tile_peak_flops() const { return on_all_threads(tile_flops<PlainTiles, float>); }
     double bf16_peak_flops() const {
-        if (MatrixTiles::usable()) return on_all_threads(tile_flops<MatrixTiles>);
-        return cpu_has_bf16_dot() ? on_all_threads(tile_flops<PairTiles>) : 0;
+        if (!kHasPairs) return 0;
+        return with_tiles<bf16>(
+            []<class Tiles>() { return on_all_threads(tile_flops<Tiles, bf16>); });
     }
     // Bytes a second: all threads read 256 MB, far more than any cache holds. Why integers: the
     // compiler may add those in any order, and so a register full at a time.
@@ -3268,21 +3276,14 @@ struct Machine : Cpu {
     }
 };
 
-// The CPU in the precision given. Fails where this CPU does not have it.
-inline Machine make_cpu(const Options& o) {
+// Runs the command on the CPU, in the given precision.
+inline int run_on_cpu(const Options& o) {
     if (o.precision == "tf32")
-        fail_usage(
-            "--precision tf32 is for GPUs (./train_gpt_cu); a CPU has fp32 and, where it has "
-            "bf16 dot products, bf16");
+        fail_usage("--precision tf32 is for GPUs (./train_gpt_cu); a CPU has fp32 and bf16");
     if (o.tune_matmul)
         fail_usage("--tune-matmul is for GPUs (./train_gpt_cu): a CPU has one matmul kernel");
-    Machine device;
-    device.ops.bf16 = o.precision == "bf16";
-    if (device.ops.bf16 && !cpu_has_bf16_dot())
-        fail(
-            "--precision bf16 needs a CPU with bf16 dot products (AVX-512 BF16), and a build for "
-            "it (MARCH=native): use --precision fp32");
-    return device;
+    return o.precision == "bf16" ? run_command(Machine<bf16>(), o)
+                                 : run_command(Machine<float>(), o);
 }
 
 }  // namespace tinygpt
@@ -3295,7 +3296,6 @@ int main(int argc, char** argv) {
     use_all_cores();
     flush_tiny_numbers();
     const auto ranks = start_ranks();
-    return program(argc, argv, "train_gpt",
-                   [](const Options& options) { return run_command(make_cpu(options), options); });
+    return program(argc, argv, "train_gpt", run_on_cpu);
 }
 #endif

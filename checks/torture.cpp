@@ -79,7 +79,7 @@ static int follow(const Child& child, const std::string& call, const std::string
     argv.push_back(nullptr);
     if (!child.program.empty()) ::execv(argv[0], argv.data()), ::_exit(127);
     const int status = program(int(all.size()), argv.data(), "train_gpt",
-                               [](const Options& o) { return run_command(make_cpu(o), o); });
+                               run_on_cpu);
     std::fflush(nullptr);
     ::_exit(status);
 }
