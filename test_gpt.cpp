@@ -9574,12 +9574,13 @@ TEST_CASE("cuda: every product has another way, for a library or a GPU that lack
     cuda_on_cpu::settings() = before;
     Cuda<bf16> cuda;
     cuda_on_cpu::settings().major = 7;
-    CHECK(error_of([&] {
-              Array<bf16> out(size_t(rows) * OC);
-              cuda.linear_forward(out.data, x.data, w.data, b.data, rows, C, OC);
-          }) ==
-          "cuBLASLt has no kernel for product nn 33x72, k 16, epilogue 4, beta 0, types 14 to 14 on "
-          "CUDA on CPU: CUBLASLT_LOG_LEVEL=5 makes it say why; a newer CUDA Toolkit may have one");
+    CHECK(
+        error_of([&] {
+            Array<bf16> out(size_t(rows) * OC);
+            cuda.linear_forward(out.data, x.data, w.data, b.data, rows, C, OC);
+        }) ==
+        "cuBLASLt has no kernel for product nn 33x72, k 16, epilogue 4, beta 0, types 14 to 14 on "
+        "CUDA on CPU: CUBLASLT_LOG_LEVEL=5 makes it say why; a newer CUDA Toolkit may have one");
     cuda_on_cpu::settings() = card;
 }
 #endif
