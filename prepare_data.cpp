@@ -1050,9 +1050,10 @@ inline void describe_split(Json& json, const std::string& split, const Tally& ta
         .set(split + "_characters", tally.characters)
         .set(split + "_bytes", tally.bytes)
         .set(split + "_tokens", tally.tokens);
-    std::printf("  %-5s %9ld document%s %12ld characters %12ld bytes %12ld tokens\n", split.c_str(),
-                long(tally.documents), tally.documents == 1 ? " " : "s", long(tally.characters),
-                long(tally.bytes), long(tally.tokens));
+    say("  " + split,
+        to_text(with_commas(tally.documents), tally.documents == 1 ? " document, " : " documents, ",
+                with_commas(tally.characters), " characters, ", with_commas(tally.bytes),
+                " bytes, ", with_commas(tally.tokens), " tokens"));
 }
 
 // The tokenizer of the options. One that is learnt learns from the training part only.
@@ -1099,7 +1100,7 @@ inline int64_t prepare(const PrepareOptions& o, const Incoming& incoming, const 
                             bytes / double(train.tokens + val.tokens)));
     if (bytes >= 1e6)  // less says nothing about speed
         notes += format(", tokenized at %.0f MB/s", bytes / 1e6 / (encoded - learnt));
-    std::puts(notes.c_str());
+    std::puts(wrapped(notes).c_str());
     return train.tokens;
 }
 
@@ -1597,9 +1598,8 @@ inline int64_t prepare_stories(const PrepareOptions& o) {
         const double tokens = json.find("val_tokens")->as<double>().value();
         const double floor = stories.val_neg_log_prob / (tokens - 1);
         json.set("floor", floor).set("entropy", stories.entropy_per_story / (tokens / val));
-        std::printf(
-            "  the floor: no model can score below %.4f nats a token on the validation stories\n",
-            floor);
+        say("  floor",
+            format("no model can score below %.4f nats a token on the val stories", floor));
     });
 }
 
