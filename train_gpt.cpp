@@ -1736,9 +1736,11 @@ int eval_command(auto device, const Options& given) {
     const auto windows = evaluation_windows(corpus.val, T, corpus.document_start());
     if (windows.empty()) fail("the validation data is too short: at least two tokens are needed");
     const double begin = now_seconds();
-    ProgressLine progress{"evaluating", corpus.val.predictions()};
-    const Evaluation e = evaluate(*model, windows, token_bytes(corpus.tokenizer),
-                                  [&](int64_t done) { return progress.show(done), true; });
+    const Evaluation e = [&] {
+        ProgressLine progress{"evaluating", corpus.val.predictions()};  // gone at the end
+        return evaluate(*model, windows, token_bytes(corpus.tokenizer),
+                        [&](int64_t done) { return progress.show(done), true; });
+    }();
     const double speed = double(e.tokens) / (now_seconds() - begin);
     say("val loss",
         format("%.9g nats a token over ", e.loss()) + with_commas(e.tokens) + " tokens");
@@ -2081,9 +2083,9 @@ private:
         peak_bytes_ = device_.peak_bandwidth();
         std::string peaks = format("%.1f GFLOP/s, ", device_.peak_flops() / 1e9);
         if constexpr (requires { device_.tile_peak_flops(); })
-            peaks += format("%.1f with operands from L1, ", device_.tile_peak_flops() / 1e9);
+            peaks += format("%.1f from L1, ", device_.tile_peak_flops() / 1e9);
         if (const double bf16_peak = device_.bf16_peak_flops(); bf16_peak > 0)
-            peaks += format("%.1f in bf16 products, ", bf16_peak / 1e9);
+            peaks += format("%.1f in bf16, ", bf16_peak / 1e9);
         tinygpt::show_line({""}, false);
         std::printf("measured peaks    %s%.1f GB/s\n", peaks.c_str(), peak_bytes_ / 1e9);
         std::printf("model             %d layers, %d heads, %d channels, ", config_.n_layer,
@@ -2268,8 +2270,8 @@ public:
         model_.device.watcher = nullptr;
         show_dropout(), show_effect();
         std::printf(
-            "\nThe same of a model of yours, as a page to point at: ./train_gpt show --init-from "
-            "out/stories/best\n");
+            "\nThe same of a model of yours, as a page to point at:\n"
+            "./train_gpt show --init-from out/stories/best\n");
     }
 
 private:
@@ -3240,9 +3242,10 @@ struct Machine : CpuOf<A> {
     std::string describe() const {
         const char* precision = !this->kSeparateMasters ? "fp32"
                                 : MatrixUnit::usable()  ? "bf16, products on the matrix unit (AMX)"
-                                : kHasPairs ? "bf16, products by vdpbf16ps"
-                                            : "bf16 in memory, fp32 arithmetic: half the memory, "
-                                              "not faster (no AVX512-BF16 here, or not built for it)";
+                                : kHasPairs
+                                    ? "bf16, products by vdpbf16ps"
+                                    : "bf16 in memory, fp32 arithmetic: half the memory, "
+                                      "not faster (no AVX512-BF16 here, or not built for it)";
         return format("CPU, %d threads, vectors of %d bits, %s", omp_get_max_threads(),
                       kVectorBytes * 8, precision);
     }
