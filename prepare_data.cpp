@@ -7,7 +7,7 @@
 // It finds the documents, cuts off the last part for validation, learns or loads a tokenizer, turns
 // the documents into tokens on all cores, and writes a folder with
 //   train_000001.bin ...  val_000000.bin   the tokens (the format is in §2 of tinygpt.hpp)
-//   vocab.json  merges.txt  tokenizer.json the tokenizer (§12)
+//   vocab.json  merges.txt  tokenizer.json the tokenizer (§13)
 //   dataset.json                           source, counts, and the floor where it is known
 // The order is: options, what is text, passes over it, the input, learning a vocabulary, tokens,
 // the folder, the default corpus, models of llm.c.
@@ -173,7 +173,7 @@ struct Chunk {
 };
 
 // The first index from `at` on where the text may be cut, so that its two parts have the same
-// pieces as the whole (§12): between a character that is no space and a space, both ASCII.
+// pieces as the whole (§13): between a character that is no space and a space, both ASCII.
 inline size_t safe_cut(std::string_view text, size_t at) {
     for (at = std::max<size_t>(at, 1); at < text.size(); ++at) {
         const uint8_t before = uint8_t(text[at - 1]), after = uint8_t(text[at]);
@@ -589,7 +589,7 @@ inline size_t leading_letters(const char* text) {
     return size_t(std::countr_zero(others)) / 8;
 }
 
-// next_piece (§12), faster: eight letters at a time where the piece is a word of up to 15 letters
+// next_piece (§13), faster: eight letters at a time where the piece is a word of up to 15 letters
 // of ASCII, perhaps with a blank before it.
 inline std::string_view fast_piece(std::string_view text, size_t at) {
     if (at + 17 > text.size()) return next_piece(text, at);
@@ -604,7 +604,7 @@ inline std::string_view fast_piece(std::string_view text, size_t at) {
 // Learning a vocabulary: byte-pair encoding
 // =================================================================================================
 // Start with bytes. Find the pair of neighbouring tokens that occurs most often, make it a new
-// token, replace it everywhere, and repeat. Pairs within a piece only (§12), so no token spans two
+// token, replace it everywhere, and repeat. Pairs within a piece only (§13), so no token spans two
 // words. For "aaabdaaabac": aa is the most frequent pair (4), XabdXabac; then ab (2; Xa is as
 // frequent, but its tokens are later ones), XYdXYac; then XY (2), ZdZac.
 
@@ -794,7 +794,7 @@ inline Tokenizer train_bpe(const PieceCounts& pieces, int64_t size) {
 // =================================================================================================
 // Encoding, fast
 // =================================================================================================
-// The tokens are those of Tokenizer::encode (§12); a test compares them. This is faster because it
+// The tokens are those of Tokenizer::encode (§13); a test compares them. This is faster because it
 // caches the tokens of short pieces, where it finds 96 of 100 pieces of English, and because it
 // merges the others without a heap.
 

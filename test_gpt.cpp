@@ -59,8 +59,8 @@ int main(int argc, char** argv) {
 // =================================================================================================
 
 // What the tests say of themselves: a line for each area when it is done, on a terminal also which
-// case is running. What was skipped, and why, is repeated at the very end, where nobody can overlook
-// it; a test says so with MESSAGE("skipped: what: why").
+// case is running. What was skipped, and why, is repeated at the very end, where nobody can
+// overlook it; a test says so with MESSAGE("skipped: what: why").
 namespace test_report {
 struct Report : doctest::IReporter {
     const bool terminal = ::isatty(STDOUT_FILENO);
@@ -2114,7 +2114,7 @@ TEST_CASE("ranks: every element of an array is one rank's, and all ranks have ab
                 ranks.rank = rank, ranks.count = count;
                 const Shares s(size, ranks);
                 CHECK((s.room() >= size && s.own() * size_t(count) == s.room()));
-                CHECK(s.own() < ceil_div(size, size_t(count)) + s.rounds * Shares::kChunk);
+                CHECK(s.own() < ceil_div(size, size_t(count)) + s.rounds * kNormChunk);
                 size_t next = 0;
                 s.for_each([&](size_t own, size_t at, size_t n) {
                     CHECK((own == next && at % s.part == 0 && n > 0));
@@ -2441,10 +2441,10 @@ TEST_CASE("generation: greedy text is the argmax, the seed decides the rest, the
 }
 
 // =================================================================================================
-// §10 The fast CPU
+// §11 The fast CPU
 // =================================================================================================
 
-// Matrix products, attention and e^x: the fast ones (§10) against the plain ones (§4).
+// Matrix products, attention and e^x: the fast ones (§11) against the plain ones (§4).
 
 using tinygpt::FastOps, tinygpt::PlainOps, tinygpt::kDepth;
 
@@ -2765,8 +2765,8 @@ TEST_CASE("attention: agrees with the plain one, forward and backward") {
 }
 
 // Inputs are exact. p and ds are rounded where they are multiplied, results where they are stored,
-// and D comes from an `out` that was rounded: two or three roundings of 2^-9 on a way, of the size of
-// what is summed.
+// and D comes from an `out` that was rounded: two or three roundings of 2^-9 on a way, of the size
+// of what is summed.
 TEST_CASE_TEMPLATE("attention: in bf16 agrees with the plain one in double", Ops, FastOps,
                    OpsBy<PlainTiles>, OpsBy<UnitTiles>) {
     const auto apart = [](const auto& found, const auto& truth) {
@@ -2819,7 +2819,7 @@ TEST_CASE("attention: with a cache, the rows of the whole") {
 }
 
 // =================================================================================================
-// §11 Files and JSON
+// §12 Files and JSON
 // =================================================================================================
 
 // The action fails with one line that begins with the file's name and has the reason in it.
@@ -3286,7 +3286,7 @@ TEST_CASE("json: no mutation of a text makes the parser do anything but read or 
 }
 
 // =================================================================================================
-// §12 The tokenizer
+// §13 The tokenizer
 // =================================================================================================
 
 using Merge = Tokenizer::Merge;
@@ -3831,7 +3831,7 @@ TEST_CASE(
 }
 
 // =================================================================================================
-// §13 safetensors and config.json
+// §14 safetensors and config.json
 // =================================================================================================
 
 TEST_CASE("safetensors: a file is what the format says, byte for byte") {
@@ -4506,7 +4506,7 @@ TEST_CASE("config.json: what this model does not do is refused by name") {
 }
 
 // =================================================================================================
-// §14 Checkpoints
+// §15 Checkpoints
 // =================================================================================================
 
 TEST_CASE("checkpoints: the checksum of a file sees every change, on any number of threads") {
@@ -4545,7 +4545,7 @@ TEST_CASE("checkpoints: the checksum of a file sees every change, on any number 
 }
 
 // =================================================================================================
-// §15, §16 Whole runs
+// §16, §17 Whole runs
 // =================================================================================================
 
 void copy(const std::string& from, const std::string& to) {
@@ -5297,8 +5297,8 @@ TEST_CASE("run: a finished run is left alone, no run is written over, and one wr
     CHECK(over.says("already holds a run"));
     CHECK(over.lines() == 1);
     CHECK(snapshot(place.path) == before);
-    // One run in a folder at a time; a lock file that was left behind locks nothing. With nothing to
-    // resume, --resume auto starts.
+    // One run in a folder at a time; a lock file that was left behind locks nothing. With nothing
+    // to resume, --resume auto starts.
     make_folders(place.out());
     {
         const FileHandle lock = lock_folder(place.out());
@@ -6071,7 +6071,7 @@ TEST_CASE("run: the program of docs/embedding.cpp trains, saves, loads and sampl
 }
 
 // =================================================================================================
-// §17 Options
+// §18 Options
 // =================================================================================================
 
 // The message of a refusal; "" where the arguments are accepted.
@@ -6492,7 +6492,8 @@ TEST_CASE("options: help and version, however they are asked for; a config file 
     CHECK(contains(refusal({"none.conf"}), "cannot read none.conf"));
 }
 
-// What is typed, and the name and value that it sets; or, where it is refused, a part of the answer.
+// What is typed, and the name and value that it sets; or, where it is refused, a part of the
+// answer.
 TEST_CASE("options: the names of nanoGPT, llm.c and transformers are taken, or answered rightly") {
     const std::vector<std::pair<std::string, std::string>> accepted = {
         {"--out_dir=x", "output x"},

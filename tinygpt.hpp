@@ -21,8 +21,9 @@
 //   §8  one training step   all of it on one screen
 //   §9  evaluate, generate
 //   ----  the model ends here; the rest is plumbing
-//   §10 the fast CPU   §11 systems, files, JSON   §12 tokenizer   §13 Hugging Face folders
-//   §14 checkpoints   §15 log, terminal   §16 the training loop   §17 options
+//   §10 memory, processes   §11 the fast CPU   §12 systems, files, JSON   §13 tokenizer
+//   §14 Hugging Face folders   §15 checkpoints   §16 log, terminal   §17 the training loop
+//   §18 options
 //
 // Notation. x is a layer's input, out its output, w and b its weight and bias; dx is the gradient
 // of the loss with respect to x. [B, T, C]: B rows of T tokens of C channels, the last index
@@ -34,7 +35,8 @@
 //   const real* x           an array that is only read: the address of its first number. Its length
 //                           is stated nearby; nothing checks it
 //   x + size_t(row) * C     the address of a row, as x[row] of a NumPy array with C columns. size_t
-//                           has 64 bits; an int overflows at 2^31, and a batch can have more logits
+//                           has 64 bits; an int overflows at 2^31, which rows * 4C can exceed
+//   a / b                   of two ints: Python's a // b, for numbers that are not negative
 //   template <class real>   compiled once for each type: float to train, double to check gradients
 //   [&](int i) { ... }      a lambda that sees the variables around it; [=] gives it copies
 //   auto& y = x             another name for x, not a copy; auto: the type of the right side
@@ -44,6 +46,7 @@
 //   #pragma omp simd        does several iterations at once, in one register
 //   c ? a : b               a if c else b;   a = 1, b = 2: two assignments, one after the other
 //   p->x, p.x, A::x         x of the object that p points to; of p itself; of the type A
+//   auto operator<=>(...) = default;   two of them can be compared, member by member
 //   ~Name()                 runs when an object's scope ends, as __exit__ at the end of a `with`
 // Ignore the other words (inline, explicit, noexcept, [[...]]): they are for the compiler.
 //
@@ -142,8 +145,8 @@ struct Error : std::runtime_error {
     Error(int status, const std::string& message) : std::runtime_error(message), status(status) {}
 };
 
-// Until the end of the scope, this thread's decimal point is a dot, whatever locale the program that
-// includes this header has chosen.
+// Until the end of the scope, this thread's decimal point is a dot, whatever locale the program
+// that includes this header has chosen.
 class DotForDecimals {
     locale_t chosen_;
 
@@ -170,8 +173,8 @@ public:
 }
 
 // The number that the whole text is; none where it is no number of that type. Strict: no blanks, no
-// "+5", no hexadecimal, no infinity or NaN; an integer has digits only. Why not from_chars for both:
-// Apple's library has none for double.
+// "+5", no hexadecimal, no infinity or NaN; an integer has digits only. Why not from_chars for
+// both: Apple's library has none for double.
 template <class Number>
 std::optional<Number> number_of(const std::string& text) {
     if constexpr (std::is_integral_v<Number>) {
@@ -293,7 +296,7 @@ inline double random_normal(uint64_t key, uint64_t i) {
 // §2 One batch: B rows of T tokens, and the same text shifted by one
 // =================================================================================================
 // What you have now: errors and random numbers. A model reads tokens: numbers below 65,536 that
-// each stand for a piece of text (§12).
+// each stand for a piece of text (§13).
 //
 //   text      the   cat   sat   on   the   mat   and
 //   inputs    the   cat   sat   on                       one row of a batch, with T = 4
@@ -380,19 +383,8 @@ struct InputFile {
     }
 };
 
-// For an error: what a file with this beginning may be instead of a shard, and what to do.
-inline std::string no_shard_hint(const std::string& path, std::string_view begin, int32_t magic) {
-    if (magic == 20240801)
-        return "It is a shard of llm.c with 32-bit tokens (Llama 3's); tokens here have 16 bits: "
-               "tokenize the text with ./prepare_data";
-    const auto is_text = [](char c) { return uint8_t(c) >= ' ' || (c >= '\t' && c <= '\r'); };
-    if (std::all_of(begin.begin(), begin.end(), is_text))
-        return "Make shards from text with ./prepare_data --input FILE --output DIR";
-    return "If it has tokens of 16 bits without a header, as nanoGPT writes them, this makes a "
-           "shard of it: python3 -c \"import struct; t = open('" +
-           path + "', 'rb').read(); open('train_000001.bin', 'wb').write(struct.pack('<256i', " +
-           std::to_string(kShardMagic) + ", 1, len(t) // 2, *[0] * 253) + t)\"";
-}
+// What such a file may be instead, for an error (§12).
+inline std::string no_shard_hint(const std::string& path, std::string_view begin, int32_t magic);
 
 // What is known of a shard. Its file is opened for each read: there may be more shards than a
 // program may have open files.
@@ -589,8 +581,8 @@ struct DataOrder {
     }
 };
 
-// Reads the batches of a run in order: a thread reads the next one while the model computes. After
-// every `run` of them it passes over those of other ranks (§4), so many samples.
+// Reads the batches of a run in order: a thread reads the next one while the model computes. With
+// several processes (§10) it passes over `others` samples, which they read, after `run` batches.
 // std::async starts a function on a thread and returns a future, whose get() waits for the result
 // (Python's executor.submit).
 class BatchLoader {
@@ -836,10 +828,10 @@ void initialise(real* weights, const Config& config, const Layout& layout, uint6
 // of a value that is used twice are added, and those of a weight, which serves every row, are
 // summed over the rows. dx has the shape of x; no Jacobian matrix is ever made.
 //
-// A backward function stands directly below its forward, except where layers are fused: the
-// backward of the residual's sum (§4.7) is in layernorm_backward; and forward joins c_fc with GELU,
-// where backward joins GELU with the linear layer above it. `accumulate`: add to a parameter's
-// gradient, otherwise set it. (A step may take its batch in several parts, micro-batches: §8.)
+// A backward function stands below its forward, except where layers are fused: the backward of the
+// residual's sum (§4.7) is in layernorm_backward; and forward joins GELU with the MLP's first
+// linear layer, c_fc, backward with its second. `accumulate`: add to a parameter's gradient,
+// otherwise set it. (A step may take its batch in several parts, micro-batches: §8.)
 //
 // Activations and weights are stored as A and computed with as `real`. Mostly both are one type;
 // where A is bf16, real is float: A(sum) rounds, and reading widens. Parameter gradients,
@@ -867,7 +859,7 @@ inline int stripe_begin(int rows, int stripe) { return int(int64_t(rows) * strip
 
 // --- §4.1 Embedding: the vector of the token plus the vector of the position
 //   out[b,t] = drop(wte[tokens[b,t]] + wpe[past + t])
-// Why wpe: attention alone cannot tell where a token stands; a text would be a bag of tokens.
+// Why wpe: to attention (§4.5) the tokens before a position are a bag, without an order.
 //   walk> embedded     [8,  8]   -0.0054  -0.0335   0.1426   0.0302  -0.0398  -0.0485 ...
 
 // sets out [B*T, C] from tokens [B*T] (each below V), wte [V, C], wpe [P, C]. past: the position of
@@ -950,9 +942,9 @@ void layernorm_forward(A* out, real* mean, real* rstd, const A* x, const A* weig
 // x is the residual stream, which also flows on past the layernorm. dresidual is the gradient that
 // comes that way, and is added:
 //   dx = dresidual + the above        (dresidual: null where nothing else read x; may be dx itself)
-// x was made by x = residual + drop(branch) (§4.7), just before this layernorm in forward. As dx is
-// at hand, the start of that step's backward is made here too; branch ends in a linear layer, and
-// dbranch_bias is the gradient of its bias:
+// All that is layernorm. The rest of this function is the beginning of §4.7's backward; skip it
+// until then. Why here: dx is at hand. x was made by x = residual + drop(branch), where branch is
+// the output of a linear layer and dbranch_bias the gradient of that layer's bias:
 //   dbranch = drop(dx) (written only when drop is on)   dbranch_bias = column sums of dbranch
 // reads dout, dresidual, x [rows, C], mean, rstd [rows], weight [C]. sets dx and dbranch [rows, C];
 // sets dweight, dbias, dbranch_bias [C], or adds to them if accumulate. dbranch_bias may be null.
@@ -1031,7 +1023,7 @@ template <class real>
 using Finish = std::function<void(int row, int col, int count, std::type_identity_t<real>* values)>;
 
 // The six operations that take nearly all of a step's time, by their definitions. Layers get them
-// as an argument, `ops`: §10 has the same six, fifty times faster, and tests compare the two.
+// as an argument, `ops`: §11 has the same six, fifty times faster, and tests compare the two.
 struct PlainOps {
     // c[m, n] = finish(a b), or finish(c + a b) if accumulate; a [m, k], b [k, n]: m n dot products
     // of length k, so 2 m n k operations. c is row-major, its rows ldc elements apart (the leading
@@ -1104,7 +1096,8 @@ void linear_backward(const Ops& ops, A* dx, real* dw, const A* dout, const A* x,
     ops.matmul(dw, OC, transpose_of(x, C), rows_of(dout, OC), C, OC, rows, accumulate);
 }
 
-// sets out [n] to the column sums of x [rows, n], added in the order of rows, or adds them to it.
+// sets out [n] to the column sums of x [rows, n], added in the order of rows; if accumulate, adds
+// them to it.
 template <class A, class real>
 void column_sums(real* out, const A* x, int rows, int n, bool accumulate) {
     constexpr int width = 256;
@@ -1128,9 +1121,9 @@ void column_sums(real* out, const A* x, int rows, int n, bool accumulate) {
 // 1/sqrt(HS): if the entries of q and k have variance 1, q.k has variance HS; divided by sqrt(HS)
 // it has 1 at any head size, and the softmax is not all on one key. The causal mask is t2 <= t: no
 // position sees what it is to predict. It costs nothing and saves half of the work, since later
-// scores are not made at all (§10 makes a few, to fill its tiles). From lse[t], the log of the sum
-// of e^s, and q and k, backward makes p again, so no T x T matrix is kept. Dropout multiplies p by
-// random numbers m, 0 or 1/(1-p), after the sum.
+// scores are not made at all (§11 makes a few, to fill its tiles). From lse[t], the log of the sum
+// of e^s, and q and k, backward makes p again, so no T x T matrix is kept. Dropout multiplies
+// p[t,t2], after the sum, by a mask: 0, or 1/(1 - rate).
 //   walk> att of t=0 is its own value, qkv[16..23], since it sees nobody else:
 //   walk>   v of t=0   [1,  8]   -0.1347   1.1790  -0.1055   0.5021   0.3746  -0.3026 ...
 //   walk>   att        [8,  8]   -0.1347   1.1790  -0.1055   0.5021   0.3746  -0.3026 ...
@@ -1253,9 +1246,9 @@ void attention_cached(const Ops& ops, A* out, const A* qkv, int past, int n, int
 // Below, 1.5957691216057308 = 2 sqrt(2/pi), inner = -2u, slope = 2 du/dx.
 //   walk>   gelu       [8, 32]   -0.1343  -0.0577   0.6315  -0.0934   0.0724  -0.0707 ...
 
-// Careful: x is clamped. For very negative x the exponential overflows, and the derivative would be
-// infinity * 0, a NaN. At -10 gelu is -1e-37; at the ends the derivative is within 1e-35 of 0 and
-// 1.
+// Careful: x is clamped, in gelu from below. Else the exponential overflows for very negative x,
+// and the derivative becomes infinity * 0, a NaN. At -10 gelu is -1e-37; at the ends the derivative
+// is within 1e-35 of 0 and 1.
 template <class Ops, class real>
 real gelu(real x) {
     x = x < -10 ? real(-10) : x;
@@ -1355,7 +1348,8 @@ void head_logits(const Ops& ops, auto* logits, const auto* x, const auto* w, int
 
 // Loss of a row: -log p[target] = log(sum exp(logits)) - logits[target], with the maximum h
 // subtracted so that exp cannot overflow: log sum e^l = h + log sum e^(l - h). With scale > 0 the
-// logits are overwritten by their gradient. The log of the sum has the slope e^l_v / sum = p_v, so
+// logits are overwritten by their gradient (else by e^l, of no use). The log of the sum has the
+// slope e^l_v / sum = p_v, so
 //   dloss/dlogits_v = d/dlogits_v (log sum_u exp(logits_u) - logits_target) = p_v - [v = target]
 // softmax minus one-hot: push every token down by the probability it was given, and the target up
 // by what it lacked. Times scale (1/8 in the walk, and -0.1206 = (0.0351 - 1) / 8):
@@ -1423,10 +1417,10 @@ void head_forward_backward(const Ops& ops, real* losses, A* dx, real* dw, A* log
 
 // --- Memory
 
-inline void use_large_pages(void* start, size_t bytes);  // §11
+inline void use_large_pages(void* start, size_t bytes);  // §12
 
 // Uninitialised memory for count elements, aligned to 64 bytes. Large arrays get large pages: fewer
-// TLB misses when §10 jumps from row to row.
+// TLB misses when §11 jumps from row to row.
 template <class T>
 T* allocate(size_t count) {
     const size_t large_page = size_t(1) << 21;
@@ -1492,7 +1486,8 @@ struct Ranks {
     int here = 1, rank_here = 0;    // the same, of those on this machine
     double seconds = 0, bytes = 0;  // spent on the calls below, and sent by them
     virtual ~Ranks() = default;
-    // Starts that rank s sends the part from + r bytes to rank r, which finds it at to + s bytes.
+    // Begins to send: rank r gets the part at from + r * bytes, and finds that of s at to + s *
+    // bytes.
     virtual void exchange(void* /*to*/, const void* /*from*/, size_t /*bytes*/) {}
     // Whether the oldest exchange is done, and forgets it; with `wait`, waits for it.
     virtual bool arrived(bool /*wait*/) { return true; }
@@ -1509,12 +1504,12 @@ inline Ranks* world = &alone;  // the ranks of this program
 
 // A device is a struct with the names below. Model, training and generation (§5-9) are written
 // once, over any device, and never ask which one it is. Layers passes each name on to the function
-// above. With PlainOps it is called Reference, with §10's operations Cpu. Cuda, in train_gpt.cu,
+// above. With PlainOps it is called Reference, with §11's operations Cpu. Cuda, in train_gpt.cu,
 // has the same names, as kernels. (auto... a: any arguments, passed on, as *args in Python.)
 template <class A, class Ops = PlainOps>
 struct Layers {
-    // AdamW changes the masters, in fp32. Layers read the weights: in bf16 those are rounded copies
-    // of the masters, otherwise the same array.
+    // In bf16 small updates would be rounded away. So AdamW changes an fp32 copy of each weight, its
+    // master, and layers read weights that are rounded from it. In fp32 both are the same array.
     using Activation = A;                                               // and their gradients
     using Weight = A;                                                   // what the layers read
     using Real = RealOf<A>;                                             // masters, moments, losses
@@ -1648,229 +1643,15 @@ struct Activations {
 // layers share; but in generation each has its own qkv, whose rows are the key/value cache.
 enum class Use { training, evaluation, generation };
 
-// Hands out aligned parts of one allocation. Without one (base is null) it only counts, which tells
-// how much memory a run will take. take<float>(n) has room for n floats.
-struct Arena {
-    char* base = nullptr;
-    size_t used = 0;
-    template <class Element>
-    Element* take(size_t count) {
-        Element* part = base ? reinterpret_cast<Element*>(base + used) : nullptr;
-        used += round_up(count * sizeof(Element), 256);
-        return part;
-    }
-};
-
-// Sets every buffer that this use needs: the second list of this program, beside §3's.
+// A model on a device. What it is made of stands in §10, with the memory it takes:
+//   config, layout, device     the sizes, where every tensor lies in a flat array, the layers
+//   weights, grads, moments    flat arrays of all parameters, of their gradients, of AdamW's means
+//   masters                    the weights in fp32; in bf16 `weights` are copies of them
+//   w, g                       weights and gradients by name: w.wte, g.h[0].c_fc_bias
+//   a                          the activations of one pass, above
+//   state                      loss, learning rate and norm of a step
 template <class Device>
-void take_buffers(Activations<Device>& a, Arena& arena, const Config& config, int B, int T,
-                  Use use) {
-    using Activation = typename Device::Activation;
-    using Real = typename Device::Real;
-    const size_t rows = size_t(B) * T, C = config.n_embd;
-    auto wide = [&](size_t columns) { return arena.take<Activation>(rows * columns); };
-    auto per_row = [&] { return arena.take<Real>(rows); };
-    a.inputs = arena.take<int32_t>(rows), a.targets = arena.take<int32_t>(rows);
-    a.order = arena.take<int32_t>(rows);
-    a.embedded = wide(C);
-    a.layers.resize(size_t(config.n_layer));
-    for (auto& l : a.layers) {
-        if (use == Use::training || &l == &a.layers[0]) {
-            l.ln_1 = wide(C), l.att = wide(C), l.x_mid = wide(C), l.ln_2 = wide(C);
-            l.qkv = wide(3 * C), l.fc = wide(4 * C), l.x_out = wide(C);
-            const bool shared = config.recompute_gelu && &l != &a.layers[0];
-            l.gelu = shared ? a.layers[0].gelu : wide(4 * C);
-            l.ln_1_mean = per_row(), l.ln_1_rstd = per_row();
-            l.ln_2_mean = per_row(), l.ln_2_rstd = per_row();
-            l.lse = arena.take<Real>(rows * size_t(config.n_head));
-        } else {
-            l = a.layers[0];  // x_out too: a layer reads its input before it overwrites it
-            if (use == Use::generation) l.qkv = wide(3 * C);
-        }
-    }
-    a.ln_f = wide(C), a.ln_f_mean = per_row(), a.ln_f_rstd = per_row();
-    a.next_logits = arena.take<Real>(size_t(config.vocab_size));
-    if (use == Use::generation) return;
-    a.logits = arena.take<Activation>(Device::head_workspace(int(rows), config.vocab_size));
-    a.losses = per_row();
-    if (use != Use::training) return;
-    a.dx = wide(C), a.dwide = wide(4 * C), a.dnarrow = wide(C);
-    a.dbranch = config.dropout > 0 ? wide(C) : a.dx;
-}
-
-// How ranks share out a flat array of `size` elements: it is cut into rounds of one part for each,
-// and part r of every round is rank r's. Only there it updates weights, and keeps moments (ZeRO
-// stage 1, Rajbhandari et al. 2020). Why rounds: while one is sent, another is added up.
-//   2 ranks, 2 rounds    | rank 0 | rank 1 | rank 0 | rank 1 |    the last may end in padding
-struct Shares {
-    static constexpr size_t kChunk = 1 << 14;  // of the sums in gradient_norm (§7)
-    static constexpr size_t kInFlight = 8;     // rounds that may be on their way at a time
-    size_t size = 0, part = 0, rounds = 1, rank = 0, count = 1;
-    Shares(size_t size, const Ranks& ranks)
-        : size(size), part(size), rank(size_t(ranks.rank)), count(size_t(ranks.count)) {
-        if (count == 1) return;
-        rounds = ceil_div(size, count << 18);
-        part = round_up(ceil_div(size, count * rounds), kChunk);
-    }
-    size_t own() const { return rounds * part; }           // elements of a rank
-    size_t room() const { return rounds * count * part; }  // of all, with the padding
-    // Calls visit(own, at, n) for every part of this rank: n elements, from `own` on in an array of
-    // its own elements, from `at` on in one of all.
-    void for_each(auto&& visit) const {
-        for (size_t t = 0; t < rounds; ++t) {
-            const size_t at = (t * count + rank) * part;
-            if (at < size) visit(t * part, at, std::min(part, size - at));
-        }
-    }
-};
-
-// A model on a device: it owns the memory of its parameters, of what training adds to them, and of
-// one pass. (device.template allocate<Weight>(n) is device.allocate<Weight>(n): the word `template`
-// tells the compiler that < is no comparison.)
-template <class Device>
-struct Gpt2 {
-    using Real = typename Device::Real;
-    using Weight = typename Device::Weight;
-    using Gradient = typename Device::Gradient;
-    Config config;
-    Layout layout;
-    Device device;
-    Shares shares;
-    // Flat arrays of layout.size elements; the moments, and masters that are kept apart, have only
-    // those of this rank.
-    Weight* weights = nullptr;
-    Real* masters = nullptr;  // the weights themselves, unless the device keeps them apart (§4)
-    Gradient* grads = nullptr;
-    std::vector<Gradient*> spares;  // more of them, for sums over micro-batches (§8)
-    std::array<Real*, AdamW::kMoments.size()> moments{};
-    Gradient* received = nullptr;   // rounds of parts, one part from each rank
-    size_t started = 0, added = 0;  // rounds of this step: on their way, and added up
-    double* sums = nullptr;         // of squares, and each rank's loss
-    StepState* state = nullptr;
-    Parameters<Weight> w;    // weights by name
-    Parameters<Gradient> g;  // grads by name
-    Activations<Device> a;
-    int B = 0, T = 0;         // what a has room for
-    char* buffers = nullptr;  // the memory of a
-
-    explicit Gpt2(const Config& config, Device on = {})
-        : config(config), layout(layout_of(config)), device(on),
-          shares(layout.size, *device.ranks) {
-        weights = device.template allocate<Weight>(shares.room());
-        masters = Device::kSeparateMasters ? device.template allocate<Real>(shares.own())
-                                           : reinterpret_cast<Real*>(weights);
-        point_into(w, weights, config, layout);
-        state = device.template allocate<StepState>(1);
-        StepState fresh;
-        device.upload(state, &fresh, 1);
-    }
-    Gpt2(const Gpt2&) = delete;
-    ~Gpt2() {
-        for (Real* moment : moments) device.release(moment);
-        for (Gradient* spare : spares) device.release(spare);
-        device.release(received), device.release(sums);
-        if (Device::kSeparateMasters) device.release(masters);
-        device.release(weights), device.release(grads), device.release(buffers);
-        device.release(state);
-    }
-
-    // Makes room for batches of up to B x T; for training also for gradients and moments, all 0.
-    // take_buffers runs twice: first it counts.
-    void reserve(int rows, int columns, Use use) {
-        device.release(std::exchange(buffers, nullptr));
-        Arena arena;
-        take_buffers(a, arena, config, rows, columns, use);
-        buffers = device.template allocate<char>(arena.used), B = rows, T = columns;
-        arena = {buffers, 0};
-        take_buffers(a, arena, config, rows, columns, use);
-        if (use != Use::training || grads) return;
-        zeros(grads, shares.room());
-        for (Real*& moment : moments) zeros(moment, shares.own());
-        point_into(g, grads, config, layout);
-        if (shares.count == 1) return;
-        zeros(received, Shares::kInFlight * shares.count * shares.part);
-        zeros(sums, shares.room() / Shares::kChunk + shares.count);
-    }
-    // Makes so many spare arrays of gradients.
-    void make_spares(int count) {
-        while (int(spares.size()) < count) zeros(spares.emplace_back(), shares.room());
-    }
-    void zeros(auto*& array, size_t count) {
-        array = device.template allocate<std::remove_reference_t<decltype(*array)>>(count);
-        device.zero(array, count);
-    }
-
-    // Whether an array of Real has only the elements of this rank.
-    bool is_shared_out(const Real* array) const {
-        return shares.count > 1 && (Device::kSeparateMasters || array != masters);
-    }
-    // Sets elements of masters or a moment, count from `first` on, as far as this rank has them.
-    void set(Real* array, size_t first, const Real* host, size_t count) {
-        if (!is_shared_out(array)) return device.upload(array + first, host, count);
-        shares.for_each([&](size_t own, size_t at, size_t n) {
-            const size_t begin = std::max(at, first), end = std::min(at + n, first + count);
-            if (begin < end)
-                device.upload(array + own + (begin - at), host + (begin - first), end - begin);
-        });
-    }
-    // The whole of masters or a moment. Careful: what was shared out is put together in grads.
-    const Real* whole(const Real* array) {
-        if (!is_shared_out(array)) return array;
-        shares.for_each(
-            [&](size_t own, size_t at, size_t n) { device.copy(grads + at, array + own, n); });
-        device.gather(grads, shares.part, shares.rounds);
-        return reinterpret_cast<const Real*>(grads);
-    }
-    // Rounds the weights from the masters, where they are apart.
-    void round_weights() {
-        if (!Device::kSeparateMasters) return;
-        shares.for_each([&](size_t own, size_t at, size_t n) {
-            device.weights_from_masters(weights + at, masters + own, n);
-        });
-        device.gather(weights, shares.part, shares.rounds);
-    }
-    // Sets masters from the host's array, and rounds the weights from them.
-    void set_weights(const Real* host) {
-        set(masters, 0, host, layout.size);
-        round_weights();
-    }
-    // The masters, on the host.
-    std::vector<Real> get_weights() {
-        std::vector<Real> host(layout.size);
-        device.download(host.data(), whole(masters), layout.size);
-        return host;
-    }
-    // Fresh weights. Why on the host: every device begins with the same ones.
-    void initialise(uint64_t seed) {
-        std::vector<Real> host(layout.size);
-        tinygpt::initialise(host.data(), config, layout, seed);
-        set_weights(host.data());
-    }
-};
-
-// Bytes. In fp32, training takes 16 a parameter: weight, gradient, two moments.
-struct MemoryNeed {
-    size_t weights = 0, gradients = 0, moments = 0, activations = 0;
-    size_t total() const { return weights + gradients + moments + activations; }
-};
-// Counts what the constructor and reserve(B, T, use) would take, and training with so many spare
-// arrays of gradients.
-template <class Device>
-MemoryNeed memory_need(const Config& config, int B, int T, Use use, const Ranks& ranks = alone,
-                       int spares = 0) {
-    const Shares shares(layout_of(config).size, ranks);
-    const size_t real = shares.own() * sizeof(typename Device::Real);
-    Activations<Device> a;
-    Arena arena;
-    take_buffers(a, arena, config, B, T, use);
-    MemoryNeed need{.weights = shares.room() * sizeof(typename Device::Weight),
-                    .activations = arena.used};
-    if (Device::kSeparateMasters) need.weights += real;
-    if (use != Use::training) return need;
-    need.gradients = (size_t(spares) + 1) * shares.room() * sizeof(typename Device::Gradient);
-    need.moments = AdamW::kMoments.size() * real;
-    return need;
-}
+struct Gpt2;
 
 // One pass over a batch of B x T tokens: no more than is reserved.
 struct Pass {
@@ -1880,7 +1661,7 @@ struct Pass {
     bool first = true;     // the first micro-batch of a sum: backward sets gradients, else adds
     bool last = true;      // the last one of its step: the update follows
     int into = 0;          // where the sum is made: 0 is grads, i is spares[i - 1]
-    int folds = 0;         // how often it is added to the array before, afterwards
+    int folds = 0;         // so many arrays, from `into` down, are then added to the one before
     Dropout dropout = {};  // its key differs in every micro-batch of every step
     // Generation: the tokens follow `past` earlier ones in the key/value cache, and B is 1.
     int past = 0;
@@ -2018,7 +1799,7 @@ void backward(Gpt2<Device>& model, const Pass& pass) {
 }
 
 // =================================================================================================
-// §7 The update: how far, how much, and whether at all
+// §7 The update: how far, whether at all, and which step each weight takes
 // =================================================================================================
 // What you have now: a gradient for every parameter, in one flat array: which way is uphill. Three
 // questions remain: how far to go (schedule), how far to trust it (clipping, guards), and which
@@ -2082,9 +1863,9 @@ TINYGPT_HD inline double z_score(const double* window, int64_t count, double val
 
 // From the loss and the norm in `state` decides about the update: sets broken, skip and clip_scale,
 // counts, and remembers both. A NaN or an infinity always skips: it must never reach the weights.
-// An outlier, which is a loss or a norm more than skip_outliers deviations above the last 128,
-// skips too. Clipping (Pascanu et al. 2013): a norm above the limit scales the gradient by limit /
-// norm, so it has the limit's length and the same direction.
+// An outlier, which is a loss or a norm more than skip_outliers deviations above the mean of the
+// last 128, skips too. Clipping (Pascanu et al. 2013): a norm above the limit scales the gradient
+// by limit / norm, so it has the limit's length and the same direction.
 //   walk> norm of all gradients 2.550270; the limit is 0.5: each is multiplied by 0.196058
 TINYGPT_HD inline void judge_step(StepState* state, const Guards& guards) {
     const int64_t window = StepState::kWindow;
@@ -2138,19 +1919,21 @@ void add_loss(StepState* state, const real* losses, int rows, double scale, int 
     *state->loss_of(into) += scale * sum;
 }
 
+constexpr size_t kNormChunk = 1 << 14;  // so many squares are summed at a time
+
 // state.grad_norm = the length of the whole gradient [count] as one vector: sqrt(sum of squares).
 // Chunks of fixed size are added in order, for any number of threads and ranks. Padding is 0 and
 // adds nothing.
 template <class real>
 void gradient_norm(StepState* state, const real* grads, size_t count) {
-    std::vector<double> sums(ceil_div(count, Shares::kChunk));
+    std::vector<double> sums(ceil_div(count, kNormChunk));
     square_sums(sums.data(), grads, count);
     norm_of_sums(state, sums.data(), sums.size());
 }
 // sums[i] = the sum of squares of chunk i.
 template <class real>
 void square_sums(double* sums, const real* grads, size_t count) {
-    const size_t chunk = Shares::kChunk, chunks = ceil_div(count, chunk);
+    const size_t chunk = kNormChunk, chunks = ceil_div(count, chunk);
 #pragma omp parallel for schedule(static)
     for (size_t i = 0; i < chunks; ++i) {
         const real* g = grads + i * chunk;
@@ -2206,9 +1989,9 @@ void adamw(A* weights, real* masters, real* m, real* v, const real* grads, size_
 //
 // The sum is a binary tree, so that it can be shared out: ranks take neighbouring micro-batches,
 // and then 1, 2, 4 or 8 of them make the same sum in the same order, and so the same bits.
-//   micro-batch    0   1   2   3        4 ranks add the last two columns,
-//                  0 + 1   2 + 3        2 ranks the last one,
-//                  (0 + 1) + (2 + 3)    1 rank none of them: it does all in its own memory
+//   micro-batch    0   1   2   3
+//                  0 + 1   2 + 3        4 ranks make this line of sums together,
+//                  (0 + 1) + (2 + 3)    4 ranks or 2 this one; 1 rank makes both alone
 // A tree has at most 8 leaves. A leaf is one micro-batch, or a few neighbours, added in place.
 
 // What all steps of a run have in common.
@@ -2229,122 +2012,25 @@ void set_batch(Gpt2<Device>& model, const Batch& batch) {
     model.device.upload(model.a.order, batch.order.data(), rows);
 }
 
-// Which micro-batches of a step a rank has: neighbours, from number `first` on.
+// Which micro-batches of a step a rank has: neighbours, from number `first` on. A process alone has
+// all of them.
 struct StepShare {
-    size_t first = 0, all = 0;  // of so many in the step
+    size_t first = 0, all = 0;  // all: of the step
     int64_t scored = 0;         // targets in the whole step
 };
-
-// Leaves of the tree over so many micro-batches, and how many of them one of `ranks` has.
-inline size_t leaves_of_rank(size_t micro_batches, size_t ranks) {
-    const size_t leaves = std::gcd(micro_batches, size_t(8));
-    return leaves % ranks == 0 ? leaves / ranks : 1;
-}
-// How many arrays of gradients that takes beside the first.
-inline int spares_needed(size_t micro_batches, size_t ranks) {
-    return std::countr_zero(leaves_of_rank(micro_batches, ranks));
-}
-
-// The pass of micro-batch i of step s, of those that this rank has. Sums wait as the digits of a
-// binary counter do: leaf 3 = 011b goes into array 2, and is added to 1 and then to 0.
-inline Pass training_pass(const Config& config, const std::vector<Batch>& micro_batches, size_t i,
-                          uint64_t seed, int64_t s, StepShare share = {}) {
-    const size_t n = micro_batches.size();
-    if (share.all == 0) {
-        share.all = n;
-        for (const Batch& batch : micro_batches) share.scored += batch.scored;
-    }
-    const size_t each = n / leaves_of_rank(share.all, share.all / n), leaf = i / each;
-    Pass pass{.B = micro_batches[i].B, .T = micro_batches[i].T};
-    pass.scale = 1.0 / double(std::max<int64_t>(1, share.scored));
-    pass.first = i % each == 0, pass.last = i + 1 == n;
-    pass.into = std::popcount(leaf);
-    if (i % each == each - 1) pass.folds = std::countr_one(leaf);
-    if (config.dropout > 0)
-        pass.dropout = {random_key(seed, uint64_t(s) * share.all + share.first + i, kMicroBatch),
-                        config.dropout};
-    return pass;
-}
-
-// Adds the losses of a pass to their sum; after a leaf's last pass, its sums to those that wait.
-template <class Device>
-void add_up(Gpt2<Device>& model, const Pass& pass) {
-    model.device.add_loss(model.state, model.a.losses, pass.B * pass.T, pass.scale, pass.into);
-    auto sum = [&](int into) { return into == 0 ? model.grads : model.spares[size_t(into - 1)]; };
-    for (int i = pass.into; i > pass.into - pass.folds; --i) {
-        model.device.add(sum(i - 1), sum(i), model.layout.size);
-        model.device.add(model.state->loss_of(i - 1), model.state->loss_of(i), 1);
-        model.device.zero(model.state->loss_of(i), 1);
-    }
-}
-
-// The rest of the tree, over parts [ranks, count] that came from all ranks: sets the first.
-template <class Device>
-void add_over_ranks(Device& device, auto* parts, size_t count) {
-    const int ranks = device.ranks->count;
-    for (int width = 1; width < ranks; width *= 2)
-        for (int r = 0; r + width < ranks; r += 2 * width)
-            device.add(parts + r * count, parts + (r + width) * count, count);
-}
-// Exchanges the gradients of all ranks, a round at a time, and adds them up. They go in the order in
-// which backward makes them: from the last matrix to the first, then what does not decay. Those below
-// `final` may not go yet; at the end it is 0, and this returns when all rounds are added.
-template <class Device>
-void exchange_gradients(Gpt2<Device>& model, size_t final) {
-    Device& device = model.device;
-    const Shares& s = model.shares;
-    const size_t round = s.count * s.part, matrices = model.layout.decayed / round;
-    auto at = [&](size_t i) { return (i < matrices ? matrices - 1 - i : i) * round; };
-    auto buffer = [&](size_t i) { return model.received + i % Shares::kInFlight * round; };
-    while (model.added < s.rounds) {
-        const size_t i = model.started;
-        const bool ready = i < s.rounds && (final == 0 || (i < matrices && at(i) >= final));
-        if (ready && i < model.added + Shares::kInFlight) {
-            device.exchange(buffer(i), model.grads + at(i), s.part);
-            ++model.started;
-            continue;
-        }
-        if (model.added == model.started || !device.arrived(final == 0)) return;
-        add_over_ranks(device, buffer(model.added), s.part);
-        device.copy(model.grads + at(model.added) + s.rank * s.part, buffer(model.added), s.part);
-        ++model.added;
-    }
-}
-// Does so while backward goes on, if nothing else will be added to the gradients of this rank.
-template <class Device>
-void exchange_early(Gpt2<Device>& model, const Pass& pass, size_t final) {
-    if (model.shares.count > 1 && pass.last && pass.into == 0) exchange_gradients(model, final);
-}
-// Sets this rank's parts of grads to their sum over all ranks, and the state's loss and norm.
-template <class Device>
-void sum_over_ranks(Gpt2<Device>& model) {
-    Device& device = model.device;
-    const Shares& s = model.shares;
-    exchange_gradients(model, 0);
-    model.started = model.added = 0;
-    s.for_each([&](size_t, size_t at, size_t n) {
-        device.square_sums(model.sums + at / Shares::kChunk, model.grads + at, n);
-    });
-    device.gather(model.sums, s.part / Shares::kChunk, s.rounds);
-    device.norm_of_sums(model.state, model.sums, ceil_div(s.size, Shares::kChunk));
-    double* losses = model.sums + s.room() / Shares::kChunk;
-    device.copy(losses + s.rank, &model.state->loss, 1);
-    device.gather(losses, 1, 1);
-    add_over_ranks(device, losses, 1);
-    device.copy(&model.state->loss, losses, 1);
-}
 
 // From the gradients of a step to new weights.
 template <class Device>
 void update(Gpt2<Device>& model, const StepOptions& o) {
     Device& device = model.device;
-    const Shares& s = model.shares;
+    const auto& s = model.shares;
     if (s.count > 1)
         sum_over_ranks(model);
     else
         device.gradient_norm(model.state, model.grads, model.layout.size);
     device.judge_step(model.state, o.guards);
     s.for_each([&](size_t own, size_t at, size_t n) {
+        // Of these elements so many decay: max(0, decayed - at).
         const size_t decayed = model.layout.decayed - std::min(at, model.layout.decayed);
         device.adamw(model.weights + at, model.masters + (Device::kSeparateMasters ? own : at),
                      model.moments[0] + own, model.moments[1] + own, model.grads + at, n,
@@ -2364,11 +2050,11 @@ void train_step(Gpt2<Device>& model, const std::vector<Batch>& micro_batches, co
     for (size_t i = 0; i < micro_batches.size(); ++i) {
         const Pass pass = training_pass(model.config, micro_batches, i, o.seed, s, share);
         set_batch(model, micro_batches[i]);
-        model.make_spares(pass.into);
-        model.device.replay(pass, o, [&] {
+        model.make_spares(pass.into);       // none for a sum of one leaf
+        model.device.replay(pass, o, [&] {  // on a CPU: just does it
             forward(model, pass);
             backward(model, pass, [&](size_t final) { exchange_early(model, pass, final); });
-            add_up(model, pass);
+            add_up(model, pass);  // losses, and what §10's tree adds
             if (pass.last) update(model, o);
         });
     }
@@ -2604,7 +2290,342 @@ int generate(Gpt2<Device>& model, std::vector<int32_t> tokens, const SampleOptio
 // =================================================================================================
 
 // =================================================================================================
-// §10 The CPU at full speed: products of matrices, attention and e^x
+// §10 Memory, and many processes
+// =================================================================================================
+// What you have now: the model. Here is the memory it works in, and how several processes (ranks)
+// train one model together: each computes the gradients of some micro-batches, all gradients are
+// added up, and each updates its part of the weights.
+
+// --- The buffers of a pass
+
+// Hands out aligned parts of one allocation. Without one (base is null) it only counts, which tells
+// how much memory a run will take. take<float>(n) has room for n floats.
+struct Arena {
+    char* base = nullptr;
+    size_t used = 0;
+    template <class Element>
+    Element* take(size_t count) {
+        Element* part = base ? reinterpret_cast<Element*>(base + used) : nullptr;
+        used += round_up(count * sizeof(Element), 256);
+        return part;
+    }
+};
+
+// Sets every buffer that this use needs: the second list of this program, beside §3's.
+template <class Device>
+void take_buffers(Activations<Device>& a, Arena& arena, const Config& config, int B, int T,
+                  Use use) {
+    using Activation = typename Device::Activation;
+    using Real = typename Device::Real;
+    const size_t rows = size_t(B) * T, C = config.n_embd;
+    auto wide = [&](size_t columns) { return arena.take<Activation>(rows * columns); };
+    auto per_row = [&] { return arena.take<Real>(rows); };
+    a.inputs = arena.take<int32_t>(rows), a.targets = arena.take<int32_t>(rows);
+    a.order = arena.take<int32_t>(rows);
+    a.embedded = wide(C);
+    a.layers.resize(size_t(config.n_layer));
+    for (auto& l : a.layers) {
+        if (use == Use::training || &l == &a.layers[0]) {
+            l.ln_1 = wide(C), l.att = wide(C), l.x_mid = wide(C), l.ln_2 = wide(C);
+            l.qkv = wide(3 * C), l.fc = wide(4 * C), l.x_out = wide(C);
+            const bool shared = config.recompute_gelu && &l != &a.layers[0];
+            l.gelu = shared ? a.layers[0].gelu : wide(4 * C);
+            l.ln_1_mean = per_row(), l.ln_1_rstd = per_row();
+            l.ln_2_mean = per_row(), l.ln_2_rstd = per_row();
+            l.lse = arena.take<Real>(rows * size_t(config.n_head));
+        } else {
+            l = a.layers[0];  // x_out too: a layer reads its input before it overwrites it
+            if (use == Use::generation) l.qkv = wide(3 * C);
+        }
+    }
+    a.ln_f = wide(C), a.ln_f_mean = per_row(), a.ln_f_rstd = per_row();
+    a.next_logits = arena.take<Real>(size_t(config.vocab_size));
+    if (use == Use::generation) return;
+    a.logits = arena.take<Activation>(Device::head_workspace(int(rows), config.vocab_size));
+    a.losses = per_row();
+    if (use != Use::training) return;
+    a.dx = wide(C), a.dwide = wide(4 * C), a.dnarrow = wide(C);
+    a.dbranch = config.dropout > 0 ? wide(C) : a.dx;
+}
+
+// --- The model
+// How ranks share out a flat array of `size` elements: it is cut into rounds of one part for each,
+// and part r of every round is rank r's. Only there it updates weights, and keeps moments (ZeRO
+// stage 1, Rajbhandari et al. 2020). Why rounds: while one is sent, another is added up.
+//   2 ranks, 2 rounds    | rank 0 | rank 1 | rank 0 | rank 1 |    the last may end in padding
+struct Shares {
+    static constexpr size_t kInFlight = 8;  // rounds that may be on their way at a time
+    size_t size = 0, part = 0, rounds = 1, rank = 0, count = 1;
+    Shares(size_t size, const Ranks& ranks)
+        : size(size), part(size), rank(size_t(ranks.rank)), count(size_t(ranks.count)) {
+        if (count == 1) return;
+        rounds = ceil_div(size, count << 18);
+        part = round_up(ceil_div(size, count * rounds), kNormChunk);
+    }
+    size_t own() const { return rounds * part; }           // elements of a rank
+    size_t room() const { return rounds * count * part; }  // of all, with the padding
+    // Calls visit(own, at, n) for every part of this rank: n elements, from `own` on in an array of
+    // its own elements, from `at` on in one of all.
+    void for_each(auto&& visit) const {
+        for (size_t t = 0; t < rounds; ++t) {
+            const size_t at = (t * count + rank) * part;
+            if (at < size) visit(t * part, at, std::min(part, size - at));
+        }
+    }
+};
+
+// A model on a device: it owns the memory of its parameters, of what training adds to them, and of
+// one pass. (device.template allocate<Weight>(n) is device.allocate<Weight>(n): the word `template`
+// tells the compiler that < is no comparison.)
+template <class Device>
+struct Gpt2 {
+    using Real = typename Device::Real;
+    using Weight = typename Device::Weight;
+    using Gradient = typename Device::Gradient;
+    Config config;
+    Layout layout;
+    Device device;
+    Shares shares;
+    // Flat arrays of layout.size elements; the moments, and masters that are kept apart, have only
+    // those of this rank.
+    Weight* weights = nullptr;
+    Real* masters = nullptr;  // the weights themselves, unless the device keeps them apart (§4)
+    Gradient* grads = nullptr;
+    std::vector<Gradient*> spares;  // more of them, for sums over micro-batches (§8)
+    std::array<Real*, AdamW::kMoments.size()> moments{};
+    Gradient* received = nullptr;   // rounds of parts, one part from each rank
+    size_t started = 0, added = 0;  // rounds of this step: on their way, and added up
+    double* sums = nullptr;         // of squares, and each rank's loss
+    StepState* state = nullptr;
+    Parameters<Weight> w;    // weights by name
+    Parameters<Gradient> g;  // grads by name
+    Activations<Device> a;
+    int B = 0, T = 0;         // what a has room for
+    char* buffers = nullptr;  // the memory of a
+
+    explicit Gpt2(const Config& config, Device on = {})
+        : config(config), layout(layout_of(config)), device(on),
+          shares(layout.size, *device.ranks) {
+        weights = device.template allocate<Weight>(shares.room());
+        masters = Device::kSeparateMasters ? device.template allocate<Real>(shares.own())
+                                           : reinterpret_cast<Real*>(weights);
+        point_into(w, weights, config, layout);
+        state = device.template allocate<StepState>(1);
+        StepState fresh;
+        device.upload(state, &fresh, 1);
+    }
+    Gpt2(const Gpt2&) = delete;
+    ~Gpt2() {
+        for (Real* moment : moments) device.release(moment);
+        for (Gradient* spare : spares) device.release(spare);
+        device.release(received), device.release(sums);
+        if (Device::kSeparateMasters) device.release(masters);
+        device.release(weights), device.release(grads), device.release(buffers);
+        device.release(state);
+    }
+
+    // Makes room for batches of up to B x T; for training also for gradients and moments, all 0.
+    // take_buffers runs twice: first it counts.
+    void reserve(int rows, int columns, Use use) {
+        device.release(std::exchange(buffers, nullptr));
+        Arena arena;
+        take_buffers(a, arena, config, rows, columns, use);
+        buffers = device.template allocate<char>(arena.used), B = rows, T = columns;
+        arena = {buffers, 0};
+        take_buffers(a, arena, config, rows, columns, use);
+        if (use != Use::training || grads) return;
+        zeros(grads, shares.room());
+        for (Real*& moment : moments) zeros(moment, shares.own());
+        point_into(g, grads, config, layout);
+        if (shares.count == 1) return;
+        zeros(received, Shares::kInFlight * shares.count * shares.part);
+        zeros(sums, shares.room() / kNormChunk + shares.count);
+    }
+    // Makes so many spare arrays of gradients.
+    void make_spares(int count) {
+        while (int(spares.size()) < count) zeros(spares.emplace_back(), shares.room());
+    }
+    void zeros(auto*& array, size_t count) {
+        array = device.template allocate<std::remove_reference_t<decltype(*array)>>(count);
+        device.zero(array, count);
+    }
+
+    // Whether an array of Real has only the elements of this rank.
+    bool is_shared_out(const Real* array) const {
+        return shares.count > 1 && (Device::kSeparateMasters || array != masters);
+    }
+    // Sets elements of masters or a moment, count from `first` on, as far as this rank has them.
+    void set(Real* array, size_t first, const Real* host, size_t count) {
+        if (!is_shared_out(array)) return device.upload(array + first, host, count);
+        shares.for_each([&](size_t own, size_t at, size_t n) {
+            const size_t begin = std::max(at, first), end = std::min(at + n, first + count);
+            if (begin < end)
+                device.upload(array + own + (begin - at), host + (begin - first), end - begin);
+        });
+    }
+    // The whole of masters or a moment. Careful: what was shared out overwrites grads.
+    const Real* whole(const Real* array) {
+        if (!is_shared_out(array)) return array;
+        shares.for_each(
+            [&](size_t own, size_t at, size_t n) { device.copy(grads + at, array + own, n); });
+        device.gather(grads, shares.part, shares.rounds);
+        return reinterpret_cast<const Real*>(grads);
+    }
+    // Rounds the weights from the masters, where they are apart.
+    void round_weights() {
+        if (!Device::kSeparateMasters) return;
+        shares.for_each([&](size_t own, size_t at, size_t n) {
+            device.weights_from_masters(weights + at, masters + own, n);
+        });
+        device.gather(weights, shares.part, shares.rounds);
+    }
+    // Sets masters from the host's array, and rounds the weights from them.
+    void set_weights(const Real* host) {
+        set(masters, 0, host, layout.size);
+        round_weights();
+    }
+    // The masters, on the host.
+    std::vector<Real> get_weights() {
+        std::vector<Real> host(layout.size);
+        device.download(host.data(), whole(masters), layout.size);
+        return host;
+    }
+    // Fresh weights. Why on the host: every device begins with the same ones.
+    void initialise(uint64_t seed) {
+        std::vector<Real> host(layout.size);
+        tinygpt::initialise(host.data(), config, layout, seed);
+        set_weights(host.data());
+    }
+};
+
+// Bytes. In fp32, training takes 16 a parameter: weight, gradient, two moments.
+struct MemoryNeed {
+    size_t weights = 0, gradients = 0, moments = 0, activations = 0;
+    size_t total() const { return weights + gradients + moments + activations; }
+};
+// Counts what the constructor and reserve(B, T, use) would take, and training with so many spare
+// arrays of gradients.
+template <class Device>
+MemoryNeed memory_need(const Config& config, int B, int T, Use use, const Ranks& ranks = alone,
+                       int spares = 0) {
+    const Shares shares(layout_of(config).size, ranks);
+    const size_t real = shares.own() * sizeof(typename Device::Real);
+    Activations<Device> a;
+    Arena arena;
+    take_buffers(a, arena, config, B, T, use);
+    MemoryNeed need{.weights = shares.room() * sizeof(typename Device::Weight),
+                    .activations = arena.used};
+    if (Device::kSeparateMasters) need.weights += real;
+    if (use != Use::training) return need;
+    need.gradients = (size_t(spares) + 1) * shares.room() * sizeof(typename Device::Gradient);
+    need.moments = AdamW::kMoments.size() * real;
+    return need;
+}
+
+// --- The sum over micro-batches and ranks: a binary tree (§8)
+
+// How many leaves of the tree a rank has. Where they cannot be shared out evenly, one.
+inline size_t leaves_of_rank(size_t micro_batches, size_t ranks) {
+    const size_t leaves = std::gcd(micro_batches, size_t(8));
+    return leaves % ranks == 0 ? leaves / ranks : 1;
+}
+// How many arrays of gradients that takes beside the first.
+inline int spares_needed(size_t micro_batches, size_t ranks) {
+    return std::countr_zero(leaves_of_rank(micro_batches, ranks));
+}
+
+// The pass of micro-batch i of step s, of those that this rank has. Sums wait as the digits of a
+// binary counter do: leaf 3 = 011b goes into array 2, and is added to 1 and then to 0.
+inline Pass training_pass(const Config& config, const std::vector<Batch>& micro_batches, size_t i,
+                          uint64_t seed, int64_t s, StepShare share = {}) {
+    const size_t n = micro_batches.size();
+    if (share.all == 0) {
+        share.all = n;
+        for (const Batch& batch : micro_batches) share.scored += batch.scored;
+    }
+    const size_t each = n / leaves_of_rank(share.all, share.all / n), leaf = i / each;
+    Pass pass{.B = micro_batches[i].B, .T = micro_batches[i].T};
+    pass.scale = 1.0 / double(std::max<int64_t>(1, share.scored));
+    pass.first = i % each == 0, pass.last = i + 1 == n;
+    pass.into = std::popcount(leaf);
+    if (i % each == each - 1) pass.folds = std::countr_one(leaf);
+    if (config.dropout > 0)
+        pass.dropout = {random_key(seed, uint64_t(s) * share.all + share.first + i, kMicroBatch),
+                        config.dropout};
+    return pass;
+}
+
+// Adds the losses of a pass to their sum. After a leaf's last pass, adds sums that wait to each
+// other.
+template <class Device>
+void add_up(Gpt2<Device>& model, const Pass& pass) {
+    model.device.add_loss(model.state, model.a.losses, pass.B * pass.T, pass.scale, pass.into);
+    auto sum = [&](int into) { return into == 0 ? model.grads : model.spares[size_t(into - 1)]; };
+    for (int i = pass.into; i > pass.into - pass.folds; --i) {
+        model.device.add(sum(i - 1), sum(i), model.layout.size);
+        model.device.add(model.state->loss_of(i - 1), model.state->loss_of(i), 1);
+        model.device.zero(model.state->loss_of(i), 1);
+    }
+}
+
+// The rest of the tree, over parts [ranks, count] that came from all ranks: sets the first.
+template <class Device>
+void add_over_ranks(Device& device, auto* parts, size_t count) {
+    const int ranks = device.ranks->count;
+    for (int width = 1; width < ranks; width *= 2)
+        for (int r = 0; r + width < ranks; r += 2 * width)
+            device.add(parts + r * count, parts + (r + width) * count, count);
+}
+// Exchanges the gradients of all ranks, a round at a time, and adds them up. They go in the order
+// in which backward makes them: from the last matrix to the first, then what does not decay. Those
+// below `final` may not go yet; at the end it is 0, and this returns when all rounds are added.
+template <class Device>
+void exchange_gradients(Gpt2<Device>& model, size_t final) {
+    Device& device = model.device;
+    const Shares& s = model.shares;
+    const size_t round = s.count * s.part, matrices = model.layout.decayed / round;
+    auto at = [&](size_t i) { return (i < matrices ? matrices - 1 - i : i) * round; };
+    auto buffer = [&](size_t i) { return model.received + i % Shares::kInFlight * round; };
+    while (model.added < s.rounds) {
+        const size_t i = model.started;
+        const bool ready = i < s.rounds && (final == 0 || (i < matrices && at(i) >= final));
+        if (ready && i < model.added + Shares::kInFlight) {
+            device.exchange(buffer(i), model.grads + at(i), s.part);
+            ++model.started;
+            continue;
+        }
+        if (model.added == model.started || !device.arrived(final == 0)) return;
+        add_over_ranks(device, buffer(model.added), s.part);
+        device.copy(model.grads + at(model.added) + s.rank * s.part, buffer(model.added), s.part);
+        ++model.added;
+    }
+}
+// Does so while backward goes on, if nothing else will be added to the gradients of this rank.
+template <class Device>
+void exchange_early(Gpt2<Device>& model, const Pass& pass, size_t final) {
+    if (model.shares.count > 1 && pass.last && pass.into == 0) exchange_gradients(model, final);
+}
+// Sets this rank's parts of grads to their sum over all ranks, and the state's loss and norm.
+template <class Device>
+void sum_over_ranks(Gpt2<Device>& model) {
+    Device& device = model.device;
+    const Shares& s = model.shares;
+    exchange_gradients(model, 0);
+    model.started = model.added = 0;
+    s.for_each([&](size_t, size_t at, size_t n) {
+        device.square_sums(model.sums + at / kNormChunk, model.grads + at, n);
+    });
+    device.gather(model.sums, s.part / kNormChunk, s.rounds);
+    device.norm_of_sums(model.state, model.sums, ceil_div(s.size, kNormChunk));
+    double* losses = model.sums + s.room() / kNormChunk;
+    device.copy(losses + s.rank, &model.state->loss, 1);
+    device.gather(losses, 1, 1);
+    add_over_ranks(device, losses, 1);
+    device.copy(&model.state->loss, losses, 1);
+}
+
+// =================================================================================================
+// §11 The CPU at full speed: products of matrices, attention and e^x
 // =================================================================================================
 // What you have now: a model that trains, in plain loops. This section makes its six slowest
 // operations fast; none of the layers changes.
@@ -3188,8 +3209,9 @@ struct PairTiles : PlainTiles {
 };
 
 // With the matrix unit, where the CPU has one (AMX; Intel 64 manual, volume 1, chapter 18). It has
-// eight registers of 16 rows of 64 bytes, and one instruction multiplies 16 x 32 by 32 x 16 numbers.
-// Unit: its instructions; register numbers are template arguments, as they are part of the code.
+// eight registers of 16 rows of 64 bytes, and one instruction multiplies 16 x 32 by 32 x 16
+// numbers. Unit: its instructions; register numbers are template arguments, as they are part of the
+// code.
 template <class Unit>
 struct MatrixTiles : PairTiles {
     // Both operands in panels of 16 columns, so that what a register takes is 1 KB without gaps.
@@ -3285,7 +3307,8 @@ auto with_tiles(auto&& use) {
 // Keys later than a tile's last query are left out, but for those of its last panel: that is the
 // causal half. In bf16 scores, p and sums are fp32; p is rounded where it is multiplied as a pair.
 
-// The left operand of one of attention's products: floats are read where they lie, down a column too.
+// The left operand of one of attention's products: floats are read where they lie, down a column
+// too.
 template <class Tiles, class Number>
 auto attention_left(int buffer, View<Number> a, int rows, int depth) {
     if constexpr (std::is_same_v<Number, typename Tiles::Packed>)
@@ -3294,8 +3317,8 @@ auto attention_left(int buffer, View<Number> a, int rows, int depth) {
         return pack_left<Tiles>(buffer, a, rows, depth);
 }
 
-// One step of that softmax, for one query: scores s[count], still to be multiplied by factor, become
-// p; max, total and sums[HS] are updated.
+// One step of that softmax, for one query: scores s[count], still to be multiplied by factor,
+// become p; max, total and sums[HS] are updated.
 inline void running_softmax(float* s, float factor, int count, float& max, float& total,
                             float* sums, int HS) {
     const float top = std::max(max, factor * maximum(s, count));
@@ -3494,10 +3517,10 @@ using CpuOf = Layers<A, FastOps>;
 using Cpu = CpuOf<float>;
 
 // =================================================================================================
-// §11 Systems, files and JSON
+// §12 Systems, files and JSON
 // =================================================================================================
-// What you have now: a model that trains, in memory. Here is what the machine and its system decide,
-// how files are read and written, and two formats of text: UTF-8 and JSON.
+// What you have now: a model that trains, in memory. Here is what the machine and its system
+// decide, how files are read and written, and two formats of text: UTF-8 and JSON.
 //
 // A file must survive a kill, a full disk and a power cut. So it is written in full under another
 // name and then renamed, and no call goes unchecked.
@@ -3626,7 +3649,8 @@ inline std::vector<std::string> list_folder(const std::string& path) {
     return names;
 }
 
-// The whole file; more than max_bytes is an error. A pipe's length is not known, so the buffer grows.
+// The whole file; more than max_bytes is an error. A pipe's length is not known, so the buffer
+// grows.
 inline std::string read_file(const std::string& path, size_t max_bytes = SIZE_MAX) {
     const FileHandle file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
     struct stat info;
@@ -3734,7 +3758,8 @@ inline void remove_folder(const std::string& path) {
     if (::rmdir(path.c_str()) != 0) fail_errno("cannot remove folder ", path);
 }
 
-// A file that appears whole or not at all. What a kill or a power cut could leave without each step:
+// A file that appears whole or not at all. What a kill or a power cut could leave without each
+// step:
 //     open a temporary name    half of the new file under the real name, and the old one gone
 //     write
 //     fsync                    the new name with an empty file: the disk may write names first
@@ -3780,8 +3805,8 @@ inline void write_file(const std::string& path, std::string_view bytes) {
 }
 
 // --- What containers leave of the machine
-// Linux keeps processes in control groups, one inside the other, and each may have limits. A group is
-// a folder under /sys/fs/cgroup; in version 1 of the interface it is one for each resource.
+// Linux keeps processes in control groups, one inside the other, and each may have limits. A group
+// is a folder under /sys/fs/cgroup; in version 1 of the interface it is one for each resource.
 //                          version 2                   version 1
 //     /proc/self/cgroup    0::/box/run                 4:memory:/box/run
 //     cores                cpu.max: 150000 100000      cpu.cfs_quota_us, cpu.cfs_period_us
@@ -3812,8 +3837,8 @@ inline std::vector<std::string> of_groups(const std::string& root, auto... names
     }
     return texts;
 }
-// The cores that the threads of this process can keep busy, at least 1; one and a half count as two.
-// The root is another one in tests.
+// The cores that the threads of this process can keep busy, at least 1; one and a half count as
+// two. The root is another one in tests.
 inline int usable_cores(const std::string& root = "") {
     double cores = omp_get_num_procs();
     for (const std::string& limit :
@@ -3829,8 +3854,8 @@ inline void use_all_cores() {
     if (!std::getenv("OMP_NUM_THREADS")) omp_set_num_threads(usable_cores());
 }
 
-// A 64-bit checksum, 16 hexadecimal digits, at the speed of memory; against accidents, not attackers.
-// Four lanes take every fourth 8-byte word, mixed:
+// A 64-bit checksum, 16 hexadecimal digits, at the speed of memory; against accidents, not
+// attackers. Four lanes take every fourth 8-byte word, mixed:
 //     word = word * K;  word ^= word >> 32;  lane = rotate((lane ^ word) * K'),  K and K' odd
 //     bytes   0-7  8-15  16-23  24-31  32-39 ...   the last 32 filled up with zeros
 //     lane     0     1     2      3      0   ...   then length and lanes become one number
@@ -3852,6 +3877,20 @@ inline std::string checksum(std::string_view bytes) {
     if (rest > 0) add(whole, rest);
     for (uint64_t lane : lanes) sum = step(sum, lane);
     return format("%016llx", (unsigned long long)mix_bits(sum));
+}
+
+// For an error: what a file with this beginning may be instead of a shard, and what to do.
+inline std::string no_shard_hint(const std::string& path, std::string_view begin, int32_t magic) {
+    if (magic == 20240801)
+        return "It is a shard of llm.c with 32-bit tokens (Llama 3's); tokens here have 16 bits: "
+               "tokenize the text with ./prepare_data";
+    const auto is_text = [](char c) { return uint8_t(c) >= ' ' || (c >= '\t' && c <= '\r'); };
+    if (std::all_of(begin.begin(), begin.end(), is_text))
+        return "Make shards from text with ./prepare_data --input FILE --output DIR";
+    return "If it has tokens of 16 bits without a header, as nanoGPT writes them, this makes a "
+           "shard of it: python3 -c \"import struct; t = open('" +
+           path + "', 'rb').read(); open('train_000001.bin', 'wb').write(struct.pack('<256i', " +
+           std::to_string(kShardMagic) + ", 1, len(t) // 2, *[0] * 253) + t)\"";
 }
 
 // --- Characters in UTF-8
@@ -4170,7 +4209,7 @@ inline Json Json::parse(std::string_view text, const std::string& where, JsonLim
 }
 
 // =================================================================================================
-// §12 The tokenizer: text to tokens and back
+// §13 The tokenizer: text to tokens and back
 // =================================================================================================
 // What you have now: files of text. What a model reads: tokens, numbers below its vocabulary's
 // size, each of which stands for some bytes of text.
@@ -4292,7 +4331,7 @@ public:
         return bytes_[size_t(id)];
     }
     // The text of some tokens, with `end_of_text_mark` for every end of text. Careful: a token may
-    // be half a character, so the result need not be valid UTF-8 (see take_characters, §15).
+    // be half a character, so the result need not be valid UTF-8 (see take_characters, §16).
     std::string decode(const std::vector<uint16_t>& tokens,
                        std::string_view end_of_text_mark = "") const {
         std::string text;
@@ -4609,7 +4648,7 @@ inline CharClass class_of(uint32_t code) {
 }
 
 // =================================================================================================
-// §13 Hugging Face in, Hugging Face out: safetensors files and config.json
+// §14 Hugging Face in, Hugging Face out: safetensors files and config.json
 // =================================================================================================
 // What you have now: a model that reads and writes text. On disk it is a folder as Hugging Face's
 // transformers writes it; nothing is converted, either way.
@@ -4707,7 +4746,8 @@ inline std::string shape_text(const std::vector<int64_t>& shape) {
     return shown(Json::array(shape).write());
 }
 
-// A safetensors file. The constructor reads and checks its header; read() brings a tensor's weights.
+// A safetensors file. The constructor reads and checks its header; read() brings a tensor's
+// weights.
 class SafetensorsFile : public InputFile {
 public:
     std::vector<StoredTensor> tensors;  // in the order of their bytes
@@ -5060,7 +5100,7 @@ inline Json hf_config(const Config& model, int64_t end_of_text) {
 // All that a folder has beside the weights. tokenizer: null where there is none (a run on ids).
 //     config.json              the model's sizes        GPT2LMHeadModel.from_pretrained(folder)
 //     generation_config.json   where a text ends        model.generate(...)
-//     vocab.json merges.txt    the vocabulary (§12)     GPT2Tokenizer.from_pretrained(folder)
+//     vocab.json merges.txt    the vocabulary (§13)     GPT2Tokenizer.from_pretrained(folder)
 //     tokenizer.json           the same, once more      Tokenizer.from_file(file), of tokenizers
 //     tokenizer_config.json    its kind and its limit   AutoTokenizer.from_pretrained(folder)
 inline void write_model_description(const std::string& folder, const Config& config,
@@ -5082,7 +5122,7 @@ inline void write_model_description(const std::string& folder, const Config& con
 }
 
 // =================================================================================================
-// §14 Checkpoints: a run that is interrupted goes on as if it had not been
+// §15 Checkpoints: a run that is interrupted goes on as if it had not been
 // =================================================================================================
 // What you have now: a model on disk that any tool can open. A checkpoint has beside it all that
 // resuming needs:
@@ -5270,8 +5310,8 @@ auto arrays_of(Gpt2<Device>& model, Contents contents) {
     return list;
 }
 
-// Makes the arrays of a checkpoint whole, in their order, where ranks share them out. All ranks take
-// part to the end, even where writing fails; only rank 0 writes.
+// Makes the arrays of a checkpoint whole, in their order, where ranks share them out. All ranks
+// take part to the end, even where writing fails; only rank 0 writes.
 template <class Device>
 struct WholeArrays {
     using Real = typename Device::Real;
@@ -5482,7 +5522,7 @@ inline std::vector<std::string> set_aside_later(const std::string& output, int64
 }
 
 // =================================================================================================
-// §15 Log and terminal: what a run writes and shows
+// §16 Log and terminal: what a run writes and shows
 // =================================================================================================
 // What you have now: all that trains, and files. This is how a run reports.
 
@@ -5509,9 +5549,9 @@ inline size_t columns_of(int fd, size_t in_a_file = SIZE_MAX) {
     return ::ioctl(fd, TIOCGWINSZ, &window) == 0 && window.ws_col > 0 ? window.ws_col : 80;
 }
 
-// A text in lines of at most `width` columns, broken at blanks; a word is never cut. All lines begin
-// at column `indent`, the first one at `column` where something stands before it. The text may come
-// in parts, so that it can be shown while it is made.
+// A text in lines of at most `width` columns, broken at blanks; a word is never cut. All lines
+// begin at column `indent`, the first one at `column` where something stands before it. The text
+// may come in parts, so that it can be shown while it is made.
 class WordWrap {
 public:
     explicit WordWrap(size_t width, size_t indent = 0, size_t column = 0)
@@ -5773,9 +5813,9 @@ inline std::atomic<int64_t> stop_asked{0};
 static_assert(std::atomic<int64_t>::is_always_lock_free, "a signal handler must not wait");
 
 // =================================================================================================
-// §16 The training loop
+// §17 The training loop
 // =================================================================================================
-// What you have now: a step (§8), an evaluation (§9), checkpoints (§14) and a log (§15).
+// What you have now: a step (§8), an evaluation (§9), checkpoints (§15) and a log (§16).
 // Trainer::run is the loop: what happens between two steps, in order. What it calls stands below
 // it, in the order of the calls.
 //
@@ -6326,7 +6366,7 @@ private:
 };
 
 // =================================================================================================
-// §17 Options: one table of them, and all that is made from it
+// §18 Options: one table of them, and all that is made from it
 // =================================================================================================
 // What you have now: all that trains. A program around it needs a command line.
 //

@@ -17,7 +17,7 @@ namespace tinygpt {
 // =================================================================================================
 // 1 Options: what the user can ask for, each said once
 // =================================================================================================
-// What you have now: all that trains, and an engine for options (§17).
+// What you have now: all that trains, and an engine for options (§18).
 //
 // A new option is a member of Options (type and default) and a row of the table. What happens to
 // --batch-size 4:
@@ -1124,8 +1124,8 @@ inline void on_stop_signal(int) {
     // Why 50 ms: `timeout` and a closing terminal send two signals at once and mean one.
     if (now - first > 50'000'000) ::_exit(130);
 }
-// Ctrl-C, `kill`, SIGUSR1 (as batch systems send it) and a closed terminal ask the run to stop. SIGPIPE and SIGXFSZ are ignored: the
-// failed write reports the error.
+// Ctrl-C, `kill`, SIGUSR1 (as batch systems send it) and a closed terminal ask the run to stop.
+// SIGPIPE and SIGXFSZ are ignored: the failed write reports the error.
 inline void catch_signals() {
     stop_asked = 0;
     for (int number : {SIGINT, SIGTERM, SIGUSR1}) ::signal(number, on_stop_signal);
@@ -3021,7 +3021,8 @@ private:
         return to_text("rank ", rank, " on ", hosts_[size_t(rank)]);
     }
 
-    // Why a child: mpirun would wait for a machine that it cannot reach, after it has killed this rank.
+    // Why a child: mpirun would wait for a machine that it cannot reach, after it has killed this
+    // rank.
     void end_mpirun() {
         const pid_t parent = ::getppid();
         auto name = [&] {
@@ -3068,7 +3069,8 @@ private:
         std::vector<double> heard(size_t(count), now_seconds());
         std::vector<MPI_Request> sent(size_t(count), MPI_REQUEST_NULL);
         double last = now_seconds(), next = last;
-        // MPI moves data only while it is called: so this thread calls it, while the other computes.
+        // MPI moves data only while it is called: so this thread calls it, while the other
+        // computes.
         for (; !done_; ::usleep(on_their_way_ ? 200 : 50000)) {
             const double now = now_seconds();
             if (now - last > 5)
@@ -3212,9 +3214,9 @@ inline double on_all_threads(double (*f)()) {
     return total;
 }
 
-// Bytes that this process could use without swapping: what the system calls available (or all, where
-// it does not say), within the limits of its control groups. Copies of files (inactive_file) make
-// room when it is needed. The root is another one in tests.
+// Bytes that this process could use without swapping: what the system calls available (or all,
+// where it does not say), within the limits of its control groups. Copies of files (inactive_file)
+// make room when it is needed. The root is another one in tests.
 inline size_t usable_memory(const std::string& root = "") {
     double bytes = 1024 * numbers_behind(text_if_any(root + "/proc/meminfo"), "MemAvailable:")[0];
     if (bytes == 0) bytes = double(::sysconf(_SC_PHYS_PAGES)) * double(::sysconf(_SC_PAGESIZE));

@@ -1318,7 +1318,7 @@ __global__ void add_loss_kernel(double* loss, const float* losses, int rows, dou
 // bytes each, 0.17 ms for GPT-2's 124M. Expect 90 %.
 __global__ void square_sums_kernel(double* sums, const float* grads, size_t count) {
     double sum = 0;
-    const size_t begin = blockIdx.x * Shares::kChunk, end = min(begin + Shares::kChunk, count);
+    const size_t begin = blockIdx.x * kNormChunk, end = min(begin + kNormChunk, count);
     for (size_t i = begin + threadIdx.x * 4; i < end; i += blockDim.x * 4) {
         float g[4];
         load_pack(g, grads + i);
@@ -2030,7 +2030,8 @@ struct Cuda {
     Cuda(bool tf32 = false)
         : context(
               std::make_shared<CudaContext>(tf32, kSeparateMasters ? CUDA_R_16BF : CUDA_R_32F)) {
-        // Elsewhere the library runs it as a kernel of its own (llm.c, pull request 653), or slowly.
+        // Elsewhere the library runs it as a kernel of its own (llm.c, pull request 653), or
+        // slowly.
         fuse = context->gpu.major == 9 || context->gpu.major == 10;
     }
 
@@ -2343,13 +2344,13 @@ struct Cuda {
         launch(KERNEL(add_loss_kernel), 1, kOneBlock, 0, state->loss_of(into), losses, rows, scale);
     }
     void gradient_norm(StepState* state, const float* grads, size_t count) {
-        const size_t chunks = blocks_for(count, Shares::kChunk);
+        const size_t chunks = blocks_for(count, kNormChunk);
         double* sums = context->scratch<double>(chunks);
         square_sums(sums, grads, count);
         norm_of_sums(state, sums, chunks);
     }
     void square_sums(double* sums, const float* grads, size_t count) {
-        launch(KERNEL(square_sums_kernel), blocks_for(count, Shares::kChunk), kThreads, 0, sums,
+        launch(KERNEL(square_sums_kernel), blocks_for(count, kNormChunk), kThreads, 0, sums,
                grads, count);
     }
     void norm_of_sums(StepState* state, const double* sums, size_t chunks) {

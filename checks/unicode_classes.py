@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the table of §12 of tinygpt.hpp: Unicode's letters, numbers and white space, as text.
+"""Write the table of §13 of tinygpt.hpp: Unicode's letters, numbers and white space, as text.
 
     pip install regex==2026.5.9      # Unicode 17.0
     python3 checks/unicode_classes.py

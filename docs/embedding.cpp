@@ -5,7 +5,7 @@
 //   ./embedding data/stories out/embedding 200
 //
 // What it saves is a Hugging Face folder: ./train_gpt opens it, and so does transformers. A run with
-// evaluation, a log and resuming is a Trainer (§16); ./train_gpt is made of one.
+// evaluation, a log and resuming is a Trainer (§17); ./train_gpt is made of one.
 #include "../tinygpt.hpp"
 
 using namespace tinygpt;
