@@ -1557,10 +1557,11 @@ struct Layers {
     }
     void release(auto* pointer) { std::free(pointer); }
     void zero(auto* to, size_t count) {
-        std::memset(static_cast<void*>(to), 0, count * sizeof *to);
+        if (count > 0) std::memset(static_cast<void*>(to), 0, count * sizeof *to);
     }
+    // Why count > 0, here and above: memcpy takes no null, not even for nothing.
     void upload(auto* to, const auto* from_host, size_t count) {
-        std::memcpy(static_cast<void*>(to), from_host, count * sizeof *to);
+        if (count > 0) std::memcpy(static_cast<void*>(to), from_host, count * sizeof *to);
     }
     void download(auto* to_host, const auto* from, size_t count) { upload(to_host, from, count); }
     void weights_from_masters(Weight* weights, const Real* masters, size_t count) {

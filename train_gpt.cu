@@ -2350,8 +2350,8 @@ struct Cuda {
         norm_of_sums(state, sums, chunks);
     }
     void square_sums(double* sums, const float* grads, size_t count) {
-        launch(KERNEL(square_sums_kernel), blocks_for(count, kNormChunk), kThreads, 0, sums,
-               grads, count);
+        launch(KERNEL(square_sums_kernel), blocks_for(count, kNormChunk), kThreads, 0, sums, grads,
+               count);
     }
     void norm_of_sums(StepState* state, const double* sums, size_t chunks) {
         launch(KERNEL(norm_of_sums_kernel), 1, kOneBlock, 0, state, sums, int(chunks));

@@ -78,8 +78,7 @@ static int follow(const Child& child, const std::string& call, const std::string
     for (std::string& word : all) argv.push_back(word.data());
     argv.push_back(nullptr);
     if (!child.program.empty()) ::execv(argv[0], argv.data()), ::_exit(127);
-    const int status = program(int(all.size()), argv.data(), "train_gpt",
-                               run_on_cpu);
+    const int status = program(int(all.size()), argv.data(), "train_gpt", run_on_cpu);
     std::fflush(nullptr);
     ::_exit(status);
 }
