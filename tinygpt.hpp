@@ -3496,8 +3496,10 @@ struct FastOps {
     static void matmul(C* c, ptrdiff_t ldc, View<Number> a, View<Number> b, int m, int n, int k,
                        bool accumulate = false, const Finish<float>& finish = {}) {
         if (m == 1) return multiply_row(c, a, b, n, k, accumulate, finish);
-        with_tiles<Number>(
-            [&]<class Tiles>() { multiply<Tiles>(c, ldc, a, b, m, n, k, accumulate, finish); });
+        const auto product = [&]<class Tiles>() {
+            multiply<Tiles>(c, ldc, a, b, m, n, k, accumulate, finish);
+        };
+        with_tiles<Number>(product);
     }
     static auto exp(auto x) { return exp_fast(x); }
     static auto maximum(auto... a) { return tinygpt::maximum(a...); }

@@ -544,6 +544,7 @@ struct ProgressLine {
     int64_t total;
     double begin = now_seconds(), shown = begin;
 
+    ProgressLine(const char* what, int64_t total) : what(what), total(total) {}
     ~ProgressLine() {
         if (shown > begin) show_line({""}, false);
     }
