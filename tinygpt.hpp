@@ -3289,15 +3289,15 @@ struct MatrixUnit {
 };
 #endif
 
-// Calls use<Tiles>() with the fastest way to multiply such numbers that this CPU has.
+// Calls use(Tiles{}) with the fastest way to multiply such numbers that this CPU has.
 template <class Number>
 auto with_tiles(auto&& use) {
     if constexpr (std::is_same_v<Number, bf16> && kHasPairs) {
         if constexpr (MatrixUnit::kBuilt)
-            if (MatrixUnit::usable()) return use.template operator()<MatrixTiles<MatrixUnit>>();
-        return use.template operator()<PairTiles>();
+            if (MatrixUnit::usable()) return use(MatrixTiles<MatrixUnit>{});
+        return use(PairTiles{});
     } else {
-        return use.template operator()<PlainTiles>();
+        return use(PlainTiles{});
     }
 }
 
@@ -3496,21 +3496,20 @@ struct FastOps {
     static void matmul(C* c, ptrdiff_t ldc, View<Number> a, View<Number> b, int m, int n, int k,
                        bool accumulate = false, const Finish<float>& finish = {}) {
         if (m == 1) return multiply_row(c, a, b, n, k, accumulate, finish);
-        const auto product = [&]<class Tiles>() {
-            multiply<Tiles>(c, ldc, a, b, m, n, k, accumulate, finish);
-        };
-        with_tiles<Number>(product);
+        with_tiles<Number>([&](auto tiles) {
+            multiply<decltype(tiles)>(c, ldc, a, b, m, n, k, accumulate, finish);
+        });
     }
     static auto exp(auto x) { return exp_fast(x); }
     static auto maximum(auto... a) { return tinygpt::maximum(a...); }
     static auto exp_and_sum(auto... a) { return tinygpt::exp_and_sum(a...); }
     template <class A>
     static void attend(A* out, auto... a) {
-        with_tiles<A>([&]<class Tiles>() { tinygpt::attend<Tiles>(out, a...); });
+        with_tiles<A>([&](auto tiles) { tinygpt::attend<decltype(tiles)>(out, a...); });
     }
     template <class A>
     static void attend_backward(A* dqkv, auto... a) {
-        with_tiles<A>([&]<class Tiles>() { tinygpt::attend_backward<Tiles>(dqkv, a...); });
+        with_tiles<A>([&](auto tiles) { tinygpt::attend_backward<decltype(tiles)>(dqkv, a...); });
     }
 };
 

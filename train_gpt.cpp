@@ -3260,7 +3260,7 @@ struct Machine : CpuOf<A> {
     double bf16_peak_flops() const {
         if (!kHasPairs) return 0;
         return with_tiles<bf16>(
-            []<class Tiles>() { return on_all_threads(tile_flops<Tiles, bf16>); });
+            [](auto tiles) { return on_all_threads(tile_flops<decltype(tiles), bf16>); });
     }
     // Bytes a second: all threads read 256 MB, far more than any cache holds. Why integers: the
     // compiler may add those in any order, and so a register full at a time.
