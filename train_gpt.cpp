@@ -1428,7 +1428,7 @@ inline std::vector<std::string> rank_lines(const Options& o, const Corpus& corpu
     return lines;
 }
 
-// What the program chose for a run that is resumed, and what is not given anew, stays as it was.
+// What the program chose for a run that is resumed, and what is not given again, stays as it was.
 inline void take_choices(Options& o, const TrainerState& state) {
     for (const Option& option : option_table(o)) {
         const Json* saved = state.options.find(option.name);

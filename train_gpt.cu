@@ -1533,7 +1533,7 @@ public:
         if (lines_.back().empty()) lines_.pop_back();
     }
     // The choice for some work, and the line with it. If there is none, tune returns the rest of
-    // the line, and the file is written anew.
+    // the line, and the file is written again.
     struct Found {
         std::string choice, where;
         void check(bool good) const {

@@ -19,7 +19,7 @@ typed() {
 inside() {
     unshare --mount sh -c 'mount -t proc proc "$0/proc" && mount --bind /dev "$0/dev" &&
         exec chroot "$0" env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 \
-        DEBIAN_FRONTEND=noninteractive http_proxy="${http_proxy:-}" sh -c "cd /root/tinygpt && $1"' "$root" "$1"
+        DEBIAN_FRONTEND=noninteractive http_proxy="${http_proxy:-}" sh -c "cd /tinygpt && $1"' "$root" "$1"
 }
 
 [ $# -gt 0 ] || set -- bookworm trixie
@@ -27,8 +27,8 @@ for suite in "$@"; do
     root=$PWD/build/bare/$suite out=docs/first-run-$suite.txt
     mkdir -p "$(dirname "$root")"
     [ -f "$root/etc/debian_version" ] || debootstrap --variant=minbase "$suite" "$root" > "$root.log"
-    rm -rf "$root/root/tinygpt"
-    git clone -q . "$root/root/tinygpt"
+    rm -rf "$root/tinygpt"
+    git clone -q . "$root/tinygpt"
     began=$(date +%s)
     inside "apt-get update -q && apt-get install -y -q g++ make doctest-dev" > "$root.apt.log" 2>&1
     apt=$(($(date +%s) - began))
@@ -42,8 +42,8 @@ for suite in "$@"; do
         inside 'echo $$ > ../pid; exec ./train_gpt' 2>&1 | stamped | while IFS= read -r line; do
             echo "$line"
             case $line in *" loss "*) # once: a second signal would not let it save
-                [ ! -f "$root/root/pid" ] || kill -INT "$(cat "$root/root/pid")"
-                rm -f "$root/root/pid" ;;
+                [ ! -f "$root/pid" ] || kill -INT "$(cat "$root/pid")"
+                rm -f "$root/pid" ;;
             esac
         done
     } | tee "$out"
