@@ -3,7 +3,7 @@
 // The model, an explicit forward and an explicit backward for every layer, the update, and the
 // training loop. Two programs use it: train_gpt.cpp on a CPU, train_gpt.cu on an NVIDIA GPU. It is
 // GPT-2 exactly, in fp32 or bf16, from scratch or from a Hugging Face checkpoint. It is not a
-// framework: no autograd, no other model.
+// framework: no autograd, no other model. Several processes may train one (§10).
 //
 //   make train_gpt && ./train_gpt   learns the default corpus in about a minute
 //   ./train_gpt walk                shows one training step, with every number

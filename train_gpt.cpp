@@ -1,5 +1,6 @@
-// train_gpt: trains a GPT-2. The program of both drivers: options, commands, report, bench, walk.
-// What trains is tinygpt.hpp. train_gpt.cu includes this file and brings another device.
+// train_gpt: trains a GPT-2. The program of both drivers: options, commands, report, bench, walk,
+// show, export, and the ranks of MPI. What trains is tinygpt.hpp. train_gpt.cu includes this file
+// and brings another device.
 #include "tinygpt.hpp"
 
 #include <random>  // random_device
