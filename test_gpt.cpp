@@ -59,12 +59,12 @@ int main(int argc, char** argv) {
 // =================================================================================================
 
 // What the tests say of themselves: a line for each area when it is done, on a terminal also which
-// case is running. What was skipped, and why, is repeated at the very end, where nobody can
-// overlook it; a test says so with MESSAGE("skipped: what: why").
+// case is running. What was skipped or failed, and why, is repeated at the very end, where nobody
+// can overlook it; a test says so with MESSAGE("skipped: what: why").
 namespace test_report {
 struct Report : doctest::IReporter {
     const bool terminal = ::isatty(STDOUT_FILENO);
-    std::vector<std::string> skipped;
+    std::vector<std::string> skipped, failed;
     std::string running, area;
     int cases = 0;
     double began = 0;
@@ -87,6 +87,14 @@ struct Report : doctest::IReporter {
         const std::string text = message.m_string.c_str();
         if (text.starts_with("skipped")) skipped.push_back(running + ": " + text);
     }
+    void log_assert(const doctest::AssertData& check) override {
+        if (check.m_failed && failed.size() < 20)
+            failed.push_back(tinygpt::format("%s, line %d: %s: %s", running.c_str(), check.m_line,
+                                             check.m_expr, check.m_decomp.c_str()));
+    }
+    void test_case_exception(const doctest::TestCaseException& thrown) override {
+        failed.push_back(running + ": " + thrown.error_string.c_str());
+    }
     void test_run_end(const doctest::TestRunStats& stats) override {
         end_area();
         if (stats.numTestCasesPassingFilters == 0) {
@@ -98,15 +106,14 @@ struct Report : doctest::IReporter {
         std::printf("[skipped] %zu checks were skipped%s\n", skipped.size(),
                     skipped.empty() ? "" : ":");
         for (const std::string& line : skipped) std::printf("[skipped]   %s\n", line.c_str());
+        for (const std::string& line : failed) std::printf("[failed]   %s\n", line.c_str());
     }
     void report_query(const doctest::QueryData&) override {}
     void test_run_start() override {}
     void test_case_reenter(const doctest::TestCaseData&) override {}
     void test_case_end(const doctest::CurrentTestCaseStats&) override {}
-    void test_case_exception(const doctest::TestCaseException&) override {}
     void subcase_start(const doctest::SubcaseSignature&) override {}
     void subcase_end() override {}
-    void log_assert(const doctest::AssertData&) override {}
     void test_case_skipped(const doctest::TestCaseData&) override {}
 };
 #if !defined(TINYGPT_TEST_CUDA) || defined(__CUDACC__)
