@@ -80,11 +80,6 @@ torture: $(BUILD)/torture train_gpt_cu_on_cpu
 $(BUILD)/torture: checks/torture.cpp checks/runs.hpp checks/faults.hpp train_gpt.cpp tinygpt.hpp | $(BUILD)
 	$(CXX) $(CXXFLAGS) $< -o $@
 
-# Damaged model folders, each opened by ./train_gpt: time and memory (medians of five).
-damaged: $(BUILD)/test_gpt $(BUILD)/train_gpt
-	DAMAGED=$(BUILD)/damaged $< -tc="hf: a damaged folder*"
-	python3 checks/damaged.py $(BUILD)/train_gpt $(BUILD)/damaged
-
 # libFuzzer on every parser: make fuzz SECONDS=60. What it finds stays in build/.../corpus and is where
 # the next one begins. The time limit of an input is long: it is of the clock, and a machine may stand still.
 SECONDS ?= 30
@@ -123,7 +118,7 @@ show_pictures: $(BUILD)/train_gpt out/stories/log.csv
 out/stories/log.csv: | train_gpt
 	./train_gpt
 
-nightly: check torture damaged cuda_cards cuda_12
+nightly: check torture cuda_cards cuda_12
 	python3 checks/mutate.py cuda
 	$(MAKE) fuzz SECONDS=1200
 	$(MAKE) fuzz_coverage
@@ -163,4 +158,4 @@ count:
 	@awk '/^\/\/ What follows is plumbing/{exit} {t=$$0; sub(/^[ \t]+/,"",t); if(t!="" && t!~/^\/\//)k++} \
 	    END{printf "tinygpt.hpp, what a student reads: %d lines of code\n",k}' tinygpt.hpp
 	@cat checks/* .ci/run | awk '{t=$$0; sub(/^[ \t]+/,"",t); if(t!="" && t!~/^(\/\/|#[^i!])/)k++} END{printf "checks: %d lines of code\n",k}'
-.PHONY: screens check mpi_test test_show show_pictures readme tidy grammar valgrind plot portable test_emulator cuda_compiles kernel_table cuda_12 cuda_cards torture damaged fuzz fuzz_coverage test_hf nightly count
+.PHONY: screens check mpi_test test_show show_pictures readme tidy grammar valgrind plot portable test_emulator cuda_compiles kernel_table cuda_12 cuda_cards torture fuzz fuzz_coverage test_hf nightly count
