@@ -747,7 +747,8 @@ TEST_CASE("data: a damaged shard is refused, with the reason") {
     put_file(path, raw(tokens)), refused("found 200 bytes");
     refused("python3 -c \"import struct; t = open('" + path + "', 'rb')");
     put_file(path, raw(noisy_text(1000, 1))), refused("as nanoGPT writes them");
-    put_file(path, "It was the best of times.\n"), refused("text with ./prepare_data --input FILE");
+    put_file(path, "It was the best of times.\n"),
+        refused("of text with ./prepare_data --input FILE");
     put_shard(path, tokens, {}, 20240520, 2), refused("version 1");
     for (int32_t count : {0, 99, 101, 1 << 30, -2}) {
         CAPTURE(count);
@@ -3273,10 +3274,11 @@ TEST_CASE("json: numbers and strings come back as they were, members by name and
 
 // A quadratic step anywhere would take minutes.
 TEST_CASE("json: large and hostile texts take linear time and bounded depth") {
-    std::string vocabulary = "{", objects;
+    std::string vocabulary = "{", objects, zeros = "[";
     for (int i = 0; i < 50257; i++)
         vocabulary += format("%s\"word%d\": %d", i ? ", " : "", i * 7, i);
     for (int i = 0; i < 100'000; i++) objects += "{\"a\":";
+    for (int i = 0; i < 300'000; i++) zeros += "0,";
     const Json json = Json::parse(vocabulary + "}", "vocab.json");
     REQUIRE(json.members.size() == 50257);
     CHECK(json.members[50256].second.as<int>() == 50256);
@@ -3287,6 +3289,7 @@ TEST_CASE("json: large and hostile texts take linear time and bounded depth") {
          {std::string(65, '[') + std::string(65, ']'), "64 levels"},
          {std::string(many, '['), "64 levels"},
          {objects, "64 levels"},
+         {zeros, "more than 262144 values"},
          {"\"" + std::string(many, 'x'), "the rest of a string"},
          {std::string(many, '1'), "out of range"}};
     for (auto& [text, reason] : list) {
@@ -3294,8 +3297,6 @@ TEST_CASE("json: large and hostile texts take linear time and bounded depth") {
         CHECK(contains(message, reason));
         CHECK(message.empty() == !*reason);
     }
-    const JsonLimits three = {.depth = 64, .values = 3};
-    CHECK(contains(error_of([&] { Json::parse("[1,2,3]", "x", three); }), "more than 3 values"));
 }
 
 TEST_CASE("json: no mutation of a text makes the parser do anything but read or refuse it") {
@@ -3777,15 +3778,15 @@ TEST_CASE("tokenizer: damaged vocabulary files are refused in one clear line") {
          {vocab, merges + "\n", "line 7: expected two tokens"},
          {vocab, merges + "a b c\n", "line 7"},
          {vocab, merges + " a\n", "line 7"},
-         {vocab, merges + unversioned, "must have the id 261, as its merge has, found 256"},
-         {vocab, merges + "q x\n", "qx must have the id 261, as its merge has, found none"},
+         {vocab, merges + unversioned, "makes a token that there is already"},
+         {vocab, merges + "q x\n", "expected an object of 263 tokens (256 bytes, 6 merges"},
          {changed("\"!\": 0", "\"!\": 1"), merges, "! must have the id 0"},
          {changed("\"!\": 0", "\"!\": 0.0"), merges, "! must have the id 0"},
-         {changed("\"!\": 0", "\"?!\": 0"), merges, "! must have the id 0"},
+         {changed("\"!\": 0", "\"?!\": 0"), merges, "no merge makes the token ?!"},
          {changed("\"!\": 0", "\"!\": 0, \"??\": 7"), merges, "expected an object of 262 tokens"},
-         {changed("<|endoftext|>", "<|end|>"), merges, "<|endoftext|> must have the id 261"},
+         {changed("<|endoftext|>", "<|end|>"), merges, "no merge makes the token <|end|>"},
          {vocab.substr(0, 99), merges, "not valid JSON"},
-         {"[]", merges, "! must have the id 0"},
+         {"[]", merges, "expected an object of 262 tokens"},
          // As editors and shells on Windows leave them.
          {"\xef\xbb\xbf" + vocab + "\r\n", merges, ""},
          {vocab, "\xef\xbb\xbf" + merges, ""},
@@ -3885,10 +3886,6 @@ TEST_CASE("safetensors: a file is what the format says, byte for byte") {
                          R"("d":{"dtype":"F32","shape":[],"data_offsets":[20,24]}})";
     header.append((8 - header.size() % 8) % 8, ' ');
     CHECK(read_file(scratch / "f") == safetensors_bytes(header, raw(a) + raw(b) + raw(d)));
-    for (const char* dtype : {"F64", "F16", "BF16", "I64", ""})
-        check_refused(scratch / "g", "cannot write a tensor as", [&] {
-            write_safetensors(scratch / "g", {tensor_to_write("a", {3}, a.data(), dtype)});
-        });
     CHECK(list_folder(scratch.path) == std::vector<std::string>{"f"});
 }
 
@@ -3993,7 +3990,7 @@ TEST_CASE("safetensors: each rule of the format broken once is refused by name")
     auto length = [&](uint64_t n) { return little_endian(n) + whole.substr(8); };
     auto cut = [&](size_t bytes) { return whole.substr(0, bytes); };
     std::string many = "{", nested = "{\"a\":";
-    for (int i = 0; i < 30'000; i++)
+    for (int i = 0; i < 40'000; i++)
         many += (i ? "," : "") + entry("t" + std::to_string(i), "F32", "[6]", "[0,24]");
     for (int i = 0; i < 100'000; i++) nested += "[";
     const std::string open = a.substr(0, a.size() - 1);
@@ -4016,29 +4013,24 @@ TEST_CASE("safetensors: each rule of the format broken once is refused by name")
         // The JSON
         {"must begin with '{'",
          {length(0), header(" " + good), header("\xef\xbb\xbf" + good), header("[" + good + "]")}},
-        {"must end with '}'",
-         {length(good.size() + 8), header(good + std::string(4, '\0')), header(good + "\n")}},
         {"not valid JSON",
-         {length(good.size() - 1), header(good + good), header("{" + a + "," + b + ",}"),
-          header("{" + a + b + "}"), header("{" + a + "," + b.substr(0, b.size() - 1) + "}"),
-          header("{'a':1}"), header("{/**/}"),
-          pair(a, entry(std::string(1, '\0'), "F32", "[2]", "[16,24]"))}},
+         {length(good.size() + 8), header(good + std::string(4, '\0')), length(good.size() - 1),
+          header(good + good), header("{" + a + "," + b + ",}"), header("{" + a + b + "}"),
+          header("{" + a + "," + b.substr(0, b.size() - 1) + "}"), header("{'a':1}"),
+          header("{/**/}"), pair(a, entry(std::string(1, '\0'), "F32", "[2]", "[16,24]"))}},
         {"invalid UTF-8", {name("\xc3(")}},
         {"surrogate", {name("\\ud800")}},
         {"key a twice", {name("a"), name("\\u0061")}},
         {"key dtype twice", {pair(open + ",\"dtype\":\"F32\"}", b)}},
-        {"more than 8 levels", {safetensors_bytes(nested + "}", "")}},
-        {"__metadata__ x must be a string", {metadata("{\"x\":1}"), metadata("{\"x\":{}}")}},
-        {"\"__metadata__\" must be an object", {metadata("null"), metadata("[\"x\"]")}},
+        {"more than 64 levels", {safetensors_bytes(nested + "}", "")}},
         {"__metadata__ twice", {metadata("{},\"__metadata__\":{}")}},
         // A tensor's description
         {"tensor b: \"dtype\" is missing",
-         {pair(a, "\"b\":7"), pair(a, "\"b\":null"),
+         {pair(a, "\"b\":7"), pair(a, "\"b\":null"), pair(a, "\"b\":[1]"),
           pair(a, R"("b":{"shape":[2],"data_offsets":[16,24]})")}},
         {"\"shape\" is missing", {pair(a, R"("b":{"dtype":"F32","data_offsets":[16,24]})")}},
         {"\"data_offsets\" is missing", {pair(a, R"("b":{"dtype":"F32","shape":[2]})")}},
-        {"unknown key strides", {pair(open + ",\"strides\":[1]}", b)}},
-        {"unknown key \"\"", {pair(a, "\"b\":[1]")}},
+        {"unknown key beside dtype", {pair(open + ",\"strides\":[1]}", b)}},
         {"unknown dtype F128", {dtype("F128")}},
         {"unknown dtype f32", {dtype("f32")}},
         {"unknown dtype \"\"", {dtype("")}},
@@ -4050,10 +4042,8 @@ TEST_CASE("safetensors: each rule of the format broken once is refused by name")
          {shape("[\"2\",2]"), shape("[-2,-2]"), shape("[-1]"), shape("[2.0,2]"), shape("[4e0]"),
           shape("[9007199254740993]"), shape("[18446744073709551616]"),
           with_a("F32", "[4611686018427387905]", "[0,4]")}},
-        {"overflows",
-         {with_a("F32", "[4294967296,4294967296]", "[0,0]"),
-          with_a("F32", "[4294967296,4294967296,0]", "[0,0]"),
-          with_a("F32", "[2147483648,2147483648]", "[0,0]")}},
+        {"takes 7.3787e+19 bytes", {with_a("F32", "[4294967296,4294967296]", "[0,0]")}},
+        {"takes 1.84467e+19 bytes", {with_a("F32", "[2147483648,2147483648]", "[0,0]")}},
         {"takes 24 bytes", {shape("[2,3]")}},
         {"takes 8 bytes", {shape("[2,1]"), dtype("BF16")}},
         {"takes 32 bytes", {dtype("F64")}},
@@ -4065,12 +4055,10 @@ TEST_CASE("safetensors: each rule of the format broken once is refused by name")
          {offsets("[-16,0]"), offsets("[0.0,16]"), offsets("[0,16e0]"), offsets("[\"0\",16]"),
           offsets("[null,16]"), offsets("[9007199254740978,9007199254740994]"),
           offsets("[0,9223372036854775807]"), offsets("[18446744073709551600,0]")}},
-        {"end before they begin", {offsets("[16,0]")}},
-        {"hole",
+        {"takes 16 bytes, data_offsets are [16,0]", {offsets("[16,0]")}},
+        {"those before it end at",
          {offsets("[1000,1016]"), pair(entry("a", "F32", "[1,2]", "[8,16]"), b),
-          pair(entry("a", "F32", "[3]", "[0,12]"), b)}},
-        {"overlap",
-         {pair(a, entry("b", "U8", "[9]", "[15,24]")),
+          pair(entry("a", "F32", "[3]", "[0,12]"), b), pair(a, entry("b", "U8", "[9]", "[15,24]")),
           pair(entry("a", "F32", "[6]", "[0,24]"), entry("b", "F32", "[6]", "[0,24]")),
           pair(a, entry("b", "F32", "[0]", "[8,8]")),
           header(many.substr(0, many.find(",\"t3000\"")) + "}")}},
@@ -4275,23 +4263,15 @@ TEST_CASE(
     // What is done to the folder, and what is named.
     const std::pair<std::function<void()>, std::string> cases[] =
         {{[&] { remove_file(second); }, "model-00002-of-00003.safetensors, which is missing"},
-         {[&] { put_file(m + "/model-00001-of-00002.safetensors", read_file(second)); },
-          "model-00001-of-00002.safetensors is not in " + index},
          {[&] { put_file(second, read_file(m + "/model-00001-of-00003.safetensors")); },
           "model-00002-of-00003.safetensors: tensor"},
-         {[&] { save_shards(m, other, 3), edited("transformer.of_another_save", "gone"); },
-          "it is not there by " + index},
-         {[&] {
-              edited("\"weight_map\": {",
-                     "\"weight_map\": {\"x\": \"model-00001-of-00003.safetensors\",");
-          },
-          "tensors, its files have"},
+         {[&] { save_shards(m, other, 3); }, "of_another_save: unexpected"},
          {[&] { edited("model-00002", "../model-00002"); }, "which is missing"},
          {[&] { put_file(second, "version https://git-lfs.github.com/spec/v1\n"); },
           second + ": header of"},
          {[&] { put_file(index, "<!DOCTYPE html>"); }, ": found an HTML page"},
          {[&] { put_file(index, "{}"); }, "\"weight_map\" is missing"},
-         {[&] { put_file(index, "{\"weight_map\": {}}"); }, "safetensors is not in " + index}};
+         {[&] { put_file(index, "{\"weight_map\": {}}"); }, "found no such file"}};
     for (auto& [damage, named] : cases) {
         CAPTURE(named);
         save_shards(m, weights, 3);
@@ -4354,12 +4334,11 @@ TEST_CASE("checkpoints: a missing, extra or misshapen tensor is named with what 
           {"transformer.h.2.ln_1.weight", {8}, "tensor transformer.h.2.ln_1.weight: unexpected"},
           {"scores.weight", {2, 8}, "tensor scores.weight: unexpected"},
           {"transformer.h.0.attn.biases", {1}, "tensor transformer.h.0.attn.biases: unexpected"},
-          {"transformer.h..attn.bias", {1}, "unexpected"},
-          {"model.wte.weight", {11, 8}, "expected a name that begins with"},
-          {"h.0.ln_1.bias", {8}, "expected a name that begins with"},
+          {"model.wte.weight", {11, 8}, "there twice"},
+          {"h.0.ln_1.bias", {8}, "there twice"},
           {"transformer.lm_head.weight", {8, 11}, "expected shape [11,8]"},
           {"bad\nname", {1}, "tensor \"bad\\nname\""},
-          {"wte.weight", {11, 8}, "expected a name that begins with"}})
+          {"wte.weight", {11, 8}, "there twice"}})
         check(reason, [&, &name = name, &shape = shape](Weights& w) { w.add(name, shape); });
     check("nnn\"...: unexpected", [](Weights& w) { w.add(std::string(5000, 'n'), {1}); });
     for (auto& [name, shape, reason] :
@@ -5511,18 +5490,16 @@ TEST_CASE(
     // Errno -1: a write comes up short, which is no failure.
     struct Case {
         std::string target;
-        bool can_exchange;  // two folders can change places in one step
         int code;
         std::set<std::string> calls;
     };
     const std::set<std::string> of_a_file = {"mkdir", "open", "write", "fsync", "rename"};
-    std::set<std::string> renamed = of_a_file, exchanged = of_a_file;
-    renamed.insert({"unlink", "rmdir"}), exchanged.insert({"unlink", "rmdir", "exchange"});
-    const std::vector<Case> cases = {{"checkpoint-2", true, EIO, of_a_file},
-                                     {"checkpoint-2", true, ENOSPC, of_a_file},
-                                     {"checkpoint-2", true, -1, {"write"}},
-                                     {"best", true, EIO, exchanged},
-                                     {"best", false, ENOSPC, renamed}};
+    std::set<std::string> replaced = of_a_file;
+    replaced.insert({"unlink", "rmdir"});
+    const std::vector<Case> cases = {{"checkpoint-2", EIO, of_a_file},
+                                     {"checkpoint-2", ENOSPC, of_a_file},
+                                     {"checkpoint-2", -1, {"write"}},
+                                     {"best", ENOSPC, replaced}};
     for (const Case& c : cases) {
         std::set<std::string> failed_calls;
         bool failed = true;
@@ -5531,19 +5508,16 @@ TEST_CASE(
             save("checkpoint-1", 1), save("best", 1);
             int calls = 0;
             failed = false;
-            bool harmless = c.code < 0;
             file_fault() = [&](const char* call, const std::string&) {
                 const std::string name = call;
-                if (name == "exchange" && !c.can_exchange) return EINVAL;
                 if ((c.code < 0 && name != "write") || calls++ != nth) return 0;
                 failed = true, failed_calls.insert(name);
-                harmless |= name == "exchange";  // then they are renamed one after the other
                 return c.code;
             };
             const std::string message = error_of([&] { save(c.target, 2); });
             file_fault() = nullptr;
             CAPTURE(message);
-            CHECK((message == "") == (!failed || harmless));
+            CHECK((message == "") == (!failed || c.code < 0));
             CHECK(step_in("checkpoint-1") == 1);
             recover_folders(place.path);
             if (folder_exists(place.out("checkpoint-2"))) CHECK(step_in("checkpoint-2") == 2);
@@ -5575,7 +5549,7 @@ TEST_CASE(
             const auto found = std::find(calls.rbegin(), calls.rend(), std::pair(call, path));
             return int(calls.rend() - found) - 1;
         };
-        const int named = last(replaces ? "exchange" : "rename", folder);
+        const int named = last("rename", folder);
         CHECK(named > 0);
         const std::vector<std::string> files = list_folder(folder);
         CHECK(files.size() == 9);
@@ -5590,7 +5564,7 @@ TEST_CASE(
         CHECK(last("rename", temporary + "/trainer_state.json") < named);
         CHECK(last("fsync", temporary) < named);
         CHECK(named < last("fsync", place.path));
-        if (replaces) CHECK(last("fsync", place.path) < last("rmdir", temporary));
+        if (replaces) CHECK(last("fsync", place.path) < last("rmdir", folder + ".old"));
     }
 }
 
@@ -5834,7 +5808,8 @@ TEST_CASE("run: bad input ends with a clear line or two, and nothing is written"
         // Enough tokens, and nothing to predict.
         {"--seq-len 4 --batch-size 1 --data " + path + "ones", 2, "one batch of 1 x 4 needs 5"},
         {shards + "none*.bin", 1, "no file matches"},
-        {shards + "bad.bin " + path + "cut.bin", 2, "must be quoted: --train-shards 'data/train_*"},
+        {shards + "bad.bin " + path + "cut.bin", 2,
+         "a pattern such as 'data/train_*.bin' must be quoted"},
         {"--train-shards " + place.data(), 1, "is a folder: say --data"},
         {"--data " + path + "others", 1, "--train-shards '" + path + "others/*train*.bin'"},
         {shards + "bad.bin", 1, "is no token shard"},
@@ -6117,7 +6092,7 @@ struct Rows {
     }
     // Sets an option; the message of the refusal where it is refused.
     std::string set(const Option& row, const std::string& value) const {
-        return error_of([&] { checked(row, value).set(); }, 2);
+        return error_of([&] { set_option(row, value); }, 2);
     }
 };
 
@@ -6257,7 +6232,7 @@ TEST_CASE("options: what is no option, a missing or a wrong value, a contradicti
     check_refused({
         {{"--seed", "1", "2"}, "found 2"},
         {{"--=3"}, "unknown option"},
-        {{"--batch-size"}, "--batch-size needs a value: in [1, 1000000]"},
+        {{"--batch-size"}, "--batch-size needs a value: a whole number in [1, 1000000]"},
         {{"--batch-size", "--seed", "1"}, "--batch-size needs a value"},
         {{"--batch-size="}, "--batch-size needs a value"},
         {{"--batch-size", ""}, "--batch-size needs a value"},
@@ -6395,12 +6370,12 @@ TEST_CASE("options: config files") {
     CHECK(parse_options({"--config", path, "--batch-size", "9"}).batch_size == 9);
     CHECK(parse_options({"--batch-size", "9", "--config", path}).batch_size == 9);
     CHECK(parse_options({"--batch-size", "9", "--config=" + path}).rate.peak == 0.5);
-    // Of two files the last counts, but the first is read and checked.
+    // Of two files both count; where both have an option, the last.
     check_refused({{{"--config", "/no/such/file", "--config", path}, "cannot read /no/such/file"},
                    {{"--config", bad, "--config", good}, "bad:2: --batch-size must be"}});
     const Options last = parse_options({"--config", path, "--config", good});
     CHECK(last.batch_size == 8);
-    CHECK_FALSE(last.given.contains("precision"));
+    CHECK(last.precision == "fp32");
 }
 
 TEST_CASE("options: a bad config file is refused, naming file and line") {
@@ -6425,11 +6400,11 @@ TEST_CASE("options: a bad config file is refused, naming file and line") {
           {"config = other", ":1: a config file cannot hold --config"},
           {"--help = 1", ":1: a config file cannot hold --help"},
           {"top-k = 4", ":1: train takes no option --top-k"},
-          {std::string("seed = 1\n\0x", 11), ":2: this is not text"},
+          {std::string("seed = 1\n\0x", 11), ":2: expected `name = value`, found \"\\u0000x\""},
           {"\x7f"
            "ELF",
-           ":1: this is not text"},
-          {"data = a\vb", ":1: this is not text"}})
+           ":1: expected `name = value`"},
+          {"GGUF = 1", ": found a GGUF file"}})
         CHECK(contains(message(text), path + part));
     CHECK(contains(message("seed = 1", "walk"), ":1: walk takes no option --seed"));
     CHECK(contains(message(std::string(1 << 17, '\n')), "expected at most 65536 bytes"));
@@ -7799,14 +7774,15 @@ std::vector<Damage> damaged_weights() {
         {"length 2^63", length(uint64_t(1) << 63), m, "no safetensors file"},
         {"length 100 million", length(100'000'000), m, "cut short"},
         {"no object", [](F& f) { f.header("[]" + f.header()); }, m, "begin with '{'"},
-        {"zeros at its end", [](F& f) { f.header(f.header() + '\0'); }, m, "then only spaces"},
+        {"a blank before it", [](F& f) { f.header(" " + f.header()); }, m, "begin with '{'"},
+        {"zeros at its end", [](F& f) { f.header(f.header() + '\0'); }, m, "not valid JSON"},
         {"deep", [](F& f) { f.header("{\"a\":" + repeated("[", 9999) + "}"); }, m,
-         "more than 8 levels"},
+         "more than 64 levels"},
         {"no UTF-8", edit(first, "c_attn", "c_att\xff"), m, "UTF-8"},
         {"a name twice", edit(first, "c_attn.weight", "c_attn.bias"), m, ""},
         {"overlap", edit(first, "\"data_offsets\":[96,", "\"data_offsets\":[92,"), m, ""},
         {"hole", [](F& f) { f.weights(f.header(), f.data() + "1234"); }, m, "too long"},
-        {"offsets backwards", edit(first, "[0,96]", "[96,0]"), m, "end before they begin"},
+        {"offsets backwards", edit(first, "[0,96]", "[96,0]"), m, "data_offsets are [96,0]"},
         {"negative offset", edit(first, "[0,96]", "[-4,92]"), m, "must be integers"},
         {"offset 2^63", edit(first, "[0,96]", "[0,9223372036854775808]"), m, "must be integers"},
         {"offset 1e2", edit(first, "[0,96]", "[0,9.6e1]"), m, "must be integers"},
@@ -7814,12 +7790,11 @@ std::vector<Damage> damaged_weights() {
         {"shape", edit(first, "\"shape\":[24]", "\"shape\":[25]"), m, "takes 100 bytes"},
         {"no shape", edit(first, "\"shape\":[24],", ""), m, "shape"},
         {"overflow", edit(first, "\"shape\":[24]", "\"shape\":[4294967296,4294967296]"), m,
-         "overflows"},
+         "takes 7.3"},
         {"negative shape", edit(first, "\"shape\":[24]", "\"shape\":[-24]"), m, "must be integers"},
         {"type", edit(first, "\"F32\"", "\"F33\""), m, "unknown dtype"},
         {"integers", edit(first, "\"F32\"", "\"I32\""), m, "expected type F32"},
         {"another key", edit(first, "\"dtype\"", "\"a\":1,\"dtype\""), m, "unknown key"},
-        {"metadata", edit("", "\"pt\"", "7"), m, "must be a string"},
         {"renamed", edit(wpe, "wpe", "wpx"), m, "unexpected"},
         {"turned round", edit(wpe, "[16,8]", "[8,16]"), m, "expected shape [16,8], found [8,16]"},
         {"NaN", bits(5, 0x7fc00000), m, "NaN"},
@@ -7840,18 +7815,19 @@ std::vector<Damage> damaged_tokenizers() {
          "expected vocab.json and merges.txt"},
         {"no line", [=](F& f) { f[g] += "x\n"; }, g, "expected two tokens"},
         {"unknown part", [=](F& f) { f[g] += "abc d\n"; }, g, "found \"abc d\""},
-        {"a merge too many", [=](F& f) { f[g] += "a b\n"; }, v, "ab must have the id 256"},
+        {"a merge too many", [=](F& f) { f[g] += "a b\n"; }, v, "expected an object of 258"},
         {"zeros", [=](F& f) { f[g] = std::string(9999, '\0'); }, g, "expected two tokens"},
         {"merges that grow", [=](F& f) { f[g] = growing; }, g, "at most 16000000 bytes"},
         {"empty", [=](F& f) { f[v] = ""; }, v, ""},
         {"half", [=](F& f) { f.cut(v, f[v].size() / 2); }, v, ""},
-        {"a list", [=](F& f) { f[v] = "[]"; }, v, "! must have the id 0"},
+        {"a list", [=](F& f) { f[v] = "[]"; }, v, "expected an object of 257 tokens"},
         {"deep", [=](F& f) { f[v] = "{\"a\":" + repeated("[", 9999) + "}"; }, v,
-         "more than 2 levels"},
+         "more than 64 levels"},
         {"an id twice", [=](F& f) { f[v].replace(f[v].find(": 7"), 3, ": 8"); }, v,
          "must have the id 7"},
         {"a name twice", [=](F& f) { f[v].insert(1, "\"a\":1,"); }, v, ""},
-        {"no end of text", [=](F& f) { f[v].replace(f[v].find("<|"), 2, "<<"); }, v, "found none"},
+        {"no end of text", [=](F& f) { f[v].replace(f[v].find("<|"), 2, "<<"); }, v,
+         "no merge makes the token <<"},
         {"a large id", [=](F& f) { f[v].replace(f[v].find(": 7"), 3, ": 4294967303"); }, v,
          "must have the id"},
         {"more tokens than the model",
@@ -7876,8 +7852,8 @@ std::vector<Damage> damaged_states() {
         {"empty", spaces(0), s, "is damaged"},
         {"large", spaces(15'000'000), s, "is damaged"},
         {"too large", spaces(17'000'000), s, "at most 16000000 bytes"},
-        {"deep", sealed("{\"a\":" + repeated("[", 900'000)), s, "more than 8 levels"},
-        {"many values", sealed("{\"a\":[" + repeated("0,", 900'000) + "0]"), s, "more than 100000"},
+        {"deep", sealed("{\"a\":" + repeated("[", 900'000)), s, "more than 64 levels"},
+        {"many values", sealed("{\"a\":[" + repeated("0,", 900'000) + "0]"), s, "more than 262144"},
         {"no checksums", sealed("{\"step\":1"), s, "\"checksums\" is missing"},
         {"a file outside", sealed("{\"checksums\":{\"../x\":\"0\"}"), "", "a file outside"},
         {"no file", sealed("{\"checksums\":{\"x\":\"0\"}"), "/x", "is missing; if it was changed"},

@@ -1434,7 +1434,7 @@ inline void take_choices(Options& o, const TrainerState& state) {
     for (const Option& option : option_table(o)) {
         const Json* saved = state.options.find(option.name);
         const bool chosen = option.name == "seq-len" || option.name == "learning-rate";
-        if (chosen && saved && !o.given.contains(option.name)) checked(option, saved->text).set();
+        if (chosen && saved && !o.given.contains(option.name)) set_option(option, saved->text);
     }
 }
 
@@ -2933,8 +2933,7 @@ inline void wait_politely(char** argv) {
         return;
     ::setenv("GOMP_SPINCOUNT", "10000", 0);  // libgomp: about 30 microseconds
     ::setenv("KMP_BLOCKTIME", "0", 0);       // libomp: milliseconds
-    const std::string self = own_program();
-    if (!self.empty()) ::execv(self.c_str(), argv);  // if that fails, it runs as it is
+    ::execvp(argv[0], argv);                 // if that fails, it runs as it is
 }
 
 // --- Ranks of MPI: mpirun starts them

@@ -59,7 +59,6 @@ int faulty_open(const char* path, int flags, ...) __asm__("open");
 int faulty_fsync(int fd) __asm__("fsync");
 int faulty_mkdir(const char* path, mode_t mode) __asm__("mkdir");
 int faulty_rename(const char* from, const char* to) __asm__("rename");
-int faulty_renameat2(int, const char* from, int, const char* to, unsigned) __asm__("renameat2");
 int faulty_unlink(const char* path) __asm__("unlink");
 int faulty_rmdir(const char* path) __asm__("rmdir");
 ssize_t faulty_write(int fd, const void* data, size_t bytes) __asm__("write");
@@ -80,10 +79,6 @@ int faulty_mkdir(const char* path, mode_t mode) {
 }
 int faulty_rename(const char* from, const char* to) {
     return int(faulty_call("rename", to, SYS_renameat2, AT_FDCWD, from, AT_FDCWD, to, 0));
-}
-// To the program, the one that makes two folders change places.
-int faulty_renameat2(int at, const char* from, int to_at, const char* to, unsigned flags) {
-    return int(faulty_call("exchange", to, SYS_renameat2, at, from, to_at, to, flags));
 }
 int faulty_unlink(const char* path) {
     return int(faulty_call("unlink", path, SYS_unlinkat, AT_FDCWD, path, 0));

@@ -54,8 +54,9 @@ static int follow(const Child& child, const std::string& call, const std::string
     if (call == "mkdir" && path.ends_with(".tmp"))
         progress->in_save = 1, progress->save_began = progress->calls.load();
     if (progress->in_save == 2 && call == "fsync") progress->in_save = 3;
-    const bool named = call == "rename" || call == "exchange";
-    if (named && path.find(".tmp") == path.npos && progress->in_save == 1) progress->in_save = 2;
+    const bool named =
+        call == "rename" && path.find(".tmp") == path.npos && !path.ends_with(".old");
+    if (named && progress->in_save == 1) progress->in_save = 2;
     if (child.slow_us > 0 && progress->in_save > 0) ::usleep(unsigned(child.slow_us));
     if (progress->in_save == 3) progress->in_save = 0;
     if (progress->calls++ != child.fail_at) return 0;
