@@ -4761,8 +4761,8 @@ private:
         if (size == 0) fail(where, ": unknown dtype ", shown(tensor.dtype));
         for (int64_t n : tensor.shape) size *= double(n);
         if (size != double(offsets[1] - offsets[0]))
-            fail(where, ": shape ", shape_text(tensor.shape), " of ", tensor.dtype, " takes ", size,
-                 " bytes, data_offsets are ", shape_text(offsets));
+            fail(where, ": shape ", shape_text(tensor.shape), " of ", tensor.dtype, " takes ",
+                 format("%.0f", size), " bytes, data_offsets are ", shape_text(offsets));
         tensor.begin = data + size_t(offsets[0]), tensor.end = data + size_t(offsets[1]);
         return tensor;
     }
@@ -5409,35 +5409,35 @@ inline size_t columns_of(int fd, size_t in_a_file = SIZE_MAX) {
 
 // A text in lines of at most `width` columns, broken at blanks; a word is never cut. Lines begin at
 // column `indent`, the first one at `column`. The text may come in parts.
-class WordWrap {
-public:
-    explicit WordWrap(size_t width, size_t indent = 0, size_t column = 0)
-        : width_(width), indent_(indent), column_(column) {}
+struct WordWrap {
+    size_t width, indent = 0, column = 0;
+    size_t blanks = 0;  // before the word
+    std::string word = "";
 
     // What can be shown by now: all but the last word, which may go on.
     std::string add(std::string_view text) {
         std::string out;
         for (char c : text) {
             if (c != ' ' && c != '\n') {
-                word_ += c;
+                word += c;
                 continue;
             }
             out += end();
-            if (c == '\n') out += '\n', column_ = blanks_ = 0;
-            if (c == ' ') ++blanks_;
+            if (c == '\n') out += '\n', column = blanks = 0;
+            if (c == ' ') ++blanks;
         }
         return out;
     }
     // The last word.
     std::string end() {
-        if (word_.empty()) return "";
-        const size_t length = characters(word_);
+        if (word.empty()) return "";
+        const size_t length = characters(word);
         std::string out;
-        if (column_ > indent_ && length + blanks_ + column_ > width_)
-            out = "\n", column_ = blanks_ = 0;
-        const size_t blanks = blanks_ + (column_ < indent_ ? indent_ - column_ : 0);
-        column_ += blanks + length, blanks_ = 0;
-        return out + std::string(blanks, ' ') + std::exchange(word_, "");
+        if (column > indent && length + blanks + column > width) out = "\n", column = blanks = 0;
+        blanks += column < indent ? indent - column : 0;
+        out += std::string(blanks, ' ') + std::exchange(word, "");
+        column += std::exchange(blanks, 0) + length;
+        return out;
     }
 
     // Bytes that do not continue a UTF-8 character.
@@ -5445,16 +5445,12 @@ public:
         return size_t(
             std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xc0) != 0x80; }));
     }
-
-private:
-    size_t width_, indent_, column_, blanks_ = 0;  // blanks_: before the word
-    std::string word_;
 };
 
 // The whole of a text, as a terminal shows it.
 inline std::string wrapped(const std::string& text, int fd = STDOUT_FILENO, size_t indent = 0,
                            size_t column = 0) {
-    WordWrap wrap(columns_of(fd), indent, column);
+    WordWrap wrap{columns_of(fd), indent, column};
     std::string lines = wrap.add(text);
     return lines += wrap.end();
 }
@@ -5647,14 +5643,10 @@ constexpr int64_t kNoLimit = 1'000'000'000'000;
 // Takes all whole characters from the front of sampled bytes. A token may end inside a character:
 // its bytes stay for the next call, unless the text has ended. Invalid bytes become U+FFFD.
 inline std::string take_characters(std::string& text, bool ended) {
-    auto size_of = [](const std::string& bytes) { return utf8_character(bytes).bytes; };
     std::string out;
     while (!text.empty()) {
-        const std::string next = text.substr(0, 4);
-        const size_t size = size_of(next);
-        // Why two: after some first bytes, only low or only high ones may follow.
-        const bool unfinished = size_of(next + "\x80\x80\x80") || size_of(next + "\xbf\xbf\xbf");
-        if (size == 0 && unfinished && !ended) break;
+        const size_t size = utf8_character(text).bytes;
+        if (size == 0 && text.size() < 4 && !ended) break;  // the longest has four
         out += size ? text.substr(0, size) : "\xef\xbf\xbd";
         text.erase(0, std::max<size_t>(1, size));
     }
@@ -6517,7 +6509,7 @@ inline std::string options_help(const std::vector<Option>& defaults, unsigned co
         if (is_set(option) && !(option.is_switch() && value == "0"))
             help += " (default " + value + ")";
         if (line.size() >= indent) text += std::exchange(line, "") + "\n";
-        WordWrap wrap(width, indent, line.size());
+        WordWrap wrap{width, indent, line.size()};
         text += line + wrap.add(help + "\n");
     }
     return text;

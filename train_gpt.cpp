@@ -610,7 +610,7 @@ public:
             return void(std::printf("\n%s\n%s\n\n", title.c_str(), text.c_str()));
         std::string line = text;
         std::replace(line.begin(), line.end(), '\n', ' ');
-        WordWrap wrap(columns_of(STDOUT_FILENO) - 4);
+        WordWrap wrap{columns_of(STDOUT_FILENO) - 4};
         const auto lines = split_at(wrap.add(title + ": " + line) + wrap.end(), '\n');
         std::printf("\r\033[K%s%s\n", lines[0].c_str(), lines.size() > 1 ? " ..." : "");
     }
@@ -1791,7 +1791,7 @@ inline std::vector<int32_t> sample_tokens(const std::string& prompt,
 void write_text(auto& model, const std::string& prompt, const std::optional<Tokenizer>& tokenizer,
                 const SampleOptions& options) {
     const bool terminal = ::isatty(STDOUT_FILENO);
-    WordWrap wrap(columns_of(STDOUT_FILENO));
+    WordWrap wrap{columns_of(STDOUT_FILENO)};
     auto show = [&](const std::string& text) {
         const std::string out = terminal ? wrap.add(text) : text;
         std::fwrite(out.data(), 1, out.size(), stdout);
