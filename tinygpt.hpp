@@ -21,7 +21,7 @@
 //   §8  one training step   all of it on one screen
 //   §9  evaluate, generate
 //   ----  the model ends here; the rest is plumbing
-//   §10 memory, processes   §11 the fast CPU   §12 systems, files, JSON   §13 tokenizer
+//   §10 device, memory, processes   §11 the fast CPU   §12 systems, files, JSON   §13 tokenizer
 //   §14 Hugging Face folders   §15 checkpoints   §16 log, terminal   §17 the training loop
 //   §18 options
 //
@@ -170,28 +170,6 @@ public:
     return out;
 }
 
-// The number that the whole text is; none where it is no number of that type. Strict: no blanks, no
-// "+5", no hexadecimal, no infinity or NaN; an integer has digits only. Why not from_chars for
-// both: Apple's library has none for double.
-template <class Number>
-std::optional<Number> number_of(const std::string& text) {
-    if constexpr (std::is_integral_v<Number>) {
-        Number n{};
-        const char* end = text.data() + text.size();
-        const auto [stop, error] = std::from_chars(text.data(), end, n);
-        return error == std::errc() && stop == end ? std::optional(n) : std::nullopt;
-    } else {
-        const DotForDecimals dot;
-        const bool plain = text.find_first_not_of("0123456789+-.eE") == text.npos;
-        char* stop = nullptr;
-        errno = 0;
-        const Number n = std::strtod(text.c_str(), &stop);
-        const bool fits = !std::isinf(n) && (n != 0 || errno != ERANGE);
-        if (!plain || !fits || text.empty() || text[0] == '+' || *stop) return {};
-        return n;
-    }
-}
-
 // Text and numbers joined: to_text("expected ", 3, ", found ", name).
 inline void append(std::string& out, std::string_view part) { out += part; }
 inline void append(std::string& out, char part) { out += part; }
@@ -255,15 +233,15 @@ using RealOf = std::conditional_t<std::is_same_v<A, bf16>, float, A>;
 
 // A random number is a pure function: random_bits(key, i) is number i of the stream `key`. None is
 // drawn "next", so threads, resumed runs and GPUs see the same ones. mix_bits is the finaliser of
-// SplitMix64 (Steele, Lea, Flood 2014). None of its steps loses information, so different inputs
-// give different outputs; each step spreads every bit over others.
+// SplitMix64 (Steele, Lea, Flood 2014): different inputs give different outputs, and every bit is
+// spread over others.
 TINYGPT_HD inline uint64_t mix_bits(uint64_t x) {
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
     return x ^ (x >> 31);
 }
-// The last argument of random_key: who uses the numbers, so that no two share a stream. The
-// comments say where, and what `step` counts there.
+// Who uses the numbers, so that no two share a stream; in the comments where, and what `step`
+// counts there.
 enum RandomUse : uint64_t {
     kBlockOrder = 1,  // §2, epochs
     kCutOffset,       // §2, epochs
@@ -275,7 +253,7 @@ enum RandomUse : uint64_t {
 TINYGPT_HD inline uint64_t random_key(uint64_t seed, uint64_t step, uint64_t use) {
     return mix_bits(mix_bits(mix_bits(seed + 0x9e3779b97f4a7c15ull) + step) + use);
 }
-// The multiplier is 2^64 / golden ratio: it spreads 0, 1, 2, ... evenly before they are mixed.
+// The multiplier, 2^64 / golden ratio, spreads 0, 1, 2, ... evenly.
 TINYGPT_HD inline uint64_t random_bits(uint64_t key, uint64_t i) {
     return mix_bits(key + i * 0x9e3779b97f4a7c15ull);
 }
@@ -301,7 +279,7 @@ inline double random_normal(uint64_t key, uint64_t i) {
 //   targets         cat   sat   on   the                 the same text, one token later
 //
 // So a row asks T questions: what comes after "the", what after "the cat", and so on. Tokens are
-// stored in files called shards, all numbers with the lowest byte first:
+// stored in shards, all numbers with the lowest byte first:
 //
 //   byte     0  88 d8 34 01   20240520: this is a shard
 //            4  01 00 00 00   version 1
@@ -321,159 +299,42 @@ constexpr int32_t kIgnore = -1;  // a target that is not scored: no loss, no gra
 //   walk> row 0, t=0   input  0 the   target  1 cat
 //   walk> row 0, t=1   input  1 cat   target  2 sat
 struct Batch {
-    int B = 0, T = 0;
+    int B, T;
     std::vector<int32_t> inputs, targets;  // [B, T] each
-    std::vector<int32_t> order;            // 0 .. B*T-1, sorted by input token (for §4.1)
     int64_t scored = 0;                    // targets that are not kIgnore
-    // Makes an empty batch: inputs 0, nothing to score.
-    void resize(int rows, int columns) {
-        B = rows, T = columns, scored = 0;
-        inputs.assign(size_t(B) * T, 0);
-        targets.assign(size_t(B) * T, kIgnore);
-    }
-    // Sets order. Why stable: a sum over the positions of one token has one order.
-    void sort_rows() {
-        order.resize(inputs.size());
-        std::iota(order.begin(), order.end(), 0);
-        std::stable_sort(order.begin(), order.end(), [this](int32_t i, int32_t j) {
-            return inputs[size_t(i)] < inputs[size_t(j)];
-        });
-    }
+    // Empty: inputs 0, nothing to score.
+    explicit Batch(int B = 0, int T = 0)
+        : B(B), T(T), inputs(size_t(B) * size_t(T)), targets(inputs.size(), kIgnore) {}
 };
 
-// An open file, closed at the end of its scope. It can be moved, but not copied: it must be closed
-// once only.
-struct FileHandle {
-    int fd;
-    explicit FileHandle(int fd) : fd(fd) {}
-    FileHandle(FileHandle&& other) noexcept : fd(std::exchange(other.fd, -1)) {}
-    ~FileHandle() {
-        if (fd >= 0) ::close(fd);
-    }
-};
-
-// A file of known length, which several threads may read at once. Why not memory-mapped: if the
-// file shrinks, pread reports it, but a mapping raises SIGBUS.
-struct InputFile {
-    std::string path;
-    FileHandle file;
-    size_t bytes = 0;
-
-    // Why O_NONBLOCK: opening a pipe would wait for a writer. O_CLOEXEC, here as everywhere: child
-    // processes do not inherit the file.
-    explicit InputFile(const std::string& path)
-        : path(path), file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
-        struct stat info;
-        if (file.fd < 0 || ::fstat(file.fd, &info) != 0) fail_errno("cannot read ", path);
-        if (!S_ISREG(info.st_mode)) fail(path, ": expected a file, found a folder, pipe or device");
-        bytes = size_t(info.st_size);
-    }
-    // Sets out[count] from the bytes at `offset`. pread may return fewer than requested, or EINTR
-    // because of a signal.
-    void read_bytes(void* out, size_t count, size_t offset) const {
-        for (char* to = static_cast<char*>(out); count > 0;) {
-            const ssize_t got = ::pread(file.fd, to, count, off_t(offset));
-            if (got < 0 && errno == EINTR) continue;
-            if (got < 0) fail_errno("cannot read ", path);
-            if (got == 0) fail(path, ": the file became shorter while it was read");
-            to += got, offset += size_t(got), count -= size_t(got);
-        }
-    }
-};
-
-// What such a file may be instead, for an error (§12).
-inline std::string no_shard_hint(const std::string& path, std::string_view begin);
-
-// What is known of a shard. Its file is opened for each read: there may be more shards than a
-// program may have open files.
+// A shard. Its file is opened for each read: there may be more shards than a program may have open
+// files. How it is read, and what is checked, is in §12.
 struct Shard {
     std::string path;
     int64_t tokens = 0;
     std::filesystem::file_time_type written;  // the last time it was
-
-    explicit Shard(const std::string& path) : path(path) {
-        const InputFile file(path);
-        int32_t header[kShardHeaderBytes / 4] = {};
-        const size_t there = std::min(file.bytes, sizeof header);
-        file.read_bytes(header, there, 0);
-        if (there < sizeof header || header[0] != kShardMagic || header[1] != 1)
-            fail(path, " is no token shard: expected a header of ", sizeof header, " bytes with ",
-                 kShardMagic, " and version 1, found ", file.bytes, " bytes with ", header[0],
-                 " and ", header[1], ". ",
-                 no_shard_hint(path, {reinterpret_cast<const char*>(header), there}));
-        tokens = header[2], written = std::filesystem::last_write_time(path);
-        if (tokens < 0 || file.bytes != bytes())
-            fail(path, " is damaged: its header promises ", tokens, " tokens, which take ",
-                 kShardHeaderBytes + 2 * tokens, " bytes, but it has ", file.bytes);
-    }
+    explicit Shard(const std::string& path);
     size_t bytes() const { return kShardHeaderBytes + 2 * size_t(tokens); }
     // Every token but the first is predicted.
     int64_t predictions() const { return std::max<int64_t>(0, tokens - 1); }
     // Sets out[count] to the tokens from `begin` on. Fails on one that is not below vocab_size: wte
     // has no row for it.
-    void read(uint16_t* out, int64_t begin, int64_t count, int vocab_size = 65536) const {
-        const InputFile file(path);
-        if (file.bytes != bytes() || std::filesystem::last_write_time(path) != written)
-            fail(path, " was changed, replaced or cut while it was in use: go on with the data ",
-                 "as it was, or start a new run");
-        file.read_bytes(out, 2 * size_t(count), kShardHeaderBytes + 2 * size_t(begin));
-        for (int64_t i = 0; i < count; ++i)
-            if (out[i] >= vocab_size)
-                fail("token ", begin + i, " of ", path, " is ", out[i],
-                     ", but the vocabulary has only ", vocab_size,
-                     " entries: this data was made with another tokenizer; give its folder, or "
-                     "--vocab-size");
-    }
+    void read(uint16_t* out, int64_t begin, int64_t count, int vocab_size = 65536) const;
 };
 
 // The shards of one split: training or validation.
-class Shards {
-public:
+struct Shards {
+    std::string pattern;
+    std::vector<Shard> files;
     // Every file that matches the pattern (as in a shell: *, ?, [...]), in name order; there may be
     // none. The name of a file that exists means that file, whatever is in the name.
-    explicit Shards(const std::string& pattern) : pattern_(pattern) {
-        glob_t found{};
-        const bool is_name = ::access(pattern.c_str(), F_OK) == 0;
-        const bool matches = !is_name && ::glob(pattern.c_str(), 0, nullptr, &found) == 0;
-        std::vector<std::string> paths(found.gl_pathv,
-                                       found.gl_pathv + (matches ? found.gl_pathc : 0));
-        ::globfree(&found);
-        if (is_name) paths = {pattern};
-        for (const std::string& path : paths) {
-            struct stat info;
-            if (::stat(path.c_str(), &info) == 0 && S_ISDIR(info.st_mode))
-                fail(path, " is a folder: say --data ", path, ", or name its files: '", path,
-                     "/train_*.bin'");
-            files_.emplace_back(path);
-        }
-    }
-    bool empty() const { return files_.empty(); }
-    const std::string& pattern() const { return pattern_; }
-    const std::vector<Shard>& files() const { return files_; }
-    int64_t tokens() const {
-        int64_t sum = 0;
-        for (const Shard& shard : files_) sum += shard.tokens;
-        return sum;
-    }
-    int64_t predictions() const {
-        int64_t sum = 0;
-        for (const Shard& shard : files_) sum += shard.predictions();
-        return sum;
-    }
-
-    // Why before training: a token that is not below vocab_size is reported now, not hours later.
-    void check_tokens(int vocab_size) const {
-        std::vector<uint16_t> buffer(1 << 18);
-        for (const Shard& shard : files_)
-            for (int64_t at = 0; at < shard.tokens; at += int64_t(buffer.size())) {
-                const int64_t count = std::min(int64_t(buffer.size()), shard.tokens - at);
-                shard.read(buffer.data(), at, count, vocab_size);
-            }
-    }
-
-private:
-    std::string pattern_;
-    std::vector<Shard> files_;
+    explicit Shards(const std::string& pattern);
+    bool empty() const { return files.empty(); }
+    int64_t tokens() const;
+    int64_t predictions() const;
+    // Reads all of them. Why before training: a token that is not below vocab_size is reported now,
+    // not hours later.
+    void check_tokens(int vocab_size) const;
 };
 
 // `count` neighbouring positions of a shard's text; they fill one row of a batch. Prediction i
@@ -485,12 +346,11 @@ struct Window {
     int64_t skip = 0;   // this many of the first are context only, not scored
 };
 
-// A batch [B, T] with a window in each row; the rest is not scored. This is where inputs and
-// targets part: both are copied from the same text, targets from one token later. Needs at most B
-// windows, of at most T predictions.
+// A batch [B, T] with a window in each row; the rest is not scored. Here inputs and targets part:
+// both are copied from the same text, targets from one token later. Needs at most B windows, of at
+// most T predictions.
 inline Batch read_batch(std::span<const Window> windows, int B, int T, int vocab_size) {
-    Batch batch;
-    batch.resize(B, T);
+    Batch batch(B, T);
     std::vector<uint16_t> text(size_t(T) + 1);
     for (size_t b = 0; b < windows.size(); ++b) {
         const Window& window = windows[b];
@@ -508,7 +368,6 @@ inline Batch read_batch(std::span<const Window> windows, int B, int T, int vocab
         }
         batch.scored += window.count - window.skip;
     }
-    batch.sort_rows();
     return batch;
 }
 
@@ -517,7 +376,7 @@ inline Batch read_batch(std::span<const Window> windows, int B, int T, int vocab
 //   (left, right) -> (right, left ^ mix(right))     undone by     (l, r) -> (r ^ mix(l), l)
 // What can be undone sends no two numbers to the same one, so this permutes 4^half >= n numbers. A
 // result >= n goes through again until it is below (Black, Rogaway 2002): fewer than four times on
-// average, as 4^half < 4n for n > 1.
+// average.
 inline uint64_t shuffled(uint64_t i, uint64_t n, uint64_t key) {
     int half = 1;
     while (half < 32 && (uint64_t(1) << (2 * half)) < n) ++half;
@@ -536,8 +395,8 @@ inline uint64_t shuffled(uint64_t i, uint64_t n, uint64_t key) {
 // The order in which training reads the text. Shards are cut into blocks of T predictions (the last
 // of a shard may be shorter). A block is one sample, so an epoch makes every prediction once. With
 // shuffle, every epoch has its own order of the blocks, and cuts each shard from an offset of its
-// own, so that blocks begin at other words. All of it is a function of the seed and the sample's
-// number: there is no state to save. With 10 tokens, so predictions 0 to 8, and T = 4:
+// own. All of it is a function of the seed and the sample's number: there is no state to save. With
+// 10 tokens, so predictions 0 to 8, and T = 4:
 //   in order    0 1 2 3 | 4 5 6 7 | 8            in every epoch
 //   shuffled    6 7 8 0 | 1 2 3 4 | 5            from offset 6, say; the blocks in any order
 struct DataOrder {
@@ -550,7 +409,7 @@ struct DataOrder {
     int64_t blocks_of(const Shard& shard) const { return ceil_div(shard.predictions(), T); }
     int64_t blocks_per_epoch() const {
         int64_t blocks = 0;
-        for (const Shard& shard : shards.files()) blocks += blocks_of(shard);
+        for (const Shard& shard : shards.files) blocks += blocks_of(shard);
         return overfit_batch ? B : blocks;
     }
     // The epoch of sample i, counted from the start of training.
@@ -560,13 +419,13 @@ struct DataOrder {
     Window window(int64_t i) const {
         const int64_t blocks = blocks_per_epoch();
         int64_t block = i % blocks;
-        if (overfit_batch) return {&shards.files()[0], block * T, T};
+        if (overfit_batch) return {&shards.files[0], block * T, T};
         auto key = [&](RandomUse use) { return random_key(seed, uint64_t(epoch(i)), use); };
         if (shuffle) block = int64_t(shuffled(uint64_t(block), uint64_t(blocks), key(kBlockOrder)));
         // Blocks are numbered through all shards; from here on, block counts within shard s.
         size_t s = 0;
-        for (; block >= blocks_of(shards.files()[s]); ++s) block -= blocks_of(shards.files()[s]);
-        const Shard& shard = shards.files()[s];
+        for (; block >= blocks_of(shards.files[s]); ++s) block -= blocks_of(shards.files[s]);
+        const Shard& shard = shards.files[s];
         const int64_t ring = shard.predictions(), begin = block * T;
         const uint64_t offset = shuffle ? random_bits(key(kCutOffset), s) % uint64_t(ring) : 0;
         return {&shard, (begin + int64_t(offset)) % ring, std::min<int64_t>(T, ring - begin)};
@@ -579,10 +438,10 @@ struct DataOrder {
     }
 };
 
-// Reads the batches of a run in order: a thread reads the next one while the model computes. With
-// several processes (§10) it passes over `others` samples, which they read, after `run` batches.
-// std::async starts a function on a thread and returns a future, whose get() waits for the result
-// (Python's executor.submit).
+// Reads the batches of a run in order: a thread reads the next one while the model computes. After
+// `run` batches it passes over `others` samples, which other processes read (§10). std::async
+// starts a function on a thread and returns a future, whose get() waits for the result (Python's
+// executor.submit).
 class BatchLoader {
 public:
     // Careful: the shards of `order` must outlive it.
@@ -612,9 +471,8 @@ private:
     const int vocab_size_;
     int64_t sample_, read_ = 0;
     const int64_t run_, others_;
-    // A shared_future's result, or error, can be fetched more than once. Careful: keep it the last
-    // member. Members are destroyed from the last up, and this one waits for its thread, which
-    // still uses the others.
+    // Shared: an error can be fetched more than once. Careful: keep it the last member. Members are
+    // destroyed from the last up, and this one waits for its thread, which still uses the others.
     std::shared_future<Batch> ahead_;
 };
 
@@ -653,7 +511,7 @@ struct Config {
 };
 
 // The sizes as config.json names them, each with another name that transformers reads, and how
-// large they may be: tokens have 16 bits, and products of sizes must stay below 2^63.
+// large they may be: tokens have 16 bits.
 struct SizeLimit {
     const char *name, *also;
     int Config::*size;
@@ -701,8 +559,8 @@ enum class Init { zeros, ones, normal, residual };
 
 // The one list. Calls visit(name, pointer, shape, init) once for every tensor. Allocation,
 // initialisation, weight decay, checkpoints, the parameter table and the gradient test all use it,
-// so none of them can forget a tensor. visit gets p.wte itself, not a copy, so it can set it: see
-// point_into. Names and shapes are Hugging Face's: linear weights are [in, out], y = x W + b.
+// so none can forget a tensor. visit gets p.wte itself, not a copy: see point_into. Names and
+// shapes are Hugging Face's: linear weights are [in, out], y = x W + b.
 template <class Element, class Visit>
 void for_each_tensor(const Config& config, Parameters<Element>& p, Visit&& visit) {
     using Shape = std::vector<int64_t>;
@@ -741,12 +599,11 @@ struct TensorInfo {
 };
 
 // All parameters lie in one flat array, and so do their gradients and moments: the update is one
-// loop, and so is saving. First come the tensors that decay (matrices and both embeddings), then
-// those that do not (biases, layernorms): element i decays if i < decayed. Why not all: decay pulls
-// a weight towards 0, and a bias or a scale has no reason to be small.
-// Each tensor starts at a multiple of 64 elements, so at a cache line. Tables of V tokens are
-// padded to a multiple of 64 rows, because a GPU multiplies whole tiles. Padding is 0, with
-// gradient 0.
+// loop. First come the tensors that decay (matrices and both embeddings), then those that do not
+// (biases, layernorms): element i decays if i < decayed. Why not all: decay pulls a weight towards
+// 0, and a bias or a scale has no reason to be small. Each tensor starts at a multiple of 64
+// elements, so at a cache line. Tables of V tokens are padded to a multiple of 64 rows, because a
+// GPU multiplies whole tiles. Padding is 0, with gradient 0.
 struct Layout {
     std::vector<TensorInfo> tensors;  // in the order of the list
     size_t size = 0, decayed = 0;     // elements with padding; how many of them decay
@@ -794,7 +651,7 @@ void point_into(Parameters<Element>& p, Element* base, const Config& config, con
 // norms' scales 1. The two projections of a layer that write into the residual stream are scaled by
 // 1/sqrt(2L) (Radford et al. 2019, §2.3). Why: variances of independent numbers add up. 2L
 // additions of variance s^2 give the stream 2L s^2, which grows with depth; with s^2/(2L) each, it
-// is s^2. Element i of a tensor depends on (seed, tensor, i) alone, not on the threads.
+// is s^2.
 template <class real>
 void initialise(real* weights, const Config& config, const Layout& layout, uint64_t seed) {
     std::fill(weights, weights + layout.size, real(0));
@@ -821,19 +678,18 @@ void initialise(real* weights, const Config& config, const Layout& layout, uint6
 //
 // Backward is the chain rule. If the loss depends on out, and out on x, then
 //   dx_i = sum over j of dout_j (d out_j / d x_i)
-// dx_i says how much the loss grows when x_i grows a little; it adds up all the ways in which x_i
-// reaches the loss. Each backward function is that sum for one layer, written out. So the gradients
-// of a value that is used twice are added, and those of a weight, which serves every row, are
-// summed over the rows. dx has the shape of x; no Jacobian matrix is ever made.
+// dx_i adds up all the ways in which x_i reaches the loss. Each backward function is that sum for
+// one layer, written out. So the gradients of a value that is used twice are added, and those of a
+// weight, which serves every row, are summed over the rows. dx has the shape of x; no Jacobian
+// matrix is ever made.
 //
 // A backward function stands below its forward, except where layers are fused: the backward of the
 // residual's sum (§4.7) is in layernorm_backward; and forward joins GELU with the MLP's first
 // linear layer, c_fc, backward with its second. `accumulate`: add to a parameter's gradient,
-// otherwise set it. (A step may take its batch in several parts, micro-batches: §8.)
+// otherwise set it (a step may take its batch in several micro-batches: §8).
 //
 // Activations and weights are stored as A and computed with as `real`. Mostly both are one type;
-// where A is bf16, real is float: A(sum) rounds, and reading widens. Parameter gradients,
-// statistics, losses and every sum are real.
+// where A is bf16, real is float. Parameter gradients, statistics, losses and every sum are real.
 
 // Dropout multiplies each element by a mask, 0 with probability p, otherwise 1/(1-p), so that the
 // mean stays: (1-p) x/(1-p) = x (Srivastava et al. 2014). out_i = m_i x_i, so dx_i = m_i dout_i.
@@ -849,9 +705,9 @@ struct Dropout {
     }
 };
 
-// A sum over rows must not depend on the number of threads: (a + b) + c and a + (b + c) differ in
-// their last bit. So rows are cut into a fixed number of stripes; one thread sums a stripe, and the
-// stripes are added in order.
+// A sum must not depend on the number of threads: (a + b) + c and a + (b + c) differ in their last
+// bit. So rows are cut into a fixed number of stripes; one thread sums a stripe, and the stripes
+// are added in order.
 constexpr int kStripes = 32;
 inline int stripe_begin(int rows, int stripe) { return int(int64_t(rows) * stripe / kStripes); }
 
@@ -879,10 +735,9 @@ void embed_forward(A* out, const int32_t* tokens, const A* wte, const A* wpe, in
 
 // A sum passes its gradient on to both addends. With d = mask dout:
 //   dwte[v] = sum over all rows whose token is v of d[row]      dwpe[t] = sum over b of d[b,t]
-// adds to dwte [V, C] and dwpe [P, C]; reads dout [B*T, C], tokens [B*T].
-// The threads divide the channels among them: if they divided the rows, two could add to the same
-// token's vector at once. `order` (rows sorted by token) is not needed here, but on a GPU, where
-// each thread takes a token.
+// adds to dwte [V, C] and dwpe [P, C]; reads dout [B*T, C], tokens [B*T]. Threads share out the
+// channels, not the rows: two could add to the same token's vector at once. `order` (rows sorted by
+// token) is for a GPU, where each thread takes a token.
 template <class A, class real>
 void embed_backward(real* dwte, real* dwpe, const A* dout, const int32_t* tokens,
                     const int32_t* /*order*/, int B, int T, int C, Dropout drop) {
@@ -902,8 +757,8 @@ void embed_backward(real* dwte, real* dwpe, const A* dout, const int32_t* tokens
 
 // --- §4.2 Layernorm (Ba et al. 2016): each row is shifted to mean 0 and scaled to variance 1
 //   m = mean(x)   r = 1/sqrt(mean((x - m)^2) + eps)   n = (x - m) r   out = n weight + bias
-// Every layer reads the stream through one, so its inputs have about the same size however much was
-// added before. eps, 1e-5 in GPT-2, keeps r finite for a row of equal numbers.
+// So a layer's inputs have about the same size however much was added to the stream before. eps,
+// 1e-5 in GPT-2, keeps r finite for a row of equal numbers.
 //   walk>   ln_1       [8,  8]   -0.4404  -0.7322   1.0990  -0.0701  -0.7977  -0.8881 ...
 
 // sets out [rows, C], and for backward mean and rstd (m and r) [rows], from x [rows, C], weight and
@@ -932,17 +787,17 @@ void layernorm_forward(A* out, real* mean, real* rstd, const A* x, const A* weig
 //   dm/dx_j = 1/C,  dr/dx_j = -r^2 n_j / C  (the variance's derivative is 2 (x_j - m) / C)
 //   dn_i/dx_j = r [i=j] - r/C - n_i n_j r / C       ([i=j]: 1 where i is j, else 0)
 //   dx_j = r g_j - r (sum_i g_i)/C - r n_j (sum_i g_i n_i)/C
-// so  dx = r (g - mean(g) - n mean(g n)): three terms, for x itself, for the mean, for the scale.
+// so dx = r (g - mean(g) - n mean(g n)): three terms, for x itself, for the mean, for the scale.
 // Why the last two: adding a constant to the row, or scaling it, does not change out (apart from
-// eps), so what comes back through the layernorm has no part in these two directions. And
-// out_i = n_i weight_i + bias_i in every row, so
+// eps), so dx has no part in these two directions. And out_i = n_i weight_i + bias_i in every row,
+// so
 //   dweight_i = sum over rows of dout_i n_i      dbias_i = sum over rows of dout_i
 // x is the residual stream, which also flows on past the layernorm. dresidual is the gradient that
 // comes that way, and is added:
 //   dx = dresidual + the above        (dresidual: null where nothing else read x; may be dx itself)
-// All that is layernorm. The rest of this function is the beginning of §4.7's backward; skip it
-// until then. Why here: dx is at hand. x was made by x = residual + drop(branch), where branch is
-// the output of a linear layer and dbranch_bias the gradient of that layer's bias:
+// The rest of this function is the beginning of §4.7's backward; skip it until then. Why here: dx
+// is at hand. x was made by x = residual + drop(branch), where branch is the output of a linear
+// layer and dbranch_bias the gradient of that layer's bias:
 //   dbranch = drop(dx) (written only when drop is on)   dbranch_bias = column sums of dbranch
 // reads dout, dresidual, x [rows, C], mean, rstd [rows], weight [C]. sets dx and dbranch [rows, C];
 // sets dweight, dbias, dbranch_bias [C], or adds to them if accumulate. dbranch_bias may be null.
@@ -993,67 +848,63 @@ void layernorm_backward(A* dx, real* dweight, real* dbias, A* dbranch, real* dbr
 
 // --- §4.3 Products of matrices: where nearly all the arithmetic is
 
-// A matrix in memory, not owned: element (i, j) is data[i * row + j * col], and one of the two
-// strides is 1. A transpose swaps the strides and copies nothing, as in NumPy. (ptrdiff_t: a 64-bit
-// integer with a sign.)
+// A matrix [rows, cols] in memory, not owned: element (i, j) is data[i * row + j * col], and one of
+// the two strides is 1. A transpose swaps them and copies nothing, as in NumPy. View(x, rows, cols)
+// is x row by row. (ptrdiff_t: a 64-bit integer with a sign.)
 template <class real>
 struct View {
     const real* data;
+    int rows, cols;
     ptrdiff_t row, col;
-    real operator()(ptrdiff_t i, ptrdiff_t j) const { return data[i * row + j * col]; }
-    View from(ptrdiff_t i, ptrdiff_t j) const { return {data + i * row + j * col, row, col}; }
-    View transposed() const { return {data, col, row}; }
+    View(const real* data, int rows, int cols, ptrdiff_t row, ptrdiff_t col = 1)
+        : data(data), rows(rows), cols(cols), row(row), col(col) {}
+    View(const real* data, int rows, int cols) : View(data, rows, cols, cols) {}
+    const real& operator()(ptrdiff_t i, ptrdiff_t j) const { return data[i * row + j * col]; }
+    // The part [rows, cols] whose first element is (i, j).
+    View part(ptrdiff_t i, ptrdiff_t j, int rows, int cols) const {
+        return {&(*this)(i, j), rows, cols, row, col};
+    }
+    View from(ptrdiff_t i, ptrdiff_t j) const { return part(i, j, rows - int(i), cols - int(j)); }
+    View transposed() const { return {data, cols, rows, col, row}; }
 };
-// Row-major data with rows `stride` elements apart, and its transpose.
-template <class real>
-View<real> rows_of(const real* data, ptrdiff_t stride) {
-    return {data, stride, 1};
-}
-template <class real>
-View<real> transpose_of(const real* data, ptrdiff_t stride) {
-    return {data, 1, stride};
-}
 
-// What a layer does with finished sums while they are in the cache: finish(row, col, count, values)
-// changes `count` of them, from column col of a row. Bias, GELU and residual go here. (A
-// std::function holds any lambda; an empty one does nothing. Read type_identity_t<real> as real.)
+// What a layer does with finished sums while they are in the cache (bias, GELU, residual):
+// finish(row, col, count, values) changes `count` of them, from column col of a row. (A
+// std::function holds any lambda. Read type_identity_t<real> as real.)
 template <class real>
 using Finish = std::function<void(int row, int col, int count, std::type_identity_t<real>* values)>;
 
-// The six operations that take nearly all of a step's time, by their definitions. Layers get them
-// as an argument, `ops`: §11 has the same six, fifty times faster, and tests compare the two.
+// e^x, and the two loops of a softmax. §11 has their fast versions for float.
+inline double exp_of(double x) { return std::exp(x); }
+// The largest of n >= 1 numbers.
+inline double maximum(const double* x, int n) { return *std::max_element(x, x + n); }
+// x [count] becomes e^(x - shift); returns the sum.
+inline double exp_and_sum(double* x, double shift, int count) {
+    double sum = 0;
+    for (int i = 0; i < count; ++i) sum += x[i] = std::exp(x[i] - shift);
+    return sum;
+}
+inline float exp_of(float x);
+inline float maximum(const float* x, int n);
+inline float exp_and_sum(float* x, float shift, int count, float factor = 1);
+
+// The operations that take nearly all of a step's time, by their definitions. Layers get them as
+// the template argument Ops: §11 has the same ones, fifty times faster, and tests compare the two.
 struct PlainOps {
-    // c[m, n] = finish(a b), or finish(c + a b) if accumulate; a [m, k], b [k, n]: m n dot products
-    // of length k, so 2 m n k operations. c is row-major, its rows ldc elements apart (the leading
-    // dimension), and shares no memory with a or b; m, n and k are at least 1.
+    // c = finish(a b), or finish(c + a b) if accumulate, with a [m, k], b [k, n] and c [m, n]: m n
+    // dot products of length k, so 2 m n k operations. c is row-major, and shares no memory with a
+    // or b.
     template <class real>
-    static void matmul(real* c, ptrdiff_t ldc, View<real> a, View<real> b, int m, int n, int k,
-                       bool accumulate = false, const Finish<real>& finish = {}) {
-        for (int i = 0; i < m; ++i) {
-            real* row = c + i * ldc;
-            for (int j = 0; j < n; ++j) {
-                double sum = accumulate ? row[j] : 0;
-                for (int p = 0; p < k; ++p) sum += double(a(i, p)) * double(b(p, j));
-                row[j] = real(sum);
+    static void matmul(real* c, View<real> a, View<real> b, bool accumulate = false,
+                       const Finish<real>& finish = {}) {
+        for (int i = 0; i < a.rows; ++i, c += b.cols) {
+            for (int j = 0; j < b.cols; ++j) {
+                double sum = accumulate ? c[j] : 0;
+                for (int p = 0; p < a.cols; ++p) sum += double(a(i, p)) * double(b(p, j));
+                c[j] = real(sum);
             }
-            if (finish) finish(i, 0, n, row);
+            if (finish) finish(i, 0, b.cols, c);
         }
-    }
-    template <class real>
-    static real exp(real x) {
-        return std::exp(x);
-    }
-    // The largest of n >= 1 numbers.
-    template <class real>
-    static real maximum(const real* x, int n) {
-        return *std::max_element(x, x + n);
-    }
-    // x [count] becomes e^(x - shift); returns the sum.
-    template <class real>
-    static real exp_and_sum(real* x, real shift, int count) {
-        real sum = 0;
-        for (int i = 0; i < count; ++i) sum += x[i] = std::exp(x[i] - shift);
-        return sum;
     }
     // One head of attention, and its backward: §4.5.
     template <class real>
@@ -1069,13 +920,12 @@ struct PlainOps {
 // w is [in, out], as Hugging Face stores GPT-2; PyTorch's nn.Linear is the other way round.
 
 // sets out [rows, OC] = x w + b, from x [rows, C], w [C, OC], b [OC].
-template <class A, class real, class Ops>
-void linear_forward(const Ops& ops, A* out, const A* x, const A* w, const A* b, int rows, int C,
-                    int OC) {
-    ops.matmul(out, OC, rows_of(x, C), rows_of(w, OC), rows, OC, C, false,
-               [=](int, int col, int count, real* values) {
-                   for (int j = 0; j < count; ++j) values[j] += b[col + j];
-               });
+template <class Ops, class A, class real>
+void linear_forward(A* out, const A* x, const A* w, const A* b, int rows, int C, int OC) {
+    Ops::matmul(out, View(x, rows, C), View(w, C, OC), false,
+                [=](int, int col, int count, real* values) {
+                    for (int j = 0; j < count; ++j) values[j] += b[col + j];
+                });
 }
 
 // out_ro = sum over c of x_rc w_co + b_o is linear in x, w and b, so each gradient is dout times
@@ -1083,15 +933,15 @@ void linear_forward(const Ops& ops, A* out, const A* x, const A* w, const A* b, 
 //   dx_rc = sum_o dout_ro w_co      dx = dout w^T      every output the input fed
 //   dw_co = sum_r x_rc dout_ro      dw = x^T dout      every row the weight served
 //   db_o  = sum_r dout_ro           column sums        every row the bias was added to
-// So x must be kept from forward to backward, and backward takes twice as long. db is made by the
-// function that makes dout, which has the numbers at hand: c_attn's by attention_backward, c_fc's
-// by linear_gelu_backward, those of the two projections by layernorm_backward. sets dx [rows, C];
-// sets dw [C, OC], or adds to it if accumulate.
-template <class A, class real, class Ops>
-void linear_backward(const Ops& ops, A* dx, real* dw, const A* dout, const A* x, const A* w,
-                     int rows, int C, int OC, bool accumulate) {
-    ops.matmul(dx, C, rows_of(dout, OC), transpose_of(w, OC), rows, C, OC);
-    ops.matmul(dw, OC, transpose_of(x, C), rows_of(dout, OC), C, OC, rows, accumulate);
+// So x must be kept from forward to backward, and backward takes twice as long. db is made where
+// dout is made: c_attn's by attention_backward, c_fc's by linear_gelu_backward, those of the two
+// projections by layernorm_backward. sets dx [rows, C]; sets dw [C, OC], or adds to it if
+// accumulate.
+template <class Ops, class A, class real>
+void linear_backward(A* dx, real* dw, const A* dout, const A* x, const A* w, int rows, int C,
+                     int OC, bool accumulate) {
+    Ops::matmul(dx, View(dout, rows, OC), View(w, C, OC).transposed());
+    Ops::matmul(dw, View(x, rows, C).transposed(), View(dout, rows, OC), accumulate);
 }
 
 // sets out [n] to the column sums of x [rows, n], added in the order of rows; if accumulate, adds
@@ -1115,26 +965,25 @@ void column_sums(real* out, const A* x, int rows, int n, bool accumulate) {
 //   s[t,t2] = q[t].k[t2] / sqrt(HS)    p[t,t2] = e^s[t,t2] / sum of e^s[t,.]
 //   out[t] = sum over t2 of p[t,t2] v[t2]
 // A query says what position t looks for, a key what t2 offers, a value what t2 hands over; p[t,.]
-// sums to 1, so out[t] is a mean of the values, weighted by how well the keys fit.
-// 1/sqrt(HS): if the entries of q and k have variance 1, q.k has variance HS; divided by sqrt(HS)
-// it has 1 at any head size, and the softmax is not all on one key. The causal mask is t2 <= t: no
-// position sees what it is to predict. It costs nothing and saves half of the work, since later
-// scores are not made at all (§11 makes a few, to fill its tiles). From lse[t], the log of the sum
-// of e^s, and q and k, backward makes p again, so no T x T matrix is kept. Dropout multiplies
-// p[t,t2], after the sum, by a mask: 0, or 1/(1 - rate).
+// sums to 1, so out[t] is a mean of the values, weighted by how well the keys fit. 1/sqrt(HS): if
+// the entries of q and k have variance 1, q.k has variance HS; divided by sqrt(HS) it has 1 at any
+// head size, and the softmax is not all on one key. The causal mask is t2 <= t: no position sees
+// what it is to predict. It costs nothing and saves half of the work, since later scores are not
+// made at all. From lse[t], the log of the sum of e^s, and q and k, backward makes p again, so no T
+// x T matrix is kept. Dropout multiplies p[t,t2], after the sum, by its mask.
 //   walk> att of t=0 is its own value, qkv[16..23], since it sees nobody else:
 //   walk>   v of t=0   [1,  8]   -0.1347   1.1790  -0.1055   0.5021   0.3746  -0.3026 ...
 //   walk>   att        [8,  8]   -0.1347   1.1790  -0.1055   0.5021   0.3746  -0.3026 ...
 
 // One head: queries first..last-1 over keys 0..last-1. qkv: the head's query of row 0, rows 3C
 // apart. Sets out [last - first, HS], rows C apart, and lse [last - first] unless it is null. The
-// mask's index is (head T + t) T + t2, with head = b NH + h and T = last.
-// Careful: e^s overflows at s = 88 in float, so a row's maximum is subtracted from its scores. p, a
-// quotient, stays the same.
+// mask's index is (head T + t) T + t2, with head = b NH + h and T = last. Careful: e^s overflows at
+// s = 88 in float, so a row's maximum is subtracted; p, a quotient, stays the same.
 template <class real>
 void PlainOps::attend(real* out, real* lse, const real* qkv, int first, int last, int C, int HS,
                       Dropout drop, uint64_t head) {
-    const View<real> q = rows_of(qkv, 3 * C), k = q.from(0, C), v = q.from(0, 2 * C);
+    const View<real> q(qkv, last, HS, 3 * C), k(qkv + C, last, HS, 3 * C),
+        v(qkv + 2 * C, last, HS, 3 * C);
     std::vector<real> p(last);
     for (int t = first; t < last; ++t) {
         for (int t2 = 0; t2 <= t; ++t2) {
@@ -1155,15 +1004,15 @@ void PlainOps::attend(real* out, real* lse, const real* qkv, int first, int last
 }
 
 // All heads of all sequences: sets out [B*T, C] and lse [B, NH, T] from qkv [B*T, 3C].
-template <class A, class real, class Ops>
-void attention_forward(const Ops& ops, A* out, real* lse, const A* qkv, int B, int T, int NH,
-                       int HS, Dropout drop) {
+template <class Ops, class A, class real>
+void attention_forward(A* out, real* lse, const A* qkv, int B, int T, int NH, int HS,
+                       Dropout drop) {
     const int C = NH * HS;
 #pragma omp parallel for schedule(dynamic)
     for (int head = 0; head < B * NH; ++head) {
         const size_t row = size_t(head / NH) * T, at = row * C + head % NH * HS;  // in out
-        ops.attend(out + at, lse + size_t(head) * T, qkv + at + 2 * row * C, 0, T, C, HS, drop,
-                   uint64_t(head));
+        Ops::attend(out + at, lse + size_t(head) * T, qkv + at + 2 * row * C, 0, T, C, HS, drop,
+                    uint64_t(head));
     }
 }
 
@@ -1185,8 +1034,8 @@ void attention_forward(const Ops& ops, A* out, real* lse, const A* qkv, int B, i
 template <class real>
 void PlainOps::attend_backward(real* dqkv, const real* dout, const real* out, const real* lse,
                                const real* qkv, int T, int C, int HS, Dropout drop, uint64_t head) {
-    const View<real> q = rows_of(qkv, 3 * C), k = q.from(0, C), v = q.from(0, 2 * C);
-    const View<real> d = rows_of(dout, C), o = rows_of(out, C);
+    const View<real> q(qkv, T, HS, 3 * C), k(qkv + C, T, HS, 3 * C), v(qkv + 2 * C, T, HS, 3 * C);
+    const View<real> d(dout, T, HS, C), o(out, T, HS, C);
     const real scale = 1 / std::sqrt(real(HS));
     for (int t = 0; t < T; ++t) {
         real *dq = dqkv + q.row * t, D = 0;
@@ -1196,7 +1045,7 @@ void PlainOps::attend_backward(real* dqkv, const real* dout, const real* out, co
             real *dk = dqkv + q.row * t2 + C, *dv = dk + C, s = 0, dp = 0;
             for (int i = 0; i < HS; ++i) s += q(t, i) * k(t2, i), dp += d(t, i) * v(t2, i);
             const real m = drop.scale((head * T + t) * T + t2);
-            const real p = std::exp(s * scale - lse[t]), ds = p * (m * dp - D);
+            const real p = exp_of(s * scale - lse[t]), ds = p * (m * dp - D);
             for (int i = 0; i < HS; ++i) {
                 dq[i] += ds * k(t2, i) * scale;
                 dk[i] += ds * q(t, i) * scale;
@@ -1208,127 +1057,123 @@ void PlainOps::attend_backward(real* dqkv, const real* dout, const real* out, co
 
 // sets dqkv [B*T, 3C] from dout, out [B*T, C], lse [B, NH, T] and qkv [B*T, 3C]; sets dqkv_bias
 // [3C], the bias gradient of the layer that made qkv, or adds to it if accumulate.
-template <class A, class real, class Ops>
-void attention_backward(const Ops& ops, A* dqkv, real* dqkv_bias, const A* dout, const A* out,
-                        const real* lse, const A* qkv, int B, int T, int NH, int HS, Dropout drop,
-                        bool accumulate) {
+template <class Ops, class A, class real>
+void attention_backward(A* dqkv, real* dqkv_bias, const A* dout, const A* out, const real* lse,
+                        const A* qkv, int B, int T, int NH, int HS, Dropout drop, bool accumulate) {
     const int C = NH * HS;
 #pragma omp parallel for schedule(dynamic)
     for (int head = 0; head < B * NH; ++head) {
         const size_t row = size_t(head / NH) * T, at = row * C + head % NH * HS,
                      at3 = at + 2 * row * C;
-        ops.attend_backward(dqkv + at3, dout + at, out + at, lse + size_t(head) * T, qkv + at3, T,
-                            C, HS, drop, uint64_t(head));
+        Ops::attend_backward(dqkv + at3, dout + at, out + at, lse + size_t(head) * T, qkv + at3, T,
+                             C, HS, drop, uint64_t(head));
     }
     column_sums(dqkv_bias, dqkv, B * T, 3 * C, accumulate);
 }
 
 // Generation: sets out [n, C] for positions past..past+n-1 of one sequence, from the KV cache, its
 // qkv rows 0..past+n-1.
-template <class A, class real, class Ops>
-void attention_cached(const Ops& ops, A* out, const A* qkv, int past, int n, int NH, int HS) {
+template <class Ops, class A, class real>
+void attention_cached(A* out, const A* qkv, int past, int n, int NH, int HS) {
     real* no_lse = nullptr;
 #pragma omp parallel for schedule(dynamic)
     for (int head = 0; head < NH; ++head)
-        ops.attend(out + head * HS, no_lse, qkv + head * HS, past, past + n, NH * HS, HS, Dropout{},
-                   0);
+        Ops::attend(out + head * HS, no_lse, qkv + head * HS, past, past + n, NH * HS, HS,
+                    Dropout{}, 0);
 }
 
 // --- §4.6 The MLP's first layer: linear, then GELU with tanh (Hendrycks and Gimpel 2016)
 //   gelu(x) = x/2 (1 + tanh u),   u = sqrt(2/pi) (x + 0.044715 x^3)
-// Without it two linear layers would be one. It passes large x, holds negative ones back, and has a
-// slope everywhere. tanh u = (1 - e^(-2u)) / (1 + e^(-2u)), so
+// Without it two linear layers would be one. tanh u = (1 - e^(-2u)) / (1 + e^(-2u)), so
 //   (1 + tanh u)/2 = 1/(1 + e^(-2u)) = s, the logistic function:  gelu(x) = x s, one exponential
 //   ds/du = 2 e^(-2u) / (1 + e^(-2u))^2 = 2 s (1 - s)
 //   gelu'(x) = s + x ds/dx = s + x s (1 - s) 2 du/dx,   2 du/dx = 2 sqrt(2/pi) (1 + 3*0.044715 x^2)
 // Below, 1.5957691216057308 = 2 sqrt(2/pi), inner = -2u, slope = 2 du/dx.
 //   walk>   gelu       [8, 32]   -0.1343  -0.0577   0.6315  -0.0934   0.0724  -0.0707 ...
 
-// Careful: x is clamped, in gelu from below. Else the exponential overflows for very negative x,
-// and the derivative becomes infinity * 0, a NaN. At -10 gelu is -1e-37; at the ends the derivative
-// is within 1e-35 of 0 and 1.
-template <class Ops, class real>
+// Careful: x is clamped. Else the exponential overflows for very negative x, and the derivative
+// becomes infinity * 0, a NaN. At -10 gelu is -1e-37; at the ends the derivative is within 1e-35 of
+// 0 and 1.
+template <class real>
 real gelu(real x) {
     x = x < -10 ? real(-10) : x;
     const real inner = real(-1.5957691216057308) * x * (1 + real(0.044715) * x * x);
-    return x / (1 + Ops::exp(inner));
+    return x / (1 + exp_of(inner));
 }
-template <class Ops, class real>
+template <class real>
 real gelu_derivative(real x) {
     x = x < -10 ? real(-10) : x;
     x = x > 10 ? real(10) : x;
     const real slope = real(1.5957691216057308) * (1 + 3 * real(0.044715) * x * x);
     const real inner = real(-1.5957691216057308) * x * (1 + real(0.044715) * x * x);
-    const real s = 1 / (1 + Ops::exp(inner));
+    const real s = 1 / (1 + exp_of(inner));
     return s + x * s * (1 - s) * slope;
 }
 
-// sets pre [rows, OC] = x w + b and gelu [rows, OC] = GELU(pre). Both are kept: pre for GELU's
+// sets fc [rows, OC] = x w + b and gelu [rows, OC] = GELU(fc). Both are kept: fc for GELU's
 // derivative, gelu as the next layer's input. x [rows, C], w [C, OC], b [OC].
-template <class A, class real, class Ops>
-void linear_gelu_forward(const Ops& ops, A* gelu, A* pre, const A* x, const A* w, const A* b,
-                         int rows, int C, int OC) {
-    ops.matmul(gelu, OC, rows_of(x, C), rows_of(w, OC), rows, OC, C, false,
-               [=](int row, int col, int count, real* values) {
-                   A* kept = pre + size_t(row) * OC + col;
-                   for (int j = 0; j < count; ++j) kept[j] = A(values[j] + b[col + j]);
-                   for (int j = 0; j < count; ++j) values[j] = tinygpt::gelu<Ops>(real(kept[j]));
-               });
+template <class Ops, class A, class real>
+void linear_gelu_forward(A* gelu, A* fc, const A* x, const A* w, const A* b, int rows, int C,
+                         int OC) {
+    Ops::matmul(gelu, View(x, rows, C), View(w, C, OC), false,
+                [=](int row, int col, int count, real* values) {
+                    A* kept = fc + size_t(row) * OC + col;
+                    for (int j = 0; j < count; ++j) kept[j] = A(values[j] + b[col + j]);
+                    for (int j = 0; j < count; ++j) values[j] = tinygpt::gelu(real(kept[j]));
+                });
 }
 
-// sets gelu [count] = GELU(pre), to the bit as above. For --recompute-gelu (§5).
-template <class A, class real, class Ops>
-void gelu_forward(const Ops&, A* gelu, const A* pre, size_t count) {
+// The same GELU, to the bit, for --recompute-gelu (§5): sets gelu [count] from fc.
+template <class A, class real>
+void gelu_forward(A* gelu, const A* fc, size_t count) {
 #pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < count; ++i) gelu[i] = A(tinygpt::gelu<Ops>(real(pre[i])));
+    for (size_t i = 0; i < count; ++i) gelu[i] = A(tinygpt::gelu(real(fc[i])));
 }
 
-// From the gradient of the MLP's output back to pre: the backward of its second linear layer (w),
-// whose input was gelu = GELU(pre), then that of GELU:
-//   dpre = (dout w^T) gelu'(pre)     dw = gelu^T dout     dpre_bias = column sums of dpre
-// dpre_bias is the bias gradient of the layer that made pre. Shapes: dpre, gelu, pre [rows, C],
-// dout [rows, OC], w [C, OC]. sets dpre; sets dw, dpre_bias [C], or adds to them if accumulate.
-template <class A, class real, class Ops>
-void linear_gelu_backward(const Ops& ops, A* dpre, real* dw, real* dpre_bias, const A* dout,
-                          const A* gelu, const A* pre, const A* w, int rows, int C, int OC,
-                          bool accumulate) {
-    ops.matmul(dpre, C, rows_of(dout, OC), transpose_of(w, OC), rows, C, OC, false,
-               [=](int row, int col, int count, real* values) {
-                   const A* x = pre + size_t(row) * C + col;
-                   for (int j = 0; j < count; ++j) values[j] *= gelu_derivative<Ops>(real(x[j]));
-               });
-    ops.matmul(dw, OC, transpose_of(gelu, C), rows_of(dout, OC), C, OC, rows, accumulate);
-    column_sums(dpre_bias, dpre, rows, C, accumulate);
+// From the gradient of the MLP's output back to fc: the backward of its second linear layer (w),
+// whose input was gelu = GELU(fc), then that of GELU:
+//   dfc = (dout w^T) gelu'(fc)     dw = gelu^T dout     dfc_bias = column sums of dfc
+// dfc_bias is the bias gradient of the layer that made fc. Shapes: dfc, gelu, fc [rows, C],
+// dout [rows, OC], w [C, OC]. sets dfc; sets dw, dfc_bias [C], or adds to them if accumulate.
+template <class Ops, class A, class real>
+void linear_gelu_backward(A* dfc, real* dw, real* dfc_bias, const A* dout, const A* gelu,
+                          const A* fc, const A* w, int rows, int C, int OC, bool accumulate) {
+    Ops::matmul(dfc, View(dout, rows, OC), View(w, C, OC).transposed(), false,
+                [=](int row, int col, int count, real* values) {
+                    const A* x = fc + size_t(row) * C + col;
+                    for (int j = 0; j < count; ++j) values[j] *= gelu_derivative(real(x[j]));
+                });
+    Ops::matmul(dw, View(gelu, rows, C).transposed(), View(dout, rows, OC), accumulate);
+    column_sums(dfc_bias, dfc, rows, C, accumulate);
 }
 
 // --- §4.7 The residual stream: a branch ends in a linear layer whose output is added to x
 //   out = x + drop(branch w + bias)
 // The sum passes its gradient on unchanged to both sides (He et al. 2016):
 //   dx = dout + what the branch itself sends back      dbias = column sums of drop(dout)
-// So a deep model can learn: from ln_f down, the gradient reaches every layer by a path without a
-// single multiplication.
+// So a deep model can learn: the gradient reaches every layer by a path without a multiplication.
 
 // sets out [rows, OC] = residual + drop(x w + b), from residual [rows, OC], x [rows, C], w [C, OC],
 // b [OC]. Its backward: layernorm_backward (§4.2) makes drop(dout) and the bias gradient,
 // linear_backward the rest; the residual's gradient is dout itself.
-template <class A, class real, class Ops>
-void linear_residual_forward(const Ops& ops, A* out, const A* residual, const A* x, const A* w,
-                             const A* b, int rows, int C, int OC, Dropout drop) {
-    ops.matmul(out, OC, rows_of(x, C), rows_of(w, OC), rows, OC, C, false,
-               [=](int row, int col, int count, real* values) {
-                   const size_t at = size_t(row) * OC + col;
-                   for (int j = 0; j < count; ++j) values[j] += b[col + j];
-                   if (drop.on())
-                       for (int j = 0; j < count; ++j) values[j] *= drop.scale(at + j);
-                   for (int j = 0; j < count; ++j) values[j] += residual[at + j];
-               });
+template <class Ops, class A, class real>
+void linear_residual_forward(A* out, const A* residual, const A* x, const A* w, const A* b,
+                             int rows, int C, int OC, Dropout drop) {
+    Ops::matmul(out, View(x, rows, C), View(w, C, OC), false,
+                [=](int row, int col, int count, real* values) {
+                    const size_t at = size_t(row) * OC + col;
+                    for (int j = 0; j < count; ++j) values[j] += b[col + j];
+                    if (drop.on())
+                        for (int j = 0; j < count; ++j) values[j] *= drop.scale(at + j);
+                    for (int j = 0; j < count; ++j) values[j] += residual[at + j];
+                });
 }
 
 // --- §4.8 The head: logits, softmax and cross-entropy in one
 //   logits = x w^T,  w [V, C]      p = softmax(logits)      loss = -log p[target]
 // Every token gets a score. The loss is how surprised the softmax is by the one that came: 0 if it
 // was certain of it, log V if it knows nothing. e^loss, the perplexity, is the number of tokens it
-// seems to be guessing among. x [rows, C] is ln_f; w is wte where the head is tied.
+// seems to guess among. x is ln_f; w is wte where the head is tied.
 //   walk> loss of the batch: mean of 8 such = 2.433049; knowing nothing is log 11 = 2.3979
 //   walk> cat     -0.8429       0.4305        0.0351   <- the target
 //   walk> sum of exp 12.2585; loss = log(sum) - logit = 2.5062 - -0.8429 = 3.3491
@@ -1339,23 +1184,21 @@ constexpr int kHeadRows = 1024;  // enough for a fast product
 
 // sets logits [rows, V] = x w^T. By itself, because generation (§9) needs logits without a loss.
 template <class Ops>
-void head_logits(const Ops& ops, auto* logits, const auto* x, const auto* w, int rows, int C,
-                 int V) {
-    ops.matmul(logits, V, rows_of(x, C), transpose_of(w, C), rows, V, C);
+void head_logits(auto* logits, const auto* x, const auto* w, int rows, int C, int V) {
+    Ops::matmul(logits, View(x, rows, C), View(w, V, C).transposed());
 }
 
 // Loss of a row: -log p[target] = log(sum exp(logits)) - logits[target], with the maximum h
-// subtracted so that exp cannot overflow: log sum e^l = h + log sum e^(l - h). With scale > 0 the
-// logits are overwritten by their gradient (else by e^l, of no use). The log of the sum has the
-// slope e^l_v / sum = p_v, so
+// subtracted so that exp cannot overflow. With scale > 0 the logits are overwritten by their
+// gradient (else by e^l, of no use). The log of the sum has the slope e^l_v / sum = p_v, so
 //   dloss/dlogits_v = d/dlogits_v (log sum_u exp(logits_u) - logits_target) = p_v - [v = target]
 // softmax minus one-hot: push every token down by the probability it was given, and the target up
 // by what it lacked. Times scale (1/8 in the walk, and -0.1206 = (0.0351 - 1) / 8):
 //   walk> dlogits of row 0, (p - [target]) / 8:  0.0094 -0.1206  0.0051  0.0179
 // sets losses [rows], 0 where the target is kIgnore; works on logits [rows, V] in place.
-template <class A, class real, class Ops>
-void softmax_cross_entropy(const Ops& ops, real* losses, A* logits, const int32_t* targets,
-                           int rows, int V, real scale) {
+template <class A, class real>
+void softmax_cross_entropy(real* losses, A* logits, const int32_t* targets, int rows, int V,
+                           real scale) {
 #pragma omp parallel for schedule(static)
     for (int row = 0; row < rows; ++row) {
         A* stored = logits + size_t(row) * V;
@@ -1368,9 +1211,9 @@ void softmax_cross_entropy(const Ops& ops, real* losses, A* logits, const int32_
         std::vector<real> wide(std::is_same_v<A, real> ? 0 : V);  // a row that is rounded only once
         std::copy_n(stored, wide.size(), wide.begin());
         real* l = wide.empty() ? reinterpret_cast<real*>(stored) : wide.data();
-        const real highest = ops.maximum(l, V);
+        const real highest = maximum(l, V);
         const real at_target = l[target];
-        const real sum = ops.exp_and_sum(l, highest, V);  // l[v] = exp(l[v] - highest)
+        const real sum = exp_and_sum(l, highest, V);  // l[v] = exp(l[v] - highest)
         losses[row] = std::log(sum) + highest - at_target;
         if (scale <= 0) continue;
         const real factor = scale / sum;
@@ -1382,13 +1225,13 @@ void softmax_cross_entropy(const Ops& ops, real* losses, A* logits, const int32_
 
 // sets losses [rows], in nats, 0 where the target is kIgnore. x [rows, C], w [V, C], targets
 // [rows]; logits [at most kHeadRows, V] is scratch.
-template <class A, class real, class Ops>
-void head_forward(const Ops& ops, real* losses, A* logits, const A* x, const A* w,
-                  const int32_t* targets, int rows, int C, int V) {
+template <class Ops, class A, class real>
+void head_forward(real* losses, A* logits, const A* x, const A* w, const int32_t* targets, int rows,
+                  int C, int V) {
     for (int first = 0; first < rows; first += kHeadRows) {
         const int n = std::min(kHeadRows, rows - first);
-        head_logits(ops, logits, x + size_t(first) * C, w, n, C, V);
-        softmax_cross_entropy(ops, losses + first, logits, targets + first, n, V, real(0));
+        head_logits<Ops>(logits, x + size_t(first) * C, w, n, C, V);
+        softmax_cross_entropy(losses + first, logits, targets + first, n, V, real(0));
     }
 }
 
@@ -1398,206 +1241,26 @@ void head_forward(const Ops& ops, real* losses, A* logits, const A* x, const A* 
 //   dw_vc = sum_r dlogits_rv x_rc     dw = dlogits^T x
 // A tied w is wte, which is used twice, so its gradient is a sum: embed_backward adds to this dw.
 // sets losses [rows], dx [rows, C]; sets dw [V, C], or adds to it if accumulate.
-template <class A, class real, class Ops>
-void head_forward_backward(const Ops& ops, real* losses, A* dx, real* dw, A* logits, const A* x,
-                           const A* w, const int32_t* targets, int rows, int C, int V, real scale,
+template <class Ops, class A, class real>
+void head_forward_backward(real* losses, A* dx, real* dw, A* logits, const A* x, const A* w,
+                           const int32_t* targets, int rows, int C, int V, real scale,
                            bool accumulate) {
     for (int first = 0; first < rows; first += kHeadRows) {
         const int n = std::min(kHeadRows, rows - first);
         const A* x_rows = x + size_t(first) * C;
-        head_logits(ops, logits, x_rows, w, n, C, V);
-        softmax_cross_entropy(ops, losses + first, logits, targets + first, n, V, scale);
-        ops.matmul(dx + size_t(first) * C, C, rows_of(logits, V), rows_of(w, C), n, C, V);
-        ops.matmul(dw, C, transpose_of(logits, V), rows_of(x_rows, C), V, C, n,
-                   accumulate || first > 0);
+        head_logits<Ops>(logits, x_rows, w, n, C, V);
+        softmax_cross_entropy(losses + first, logits, targets + first, n, V, scale);
+        const View dlogits(logits, n, V);
+        Ops::matmul(dx + size_t(first) * C, dlogits, View(w, V, C));
+        Ops::matmul(dw, dlogits.transposed(), View(x_rows, n, C), accumulate || first > 0);
     }
 }
-
-// --- Memory
-
-inline void use_large_pages(void* start, size_t bytes);  // §12
-
-// Uninitialised memory for count elements, aligned to 64 bytes. Large arrays get large pages: fewer
-// TLB misses when §11 jumps from row to row.
-template <class T>
-T* allocate(size_t count) {
-    const size_t large_page = size_t(1) << 21;
-    size_t bytes = std::max<size_t>(count, 1) * sizeof(T);
-    const size_t unit = bytes >= large_page / 2 ? large_page : 64;
-    bytes = round_up(bytes, unit);
-    void* pointer = std::aligned_alloc(unit, bytes);
-    if (!pointer)
-        fail("out of memory: ", format("%.2f", double(bytes) / 1e9), " GB more were needed");
-    if (unit == large_page) use_large_pages(pointer, bytes);
-    return static_cast<T*>(pointer);
-}
-
-// --- The device: all that the model asks for, in one table
-
-// The numbers of a step that live beside the weights, on the device, so that no step has to wait
-// for the host: what the host set (lr), what the device found, and the guards' memory (§7).
-struct StepState {
-    static constexpr int kWindow = 128;  // how many past steps an outlier is judged by
-    double lr = 0, loss = 0, grad_norm = 0;
-    double waiting[3] = {};             // losses that belong to the spare gradients (§8)
-    double clip_scale = 1;              // gradients are multiplied by this in the update
-    int32_t skip = 0;                   // 1: this update is not made
-    int32_t broken = 0;                 // 1: loss or norm was NaN or infinite
-    int64_t updates = 0;                // updates made so far: AdamW's t
-    int64_t skipped = 0, outliers = 0;  // totals of the run
-    int64_t seen = 0;                   // steps in the window so far
-    double losses[kWindow] = {}, norms[kWindow] = {};
-    TINYGPT_HD double* loss_of(int into) { return into == 0 ? &loss : &waiting[into - 1]; }
-};
-
-// When to clip a gradient, and when to skip an update (§7).
-struct Guards {
-    double grad_clip = 1;      // limit of the global norm; 0: none
-    double skip_outliers = 0;  // z-score above which an update is skipped; 0: never
-    auto operator<=>(const Guards&) const = default;
-};
-// AdamW's settings, by default GPT-3's (Brown et al. 2020, appendix B).
-struct AdamW {
-    // For every weight it keeps two numbers, m and v: their prefixes in a checkpoint.
-    static constexpr std::array kMoments = {"m.", "v."};
-    double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1;
-    auto operator<=>(const AdamW&) const = default;
-};
-// The update itself, in §7.
-inline void begin_step(StepState* state, double lr);
-template <class real>
-void add_loss(StepState* state, const real* losses, int rows, double scale, int into = 0);
-template <class real>
-void gradient_norm(StepState* state, const real* grads, size_t count);
-template <class real>
-void square_sums(double* sums, const real* grads, size_t count);
-inline void norm_of_sums(StepState* state, const double* sums, size_t chunks);
-TINYGPT_HD inline void judge_step(StepState* state, const Guards& guards);
-template <class A, class real>
-void adamw(A* weights, real* masters, real* m, real* v, const real* grads, size_t count,
-           size_t decayed, const StepState* state, const AdamW& hyper);
-
-// The processes that train one model together, each with a number. A process alone has nothing to
-// do here; train_gpt.cpp has the ranks of MPI. All ranks make the same calls in the same order.
-struct Ranks {
-    int rank = 0, count = 1;
-    int here = 1, rank_here = 0;    // the same, of those on this machine
-    double seconds = 0, bytes = 0;  // spent on the calls below, and sent by them
-    virtual ~Ranks() = default;
-    // Begins to send: rank r gets the part at from + r * bytes, and finds that of s at to + s *
-    // bytes.
-    virtual void exchange(void* /*to*/, const void* /*from*/, size_t /*bytes*/) {}
-    // Whether the oldest exchange is done, and forgets it; with `wait`, waits for it.
-    virtual bool arrived(bool /*wait*/) { return true; }
-    // array [rounds, count, bytes]: each rank has set its part of every round; sets the others.
-    virtual void gather(void* /*array*/, size_t /*bytes*/, size_t /*rounds*/) {}
-    // Sets data [bytes] to what it is at rank 0.
-    virtual void broadcast(void* /*data*/, size_t /*bytes*/) {}
-    // "rank 1 on host: ", before this rank's errors; and the end of all ranks, after one.
-    virtual std::string name() const { return ""; }
-    virtual void end_all(int /*status*/) {}
-};
-inline Ranks alone;
-inline Ranks* world = &alone;  // the ranks of this program
-
-// A device is a struct with the names below. Model, training and generation (§5-9) are written
-// once, over any device, and never ask which one it is. Layers passes each name on to the function
-// above. With PlainOps it is called Reference, with §11's operations Cpu. Cuda, in train_gpt.cu,
-// has the same names, as kernels. (auto... a: any arguments, passed on, as *args in Python.)
-template <class A, class Ops = PlainOps>
-struct Layers {
-    // In bf16 small updates would be rounded away. So AdamW changes an fp32 copy of each weight, its
-    // master, and layers read weights that are rounded from it. In fp32 both are the same array.
-    using Activation = A;                                               // and their gradients
-    using Weight = A;                                                   // what the layers read
-    using Real = RealOf<A>;                                             // masters, moments, losses
-    using Gradient = Real;                                              // of parameters
-    static constexpr bool kSeparateMasters = !std::is_same_v<A, Real>;  // weights are copies
-    static constexpr bool kHostMemory = true;  // the host may read and write its arrays
-    Ops ops;
-    Ranks* ranks = world;
-
-    void embed_forward(auto... a) { tinygpt::embed_forward<A, Real>(a...); }
-    void embed_backward(auto... a) { tinygpt::embed_backward<A, Real>(a...); }
-    void layernorm_forward(auto... a) { tinygpt::layernorm_forward<A, Real>(a...); }
-    void layernorm_backward(auto... a) { tinygpt::layernorm_backward<A, Real>(a...); }
-    void linear_forward(auto... a) { tinygpt::linear_forward<A, Real>(ops, a...); }
-    void linear_backward(auto... a) { tinygpt::linear_backward<A, Real>(ops, a...); }
-    void attention_forward(auto... a) { tinygpt::attention_forward<A, Real>(ops, a...); }
-    void attention_backward(auto... a) { tinygpt::attention_backward<A, Real>(ops, a...); }
-    void attention_cached(auto... a) { tinygpt::attention_cached<A, Real>(ops, a...); }
-    void linear_gelu_forward(auto... a) { tinygpt::linear_gelu_forward<A, Real>(ops, a...); }
-    void gelu_forward(auto... a) { tinygpt::gelu_forward<A, Real>(ops, a...); }
-    void linear_gelu_backward(auto... a) { tinygpt::linear_gelu_backward<A, Real>(ops, a...); }
-    void linear_residual_forward(auto... a) {
-        tinygpt::linear_residual_forward<A, Real>(ops, a...);
-    }
-    static size_t head_workspace(int rows, int V) {  // elements of `logits`
-        return size_t(std::min(rows, kHeadRows)) * size_t(V);
-    }
-    void head_logits(auto... a) { tinygpt::head_logits(ops, a...); }
-    void head_forward(auto... a) { tinygpt::head_forward<A, Real>(ops, a...); }
-    void head_forward_backward(auto... a) { tinygpt::head_forward_backward<A, Real>(ops, a...); }
-
-    // The update of all parameters at once, and what it depends on.
-    void begin_step(auto... a) { tinygpt::begin_step(a...); }
-    void add_loss(auto... a) { tinygpt::add_loss<Real>(a...); }
-    void gradient_norm(auto... a) { tinygpt::gradient_norm<Real>(a...); }
-    void square_sums(auto... a) { tinygpt::square_sums<Real>(a...); }
-    void norm_of_sums(auto... a) { tinygpt::norm_of_sums(a...); }
-    void judge_step(auto... a) { tinygpt::judge_step(a...); }
-    void adamw(auto... a) { tinygpt::adamw<A, Real>(a...); }
-
-    // Memory. upload copies to the device, download from it.
-    template <class T>
-    T* allocate(size_t count) {
-        return tinygpt::allocate<T>(count);
-    }
-    void release(auto* pointer) { std::free(pointer); }
-    void zero(auto* to, size_t count) {
-        if (count > 0) std::memset(static_cast<void*>(to), 0, count * sizeof *to);
-    }
-    // Why count > 0, here and above: memcpy takes no null, not even for nothing.
-    void upload(auto* to, const auto* from_host, size_t count) {
-        if (count > 0) std::memcpy(static_cast<void*>(to), from_host, count * sizeof *to);
-    }
-    void download(auto* to_host, const auto* from, size_t count) { upload(to_host, from, count); }
-    void weights_from_masters(Weight* weights, const Real* masters, size_t count) {
-        if constexpr (kSeparateMasters)
-            for (size_t i = 0; i < count; ++i) weights[i] = Weight(masters[i]);
-    }
-
-    // Sums over micro-batches and ranks: to += from, to = from, and what ranks send each other.
-    template <class T>
-    void add(T* to, const T* from, size_t count) {
-#pragma omp parallel for simd schedule(static)
-        for (size_t i = 0; i < count; ++i) to[i] += from[i];
-    }
-    void copy(auto* to, const auto* from, size_t count) { upload(to, from, count); }
-    void exchange(auto* to, const auto* from, size_t count) {
-        ranks->exchange(to, from, count * sizeof *to);
-    }
-    bool arrived(bool wait) { return ranks->arrived(wait); }
-    void gather(auto* array, size_t count, size_t rounds) {
-        ranks->gather(array, count * sizeof *array, rounds);
-    }
-
-    // A GPU works while the CPU prepares later steps, up to kStepsBehind of them. post: copy the
-    // state when the work so far is done; fetch: wait for the oldest such copy. replay does the
-    // work; a GPU keeps it as a CUDA graph, and launches that for the same pass and options.
-    static constexpr int kStepsBehind = 0;
-    void replay(const auto& /*pass*/, const auto& /*options*/, auto&& work) { work(); }
-    void post(const StepState*) {}
-    StepState fetch(const StepState* state) { return *state; }
-    void synchronize() {}  // waits until all work is done
-};
-template <class real>
-using Reference = Layers<real, PlainOps>;
 
 // =================================================================================================
 // §5 Forward: GPT-2 on one screen
 // =================================================================================================
-// What you have now: every layer. Here they are put together, for B rows of T tokens:
+// What you have now: every layer. Here they are put together, for B rows of T tokens. device.f(...)
+// calls the function f of §4, or what the device has in its place (the table is in §10):
 //
 //   inputs [B, T] -> embedded [rows, C]
 //   each layer    -> ln_1 [rows, C] -> qkv [rows, 3C] -> att [rows, C]  -> x_mid [rows, C]
@@ -1609,10 +1272,10 @@ using Reference = Layers<real, PlainOps>;
 //   x (twice), mean, rstd     the input of each layernorm, and what it was normalised by
 //   qkv, lse (and att)        attention computes its probabilities again from these
 //   fc                        the GELU's derivative is taken at its input
-// These are 16 C numbers a position: for GPT-2 small, 4 x 1024 tokens and fp32, 2.4 GB in all.
-// A quarter is gelu, which can be computed again from fc: with --recompute-gelu all layers share
-// one buffer, and backward refills it. The gradients of activations need one set of buffers for all
-// layers, since each is used up before the next layer begins.
+// These are 16 C numbers a position: for GPT-2 small, 4 x 1024 tokens and fp32, 2.4 GB in all. A
+// quarter is gelu, which can be computed again from fc: with --recompute-gelu all layers share one
+// buffer, and backward refills it. The gradients of activations need one set of buffers for all
+// layers.
 
 // The buffers of one pass, by name. (typename Device::Real is the type that Device calls Real.)
 template <class Device>
@@ -1638,8 +1301,8 @@ struct Activations {
     Activation *dx, *dbranch, *dwide, *dnarrow;  // [rows, C], [rows, C], [rows, 4C], [rows, C]
 };
 
-// Training keeps the buffers of all layers. Evaluation and generation have those of one, which all
-// layers share; but in generation each has its own qkv, whose rows are the key/value cache.
+// Training keeps the buffers of all layers. Evaluation and generation have one layer's, which all
+// share; but in generation each has its own qkv, whose rows are the key/value cache.
 enum class Use { training, evaluation, generation };
 
 // A model on a device. What it is made of stands in §10, with the memory it takes:
@@ -1738,7 +1401,8 @@ void forward(Gpt2<Device>& model, const Pass& pass) {
 // Reads a.targets, a.order, and what forward of the same pass has kept. After each layer calls
 // on_final(i): in the flat array, the matrices from element i on have their gradients.
 template <class Device>
-void backward(Gpt2<Device>& model, const Pass& pass, auto&& on_final) {
+void backward(Gpt2<Device>& model, const Pass& pass,
+              const std::function<void(size_t)>& on_final = nullptr) {
     const Config& config = model.config;
     Device& device = model.device;
     auto& a = model.a;
@@ -1784,7 +1448,7 @@ void backward(Gpt2<Device>& model, const Pass& pass, auto&& on_final) {
                                   a.dnarrow, a.dx, input_of(i), l.ln_1_mean, l.ln_1_rstd,
                                   p.ln_1_weight, rows, C, i > 0 ? pass.drop(3 * i) : Dropout{},
                                   add);
-        on_final(size_t(d.c_attn_weight - g.wte));
+        if (on_final) on_final(size_t(d.c_attn_weight - g.wte));
     }
     // embed_backward only adds, so both tables begin at 0; but a tied wte has the head's gradient.
     if (pass.first) device.zero(g.wpe, size_t(config.n_positions) * C);
@@ -1792,21 +1456,16 @@ void backward(Gpt2<Device>& model, const Pass& pass, auto&& on_final) {
     device.embed_backward(g.wte, g.wpe, a.dx, a.inputs, a.order, B, T, C, pass.drop(0));
 }
 
-template <class Device>
-void backward(Gpt2<Device>& model, const Pass& pass) {
-    backward(model, pass, [](size_t) {});
-}
-
 // =================================================================================================
 // §7 The update: how far, whether at all, and which step each weight takes
 // =================================================================================================
-// What you have now: a gradient for every parameter, in one flat array: which way is uphill. Three
-// questions remain: how far to go (schedule), how far to trust it (clipping, guards), and which
-// step each weight takes (AdamW).
+// What you have now: a gradient for every parameter, in one flat array: which way is uphill. How
+// far to go (schedule), how far to trust it (clipping, guards), and which step does each weight
+// take (AdamW)?
 
-// Warm-up: at the start AdamW's moments are estimates from few batches, and the model changes fast;
-// small steps do no harm. Decay: near the end, the noise of single batches keeps the loss up, and
-// smaller steps average it away.
+// Warm-up: at the start AdamW's moments are estimates from few batches; small steps do no harm.
+// Decay: near the end, the noise of single batches keeps the loss up, and smaller steps average it
+// away.
 //
 //            cosine            linear            constant          wsd
 //   peak     /``-.             /`-.              /-----------      /-------.
@@ -1850,6 +1509,35 @@ inline double learning_rate(const LearningRate& rate, int64_t s) {
     return lo + (peak - lo) * (1 - std::sqrt(std::min(1.0, (double(s) - stable) / (N - stable))));
 }
 
+// The numbers of a step that live on the device, so that no step has to wait for the host: what the
+// host set (lr), what the device found, and the guards' memory.
+struct StepState {
+    static constexpr int kWindow = 128;  // how many past steps an outlier is judged by
+    double lr = 0, loss = 0, grad_norm = 0;
+    double waiting[3] = {};             // losses that belong to the spare gradients (§8)
+    double clip_scale = 1;              // gradients are multiplied by this in the update
+    int32_t skip = 0;                   // 1: this update is not made
+    int32_t broken = 0;                 // 1: loss or norm was NaN or infinite
+    int64_t updates = 0;                // updates made so far: AdamW's t
+    int64_t skipped = 0, outliers = 0;  // totals of the run
+    int64_t seen = 0;                   // steps in the window so far
+    double losses[kWindow] = {}, norms[kWindow] = {};
+    TINYGPT_HD double* loss_of(int into) { return into == 0 ? &loss : &waiting[into - 1]; }
+};
+
+// When to clip a gradient, and when to skip an update (§7).
+struct Guards {
+    double grad_clip = 1;      // limit of the global norm; 0: none
+    double skip_outliers = 0;  // z-score above which an update is skipped; 0: never
+    auto operator<=>(const Guards&) const = default;
+};
+// AdamW's settings, by default GPT-3's (Brown et al. 2020, appendix B).
+struct AdamW {
+    // For every weight it keeps two numbers, m and v: their prefixes in a checkpoint.
+    static constexpr std::array kMoments = {"m.", "v."};
+    double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1;
+    auto operator<=>(const AdamW&) const = default;
+};
 // How many standard deviations `value` lies above the mean of window[count]; 0 if all are equal.
 TINYGPT_HD inline double z_score(const double* window, int64_t count, double value) {
     double mean = 0, squares = 0;
@@ -1862,9 +1550,9 @@ TINYGPT_HD inline double z_score(const double* window, int64_t count, double val
 
 // From the loss and the norm in `state` decides about the update: sets broken, skip and clip_scale,
 // counts, and remembers both. A NaN or an infinity always skips: it must never reach the weights.
-// An outlier, which is a loss or a norm more than skip_outliers deviations above the mean of the
-// last 128, skips too. Clipping (Pascanu et al. 2013): a norm above the limit scales the gradient
-// by limit / norm, so it has the limit's length and the same direction.
+// An outlier, a loss or a norm more than skip_outliers deviations above the mean of the last 128,
+// skips too. Clipping (Pascanu et al. 2013): a norm above the limit scales the gradient by limit /
+// norm, to the limit's length in the same direction.
 //   walk> norm of all gradients 2.550270; the limit is 0.5: each is multiplied by 0.196058
 TINYGPT_HD inline void judge_step(StepState* state, const Guards& guards) {
     const int64_t window = StepState::kWindow;
@@ -1894,9 +1582,9 @@ TINYGPT_HD inline void judge_step(StepState* state, const Guards& guards) {
 //   m_t = (1-beta1) (g_t + beta1 g_(t-1) + ... + beta1^(t-1) g_1)
 // whose factors add up to 1 - beta1^t (a geometric series), not to 1. Divided by it, m is a
 // weighted mean; so is v. eps keeps 0/0 away where a weight has had no gradient yet. The decay is
-// not part of the gradient, since sqrt(v) would divide it too; it shrinks the weight itself, and
-// only in tensors of two dimensions (§3). With beta2 = 0.95, v looks back on about 1/(1-beta2) = 20
-// steps. One element, with m_scale = 1/(1-beta1^t) and v_scale = 1/(1-beta2^t). In the walk:
+// not part of the gradient, since sqrt(v) would divide it too. With beta2 = 0.95, v looks back on
+// about 1/(1-beta2) = 20 steps. One element, with m_scale = 1/(1-beta1^t) and v_scale =
+// 1/(1-beta2^t). In the walk:
 //   walk> g  = -0.507637 * 0.196058 = -0.099526
 //   walk> w  = 0.141984 - 0.1 (-0.099526 / (sqrt(0.009905) + 1e-8) + 0.1 * 0.141984)
 template <class real>
@@ -1912,24 +1600,17 @@ inline void begin_step(StepState* state, double lr) { state->lr = lr, state->los
 
 // The loss of pass.into += scale * sum of losses [rows], in order.
 template <class real>
-void add_loss(StepState* state, const real* losses, int rows, double scale, int into) {
+void add_loss(StepState* state, const real* losses, int rows, double scale, int into = 0) {
     double sum = 0;
     for (int row = 0; row < rows; ++row) sum += double(losses[row]);
     *state->loss_of(into) += scale * sum;
 }
 
-constexpr size_t kNormChunk = 1 << 14;  // so many squares are summed at a time
+// The gradient's norm is its length as one vector: sqrt(sum of squares). Chunks of fixed size are
+// added in order, for any number of threads and ranks. Padding is 0 and adds nothing.
+constexpr size_t kNormChunk = 1 << 14;
 
-// state.grad_norm = the length of the whole gradient [count] as one vector: sqrt(sum of squares).
-// Chunks of fixed size are added in order, for any number of threads and ranks. Padding is 0 and
-// adds nothing.
-template <class real>
-void gradient_norm(StepState* state, const real* grads, size_t count) {
-    std::vector<double> sums(ceil_div(count, kNormChunk));
-    square_sums(sums.data(), grads, count);
-    norm_of_sums(state, sums.data(), sums.size());
-}
-// sums[i] = the sum of squares of chunk i.
+// sums[i] = the sum of squares of chunk i of grads [count].
 template <class real>
 void square_sums(double* sums, const real* grads, size_t count) {
     const size_t chunk = kNormChunk, chunks = ceil_div(count, chunk);
@@ -1954,8 +1635,7 @@ TINYGPT_HD inline void store_as(A& to, real value) {
 }
 
 // Updates masters, m and v [count] from grads times clip_scale, unless state.skip. Elements below
-// `decayed` decay (see Layout). The weights that the layers read are rounded from the masters,
-// where they are not the same array.
+// `decayed` decay (see Layout). In bf16 the weights are rounded from the masters.
 template <class A, class real>
 void adamw(A* weights, real* masters, real* m, real* v, const real* grads, size_t count,
            size_t decayed, const StepState* state, const AdamW& hyper) {
@@ -2002,13 +1682,22 @@ struct StepOptions {
     auto operator<=>(const StepOptions&) const = default;
 };
 
+// 0 .. n-1, sorted by inputs[i], equal ones in their order (for §4.1).
+inline std::vector<int32_t> rows_by_token(const std::vector<int32_t>& inputs) {
+    std::vector<int32_t> order(inputs.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int32_t i, int32_t j) { return inputs[size_t(i)] < inputs[size_t(j)]; });
+    return order;
+}
+
 // Sets a.inputs, a.targets and a.order. Needs reserve(>= B, >= T).
 template <class Device>
 void set_batch(Gpt2<Device>& model, const Batch& batch) {
     const size_t rows = batch.inputs.size();
     model.device.upload(model.a.inputs, batch.inputs.data(), rows);
     model.device.upload(model.a.targets, batch.targets.data(), rows);
-    model.device.upload(model.a.order, batch.order.data(), rows);
+    model.device.upload(model.a.order, rows_by_token(batch.inputs).data(), rows);
 }
 
 // Which micro-batches of a step a rank has: neighbours, from number `first` on. A process alone has
@@ -2022,11 +1711,13 @@ struct StepShare {
 template <class Device>
 void update(Gpt2<Device>& model, const StepOptions& o) {
     Device& device = model.device;
-    const auto& s = model.shares;
-    if (s.count > 1)
-        sum_over_ranks(model);
-    else
-        device.gradient_norm(model.state, model.grads, model.layout.size);
+    const auto& s = model.shares;  // the part of this rank; of a process alone, all
+    sum_over_ranks(model);         // a process alone has nothing to add
+    s.for_each([&](size_t, size_t at, size_t n) {
+        device.square_sums(model.sums + at / kNormChunk, model.grads + at, n);
+    });
+    device.gather(model.sums, s.part / kNormChunk, s.rounds);
+    device.norm_of_sums(model.state, model.sums, ceil_div(s.size, kNormChunk));
     device.judge_step(model.state, o.guards);
     s.for_each([&](size_t own, size_t at, size_t n) {
         // Of these elements so many decay: max(0, decayed - at).
@@ -2049,11 +1740,11 @@ void train_step(Gpt2<Device>& model, const std::vector<Batch>& micro_batches, co
     for (size_t i = 0; i < micro_batches.size(); ++i) {
         const Pass pass = training_pass(model.config, micro_batches, i, o.seed, s, share);
         set_batch(model, micro_batches[i]);
-        model.make_spares(pass.into);       // none for a sum of one leaf
+        model.make_spares(pass.into);       // arrays for the tree; none for one leaf
         model.device.replay(pass, o, [&] {  // on a CPU: just does it
             forward(model, pass);
-            backward(model, pass, [&](size_t final) { exchange_early(model, pass, final); });
-            add_up(model, pass);  // losses, and what §10's tree adds
+            backward(model, pass, [&](size_t final) { exchange_gradients(model, pass, final); });
+            add_up(model, pass);  // losses, and the sums of the tree above
             if (pass.last) update(model, o);
         });
     }
@@ -2063,16 +1754,16 @@ void train_step(Gpt2<Device>& model, const std::vector<Batch>& micro_batches, co
 // §9 Evaluate and generate
 // =================================================================================================
 // What you have now: a model that trains. How good is it on text it has not seen, and what does it
-// write? Both need forward passes only, without dropout. The loss is a mean over tokens, in nats
-// (natural logarithms), and
+// write? Both need forward passes only. The loss is a mean over tokens, in nats (natural
+// logarithms), and
 //   perplexity = e^loss            bits per byte = (sum of losses) / log 2 / (bytes of the text)
 // Careful: only bits per byte compare models with different tokenizers. A longer token is harder.
 
-// Windows that score every prediction exactly once. Normally they lie end to end. Given a
-// document_start >= 0 (the end-of-text token), each window begins where a document begins, and
-// skips what was scored before. Then every token is predicted from all of its document so far,
-// which is what the floor of the default corpus assumes. (A document longer than T is cut.) With T
-// = 8 and the documents Abcdef Ghij Klmno, whose first tokens are the capitals:
+// Windows that score every prediction exactly once, end to end. Given a document_start >= 0 (the
+// end-of-text token), each begins where a document begins, and skips what was scored before. Then
+// every token is predicted from all of its document so far, as the floor of the default corpus
+// assumes. (A document longer than T is cut.) With T = 8 and the documents Abcdef Ghij Klmno, whose
+// first tokens are the capitals:
 //   inputs of window 0     A b c d e f G h        8 are scored; targets b ... i
 //             window 1     G h i j K l m n        2 are context, 6 are scored; targets j ... o
 // Only the first `limit` predictions are scored; 0: all.
@@ -2080,7 +1771,7 @@ inline std::vector<Window> evaluation_windows(const Shards& shards, int T, int d
                                               int64_t limit = 0) {
     std::vector<Window> windows;
     int64_t left = limit > 0 ? limit : shards.predictions();
-    for (const Shard& shard : shards.files()) {
+    for (const Shard& shard : shards.files) {
         const int64_t end = std::min(left, shard.predictions());
         left -= end;
         std::vector<uint16_t> tokens(document_start < 0 ? 0 : size_t(end));
@@ -2124,14 +1815,14 @@ std::vector<typename Device::Real> batch_losses(Gpt2<Device>& model, const Batch
 }
 
 // Scores every window, model.B at a time on each rank. token_bytes[id]: how many bytes a token
-// stands for; empty if bits per byte are not needed. Before each batch go_on(tokens scored) may
-// return false to stop, on all ranks.
+// stands for; may be empty. Before each batch go_on(tokens scored) may return false to stop, on all
+// ranks.
 template <class Device>
 Evaluation evaluate(Gpt2<Device>& model, std::span<const Window> windows,
                     const std::vector<int>& token_bytes,
                     const std::function<bool(int64_t)>& go_on = nullptr) {
     Evaluation result;
-    Ranks& ranks = *model.device.ranks;
+    auto& ranks = *model.device.ranks;
     const size_t rows = size_t(model.B) * size_t(model.T);
     std::vector<typename Device::Real> losses(rows * size_t(ranks.count));
     while (!windows.empty()) {
@@ -2162,7 +1853,7 @@ Evaluation evaluate(Gpt2<Device>& model, std::span<const Window> windows,
 // --- Generation: predict one token, append it, predict the next
 // The key/value cache: positions do not look ahead, so a new token changes nothing in the rows
 // before it. Their keys and values are kept, and only the new row is computed. That is one pass
-// over the weights for one token, so the time goes into reading them from memory.
+// over the weights for one token: the time goes into reading them.
 //   pass 1   reads "the cat"   T = 2, past = 0   rows 0, 1 of every layer's qkv   -> " sat", say
 //   pass 2   reads " sat"      T = 1, past = 2   row 2                            -> " on"
 
@@ -2244,9 +1935,9 @@ inline int pick(const std::vector<Candidate>& list, double u) {
     return list.back().token;
 }
 
-// Reads tokens into the key/value cache, after `past` earlier ones; returns the logits of the token
-// that comes next [V]. The cache is the rows of qkv that forward keeps anyway.
-// Needs past + tokens.size() <= the reserved rows, and <= n_positions.
+// Reads tokens into the key/value cache (the rows of qkv), after `past` earlier ones; returns the
+// logits of the token that comes next [V]. Needs past + tokens.size() <= the reserved rows, and <=
+// n_positions.
 template <class Device>
 std::vector<float> next_logits(Gpt2<Device>& model, const std::vector<int32_t>& tokens, int past) {
     using Real = typename Device::Real;
@@ -2289,16 +1980,149 @@ int generate(Gpt2<Device>& model, std::vector<int32_t> tokens, const SampleOptio
 // =================================================================================================
 
 // =================================================================================================
-// §10 Memory, and many processes
+// §10 The device, memory, and many processes
 // =================================================================================================
-// What you have now: the model. Here is the memory it works in, and how several processes (ranks)
-// train one model together: each computes the gradients of some micro-batches, all gradients are
-// added up, and each updates its part of the weights.
+// What you have now: the model. Here is the device that it runs on, the memory it works in, and how
+// several processes (ranks) train it together: each computes the gradients of some micro-batches,
+// all gradients are added up, and each updates its part of the weights.
+
+// --- The device: all that the model asks for, in one table
+
+// The processes that train one model together. A process alone has nothing to do here;
+// train_gpt.cpp has the ranks of MPI. All ranks make the same calls in the same order.
+struct Ranks {
+    int rank = 0, count = 1;
+    int here = 1, rank_here = 0;    // the same, of those on this machine
+    double seconds = 0, bytes = 0;  // spent on the calls below, and sent by them
+    virtual ~Ranks() = default;
+    // Begins to send: rank r gets the part at from + r * bytes, and finds that of s at to + s *
+    // bytes.
+    virtual void exchange(void* /*to*/, const void* /*from*/, size_t /*bytes*/) {}
+    // Whether the oldest exchange is done, and forgets it; with `wait`, waits for it.
+    virtual bool arrived(bool /*wait*/) { return true; }
+    // array [rounds, count, bytes]: each rank has set its part of every round; sets the others.
+    virtual void gather(void* /*array*/, size_t /*bytes*/, size_t /*rounds*/) {}
+    // Sets data [bytes] to what it is at rank 0.
+    virtual void broadcast(void* /*data*/, size_t /*bytes*/) {}
+    // "rank 1 on host: ", before this rank's errors; and the end of all ranks, after one.
+    virtual std::string name() const { return ""; }
+    virtual void end_all(int /*status*/) {}
+};
+inline Ranks alone;
+inline Ranks* world = &alone;  // the ranks of this program
+
+inline void use_large_pages(void* start, size_t bytes);  // §12
+
+// Uninitialised memory for count elements, aligned to 64 bytes. Large arrays get large pages: fewer
+// TLB misses when §11 jumps from row to row.
+template <class Element>
+Element* allocate(size_t count) {
+    const size_t large_page = size_t(1) << 21;
+    size_t bytes = std::max<size_t>(count, 1) * sizeof(Element);
+    const size_t unit = bytes >= large_page / 2 ? large_page : 64;
+    bytes = round_up(bytes, unit);
+    void* pointer = std::aligned_alloc(unit, bytes);
+    if (!pointer)
+        fail("out of memory: ", format("%.2f", double(bytes) / 1e9), " GB more were needed");
+    if (unit == large_page) use_large_pages(pointer, bytes);
+    return static_cast<Element*>(pointer);
+}
+
+// A device is a struct with the names below. Model, training and generation (§5-9) are written
+// once, over any device. Layers passes each name on to the function of §4 or §7: with PlainOps it
+// is called Reference, with §11's operations Cpu. Cuda, in train_gpt.cu, has the same names, as
+// kernels. (auto... a: any arguments, passed on, as *args in Python.)
+template <class A, class Ops = PlainOps>
+struct Layers {
+    // In bf16 small updates would be rounded away. So AdamW changes an fp32 copy of each weight,
+    // its master, and layers read weights rounded from it. In fp32 both are the same array.
+    using Activation = A;                                               // and their gradients
+    using Weight = A;                                                   // what the layers read
+    using Real = RealOf<A>;                                             // masters, moments, losses
+    using Gradient = Real;                                              // of parameters
+    static constexpr bool kSeparateMasters = !std::is_same_v<A, Real>;  // weights are copies
+    static constexpr bool kHostMemory = true;  // the host may read and write its arrays
+    Ranks* ranks = world;
+
+    void embed_forward(auto... a) { tinygpt::embed_forward<A, Real>(a...); }
+    void embed_backward(auto... a) { tinygpt::embed_backward<A, Real>(a...); }
+    void layernorm_forward(auto... a) { tinygpt::layernorm_forward<A, Real>(a...); }
+    void layernorm_backward(auto... a) { tinygpt::layernorm_backward<A, Real>(a...); }
+    void linear_forward(auto... a) { tinygpt::linear_forward<Ops, A, Real>(a...); }
+    void linear_backward(auto... a) { tinygpt::linear_backward<Ops, A, Real>(a...); }
+    void attention_forward(auto... a) { tinygpt::attention_forward<Ops, A, Real>(a...); }
+    void attention_backward(auto... a) { tinygpt::attention_backward<Ops, A, Real>(a...); }
+    void attention_cached(auto... a) { tinygpt::attention_cached<Ops, A, Real>(a...); }
+    void linear_gelu_forward(auto... a) { tinygpt::linear_gelu_forward<Ops, A, Real>(a...); }
+    void gelu_forward(auto... a) { tinygpt::gelu_forward<A, Real>(a...); }
+    void linear_gelu_backward(auto... a) { tinygpt::linear_gelu_backward<Ops, A, Real>(a...); }
+    void linear_residual_forward(auto... a) {
+        tinygpt::linear_residual_forward<Ops, A, Real>(a...);
+    }
+    static size_t head_workspace(int rows, int V) {  // elements of `logits`
+        return size_t(std::min(rows, kHeadRows)) * size_t(V);
+    }
+    void head_logits(auto... a) { tinygpt::head_logits<Ops>(a...); }
+    void head_forward(auto... a) { tinygpt::head_forward<Ops, A, Real>(a...); }
+    void head_forward_backward(auto... a) { tinygpt::head_forward_backward<Ops, A, Real>(a...); }
+
+    // The update of all parameters at once, and what it depends on.
+    void begin_step(auto... a) { tinygpt::begin_step(a...); }
+    void add_loss(auto... a) { tinygpt::add_loss<Real>(a...); }
+    void square_sums(auto... a) { tinygpt::square_sums<Real>(a...); }
+    void norm_of_sums(auto... a) { tinygpt::norm_of_sums(a...); }
+    void judge_step(auto... a) { tinygpt::judge_step(a...); }
+    void adamw(auto... a) { tinygpt::adamw<A, Real>(a...); }
+
+    // Memory. upload copies to the device, download from it.
+    template <class Element>
+    Element* allocate(size_t count) {
+        return tinygpt::allocate<Element>(count);
+    }
+    void release(auto* pointer) { std::free(pointer); }
+    void zero(auto* to, size_t count) {
+        if (count > 0) std::memset(static_cast<void*>(to), 0, count * sizeof *to);
+    }
+    // Why count > 0, here and above: memcpy takes no null, not even for nothing.
+    void upload(auto* to, const auto* from_host, size_t count) {
+        if (count > 0) std::memcpy(static_cast<void*>(to), from_host, count * sizeof *to);
+    }
+    void download(auto* to_host, const auto* from, size_t count) { upload(to_host, from, count); }
+    void weights_from_masters(Weight* weights, const Real* masters, size_t count) {
+        if constexpr (kSeparateMasters)
+            for (size_t i = 0; i < count; ++i) weights[i] = Weight(masters[i]);
+    }
+
+    // Sums over micro-batches and ranks.
+    void add(auto* to, const auto* from, size_t count) {
+#pragma omp parallel for simd schedule(static)
+        for (size_t i = 0; i < count; ++i) to[i] += from[i];
+    }
+    void copy(auto* to, const auto* from, size_t count) { upload(to, from, count); }
+    void exchange(auto* to, const auto* from, size_t count) {
+        ranks->exchange(to, from, count * sizeof *to);
+    }
+    bool arrived(bool wait) { return ranks->arrived(wait); }
+    void gather(auto* array, size_t count, size_t rounds) {
+        ranks->gather(array, count * sizeof *array, rounds);
+    }
+
+    // A GPU works while the CPU prepares later steps, up to kStepsBehind of them. post: copy the
+    // state when the work so far is done; fetch: wait for the oldest such copy. replay does the
+    // work; a GPU keeps it as a CUDA graph, and launches that for the same pass and options.
+    static constexpr int kStepsBehind = 0;
+    void replay(const auto& /*pass*/, const auto& /*options*/, auto&& work) { work(); }
+    void post(const StepState*) {}
+    StepState fetch(const StepState* state) { return *state; }
+    void synchronize() {}  // waits until all work is done
+};
+template <class real>
+using Reference = Layers<real, PlainOps>;
 
 // --- The buffers of a pass
 
-// Hands out aligned parts of one allocation. Without one (base is null) it only counts, which tells
-// how much memory a run will take. take<float>(n) has room for n floats.
+// Hands out aligned parts of one allocation. Without one (base is null) it only counts.
+// take<float>(n) has room for n floats.
 struct Arena {
     char* base = nullptr;
     size_t used = 0;
@@ -2348,9 +2172,10 @@ void take_buffers(Activations<Device>& a, Arena& arena, const Config& config, in
 }
 
 // --- The model
+
 // How ranks share out a flat array of `size` elements: it is cut into rounds of one part for each,
 // and part r of every round is rank r's. Only there it updates weights, and keeps moments (ZeRO
-// stage 1, Rajbhandari et al. 2020). Why rounds: while one is sent, another is added up.
+// stage 1, Rajbhandari et al. 2020). Why rounds: one is sent while another is added up.
 //   2 ranks, 2 rounds    | rank 0 | rank 1 | rank 0 | rank 1 |    the last may end in padding
 struct Shares {
     static constexpr size_t kInFlight = 8;  // rounds that may be on their way at a time
@@ -2374,8 +2199,7 @@ struct Shares {
 };
 
 // A model on a device: it owns the memory of its parameters, of what training adds to them, and of
-// one pass. (device.template allocate<Weight>(n) is device.allocate<Weight>(n): the word `template`
-// tells the compiler that < is no comparison.)
+// one pass.
 template <class Device>
 struct Gpt2 {
     using Real = typename Device::Real;
@@ -2388,7 +2212,7 @@ struct Gpt2 {
     // Flat arrays of layout.size elements; the moments, and masters that are kept apart, have only
     // those of this rank.
     Weight* weights = nullptr;
-    Real* masters = nullptr;  // the weights themselves, unless the device keeps them apart (§4)
+    Real* masters = nullptr;  // the weights themselves, unless the device keeps them apart
     Gradient* grads = nullptr;
     std::vector<Gradient*> spares;  // more of them, for sums over micro-batches (§8)
     std::array<Real*, AdamW::kMoments.size()> moments{};
@@ -2399,28 +2223,23 @@ struct Gpt2 {
     Parameters<Weight> w;    // weights by name
     Parameters<Gradient> g;  // grads by name
     Activations<Device> a;
-    int B = 0, T = 0;         // what a has room for
-    char* buffers = nullptr;  // the memory of a
+    int B = 0, T = 0;          // what a has room for
+    char* buffers = nullptr;   // the memory of a
+    std::vector<void*> owned;  // the other arrays
 
     explicit Gpt2(const Config& config, Device on = {})
         : config(config), layout(layout_of(config)), device(on),
           shares(layout.size, *device.ranks) {
-        weights = device.template allocate<Weight>(shares.room());
-        masters = Device::kSeparateMasters ? device.template allocate<Real>(shares.own())
-                                           : reinterpret_cast<Real*>(weights);
+        make(weights, shares.room());
+        masters = reinterpret_cast<Real*>(weights);
+        if (Device::kSeparateMasters) make(masters, shares.own());
         point_into(w, weights, config, layout);
-        state = device.template allocate<StepState>(1);
-        StepState fresh;
-        device.upload(state, &fresh, 1);
+        zeros(state, 1);
     }
     Gpt2(const Gpt2&) = delete;
     ~Gpt2() {
-        for (Real* moment : moments) device.release(moment);
-        for (Gradient* spare : spares) device.release(spare);
-        device.release(received), device.release(sums);
-        if (Device::kSeparateMasters) device.release(masters);
-        device.release(weights), device.release(grads), device.release(buffers);
-        device.release(state);
+        for (void* array : owned) device.release(array);
+        device.release(buffers);
     }
 
     // Makes room for batches of up to B x T; for training also for gradients and moments, all 0.
@@ -2436,18 +2255,18 @@ struct Gpt2 {
         zeros(grads, shares.room());
         for (Real*& moment : moments) zeros(moment, shares.own());
         point_into(g, grads, config, layout);
-        if (shares.count == 1) return;
-        zeros(received, Shares::kInFlight * shares.count * shares.part);
-        zeros(sums, shares.room() / kNormChunk + shares.count);
+        zeros(sums, ceil_div(shares.room(), kNormChunk) + shares.count);
+        if (shares.count > 1) zeros(received, Shares::kInFlight * shares.count * shares.part);
     }
     // Makes so many spare arrays of gradients.
     void make_spares(int count) {
         while (int(spares.size()) < count) zeros(spares.emplace_back(), shares.room());
     }
-    void zeros(auto*& array, size_t count) {
-        array = device.template allocate<std::remove_reference_t<decltype(*array)>>(count);
-        device.zero(array, count);
+    template <class Element>
+    void make(Element*& array, size_t count) {
+        owned.push_back(array = device.template allocate<Element>(count));
     }
+    void zeros(auto*& array, size_t count) { make(array, count), device.zero(array, count); }
 
     // Whether an array of Real has only the elements of this rank.
     bool is_shared_out(const Real* array) const {
@@ -2502,8 +2321,8 @@ struct MemoryNeed {
     size_t weights = 0, gradients = 0, moments = 0, activations = 0;
     size_t total() const { return weights + gradients + moments + activations; }
 };
-// Counts what the constructor and reserve(B, T, use) would take, and training with so many spare
-// arrays of gradients.
+// What the constructor and reserve(B, T, use) would take, and training with so many spare arrays of
+// gradients.
 template <class Device>
 MemoryNeed memory_need(const Config& config, int B, int T, Use use, const Ranks& ranks = alone,
                        int spares = 0) {
@@ -2575,13 +2394,15 @@ void add_over_ranks(Device& device, auto* parts, size_t count) {
         for (int r = 0; r + width < ranks; r += 2 * width)
             device.add(parts + r * count, parts + (r + width) * count, count);
 }
-// Exchanges the gradients of all ranks, a round at a time, and adds them up. They go in the order
-// in which backward makes them: from the last matrix to the first, then what does not decay. Those
-// below `final` may not go yet; at the end it is 0, and this returns when all rounds are added.
+// Exchanges the gradients of all ranks, a round at a time, and adds them up, while backward of the
+// last pass goes on. They go in the order in which it makes them: from the last matrix to the
+// first, then what does not decay. Those below `final` may not go yet; at the end it is 0, and this
+// returns when all rounds are added.
 template <class Device>
-void exchange_gradients(Gpt2<Device>& model, size_t final) {
+void exchange_gradients(Gpt2<Device>& model, const Pass& pass, size_t final) {
     Device& device = model.device;
     const Shares& s = model.shares;
+    if (s.count == 1 || !pass.last || pass.into > 0) return;
     const size_t round = s.count * s.part, matrices = model.layout.decayed / round;
     auto at = [&](size_t i) { return (i < matrices ? matrices - 1 - i : i) * round; };
     auto buffer = [&](size_t i) { return model.received + i % Shares::kInFlight * round; };
@@ -2599,23 +2420,14 @@ void exchange_gradients(Gpt2<Device>& model, size_t final) {
         ++model.added;
     }
 }
-// Does so while backward goes on, if nothing else will be added to the gradients of this rank.
-template <class Device>
-void exchange_early(Gpt2<Device>& model, const Pass& pass, size_t final) {
-    if (model.shares.count > 1 && pass.last && pass.into == 0) exchange_gradients(model, final);
-}
-// Sets this rank's parts of grads to their sum over all ranks, and the state's loss and norm.
+// Sets this rank's parts of grads to their sum over all ranks, and so the state's loss.
 template <class Device>
 void sum_over_ranks(Gpt2<Device>& model) {
     Device& device = model.device;
     const Shares& s = model.shares;
-    exchange_gradients(model, 0);
+    if (s.count == 1) return;
+    exchange_gradients(model, {}, 0);
     model.started = model.added = 0;
-    s.for_each([&](size_t, size_t at, size_t n) {
-        device.square_sums(model.sums + at / kNormChunk, model.grads + at, n);
-    });
-    device.gather(model.sums, s.part / kNormChunk, s.rounds);
-    device.norm_of_sums(model.state, model.sums, ceil_div(s.size, kNormChunk));
     double* losses = model.sums + s.room() / kNormChunk;
     device.copy(losses + s.rank, &model.state->loss, 1);
     device.gather(losses, 1, 1);
@@ -2626,12 +2438,11 @@ void sum_over_ranks(Gpt2<Device>& model) {
 // =================================================================================================
 // §11 The CPU at full speed: products of matrices, attention and e^x
 // =================================================================================================
-// What you have now: a model that trains, in plain loops. This section makes its six slowest
-// operations fast; none of the layers changes.
-// Why products can be fast: n^3 operations on n^2 numbers, so each number that was loaded can be
-// used many times. A core does 32 multiply-adds a cycle here, but can load far fewer numbers, and
-// hardly any from memory. So: keep sums in registers and operands in the caches, and store what is
-// read again and again in the order of reading.
+// What you have now: a model that trains, in plain loops. Here are its slowest operations again,
+// fast. Why products can be fast: n^3 operations on n^2 numbers, so each number that was loaded can
+// be used many times. A core does 32 multiply-adds a cycle here, but can load far fewer numbers,
+// and hardly any from memory. So: keep sums in registers and operands in the caches, and store what
+// is read again and again in the order of reading.
 
 // --- Vectors: arithmetic on a whole register at a time, on any CPU
 #ifdef __CUDACC__
@@ -2647,20 +2458,20 @@ constexpr int kVectorBytes = 16, kVectorRegisters = 32;
 constexpr int kVectorBytes = 16, kVectorRegisters = 16;
 #endif
 
-// Vec<T>: kLanes numbers of 32 bits in one register. + - * / < work lane by lane; a number beside a
-// vector acts on every lane.
+// Vec<Number>: kLanes numbers of 32 bits in one register. + - * / < work lane by lane; a number
+// beside a vector acts on every lane.
 constexpr int kLanes = kVectorBytes / 4;
-template <class T>
+template <class Number>
 struct VectorOf {
-    typedef T type __attribute__((vector_size(kVectorBytes)));
+    typedef Number type __attribute__((vector_size(kVectorBytes)));
 };
-template <class T>
-using Vec = typename VectorOf<T>::type;
+template <class Number>
+using Vec = typename VectorOf<Number>::type;
 
 // From and to memory, one instruction each; the address need not be aligned.
-template <class T>
-Vec<T> load(const T* from) {
-    Vec<T> v;
+template <class Number>
+Vec<Number> load(const Number* from) {
+    Vec<Number> v;
     std::memcpy(&v, from, sizeof v);
     return v;
 }
@@ -2673,10 +2484,11 @@ inline Vec<uint32_t> load_bits(const bf16* from) {
     std::memcpy(&bits, from, sizeof bits);
     return widen(bits);
 }
-// What bf16 (§1) does, for a vector: the rounded bits are the upper halves.
-inline Vec<uint32_t> bf16_bits(Vec<float> x) {
+// What bf16 (§1) does, for a vector.
+inline HalfVec rounded(Vec<float> x) {
     const auto u = std::bit_cast<Vec<uint32_t>>(x);
-    return (u & 0x7fffffffu) > 0x7f800000u ? u | 0x400000u : u + 0x7fffu + (u >> 16 & 1u);
+    const auto up = (u & 0x7fffffffu) > 0x7f800000u ? u | 0x400000u : u + 0x7fffu + (u >> 16 & 1u);
+    return __builtin_convertvector(up >> 16, HalfVec);
 }
 // Numbers of either type as floats, from and to memory.
 inline Vec<float> load_floats(const float* from) { return load(from); }
@@ -2690,19 +2502,13 @@ inline Vec<uint32_t> round_both(Vec<float> low, Vec<float> high) {
     asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(high), "v"(low));
     return both;
 #else
-    const auto half = [](Vec<float> x) {
-        return __builtin_convertvector(bf16_bits(x) >> 16, HalfVec);
-    };
-    return std::bit_cast<Vec<uint32_t>>(std::array{half(low), half(high)});
+    return std::bit_cast<Vec<uint32_t>>(std::array{rounded(low), rounded(high)});
 #endif
 }
 inline void store_rounded(float* to, const float* from, int n) { std::copy_n(from, n, to); }
 inline void store_rounded(bf16* to, const float* from, int n) {
     int j = 0;
-    for (; j + kLanes <= n; j += kLanes) {
-        const HalfVec bits = __builtin_convertvector(bf16_bits(load(from + j)) >> 16, HalfVec);
-        std::memcpy(to + j, &bits, sizeof bits);
-    }
+    for (; j + kLanes <= n; j += kLanes) store(to + j, rounded(load(from + j)));
     for (; j < n; ++j) to[j] = bf16(from[j]);
 }
 // Prefetches into L2; L1 has room for far fewer outstanding loads. Any address is safe.
@@ -2732,6 +2538,7 @@ V exp_fast(V x) {
     const Bits power = (std::bit_cast<Bits>(shifted) << 23) + (127 << 23);
     return ((r * r) * q + r + 1.0f) * std::bit_cast<V>(power);
 }
+inline float exp_of(float x) { return exp_fast(x); }
 
 // Joins all lanes into one number: halves, then halves of those.
 float join_lanes(Vec<float> v, auto join) {
@@ -2743,7 +2550,7 @@ float join_lanes(Vec<float> v, auto join) {
 }
 inline float sum_of_lanes(Vec<float> v) { return join_lanes(v, std::plus<float>()); }
 
-// In both: whole vectors first, then the rest; the order of additions is fixed.
+// Whole vectors first, then the rest; the order of additions is fixed.
 inline float maximum(const float* x, int n) {
     Vec<float> most = Vec<float>{} + x[0];
     int j = 0;
@@ -2753,7 +2560,7 @@ inline float maximum(const float* x, int n) {
     return top;
 }
 // x becomes e^(factor x - shift).
-inline float exp_and_sum(float* x, float shift, int count, float factor = 1) {
+inline float exp_and_sum(float* x, float shift, int count, float factor) {
     Vec<float> sums = {};
     int j = 0;
     for (; j + kLanes <= count; j += kLanes) {
@@ -2769,8 +2576,7 @@ inline float exp_and_sum(float* x, float shift, int count, float factor = 1) {
 // --- Scratch memory
 
 // A thread's scratch buffer number i, of at least so many bytes. It is not cleared, and growing
-// loses what it holds. Careful: a function must not use those of its caller. ("static
-// thread_local": made once for each thread, and kept.)
+// loses what it holds. Careful: a function must not use those of its caller.
 inline void* scratch_bytes(int i, size_t bytes) {
     struct Buffer {
         std::unique_ptr<char, decltype(&std::free)> memory{nullptr, &std::free};
@@ -2790,9 +2596,9 @@ inline void* scratch_bytes(int i, size_t bytes) {
     }
     return buffer.memory.get();
 }
-template <class T>
-T* scratch(int i, size_t count) {
-    return static_cast<T*>(scratch_bytes(i, count * sizeof(T)));
+template <class Number>
+Number* scratch(int i, size_t count) {
+    return static_cast<Number*>(scratch_bytes(i, count * sizeof(Number)));
 }
 
 // --- The fast product
@@ -2811,25 +2617,24 @@ T* scratch(int i, size_t count) {
 // +---+---+ +---------+
 //
 // A tile's rows of a, in L1, meet the panels of b in turn, which come from L2; so c is written
-// along its rows, which suits memory. That is the blocking of Goto and van de Geijn (2008) and of
-// BLIS, with the two operands exchanged. At ragged edges panels are padded with zeros, and smaller
-// micro-kernels make the last rows.
+// along its rows. That is the blocking of Goto and van de Geijn (2008), with the two operands
+// exchanged. At ragged edges panels are padded with zeros, and smaller micro-kernels make the last
+// rows.
 //
-// In bf16 a packed element is a pair of numbers, two neighbouring steps of k. The numbers lie in
-// memory as bf16 already, so packing a product's operands only moves them. Sums are fp32, and are
-// rounded once, when all of k and `finish` are in them.
+// In bf16 a packed element is a pair of numbers, two neighbouring steps of k. Sums are fp32, and
+// are rounded once, when all of k and `finish` are in them.
 
 // Two registers of sums a row, two for b's row, one for a's number: 2 * 14 + 3 of 32, or 2 * 6 + 3
 // of 16.
 constexpr int kTileRows = kVectorRegisters == 32 ? 14 : 6;
 constexpr int kDepth = 512;             // steps of k at a time: a tile's rows of a fit into L1
 constexpr int kPackedB = 512 * kDepth;  // elements of b packed at a time: they fit into L2
-// From row to row of a's copies, and of attention's scores. Careful: rows 512 numbers apart would
-// all lie in 2 of L1's 64 sets, and evict each other where they are read downwards.
+// From row to row of attention's scores. Careful: rows 512 numbers apart would all lie in 2 of L1's
+// 64 sets, and evict each other where they are read downwards.
 constexpr int kStride = kDepth + 16;
 
-// One step of the product: sum += a b, a number a beside a vector b. Careful: if the compiler does
-// not inline these, the sums live in memory, and products take twice as long.
+// One step of the product: sum += a b. Careful: if the compiler does not inline these, the sums
+// live in memory, and products take twice as long.
 [[gnu::always_inline]] inline void multiply_add(Vec<float>& sum, float a, Vec<float> b) {
     sum += a * b;
 }
@@ -2844,13 +2649,11 @@ constexpr bool kHasPairs = true;
 }
 #else
 constexpr bool kHasPairs = false;
-inline void multiply_add(Vec<float>&, uint32_t, Vec<uint32_t>) {}  // never called
 #endif
 
-// Tile [rows, 2 L] (+)= a [rows, k] * panel of b [k, 2 L]. The tile's rows are ldc apart, b's
-// follow each other. down: the steps of k run down a's columns, and its rows are one number apart;
-// else they run along its rows. Why template arguments: the compiler must know how many sums there
-// are, to give each a register, and which distance is 1.
+// Tile [rows, 2 L] (+)= a [rows, k] * panel of b [k, 2 L]. The tile's rows are ldc apart. down: the
+// steps of k run down a's columns, else along its rows. Why template arguments: the compiler must
+// know how many sums there are, to give each a register, and which distance is 1.
 template <int rows, bool down, class Packed>
 void micro_kernel(float* tile, ptrdiff_t ldc, View<Packed> a, const Packed* b, int k, bool add) {
     constexpr int L = kLanes;
@@ -2907,17 +2710,16 @@ struct Panels {
     Panels from(ptrdiff_t i, ptrdiff_t j) const { return {data + i * N + j / N * panel, panel}; }
 };
 
-// A way to compute tiles. This one, with floats in its registers, is that of fp32, and of bf16
-// where the CPU has nothing better; the two ways to multiply pairs are below.
+// A way to compute tiles. This one is that of fp32, and of bf16 where the CPU has nothing better;
+// the two ways to multiply pairs are below.
 struct PlainTiles {
     using Packed = float;                          // an element of a packed operand
     static constexpr int kNumbers = 1;             // that it holds, of neighbouring steps of k
     static int steps(int depth) { return depth; }  // elements that `depth` steps of k become
     static constexpr int kRows = kTileRows, kCols = 2 * kLanes;
-    static constexpr int kPanel = kCols;    // columns of a panel of b
-    static constexpr int kSteps = kDepth;   // that tile() makes at a time
-    static constexpr bool kAnyRows = true;  // tile() writes `rows` rows, else all kRows
-    static constexpr int kBelow = 0;        // prefetch c so many rows below the tile
+    static constexpr int kPanel = kCols;      // columns of a panel
+    static constexpr int kSteps = kDepth;     // that tile() makes at a time
+    static constexpr bool kIsMatrix = false;  // a is in panels too, and tile() writes all kRows
     static float element(float number, float /*of the next step*/) { return number; }
     // A vector of elements. Of a pair, element e's numbers are from[e] and from[e + next] or, where
     // next is 1, neighbours: from[2 e] and from[2 e + 1].
@@ -2927,7 +2729,7 @@ struct PlainTiles {
     template <int some = kTileRows, class Element>
     static void tile(float* c, ptrdiff_t ldc, View<Element> a, Panels<Element, kPanel> b, int rows,
                      int k, bool add) {
-        for (; rows >= some; rows -= some, c += some * ldc, a = a.from(some, 0))
+        for (; rows >= some; rows -= some, c += some * ldc, a.data += some * a.row)
             if (a.col == 1)
                 micro_kernel<some, false>(c, ldc, a, b.data, k, add);
             else
@@ -2937,25 +2739,23 @@ struct PlainTiles {
     }
 };
 
-// Packs an operand x, numbers [rows, cols], as elements [i_end, j_end], in panels of N columns:
-// element (i, j) goes to out[j / N * N * i_end + i * apart + j % N], and what lies beyond x counts
-// as 0. down: the steps of k run down the
-// columns, else along the rows; an element is made of I numbers of a column, or of J of a row.
-// L by L elements at a time, in the order in which they lie in memory: L vectors are read, and
-// unless x's rows are rows in memory they are transposed. Then the edges: rows in memory by
-// vectors, and the rest one by one.
+// Packs an operand x as elements [i_end, j_end], in panels of N columns: element (i, j) goes to
+// out[j / N * N * i_end + i * apart + j % N], and what lies beyond x counts as 0. down: the steps
+// of k run down the columns, else along the rows; an element is made of I numbers of a column, or
+// of J of a row. L by L elements at a time, transposed unless x's rows are rows in memory. Then the
+// edges: rows in memory by vectors, and the rest one by one.
 template <class Tiles, int N, bool down, class Packed, class Number>
-void pack(Packed* out, ptrdiff_t apart, View<Number> x, int rows, int cols, int i_end, int j_end) {
+void pack(Packed* out, ptrdiff_t apart, View<Number> x, int i_end, int j_end) {
     constexpr int L = kLanes, I = down ? Tiles::kNumbers : 1, J = Tiles::kNumbers / I;
     const bool copy = x.col == 1;
-    const int i_whole = rows / I / L * L, j_whole = cols / J / L * L;
+    const int i_whole = x.rows / I / L * L, j_whole = x.cols / J / L * L;
     const auto at = [&](int i, int j) {
         return out + j / N * size_t(N) * i_end + i * apart + j % N;
     };
     for (int row = 0; row < (copy ? i_whole : j_whole); row += L)
         for (int col = 0; col < (copy ? j_whole : i_whole); col += L) {
             const int i = copy ? row : col, j = copy ? col : row;
-            const Number* from = x.from(i * I, j * J).data;
+            const Number* from = &x(i * I, j * J);
             const ptrdiff_t next = copy ? I * x.row : J * x.col;
             Vec<Packed> square[L] = {};
 #pragma GCC unroll 16
@@ -2967,66 +2767,65 @@ void pack(Packed* out, ptrdiff_t apart, View<Number> x, int rows, int cols, int 
 #pragma GCC unroll 16
             for (int p = 0; p < L; ++p) store(at(i + p, j), square[p]);
         }
-    const auto number = [&](int i, int j) { return i < rows && j < cols ? float(x(i, j)) : 0; };
+    const auto number = [&](int i, int j) { return i < x.rows && j < x.cols ? float(x(i, j)) : 0; };
     for (int i = 0; i < i_end; ++i) {
         int j = i < i_whole ? j_whole : 0;
-        for (; copy && i < rows / I && j < j_whole; j += L)
-            store(at(i, j), Tiles::elements(x.from(i * I, j * J).data, down ? x.row : x.col));
+        for (; copy && i < x.rows / I && j < j_whole; j += L)
+            store(at(i, j), Tiles::elements(&x(i * I, j * J), down ? x.row : x.col));
         for (; j < j_end; ++j)
             *at(i, j) = Tiles::element(number(i * I, j * J), number(i * I + down, j * J + !down));
     }
 }
 
-// Whether tiles can read the rows of a left operand where they lie: floats as they are, bf16 as
-// pairs, if each row begins at an even place and no half pair is left over.
+// The left operand of tiles: where it lies, if they can read it there, or packed into
+// scratch(buffer), in the direction in which it lies or, for the matrix unit, in panels.
 template <class Tiles, class Number>
-bool in_place(View<Number> a, int depth) {
-    if (Tiles::kPanel != Tiles::kCols || a.col != 1) return false;
-    return std::is_same_v<Number, typename Tiles::Packed> ||
-           (std::is_same_v<Number, bf16> && Tiles::kNumbers == 2 && depth % 2 == 0 &&
-            a.row % 2 == 0 && reinterpret_cast<uintptr_t>(a.data) % 4 == 0);
-}
-
-// The left operand of tiles, a [rows, depth]: where it lies, or packed into scratch(buffer): in the
-// direction in which it lies or, for tiles that want both operands so, in panels.
-template <class Tiles, class Number>
-auto pack_left(int buffer, View<Number> a, int rows, int depth) {
+auto pack_left(int buffer, View<Number> a) {
     using Packed = typename Tiles::Packed;
-    const int high = round_up(rows, Tiles::kRows), steps = Tiles::steps(depth);
-    if constexpr (Tiles::kPanel != Tiles::kCols) {
+    constexpr int N = Tiles::kPanel;
+    const int high = round_up(a.rows, Tiles::kRows), steps = Tiles::steps(a.cols);
+    if constexpr (Tiles::kIsMatrix) {
         Packed* out = scratch<Packed>(buffer, size_t(high) * steps);
-        pack<Tiles, Tiles::kPanel, false>(out, Tiles::kPanel, a, rows, depth, high, steps);
-        return Panels<Packed, Tiles::kPanel>{out, size_t(high) * Tiles::kPanel};
+        pack<Tiles, N, false>(out, N, a, high, steps);
+        return Panels<Packed, N>{out, size_t(high) * N};
     } else {
-        if (in_place<Tiles>(a, depth))
-            return rows_of(reinterpret_cast<const Packed*>(a.data), a.row / Tiles::kNumbers);
+        // Floats: rows in memory, or those of attention's scores, a column of which stays in L1.
+        // bf16 as pairs: if each row begins at an even place and no half pair is left over.
+        const bool in_place = std::is_same_v<Number, Packed>
+                                  ? a.col == 1 || a.col == kStride
+                                  : std::is_same_v<Number, bf16> && Tiles::kNumbers == 2 &&
+                                        a.col == 1 && a.cols % 2 == 0 && a.row % 2 == 0 &&
+                                        reinterpret_cast<uintptr_t>(a.data) % 4 == 0;
+        if (in_place)
+            return View(reinterpret_cast<const Packed*>(a.data), a.rows, steps,
+                        a.row / Tiles::kNumbers, a.col);
         constexpr int kOnePanel = 1 << 30;
         const bool down = a.col != 1;
-        const int apart = round_up(down ? rows : steps, 32) + 16;  // see kStride
-        Packed* out = scratch<Packed>(buffer, size_t(down ? steps : rows) * apart);
+        const int apart = round_up(down ? a.rows : steps, 32) + 16;  // see kStride
+        Packed* out = scratch<Packed>(buffer, size_t(down ? steps : a.rows) * apart);
         if (down) {
-            pack<Tiles, kOnePanel, true>(out, apart, a.transposed(), depth, rows, steps, rows);
-            return transpose_of<Packed>(out, apart);
+            pack<Tiles, kOnePanel, true>(out, apart, a.transposed(), steps, a.rows);
+            return View<Packed>(out, a.rows, steps, 1, apart);
         }
-        pack<Tiles, kOnePanel, false>(out, apart, a, rows, depth, rows, steps);
-        return rows_of<Packed>(out, apart);
+        pack<Tiles, kOnePanel, false>(out, apart, a, a.rows, steps);
+        return View<Packed>(out, a.rows, steps, apart);
     }
 }
 
-// The right operand, b [depth, cols], packed into scratch(buffer) in panels; the last columns of a
-// tile are padded with zeros.
+// The right operand, packed into scratch(buffer) in panels; the last columns of a tile are padded
+// with zeros.
 template <class Tiles, class Number>
-auto pack_right(int buffer, View<Number> b, int depth, int cols) {
+auto pack_right(int buffer, View<Number> b) {
     constexpr int N = Tiles::kPanel;
-    const int steps = Tiles::steps(depth), wide = round_up(cols, Tiles::kCols);
+    const int steps = Tiles::steps(b.rows), wide = round_up(b.cols, Tiles::kCols);
     auto* out = scratch<typename Tiles::Packed>(buffer, size_t(steps) * wide);
-    pack<Tiles, N, true>(out, N, b, depth, cols, steps, wide);
+    pack<Tiles, N, true>(out, N, b, steps, wide);
     return Panels<typename Tiles::Packed, N>{out, size_t(steps) * N};
 }
 
 // A row of tiles, at most kRows high: c [rows, cols] (+)= a b, `steps` packed elements deep; add:
-// to what is there. A tile that is cut off by the edge of c is made beside it. c comes from memory:
-// while a tile's sums are made, it or the one below is prefetched, some rows in each pass.
+// to what is there. A tile that is cut off by the edge of c is made beside it. While a tile's sums
+// are made, its part of c or the one below is prefetched, some rows in each pass.
 template <class Tiles>
 void multiply_tiles(float* c, ptrdiff_t ldc, auto a, auto b, int rows, int cols, int steps,
                     bool add) {
@@ -3036,8 +2835,8 @@ void multiply_tiles(float* c, ptrdiff_t ldc, auto a, auto b, int rows, int cols,
     for (int pass = 0; pass < passes; ++pass, add = true)
         for (int j = 0; j < cols; j += N) {
             const int count = std::min(N, cols - j), k = std::min(S, steps - pass * S);
-            const bool whole = count == N && (rows == R || Tiles::kAnyRows);
-            float *out = c + j, *later = out + Tiles::kBelow * ldc;
+            const bool whole = count == N && (rows == R || !Tiles::kIsMatrix);
+            float *out = c + j, *later = out + (Tiles::kIsMatrix ? R * ldc : 0);
             for (int i = pass; whole && i < rows; i += passes)
                 prefetch(later + i * ldc), prefetch(later + i * ldc + N / 2);
             Tiles::tile(whole ? out : edge, whole ? ldc : N, a.from(0, pass * S),
@@ -3049,15 +2848,14 @@ void multiply_tiles(float* c, ptrdiff_t ldc, auto a, auto b, int rows, int cols,
 }
 
 // c[m, n] = finish(a b), or finish(c + a b) if accumulate, which only floats can. c is cut into
-// tasks, each some columns by some or all rows. A thread takes one task after another and packs for
-// itself what it needs: columns of b, which stay in its L2, and some rows of a at a time, where a
-// cannot be read in place. So no thread waits for another, and one thread makes the whole sum of an
-// element, in order: no result depends on the number of threads.
-// Sums are made in c itself where it is float; else in scratch, from which they are rounded: a row
-// of tiles, or all the task's rows if k is more than is packed at a time.
+// tasks, each some columns by some or all rows. A thread takes one task after another and packs
+// what it needs: columns of b, which stay in its L2, and some rows of a at a time, where a cannot
+// be read in place. One thread makes the whole sum of an element, in order: no result depends on
+// the number of threads. Sums are made in c itself where it is float; else in scratch, from which
+// they are rounded: a row of tiles, or all the task's rows if k is more than is packed at a time.
 template <class Tiles, class C, class Number>
-void multiply(C* c, ptrdiff_t ldc, View<Number> a, View<Number> b, int m, int n, int k,
-              bool accumulate, const Finish<float>& finish) {
+void multiply(C* c, View<Number> a, View<Number> b, bool accumulate, const Finish<float>& finish) {
+    const int m = a.rows, n = b.cols, k = a.cols;
     constexpr int R = Tiles::kRows, N = Tiles::kCols;
     constexpr bool rounds = !std::is_same_v<C, float>;
     // Rows of a that are packed at a time: whole tiles, and whole squares to transpose.
@@ -3087,21 +2885,21 @@ void multiply(C* c, ptrdiff_t ldc, View<Number> a, View<Number> b, int m, int n,
             const int i0 = task % down * task_rows, end = std::min(m, i0 + task_rows);
             for (int k0 = 0; k0 < k; k0 += most_depth) {
                 const int depth = std::min(most_depth, k - k0);
-                const auto right = pack_right<Tiles>(1, b.from(k0, j0), depth, cols);
+                const auto right = pack_right<Tiles>(1, b.part(k0, j0, depth, cols));
                 for (int i1 = i0; i1 < end; i1 += kSome) {
                     const int some = std::min(kSome, end - i1);
-                    const auto left = pack_left<Tiles>(0, a.from(i1, k0), some, depth);
+                    const auto left = pack_left<Tiles>(0, a.part(i1, k0, some, depth));
                     for (int i = i1; i < i1 + some; i += R) {
                         const int rows = std::min(R, i1 + some - i);
-                        const ptrdiff_t apart = rounds ? strip : ldc;
+                        const ptrdiff_t apart = rounds ? strip : n;
+                        C* to = c + i * ptrdiff_t(n) + j0;
                         float* out = sums + (all_rows ? (i - i0) * apart : 0);
-                        if constexpr (!rounds) out = c + i * ldc + j0;
+                        if constexpr (!rounds) out = to;
                         multiply_tiles<Tiles>(out, apart, left.from(i - i1, 0), right, rows, cols,
                                               Tiles::steps(depth), k0 > 0 || accumulate);
                         for (int r = 0; k0 + depth == k && r < rows; ++r) {
                             if (finish) finish(i + r, j0, cols, out + r * apart);
-                            if (rounds)
-                                store_rounded(c + (i + r) * ldc + j0, out + r * apart, cols);
+                            if (rounds) store_rounded(to + r * ptrdiff_t(n), out + r * apart, cols);
                         }
                     }
                 }
@@ -3132,28 +2930,30 @@ float dot(const X* a, const Number* b, int k, ptrdiff_t ahead = kAheadBytes / si
     return sum;
 }
 
-// sum[n] = rows first..last-1 of b, each times its number in x.
+// sum[n] = rows first..last-1 of b [k, n], each times its number in x; prefetches as dot does.
 template <class Number>
-void add_rows(float* sum, const float* x, View<Number> b, int n, int first, int last) {
-    std::fill(sum, sum + n, 0.0f);
+void add_rows(float* sum, const float* x, View<Number> b, int first, int last,
+              ptrdiff_t ahead = kAheadBytes / sizeof(Number)) {
+    std::fill(sum, sum + b.cols, 0.0f);
     for (int p = first; p < last; ++p) {
-        const Number* row = b.data + p * b.row;
+        const Number* row = &b(p, 0);
         int j = 0;
-        for (; j + kLanes <= n; j += kLanes) {
-            prefetch(row + j + kAheadBytes / sizeof(Number));
+        for (; j + kLanes <= b.cols; j += kLanes) {
+            prefetch(row + j + ahead);
             store(sum + j, load(sum + j) + x[p] * load_floats(row + j));
         }
-        for (; j < n; ++j) sum[j] += x[p] * row[j];
+        for (; j < b.cols; ++j) sum[j] += x[p] * row[j];
     }
 }
 
 // c[1, n] of one row a. Every number of b is used once, so nothing is packed, and memory sets the
 // speed: each thread should read one part of b from start to end. A row-major b is cut into
 // kStripes stripes of rows, whose sums are added in order; a transposed one into columns, each a
-// dot product. In bf16 b is half as many bytes, and is widened as it is read.
+// dot product.
 template <class C, class Number>
-void multiply_row(C* c, View<Number> a, View<Number> b, int n, int k, bool accumulate,
+void multiply_row(C* c, View<Number> a, View<Number> b, bool accumulate,
                   const Finish<float>& finish) {
+    const int n = b.cols, k = b.rows;
     const bool row_major = b.col == 1;
     float *x = scratch<float>(0, k), *sums = scratch<float>(1, size_t(kStripes) * n);
     for (int p = 0; p < k; ++p) x[p] = a(0, p);
@@ -3163,7 +2963,7 @@ void multiply_row(C* c, View<Number> a, View<Number> b, int n, int k, bool accum
         if (row_major) {
 #pragma omp for schedule(static)
             for (int stripe = 0; stripe < kStripes; ++stripe)
-                add_rows(sums + size_t(stripe) * n, x, b, n, stripe_begin(k, stripe),
+                add_rows(sums + size_t(stripe) * n, x, b, stripe_begin(k, stripe),
                          stripe_begin(k, stripe + 1));
         }
 #pragma omp for schedule(static)
@@ -3172,8 +2972,7 @@ void multiply_row(C* c, View<Number> a, View<Number> b, int n, int k, bool accum
             float out[kSome] = {};
             for (int stripe = 0; row_major && stripe < kStripes; ++stripe)
                 for (int j = 0; j < count; ++j) out[j] += sums[size_t(stripe) * n + j0 + j];
-            for (int j = 0; !row_major && j < count; ++j)
-                out[j] = dot(x, &b.data[(j0 + j) * b.col], k);
+            for (int j = 0; !row_major && j < count; ++j) out[j] = dot(x, &b(0, j0 + j), k);
             for (int j = 0; accumulate && j < count; ++j) out[j] += c[j0 + j];
             if (finish) finish(0, j0, count, out);
             store_rounded(c + j0, out, count);
@@ -3209,14 +3008,13 @@ struct PairTiles : PlainTiles {
 
 // With the matrix unit, where the CPU has one (AMX; Intel 64 manual, volume 1, chapter 18). It has
 // eight registers of 16 rows of 64 bytes, and one instruction multiplies 16 x 32 by 32 x 16
-// numbers. Unit: its instructions; register numbers are template arguments, as they are part of the
-// code.
+// numbers. Unit: its instructions; register numbers are part of the code, so template arguments.
 template <class Unit>
 struct MatrixTiles : PairTiles {
     // Both operands in panels of 16 columns, so that what a register takes is 1 KB without gaps.
     // Why fewer steps: 32 rows of 192 pairs, 24 KB, stay in L1 while b's panels come from L2.
-    static constexpr int kRows = 32, kCols = 32, kPanel = 16, kSteps = 192, kBelow = kRows;
-    static constexpr bool kAnyRows = false;
+    static constexpr int kRows = 32, kCols = 32, kPanel = 16, kSteps = 192;
+    static constexpr bool kIsMatrix = true;
     // Careful: steps beyond k are zeros in both operands. 0 times a NaN would be a NaN.
     static int steps(int depth) { return round_up(depth, 32) / 2; }
     Unit unit;  // sets up the registers of its thread
@@ -3246,8 +3044,8 @@ struct MatrixTiles : PairTiles {
 };
 
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__)
+#define TINYGPT_MATRIX_UNIT
 struct MatrixUnit {
-    static constexpr bool kBuilt = true;
     // Linux lends the unit to a process that asks: ARCH_REQ_XCOMP_PERM, for tile data.
     static bool usable() {
         static const bool lent = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
@@ -3280,19 +3078,15 @@ struct MatrixUnit {
     }
     ~MatrixUnit() { asm volatile("tilerelease"); }
 };
-#else
-struct MatrixUnit {
-    static constexpr bool kBuilt = false;
-    static bool usable() { return false; }
-};
 #endif
 
 // Calls use(Tiles{}) with the fastest way to multiply such numbers that this CPU has.
 template <class Number>
 auto with_tiles(auto&& use) {
     if constexpr (std::is_same_v<Number, bf16> && kHasPairs) {
-        if constexpr (MatrixUnit::kBuilt)
-            if (MatrixUnit::usable()) return use(MatrixTiles<MatrixUnit>{});
+#ifdef TINYGPT_MATRIX_UNIT
+        if (MatrixUnit::usable()) return use(MatrixTiles<MatrixUnit>{});
+#endif
         return use(PairTiles{});
     } else {
         return use(PlainTiles{});
@@ -3300,21 +3094,11 @@ auto with_tiles(auto&& use) {
 }
 
 // --- Attention, forward
-// A tile of queries meets kDepth keys at a time; only their scores are ever kept, and they stay in
-// L1. The softmax is updated as keys come (Milakov and Gimelshein 2018):
+// A tile of queries meets kDepth keys at a time, whose scores stay in L1. The softmax is updated as
+// keys come (Milakov and Gimelshein 2018):
 //   new max = max(old max, s)    p = e^(s - new max)    old sums shrink by e^(old max - new max)
-// Keys later than a tile's last query are left out, but for those of its last panel: that is the
-// causal half. In bf16 scores, p and sums are fp32; p is rounded where it is multiplied as a pair.
-
-// The left operand of one of attention's products: floats are read where they lie, down a column
-// too.
-template <class Tiles, class Number>
-auto attention_left(int buffer, View<Number> a, int rows, int depth) {
-    if constexpr (std::is_same_v<Number, typename Tiles::Packed>)
-        return a;
-    else
-        return pack_left<Tiles>(buffer, a, rows, depth);
-}
+// Keys later than a tile's last query are left out, but for those of its last panel. In bf16
+// scores, p and sums are fp32; p is rounded where it is multiplied as a pair.
 
 // One step of that softmax, for one query: scores s[count], still to be multiplied by factor,
 // become p; max, total and sums[HS] are updated.
@@ -3328,24 +3112,17 @@ inline void running_softmax(float* s, float factor, int count, float& max, float
 }
 
 // One query, the last of n rows, in one head. Nothing is used twice, so nothing is packed. Rows lie
-// too far apart for the CPU to guess the next one, so it is prefetched.
+// too far apart for the CPU to prefetch them by itself.
 template <class A>
 void attend_one(A* out, const A* qkv, int n, int C, int HS) {
     float *p = scratch<float>(0, n), *sums = scratch<float>(1, HS);
     const ptrdiff_t stride = 3 * ptrdiff_t(C), ahead = 8 * stride;
-    const A *q = qkv + (n - 1) * stride, *k = qkv + C, *v = qkv + 2 * C;
-    float top = -INFINITY;
-    for (int t = 0; t < n; ++t, k += stride) {
-        p[t] = dot(q, k, HS, ahead) / std::sqrt(float(HS));
-        top = std::max(top, p[t]);
-    }
-    const float total = exp_and_sum(p, top, n);
-    std::fill(sums, sums + HS, 0.0f);
-    for (int t = 0; t < n; ++t, v += stride) {
-        for (int i = 0; i < HS; i += kLanes) prefetch(v + ahead + i);
-        const float share = p[t] / total;
-        for (int i = 0; i < HS; ++i) sums[i] += share * v[i];
-    }
+    const View q(qkv, n, HS, stride), k = q.part(0, C, n, HS), v = q.part(0, 2 * C, n, HS);
+    for (int t = 0; t < n; ++t)
+        p[t] = dot(&q(n - 1, 0), &k(t, 0), HS, ahead) / std::sqrt(float(HS));
+    const float total = exp_and_sum(p, maximum(p, n), n);
+    for (int t = 0; t < n; ++t) p[t] /= total;
+    add_rows(sums, p, v, 0, n, ahead);
     store_rounded(out, sums, HS);
 }
 
@@ -3355,9 +3132,9 @@ void attend(A* out, float* lse, const A* qkv, int first, int last, int C, int HS
     if (first + 1 == last && !lse) return attend_one(out, qkv, last, C, HS);
     constexpr int R = Tiles::kRows;
     [[maybe_unused]] Tiles setup{};
-    const View<A> q = rows_of(qkv, 3 * ptrdiff_t(C)), k = q.from(0, C), v = q.from(0, 2 * C);
-    const auto keys = pack_right<Tiles>(0, k.transposed(), HS, last);
-    const auto values = pack_right<Tiles>(1, v, last, HS);
+    const View q(qkv, last, HS, 3 * ptrdiff_t(C));
+    const auto keys = pack_right<Tiles>(0, q.part(0, C, last, HS).transposed());
+    const auto values = pack_right<Tiles>(1, q.part(0, 2 * C, last, HS));
     // Floats are divided by sqrt(HS) as keys; pairs, which that would round again, as scores.
     const float scale = 1 / std::sqrt(float(HS)), left_over = Tiles::kNumbers == 1 ? 1 : scale;
     if constexpr (Tiles::kNumbers == 1)
@@ -3367,7 +3144,7 @@ void attend(A* out, float* lse, const A* qkv, int first, int last, int C, int HS
     float* sums = scratch<float>(3, size_t(R) * HS);    // of p v, not yet divided by total
     for (int t = first; t < last; t += R) {
         const int count = std::min(R, last - t), end = t + count;
-        const auto queries = attention_left<Tiles>(4, q.from(t, 0), count, HS);
+        const auto queries = pack_left<Tiles>(4, q.part(t, 0, count, HS));
         float max[R], total[R] = {};
         std::fill(max, max + R, -INFINITY);
         std::fill_n(sums, R * HS, 0.0f);
@@ -3383,7 +3160,7 @@ void attend(A* out, float* lse, const A* qkv, int first, int last, int C, int HS
                 for (int j = 0; drop.on() && j < seen; ++j)
                     row[j] *= drop.scale((head * last + t + i) * last + k0 + j);
             }
-            const auto left = attention_left<Tiles>(5, rows_of<float>(p, kStride), count, wide);
+            const auto left = pack_left<Tiles>(5, View<float>(p, count, wide, kStride));
             multiply_tiles<Tiles>(sums, HS, left, values.from(Tiles::steps(k0), 0), count, HS,
                                   Tiles::steps(n), true);
         }
@@ -3422,52 +3199,41 @@ void attend_backward(A* dqkv, const A* dout, const A* out, const float* lse, con
                      int C, int HS, Dropout drop, uint64_t head) {
     constexpr int R = Tiles::kRows, kQueries = 8 * R;
     [[maybe_unused]] Tiles setup{};
-    const View<A> q = rows_of(qkv, 3 * ptrdiff_t(C)), k = q.from(0, C), v = q.from(0, 2 * C),
-                  d = rows_of(dout, C), o = rows_of(out, C);
-    // Gradients add up as floats: in dqkv itself or, if that is bf16, beside it.
-    constexpr bool rounds = !std::is_same_v<A, float>;
-    const ptrdiff_t width = rounds ? HS : C, apart = 3 * width;
-    float* dq;
-    if constexpr (rounds)
-        dq = scratch<float>(8, T * apart);
-    else
-        dq = dqkv;
-    float *dk = dq + width, *dv = dk + width;
+    const View q(qkv, T, HS, 3 * ptrdiff_t(C)), k = q.part(0, C, T, HS),
+                                                v = q.part(0, 2 * C, T, HS);
+    const View d(dout, T, HS, C), o(out, T, HS, C);
+    const ptrdiff_t apart = 3 * HS;  // from row to row of the gradients, which add up as floats
+    float *dq = scratch<float>(8, T * apart), *dk = dq + HS, *dv = dk + HS;
     const size_t square = size_t(kQueries) * kStride;  // [queries][keys]
     float *p = scratch<float>(0, square), *ds = scratch<float>(1, square);
-    const auto q_right = pack_right<Tiles>(2, q, T, HS), d_right = pack_right<Tiles>(3, d, T, HS);
+    const auto q_right = pack_right<Tiles>(2, q), d_right = pack_right<Tiles>(3, d);
     const int deep = Tiles::steps(HS);
     for (int k0 = 0; k0 < T; k0 += kDepth) {
         const int keys = std::min(kDepth, T - k0);
-        const auto k_right = pack_right<Tiles>(4, k.from(k0, 0), keys, HS),
-                   k_across = pack_right<Tiles>(5, k.from(k0, 0).transposed(), HS, keys),
-                   v_across = pack_right<Tiles>(6, v.from(k0, 0).transposed(), HS, keys);
+        const auto k_right = pack_right<Tiles>(4, k.part(k0, 0, keys, HS)),
+                   k_across = pack_right<Tiles>(5, k.part(k0, 0, keys, HS).transposed()),
+                   v_across = pack_right<Tiles>(6, v.part(k0, 0, keys, HS).transposed());
         for (int t = k0; t < T; t += kQueries) {
             const int queries = std::min(kQueries, T - t);
             for (int i = 0; i < queries; i += R) {
                 const int rows = std::min(R, queries - i), n = std::min(keys, t + i + rows - k0),
                           wide = round_up(n, Tiles::kCols);
                 float *p_i = p + i * kStride, *ds_i = ds + i * kStride;
-                multiply_tiles<Tiles>(p_i, kStride,
-                                      attention_left<Tiles>(7, q.from(t + i, 0), rows, HS),
+                multiply_tiles<Tiles>(p_i, kStride, pack_left<Tiles>(7, q.part(t + i, 0, rows, HS)),
                                       k_across, rows, wide, deep, false);
                 multiply_tiles<Tiles>(ds_i, kStride,
-                                      attention_left<Tiles>(7, d.from(t + i, 0), rows, HS),
-                                      v_across, rows, wide, deep, false);
+                                      pack_left<Tiles>(7, d.part(t + i, 0, rows, HS)), v_across,
+                                      rows, wide, deep, false);
                 for (int s = t + i; s < t + i + rows; ++s)
                     softmax_row_backward(p + (s - t) * kStride, ds + (s - t) * kStride, lse[s],
-                                         dot(d.from(s, 0).data, o.from(s, 0).data, HS), wide,
-                                         std::min(n, s + 1 - k0), HS, drop,
-                                         (head * T + s) * T + k0);
+                                         dot(&d(s, 0), &o(s, 0), HS), wide, std::min(n, s + 1 - k0),
+                                         HS, drop, (head * T + s) * T + k0);
                 multiply_tiles<Tiles>(dq + (t + i) * apart, apart,
-                                      attention_left<Tiles>(7, rows_of<float>(ds_i, kStride), rows,
-                                                            wide),
+                                      pack_left<Tiles>(7, View<float>(ds_i, rows, wide, kStride)),
                                       k_right, rows, HS, Tiles::steps(n), k0 > 0);
             }
-            const auto p_down =
-                           attention_left<Tiles>(7, transpose_of<float>(p, kStride), keys, queries),
-                       ds_down = attention_left<Tiles>(9, transpose_of<float>(ds, kStride), keys,
-                                                       queries);
+            const auto p_down = pack_left<Tiles>(7, View<float>(p, keys, queries, 1, kStride)),
+                       ds_down = pack_left<Tiles>(9, View<float>(ds, keys, queries, 1, kStride));
             for (int j = 0; j < keys; j += R) {
                 const int first = std::max(0, k0 + j - t);  // the first query that sees key j
                 if (first >= queries) break;
@@ -3482,8 +3248,7 @@ void attend_backward(A* dqkv, const A* dout, const A* out, const float* lse, con
             }
         }
     }
-    for (int i = 0; rounds && i < 3 * T; ++i)
-        store_rounded(dqkv + i * ptrdiff_t(C), dq + i * width, HS);
+    for (int i = 0; i < 3 * T; ++i) store_rounded(dqkv + i * ptrdiff_t(C), dq + i * HS, HS);
 }
 
 // --- The operations of §4.3 again, now fast
@@ -3491,16 +3256,12 @@ void attend_backward(A* dqkv, const A* dout, const A* out, const float* lse, con
 struct FastOps {
     // c is what its operands are, or float.
     template <class C, class Number>
-    static void matmul(C* c, ptrdiff_t ldc, View<Number> a, View<Number> b, int m, int n, int k,
-                       bool accumulate = false, const Finish<float>& finish = {}) {
-        if (m == 1) return multiply_row(c, a, b, n, k, accumulate, finish);
-        with_tiles<Number>([&](auto tiles) {
-            multiply<decltype(tiles)>(c, ldc, a, b, m, n, k, accumulate, finish);
-        });
+    static void matmul(C* c, View<Number> a, View<Number> b, bool accumulate = false,
+                       const Finish<float>& finish = {}) {
+        if (a.rows == 1) return multiply_row(c, a, b, accumulate, finish);
+        with_tiles<Number>(
+            [&](auto tiles) { multiply<decltype(tiles)>(c, a, b, accumulate, finish); });
     }
-    static auto exp(auto x) { return exp_fast(x); }
-    static auto maximum(auto... a) { return tinygpt::maximum(a...); }
-    static auto exp_and_sum(auto... a) { return tinygpt::exp_and_sum(a...); }
     template <class A>
     static void attend(A* out, auto... a) {
         with_tiles<A>([&](auto tiles) { tinygpt::attend<decltype(tiles)>(out, a...); });
@@ -3582,6 +3343,47 @@ inline int sync_file(int fd) {
 }
 
 // --- Files and folders
+
+// An open file, closed at the end of its scope. It can be moved, but not copied: it must be closed
+// once only.
+struct FileHandle {
+    int fd;
+    explicit FileHandle(int fd) : fd(fd) {}
+    FileHandle(FileHandle&& other) noexcept : fd(std::exchange(other.fd, -1)) {}
+    ~FileHandle() {
+        if (fd >= 0) ::close(fd);
+    }
+};
+
+// A file of known length, which several threads may read at once. Why not memory-mapped: if the
+// file shrinks, pread reports it, but a mapping raises SIGBUS.
+struct InputFile {
+    std::string path;
+    FileHandle file;
+    size_t bytes = 0;
+
+    // Why O_NONBLOCK: opening a pipe would wait for a writer. O_CLOEXEC, here as everywhere: child
+    // processes do not inherit the file.
+    explicit InputFile(const std::string& path)
+        : path(path), file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
+        struct stat info;
+        if (file.fd < 0 || ::fstat(file.fd, &info) != 0) fail_errno("cannot read ", path);
+        if (!S_ISREG(info.st_mode)) fail(path, ": expected a file, found a folder, pipe or device");
+        bytes = size_t(info.st_size);
+    }
+    // Sets out[count] from the bytes at `offset`. pread may return fewer than requested, or EINTR
+    // because of a signal.
+    void read_bytes(void* out, size_t count, size_t offset) const {
+        for (char* to = static_cast<char*>(out); count > 0;) {
+            const ssize_t got = ::pread(file.fd, to, count, off_t(offset));
+            if (got < 0 && errno == EINTR) continue;
+            if (got < 0) fail_errno("cannot read ", path);
+            if (got == 0) fail(path, ": the file became shorter while it was read");
+            to += got, offset += size_t(got), count -= size_t(got);
+        }
+    }
+};
+
 // Writes all the bytes: a call may be interrupted (EINTR) or come up short. Returns how many were
 // written; where they are fewer, errno says why.
 inline size_t write_all(int fd, const void* data, size_t bytes) {
@@ -3838,6 +3640,91 @@ inline int usable_cores(const std::string& root = "") {
 // As many threads as that, unless OMP_NUM_THREADS says how many.
 inline void use_all_cores() {
     if (!std::getenv("OMP_NUM_THREADS")) omp_set_num_threads(usable_cores());
+}
+
+// --- Shards of tokens (§2)
+
+inline Shard::Shard(const std::string& path) : path(path) {
+    const InputFile file(path);
+    int32_t header[kShardHeaderBytes / 4] = {};
+    const size_t there = std::min(file.bytes, sizeof header);
+    file.read_bytes(header, there, 0);
+    if (there < sizeof header || header[0] != kShardMagic || header[1] != 1)
+        fail(path, " is no token shard: expected a header of ", sizeof header, " bytes with ",
+             kShardMagic, " and version 1, found ", file.bytes, " bytes with ", header[0], " and ",
+             header[1], ". ", no_shard_hint(path, {reinterpret_cast<const char*>(header), there}));
+    tokens = header[2], written = std::filesystem::last_write_time(path);
+    if (tokens < 0 || file.bytes != bytes())
+        fail(path, " is damaged: its header promises ", tokens, " tokens, which take ",
+             kShardHeaderBytes + 2 * tokens, " bytes, but it has ", file.bytes);
+}
+inline void Shard::read(uint16_t* out, int64_t begin, int64_t count, int vocab_size) const {
+    const InputFile file(path);
+    if (file.bytes != bytes() || std::filesystem::last_write_time(path) != written)
+        fail(path, " was changed, replaced or cut while it was in use: go on with the data ",
+             "as it was, or start a new run");
+    file.read_bytes(out, 2 * size_t(count), kShardHeaderBytes + 2 * size_t(begin));
+    for (int64_t i = 0; i < count; ++i)
+        if (out[i] >= vocab_size)
+            fail("token ", begin + i, " of ", path, " is ", out[i],
+                 ", but the vocabulary has only ", vocab_size,
+                 " entries: this data was made with another tokenizer; give its folder, or "
+                 "--vocab-size");
+}
+
+inline Shards::Shards(const std::string& pattern) : pattern(pattern) {
+    glob_t found{};
+    const bool is_name = ::access(pattern.c_str(), F_OK) == 0;
+    const bool matches = !is_name && ::glob(pattern.c_str(), 0, nullptr, &found) == 0;
+    std::vector<std::string> paths(found.gl_pathv, found.gl_pathv + (matches ? found.gl_pathc : 0));
+    ::globfree(&found);
+    if (is_name) paths = {pattern};
+    for (const std::string& path : paths) {
+        if (folder_exists(path))
+            fail(path, " is a folder: say --data ", path, ", or name its files: '", path,
+                 "/train_*.bin'");
+        files.emplace_back(path);
+    }
+}
+inline int64_t Shards::tokens() const {
+    int64_t sum = 0;
+    for (const Shard& shard : files) sum += shard.tokens;
+    return sum;
+}
+inline int64_t Shards::predictions() const {
+    int64_t sum = 0;
+    for (const Shard& shard : files) sum += shard.predictions();
+    return sum;
+}
+inline void Shards::check_tokens(int vocab_size) const {
+    std::vector<uint16_t> buffer(1 << 18);
+    for (const Shard& shard : files)
+        for (int64_t at = 0; at < shard.tokens; at += int64_t(buffer.size())) {
+            const int64_t count = std::min(int64_t(buffer.size()), shard.tokens - at);
+            shard.read(buffer.data(), at, count, vocab_size);
+        }
+}
+
+// The number that the whole text is; none where it is no number of that type. Strict: no blanks, no
+// "+5", no hexadecimal, no infinity or NaN; an integer has digits only. Why not from_chars for
+// both: Apple's library has none for double.
+template <class Number>
+std::optional<Number> number_of(const std::string& text) {
+    if constexpr (std::is_integral_v<Number>) {
+        Number n{};
+        const char* end = text.data() + text.size();
+        const auto [stop, error] = std::from_chars(text.data(), end, n);
+        return error == std::errc() && stop == end ? std::optional(n) : std::nullopt;
+    } else {
+        const DotForDecimals dot;
+        const bool plain = text.find_first_not_of("0123456789+-.eE") == text.npos;
+        char* stop = nullptr;
+        errno = 0;
+        const Number n = std::strtod(text.c_str(), &stop);
+        const bool fits = !std::isinf(n) && (n != 0 || errno != ERANGE);
+        if (!plain || !fits || text.empty() || text[0] == '+' || *stop) return {};
+        return n;
+    }
 }
 
 // --- Characters in UTF-8

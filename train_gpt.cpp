@@ -846,8 +846,8 @@ inline Corpus open_corpus(const Options& o) {
     const bool named = !o.train_shards.empty() || !o.val_shards.empty();
     Corpus corpus = named ? Corpus(o.train_shards, o.val_shards) : open_corpus(o.data);
     for (const Shards* split : {&corpus.train, &corpus.val})
-        if (named && split->empty() && !split->pattern().empty())
-            fail("no file matches ", split->pattern(),
+        if (named && split->empty() && !split->pattern.empty())
+            fail("no file matches ", split->pattern,
                  " (give a pattern in quotes, such as 'data/train_*.bin', or one file)");
     if (o.command != kTrain || !corpus.train.empty()) return corpus;
     for (const std::string& name :
@@ -877,7 +877,7 @@ inline void check_data(const Options& o, const Corpus& corpus, const Config& con
                    " tokens, but one batch of ", o.batch_size, " x ", T, " needs ",
                    with_commas(batch + 1), " (one more than its size): take more text, or ",
                    fits > 0 ? to_text("--batch-size ", fits) : "a shorter --seq-len");
-    if (o.overfit_batch && corpus.train.files()[0].predictions() < batch)
+    if (o.overfit_batch && corpus.train.files[0].predictions() < batch)
         fail_usage("--overfit-batch takes its batch from the first shard: it is too short for it");
     if (o.patience > 0 && corpus.val.empty() && o.eval_batches == 0)
         fail_usage("--patience needs something to evaluate: validation data, or --eval-batches");
@@ -1358,7 +1358,7 @@ inline std::vector<std::string> fingerprint(const Corpus& corpus) {
         list.push_back(to_text("tokenizer: ", corpus.tokenizer->vocab_size(), " tokens, ",
                                checksum(corpus.tokenizer->merges_text())));
     for (auto* split : {&corpus.train, &corpus.val})
-        for (const Shard& shard : split->files())
+        for (const Shard& shard : split->files)
             list.push_back(to_text(split == &corpus.train ? "train: " : "val: ", shard.tokens,
                                    " tokens, ", checksum_of(shard)));
     return list;
@@ -1368,7 +1368,7 @@ inline std::vector<std::string> fingerprint(const Corpus& corpus) {
 // the fingerprint.
 inline void warn_if_trained_on(const Corpus& corpus, const std::vector<std::string>& data) {
     const std::set<std::string> all(data.begin(), data.end());
-    const std::vector<Shard>& val = corpus.val.files();
+    const std::vector<Shard>& val = corpus.val.files;
     std::string same;
     for (size_t i = 0; i < val.size(); ++i) {
         const std::string of_val = data[data.size() - val.size() + i].substr(std::strlen("val"));
@@ -1658,8 +1658,7 @@ std::array<double, 4> score_endings(auto& model, const HellaswagExample& e) {
     for (const auto& ending : e.endings)
         longest = std::max(longest, e.context.size() + ending.size() - 1);
     const size_t T = std::min(size_t(model.T), longest);
-    Batch batch;
-    batch.resize(4, int(T));
+    Batch batch(4, int(T));
     for (size_t i = 0; i < 4; ++i) {
         std::vector<uint16_t> text = e.context;
         text.insert(text.end(), e.endings[i].begin(), e.endings[i].end());
@@ -1669,7 +1668,6 @@ std::array<double, 4> score_endings(auto& model, const HellaswagExample& e) {
             if (t + 1 >= e.context.size()) batch.targets[i * T + t - cut] = text[t + 1];
         }
     }
-    batch.sort_rows();
     // One pass for all four; then the mean over each ending's targets.
     const auto losses = batch_losses(model, batch);
     std::array<double, 4> mean{};
@@ -1965,7 +1963,8 @@ struct Watched : Device {
     WATCH(head_logits)
     WATCH(begin_step)
     WATCH(add_loss)
-    WATCH(gradient_norm)
+    WATCH(square_sums)
+    WATCH(norm_of_sums)
     WATCH(judge_step)
     WATCH(adamw)
 #undef WATCH
@@ -1973,12 +1972,10 @@ struct Watched : Device {
 
 // A batch of B rows of one text, whose token i is token(i).
 Batch batch_of(int B, int T, auto&& token) {
-    Batch batch;
-    batch.resize(B, T);
+    Batch batch(B, T);
     for (int i = 0; i < B * T; ++i)
         batch.inputs[size_t(i)] = token(i), batch.targets[size_t(i)] = token(i + 1);
     batch.scored = B * T;
-    batch.sort_rows();
     return batch;
 }
 
@@ -2119,7 +2116,7 @@ private:
         if (is("attention_backward")) return {"d attention", 5 * attention, 8 * x};
         if (is("head_forward")) return products(1, "head");
         if (is("head_forward_backward")) return products(3, "head, both ways");
-        if (is("gradient_norm")) return {"gradient norm", 0, kG * s[0]};
+        if (is("square_sums")) return {"gradient norm", 0, kG * s[0]};
         if (is("adamw")) return {"adamw", 0, adamw * s[0]};
         if (!call.function.starts_with("linear_")) return {};
         const std::string layer = s[1] > s[2]        ? "linear mlp.c_proj"
@@ -2285,7 +2282,7 @@ private:
     // The stops of the step.
     void watch(const Call& call) {
         if (call.function == "head_forward_backward") show_forward(), show_loss();
-        if (call.function == "gradient_norm") show_backward();
+        if (call.function == "square_sums") show_backward();
         if (call.function == "adamw") show_update();
         call.make();
         if (call.function == "adamw") std::printf("and the program has %.6f\n", model_.weights[0]);
@@ -2470,10 +2467,8 @@ public:
         : tokenizer_(tokenizer), tokens_(std::move(tokens)), T_(int(tokens_.size())),
           first_(std::max(0, T_ - kAttentionTokens)),
           model_(open_model(Watched<Device>{device}, config, 1, T_, Use::evaluation, o.init_from)) {
-        Batch batch;
-        batch.resize(1, T_);
+        Batch batch(1, T_);
         batch.inputs = tokens_;
-        batch.sort_rows();
         Watched<Device>& d = model_->device;
         logits_ = d.template allocate<Real>(size_t(T_) * size_t(config.vocab_size));
         d.watcher = [this](const Call& call) { watch(call); };
@@ -3194,8 +3189,8 @@ double tile_flops() {
     [[maybe_unused]] Tiles setup{};
     alignas(64) float c[R * N] = {};
     const std::vector<Number> numbers(size_t(std::max(R, N)) * kDeep, Number(0.75f));
-    const auto left = pack_left<Tiles>(0, rows_of(numbers.data(), kDeep), R, kDeep);
-    const auto right = pack_right<Tiles>(1, transpose_of(numbers.data(), kDeep), kDeep, N);
+    const auto left = pack_left<Tiles>(0, View(numbers.data(), R, kDeep));
+    const auto right = pack_right<Tiles>(1, View(numbers.data(), N, kDeep).transposed());
     const double seconds = least_seconds(8, [&] {
         for (int call = 0; call < kCalls; ++call) {
             Tiles::tile(c, N, left, right, R, Tiles::steps(kDeep), true);
@@ -3243,8 +3238,9 @@ struct Machine : CpuOf<A> {
 
     // "CPU, 2 threads, vectors of 512 bits, fp32"
     std::string describe() const {
+        const bool matrix_unit = with_tiles<bf16>([](auto tiles) { return tiles.kIsMatrix; });
         const char* precision = !this->kSeparateMasters ? "fp32"
-                                : MatrixUnit::usable()  ? "bf16, products on the matrix unit (AMX)"
+                                : matrix_unit           ? "bf16, products on the matrix unit (AMX)"
                                 : kHasPairs
                                     ? "bf16, products by vdpbf16ps"
                                     : "bf16 in memory, fp32 arithmetic: half the memory, "

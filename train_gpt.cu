@@ -1,7 +1,7 @@
 // train_gpt.cu: the layers of tinygpt.hpp as CUDA kernels, and the program on a GPU.
 //
 // `Cuda<Activation>` is one more device for the model and the training loop of tinygpt.hpp, with
-// the same functions as the table at the end of its §4. Read a layer there first: the mathematics
+// the same functions as the table in its §10. Read a layer there first: the mathematics
 // is there. A comment here says how the kernel is laid out on the GPU, how many bytes it moves and
 // how many operations it does. A kernel is bound by the longer of the two times (an H100 moves
 // about 3.0 TB/s and multiplies about 800 TFLOP/s in bf16).
@@ -2342,12 +2342,6 @@ struct Cuda {
     }
     void add_loss(StepState* state, const float* losses, int rows, double scale, int into = 0) {
         launch(KERNEL(add_loss_kernel), 1, kOneBlock, 0, state->loss_of(into), losses, rows, scale);
-    }
-    void gradient_norm(StepState* state, const float* grads, size_t count) {
-        const size_t chunks = blocks_for(count, kNormChunk);
-        double* sums = context->scratch<double>(chunks);
-        square_sums(sums, grads, count);
-        norm_of_sums(state, sums, chunks);
     }
     void square_sums(double* sums, const float* grads, size_t count) {
         launch(KERNEL(square_sums_kernel), blocks_for(count, kNormChunk), kThreads, 0, sums, grads,

@@ -11,12 +11,10 @@ int main(int argc, char** argv) {
     try {
         if (argc != 2) fail_usage("hf_logits takes a folder, and token numbers on standard input");
         const Config config = config_of_folder(argv[1]);
-        Batch batch;
-        batch.resize(1, config.n_positions);
+        Batch batch(1, config.n_positions);
         int T = 0;
         for (int token; T < config.n_positions && std::cin >> token; ++T)
             batch.inputs[size_t(T)] = token;
-        batch.sort_rows();
         Gpt2<Cpu> model(config);
         model.reserve(1, config.n_positions, Use::evaluation);
         load_weights(model, argv[1]);
