@@ -2877,8 +2877,7 @@ void multiply(C* c, View<Number> a, View<Number> b, bool accumulate, const Finis
 #pragma omp parallel
     {
         [[maybe_unused]] Tiles setup{};  // what a thread needs first: see MatrixTiles
-        float* sums =
-            rounds ? scratch<float>(2, size_t(all_rows ? task_rows : R) * strip) : nullptr;
+        float* sums = scratch<float>(2, rounds ? size_t(all_rows ? task_rows : R) * strip : 0);
 #pragma omp for schedule(dynamic)
         for (int task = 0; task < across * down; ++task) {
             const int j0 = task / down * task_cols, cols = std::min(task_cols, n - j0);
@@ -2893,8 +2892,11 @@ void multiply(C* c, View<Number> a, View<Number> b, bool accumulate, const Finis
                         const int rows = std::min(R, i1 + some - i);
                         const ptrdiff_t apart = rounds ? strip : n;
                         C* to = c + i * ptrdiff_t(n) + j0;
-                        float* out = sums + (all_rows ? (i - i0) * apart : 0);
-                        if constexpr (!rounds) out = to;
+                        float* out;
+                        if constexpr (rounds)
+                            out = sums + (all_rows ? (i - i0) * apart : 0);
+                        else
+                            out = to;
                         multiply_tiles<Tiles>(out, apart, left.from(i - i1, 0), right, rows, cols,
                                               Tiles::steps(depth), k0 > 0 || accumulate);
                         for (int r = 0; k0 + depth == k && r < rows; ++r) {
