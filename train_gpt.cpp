@@ -1760,6 +1760,14 @@ int eval_command(auto device, const Options& given) {
 
 // --- sample
 
+// The tokenizer beside the model of --init-from, where there is one.
+inline std::optional<Tokenizer> tokenizer_of_model(const Options& o, const Config& config) {
+    std::optional<Tokenizer> tokenizer = tokenizer_of(o.init_from);
+    if (tokenizer && tokenizer->vocab_size() > config.vocab_size)
+        fail(o.init_from, ": its tokenizer has more tokens than its model");
+    return tokenizer;
+}
+
 // The likeliest next tokens, with the probabilities that they are drawn with.
 void show_top(auto& model, const std::vector<int32_t>& tokens,
               const std::optional<Tokenizer>& tokenizer, const SampleOptions& sampling, int count) {
@@ -1843,9 +1851,7 @@ void converse(auto& model, const std::optional<Tokenizer>& tokenizer, SampleOpti
 // likeliest next tokens. Without a prompt a text begins where a document does.
 int sample_command(auto device, const Options& o) {
     const Config config = config_of_model(need_init_from(o));
-    const std::optional<Tokenizer> tokenizer = tokenizer_of(o.init_from);
-    if (tokenizer && tokenizer->vocab_size() > config.vocab_size)
-        fail(o.init_from, ": its tokenizer has more tokens than its model");
+    const std::optional<Tokenizer> tokenizer = tokenizer_of_model(o, config);
     const std::string file = o.prompt_file == "-" ? "/dev/stdin" : o.prompt_file;
     const std::string prompt = file.empty() ? o.prompt : read_file(file, size_t(1) << 26);
     const auto tokens = sample_tokens(prompt, tokenizer, config.vocab_size);
@@ -2270,7 +2276,7 @@ public:
         show_dropout(), show_effect();
         std::printf(
             "\nThe same of a model of yours, as a page to point at:\n"
-            "./train_gpt show --init-from out/stories/best\n");
+            "./train_gpt show --init-from out/stories/best --prompt \"Once upon a time, a\"\n");
     }
 
 private:
@@ -2430,6 +2436,8 @@ private:
 // that holds them.
 inline void write_page(const std::string& path, const Json& numbers) {
     const std::string page = "data/show.html", mark = ">DATA<";
+    if (!file_exists(page))
+        fail("expected the page ", page, ", found none: run show in the folder of tinygpt");
     std::string html = read_file(page, 10'000'000);
     const size_t at = html.find(mark);
     if (at == html.npos) fail(page, ": expected ", mark, " where the numbers go, found none");
@@ -2481,8 +2489,7 @@ public:
         const Config& c = model_->config;
         Json page = Json::object(), model = Json::object();
         model.set("n_layer", c.n_layer).set("n_head", c.n_head).set("n_embd", c.n_embd);
-        model.set("n_positions", c.n_positions).set("vocab_size", c.vocab_size);
-        model.set("parameters", model_->layout.count);
+        model.set("vocab_size", c.vocab_size).set("parameters", model_->layout.count);
         page.set("title", title).set("model", model).set("prompt", Json::array(tokens_));
         add_predictions(page);
         page.set("attention_first", first_)
@@ -2496,9 +2503,8 @@ public:
 private:
     using Real = typename Device::Real;
     using Activation = typename Device::Activation;
-    static constexpr int kAttentionTokens =
-        128;  // of longer texts the last ones: a page has limits
-    static constexpr int kExpected = 10, kNamed = 300;  // likeliest tokens shown; with their texts
+    static constexpr int kAttentionTokens = 128;  // of longer texts the last: a page has limits
+    static constexpr int kExpected = 10, kNamed = 300;  // likeliest tokens; after the last one
 
     // After the embedding and each layer: the lens. After each layer's attention: its weights.
     void watch(const Call& call) {
@@ -2521,21 +2527,25 @@ private:
         return out;
     }
 
-    // p = e^(q.k / sqrt(HS) - lse), from position first_ on; 12 bits each, as two letters.
+    // p = e^(q.k / sqrt(HS) - lse), from position first_ on; 12 bits each, as two letters. Why sums
+    // are rounded, and the steps from one to the next kept: so a row adds up to 1, as its p do.
     void add_attention(const Activation* qkv_on_device, const Real* lse_on_device) {
         const int C = model_->config.n_embd, NH = model_->config.n_head, HS = C / NH;
         const std::vector<double> qkv = host(qkv_on_device, size_t(T_) * 3 * C),
                                   lse = host(lse_on_device, size_t(NH) * T_);
         for (int h = 0; h < NH; ++h)
-            for (int t = first_; t < T_; ++t)
-                for (int t2 = first_; t2 <= t; ++t2) {
+            for (int t = first_; t < T_; ++t) {
+                double sum = 0;
+                for (int t2 = first_, kept = 0; t2 <= t; ++t2) {
                     const double* q = &qkv[size_t(t) * 3 * C + h * HS];
                     const double* k = &qkv[size_t(t2) * 3 * C + C + h * HS];
                     const double score = std::inner_product(q, q + HS, k, 0.0) / std::sqrt(HS);
-                    const double p = std::exp(score - lse[size_t(h) * T_ + t]);
-                    const int code = int(std::lround(4095 * std::min(p, 1.0)));
+                    sum += std::exp(score - lse[size_t(h) * T_ + t]);
+                    const int rounded_sum = int(std::lround(4095 * std::min(sum, 1.0)));
+                    const int code = rounded_sum - std::exchange(kept, rounded_sum);
                     attention_ += kBase64[code >> 6], attention_ += kBase64[code & 63];
                 }
+            }
     }
 
     // The scores of what comes after each position, if x [T, C] were the last layer's stream.
@@ -2563,8 +2573,8 @@ private:
         const std::vector<double> stream = host(x, size_t(T_) * C);
         std::vector<Json> token, p, norm;
         for (int t = 0; t < T_; ++t) {
-            const Candidate top = likeliest(distribution(t), 1, 1)[0];
             const std::vector<Candidate> all = distribution(t);
+            const Candidate top = likeliest(all, 1, 1)[0];
             const double* row = &stream[size_t(t) * C];
             token.push_back(name(top.token));
             p.push_back(rounded(all[size_t(top.token)].probability));
@@ -2585,20 +2595,17 @@ private:
                 surprise.push_back(
                     rounded(-std::log2(all[size_t(tokens_[size_t(t) + 1])].probability)));
             std::vector<Json> list;
-            const std::vector<Candidate> sorted = likeliest(all, kNamed, 1);
-            for (int i = 0; i < std::min(kExpected, int(sorted.size())); ++i) {
-                const int token = sorted[size_t(i)].token;
+            for (const Candidate& c : likeliest(all, t + 1 < T_ ? kExpected : kNamed, 1))
                 list.push_back(Json::array(
-                    std::vector<Json>{name(token), rounded(all[size_t(token)].probability)}));
-            }
+                    std::vector<Json>{name(c.token), rounded(all[size_t(c.token)].probability)}));
             expected.push_back(Json::array(list));
-            if (t + 1 == T_)
-                for (const Candidate& c : sorted) name(c.token);
         }
         page.set("surprise", Json::array(surprise)).set("expected", Json::array(expected));
-        const float* last = scores_.data() + scores_.size() - size_t(model_->config.vocab_size);
-        const size_t bytes = size_t(model_->config.vocab_size) * sizeof(float);
-        page.set("logits", base64(std::string(reinterpret_cast<const char*>(last), bytes)));
+        // As in sample: ids that have no token are never drawn.
+        const int V = model_->config.vocab_size, drawn = tokenizer_ ? tokenizer_->vocab_size() : V;
+        const float* last = scores_.data() + scores_.size() - size_t(V);
+        page.set("logits", base64(std::string(reinterpret_cast<const char*>(last),
+                                              size_t(drawn) * sizeof(float))));
     }
 
     // A token, whose text the page will need.
@@ -2661,7 +2668,7 @@ int show_command(auto device, const Options& o) {
     if (o.output.empty()) make_folders("out");
     if (!o.runs.empty()) return write_page(output, numbers_of_runs(o.runs)), 0;
     const Config config = config_of_model(need_init_from(o));
-    const std::optional<Tokenizer> tokenizer = tokenizer_of(o.init_from);
+    const std::optional<Tokenizer> tokenizer = tokenizer_of_model(o, config);
     std::vector<int32_t> tokens = prompt_tokens(o.prompt, tokenizer, config.vocab_size);
     // As a document begins, where there is a token that says so.
     if (tokenizer) tokens.insert(tokens.begin(), tokenizer->end_of_text());
@@ -2870,12 +2877,10 @@ inline int export_command(const Options& o) {
     const Config config = config_of_model(need_init_from(o));
     if (o.output.empty())
         fail_usage("--output is missing: give the file to write, such as model.gguf");
-    const std::optional<Tokenizer> tokenizer = tokenizer_of(o.init_from);
+    const std::optional<Tokenizer> tokenizer = tokenizer_of_model(o, config);
     if (!tokenizer)
         fail(o.init_from, " has no tokenizer, and a GGUF file needs one: expected vocab.json and ",
              "merges.txt, or tokenizer.json, beside the model");
-    if (tokenizer->vocab_size() > config.vocab_size)
-        fail(o.init_from, ": its tokenizer has more tokens than its model");
     for (const GgufType& type : kGgufTypes)
         if (o.type == type.name) GgufWriter(o.init_from, config, *tokenizer).write(o.output, type);
     say("written",
