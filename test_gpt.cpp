@@ -3831,7 +3831,7 @@ TEST_CASE(
          R"("post_processor": {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A"}}]})",
          none},
         {"\"padding\": null", R"("padding": {"strategy": "BatchLongest"})", none},
-        {"\"dropout\": null", "\"dropout\": 0.0", none},
+        {"\"dropout\": null", "\"dropout\": 0", none},
         {"_prefix\": \"\"", "_prefix\": null", none},
         {"\"normalizer\": null", R"("normalizer": {"type": "NFC"})", "\"normalizer\" is {"},
         {"\"ByteLevel\"", "\"Metaspace\"", "\"type\" is \"Metaspace\": only GPT-2's byte-level"},

@@ -3875,10 +3875,7 @@ struct Json {
     void only(const std::string& where, std::string_view key, const std::vector<Json>& allowed,
               std::string_view why) const {
         const Json* value = find(key);
-        auto is_value = [&](const Json& one) {
-            const auto number = one.as<double>();
-            return number ? number == value->as<double>() : one.write() == value->write();
-        };
+        auto is_value = [&](const Json& one) { return one.write() == value->write(); };
         if (value && std::none_of(allowed.begin(), allowed.end(), is_value))
             fail(where, ": \"", key, "\" is ", value->write().substr(0, 60), ": ", why);
     }
@@ -5433,10 +5430,9 @@ struct LogRow {
 };
 
 // All columns: name, printf pattern, member. Nine digits restore a float exactly.
-using LogField = std::optional<double> LogRow::*;
 struct LogColumn {
     const char *name, *pattern;
-    LogField value;
+    std::optional<double> LogRow::*value;
 };
 constexpr LogColumn kLogColumns[] = {
     {"step", "%.0f", &LogRow::step},
@@ -5504,27 +5500,6 @@ inline std::vector<LogRow> read_log(const std::string& path, int64_t last) {
     }
     return rows;
 }
-
-// The log of a run, and its copy in JSON where `json` names a file. The rows so far replace the
-// files: never append to half a row.
-class Log {
-public:
-    Log(const std::string& csv, const std::string& json, const std::vector<LogRow>& rows) {
-        std::string lines;
-        for (const LogRow& row : rows) lines += json_line(row);
-        if (!json.empty()) write_file(json, lines), json_.emplace(json);
-        write_file(csv, log_text(rows));
-        csv_.emplace(csv);
-    }
-    void add(const LogRow& row) {
-        csv_->append(log_line(row));
-        if (json_) json_->append(json_line(row));
-    }
-    void sync() { csv_->sync(); }
-
-private:
-    std::optional<GrowingFile> csv_, json_;
-};
 
 // Steps of a run that has no such limit: more than any run makes.
 constexpr int64_t kNoLimit = 1'000'000'000'000;
@@ -5779,12 +5754,24 @@ private:
             if (!rows_.empty()) last = rows_.back();
             unfinished = last.step == state_.step && wants_evaluation() && !last.val_loss &&
                          !last.eval_train_loss;
-            unfinished ? rows_.pop_back()
-                       : void(log_.emplace(o_.output + "/log.csv", o_.log_json, rows_));
+            unfinished ? rows_.pop_back() : open_log();
         }
         ranks_.broadcast(&broken_in_a_row_, sizeof broken_in_a_row_);
         ranks_.broadcast(&unfinished, sizeof unfinished);
         return unfinished ? std::optional(last) : std::nullopt;
+    }
+
+    // The rows so far replace the files of the log: never append to half a row.
+    void open_log() {
+        const std::string csv = o_.output + "/log.csv", &json = o_.log_json;
+        std::string lines;
+        for (const LogRow& row : rows_) lines += json_line(row);
+        if (!json.empty()) write_file(json, lines), log_json_.emplace(json);
+        write_file(csv, log_text(rows_)), log_.emplace(csv);
+    }
+    void add_to_log(const LogRow& row) {
+        if (log_) log_->append(log_line(row));
+        if (log_json_) log_json_->append(json_line(row));
     }
 
     // The fewer of max_steps and epochs.
@@ -5916,7 +5903,7 @@ private:
         if (!g.skip) return;
         const bool skips = o_.on_nan == "skip";
         if (g.broken && (!skips || broken_in_a_row_ >= kMostBroken)) {
-            if (log_) log_->add(row);
+            add_to_log(row);
             fail("step ", state_.step, ": the loss is ", g.loss, " and the gradient's norm ",
                  g.grad_norm, skips ? to_text(", like ", kMostBroken - 1, " steps before it") : "",
                  ": training has diverged. Nothing of this step was saved. Go on from the last ",
@@ -5950,9 +5937,9 @@ private:
         if (evaluated) note_best(row);
         // Why only now: if the text of the first evaluation cannot be read, no run is left behind.
         if (log_)
-            log_->add(row);
+            add_to_log(row);
         else if (ranks_.rank == 0)
-            rows_.push_back(row), log_.emplace(o_.output + "/log.csv", o_.log_json, rows_);
+            rows_.push_back(row), open_log();
         const End end = cut_short ? End::interrupted : end_reached();
         observer_.step(row, state_.planned_steps, seconds_left(),
                        evaluated || state_.step == 0 || end != End::none);
@@ -6072,8 +6059,7 @@ private:
     const double peak_flops_;
     std::optional<FileHandle> folder_;  // of the run
     std::vector<LogRow> rows_;          // with which the log begins
-    std::optional<Log> log_;
-    std::optional<GrowingFile> samples_;
+    std::optional<GrowingFile> log_, log_json_, samples_;
     TrainerState state_;           // what a checkpoint keeps
     bool ahead_ = false;           // the device has the next step already
     double began_ = 0;             // when the current step began
