@@ -9,12 +9,12 @@ import sys
 
 PARSERS = {  # by the names of their functions and classes; a class stands for all its functions
     "json": "JsonParser Json json_string shown append_utf8 utf8_character",
-    "safetensors": "SafetensorsFile InputFile f16 dtype_bytes shape_text match_tensors without_prefix",
+    "safetensors": "SafetensorsFile InputFile f16 dtype_bytes shape_text match_tensors bare_name",
     "checkpoint: config.json": "read_hf_config hf_config",
     "checkpoint: trainer_state.json": "state_from_json state_to_json read_sealed state_seal",
     "checkpoint: HellaSwag": "read_hellaswag",
     "checkpoint: log.csv": "read_log log_line",
-    "options": "parse_options find_command check_together CommandLine checked parse_number shown "
+    "options": "parse_options find_command check_together CommandLine set_option shown "
                "edit_distance name_distance nearest command_names",
     "tokenizer": "make_tokenizer read_merge_lines Tokenizer merge_piece class_of class_at next_piece",
     "shard": "Shard Shards DataOrder shuffled read_batch evaluation_windows",
