@@ -98,7 +98,6 @@
 #include <limits>
 #include <map>
 #include <memory>
-#include <new>
 #include <numeric>
 #include <optional>
 #include <queue>
@@ -436,44 +435,6 @@ struct DataOrder {
         for (int b = 0; b < B; ++b) windows.push_back(window(i + b));
         return read_batch(windows, B, T, vocab_size);
     }
-};
-
-// Reads the batches of a run in order: a thread reads the next one while the model computes. After
-// `run` batches it passes over `others` samples, which other processes read (§10). std::async
-// starts a function on a thread and returns a future, whose get() waits for the result (Python's
-// executor.submit).
-class BatchLoader {
-public:
-    // Careful: the shards of `order` must outlive it.
-    BatchLoader(const DataOrder& order, int vocab_size, int64_t first_sample, int64_t run = 1,
-                int64_t others = 0)
-        : order_(order), vocab_size_(vocab_size), sample_(first_sample), run_(run),
-          others_(others) {
-        read_ahead();
-    }
-    BatchLoader(const BatchLoader&) = delete;
-
-    // The next B samples. If reading them failed, this throws the error.
-    Batch next() {
-        Batch batch = ahead_.get();
-        sample_ += order_.B + (++read_ % run_ == 0 ? others_ : 0);
-        read_ahead();
-        return batch;
-    }
-
-private:
-    void read_ahead() {
-        ahead_ =
-            std::async(std::launch::async, [this] { return order_.batch(sample_, vocab_size_); });
-    }
-
-    const DataOrder order_;
-    const int vocab_size_;
-    int64_t sample_, read_ = 0;
-    const int64_t run_, others_;
-    // Shared: an error can be fetched more than once. Careful: keep it the last member. Members are
-    // destroyed from the last up, and this one waits for its thread, which still uses the others.
-    std::shared_future<Batch> ahead_;
 };
 
 // =================================================================================================
@@ -935,8 +896,8 @@ void linear_forward(A* out, const A* x, const A* w, const A* b, int rows, int C,
 //   db_o  = sum_r dout_ro           column sums        every row the bias was added to
 // So x must be kept from forward to backward, and backward takes twice as long. db is made where
 // dout is made: c_attn's by attention_backward, c_fc's by linear_gelu_backward, those of the two
-// projections by layernorm_backward. sets dx [rows, C]; sets dw [C, OC], or adds to it if
-// accumulate.
+// projections by layernorm_backward.
+// sets dx [rows, C]; sets dw [C, OC], or adds to it if accumulate.
 template <class Ops, class A, class real>
 void linear_backward(A* dx, real* dw, const A* dout, const A* x, const A* w, int rows, int C,
                      int OC, bool accumulate) {
@@ -1133,8 +1094,9 @@ void gelu_forward(A* gelu, const A* fc, size_t count) {
 // From the gradient of the MLP's output back to fc: the backward of its second linear layer (w),
 // whose input was gelu = GELU(fc), then that of GELU:
 //   dfc = (dout w^T) gelu'(fc)     dw = gelu^T dout     dfc_bias = column sums of dfc
-// dfc_bias is the bias gradient of the layer that made fc. Shapes: dfc, gelu, fc [rows, C],
-// dout [rows, OC], w [C, OC]. sets dfc; sets dw, dfc_bias [C], or adds to them if accumulate.
+// dfc_bias is the bias gradient of the layer that made fc. Shapes: dfc, gelu, fc [rows, C], dout
+// [rows, OC], w [C, OC].
+// sets dfc; sets dw, dfc_bias [C], or adds to them if accumulate.
 template <class Ops, class A, class real>
 void linear_gelu_backward(A* dfc, real* dw, real* dfc_bias, const A* dout, const A* gelu,
                           const A* fc, const A* w, int rows, int C, int OC, bool accumulate) {
@@ -5623,6 +5585,42 @@ inline double flops_per_token(const Config& config, int T) {
     const double C = config.n_embd, L = config.n_layer, V = config.vocab_size;
     return 6 * (12 * C * C * L + V * C) + 6 * C * (T + 1.0) * L;
 }
+
+// Reads the batches of a run in order: a thread reads the next one while the model computes. After
+// `run` batches it passes over `others` samples, which other processes read (§10).
+class BatchLoader {
+public:
+    // Careful: the shards of `order` must outlive it.
+    BatchLoader(const DataOrder& order, int vocab_size, int64_t first_sample, int64_t run = 1,
+                int64_t others = 0)
+        : order_(order), vocab_size_(vocab_size), sample_(first_sample), run_(run),
+          others_(others) {
+        read_ahead();
+    }
+    BatchLoader(const BatchLoader&) = delete;
+
+    // The next B samples. If reading them failed, this throws the error.
+    Batch next() {
+        Batch batch = ahead_.get();
+        sample_ += order_.B + (++read_ % run_ == 0 ? others_ : 0);
+        read_ahead();
+        return batch;
+    }
+
+private:
+    void read_ahead() {
+        ahead_ =
+            std::async(std::launch::async, [this] { return order_.batch(sample_, vocab_size_); });
+    }
+
+    const DataOrder order_;
+    const int vocab_size_;
+    int64_t sample_, read_ = 0;
+    const int64_t run_, others_;
+    // Shared: an error can be fetched more than once. Careful: keep it the last member. Members are
+    // destroyed from the last up, and this one waits for its thread, which still uses the others.
+    std::shared_future<Batch> ahead_;
+};
 
 // --- The run
 
