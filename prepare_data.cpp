@@ -15,7 +15,7 @@
 #include "tinygpt.hpp"
 
 #include <filesystem>
-#include <thread>
+#include <sstream>
 
 namespace tinygpt {
 
@@ -74,22 +74,19 @@ inline PrepareOptions parse_prepare_options(const std::vector<std::string>& argu
     PrepareOptions o;
     o.given = CommandLine{option_table(o), {{1, "prepare_data", ""}}, 1}.read(arguments);
     if (o.help) return o;
-    if (o.tokenizer != "bpe" && o.has("vocab-size"))
-        fail_usage("--vocab-size is for --tokenizer bpe; the size of a ", o.tokenizer,
-                   " vocabulary is given");
-    if (o.tokenizer != "gpt2" && o.has("vocab") && o.from_llmc.empty())
-        fail_usage("--vocab is for --tokenizer gpt2, found --tokenizer ", o.tokenizer);
-    if (!o.from_llmc.empty() && (!o.input.empty() || o.output.empty()))
-        fail_usage(
-            "--from-llmc needs --output DIR, and takes no --input: it converts a model, not ",
-            "text");
-    if (o.input.empty() && o.has("field"))
-        fail_usage("--field is for --input FILE with lines of JSON");
-    if (!o.input.empty() && o.has("seed"))
-        fail_usage("--seed is for the default corpus: with --input nothing is drawn at random");
-    if (!o.input.empty() && o.output.empty())
-        fail_usage("--input needs --output DIR too: the folder to write, for example ",
-                   "--output data/mine");
+    const bool text = !o.input.empty(), model = !o.from_llmc.empty();
+    const std::pair<bool, const char*> wrong[] =
+        {{o.has("vocab-size") && o.tokenizer != "bpe", "--vocab-size is for --tokenizer bpe"},
+         {o.has("vocab") && o.tokenizer != "gpt2" && !model, "--vocab is for --tokenizer gpt2"},
+         {model && (text || o.output.empty()),
+          "--from-llmc needs --output DIR, and takes no --input: it converts a model, not text"},
+         {o.has("field") && !text, "--field is for --input FILE with lines of JSON"},
+         {o.has("seed") && text,
+          "--seed is for the default corpus: with --input nothing is drawn at random"},
+         {text && o.output.empty(),
+          "--input needs --output DIR too: the folder to write, for example --output data/mine"}};
+    for (const auto& [is_wrong, message] : wrong)
+        if (is_wrong) fail_usage(message);
     if (o.output.empty()) o.output = "data/stories";
     while (o.output.size() > 1 && o.output.back() == '/') o.output.pop_back();
     return o;
@@ -126,25 +123,19 @@ constexpr FileKind kFileKinds[] = {
     {"\xfe\xff", "", "UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > FILE.txt"},
     {"version https://git-lfs", "", "a pointer to a file of Git LFS", "git lfs pull"},
 };
-constexpr FileKind kUtf16 = {"", "", "UTF-16", "iconv -f UTF-16LE -t UTF-8 FILE > FILE.txt"};
-constexpr FileKind kUtf16Swapped = {"", "", "UTF-16", "iconv -f UTF-16BE -t UTF-8 FILE > FILE.txt"};
-constexpr FileKind kBinary = {"", "", "binary data", "make text of it first"};
+constexpr FileKind kBinary =
+    {"", "", "binary data", "make text of it first (of UTF-16: iconv -f UTF-16LE FILE > FILE.txt)"};
 constexpr FileKind kJsonArray = {"", "", "a JSON array", "jq -c '.[]' FILE > FILE.jsonl"};
 
 // The kind of the file that begins so; null: it is text.
 inline const FileKind* no_text(std::string_view begin, const std::string& field) {
     for (const FileKind& kind : kFileKinds)
         if (begin.starts_with(kind.begin) && begin.find(kind.within) != begin.npos) return &kind;
-    size_t zeros[2] = {}, controls = 0;  // zeros: at even and at odd places
-    for (size_t i = 0; i < begin.size(); ++i) {
-        zeros[i % 2] += begin[i] == 0;
-        const uint8_t c = uint8_t(begin[i]);
-        controls += c < 32 && class_of(c) != kSpace && c != '\x1b';  // that one colours text
-    }
-    // ASCII in UTF-16 without a byte-order mark: every second byte is 0.
-    const auto [fewer, more] = std::minmax(zeros[0], zeros[1]);
-    if (fewer == 0 && more > begin.size() / 4) return zeros[1] ? &kUtf16 : &kUtf16Swapped;
-    if (more > 0 || controls > begin.size() / 20) return &kBinary;
+    auto is_control = [](char c) {
+        return uint8_t(c) < 32 && class_of(uint8_t(c)) != kSpace && c != '\x1b';  // colours text
+    };
+    const auto controls = size_t(std::count_if(begin.begin(), begin.end(), is_control));
+    if (begin.find('\0') != begin.npos || controls > begin.size() / 20) return &kBinary;
     const size_t first = begin.find_first_not_of(" \t\r\n");
     const size_t second = begin.find_first_not_of(" \t\r\n", first + 1);
     const bool array = second != begin.npos && begin[first] == '[' && begin[second] == '{';
@@ -154,62 +145,65 @@ inline const FileKind* no_text(std::string_view begin, const std::string& field)
 // =================================================================================================
 // Passes over the text
 // =================================================================================================
-// The text may be larger than the memory. So it is never held: it stays in its files, is cut into
-// chunks, and a pass over it reads chunk by chunk, on all cores. There are three passes: one counts
-// what there is, so that it can be divided; one learns a vocabulary; one makes tokens.
+// The text may be larger than the memory. So it is never held: it stays in its files, and a pass
+// reads it chunk by chunk, a group of chunks on all cores at a time. There are three passes: one
+// counts what there is, so that it can be divided; one learns a vocabulary; one makes tokens.
 
 // A file, or a part of one. It is one document, or holds one in every line.
 struct Source {
     std::string path;
     std::string field;  // of the JSON object in a line, that holds the text; empty: plain text
     size_t begin, end;  // bytes
+    bool plain_lines = false;  // the lines are text, not JSON
 };
 
-// The bytes of a source from the first place at or behind `begin` where the text may be cut, up to
-// the first at or behind `end`. So a chunk can be read without those before it.
+// Some bytes of a source, from begin to end, cut where its text may be cut.
 struct Chunk {
-    const Source& source;
+    const Source* source;
     size_t begin, end;
+    std::string bytes;
+
+    void read() {
+        bytes.resize(end - begin);
+        InputFile(source->path).read_bytes(bytes.data(), bytes.size(), begin);
+    }
 };
 
-// The first index from `at` on where the text may be cut, so that its two parts have the same
-// pieces as the whole (§13): between a character that is no space and a space, both ASCII.
-inline size_t safe_cut(std::string_view text, size_t at) {
-    for (at = std::max<size_t>(at, 1); at < text.size(); ++at) {
+// The last index at which a text may be cut, so that its two parts have the same pieces as the
+// whole (§13): between a character that is no space and a space, both ASCII. 0: there is none.
+inline size_t last_cut(std::string_view text) {
+    for (size_t at = text.size(); at-- > 1;) {
         const uint8_t before = uint8_t(text[at - 1]), after = uint8_t(text[at]);
         const bool ascii = before < 128 && after < 128;
         if (ascii && class_of(before) != kSpace && class_of(after) == kSpace) return at;
     }
-    return text.size();
-}
-// The same for lines: behind a line end.
-inline size_t line_cut(std::string_view text, size_t at) {
-    return std::min(text.find('\n', std::max<size_t>(at, 1) - 1), text.size() - 1) + 1;
+    return 0;
 }
 
-// The bytes of a chunk; sets `at` to where in the file they are. None where the text cannot be cut
-// within the chunk: then they belong to one before.
-inline std::string read_chunk(const Chunk& chunk, size_t& at) {
-    const Source& source = chunk.source;
-    const InputFile file(source.path);
-    const auto cut = source.field.empty() ? safe_cut : line_cut;
-    const bool first = chunk.begin == source.begin;
-    // One byte more in front: whether it can be cut at `begin` depends on both sides.
-    at = chunk.begin - !first;
-    const size_t last = chunk.end - at, most = source.end - at;
-    std::string text;
-    size_t begin = 0, end = 0;
-    for (size_t more = 1 << 12; end == text.size() && text.size() < most; more *= 2) {
-        const size_t have = text.size();
-        text.resize(std::min(std::max(have, last) + more, most));
-        file.read_bytes(text.data() + have, text.size() - have, at + have);
-        if (have == 0 && !first) begin = cut(text, 1);
-        if (begin >= last) return "";
-        end = last == most ? most : cut(text, std::max(have, last));
+// Reads sources from front to end.
+struct ChunkReader {
+    const std::vector<Source>& sources;
+    size_t bytes = 1 << 18;     // of a chunk; more where the text cannot be cut
+    size_t source = 0, at = 0;  // where the next chunk begins, or before the source
+
+    std::optional<Chunk> next() {
+        while (source < sources.size() &&
+               std::max(at, sources[source].begin) >= sources[source].end)
+            ++source, at = 0;
+        if (source == sources.size()) return {};
+        const Source& from = sources[source];
+        Chunk chunk{&from, std::max(at, from.begin), 0, ""};
+        for (size_t size = bytes, cut = 0; cut == 0; size *= 2) {
+            chunk.end = std::min(chunk.begin + size, from.end);
+            chunk.read();
+            cut = chunk.end == from.end ? chunk.bytes.size()
+                  : from.field.empty()  ? last_cut(chunk.bytes)
+                                        : chunk.bytes.rfind('\n') + 1;
+            chunk.bytes.resize(cut), at = chunk.end = chunk.begin + cut;
+        }
+        return chunk;
     }
-    at += begin;
-    return text.substr(begin, end - begin);
-}
+};
 
 // Some text of a document, or all of it.
 struct Text {
@@ -231,40 +225,32 @@ inline std::string text_of_line(std::string_view line, const std::string& field)
     return object.get_string(field, "");
 }
 
-// How many lines of a file end before `at`.
-inline int64_t lines_before(const std::string& path, size_t at) {
-    const InputFile file(path);
-    std::string bytes;
+// How many lines of a source end before `at`.
+inline int64_t lines_before(const Source& source, size_t at) {
+    const std::vector<Source> before = {{source.path, source.field, 0, at}};
     int64_t lines = 0;
-    for (size_t from = 0; from < at; from += bytes.size()) {
-        bytes.resize(std::min<size_t>(1 << 20, at - from));
-        file.read_bytes(bytes.data(), bytes.size(), from);
-        lines += std::count(bytes.begin(), bytes.end(), '\n');
-    }
+    for (ChunkReader reader{before}; const auto chunk = reader.next();)
+        lines += std::count(chunk->bytes.begin(), chunk->bytes.end(), '\n');
     return lines;
 }
 
 // Calls visit(Text) for all text in a chunk, in order. Blank lines are no documents.
-template <class Visit>
-void for_each_text(const Chunk& chunk, const Visit& visit) {
-    const Source& source = chunk.source;
-    size_t from = 0;
-    const std::string bytes = read_chunk(chunk, from);
-    if (bytes.empty()) return;
-    if (source.field.empty())
-        return visit(Text{bytes, chunk.begin == source.begin, from + bytes.size()});
+void for_each_text(const Chunk& chunk, auto&& visit) {
+    const Source& source = *chunk.source;
+    const std::string_view bytes = chunk.bytes;
+    if (source.field.empty()) return visit(Text{bytes, chunk.begin == source.begin, chunk.end});
     for (size_t at = 0, end; at < bytes.size(); at = end) {
         end = std::min(bytes.find('\n', at), bytes.size() - 1) + 1;
-        std::string_view line = std::string_view(bytes).substr(at, end - at);
+        std::string_view line = bytes.substr(at, end - at);
         line = line.substr(0, line.find_last_not_of(" \t\r\n") + 1);
         if (line.empty()) continue;
         std::string text;
         try {
-            text = text_of_line(line, source.field);
+            if (!source.plain_lines) line = text = text_of_line(line, source.field);
         } catch (const Error& error) {
-            fail(source.path, ", line ", 1 + lines_before(source.path, from + at), error.what());
+            fail(source.path, ", line ", 1 + lines_before(source, chunk.begin + at), error.what());
         }
-        visit(Text{text, true, from + end});
+        visit(Text{line, true, chunk.begin + end});
     }
 }
 
@@ -272,75 +258,59 @@ inline size_t thread_count() { return size_t(omp_get_max_threads()); }
 
 constexpr const char* kInterrupted = "interrupted; nothing was changed";
 
-// One pass over some sources, and how far it is.
-class TextPass {
-    const char* doing_;
-    double total_ = 0, done_ = 0, start_ = now_seconds(), shown_ = start_;
+// How far a pass is: on a terminal a line that changes, elsewhere one every half minute.
+struct PassProgress {
+    const char* doing;
+    double total = 0, done = 0, start = now_seconds(), shown = start;  // bytes, seconds
+    const bool live = ::isatty(STDOUT_FILENO);
 
-public:
-    std::vector<Chunk> chunks;
-
-    TextPass(const char* doing, const std::vector<Source>& sources, size_t chunk_bytes = 1 << 18)
-        : doing_(doing) {
-        for (const Source& source : sources) {
-            for (size_t at = source.begin; at < source.end; at = chunks.back().end)
-                chunks.push_back({source, at, std::min(at + chunk_bytes, source.end)});
-            total_ += double(source.end - source.begin);
-        }
+    ~PassProgress() {
+        if (live) std::fputs("\r\033[K", stdout);
     }
-    ~TextPass() {
-        if (::isatty(STDOUT_FILENO)) std::fputs("\r\033[K", stdout);
-    }
-
-    // Calls visit(result, text, thread) for all text of `count` chunks from `first` on, on all
-    // cores, with a Result for each chunk, and then(result) in the order of the chunks. Throws the
-    // first error in this order.
-    template <class Result, class Visit, class Then>
-    void run(size_t first, size_t count, const Visit& visit, const Then& then) {
-        std::map<size_t, std::pair<Result, std::exception_ptr>> done;  // before those before them
-        std::atomic<size_t> next = first;
-        std::atomic<bool> failed = false;
-        std::exception_ptr error;
-#pragma omp parallel for schedule(dynamic)
-        for (size_t i = first; i < first + count; ++i) {
-            // What is done too early shall not fill the memory.
-            while (i > next + 256) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-            std::pair<Result, std::exception_ptr> mine;
-            const size_t thread = size_t(omp_get_thread_num());
-            const auto visit_one = [&](const Text& text) { visit(mine.first, text, thread); };
-            try {
-                if (!failed) for_each_text(chunks[i], visit_one);
-            } catch (...) {
-                mine.second = std::current_exception();
-            }
-#pragma omp critical
-            for (done[i] = std::move(mine); done.contains(next); done.erase(next++)) try {
-                    if (failed) continue;
-                    if (done[next].second) std::rethrow_exception(done[next].second);
-                    then(done[next].first);
-                    advance(chunks[next].end - chunks[next].begin);
-                } catch (...) {
-                    error = std::current_exception(), failed = true;
-                }
-        }
-        if (error) std::rethrow_exception(error);
-    }
-
-private:
-    // On a terminal a line that changes, elsewhere one every half minute.
     void advance(size_t bytes) {
         if (stop_asked) throw Error(130, kInterrupted);
-        done_ += double(bytes);
-        const bool live = ::isatty(STDOUT_FILENO);
-        const double now = now_seconds(), speed = done_ / (now - start_);
-        if (now - shown_ < (live ? 0.5 : 30)) return;
-        shown_ = now;
+        done += double(bytes);
+        const double now = now_seconds(), speed = done / (now - start);
+        if (now - shown < (live ? 0.5 : 30)) return;
+        shown = now;
         std::printf("%s  %s: %.0f of %.0f MB, %.0f MB/s, %.1f minutes left%s",
-                    live ? "\r\033[K" : "", doing_, done_ / 1e6, total_ / 1e6, speed / 1e6,
-                    (total_ - done_) / speed / 60, live ? "" : "\n");
+                    live ? "\r\033[K" : "", doing, done / 1e6, total / 1e6, speed / 1e6,
+                    (total - done) / speed / 60, live ? "" : "\n");
         std::fflush(stdout);
     }
 };
+
+// One pass. Calls visit(result, text, thread) for all text, on all cores, with a Result for each
+// chunk, and then(result, chunk) in the order of the chunks, once all of a group have been visited.
+// Throws the first error in this order.
+template <class Result>
+void pass_over(const char* doing, const std::vector<Source>& sources, auto&& visit, auto&& then,
+               size_t chunk_bytes = 1 << 18) {
+    constexpr size_t kGroup = 128;  // 32 MB
+    PassProgress progress{doing};
+    for (const Source& source : sources) progress.total += double(source.end - source.begin);
+    ChunkReader reader{sources, chunk_bytes};
+    for (std::optional<Chunk> next = reader.next(); next;) {
+        std::vector<Chunk> chunks;
+        for (; next && chunks.size() < kGroup; next = reader.next())
+            chunks.push_back(std::move(*next));
+        std::vector<Result> results(chunks.size());
+        std::vector<std::exception_ptr> errors(chunks.size());
+#pragma omp parallel for schedule(dynamic)
+        for (size_t i = 0; i < chunks.size(); ++i) try {
+                for_each_text(chunks[i], [&](const Text& text) {
+                    visit(results[i], text, size_t(omp_get_thread_num()));
+                });
+            } catch (...) {
+                errors[i] = std::current_exception();
+            }
+        for (size_t i = 0; i < chunks.size(); ++i) {
+            if (errors[i]) std::rethrow_exception(errors[i]);
+            then(results[i], chunks[i]);
+            progress.advance(chunks[i].bytes.size());
+        }
+    }
+}
 
 // =================================================================================================
 // The input
@@ -357,19 +327,19 @@ struct Input {
 // lines are objects.
 inline bool holds_json_lines(Source source, const std::string& field) {
     source.field = field;  // so that chunks are lines
+    const std::vector<Source> sources = {source};
     int objects = 0;
-    for (size_t at = source.begin; at < source.end && objects < 2;) try {
-            const std::string text = read_chunk({source, at, at + 1}, at);
-            at += text.size();
-            if (text.find_first_not_of(" \t\r\n") == text.npos) continue;
-            if (text[0] != '{') return false;
-            const Json object = Json::parse(text, ""), *value = object.find(field);
-            if (value && value->kind == Json::Kind::string) return true;
-            ++objects;
-        } catch (const Error&) {
-            return false;
-        }
-    return objects == 2;
+    try {
+        ChunkReader reader{sources, 1 << 12};
+        while (const auto chunk = reader.next())
+            for (const std::string& line : split_at(chunk->bytes, '\n')) {
+                if (line.find_first_not_of(" \t\r") == line.npos) continue;
+                if (line[0] != '{') return false;
+                const Json object = Json::parse(line, ""), *value = object.find(field);
+                if ((value && value->kind == Json::Kind::string) || ++objects == 2) return true;
+            }
+    } catch (const Error&) {}
+    return false;
 }
 
 // Adds a file where it is text. What is none is an error where the file was named, and passed over
@@ -393,44 +363,38 @@ inline void add_file(Input& input, const std::string& path, const std::string& f
     input.sources.push_back(source);
 }
 
-// Adds the files of a folder, sorted by path. Hidden files and folders are left out, links to
-// folders and links to nothing too.
-inline void add_folder(Input& input, const std::string& folder, const std::string& field) {
-    namespace fs = std::filesystem;
-    std::vector<std::string> files;
-    std::error_code error, ignored;
-    std::string last = folder;  // what an error is about
-    for (fs::recursive_directory_iterator at(folder, error), end; !error && at != end;) {
-        last = at->path().string();
-        const bool hidden = at->path().filename().string().starts_with(".");
-        if (hidden && at->is_directory(ignored)) at.disable_recursion_pending();
-        if (!hidden && at->is_regular_file(ignored))
-            files.push_back(last);
-        else if (!hidden && at->is_symlink(ignored))
+// Appends the files of a folder, and of those in it. Hidden ones are left out, links to folders and
+// links to nothing too.
+inline void list_files(const std::filesystem::path& folder, std::vector<std::string>& files,
+                       Input& input) {
+    for (const std::string& name : list_folder(folder.string())) {
+        const std::string path = (folder / name).string();
+        if (name.starts_with(".")) continue;
+        if (std::filesystem::is_symlink(path) && !file_exists(path))
             input
-                .notes[folder_exists(last) ? "passed over (a link to a folder)"
-                                           : "passed over (a link to nothing)"]
-                .push_back(last);
-        at.increment(error);
+                .notes[to_text("passed over (a link to ",
+                               folder_exists(path) ? "a folder)" : "nothing)")]
+                .push_back(path);
+        else if (folder_exists(path))
+            list_files(path, files, input);
+        else if (S_ISREG(mode_of(path)))
+            files.push_back(path);
     }
-    if (error) fail("cannot read ", last, ": ", error.message());
-    std::sort(files.begin(), files.end());
-    for (const std::string& path : files) add_file(input, path, field, false);
 }
 
 // Copies standard input ("-") or a pipe to a file, as it is read more than once.
 inline void copy_stream(const std::string& name, const std::string& path) {
     const FileHandle from(name == "-" ? ::dup(STDIN_FILENO) : ::open(name.c_str(), O_RDONLY));
-    const FileHandle to(::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666));
-    if (from.fd < 0 || to.fd < 0) fail_errno("cannot read ", name);
+    if (from.fd < 0) fail_errno("cannot read ", name);
+    FileWriter to(path);
     std::vector<char> buffer(1 << 20);
     for (ssize_t got = 1; got != 0;) {
         got = ::read(from.fd, buffer.data(), buffer.size());
         if (stop_asked) throw Error(130, kInterrupted);
         if (got < 0 && errno != EINTR) fail_errno("cannot read ", name);
-        const size_t count = size_t(std::max<ssize_t>(got, 0));
-        if (write_all(to.fd, buffer.data(), count) < count) fail_errno("cannot write ", path);
+        to.write(buffer.data(), size_t(std::max<ssize_t>(got, 0)));
     }
+    to.commit();
 }
 
 // Is it a shard's name as this program writes it?
@@ -469,10 +433,12 @@ inline Input find_input(const PrepareOptions& o, const std::string& copies) {
             copy_stream(name, copy);
         else
             check_apart(name, o.output);
-        if (folder_exists(name) && !stream)
-            add_folder(input, name, o.field);
-        else
-            add_file(input, stream ? copy : name, o.field, true);
+        std::vector<std::string> files;
+        const bool folder = !stream && folder_exists(name);
+        if (folder) list_files(name, files, input);
+        if (!folder) add_file(input, stream ? copy : name, o.field, true);
+        std::sort(files.begin(), files.end());
+        for (const std::string& path : files) add_file(input, path, o.field, false);
     }
     const bool lines = std::any_of(input.sources.begin(), input.sources.end(),
                                    [](const Source& source) { return !source.field.empty(); });
@@ -483,26 +449,18 @@ inline Input find_input(const PrepareOptions& o, const std::string& copies) {
 
 // --- How much there is, and how it is divided
 
-// Where the character after the one at text[at] begins. A byte that belongs to none counts as one.
+// Where the character after the one at text[at] begins: behind the bytes that continue it.
 inline size_t next_character(std::string_view text, size_t at) {
-    return at + std::max<size_t>(utf8_character(text.substr(at)).bytes, 1);
-}
-inline int64_t count_characters(std::string_view text) {
-    int64_t count = 0;
-    for (size_t at = 0; at < text.size(); ++count) {
-        uint64_t eight = 0x80;
-        if (at + 8 <= text.size()) std::memcpy(&eight, &text[at], 8);
-        const bool ascii = (eight & 0x8080808080808080) == 0;  // all eight: faster than one by one
-        at = ascii ? at + 8 : next_character(text, at), count += ascii ? 7 : 0;
-    }
-    return count;
+    do ++at;
+    while (at < text.size() && (text[at] & 0xc0) == 0x80);
+    return at;
 }
 struct Tally {
     int64_t documents = 0, empty = 0, characters = 0, bytes = 0, tokens = 0;
 
     void add(const Text& text) {
         if (text.begins) ++(text.text.empty() ? empty : documents);
-        characters += count_characters(text.text), bytes += int64_t(text.text.size());
+        characters += int64_t(WordWrap::characters(text.text)), bytes += int64_t(text.text.size());
     }
     void add(const Tally& b) {
         documents += b.documents, empty += b.empty, characters += b.characters;
@@ -516,30 +474,17 @@ struct Split {
     Tally all = {};
 };
 
-// Where in the file the first `count` documents of a chunk end, or characters of a single text.
-inline size_t end_of(int64_t count, bool characters, const Chunk& chunk) {
-    if (!characters && chunk.source.field.empty()) return chunk.source.end;
-    size_t offset = chunk.begin;
-    for_each_text(chunk, [&](const Text& text) {
-        if (!characters && !text.text.empty() && count-- > 0) offset = text.end;
-        if (!characters) return;
-        size_t at = 0;
-        for (; count > 0 && at < text.text.size(); --count) at = next_character(text.text, at);
-        offset = text.end - text.text.size() + at;
-    });
-    return offset;
-}
-
 // The last `val_fraction` is for validation, rounded up. One text is cut by characters, several by
 // documents. (nanoGPT cuts Shakespeare at the same character.) `copies`: a folder for a copy.
 inline Split divide(const std::vector<Source>& sources, double val_fraction,
                     const std::string& copies) {
-    Split split;
-    std::vector<Tally> tallies;  // of the chunks
-    TextPass pass("counting", sources);
+    Split split{sources, {}};
+    std::vector<std::pair<Chunk, Tally>> chunks;  // without their bytes
     const auto count_text = [](Tally& tally, const Text& text, size_t) { tally.add(text); };
-    pass.run<Tally>(0, pass.chunks.size(), count_text,
-                    [&](const Tally& tally) { tallies.push_back(tally), split.all.add(tally); });
+    pass_over<Tally>("counting", sources, count_text, [&](const Tally& tally, const Chunk& chunk) {
+        chunks.push_back({{chunk.source, chunk.begin, chunk.end, ""}, tally});
+        split.all.add(tally);
+    });
     const bool single = split.all.documents == 1;
     const auto counted = [&](const Tally& t) { return single ? t.characters : t.documents; };
     // Careful: 1 - 0.1 and the like are not exact; without the last term 10 could become 9.
@@ -548,13 +493,15 @@ inline Split divide(const std::vector<Source>& sources, double val_fraction,
     if (kept <= 0 && count > 0)
         fail("--val-fraction ", val_fraction, " leaves nothing to train on: the input has only ",
              count, single ? " characters" : " documents");
-    split.train = sources;
     if (kept == count) return split;
     // The chunk in which the last part begins.
     size_t c = 0;
-    for (; counted(tallies[c]) < kept; ++c) kept -= counted(tallies[c]);
-    const Chunk& chunk = pass.chunks[c];
-    if (single && !chunk.source.field.empty()) {  // text can be cut, a line of JSON cannot
+    for (; counted(chunks[c].second) < kept; ++c) kept -= counted(chunks[c].second);
+    Chunk& chunk = chunks[c].first;
+    chunk.read();
+    const Source& source = *chunk.source;
+    size_t cut = source.end;                // where it begins
+    if (single && !source.field.empty()) {  // text can be cut, a line of JSON cannot
         const std::string copy = copies + "/.document";
         for_each_text(chunk, [&](const Text& text) {
             if (!text.text.empty()) write_file(copy, text.text);
@@ -564,10 +511,17 @@ inline Split divide(const std::vector<Source>& sources, double val_fraction,
         split.all = all;
         return split;
     }
-    const size_t s = size_t(&chunk.source - sources.data());
-    split.train.resize(s + 1), split.train[s].end = end_of(kept, single, chunk);
+    if (single)
+        for (cut = chunk.begin; kept > 0; --kept)
+            cut = chunk.begin + next_character(chunk.bytes, cut - chunk.begin);
+    else if (!source.field.empty())
+        for_each_text(chunk, [&](const Text& text) {
+            if (!text.text.empty() && kept-- > 0) cut = text.end;
+        });
+    const size_t s = size_t(&source - sources.data());
+    split.train.resize(s + 1), split.train[s].end = cut;
     split.val.assign(sources.begin() + ptrdiff_t(s), sources.end());
-    split.val[0].begin = split.train[s].end;
+    split.val[0].begin = cut;
     return split;
 }
 
@@ -670,19 +624,19 @@ public:
 // are must not depend on the threads, so it is decided only between groups of chunks.
 inline PieceCounts count_pieces(const std::vector<Source>& sources, size_t most = 32'000'000) {
     std::vector<PieceCounts> counts(thread_count());
-    TextPass pass("learning a vocabulary", sources);
-    const auto count = [&](bool&, const Text& text, size_t thread) {
+    const auto gather = [&] {
+        for (size_t t = 1; t < counts.size(); ++t) counts[0].take(counts[t]);
+        if (counts[0].bytes > most) counts[0].forget_rare(most / 2);
+    };
+    const auto count = [&](int&, const Text& text, size_t thread) {
         counts[thread].add(text.text);
     };
-    for (size_t at = 0, some = 128; at < pass.chunks.size(); at += some) {
-        pass.run<bool>(at, std::min(some, pass.chunks.size() - at), count, [](bool) {});
+    pass_over<int>("learning a vocabulary", sources, count, [&](int, const Chunk&) {
         size_t bytes = 0;
         for (const PieceCounts& of_thread : counts) bytes += of_thread.bytes;
-        const bool last = at + some >= pass.chunks.size();
-        for (size_t t = 1; (last || bytes > most) && t < counts.size(); ++t)
-            counts[0].take(counts[t]);
-        if (counts[0].bytes > most) counts[0].forget_rare(most / 2);
-    }
+        if (bytes > most) gather();
+    });
+    gather();
     return std::move(counts[0]);
 }
 
@@ -937,8 +891,7 @@ Tally encode_sources(const Tokenizer& tokenizer, const std::vector<Source>& sour
         encoders[thread]->encode(text.text, out.tokens);
     };
     Tally all;
-    TextPass pass("making tokens", sources);
-    pass.run<Encoded>(0, pass.chunks.size(), encode, [&](const Encoded& encoded) {
+    pass_over<Encoded>("making tokens", sources, encode, [&](Encoded& encoded, const Chunk&) {
         then(encoded.tokens);
         all.add(encoded.tally), all.tokens += int64_t(encoded.tokens.size());
     });
@@ -993,8 +946,6 @@ constexpr const char* kIncoming = ".incoming";  // the new files wait here until
 // Refuses a folder that cannot be written, or that has shards which this program did not write.
 // Called before the work begins: an hour of tokenizing should not end in this message.
 inline void check_output_folder(const std::string& folder) {
-    if (file_exists(folder))
-        fail("cannot write to ", folder, ": it is a file; --output names a folder");
     std::string parent = folder;
     while (!folder_exists(parent) && !file_exists(parent) && parent_folder(parent) != parent)
         parent = parent_folder(parent);
@@ -1336,17 +1287,10 @@ struct Memory : std::array<int8_t, 32> {
 // The parts of `text` between separators. Runs of blanks become one blank; none is left around a
 // part.
 inline std::vector<std::string> split(std::string_view text, char separator) {
-    std::vector<std::string> parts;
-    for (const std::string& raw : split_at(text, separator)) {
-        std::string& part = parts.emplace_back();
-        for (char c : raw) {
-            const bool blank = c == ' ' || c == '\n';
-            if (!blank)
-                part += c;
-            else if (!part.empty() && part.back() != ' ')
-                part += ' ';
-        }
-        if (part.ends_with(' ')) part.pop_back();
+    std::vector<std::string> parts = split_at(text, separator);
+    for (std::string& part : parts) {
+        std::istringstream words(std::exchange(part, ""));
+        for (std::string word; words >> word;) join(part, " ", word);
     }
     return parts;
 }
@@ -1582,11 +1526,10 @@ inline int64_t prepare_stories(const PrepareOptions& o) {
     const Incoming incoming(o.output);
     const auto source = [&](const char* name, const std::vector<std::string>& texts) {
         std::string lines;
-        for (const std::string& text : texts)
-            lines += Json::object().set("text", text).write() + "\n";
+        for (const std::string& text : texts) lines += text + "\n";
         const std::string path = incoming.path + "/." + name;
         write_file(path, lines);
-        return std::vector<Source>{{path, "text", 0, lines.size()}};
+        return std::vector<Source>{{path, "text", 0, lines.size(), true}};
     };
     const Split split{source("train", stories.train), source("val", stories.val)};
     const std::string name = to_text("stories, seed ", o.seed);
@@ -1622,13 +1565,9 @@ inline LlmcModel read_llmc(const std::string& path) {
     LlmcModel model{read_file(path), {}, 0};
     int32_t header[kLlmcHeaderBytes / sizeof(int32_t)] = {};
     std::memcpy(header, model.bytes.data(), std::min(model.bytes.size(), sizeof header));
-    if (header[0] == 20240326 && header[1] == 5)
-        fail(path, " is a model of llm.c in bf16 (version 5); only fp32 (version 3) can be ",
-             "converted: give the file without _bf16 in its name, or build llm.c with ",
-             "PRECISION=FP32");
     if (header[0] != 20240326 || header[1] != 3)
-        fail(path, " is no model of llm.c: expected it to begin with 20240326 and version 3, ",
-             "found ", header[0], " and ", header[1]);
+        fail(path, " is no model of llm.c in fp32: expected it to begin with 20240326 and version ",
+             "3, found ", header[0], " and ", header[1], " (5 is bf16: build with PRECISION=FP32)");
     const auto [P, V, L, NH, C, padded] =
         std::array{header[2], header[3], header[4], header[5], header[6], header[7]};
     const bool sane = P > 0 && P <= 1 << 20 && V > 0 && V <= padded && padded <= 1 << 20 && L > 0 &&

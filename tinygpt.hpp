@@ -6222,11 +6222,9 @@ const auto& nearest(const auto& table, const std::string& typed) {
 
 // --- Reading the command line
 
-// What other programs call an option.
+// What other programs call an option that is not here, and what to type instead.
 struct OtherNames {
-    const char* names;  // "max-iters x"
-    const char* ours;   // the option here; "": there is none
-    const char* why;    // "" where it means the same, and is accepted; otherwise what to type
+    const char *names, *answer;  // "eval-iters m"
 };
 
 // An option that was given, and its value.
@@ -6240,6 +6238,7 @@ struct CommandLine {
     const std::vector<Option>& table;
     const std::vector<CommandName>& commands;
     unsigned command;
+    std::string_view same = "";  // "max-iters=max-steps ...": accepted, as they mean the same
     std::span<const OtherNames> others = {};
 
     // Reads and sets the options in the arguments; returns the names of those that were given.
@@ -6269,21 +6268,23 @@ struct CommandLine {
             fail_usage(command_names(commands, command), " takes no option --", name,
                        "; it is for ", command_names(commands, option.commands));
         }
-        if (const OtherNames* other = other_name(name)) {
-            const std::string ours = other->ours, why = other->why;
-            if (why.empty()) return find(ours);
-            if (ours.empty()) fail_usage("there is no --", name, ": ", why);
-            fail_usage("--", name, " is --", ours, " here: ", why);
-        }
+        if (const std::string ours = same_name(name); !ours.empty()) return find(ours);
+        if (const char* answer = answer_to(name)) fail_usage("there is no --", name, ": ", answer);
         fail_usage("unknown option ", shown("--" + name), "; did you mean --",
                    nearest(table, name).name, "? (--help lists all options)");
     }
 
-    // Its row; null: no other program that we know has this name.
-    const OtherNames* other_name(const std::string& name) const {
+    // The option that means the same; "" for none.
+    std::string same_name(const std::string& name) const {
+        for (const std::string& pair : split_at(same, ' '))
+            if (pair.starts_with(name + "=")) return pair.substr(name.size() + 1);
+        return "";
+    }
+    // What to type instead; null: no other program that we know has this name.
+    const char* answer_to(const std::string& name) const {
         for (const OtherNames& row : others)
             for (const std::string& one : split_at(row.names, ' '))
-                if (one == name) return &row;
+                if (one == name) return row.answer;
         return nullptr;
     }
 
@@ -6291,8 +6292,9 @@ struct CommandLine {
     // and -b is --b where other programs have it.
     std::string long_form(const std::string& argument) const {
         if (argument == "-h") return "--help";
-        if (argument.starts_with('-'))
-            return argument[1] != '-' && other_name(argument.substr(1)) ? "-" + argument : argument;
+        const std::string name = argument.substr(argument.starts_with('-'));
+        if (name != argument)
+            return answer_to(name) || !same_name(name).empty() ? "-" + argument : argument;
         return argument.ends_with(".conf") ? "--config=" + argument : argument;
     }
 

@@ -112,8 +112,7 @@ inline std::vector<Option> model_options(Options& o) {
         {"data", &o.data, "data", kRun | kEval | kInfo, "DIR",
          "folder of token shards and their tokenizer, as ./prepare_data writes it"},
         {"train-shards", &o.train_shards, "data", kRun | kEval, "GLOB",
-         "training shards, instead of --data; there is no tokenizer then: text is shown as token "
-         "numbers"},
+         "training shards, instead of --data; without a tokenizer: text is shown as token numbers"},
         {"val-shards", &o.val_shards, "data", kRun | kEval, "GLOB",
          "validation shards, instead of those of --data"},
 
@@ -138,8 +137,7 @@ inline std::vector<Option> model_options(Options& o) {
          "DIR", "load the model from this Hugging Face folder or checkpoint"},
 
         {"config", &o.config, "run", kAll, "FILE",
-         "read options from this file, lines of `name = value` (# begins a comment); the command "
-         "line takes precedence"},
+         "read options from this file, lines of `name = value`; the command line takes precedence"},
         {"resume", &o.resume, "run", kTrain, "DIR|auto",
          "continue from this checkpoint; auto: from the newest intact one in --output, if any"},
         {"override", &o.override_changes, "run", kTrain, "0|1",
@@ -147,8 +145,7 @@ inline std::vector<Option> model_options(Options& o) {
         {"overwrite", &o.overwrite, "run", kTrain, "0|1",
          "where --output holds a run already, rename its folder to NAME.set-aside and start"},
         {"output", &o.output, "run", kTrain | kShow | kExport, "DIR",
-         "folder of the run; not set: out/ and the name of the data folder; of show "
-         "and export: the file to write"},
+         "folder of the run (not set: out/ and the name of --data); of show and export: the file"},
         {"seed", &o.seed, "run", kRun | kSample, "[0, 1e+18]",
          "random seed of initial weights, data order, dropout and sampling"},
         {"threads", &o.threads, "run", kAll, "[0, 1024]", "CPU threads; 0: all cores"},
@@ -207,8 +204,7 @@ inline std::vector<Option> training_options(Options& o) {
          "clip the gradient to this global norm; 0: do not clip"},
 
         {"log-interval", &o.log_interval, "watching", kTrain, "[0, 1e+12]",
-         "steps between lines on the terminal; 0: only evaluations; not set: these, and once a "
-         "minute"},
+         "steps between lines on the terminal; 0: only evaluations; not set: also once a minute"},
         {"eval-interval", &o.eval_interval, "watching", kRun, "[0, 1e+12]",
          "steps between evaluations; 0: never"},
         {"eval-batches", &o.eval_batches, "watching", kRun | kEval, "[0, 1e+12]",
@@ -231,11 +227,9 @@ inline std::vector<Option> training_options(Options& o) {
          "number of checkpoints to keep, the newest"},
 
         {"on-nan", &o.on_nan, "guards", kRun, "stop|skip",
-         "what to do when the loss or the gradient is NaN or infinite: stop, or skip the update (100 "
-         "in a row stop, too)"},
+         "where loss or gradient is NaN or infinite: stop, or skip the update (100 in a row stop)"},
         {"skip-outliers", &o.guards.skip_outliers, "guards", kRun, "[0, 1000000]",
-         "skip updates whose loss or gradient norm is this many standard deviations above the "
-         "mean; 0: none"},
+         "skip updates whose loss or norm is so many standard deviations above the mean; 0: none"},
     };
 }
 
@@ -276,94 +270,65 @@ inline std::vector<Option> option_table(Options& o) {
     return table;
 }
 
-// Names of nanoGPT, llm.c and transformers, in this order where one has several: what each is here.
-// A name is accepted where it means the same; otherwise the row says what to type.
+// Names of nanoGPT, llm.c and transformers that mean the same as an option here, and are accepted.
+constexpr const char* kSameNames =
+    "a=overfit-batch adam-beta1=beta1 adam-beta2=beta2 adam-epsilon=eps b=batch-size "
+    "block-size=n-positions c=weight-decay early-stopping-patience=patience "
+    "eval-steps=eval-interval gradient-accumulation-steps=grad-accum-steps i=train-shards "
+    "j=val-shards k=schedule "
+    "l=learning-rate logging-steps=log-interval lr-scheduler-type=schedule "
+    "max-grad-norm=grad-clip max-iters=max-steps max-position-embeddings=n-positions "
+    "max-seq-length=seq-len model-name-or-path=init-from n=save-interval n-ctx=n-positions nk=keep "
+    "num-train-epochs=epochs o=output out-dir=output output-dir=output "
+    "overwrite-output-dir=overwrite per-device-train-batch-size=batch-size q=min-lr-fraction "
+    "r=recompute-gelu resume-from-checkpoint=resume s=sample-interval save-steps=save-interval "
+    "save-total-limit=keep t=seq-len u=warmup-steps v=eval-interval warmup-iters=warmup-steps "
+    "x=max-steps";
+
+// The others, and what to type instead.
 constexpr OtherNames kOtherNames[] = {
-    {"out-dir output-dir o", "output", ""},
-    {"i", "train-shards", ""},
-    {"j", "val-shards", ""},
-    {"model-name-or-path", "init-from", ""},
-    {"block-size n-ctx max-position-embeddings", "n-positions", ""},
-    {"b per-device-train-batch-size", "batch-size", ""},
-    {"t max-seq-length", "seq-len", ""},
-    {"gradient-accumulation-steps", "grad-accum-steps", ""},
-    {"max-iters x", "max-steps", ""},
-    {"num-train-epochs", "epochs", ""},
-    {"l", "learning-rate", ""},
-    {"q", "min-lr-fraction", ""},
-    {"k lr-scheduler-type", "schedule", ""},
-    {"warmup-iters u", "warmup-steps", ""},
-    {"c", "weight-decay", ""},
-    {"adam-beta1", "beta1", ""},
-    {"adam-beta2", "beta2", ""},
-    {"adam-epsilon", "eps", ""},
-    {"max-grad-norm", "grad-clip", ""},
-    {"logging-steps", "log-interval", ""},
-    {"v eval-steps", "eval-interval", ""},
-    {"s", "sample-interval", ""},
-    {"n save-steps", "save-interval", ""},
-    {"nk save-total-limit", "keep", ""},
-    {"resume-from-checkpoint", "resume", ""},
-    {"early-stopping-patience", "patience", ""},
-    {"a", "overfit-batch", ""},
-    {"overwrite-output-dir", "overwrite", ""},
-    {"r", "recompute-gelu", ""},
-
-    {"dataset dataset-name train-file validation-file", "data",
-     "a folder that ./prepare_data --input FILE --output data/NAME makes; --val-fraction of the "
-     "text is kept for validation"},
-    {"tokenizer-name", "data",
-     "the tokenizer is part of the data folder (./prepare_data --tokenizer)"},
-    {"e config-name", "init-from",
-     "a Hugging Face folder (./prepare_data --from-llmc FILE makes one of a .bin), or --model "
-     "and --n-layer for a new model"},
-    {"d", "grad-accum-steps",
-     "a step has --batch-size times --seq-len times --grad-accum-steps tokens"},
-    {"per-device-eval-batch-size", "batch-size", "one size for training and evaluation"},
-    {"min-lr", "min-lr-fraction", "a fraction of --learning-rate, 0.1 for a tenth of it"},
-    {"decay-lr", "schedule", "--schedule constant is without decay"},
-    {"warmup-ratio", "warmup-steps", "a number of steps: the ratio times that of all steps"},
-    {"eval-iters m", "eval-tokens", "a number of validation tokens, not of batches; 0: all"},
-    {"eval-strategy evaluation-strategy", "eval-interval", "a number of steps; 0: never"},
-    {"save-strategy always-save-checkpoint", "save-interval",
-     "a number of steps, better or not; best/ is the best so far"},
-    {"logging-strategy logging-first-step", "log-interval",
-     "a number of steps; log.csv has every step"},
-    {"log-level", "quiet", "--quiet prints only warnings and errors"},
-    {"y", "resume", "--resume auto goes on from the newest checkpoint in --output"},
-    {"dtype torch-dtype bf16 fp16 tf32 f", "precision",
-     "--precision fp32 (float32), bf16 (bfloat16) or, on a GPU, tf32; there is no fp16"},
-    {"gradient-checkpointing", "recompute-gelu",
-     "only GELUs are computed again, which keeps a quarter less"},
-    {"sl sg", "skip-outliers", "one limit, in standard deviations, for loss and gradient norm"},
-    {"data-seed", "seed", "one seed for weights, data, dropout and samples"},
-    {"start", "prompt", "--prompt TEXT, or --prompt-file FILE"},
-    {"max-length max-tokens", "max-new-tokens", "the prompt is not counted"},
-
-    {"eval-only do-eval", "", "type ./train_gpt eval --init-from DIR"},
-    {"do-train", "", "./train_gpt trains unless it is given another command"},
-    {"profile", "", "type ./train_gpt bench"},
-    {"g", "", "samples of a run have 50 tokens; ./train_gpt sample has --max-new-tokens"},
-    {"wandb-log wandb-project wandb-run-name report-to logging-dir run-name", "",
-     "nothing is sent anywhere; --output DIR has log.csv, which ./train_gpt show --runs DIR "
-     "draws, and --log-json FILE has each row as JSON"},
-    {"push-to-hub hub-model-id", "", "every checkpoint is a Hugging Face folder, ready to upload"},
-    {"device use-cpu no-cuda", "", "./train_gpt runs on the CPU, ./train_gpt_cu on the GPU"},
-    {"backend ddp-backend local-rank deepspeed fsdp z pn pr pg pm ps pp", "",
+    {"dataset dataset-name train-file validation-file", "--data DIR, made by ./prepare_data"},
+    {"tokenizer-name", "the tokenizer is part of the --data folder (./prepare_data --tokenizer)"},
+    {"e config-name", "--init-from takes a Hugging Face folder; --n-layer is for a new model"},
+    {"d", "a step has --batch-size times --seq-len times --grad-accum-steps tokens"},
+    {"per-device-eval-batch-size", "--batch-size is that of training and of evaluation"},
+    {"min-lr", "--min-lr-fraction is a fraction of --learning-rate"},
+    {"decay-lr", "--schedule constant is without decay"},
+    {"warmup-ratio", "--warmup-steps is a number of steps"},
+    {"eval-iters m", "--eval-tokens is a number of validation tokens, not of batches; 0: all"},
+    {"eval-strategy evaluation-strategy", "--eval-interval is a number of steps; 0: never"},
+    {"save-strategy always-save-checkpoint", "--save-interval is in steps; best/ is extra"},
+    {"logging-strategy logging-first-step", "--log-interval is for the terminal; log.csv has all"},
+    {"log-level", "--quiet prints only warnings and errors"},
+    {"y", "--resume auto goes on from the newest checkpoint in --output"},
+    {"dtype torch-dtype bf16 fp16 tf32 f", "--precision fp32, bf16 or, on a GPU, tf32; no fp16"},
+    {"gradient-checkpointing", "--recompute-gelu computes GELUs again, and nothing else"},
+    {"sl sg", "--skip-outliers is one limit, for loss and gradient norm"},
+    {"data-seed", "--seed is that of weights, data, dropout and samples"},
+    {"start", "--prompt TEXT, or --prompt-file FILE"},
+    {"max-length max-tokens", "--max-new-tokens does not count the prompt"},
+    {"eval-only do-eval", "type ./train_gpt eval --init-from DIR"},
+    {"do-train", "./train_gpt trains unless it is given another command"},
+    {"profile", "type ./train_gpt bench"},
+    {"g", "samples of a run have 50 tokens; ./train_gpt sample has --max-new-tokens"},
+    {"wandb-log wandb-project wandb-run-name report-to logging-dir run-name",
+     "--output DIR has log.csv, which ./train_gpt show --runs DIR draws; --log-json FILE has JSON"},
+    {"push-to-hub hub-model-id", "every checkpoint is a Hugging Face folder, ready to upload"},
+    {"device use-cpu no-cuda", "./train_gpt runs on the CPU, ./train_gpt_cu on the GPU"},
+    {"backend ddp-backend local-rank deepspeed fsdp z pn pr pg pm ps pp",
      "mpirun -np 4 ./train_gpt_mpi trains with four processes"},
-    {"compile torch-compile", "", "this program is compiled already"},
-    {"bias", "", "all layers of GPT-2 have biases"},
-    {"lr-decay-iters", "", "the learning rate falls until the last step, that of --max-steps"},
-    {"optim", "", "AdamW is the only optimizer"},
-    {"w", "", "the optimizer always has fp32 weights"},
-    {"ge", "", "GELU is always part of its matrix product"},
-    {"nm", "", "--keep N keeps the newest; copy a checkpoint that is to stay"},
-    {"load-best-model-at-end metric-for-best-model", "",
-     "best/ in --output is always the model of the lowest validation loss"},
-    {"dataloader-num-workers", "", "the next batches are always read ahead"},
-    {"auto-find-batch-size", "", "sizes that do not fit are refused, naming some that do"},
-    {"label-smoothing-factor", "", "the loss is plain cross-entropy"},
-    {"repetition-penalty num-beams", "", "--temperature, --top-k and --top-p choose the tokens"},
+    {"compile torch-compile", "this program is compiled already"},
+    {"bias", "all layers of GPT-2 have biases"},
+    {"lr-decay-iters", "the learning rate falls until the last step, that of --max-steps"},
+    {"optim", "AdamW is the only optimizer"},
+    {"w", "the optimizer always has fp32 weights"},
+    {"ge", "GELU is always part of its matrix product"},
+    {"nm", "--keep N keeps the newest; copy a checkpoint that is to stay"},
+    {"load-best-model-at-end metric-for-best-model", "best/ has the lowest validation loss"},
+    {"dataloader-num-workers", "the next batches are always read ahead"},
+    {"auto-find-batch-size", "sizes that do not fit are refused, naming some that do"},
+    {"label-smoothing-factor", "the loss is plain cross-entropy"},
+    {"repetition-penalty num-beams", "--temperature, --top-k and --top-p choose the tokens"},
 };
 
 // The command of that name.
@@ -398,6 +363,7 @@ inline void check_together(const Options& o) {
          {"overwrite", {"resume"}},
          {"runs", {"init-from", "prompt", "precision"}},
          {"show-top", {"num-samples", "max-new-tokens", "seed"}},
+         {"interactive", {"prompt", "prompt-file", "num-samples", "show-top"}},
          {"hellaswag", {"data", "train-shards", "val-shards", "eval-batches", "batch-size"}}};
     for (const auto& [a, others] : alone)
         for (const char* b : others)
@@ -409,10 +375,6 @@ inline void check_together(const Options& o) {
         fail_usage("--val-shards needs --train-shards too: --train-shards GLOB --val-shards GLOB");
     if (o.override_changes && o.resume.empty())
         fail_usage("--override needs --resume DIR or --resume auto");
-    if (o.interactive)
-        for (const char* other : {"prompt", "prompt-file", "num-samples", "show-top"})
-            if (o.given.contains(other))
-                fail_usage("--interactive and --", other, " exclude each other: it reads prompts");
     if (o.given.contains("init-from") && !folder_exists(o.init_from)) check_init_from(o.init_from);
     if (o.patience > 0 && o.eval_interval == 0)
         fail_usage("--patience counts evaluations: it needs an --eval-interval above 0");
@@ -438,7 +400,7 @@ inline Options parse_options(std::vector<std::string> arguments) {
         arguments.erase(arguments.begin());
     }
     const std::vector<Option> table = option_table(o);
-    o.given = CommandLine{table, kCommands, o.command, kOtherNames}.read(arguments);
+    o.given = CommandLine{table, kCommands, o.command, kSameNames, kOtherNames}.read(arguments);
     if (!o.help && !o.version) check_together(o);  // --help works whatever else is on the line
     if (!o.given.contains("max-steps") &&
         (o.given.contains("epochs") || o.given.contains("max-minutes")))
@@ -708,51 +670,40 @@ inline CurvePoint curve_at(const Curve& curve, double step, double window) {
 // (that before training is one): they are of the same tokens, so a thousandth is no noise.
 // Otherwise training losses judge; less than 1 % counts as nothing.
 inline std::string verdict(int64_t steps, const Curve& train, const Curve& val) {
-    const double end = double(steps), window = end / 8;
+    const bool by_val = val.size() > 1;
+    const double end = double(steps), window = end / 8, learned = curve_at(train, end, window).loss;
     auto percent = [](double loss, double before) { return 100 * (loss / before - 1); };
     auto change = [&](const char* name, double loss, const CurvePoint& before) {
         const double by = percent(loss, before.loss);
         return format("%s loss %s %.1f %% since step %ld", name, by < 0 ? "fell" : "rose",
                       std::abs(by), long(before.step));
     };
-    auto word = [&](double loss, const CurvePoint& before, const char* rising) {
-        const double by = percent(loss, before.loss);
-        return by < -1 ? "improving: " : by > 1 ? rising : "flat: ";
-    };
-    const double learned = curve_at(train, end, window).loss;
-    if (val.size() < 2) {
-        const CurvePoint before = curve_at(train, 0.75 * end, window);
-        if (steps < 20) return "too short a run to judge by";
-        return word(learned, before, "worse: ") + change("training", learned, before);
-    }
-    const double first = val.front().loss, last = val.back().loss;
-    if (percent(last, first) > 0.1)
-        return format("worse: validation loss is %.1f %% above that before training, %.4f",
-                      percent(last, first), first);
-    auto lower = [](const CurvePoint& a, const CurvePoint& b) { return a.loss < b.loss; };
-    const CurvePoint best = *std::min_element(val.begin(), val.end(), lower);
-    if (percent(last, best.loss) > 1) {
+    if (by_val) {
+        const double first = val.front().loss, last = val.back().loss;
+        if (percent(last, first) > 0.1)
+            return format("worse: validation loss is %.1f %% above that before training, %.4f",
+                          percent(last, first), first);
+        const CurvePoint best = *std::ranges::min_element(val, {}, &CurvePoint::loss);
         const CurvePoint then = curve_at(train, std::max(window, double(best.step)), window);
-        return (learned < then.loss ? "overfitting: " : "worse: ") +
-               format("validation loss is %.1f %% above its best, of step %ld;\n",
-                      percent(last, best.loss), long(best.step)) +
-               change("training", learned, then);
+        if (percent(last, best.loss) > 1)
+            return format("%s: validation loss is %.1f %% above its best, of step %ld;\n",
+                          learned < then.loss ? "overfitting" : "worse", percent(last, best.loss),
+                          long(best.step)) +
+                   change("training", learned, then);
+    } else if (steps < 20) {
+        return "too short a run to judge by";
     }
-    auto nearer = [&](const CurvePoint& a, const CurvePoint& b) {
-        return std::abs(double(a.step) - 0.75 * end) < std::abs(double(b.step) - 0.75 * end);
-    };
-    const CurvePoint before = *std::min_element(val.begin(), val.end() - 1, nearer);
-    return word(last, before, "worse: ") + change("validation", last, before);
+    const CurvePoint before = curve_at(by_val ? val : train, 0.75 * end, by_val ? 0 : window);
+    const double loss = by_val ? val.back().loss : learned, by = percent(loss, before.loss);
+    return (by < -1  ? "improving: "
+            : by > 1 ? "worse: "
+                     : "flat: ") +
+           change(by_val ? "validation" : "training", loss, before);
 }
 
 // A label and a command to paste, which is in one line, however wide the terminal is.
 inline void say_command(const std::string& label, const std::string& command) {
     std::printf("%s %s\n", coloured(36, format("%-10s", label.c_str())).c_str(), command.c_str());
-}
-
-// A text of the model's: as it is, but for lines that a terminal would break within a word.
-inline std::string fitted(const std::string& text) {
-    return ::isatty(STDOUT_FILENO) ? wrapped(text) : text;
 }
 
 // The end of a run: the curve, the verdict, a sample, and lines to paste.
@@ -783,7 +734,8 @@ void report(const Options& o, const Corpus& corpus, Trainer<Device>& trainer, En
         say("guards", to_text(state.guards.skipped, " updates were skipped, ",
                               state.guards.outliers, " of them as outliers"));
     const std::string title = "the model writes:", text = trainer.write_sample(title, 100);
-    std::printf("\n%s\n%s\n\n", title.c_str(), fitted(text).c_str());
+    const bool terminal = ::isatty(STDOUT_FILENO);  // would break lines within a word
+    std::printf("\n%s\n%s\n\n", title.c_str(), (terminal ? wrapped(text) : text).c_str());
 
     // The user's own options are repeated, or the line would be of another run.
     const std::string best = o.output + "/best", last = checkpoint_folder(o.output, state.step);
@@ -810,23 +762,14 @@ void report(const Options& o, const Corpus& corpus, Trainer<Device>& trainer, En
 
 // --- The data
 
-// The value of a member that is a number; otherwise what is given.
-inline double number_or(const Json& json, const char* key, double otherwise) {
-    const Json* value = json.find(key);
-    return value ? value->as<double>().value_or(otherwise) : otherwise;
-}
-
 // The data of a folder: opens every shard and reads the tokenizer and dataset.json, but no token.
 inline Corpus open_corpus(const std::string& folder) {
     if (file_exists(folder))
-        fail(folder, " is a file, and --data takes a folder: for text, ./prepare_data --input ",
-             shell_word(folder), " --output data/mine, then --data data/mine; for shards, ",
-             "--train-shards ", shell_word(folder));
+        fail(folder, " is a file, and --data takes a folder: of text, ./prepare_data --input ",
+             shell_word(folder), " --output data/mine makes one; shards are for --train-shards");
     if (!folder_exists(folder))
-        fail("there is no data folder ", folder,
-             ": make the default one with ./prepare_data, or one of your own with ./prepare_data "
-             "--input book.txt --output ",
-             folder);
+        fail("there is no data folder ", folder, ": ./prepare_data makes the default one, ",
+             "./prepare_data --input book.txt --output ", folder, " one of your own");
     std::string pattern;  // in which every character of the name means itself
     for (char c : folder) {
         if (std::strchr("*?[\\", c)) pattern += '\\';
@@ -836,8 +779,9 @@ inline Corpus open_corpus(const std::string& folder) {
     corpus.folder = folder;
     corpus.tokenizer = tokenizer_of(folder);
     const std::string about = folder + "/dataset.json";
-    if (file_exists(about))
-        corpus.floor = number_or(Json::parse(read_file(about, 10'000'000), about), "floor", NAN);
+    if (!file_exists(about)) return corpus;
+    const Json json = Json::parse(read_file(about, 10'000'000), about);
+    if (const Json* floor = json.find("floor")) corpus.floor = floor->as<double>().value_or(NAN);
     return corpus;
 }
 
@@ -889,33 +833,29 @@ inline void check_data(const Options& o, const Corpus& corpus, const Config& con
 
 // --- The model
 
-// --init-from names a file: fails with what it is.
-[[noreturn]] inline void fail_model_file(const std::string& path) {
-    std::string begin(64, ' ');
-    const InputFile file(path);
-    file.read_bytes(begin.data(), std::min(begin.size(), file.bytes), 0);
-    const std::string folder = parent_folder(path), form = other_form(begin);
-    fail(path, " is ", form.empty() ? "a file" : form,
-         file_exists(folder + "/config.json")
-             ? ": give its folder, --init-from " + shell_word(folder)
-             : "; expected a folder with config.json and model.safetensors");
-}
-
-// --init-from names nothing that is there: fails; what looks like a name may be one of the hub.
-[[noreturn]] inline void fail_no_model(const std::string& path) {
-    const bool is_name =
-        path[0] != '.' && path[0] != '/' && std::count(path.begin(), path.end(), '/') < 2;
-    fail(path, ": there is no such folder",
-         is_name ? "; for a model of Hugging Face's hub: hf download " + path +
-                       " --local-dir data/model, then --init-from data/model"
-                 : "");
-}
-
-// Fails where a folder has no model as this program reads it, with what it has and what to type.
+// Fails where --init-from names no folder with a model as this program reads it, with what it is
+// and what to type.
 inline void check_model_folder(const std::string& path) {
     auto has = [&](const std::string& name) { return file_exists(path + "/" + name); };
+    if (file_exists(path)) {
+        std::string begin(64, ' ');
+        const InputFile file(path);
+        file.read_bytes(begin.data(), std::min(begin.size(), file.bytes), 0);
+        const std::string folder = parent_folder(path), form = other_form(begin);
+        fail(path, " is ", form.empty() ? "a file" : form,
+             file_exists(folder + "/config.json")
+                 ? ": give its folder, --init-from " + shell_word(folder)
+                 : "; expected a folder with config.json and model.safetensors");
+    }
+    // A name with at most one slash may be one of the hub.
+    const bool is_path = path.starts_with('.') || std::ranges::count(path, '/') > 1;
+    if (!folder_exists(path))
+        fail(path, ": there is no such folder",
+             is_path ? ""
+                     : "; for a model of Hugging Face's hub: hf download " + path +
+                           " --local-dir data/model, then --init-from data/model");
     const bool weights = has("model.safetensors") || has("model.safetensors.index.json");
-    if (has("config.json") && weights) return;
+    if (weights && has("config.json")) return;
     const std::vector<std::string> names = list_folder(path);
     std::string inner = "best";
     for (const std::string& name : names)
@@ -923,35 +863,30 @@ inline void check_model_folder(const std::string& path) {
     if (has(inner + "/config.json"))
         fail(path, " is the folder of a run: its model is ", path, "/", inner);
     if (has("adapter_config.json"))
-        fail(path, " holds a LoRA adapter, not a whole model: merge the two with peft, python3 -c ",
-             "\"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('", path,
-             "').merge_and_unload().save_pretrained('", path, "-merged')\"");
+        fail(path, " holds a LoRA adapter, not a whole model: merge the two with peft, ",
+             "AutoPeftModelForCausalLM.from_pretrained('", path, "').merge_and_unload()",
+             ".save_pretrained('", path, "-merged')");
     // How names end, what such files are, and what to do.
-    const std::string convert =
-        to_text("python3 -c \"from transformers import GPT2LMHeadModel as M; M.from_pretrained('",
-                path, "').save_pretrained('", path, "')\"");
-    const std::tuple<const char*, const char*, std::string> forms[] =
-        {{"-of-00001.safetensors", "a shard", "rename it to model.safetensors"},
-         {".safetensors", "weights under another name",
-          "model.safetensors or, for shards, model.safetensors.index.json must be there"},
-         {".bin", "PyTorch's own form", convert},
-         {".gguf", "a GGUF file, for llama.cpp", "take the folder that it was made from"},
-         {".h5", "TensorFlow's form", "save the model again with PyTorch's transformers"},
-         {".msgpack", "Flax's form", "save the model again with PyTorch's transformers"},
-         {".pt", "the checkpoint of another trainer", "save the model with transformers"},
-         {".pth", "the checkpoint of another trainer", "save the model with transformers"},
-         {".ckpt", "the checkpoint of another trainer", "save the model with transformers"}};
-    for (auto& [end, what, advice] : forms)
-        for (const std::string& name : names)
-            if (!weights && name.ends_with(end) && !name.starts_with("optimizer"))
-                fail(path, ": expected model.safetensors, found ", shown(name), ", ", what, ": ",
-                     advice);
+    const std::pair<const char*, std::string> forms[] =
+        {{".safetensors",
+          "weights under another name: model.safetensors or, for shards, "
+          "model.safetensors.index.json must be there"},
+         {".bin",
+          "PyTorch's own form: python3 -c \"from transformers import GPT2LMHeadModel as M; "
+          "M.from_pretrained('" +
+              path + "').save_pretrained('" + path + "')\""},
+         {".gguf", "a GGUF file, for llama.cpp: take the folder that it was made from"},
+         {".h5 .msgpack .pt .pth .ckpt",
+          "another program's form: save the model again with transformers, for PyTorch"}};
+    for (auto& [ends, what] : forms)
+        for (const std::string& end : split_at(ends, ' '))
+            for (const std::string& name : names)
+                if (!weights && name.ends_with(end) && !name.starts_with("optimizer"))
+                    fail(path, ": expected model.safetensors, found ", shown(name), ", ", what);
 }
 
 // The model of --init-from. What is passed over in its files is said.
 inline Config config_of_model(const std::string& folder) {
-    if (file_exists(folder)) fail_model_file(folder);
-    if (!folder_exists(folder)) fail_no_model(folder);
     check_model_folder(folder);
     const Config config = config_of_folder(folder);
     const std::deque<SafetensorsFile> files = open_weights(folder);
@@ -1150,40 +1085,14 @@ inline std::string text_from_first(Ranks& ranks, std::string text) {
     ranks.broadcast(text.data(), text.size());
     return text;
 }
-// The text of every rank, by number.
-inline std::vector<std::string> gather_texts(Ranks& ranks, const std::string& text) {
-    std::vector<size_t> sizes(size_t(ranks.count), text.size());
-    ranks.gather(sizes.data(), sizeof sizes[0], 1);
-    const size_t longest = *std::max_element(sizes.begin(), sizes.end());
-    std::string all(longest * sizes.size(), ' ');
-    text.copy(&all[longest * size_t(ranks.rank)], text.size());
-    ranks.gather(all.data(), longest, 1);
-    std::vector<std::string> texts;
-    for (size_t i = 0; i < sizes.size(); ++i) texts.push_back(all.substr(i * longest, sizes[i]));
-    return texts;
-}
-
-inline std::string host_name() {
-    char name[256] = "";
-    ::gethostname(name, sizeof name - 1);
-    return name;
-}
-
-// Refuses ranks that would not make the same run: other lines than those of rank 0.
-inline void check_same_ranks(Ranks& ranks, const std::vector<std::string>& lines) {
-    std::string mine = host_name();
-    for (const std::string& line : lines) mine += "\n" + line;
-    const std::vector<std::string> texts = gather_texts(ranks, mine);
-    const std::vector<std::string> first = split_at(texts[0], '\n');
-    for (size_t rank = 1; rank < texts.size(); ++rank) {
-        std::vector<std::string> other = split_at(texts[rank], '\n');
-        other.resize(std::max(first.size(), other.size()), "nothing");
-        for (size_t i = 1; i < other.size(); ++i)
-            if (i >= first.size() || other[i] != first[i])
-                fail("rank ", rank, " on ", other[0], " differs: it has ", other[i], "; rank 0 on ",
-                     first[0], " has ", i < first.size() ? first[i] : "nothing",
-                     ": all ranks need the same program, options and data");
-    }
+// The names of all ranks' machines.
+inline std::vector<std::string> gather_hosts(Ranks& ranks) {
+    std::vector<std::array<char, 256>> names(static_cast<size_t>(ranks.count));
+    ::gethostname(names[size_t(ranks.rank)].data(), sizeof names[0] - 1);
+    ranks.gather(names.data(), sizeof names[0], 1);
+    std::vector<std::string> hosts;
+    for (const auto& name : names) hosts.push_back(name.data());
+    return hosts;
 }
 
 // Refuses a number of ranks among which the step cannot be shared out.
@@ -1201,9 +1110,7 @@ inline void check_share(const Options& o, const Ranks& ranks) {
 // What the run says about its ranks.
 inline std::string describe_ranks(Ranks& ranks, int micro_batches, const MemoryNeed& need) {
     std::map<std::string, int> hosts;
-    for (const std::string& host :
-         gather_texts(ranks, to_text(host_name(), ", ", omp_get_max_threads(), " threads each")))
-        ++hosts[host];
+    for (const std::string& host : gather_hosts(ranks)) ++hosts[host];
     std::string text = to_text(ranks.count, ", of which each has ", bytes_text(need.moments),
                                " of AdamW's moments");
     for (auto& [host, count] : hosts) text += to_text("\n", count, " on ", host);
@@ -1243,13 +1150,6 @@ inline FileHandle lock_folder(const std::string& folder) {
     return file;
 }
 
-// Whether two paths lead to one folder.
-inline bool same_folder(const std::string& a, const std::string& b) {
-    struct stat x = {}, y = {};
-    return ::stat(a.c_str(), &x) == 0 && ::stat(b.c_str(), &y) == 0 && x.st_dev == y.st_dev &&
-           x.st_ino == y.st_ino;
-}
-
 // Refuses to write over a run: only the run that resumes it goes on in its folder.
 inline bool holds_run(const std::string& folder) {
     return !checkpoint_steps(folder).empty() || file_exists(folder + "/log.csv") ||
@@ -1262,7 +1162,9 @@ inline void check_output(const Options& o) {
     if (!o.log_json.empty() && !folder_exists(parent_folder(o.log_json)))
         fail("--log-json ", o.log_json, ": there is no folder ", parent_folder(o.log_json));
     if (o.resume == "auto" || o.overwrite) return;
-    const bool goes_on = !o.resume.empty() && same_folder(o.output, parent_folder(o.resume));
+    std::error_code missing;
+    const bool goes_on = !o.resume.empty() &&
+                         std::filesystem::equivalent(o.output, parent_folder(o.resume), missing);
     if (holds_run(o.output) && !goes_on) fail(o.output, " already holds a run: ", advice);
     if (file_exists(o.log_json) && o.resume.empty())
         fail("--log-json ", o.log_json, " exists already: ", advice);
@@ -1289,8 +1191,7 @@ inline void set_aside_old_run(const Options& o) {
 inline TrainerState verify_checkpoint(const std::string& folder) {
     const std::string path = folder + "/trainer_state.json";
     if (!file_exists(path))
-        fail(folder,
-             " is no checkpoint to resume: it has no trainer_state.json (--init-from "
+        fail(folder, " is no checkpoint to resume: it has no trainer_state.json (--init-from ",
              "starts a new run from any Hugging Face folder)");
     const Json state = verify_files(folder, Purpose::resume);
     if (!state.find("checksums")->find("optimizer.safetensors"))
@@ -1322,9 +1223,15 @@ inline void recover_folders(const std::string& output) {
 }
 
 // --resume DIR: that checkpoint, which must verify. --resume auto: the newest that does; damaged
-// ones are passed over, with a line on standard error.
-inline Start find_start(const Options& o) {
+// ones are passed over, with a line on standard error. Sets the lock of a folder that is resumed.
+inline Start find_start(const Options& o, std::optional<FileHandle>& lock) {
+    check_output(o);
     if (o.resume.empty()) return {};
+    const bool resumes_here = o.resume == "auto" || file_exists(o.output + "/log.csv");
+    if (resumes_here && folder_exists(o.output)) {
+        lock.emplace(lock_folder(o.output));
+        recover_folders(o.output);
+    }
     if (o.resume != "auto") return {o.resume, verify_checkpoint(o.resume)};
     const std::vector<int64_t> steps = checkpoint_steps(o.output);
     for (int64_t step : steps) {
@@ -1419,14 +1326,23 @@ inline void share_start(Ranks& ranks, Start& start) {
     start.state = state_from_json(Json::parse(state, "rank 0"), "rank 0");
 }
 
-// What must be the same on all ranks, a line each: program, options, data.
-inline std::vector<std::string> rank_lines(const Options& o, const Corpus& corpus) {
-    std::vector<std::string> lines = {
-        to_text("version ", TINYGPT_VERSION, ", program ", file_checksum("/proc/self/exe"))};
+// Refuses a rank that would not make the same run as rank 0: with another program, or other options
+// or data.
+inline void check_same_ranks(Ranks& ranks, const Options& o, const Corpus& corpus) {
+    std::vector<std::string> mine = fingerprint(corpus);
+    mine.push_back(to_text("version ", TINYGPT_VERSION, ", ", file_checksum("/proc/self/exe")));
     for (auto& [name, value] : options_that_change_numbers(o).members)
-        if (!kPaths.contains(name)) lines.push_back(to_text("--", name, " ", value.text));
-    for (const std::string& line : fingerprint(corpus)) lines.push_back(line);
-    return lines;
+        if (!kPaths.contains(name)) mine.push_back(to_text("--", name, " ", value.text));
+    for (size_t i = 0, n = from_first(ranks, [&] { return mine.size(); }); i < n; ++i) {
+        const std::string here = i < mine.size() ? mine[i] : "nothing";
+        const std::string first = text_from_first(ranks, here);
+        if (here != first)
+            fail("this rank has ", here, "; rank 0 has ", first,
+                 ": all ranks need the same program, options and data");
+    }
+    // Waits for all: nothing is written before they agree.
+    std::vector<char> met(static_cast<size_t>(ranks.count));
+    ranks.gather(met.data(), 1, 1);
 }
 
 // What the program chose for a run that is resumed, and what is not given again, stays as it was.
@@ -1485,15 +1401,7 @@ int train_command(Device device, const Options& given) {
     Corpus corpus = open_corpus(o);
     std::optional<FileHandle> lock;
     Start start;
-    if (leads) {
-        check_output(o);
-        const bool resumes_here = o.resume == "auto" || file_exists(o.output + "/log.csv");
-        if (!o.resume.empty() && resumes_here && folder_exists(o.output)) {
-            lock.emplace(lock_folder(o.output));
-            recover_folders(o.output);
-        }
-        start = find_start(o);
-    }
+    if (leads) start = find_start(o, lock);
     share_start(ranks, start);
     const bool resumed = !start.folder.empty();
     // Does it fit together?
@@ -1516,7 +1424,7 @@ int train_command(Device device, const Options& given) {
     check_data(o, corpus, config, T);
     const bool same_run = resumed && !o.override_changes;
     if (same_run && leads) check_same_run(o, start, corpus, Device::kProgram);
-    if (ranks.count > 1) check_same_ranks(ranks, rank_lines(o, corpus));
+    if (ranks.count > 1) check_same_ranks(ranks, o, corpus);
     if (same_run && start.state.finished) {
         std::printf("%s is finished: %ld steps. Nothing to do\n", o.output.c_str(),
                     long(start.state.step));
@@ -1556,17 +1464,16 @@ int train_command(Device device, const Options& given) {
     const End end = trainer.run(start);
     if (ranks.count > 1 && trainer.ranks_steps > 0)
         say("ranks", spent_on_ranks(trainer, trainer.state().seconds - start.state.seconds));
-    if (end == End::interrupted) {
-        const bool saved = !checkpoint_steps(o.output).empty();
-        std::printf("\ninterrupted%s\n",
-                    saved ? format(": saved at step %ld; go on with --resume auto",
-                                   long(trainer.state().step))
-                                .c_str()
-                          : " before the first step: there was nothing to save");
-        return 130;
+    if (end != End::interrupted) {
+        if (leads) report(o, corpus, trainer, end);
+        return 0;
     }
-    if (leads) report(o, corpus, trainer, end);
-    return 0;
+    if (checkpoint_steps(o.output).empty())
+        std::printf("\ninterrupted before the first step: there was nothing to save\n");
+    else
+        std::printf("\ninterrupted: saved at step %ld; go on with --resume auto\n",
+                    long(trainer.state().step));
+    return 130;
 }
 
 // --- eval
@@ -1615,17 +1522,16 @@ inline std::vector<HellaswagExample> read_hellaswag(const std::string& path, int
     if (bytes.size() < sizeof header || header[0] != 20240522 || header[1] != 1)
         fail(path, " is no HellaSwag file: expected a header of 1024 bytes with 20240522 and ",
              "version 1, found ", header[0], " and ", header[1], " (", bytes.size(), " bytes)");
-    std::vector<uint16_t> words((bytes.size() - sizeof header) / 2);
-    bytes.copy(reinterpret_cast<char*>(words.data()), 2 * words.size(), sizeof header);
-
-    size_t at = 0;
+    size_t at = sizeof header;
     auto next = [&] {
-        if (at == words.size()) fail(path, " ends in the middle of an example");
-        return words[at++];
+        uint16_t word = 0;
+        if (at + sizeof word > bytes.size()) fail(path, " ends in the middle of an example");
+        std::memcpy(&word, &bytes[at], sizeof word), at += sizeof word;
+        return word;
     };
-    auto tokens = [&](int example) {
+    auto tokens = [&] {
         std::vector<uint16_t> list(next());
-        if (list.empty()) fail(path, ": example ", example, " is empty");
+        if (list.empty()) fail(path, " has a text without tokens");
         for (uint16_t& token : list)
             if ((token = next()) >= vocab_size)
                 fail(path, ": token ", token, " is outside the vocabulary of ", vocab_size);
@@ -1634,18 +1540,16 @@ inline std::vector<HellaswagExample> read_hellaswag(const std::string& path, int
     // Every number whose value is known is checked: a wrong length shows at the next example.
     std::vector<HellaswagExample> examples;
     for (int32_t i = 0; i < header[2]; ++i) {
-        HellaswagExample e;
+        HellaswagExample& e = examples.emplace_back();
         const int start = next();
         next(), next();
         e.label = next();
-        const int endings = next();
-        if (start != 65535 || endings != 4 || e.label >= 4)
+        if (start != 65535 || e.label >= 4 || next() != 4)
             fail(path, ": example ", i, " is damaged");
-        e.context = tokens(i);
-        for (auto& ending : e.endings) ending = tokens(i);
-        examples.push_back(std::move(e));
+        e.context = tokens();
+        for (auto& ending : e.endings) ending = tokens();
     }
-    if (sizeof header + 2 * at != bytes.size())
+    if (at != bytes.size())
         fail(path, " goes on after its ", header[2], " examples: it is damaged");
     return examples;
 }
@@ -1686,23 +1590,18 @@ int hellaswag_command(auto device, const Options& o, const Config& config) {
     const int T = sequence_length(o, config);
     const auto model = open_model(device, config, 4, T, Use::evaluation, o.init_from);
     Ranks& ranks = *device.ranks;
-    int64_t right = 0;
-    std::vector<int> answers(size_t(ranks.count));  // of as many examples, one from each rank
+    const size_t rank = size_t(ranks.rank), count = size_t(ranks.count);
+    std::vector<int64_t> right(count);  // of each rank
     ProgressLine progress{"scoring", int64_t(examples.size())};
-    for (size_t i = 0; i < examples.size(); i += answers.size()) {
+    for (size_t i = rank; i < examples.size(); i += count) {
         progress.show(int64_t(i));
-        const size_t mine = i + size_t(ranks.rank);
-        if (mine < examples.size()) {
-            const std::array<double, 4> loss = score_endings(*model, examples[mine]);
-            answers[size_t(ranks.rank)] =
-                int(std::min_element(loss.begin(), loss.end()) - loss.begin());
-        }
-        ranks.gather(answers.data(), sizeof answers[0], 1);
-        for (size_t j = i; j < std::min(i + answers.size(), examples.size()); ++j)
-            right += answers[j - i] == examples[j].label;
+        const std::array<double, 4> loss = score_endings(*model, examples[i]);
+        right[rank] += std::ranges::min_element(loss) - loss.begin() == examples[i].label;
     }
-    say("hellaswag", format("%ld of %zu right: accuracy %.4f", long(right), examples.size(),
-                            right / double(std::max<size_t>(1, examples.size()))));
+    ranks.gather(right.data(), sizeof right[0], 1);
+    const int64_t all = std::accumulate(right.begin(), right.end(), int64_t(0));
+    say("hellaswag", format("%ld of %zu right: accuracy %.4f", long(all), examples.size(),
+                            all / double(std::max<size_t>(1, examples.size()))));
     return 0;
 }
 
@@ -1728,9 +1627,8 @@ int eval_command(auto device, const Options& given) {
     const Corpus corpus = open_corpus(o);
     if (device.ranks->rank == 0) check_same_tokenizer(corpus, o.init_from);
     if (corpus.val.empty())
-        fail(
-            "there is no validation data: make some with ./prepare_data --val-fraction, or name "
-            "shards with --val-shards");
+        fail("there is no validation data: ./prepare_data --val-fraction makes some, or name ",
+             "shards with --val-shards");
     const int T = sequence_length(o, config);
     const auto model = open_model(device, config, o.batch_size, T, Use::evaluation, o.init_from);
     const auto windows = evaluation_windows(corpus.val, T, corpus.document_start());
@@ -2698,28 +2596,30 @@ int show_command(auto device, const Options& o) {
 // The header's members and tensors, as bytes.
 struct GgufBytes {
     std::string bytes;
-    size_t count = 0;
+    size_t count = 0;  // of members
 
-    template <class Number>
-    void put(Number value) {
-        bytes.append(reinterpret_cast<const char*>(&value), sizeof value);
+    // The numbers of the types are the format's.
+    template <class Value>
+    static constexpr uint32_t kType = std::is_same_v<Value, uint32_t>      ? 4
+                                      : std::is_same_v<Value, int32_t>     ? 5
+                                      : std::is_same_v<Value, float>       ? 6
+                                      : std::is_same_v<Value, bool>        ? 7
+                                      : std::is_same_v<Value, std::string> ? 8
+                                                                           : 9;
+    template <class Value>
+    void put(const Value& value) {
+        if constexpr (std::is_arithmetic_v<Value>) {
+            bytes.append(reinterpret_cast<const char*>(&value), sizeof value);
+        } else if constexpr (std::is_same_v<Value, std::string>) {
+            put(uint64_t(value.size())), bytes += value;
+        } else {
+            put(kType<typename Value::value_type>), put(uint64_t(value.size()));
+            for (const auto& one : value) put(one);
+        }
     }
-    void put_text(std::string_view text) { put(uint64_t(text.size())), bytes += text; }
-    void begin(const std::string& name, uint32_t type) { put_text(name), put(type), ++count; }
-    // Members; the numbers of their types are the format's.
-    void member(const std::string& name, uint32_t value) { begin(name, 4), put(value); }
-    void member(const std::string& name, float value) { begin(name, 6), put(value); }
-    void member(const std::string& name, bool value) { begin(name, 7), put(value); }
-    void member(const std::string& name, const std::string& value) {
-        begin(name, 8), put_text(value);
-    }
-    void member(const std::string& name, const std::vector<int32_t>& values) {
-        begin(name, 9), put(uint32_t(5)), put(uint64_t(values.size()));
-        for (int32_t value : values) put(value);
-    }
-    void member(const std::string& name, const std::vector<std::string>& values) {
-        begin(name, 9), put(uint32_t(8)), put(uint64_t(values.size()));
-        for (const std::string& value : values) put_text(value);
+    template <class Value>
+    void member(const char* name, const Value& value) {
+        put(std::string(name)), put(kType<Value>), put(value), ++count;
     }
 };
 
@@ -2758,120 +2658,106 @@ struct GgufType {
 };
 inline constexpr GgufType kGgufTypes[] = {{"f32", 0, 0, 4}, {"f16", 1, 1, 2}, {"bf16", 30, 32, 2}};
 
-// The numbers as elements of that type.
-inline std::string gguf_elements(const std::vector<float>& values, const GgufType& type) {
-    std::string out(values.size() * type.bytes, '\0');
-    if (type.bytes == 4) return std::memcpy(out.data(), values.data(), out.size()), out;
-    for (size_t i = 0; i < values.size(); ++i) {
-        const uint16_t bits = type.element == 1 ? f16_bits(values[i]) : bf16(values[i]).bits;
-        std::memcpy(&out[2 * i], &bits, 2);
+// A tensor as it is stored there. Positions and what has one dimension are small, and kept exact.
+struct GgufTensor {
+    std::vector<uint64_t> sizes;  // fastest first
+    GgufType type;
+    bool turned;  // [in, out] becomes [out, in]
+
+    GgufTensor(const TensorInfo& info, const GgufType& wanted, int tokens)
+        : sizes(info.shape.rbegin(), info.shape.rend()), type(wanted), turned(false) {
+        const bool table = info.name == "wte.weight" || info.name == "lm_head.weight";
+        if (table)
+            sizes[1] = uint64_t(tokens);
+        else if (sizes.size() < 2 || info.name == "wpe.weight")
+            type = kGgufTypes[0];
+        else
+            turned = true, std::swap(sizes[0], sizes[1]);
     }
-    return out;
-}
-
-// A model in files, as it is to be written.
-class GgufWriter {
-    const std::string folder_;
-    const Config config_;
-    const Tokenizer tokenizer_;
-    const std::vector<TensorInfo> infos_;
-    const std::deque<SafetensorsFile> files_;
-    const std::vector<const StoredTensor*> stored_;
-
-public:
-    GgufWriter(const std::string& folder, const Config& config, const Tokenizer& tokenizer)
-        : folder_(folder), config_(config), tokenizer_(tokenizer),
-          infos_(layout_of(config).tensors), files_(open_weights(folder)),
-          stored_(match_tensors(files_, infos_)) {}
-
-    void write(const std::string& path, const GgufType& type) const {
-        GgufBytes members = describe(type), tensors;
-        size_t at = 0;
-        for (const TensorInfo& info : infos_) {
-            std::vector<int64_t> sizes = sizes_of(info);
-            const GgufType& own = type_of(info, type);
-            tensors.put_text(gguf_name(info.name)), tensors.put(uint32_t(sizes.size()));
-            size_t bytes = own.bytes;
-            for (int64_t n : sizes) tensors.put(uint64_t(n)), bytes *= size_t(n);
-            tensors.put(own.element), tensors.put(uint64_t(at));
-            at += round_up(bytes, size_t(32));
+    size_t count() const { return sizes[0] * (sizes.size() > 1 ? sizes[1] : 1); }
+    // Its bytes, of the values of the model's tensor.
+    std::string bytes_of(std::vector<float> values, const std::string& name) const {
+        if (turned) values = transposed(values, sizes[0], sizes[1]);
+        std::string out(count() * type.bytes, '\0');
+        if (type.bytes == 4) return std::memcpy(out.data(), values.data(), out.size()), out;
+        for (size_t i = 0; i < count(); ++i) {
+            if (type.element == 1 && std::abs(values[i]) >= 65520)
+                fail(name, "a weight is beyond 65504, the largest of --type f16: use --type bf16");
+            const uint16_t bits = type.element == 1 ? f16_bits(values[i]) : bf16(values[i]).bits;
+            std::memcpy(&out[2 * i], &bits, 2);
         }
-        GgufBytes all{"GGUF"};
-        all.put(uint32_t(3)), all.put(uint64_t(infos_.size())), all.put(uint64_t(members.count));
-        FileWriter file(path);
-        write_padded(file, all.bytes + members.bytes + tensors.bytes);
-        for (size_t i = 0; i < infos_.size(); ++i) {
-            const GgufType& own = type_of(infos_[i], type);
-            const std::vector<float> values = values_of(i);
-            if (own.element == 1 && std::any_of(values.begin(), values.end(),
-                                                [](float x) { return std::abs(x) >= 65520; }))
-                fail(stored_[i]->file->about(*stored_[i]),
-                     "a weight is beyond 65504, the largest of ", "--type f16: use --type bf16");
-            write_padded(file, gguf_elements(values, own));
-        }
-        file.commit();
+        return out;
     }
 
 private:
-    static void write_padded(FileWriter& file, std::string bytes) {
-        bytes.resize(round_up(bytes.size(), size_t(32)));
-        file.write(bytes.data(), bytes.size());
-    }
-    // Positions and what has one dimension are small, and kept exact.
-    static const GgufType& type_of(const TensorInfo& info, const GgufType& type) {
-        return info.shape.size() < 2 || info.name == "wpe.weight" ? kGgufTypes[0] : type;
-    }
-    static bool is_table(const TensorInfo& info) {
-        return info.name == "wte.weight" || info.name == "lm_head.weight";
-    }
-    // Fastest first.
-    std::vector<int64_t> sizes_of(const TensorInfo& info) const {
-        std::vector<int64_t> sizes = info.shape;
-        if (is_table(info)) sizes[0] = tokenizer_.vocab_size();
-        if (is_table(info) || info.name == "wpe.weight") std::reverse(sizes.begin(), sizes.end());
-        return sizes;
-    }
-    std::vector<float> values_of(size_t i) const {
-        std::vector<float> values(infos_[i].count);
-        stored_[i]->file->read(*stored_[i], values.data());
-        const bool table = is_table(infos_[i]);
-        if (table) values.resize(size_t(tokenizer_.vocab_size()) * size_t(config_.n_embd));
-        if (table || infos_[i].shape.size() < 2 || infos_[i].name == "wpe.weight") return values;
-        const size_t IN = size_t(infos_[i].shape[0]), OUT = size_t(infos_[i].shape[1]);
-        std::vector<float> turned(values.size());
-#pragma omp parallel for
-        for (size_t o = 0; o < OUT; ++o)
-            for (size_t in = 0; in < IN; ++in) turned[o * IN + in] = values[in * OUT + o];
+    static std::vector<float> transposed(const std::vector<float>& x, size_t IN, size_t OUT) {
+        std::vector<float> turned(x.size());
+        for (size_t out = 0; out < OUT; ++out)
+            for (size_t in = 0; in < IN; ++in) turned[out * IN + in] = x[in * OUT + out];
         return turned;
     }
-    GgufBytes describe(const GgufType& type) const {
-        GgufBytes m;
-        m.member("general.architecture", std::string("gpt2"));
-        m.member("general.name", folder_);
-        m.member("general.file_type", type.file);
-        m.member("gpt2.block_count", uint32_t(config_.n_layer));
-        m.member("gpt2.context_length", uint32_t(config_.n_positions));
-        m.member("gpt2.embedding_length", uint32_t(config_.n_embd));
-        m.member("gpt2.feed_forward_length", uint32_t(4 * config_.n_embd));
-        m.member("gpt2.attention.head_count", uint32_t(config_.n_head));
-        m.member("gpt2.attention.layer_norm_epsilon", float(config_.layer_norm_epsilon));
-        // "gpt-2" names the pattern by which text is cut. Kinds of tokens: 1 text, 3 control.
-        std::vector<std::string> names;
-        for (int id = 0; id < tokenizer_.vocab_size(); ++id)
-            names.push_back(tokenizer_.name_of(id));
-        std::vector<int32_t> kinds(names.size(), 1);
-        kinds.back() = 3;
-        m.member("tokenizer.ggml.model", std::string("gpt2"));
-        m.member("tokenizer.ggml.pre", std::string("gpt-2"));
-        m.member("tokenizer.ggml.tokens", names);
-        m.member("tokenizer.ggml.token_type", kinds);
-        m.member("tokenizer.ggml.merges", tokenizer_.merge_names());
-        m.member("tokenizer.ggml.bos_token_id", uint32_t(tokenizer_.end_of_text()));
-        m.member("tokenizer.ggml.eos_token_id", uint32_t(tokenizer_.end_of_text()));
-        m.member("tokenizer.ggml.add_bos_token", false);
-        return m;
-    }
 };
+
+// What llama.cpp must know of the model. "gpt-2" names the pattern by which text is cut. Kinds of
+// tokens: 1 text, 3 control.
+inline GgufBytes gguf_members(const std::string& name, const Config& config,
+                              const Tokenizer& tokenizer, const GgufType& type) {
+    std::vector<std::string> names;
+    for (int id = 0; id < tokenizer.vocab_size(); ++id) names.push_back(tokenizer.name_of(id));
+    std::vector<int32_t> kinds(names.size(), 1);
+    kinds.back() = 3;
+    GgufBytes m;
+    m.member("general.architecture", std::string("gpt2"));
+    m.member("general.name", name);
+    m.member("general.file_type", type.file);
+    m.member("gpt2.block_count", uint32_t(config.n_layer));
+    m.member("gpt2.context_length", uint32_t(config.n_positions));
+    m.member("gpt2.embedding_length", uint32_t(config.n_embd));
+    m.member("gpt2.feed_forward_length", uint32_t(4 * config.n_embd));
+    m.member("gpt2.attention.head_count", uint32_t(config.n_head));
+    m.member("gpt2.attention.layer_norm_epsilon", float(config.layer_norm_epsilon));
+    m.member("tokenizer.ggml.model", std::string("gpt2"));
+    m.member("tokenizer.ggml.pre", std::string("gpt-2"));
+    m.member("tokenizer.ggml.tokens", names);
+    m.member("tokenizer.ggml.token_type", kinds);
+    m.member("tokenizer.ggml.merges", tokenizer.merge_names());
+    m.member("tokenizer.ggml.bos_token_id", uint32_t(tokenizer.end_of_text()));
+    m.member("tokenizer.ggml.eos_token_id", uint32_t(tokenizer.end_of_text()));
+    m.member("tokenizer.ggml.add_bos_token", false);
+    return m;
+}
+
+inline void write_gguf(const std::string& path, const std::string& folder, const Config& config,
+                       const Tokenizer& tokenizer, const GgufType& type) {
+    const std::vector<TensorInfo> infos = layout_of(config).tensors;
+    const std::deque<SafetensorsFile> files = open_weights(folder);
+    const std::vector<const StoredTensor*> stored = match_tensors(files, infos);
+    const GgufBytes members = gguf_members(folder, config, tokenizer, type);
+    GgufBytes all{"GGUF"};
+    all.put(uint32_t(3)), all.put(uint64_t(infos.size())), all.put(uint64_t(members.count));
+    all.bytes += members.bytes;
+    size_t at = 0;
+    for (const TensorInfo& info : infos) {
+        const GgufTensor tensor(info, type, tokenizer.vocab_size());
+        all.put(gguf_name(info.name)), all.put(uint32_t(tensor.sizes.size()));
+        for (uint64_t n : tensor.sizes) all.put(n);
+        all.put(tensor.type.element), all.put(uint64_t(at));
+        at += round_up(tensor.count() * tensor.type.bytes, size_t(32));
+    }
+    FileWriter file(path);
+    auto write_padded = [&](std::string bytes) {
+        bytes.resize(round_up(bytes.size(), size_t(32)));
+        file.write(bytes.data(), bytes.size());
+    };
+    write_padded(all.bytes);
+    for (size_t i = 0; i < infos.size(); ++i) {
+        std::vector<float> values(infos[i].count);
+        stored[i]->file->read(*stored[i], values.data());
+        write_padded(GgufTensor(infos[i], type, tokenizer.vocab_size())
+                         .bytes_of(std::move(values), stored[i]->file->about(*stored[i])));
+    }
+    file.commit();
+}
 
 inline int export_command(const Options& o) {
     const Config config = config_of_model(need_init_from(o));
@@ -2882,7 +2768,7 @@ inline int export_command(const Options& o) {
         fail(o.init_from, " has no tokenizer, and a GGUF file needs one: expected vocab.json and ",
              "merges.txt, or tokenizer.json, beside the model");
     for (const GgufType& type : kGgufTypes)
-        if (o.type == type.name) GgufWriter(o.init_from, config, *tokenizer).write(o.output, type);
+        if (o.type == type.name) write_gguf(o.output, o.init_from, config, *tokenizer, type);
     say("written",
         to_text(o.output, ", ", bytes_text(double(InputFile(o.output).bytes)), " in ", o.type,
                 "; with llama.cpp: llama-cli -m ", shell_word(o.output), " -p \"Once\""));
@@ -2950,7 +2836,7 @@ public:
         MPI_Comm_free(&machine);
         MPI_Comm_dup(MPI_COMM_WORLD, &watched_);
         share_cores();
-        hosts_ = gather_texts(*this, host_name());
+        hosts_ = gather_hosts(*this);
         // Only rank 0 prints; an error still goes to standard error.
         if (rank != 0 && !std::freopen("/dev/null", "w", stdout)) std::fclose(stdout);
         if (const char* limit = std::getenv("TINYGPT_RANK_TIMEOUT")) limit_ = std::atof(limit);
@@ -3026,10 +2912,7 @@ private:
     // rank.
     void end_mpirun() {
         const pid_t parent = ::getppid();
-        auto name = [&] {
-            const std::string path = to_text("/proc/", parent, "/comm");
-            return file_exists(path) ? read_file(path) : "";
-        };
+        auto name = [&] { return text_if_any(to_text("/proc/", parent, "/comm")); };
         if (rank != 0 || (name() != "mpirun\n" && name() != "mpiexec\n") || ::fork() != 0) return;
         for (int fd : {0, 1, 2}) ::close(fd);
         ::setsid(), ::sleep(5);
@@ -3049,8 +2932,7 @@ private:
             if (!CPU_ISSET(cpu, &set)) continue;
             const std::string topology = to_text("/sys/devices/system/cpu/cpu", cpu, "/topology/");
             auto number = [&](const char* name) {
-                return file_exists(topology + name) ? std::atoi(read_file(topology + name).c_str())
-                                                    : 0;
+                return int(numbers_behind(text_if_any(topology + name))[0]);
             };
             cores.push_back({number("physical_package_id"), number("core_id"), cpu});
         }
