@@ -416,6 +416,14 @@ struct TestRuns : SmallRuns {
     }
 };
 
+// Another shard in a file's place, at once and with another time. Why: a loader may be reading it.
+inline void replace_shard(const std::string& path, const std::vector<uint16_t>& tokens) {
+    const auto when = std::filesystem::last_write_time(path);
+    put_shard(path + ".new", tokens);
+    std::filesystem::last_write_time(path + ".new", when + std::chrono::seconds(2));
+    std::filesystem::rename(path + ".new", path);
+}
+
 // --- What a run left
 
 inline void check_same_end(const std::string& a, const std::string& b) {
@@ -813,12 +821,10 @@ TEST_CASE("data: a shard that shrinks while it is open is an error, not a signal
     CHECK(contains(error_of([&] { shards.check_tokens(8); }), "replaced or cut"));
     // As it was; then another of the same length in its place.
     put_shard(path, std::vector<uint16_t>(5000, 7));
-    const auto when = std::filesystem::last_write_time(path);
     const Shards again(path);
     BatchLoader loader(DataOrder{again, 1, 50}, 8, 0);
     CHECK(loader.next().scored == 50);
-    put_shard(path, std::vector<uint16_t>(5000, 6));
-    std::filesystem::last_write_time(path, when + std::chrono::seconds(2));
+    replace_shard(path, std::vector<uint16_t>(5000, 6));
     // Through the loader: the batches that were read come, then the error, and it stays.
     auto five = [&] {
         for (int i = 0; i < 5; ++i) loader.next();
@@ -1023,7 +1029,8 @@ std::vector<Found> check_embed(Device device, int B, int T, int C, float p) {
     for (Tensor* t : {&wte, &wpe}) std::fill(t->gradient.begin(), t->gradient.end(), 0.0);
     for (int pass = 0; pass < 2; ++pass)
         device.embed_backward(wte.gradient.data(), wpe.gradient.data(), up.data(),
-                              batch.inputs.data(), rows_by_token(batch.inputs).data(), B, T, C, drop);
+                              batch.inputs.data(), rows_by_token(batch.inputs).data(), B, T, C,
+                              drop);
     return compare({&wte, &wpe}, [&] {
         device.embed_forward(out.data(), batch.inputs.data(), wte, wpe, B, T, C, 0, drop);
         return dot(out, up);
@@ -2613,8 +2620,8 @@ struct Bf16Operand : Operand {
     tinygpt::View<bf16> as_stored;
     Bf16Operand(int rows, int cols, bool transposed, uint64_t seed)
         : Operand(rows, cols, transposed, seed),
-          stored(data.begin(), data.end()),
-          as_stored{stored.data(), view.rows, view.cols, view.row, view.col} {
+          stored(data.begin(), data.end()), as_stored{stored.data(), view.rows, view.cols, view.row,
+                                                      view.col} {
         std::copy(stored.begin(), stored.end(), data.begin());
     }
 };
@@ -5619,7 +5626,7 @@ TEST_CASE("run: what goes wrong in the middle costs no row and no checkpoint tha
          1, "was changed, replaced or cut", 5},
         {"a new shard",
          [&](auto&, auto&) {
-             if (row == 7) put_shard(shard, noisy_text(700, 99));
+             if (row == 7) replace_shard(shard, noisy_text(700, 99));
              return 0;
          },
          1, "was changed, replaced or cut", 5},
