@@ -641,8 +641,7 @@ void initialise(real* weights, const Config& config, const Layout& layout, uint6
 //   dx_i = sum over j of dout_j (d out_j / d x_i)
 // dx_i adds up all the ways in which x_i reaches the loss. Each backward function is that sum for
 // one layer, written out. So the gradients of a value that is used twice are added, and those of a
-// weight, which serves every row, are summed over the rows. dx has the shape of x; no Jacobian
-// matrix is ever made.
+// weight, which serves every row, are summed over the rows. No Jacobian matrix is ever made.
 //
 // A backward function stands below its forward, except where layers are fused: the backward of the
 // residual's sum (§4.7) is in layernorm_backward; and forward joins GELU with the MLP's first
@@ -653,8 +652,8 @@ void initialise(real* weights, const Config& config, const Layout& layout, uint6
 // where A is bf16, real is float. Parameter gradients, statistics, losses and every sum are real.
 
 // Dropout multiplies each element by a mask, 0 with probability p, otherwise 1/(1-p), so that the
-// mean stays: (1-p) x/(1-p) = x (Srivastava et al. 2014). out_i = m_i x_i, so dx_i = m_i dout_i.
-// The mask depends on the element's index alone, so backward makes it again instead of storing it.
+// mean stays (Srivastava et al. 2014). out_i = m_i x_i, so dx_i = m_i dout_i. The mask depends on
+// the element's index alone, so backward makes it again.
 struct Dropout {
     uint64_t key = 0;
     float p = 0;  // 0: off
@@ -810,8 +809,8 @@ void layernorm_backward(A* dx, real* dweight, real* dbias, A* dbranch, real* dbr
 // --- §4.3 Products of matrices: where nearly all the arithmetic is
 
 // A matrix [rows, cols] in memory, not owned: element (i, j) is data[i * row + j * col], and one of
-// the two strides is 1. A transpose swaps them and copies nothing, as in NumPy. View(x, rows, cols)
-// is x row by row. (ptrdiff_t: a 64-bit integer with a sign.)
+// the two strides is 1. A transpose swaps them and copies nothing, as in NumPy. (ptrdiff_t: a
+// 64-bit integer with a sign.)
 template <class real>
 struct View {
     const real* data;
@@ -819,7 +818,7 @@ struct View {
     ptrdiff_t row, col;
     View(const real* data, int rows, int cols, ptrdiff_t row, ptrdiff_t col = 1)
         : data(data), rows(rows), cols(cols), row(row), col(col) {}
-    View(const real* data, int rows, int cols) : View(data, rows, cols, cols) {}
+    View(const real* data, int rows, int cols) : View(data, rows, cols, cols) {}  // row by row
     const real& operator()(ptrdiff_t i, ptrdiff_t j) const { return data[i * row + j * col]; }
     // The part [rows, cols] whose first element is (i, j).
     View part(ptrdiff_t i, ptrdiff_t j, int rows, int cols) const {
@@ -849,8 +848,8 @@ inline float exp_of(float x);
 inline float maximum(const float* x, int n);
 inline float exp_and_sum(float* x, float shift, int count, float factor = 1);
 
-// The operations that take nearly all of a step's time, by their definitions. Layers get them as
-// the template argument Ops: §11 has the same ones, fifty times faster, and tests compare the two.
+// What takes nearly all of a step's time, by its definition. Layers get it as the template argument
+// Ops: §11 has the same, fifty times faster, and tests compare the two.
 struct PlainOps {
     // c = finish(a b), or finish(c + a b) if accumulate, with a [m, k], b [k, n] and c [m, n]: m n
     // dot products of length k, so 2 m n k operations. c is row-major, and shares no memory with a
@@ -925,13 +924,13 @@ void column_sums(real* out, const A* x, int rows, int n, bool accumulate) {
 // HS neighbouring channels, C = NH*HS. For each head, for query t and keys t2 <= t:
 //   s[t,t2] = q[t].k[t2] / sqrt(HS)    p[t,t2] = e^s[t,t2] / sum of e^s[t,.]
 //   out[t] = sum over t2 of p[t,t2] v[t2]
-// A query says what position t looks for, a key what t2 offers, a value what t2 hands over; p[t,.]
-// sums to 1, so out[t] is a mean of the values, weighted by how well the keys fit. 1/sqrt(HS): if
-// the entries of q and k have variance 1, q.k has variance HS; divided by sqrt(HS) it has 1 at any
-// head size, and the softmax is not all on one key. The causal mask is t2 <= t: no position sees
-// what it is to predict. It costs nothing and saves half of the work, since later scores are not
-// made at all. From lse[t], the log of the sum of e^s, and q and k, backward makes p again, so no T
-// x T matrix is kept. Dropout multiplies p[t,t2], after the sum, by its mask.
+// A query says what position t looks for, a key what t2 offers, a value what t2 hands over; out[t]
+// is a mean of the values, weighted by how well the keys fit. 1/sqrt(HS): if the entries of q and k
+// have variance 1, q.k has variance HS; divided by sqrt(HS) it has 1, and the softmax is not all on
+// one key. The causal mask is t2 <= t: no position sees what it is to predict. It costs nothing and
+// saves half of the work, since later scores are not made at all. From lse[t], the log of the sum
+// of e^s, and q and k, backward makes p again, so no T x T matrix is kept. Dropout multiplies
+// p[t,t2], after the sum, by its mask.
 //   walk> att of t=0 is its own value, qkv[16..23], since it sees nobody else:
 //   walk>   v of t=0   [1,  8]   -0.1347   1.1790  -0.1055   0.5021   0.3746  -0.3026 ...
 //   walk>   att        [8,  8]   -0.1347   1.1790  -0.1055   0.5021   0.3746  -0.3026 ...
@@ -1140,11 +1139,11 @@ void linear_residual_forward(A* out, const A* residual, const A* x, const A* w, 
 //   walk> cat     -0.8429       0.4305        0.0351   <- the target
 //   walk> sum of exp 12.2585; loss = log(sum) - logit = 2.5062 - -0.8429 = 3.3491
 // logits [rows, V] would be by far the largest array (0.8 GB for 4 x 1024 rows of GPT-2), so they
-// are made, and used up, for some rows at a time.
+// are made and used up for some rows at a time.
 
 constexpr int kHeadRows = 1024;  // enough for a fast product
 
-// sets logits [rows, V] = x w^T. By itself, because generation (§9) needs logits without a loss.
+// sets logits [rows, V] = x w^T.
 template <class Ops>
 void head_logits(auto* logits, const auto* x, const auto* w, int rows, int C, int V) {
     Ops::matmul(logits, View(x, rows, C), View(w, V, C).transposed());
@@ -1155,7 +1154,7 @@ void head_logits(auto* logits, const auto* x, const auto* w, int rows, int C, in
 // gradient (else by e^l, of no use). The log of the sum has the slope e^l_v / sum = p_v, so
 //   dloss/dlogits_v = d/dlogits_v (log sum_u exp(logits_u) - logits_target) = p_v - [v = target]
 // softmax minus one-hot: push every token down by the probability it was given, and the target up
-// by what it lacked. Times scale (1/8 in the walk, and -0.1206 = (0.0351 - 1) / 8):
+// by what it lacked. Times scale (1/8 in the walk):
 //   walk> dlogits of row 0, (p - [target]) / 8:  0.0094 -0.1206  0.0051  0.0179
 // sets losses [rows], 0 where the target is kIgnore; works on logits [rows, V] in place.
 template <class A, class real>
@@ -1944,9 +1943,9 @@ int generate(Gpt2<Device>& model, std::vector<int32_t> tokens, const SampleOptio
 // =================================================================================================
 // §10 The device, memory, and many processes
 // =================================================================================================
-// What you have now: the model. Here is the device that it runs on, the memory it works in, and how
-// several processes (ranks) train it together: each computes the gradients of some micro-batches,
-// all gradients are added up, and each updates its part of the weights.
+// What you have now: the model. Here is the device that it runs on, its memory, and how several
+// processes (ranks) train it together: each computes the gradients of some micro-batches, all
+// gradients are added up, and each updates its part of the weights.
 
 // --- The device: all that the model asks for, in one table
 
@@ -1976,7 +1975,7 @@ inline Ranks* world = &alone;  // the ranks of this program
 inline void use_large_pages(void* start, size_t bytes);  // §12
 
 // Uninitialised memory for count elements, aligned to 64 bytes. Large arrays get large pages: fewer
-// TLB misses when §11 jumps from row to row.
+// TLB misses.
 template <class Element>
 Element* allocate(size_t count) {
     const size_t large_page = size_t(1) << 21;
@@ -2071,7 +2070,7 @@ struct Layers {
 
     // A GPU works while the CPU prepares later steps, up to kStepsBehind of them. post: copy the
     // state when the work so far is done; fetch: wait for the oldest such copy. replay does the
-    // work; a GPU keeps it as a CUDA graph, and launches that for the same pass and options.
+    // work; a GPU keeps it as a CUDA graph for the same pass and options.
     static constexpr int kStepsBehind = 0;
     void replay(const auto& /*pass*/, const auto& /*options*/, auto&& work) { work(); }
     void post(const StepState*) {}
@@ -2150,8 +2149,8 @@ struct Shares {
     }
     size_t own() const { return rounds * part; }           // elements of a rank
     size_t room() const { return rounds * count * part; }  // of all, with the padding
-    // Calls visit(own, at, n) for every part of this rank: n elements, from `own` on in an array of
-    // its own elements, from `at` on in one of all.
+    // Calls visit(own, at, n) for every part of this rank: n elements, at `own` in an array of its
+    // own elements, at `at` in one of all.
     void for_each(auto&& visit) const {
         for (size_t t = 0; t < rounds; ++t) {
             const size_t at = (t * count + rank) * part;
@@ -2171,8 +2170,8 @@ struct Gpt2 {
     Layout layout;
     Device device;
     Shares shares;
-    // Flat arrays of layout.size elements; the moments, and masters that are kept apart, have only
-    // those of this rank.
+    // Flat arrays of layout.size elements; moments and separate masters have only those of this
+    // rank.
     Weight* weights = nullptr;
     Real* masters = nullptr;  // the weights themselves, unless the device keeps them apart
     Gradient* grads = nullptr;
@@ -2357,9 +2356,9 @@ void add_over_ranks(Device& device, auto* parts, size_t count) {
             device.add(parts + r * count, parts + (r + width) * count, count);
 }
 // Exchanges the gradients of all ranks, a round at a time, and adds them up, while backward of the
-// last pass goes on. They go in the order in which it makes them: from the last matrix to the
-// first, then what does not decay. Those below `final` may not go yet; at the end it is 0, and this
-// returns when all rounds are added.
+// last pass goes on. From the last matrix to the first, as backward makes them, then what does not
+// decay. Those below `final` may not go yet; at the end it is 0, and this returns when all rounds
+// are added.
 template <class Device>
 void exchange_gradients(Gpt2<Device>& model, const Pass& pass, size_t final) {
     Device& device = model.device;
@@ -2401,10 +2400,10 @@ void sum_over_ranks(Gpt2<Device>& model) {
 // §11 The CPU at full speed: products of matrices, attention and e^x
 // =================================================================================================
 // What you have now: a model that trains, in plain loops. Here are its slowest operations again,
-// fast. Why products can be fast: n^3 operations on n^2 numbers, so each number that was loaded can
-// be used many times. A core does 32 multiply-adds a cycle here, but can load far fewer numbers,
-// and hardly any from memory. So: keep sums in registers and operands in the caches, and store what
-// is read again and again in the order of reading.
+// fast. Why products can be fast: n^3 operations on n^2 numbers. A core does 32 multiply-adds a
+// cycle here, but can load far fewer numbers, and hardly any from memory. So: keep sums in
+// registers and operands in the caches, and store what is read again and again in the order of
+// reading.
 
 // --- Vectors: arithmetic on a whole register at a time, on any CPU
 #ifdef __CUDACC__
@@ -2479,8 +2478,8 @@ inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
 // --- e^x without a library call: the same lines for one float and for a vector of them
 //   x = n ln2 + r,  |r| <= ln2/2,  n whole:   e^x = 2^n e^r,  and e^r = 1 + r + r^2 q(r)
 // The coefficients of q are a minimax fit (relative error of e^r: 3.2e-9, far below float's 6e-8).
-// ln2 is subtracted in two parts so that n * 0.693359375 is exact (Cody and Waite 1980). Adding and
-// subtracting 1.5 * 2^23 rounds to whole numbers and leaves n in the low bits of the sum.
+// ln2 is subtracted in two parts so that n * 0.693359375 is exact (Cody and Waite 1980). Adding 1.5
+// * 2^23 rounds to whole numbers and leaves n in the low bits.
 
 // Within 2 units in the last place for -87.3 < x < 88.3; 0 below -87.7, infinity above 88.4; NaN
 // stays NaN.
@@ -2642,7 +2641,7 @@ void micro_kernel(float* tile, ptrdiff_t ldc, View<Packed> a, const Packed* b, i
 
 // One step of a transpose: exchanges the lanes of a that have bit `step` set with those of b that
 // do not. With step 1 and four lanes, a0 a1 a2 a3 and b0 b1 b2 b3 become a0 b0 a2 b2 and a1 b1 a3
-// b3: both 2 by 2 squares are transposed. With step 2, next, the squares change places.
+// b3.
 template <int step, class V, int... lane>
 [[gnu::always_inline]] inline void exchange_lanes(V& a, V& b, std::integer_sequence<int, lane...>) {
     const V x = a, y = b;
@@ -2701,11 +2700,10 @@ struct PlainTiles {
     }
 };
 
-// Packs an operand x as elements [i_end, j_end], in panels of N columns: element (i, j) goes to
-// out[j / N * N * i_end + i * apart + j % N], and what lies beyond x counts as 0. down: the steps
-// of k run down the columns, else along the rows; an element is made of I numbers of a column, or
-// of J of a row. L by L elements at a time, transposed unless x's rows are rows in memory. Then the
-// edges: rows in memory by vectors, and the rest one by one.
+// Packs an operand x as elements [i_end, j_end], in panels of N columns; what lies beyond x counts
+// as 0. down: the steps of k run down the columns, else along the rows; an element is made of I
+// numbers of a column, or of J of a row. L by L elements at a time, transposed unless x's rows are
+// rows in memory. Then the edges: rows in memory by vectors, and the rest one by one.
 template <class Tiles, int N, bool down, class Packed, class Number>
 void pack(Packed* out, ptrdiff_t apart, View<Number> x, int i_end, int j_end) {
     constexpr int L = kLanes, I = down ? Tiles::kNumbers : 1, J = Tiles::kNumbers / I;
@@ -2809,12 +2807,12 @@ void multiply_tiles(float* c, ptrdiff_t ldc, auto a, auto b, int rows, int cols,
         }
 }
 
-// c[m, n] = finish(a b), or finish(c + a b) if accumulate, which only floats can. c is cut into
-// tasks, each some columns by some or all rows. A thread takes one task after another and packs
-// what it needs: columns of b, which stay in its L2, and some rows of a at a time, where a cannot
-// be read in place. One thread makes the whole sum of an element, in order: no result depends on
-// the number of threads. Sums are made in c itself where it is float; else in scratch, from which
-// they are rounded: a row of tiles, or all the task's rows if k is more than is packed at a time.
+// As PlainOps::matmul; only floats can accumulate. c is cut into tasks, each some columns by some
+// or all rows. A thread takes one task after another and packs what it needs: columns of b, which
+// stay in its L2, and some rows of a at a time, where a cannot be read in place. One thread makes
+// the whole sum of an element, in order: no result depends on the number of threads. Sums are made
+// in c itself where it is float; else in scratch, from which they are rounded: a row of tiles, or
+// all the task's rows if k is more than is packed at a time.
 template <class Tiles, class C, class Number>
 void multiply(C* c, View<Number> a, View<Number> b, bool accumulate, const Finish<float>& finish) {
     const int m = a.rows, n = b.cols, k = a.cols;
@@ -2983,8 +2981,8 @@ struct MatrixTiles : PairTiles {
     static int steps(int depth) { return round_up(depth, 32) / 2; }
     Unit unit;  // sets up the registers of its thread
 
-    // Registers 0 to 3 are the quarters of c, 4 and 5 two of a, below each other, 6 and 7 two of b.
-    // Why this order: each product waits for one load only.
+    // Registers 0 to 3 are the quarters of c, 4 and 5 two of a, 6 and 7 two of b. Why this order:
+    // each product waits for one load only.
     static void tile(float* c, ptrdiff_t ldc, Panels<Packed, 16> a, Panels<Packed, 16> b, int,
                      int k, bool add) {
         float* low = c + 16 * ldc;
@@ -3137,9 +3135,9 @@ void attend(A* out, float* lse, const A* qkv, int first, int last, int C, int HS
 }
 
 // --- Attention, backward
-// kDepth keys at a time, and the queries that see them: scores and p = e^(s - lse) are made again,
-// then dp = dout v^T and ds = p (dp - D). ds is the left operand of dq = ds k as it is; read
-// downwards, p and ds are those of dv = p^T dout and dk = ds^T q.
+// kDepth keys at a time, and the queries that see them: p = e^(s - lse) is made again, then dp =
+// dout v^T and ds = p (dp - D). ds is the left operand of dq = ds k as it is; read downwards, p and
+// ds are those of dv = p^T dout and dk = ds^T q.
 
 // One query: products p = q k^T and ds = dout v^T [count] become p (times the mask) and
 // ds / sqrt(HS), zero from `seen` on. D: dout . out of this query (§4.5); index: of the first of
