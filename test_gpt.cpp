@@ -36,10 +36,12 @@
 #endif
 #include "checks/runs.hpp"
 
-// Numbers below 1.2e-38 count as zero in all tests, as they do in the program.
+// Numbers below 1.2e-38 count as zero in all tests, as they do in the program. More threads than
+// cores, as in some containers, would be warned of by every command.
 #if !defined(TINYGPT_TEST_CUDA) || defined(__CUDACC__)
 int main(int argc, char** argv) {
     tinygpt::flush_tiny_numbers();
+    omp_set_num_threads(std::min(omp_get_max_threads(), tinygpt::usable_cores()));
     return doctest::Context(argc, argv).run();
 }
 #endif
@@ -255,12 +257,31 @@ struct Outcome {
     std::string out, err;
     bool says(const std::string& part) const { return contains(err, part); }
     int lines() const { return int(std::count(err.begin(), err.end(), '\n')); }
+    // It ended in one line of error, or as many, that has all of these parts; and, where it was
+    // refused, printed nothing else.
+    void check_fails(int with, const std::vector<std::string>& parts, int most_lines = 1) const {
+        CAPTURE(err);
+        CHECK(status == with);
+        CHECK((lines() >= 1 && lines() <= most_lines));
+        CHECK(err.size() < size_t(400 * most_lines));
+        for (const std::string& part : parts) CHECK_MESSAGE(says(part), part);
+    }
+    void check_refused(int with, const std::vector<std::string>& parts, int most_lines = 1) const {
+        check_fails(with, parts, most_lines);
+        CHECK(out == "");
+    }
     // The message that it failed with; "" where it did not.
     std::string error() const {
         const size_t at = err.find("error: ");
         return status == 0 || at == err.npos ? "" : err.substr(at + 7, err.size() - at - 8);
     }
 };
+
+// What did not fail.
+inline Outcome good(Outcome outcome) {
+    REQUIRE_MESSAGE(outcome.status == 0, outcome.err);
+    return outcome;
+}
 
 // Sends a file descriptor elsewhere until the end of the block.
 struct Redirect {
@@ -337,39 +358,47 @@ std::optional<Outcome> outcome_on_terminal(unsigned short columns, Command&& com
     return outcome;
 }
 
-// ./train_gpt with these arguments.
-inline int train_gpt_status(const Arguments& arguments) {
-    Arguments words = joined({"train_gpt"}, arguments);
+// A main function with these arguments.
+inline int run_main(Arguments words, auto&& main) {
     std::vector<char*> argv;
     for (std::string& word : words) argv.push_back(word.data());
-    return program(int(argv.size()), argv.data(), "train_gpt", run_on_cpu);
+    return main(int(argv.size()), argv.data());
+}
+// ./train_gpt with these arguments, or as much of it as `run` is.
+inline int train_gpt_status(const Arguments& arguments, auto&& run) {
+    return run_main(joined({"train_gpt"}, arguments),
+                    [&](int argc, char** argv) { return program(argc, argv, "train_gpt", run); });
 }
 inline Outcome train_gpt(const Arguments& arguments, int terminal = -1) {
-    return outcome_of([&] { return train_gpt_status(arguments); }, terminal);
+    return outcome_of([&] { return train_gpt_status(arguments, run_on_cpu); }, terminal);
 }
 
 #ifndef TINYGPT_TEST_CUDA
-// ./prepare_data with these arguments: "" where it succeeds, else "status: message".
-inline std::string prepare_data(const Arguments& arguments) {
-    int status = 0;
-    std::string message;
-    outcome_of([&] {
+// ./prepare_data with these arguments; where it fails, `err` is "status: message".
+inline Outcome prepare(const Arguments& arguments) {
+    return outcome_of([&] {
         try {
             run_prepare_data(arguments);
+            return 0;
         } catch (const Error& error) {
-            status = error.status;
-            message = error.what();
+            std::fprintf(stderr, "%d: %s", error.status, error.what());
+            return error.status;
         }
-        return status;
     });
-    return status == 0 ? "" : format("%d: %s", status, message.c_str());
 }
+inline std::string prepare_data(const Arguments& arguments) { return prepare(arguments).err; }
 #endif
 
 // The text with every `from` as `to`.
 inline std::string replaced(std::string text, const std::string& from, const std::string& to) {
     for (size_t at = 0; (at = text.find(from, at)) != text.npos; at += to.size())
         text.replace(at, from.size(), to);
+    return text;
+}
+
+inline std::string repeated(const std::string& part, size_t times) {
+    std::string text;
+    for (size_t i = 0; i < times; ++i) text += part;
     return text;
 }
 
@@ -976,38 +1005,44 @@ struct Tensor {
     operator double*() { return value.data(); }
 };
 
+// How far a tensor's gradient is from its slopes: the largest difference, over the largest slope.
 struct Found {
     std::string tensor;
-    double error;
+    double worst = 0, largest = kSmallest;
+    void add(double claim, double slope) {
+        worst = worse(worst, std::abs(claim - slope));
+        largest = std::max(largest, std::abs(slope));
+    }
+    double error() const { return worst / largest; }
 };
 inline double worst_of(const std::vector<Found>& all) {
     double worst = 0;
-    for (const Found& found : all) worst = worse(worst, found.error);
+    for (const Found& found : all) worst = worse(worst, found.error());
     return worst;
 }
 inline std::string table_of(const std::vector<Found>& all) {
     std::string text;
     for (const Found& found : all)
-        text += format("\n    %-28s %.2e", found.tensor.c_str(), found.error);
+        text += format("\n    %-28s %.2e", found.tensor.c_str(), found.error());
     return text;
 }
 
-// Compares every tensor's gradient with differences of loss(); of large tensors a seeded sample.
+// The elements of an array that are tried: all, or a seeded sample.
+inline std::vector<size_t> tried(size_t count, size_t sample, uint64_t seed) {
+    std::vector<size_t> list(std::min(count, sample));
+    for (size_t n = 0; n < list.size(); ++n)
+        list[n] = count <= sample ? n : random_bits(seed, n) % count;
+    return list;
+}
+// Compares every tensor's gradient with differences of loss().
 template <class Loss>
 std::vector<Found> compare(std::vector<Tensor*> tensors, Loss&& loss, size_t sample = 120) {
     std::vector<Found> all;
     for (Tensor* tensor : tensors) {
-        double worst = 0, largest = kSmallest;
-        const size_t count = tensor->value.size();
-        for (size_t n = 0; n < std::min(count, sample); ++n) {
-            const size_t i = count <= sample ? n : random_bits(count, n) % count;
-            const double truth = slope(tensor->value[i], loss);
-            const double claim = tensor->gradient[i] / (tensor->summed ? 2 : 1);
-            const double difference = std::abs(claim - truth);
-            worst = worse(worst, difference);
-            largest = std::max(largest, std::abs(truth));
-        }
-        all.push_back({tensor->name, worst / largest});
+        Found& found = all.emplace_back(Found{tensor->name});
+        for (size_t i : tried(tensor->value.size(), sample, tensor->value.size()))
+            found.add(tensor->gradient[i] / (tensor->summed ? 2 : 1),
+                      slope(tensor->value[i], loss));
     }
     return all;
 }
@@ -1129,18 +1164,12 @@ std::vector<Found> check_attention(Device device, int B, int T, int NH, int HS, 
                                   lse.data(), sums.data(), B, T, NH, HS, drop, add);
     // Queries, keys and values are three tensors in one: each is held against its own largest.
     std::vector<Found> all = compare({&bias}, loss);
-    for (int third = 0; third < 3; ++third) {
-        double worst = 0, largest = kSmallest;
-        const size_t count = size_t(B) * T * C;
-        for (size_t n = 0; n < std::min<size_t>(count, 100); ++n) {
-            const size_t i = count <= 100 ? n : random_bits(count, n) % count;
-            const size_t at = i / C * 3 * C + size_t(third) * C + i % C;
-            const double truth = slope(qkv.value[at], loss),
-                         difference = std::abs(qkv.gradient[at] - truth);
-            worst = worse(worst, difference);
-            largest = std::max(largest, std::abs(truth));
+    for (size_t third : {0, 1, 2}) {
+        Found& found = all.emplace_back(Found{std::array{"queries", "keys", "values"}[third]});
+        for (size_t i : tried(size_t(B) * T * C, 100, size_t(B) * T * C)) {
+            const size_t at = i / C * 3 * C + third * C + i % C;
+            found.add(qkv.gradient[at], slope(qkv.value[at], loss));
         }
-        all.push_back({third == 0 ? "queries" : third == 1 ? "keys" : "values", worst / largest});
     }
     return all;
 }
@@ -1162,7 +1191,8 @@ std::vector<Found> check_head(Device device, int rows, int C, int V) {
     };
     auto all = compare({&x, &w}, loss, rows > 200 ? 30 : 120);
     loss();
-    all.push_back({"losses", relative_error(from_backward.data(), losses.data(), losses.size())});
+    all.push_back(
+        {"losses", relative_error(from_backward.data(), losses.data(), losses.size()), 1});
     return all;
 }
 
@@ -1312,52 +1342,15 @@ TEST_CASE("dropout: its own mask everywhere, in every micro-batch and step; none
 // §5, §6 The whole model
 // =================================================================================================
 
-constexpr const char* kFaults[] = {
-    "embed_backward: wpe gets nothing",
-    "embed_backward: wte's sign",
-    "embed_backward: the mask is left out",
-    "embed_backward: a repeated token keeps its last row only",
-    "embed_backward: the last row is left out",
-    "layernorm_backward: dx without the mean's term",
-    "layernorm_backward: dx without the scale's term",
-    "layernorm_backward: the sign of the scale's term",
-    "layernorm_backward: the residual's gradient is not joined",
-    "layernorm_backward: dweight with x instead of the normalised x",
-    "layernorm_backward: dbias's sign",
-    "layernorm_backward: dbranch without the mask",
-    "layernorm_backward: dbranch_bias misses the last row",
-    "layernorm_backward: sets where it should add",
-    "linear_backward: dx's sign",
-    "linear_backward: dx misses the last output",
-    "linear_backward: dw's sign",
-    "linear_backward: adds where it should set",
-    "linear_gelu_backward: the derivative without its inner term",
-    "linear_gelu_backward: the inner derivative without 3 * 0.044715 x^2",
-    "linear_gelu_backward: the sign of the inner term",
-    "linear_gelu_backward: dpre_bias from dout times w, before the derivative",
-    "linear_gelu_backward: dw from pre instead of gelu",
-    "linear_gelu_backward: sets where it should add",
-    "attention_backward: without the D term",
-    "attention_backward: dq's sign",
-    "attention_backward: dk without 1/sqrt(HS)",
-    "attention_backward: dv without the mask",
-    "attention_backward: dk misses the last query",
-    "attention_backward: dqkv_bias misses the last row",
-    "attention_backward: adds where it should set",
-    "head_forward_backward: without the minus one-hot",
-    "head_forward_backward: dx's sign",
-    "head_forward_backward: dw without the scale",
-    "head_forward_backward: a target that is ignored still pushes",
-    "head_forward_backward: sets where it should add",
-    "head_forward_backward: adds where it should set",
-    "model: the embeddings' gradients are not cleared",
-};
-
 // The layers of §4 with one fault: the right function runs first, then one sign or term is spoilt.
 struct Broken : Reference<double> {
-    std::string fault;  // one of the list, or empty: nothing is wrong
+    std::string fault;  // "": nothing is wrong
+    static inline std::set<std::string>
+        all;  // the faults there are: what was asked for without one
     bool is(const char* function, const char* what) const {
-        return fault == std::string(function) + ": " + what;
+        const std::string name = std::string(function) + ": " + what;
+        if (fault.empty()) all.insert(name);
+        return fault == name;
     }
 
     template <class T>
@@ -1614,8 +1607,7 @@ inline Slopes measure_slopes(const ModelCase& c, size_t sample) {
     for (size_t t = 0; t < model->layout.tensors.size(); ++t) {
         const TensorInfo& info = model->layout.tensors[t];
         Slopes::Of of{info.name, {}, {}};
-        for (size_t n = 0; n < std::min(info.count, sample); ++n) {
-            const size_t i = info.count <= sample ? n : random_bits(t + 1000, n) % info.count;
+        for (size_t i : tried(info.count, sample, t + 1000)) {
             of.at.push_back(info.offset + i);
             of.value.push_back(
                 slope(model->weights[info.offset + i], [&] { return loss_of(*model, c); }));
@@ -1627,13 +1619,8 @@ inline Slopes measure_slopes(const ModelCase& c, size_t sample) {
 inline std::vector<Found> compare(const Slopes& slopes, const std::vector<double>& gradient) {
     std::vector<Found> all;
     for (const Slopes::Of& of : slopes.tensors) {
-        double worst = 0, largest = kSmallest;
-        for (size_t n = 0; n < of.at.size(); ++n) {
-            const double difference = std::abs(gradient[of.at[n]] - of.value[n]);
-            worst = worse(worst, difference);
-            largest = std::max(largest, std::abs(of.value[n]));
-        }
-        all.push_back({of.name, worst / largest});
+        Found& found = all.emplace_back(Found{of.name});
+        for (size_t n = 0; n < of.at.size(); ++n) found.add(gradient[of.at[n]], of.value[n]);
     }
     return all;
 }
@@ -1662,7 +1649,8 @@ TEST_CASE("gradients: the checks notice every single broken sign and term") {
     CHECK(worst_of(compare(slopes, gradient_of(c, Broken()))) < kTolerance);  // no fault, no alarm
     std::map<std::string, int> faults_of;
     double quietest = INFINITY;
-    for (const std::string fault : kFaults) {
+    const std::set<std::string> faults = Broken::all;
+    for (const std::string& fault : faults) {
         const std::string function = fault.substr(0, fault.find(':'));
         ++faults_of[function];
         Broken device;
@@ -1677,12 +1665,11 @@ TEST_CASE("gradients: the checks notice every single broken sign and term") {
         quietest =
             std::min({quietest, worst_of(whole), layer.empty() ? INFINITY : worst_of(layer)});
     }
-    for (const auto& entry : faults_of) {
-        CAPTURE(entry.first);
-        CHECK((entry.second >= 2 || entry.first == "model"));
-    }
-    MESSAGE(std::size(kFaults) << " faults, all noticed; the quietest is an error of " << quietest
-                               << ", the alarm is at " << kTolerance);
+    for (const char* function : {"embed", "layernorm", "linear", "linear_gelu", "attention"})
+        CHECK_MESSAGE(faults_of[std::string(function) + "_backward"] >= 4, function);
+    CHECK(faults_of["head_forward_backward"] >= 4);
+    MESSAGE(faults.size() << " faults, all noticed; the quietest is an error of " << quietest
+                          << ", the alarm is at " << kTolerance);
 }
 
 TEST_CASE("gradients: the fast device's agree with the reference's") {
@@ -1713,36 +1700,9 @@ inline double reference_error(const TensorInfo& t, const double* found,
                      relative_error(found + 2 * C, truth.data() + 2 * C, C)});
 }
 
-// How far float's rounding may carry a weight. AdamW divides by sqrt(v), so a gradient that is
-// wrong by d moves its weight by lr d / sqrt(v) a step: without limit where the gradient happens
-// to be almost 0, as it always is for the keys' bias. Here d is 1e-5 of a tensor's largest
-// gradient (what float leaves after a few steps), and v is that of the same run in double.
-struct RoundingAllowance {
-    Gpt2<Reference<double>> exact;
-    std::vector<double> of;  // every element of the flat array
-    explicit RoundingAllowance(const PyTorchNumbers& reference)
-        : exact(reference.config), of(exact.layout.size) {
-        exact.reserve(reference.batch.B, reference.batch.T, Use::training);
-        read_weights(exact, reference);
-    }
-    void step(const Batch& batch, const StepOptions& options, int64_t s) {
-        train_step(exact, {batch}, options, s);
-        for (const TensorInfo& t : exact.layout.tensors) {
-            double largest = 0;
-            for (size_t i = t.offset; i < t.offset + t.count; ++i)
-                largest = std::max(largest, std::abs(exact.grads[i]));
-            for (size_t i = t.offset; i < t.offset + t.count; ++i) {
-                const double v =
-                    exact.moments[1][i] / (1 - std::pow(options.adamw.beta2, double(s + 1)));
-                const double moved = 1e-5 * largest / (std::sqrt(v) + options.adamw.eps);
-                of[i] +=
-                    exact.state->lr * std::min(2.0, moved);  // a step is hardly ever longer than lr
-            }
-        }
-    }
-};
-
-// Logits, loss, gradients, ten steps and final weights against the reference.
+// Logits, gradients, loss and norm of ten steps, and in double the final weights, against the
+// reference. Why not in float: AdamW divides by sqrt(v), so where a gradient happens to be almost 0
+// its rounding moves a weight as far as any other.
 template <class Device>
 std::string compare_with_reference(const std::string& folder) {
     using real = typename Device::Real;
@@ -1774,11 +1734,9 @@ std::string compare_with_reference(const std::string& folder) {
     const auto losses = reference.read("step.loss"), norms = reference.read("step.grad_norm"),
                rates = reference.read("step.lr");
     REQUIRE(losses.size() == size_t(options.rate.steps));
-    RoundingAllowance allowance(reference);
     double gradient_error = 0, step_error = 0, final_error = 0;
     for (int64_t s = 0; s < options.rate.steps; ++s) {
         train_step(model, {batch}, options, s);
-        if (!in_double) allowance.step(batch, options, s);
         CAPTURE(s);
         step_error = std::max({step_error, std::abs(model.state->loss / losses[size_t(s)] - 1),
                                std::abs(model.state->grad_norm / norms[size_t(s)] - 1)});
@@ -1796,33 +1754,19 @@ std::string compare_with_reference(const std::string& folder) {
         }
     }
     CHECK(step_error < scalars);
-    size_t allowed = 0;
     for (const TensorInfo& t : model.layout.tensors) {
-        if (reference.compact) break;
-        std::vector<double> found(model.weights + t.offset, model.weights + t.offset + t.count);
-        const std::vector<double> truth = reference.read("final." + t.name);
-        double largest = 0;
-        for (double x : truth) largest = std::max(largest, std::abs(x));
-        const double limit = tolerance * largest;
-        const bool has_keys = contains(t.name, "c_attn.bias");
-        for (size_t i = 0; i < t.count; ++i) {
-            const double difference = std::abs(found[i] - truth[i]);
-            if (difference <= limit || difference > allowance.of[t.offset + i]) continue;
-            if (!has_keys || i < t.count / 3 || i >= 2 * t.count / 3) ++allowed;
-            found[i] = truth[i];
-        }
-        const double error = reference_error(t, found.data(), truth);
+        if (!in_double || reference.compact) break;
+        const std::vector<double> found(model.weights + t.offset,
+                                        model.weights + t.offset + t.count);
+        const double error = reference_error(t, found.data(), reference.read("final." + t.name));
         CAPTURE(t.name);
         CHECK(error < tolerance);
         final_error = std::max(final_error, error);
     }
-    CHECK(allowed <= model.layout.count / 2000);
     return format(
-        "%s, %s: logits %.1e, gradients %.1e, loss and norm of %d steps %.1e, final weights %s",
+        "%s, %s: logits %.1e, gradients %.1e, loss and norm of %zu steps %.1e, weights %.1e",
         folder.substr(folder.rfind('/') + 1).c_str(), in_double ? "double" : "float", logits_error,
-        gradient_error, int(losses.size()), step_error,
-        reference.compact ? "not stored"
-                          : format("%.1e (%zu allowed more)", final_error, allowed).c_str());
+        gradient_error, losses.size(), step_error, final_error);
 }
 
 TEST_CASE("reference: logits, gradients and ten AdamW steps are PyTorch's") {
@@ -2452,7 +2396,7 @@ TEST_CASE("generation: temperature, top-k and top-p choose the candidates") {
 TEST_CASE("generation: greedy text is the argmax, the seed decides the rest, the context slides") {
     Threads one(1);
     const Config config{2, 2, 16, 12, 19};
-    Lively<float> model(config, 1, 12, Use::generation), full(config, 1, 12, Use::evaluation);
+    Lively<float> model(config, 1, 12, Use::generation), full(config, 1, 12, Use::generation);
     int slides = -1;
     auto text = [&](std::vector<int32_t> prompt, const SampleOptions& o) {
         std::vector<int> out;
@@ -2465,12 +2409,7 @@ TEST_CASE("generation: greedy text is the argmax, the seed decides the rest, the
     CHECK(slides == 0);
     std::vector<int32_t> so_far = {3, 5, 7};
     for (int token : out) {
-        const int n = int(so_far.size());
-        full.device.upload(full.a.inputs, so_far.data(), so_far.size());
-        forward(full, {.B = 1, .T = n});
-        std::vector<float> logits(19);
-        full.device.head_logits(logits.data(), full.a.ln_f + (n - 1) * 16, full.w.lm_head, 1, 16,
-                                19);
+        const std::vector<float> logits = next_logits(full, so_far, 0);
         REQUIRE(token == std::max_element(logits.begin(), logits.end()) - logits.begin());
         so_far.push_back(token);
     }
@@ -2502,6 +2441,16 @@ TEST_CASE("generation: greedy text is the argmax, the seed decides the rest, the
 
 using tinygpt::FastOps, tinygpt::PlainOps, tinygpt::kDepth;
 
+// Sizes "m x n x k", each a matrix product's.
+std::vector<std::array<int, 3>> products(const std::string& text) {
+    std::vector<std::array<int, 3>> list;
+    for (const std::string& word : words(text)) {
+        auto& [m, n, k] = list.emplace_back();
+        REQUIRE(std::sscanf(word.c_str(), "%dx%dx%d", &m, &n, &k) == 3);
+    }
+    return list;
+}
+
 // A matrix [rows, cols], stored as it is or transposed.
 struct Operand {
     std::vector<float> data;
@@ -2523,30 +2472,11 @@ double matmul_error(int m, int n, int k, bool a_transposed, bool b_transposed, b
 }
 
 TEST_CASE("matmul: agrees with the plain one, ragged or not, in every order") {
-    const std::array<int, 3> sizes[] = {{1, 1, 1},
-                                        {1, 17, 5},
-                                        {1, 301, 257},
-                                        {2, 3, 1},
-                                        {7, 31, 2},
-                                        {14, 32, 16},
-                                        {15, 33, 17},
-                                        {13, 127, 61},
-                                        {6, 16, 8},
-                                        {29, 65, 383},
-                                        {28, 64, 384},
-                                        {43, 97, 385},
-                                        {29, 65, 511},
-                                        {28, 64, 512},
-                                        {43, 97, 513},
-                                        {30, 33, 1025},
-                                        {225, 70, 9},
-                                        {230, 33, 800},
-                                        {5, 4200, 3},
-                                        {60, 1100, 30},
-                                        // more than is packed at once
-                                        {4300, 40, 20},
-                                        {20, 40, 3100}};
-    for (const auto& size : sizes)
+    // The last two: more than is packed at once.
+    for (const auto& size : products(
+             "1x1x1 1x17x5 1x301x257 2x3x1 7x31x2 14x32x16 15x33x17 13x127x61 6x16x8 29x65x383 "
+             "28x64x384 43x97x385 29x65x511 28x64x512 43x97x513 30x33x1025 225x70x9 230x33x800 "
+             "5x4200x3 60x1100x30 4300x40x20 20x40x3100"))
         for (int order = 0; order < 8; ++order) {
             INFO("m, n, k ", size[0], ", ", size[1], ", ", size[2], ", order ", order);
             CHECK(matmul_error(size[0], size[1], size[2], order & 1, order & 2, order & 4) < 1);
@@ -2630,15 +2560,9 @@ struct Bf16Operand : Operand {
 // on a matrix unit. (Without the instruction the first and the second are the same.)
 TEST_CASE_TEMPLATE("matmul: in bf16 sums are fp32, the same bits on any number of threads", Ops,
                    FastOps, OpsBy<PlainTiles>, OpsBy<UnitTiles>) {
-    for (const auto& size : {std::array{2, 3, 1},
-                             {15, 33, 17},
-                             {43, 97, 385},
-                             {30, 70, 801},
-                             {30, 70, 1100},
-                             {20, 40, 3100},
-                             {20, 40, 4300},
-                             {130, 70, 4200},
-                             {4300, 40, 40}})
+    for (const auto& size :
+         products("1x301x257 2x3x1 15x33x17 43x97x385 30x70x801 30x70x1100 20x40x3100 "
+                  "20x40x4300 130x70x4200 4300x40x40"))
         for (int order = 0; order < 4; ++order) {
             const int m = size[0], n = size[1], k = size[2];
             INFO("m, n, k ", m, ", ", n, ", ", k, ", order ", order);
@@ -2668,6 +2592,9 @@ TEST_CASE_TEMPLATE("matmul: in bf16 sums are fp32, the same bits on any number o
                 if (threads == 1) first = c, first_half = half;
                 CHECK(c == first);
                 CHECK(std::memcmp(half.data(), first_half.data(), 2 * half.size()) == 0);
+                if (m > 1) continue;  // one row, as in generation
+                Ops::matmul(half.data(), a.as_stored, b.as_stored);
+                for (int j = 0; j < n; ++j) CHECK(half[j].bits == bf16(c[j]).bits);
             }
         }
 }
@@ -2693,20 +2620,6 @@ TEST_CASE_TEMPLATE("matmul: a NaN stays in its row and column, whatever k is a m
                              (i == 7 || i == 8 || j == 11 || j == 12);
             CHECK(wrong == 0);
         }
-}
-
-TEST_CASE("matmul: one row in bf16, as in generation") {
-    for (bool transposed : {false, true}) {
-        const int n = 301, k = 257;
-        const Bf16Operand a(1, k, false, 1), b(k, n, transposed, 2);
-        std::vector<float> c(n), expected(n);
-        std::vector<bf16> half(n);
-        PlainOps::matmul(expected.data(), a.view, b.view);
-        FastOps::matmul(c.data(), a.as_stored, b.as_stored);
-        FastOps::matmul(half.data(), a.as_stored, b.as_stored);
-        CHECK(largest_difference(c, expected) < 1.2e-7 * (k + 2));
-        for (int j = 0; j < n; ++j) CHECK(half[j].bits == bf16(c[j]).bits);
-    }
 }
 
 TEST_CASE("exp: within 2 units in the last place, and right at the ends") {
@@ -2910,29 +2823,10 @@ struct Weights {
     void add(const std::string& name, std::vector<int64_t> shape) {
         tensors.push_back(tensor_to_write(name, std::move(shape), values.data()));
     }
-    // Gives a tensor another shape.
-    void reshape(const std::string& name, std::vector<int64_t> shape) {
-        for (StoredTensor& tensor : tensors)
-            if (tensor.name == name) tensor.shape = shape;
-    }
     void remove(const std::string& name) {
         std::erase_if(tensors, [&](const StoredTensor& tensor) { return tensor.name == name; });
     }
 };
-
-TEST_CASE("files: the checksum sees every flipped bit and every length") {
-    std::set<std::string> seen;
-    for (size_t length = 0; length < 100; length++) seen.insert(checksum(std::string(length, 0)));
-    std::string text(77, '\0');
-    for (size_t i = 0; i < text.size(); i++) text[i] = char(i * 37 + 1);
-    seen.insert(checksum(text));
-    for (size_t bit = 0; bit < 8 * text.size(); bit++) {
-        std::string changed = text;
-        changed[bit / 8] = char(changed[bit / 8] ^ (1 << (bit % 8)));
-        seen.insert(checksum(changed));
-    }
-    CHECK(seen.size() == 100 + 1 + 8 * text.size());
-}
 
 TEST_CASE("files: what is written is read back; folders are made, listed and removed") {
     TemporaryFolder scratch;
@@ -2963,67 +2857,42 @@ TEST_CASE("files: what is written is read back; folders are made, listed and rem
 TEST_CASE("machine: what containers allow counts as its cores and its memory") {
     struct Case {
         const char* what;
-        std::vector<std::array<const char*, 2>> files;
         int cores;
         size_t memory;
+        const char* group;
+        const char* files;  // below the folder of groups: name=what it says
     };
     const int all = omp_get_num_procs();
-    const std::array available = {"proc/meminfo", "MemTotal: 8000 kB\nMemAvailable:    4000 kB\n"};
-    const std::array inside = {"proc/self/cgroup", "0::/\n"};
-    const std::array nested = {"proc/self/cgroup", "0::/box/run\n"};
-    const std::array version_1 = {"proc/self/cgroup", "9:cpu,cpuacct:/d/1\n4:memory:/d/1\n0::/\n"};
-    const Case cases[] = {{"no groups", {available}, all, 4'096'000},
-                          {"no limits",
-                           {available,
-                            inside,
-                            {"sys/fs/cgroup/cpu.max", "max 100000\n"},
-                            {"sys/fs/cgroup/memory.max", "max\n"},
-                            {"sys/fs/cgroup/memory.current", "5\n"}},
-                           all,
-                           4'096'000},
-                          {"limits, and copies of files",
-                           {available,
-                            inside,
-                            {"sys/fs/cgroup/cpu.max", "50000 100000\n"},
-                            {"sys/fs/cgroup/memory.max", "1000000\n"},
-                            {"sys/fs/cgroup/memory.current", "400000\n"},
-                            {"sys/fs/cgroup/memory.stat", "anon 7\ninactive_file 100000\n"}},
-                           1,
-                           700'000},
-                          {"the outer group's, all used up",
-                           {available,
-                            nested,
-                            {"sys/fs/cgroup/box/run/cpu.max", "max 100000\n"},
-                            {"sys/fs/cgroup/box/cpu.max", "150000 100000\n"},
-                            {"sys/fs/cgroup/box/memory.max", "1000\n"},
-                            {"sys/fs/cgroup/box/memory.current", "1001\n"}},
-                           std::min(all, 2),
-                           0},
-                          {"version 1, where the path is that of outside",
-                           {available,
-                            version_1,
-                            {"sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us", "100000\n"},
-                            {"sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us", "100000\n"},
-                            {"sys/fs/cgroup/memory/memory.limit_in_bytes", "3000\n"},
-                            {"sys/fs/cgroup/memory/memory.usage_in_bytes", "1000\n"}},
-                           1,
-                           2000},
-                          {"version 1, no limits",
-                           {available,
-                            version_1,
-                            {"sys/fs/cgroup/cpu,cpuacct/d/1/cpu.cfs_quota_us", "-1\n"},
-                            {"sys/fs/cgroup/cpu,cpuacct/d/1/cpu.cfs_period_us", "100000\n"},
-                            {"sys/fs/cgroup/memory/d/1/memory.limit_in_bytes",
-                             "9223372036854771712\n"},
-                            {"sys/fs/cgroup/memory/d/1/memory.usage_in_bytes", "1000\n"}},
-                           all,
-                           4'096'000}};
+    const char* v1 = "9:cpu,cpuacct:/d/1\n4:memory:/d/1\n0::/\n";
+    const Case cases[] =
+        {{"no groups", all, 4'096'000, "", ""},
+         {"no limits", all, 4'096'000, "0::/\n",
+          "cpu.max=max 100000|memory.max=max|memory.current=5"},
+         {"limits, and copies of files", 1, 700'000, "0::/\n",
+          "cpu.max=50000 100000|memory.max=1000000|memory.current=400000|"
+          "memory.stat=anon 7\ninactive_file 100000"},
+         {"the outer group's, all used up", std::min(all, 2), 0, "0::/box/run\n",
+          "box/run/cpu.max=max 100000|box/cpu.max=150000 100000|box/memory.max=1000|"
+          "box/memory.current=1001"},
+         {"version 1, where the path is that of outside", 1, 2000, v1,
+          "cpu,cpuacct/cpu.cfs_quota_us=100000|cpu,cpuacct/cpu.cfs_period_us=100000|"
+          "memory/memory.limit_in_bytes=3000|memory/memory.usage_in_bytes=1000"},
+         {"version 1, no limits", all, 4'096'000, v1,
+          "cpu,cpuacct/d/1/cpu.cfs_quota_us=-1|cpu,cpuacct/d/1/cpu.cfs_period_us=100000|"
+          "memory/d/1/memory.limit_in_bytes=9223372036854771712|"
+          "memory/d/1/memory.usage_in_bytes=1000"}};
     for (const Case& c : cases) {
         CAPTURE(c.what);
         TemporaryFolder root;
-        for (const auto& [name, text] : c.files) {
+        auto put = [&](const std::string& name, const std::string& text) {
             make_folders(parent_folder(root / name));
-            put_file(root / name, text);
+            put_file(root / name, text + "\n");
+        };
+        put("proc/meminfo", "MemTotal: 8000 kB\nMemAvailable:    4000 kB");
+        if (*c.group) put("proc/self/cgroup", c.group);
+        for (const std::string& file : split_at(c.files, '|')) {
+            const size_t at = file.find('=');
+            if (at != file.npos) put("sys/fs/cgroup/" + file.substr(0, at), file.substr(at + 1));
         }
         CHECK(usable_cores(root.path) == c.cores);
         CHECK(usable_memory(root.path) == c.memory);
@@ -3088,22 +2957,6 @@ TEST_CASE("files: errors name the path and the reason") {
     }
     CHECK(list_folder(folder) == std::vector<std::string>{"file"});
     CHECK(read_file(file) == "12345");
-}
-
-TEST_CASE("files: a save syncs the data before the rename and the folder after it") {
-    TemporaryFolder scratch;
-    std::vector<std::string> log;
-    file_fault() = [&](const char* call, const std::string& path) {
-        const std::string name = path.substr(std::min(path.size(), scratch.path.size() + 1));
-        log.push_back(to_text(call, " ", contains(path, "/f.tmp-") ? "temporary" : name));
-        return 0;
-    };
-    make_folders(scratch / "new");
-    write_file(scratch / "new/f", "bytes");
-    const std::vector<std::string> order = {"mkdir new",       "fsync ",          "open temporary",
-                                            "write temporary", "fsync temporary", "rename new/f",
-                                            "fsync new"};
-    CHECK(log == order);
 }
 
 TEST_CASE("files: whichever call of a save fails, the old file or the new one is there, whole") {
@@ -3182,28 +3035,11 @@ TEST_CASE("json: what RFC 8259 allows is read") {
         CHECK(Json::parse(json.write(2), "x.json").write() == written);
     };
     for (auto& [text, written] : list) check(text, written);
-    for (const char* same : {"null",
-                             "0",
-                             "-0",
-                             "-0.0",
-                             "-12",
-                             "9223372036854775807",
-                             "-9223372036854775808",
-                             "9007199254740993",
-                             "0.5",
-                             "1e2",
-                             "1E+2",
-                             "-1.5e-3",
-                             "1e-05",
-                             "0.1",
-                             "\"\"",
-                             "\"a b\"",
-                             "\"\xc3\xa9\xf4\x8f\xbf\xbf\"",
-                             R"("\u0000")",
-                             "\"\x7f\"",
-                             "[]",
-                             "{}",
-                             R"({"a":{"a":{"a":1}}})"})
+    for (const std::string& same : split_at(
+             "null|0|-0|-0.0|-12|9223372036854775807|-9223372036854775808|9007199254740993|0.5|"
+             "1e2|1E+2|-1.5e-3|1e-05|0.1|\"\"|\"a b\"|\"\xc3\xa9\xf4\x8f\xbf\xbf\"|"
+             "\"\\u0000\"|\"\x7f\"|[]|{}|{\"a\":{\"a\":{\"a\":1}}}",
+             '|'))
         check(same, same);
     for (const char* text : {"1.0", "1e3", "12345678901234567890", "true"})
         CHECK(!Json::parse(text, "x.json").as<int64_t>());
@@ -3302,34 +3138,6 @@ TEST_CASE("json: large and hostile texts take linear time and bounded depth") {
         CHECK(contains(message, reason));
         CHECK(message.empty() == !*reason);
     }
-}
-
-TEST_CASE("json: no mutation of a text makes the parser do anything but read or refuse it") {
-    const std::string good =
-        R"({"a":[1,-2.5e3,true,false,null],"b\u0041\ud83d\ude00":{"c":"\n\t\"","d":{}},"e":""})";
-    const std::string alphabet = "{}[]\",:\\u0d8-+.eE1 \n\xff\xc3";
-    int accepted = 0;
-    for (uint64_t i = 0; i < 20'000; i++) {
-        std::string text = good;
-        for (uint64_t change = 0; change <= random_bits(i, 0) % 3; change++) {
-            const size_t at = random_bits(i, 3 * change + 1) % text.size();
-            const char c = alphabet[random_bits(i, 3 * change + 2) % alphabet.size()];
-            switch (random_bits(i, 3 * change + 3) % 3) {
-                case 0: text[at] = c; break;
-                case 1: text.insert(at, 1, c); break;
-                default: text.erase(at, 1 + random_bits(i, 99) % 5);
-            }
-            if (text.empty()) text = "[";
-        }
-        const std::string message = error_of([&] {
-            const std::string written = Json::parse(text, "x").write();
-            CHECK(Json::parse(written, "x").write() == written);
-            accepted++;
-        });
-        CHECK((message.empty() || message.starts_with("x: not valid JSON: line ")));
-    }
-    CHECK(accepted > 500);
-    CHECK(accepted < 15'000);
 }
 
 // =================================================================================================
@@ -3598,18 +3406,6 @@ TEST_CASE("tokenizer: bytes, in GPT-2's order") {
           "there is no token 257: the vocabulary has 257");
 }
 
-TEST_CASE("tokenizer: a vocabulary is saved and loaded") {
-    Tokenizer learnt = trained_on({sample_text(), random_text(3, 500)}, 400);
-    CHECK(learnt.vocab_size() > 300);
-    CHECK(learnt.bytes_of(learnt.end_of_text()) == "");
-    CHECK_FALSE(learnt == Tokenizer::bytes());
-    for (const Tokenizer& tokenizer : {learnt, Tokenizer::bytes()}) {
-        TemporaryFolder temporary;
-        tokenizer.save(temporary.path);
-        CHECK(Tokenizer::load(temporary.path) == tokenizer);
-    }
-}
-
 TEST_CASE("tokenizer: encoding agrees with BPE by its definition, also in prepare_data") {
     std::vector<std::string> texts;
     for (uint64_t seed = 0; seed < 100; ++seed) {
@@ -3788,6 +3584,7 @@ TEST_CASE("tokenizer: damaged vocabulary files are refused in one clear line") {
          {vocab, merges + "q x\n", "expected an object of 263 tokens (256 bytes, 6 merges"},
          {changed("\"!\": 0", "\"!\": 1"), merges, "! must have the id 0"},
          {changed("\"!\": 0", "\"!\": 0.0"), merges, "! must have the id 0"},
+         {changed("\"!\": 0", "\"!\": 4294967296"), merges, "! must have the id 0"},
          {changed("\"!\": 0", "\"?!\": 0"), merges, "no merge makes the token ?!"},
          {changed("\"!\": 0", "\"!\": 0, \"??\": 7"), merges, "expected an object of 262 tokens"},
          {changed("<|endoftext|>", "<|end|>"), merges, "no merge makes the token <|end|>"},
@@ -4094,29 +3891,6 @@ TEST_CASE("safetensors: each rule of the format broken once is refused by name")
     check_unreadable(scratch / "pipe", "expected a file");
 }
 
-TEST_CASE("safetensors: no changed byte of a header reads outside the file or is missed") {
-    TemporaryFolder scratch;
-    const std::vector<float> w = {1, 2, 3, 4, 5, 6};
-    write_safetensors(scratch / "f", {tensor_to_write("a", {2, 2}, w.data()),
-                                      tensor_to_write("b", {2}, w.data())});
-    const std::string whole = read_file(scratch / "f"), path = scratch / "g";
-    for (uint64_t i = 0; i < 4000; i++) {
-        std::string bytes = whole;
-        bytes[random_bits(i, 1) % (whole.size() - 24)] = char(random_bits(i, 2));
-        put_file(path, bytes);
-        const std::string message = error_of([&] {
-            const SafetensorsFile file(path);
-            uint64_t covered = 0;
-            for (const StoredTensor& tensor : file.tensors) {
-                REQUIRE(tensor.end <= bytes.size());
-                covered += tensor.end - tensor.begin;
-            }
-            CHECK(covered == 24);
-        });
-        if (!message.empty()) check_unreadable(path, "");
-    }
-}
-
 TEST_CASE("safetensors: NaN and infinity are neither read nor written") {
     TemporaryFolder scratch;
     const std::string path = scratch / "f";
@@ -4317,45 +4091,46 @@ TEST_CASE("checkpoints: a tied head that is another matrix is not dropped in sil
 TEST_CASE("checkpoints: a missing, extra or misshapen tensor is named with what was expected") {
     TemporaryFolder scratch;
     const std::string path = scratch / "model.safetensors", p = "transformer.";
-    auto check = [&](const std::string& reason, const std::function<void(Weights&)>& change,
-                     const Config& config = tiny_config) {
-        Weights weights(config);
-        change(weights);
+    // A tensor as it should not be, and the reason.
+    struct Case {
+        std::string name;
+        std::optional<std::vector<int64_t>> shape;  // none: there is no such tensor
+        std::string reason;
+        Config config = tiny_config;
+    };
+    const Case cases[] =
+        {{p + "wpe.weight", {}, "tensor wpe.weight is missing: expected shape [4,8]"},
+         {p + "h.1.mlp.c_fc.bias", {}, "tensor h.1.mlp.c_fc.bias is missing: expected shape [32]"},
+         {"lm_head.weight",
+          {},
+          "tensor lm_head.weight is missing: expected shape [11,8]",
+          untied_config},
+         {"lm_head.weight", {{8, 11}}, "lm_head.weight: expected shape [11,8], found [8,11]"},
+         {"lm_head.bias", {{11}}, "tensor lm_head.bias: unexpected"},
+         {p + "h.2.ln_1.weight", {{8}}, "tensor transformer.h.2.ln_1.weight: unexpected"},
+         {"scores.weight", {{2, 8}}, "tensor scores.weight: unexpected"},
+         {p + "h.0.attn.biases", {{1}}, "tensor transformer.h.0.attn.biases: unexpected"},
+         {"model.wte.weight", {{11, 8}}, "there twice"},
+         {"h.0.ln_1.bias", {{8}}, "there twice"},
+         {p + "lm_head.weight", {{8, 11}}, "expected shape [11,8]"},
+         {"bad\nname", {{1}}, "tensor \"bad\\nname\""},
+         {"wte.weight", {{11, 8}}, "there twice"},
+         {std::string(5000, 'n'), {{1}}, "nnn\"...: unexpected"},
+         {p + "wte.weight",
+          {{8, 11}},
+          "transformer.wte.weight: expected shape [11,8], found [8,11]"},
+         {p + "h.0.attn.c_attn.weight", {{24, 8}}, "expected shape [8,24], found [24,8]"},
+         {p + "ln_f.weight", {{1, 8}}, "expected shape [8], found [1,8]"},
+         {p + "ln_f.bias", {std::vector<int64_t>()}, "expected shape [8], found []"},
+         {p + "ln_f.bias", {{0}}, "expected shape [8], found [0]"}};
+    for (const Case& c : cases) {
+        Weights weights(c.config);
+        weights.remove(c.name);
+        if (c.shape) weights.add(c.name, *c.shape);
         write_safetensors(path, weights.tensors);
         const auto files = one_file(path);
-        check_refused(path, reason, [&] { match_tensors(files, weights.layout.tensors); });
-    };
-    check("tensor wpe.weight is missing: expected shape [4,8]",
-          [&](Weights& w) { w.remove(p + "wpe.weight"); });
-    check("tensor h.1.mlp.c_fc.bias is missing: expected shape [32]",
-          [&](Weights& w) { w.remove(p + "h.1.mlp.c_fc.bias"); });
-    check(
-        "tensor lm_head.weight is missing: expected shape [11,8]",
-        [](Weights& w) { w.remove("lm_head.weight"); }, untied_config);
-    using Shape = std::vector<int64_t>;
-    for (auto& [name, shape, reason] :
-         {std::tuple{"lm_head.weight", Shape{8, 11},
-                     "tensor lm_head.weight: expected shape [11,8], found [8,11]"},
-          {"lm_head.bias", {11}, "tensor lm_head.bias: unexpected"},
-          {"transformer.h.2.ln_1.weight", {8}, "tensor transformer.h.2.ln_1.weight: unexpected"},
-          {"scores.weight", {2, 8}, "tensor scores.weight: unexpected"},
-          {"transformer.h.0.attn.biases", {1}, "tensor transformer.h.0.attn.biases: unexpected"},
-          {"model.wte.weight", {11, 8}, "there twice"},
-          {"h.0.ln_1.bias", {8}, "there twice"},
-          {"transformer.lm_head.weight", {8, 11}, "expected shape [11,8]"},
-          {"bad\nname", {1}, "tensor \"bad\\nname\""},
-          {"wte.weight", {11, 8}, "there twice"}})
-        check(reason, [&, &name = name, &shape = shape](Weights& w) { w.add(name, shape); });
-    check("nnn\"...: unexpected", [](Weights& w) { w.add(std::string(5000, 'n'), {1}); });
-    for (auto& [name, shape, reason] :
-         {std::tuple{"wte.weight", Shape{8, 11},
-                     "tensor transformer.wte.weight: expected shape [11,8], found [8,11]"},
-          {"h.0.attn.c_attn.weight", {24, 8}, "expected shape [8,24], found [24,8]"},
-          {"ln_f.weight", {1, 8}, "expected shape [8], found [1,8]"},
-          {"ln_f.bias", {}, "expected shape [8], found []"},
-          {"ln_f.bias", {0}, "expected shape [8], found [0]"}})
-        check(reason,
-              [&, &name = name, &shape = shape](Weights& w) { w.reshape(p + name, shape); });
+        check_refused(path, c.reason, [&] { match_tensors(files, weights.layout.tensors); });
+    }
     // A folder without the file gets an answer that helps.
     check_refused(scratch / "none", "there is no such folder",
                   [&] { config_of_folder(scratch / "none"); });
@@ -4473,48 +4248,36 @@ TEST_CASE("config.json: what this model does not do is refused by name") {
         put_file(path, text);
         check_refused(path, reason, [&] { read_hf_config(path); });
     };
-    // A member, what follows its name and value in the message, and values that are refused.
-    const std::tuple<const char*, const char*, std::vector<const char*>> values[] = {
-        {"model_type", ": only \"gpt2\"", {"\"gpt_neo\""}},
-        {"activation_function", ": only the tanh GELU", {"\"gelu\"", "\"quick_gelu\"", "7"}},
-        {"n_inner", ": only null or 4 n_embd", {"31", "0"}},
-        {"n_ctx", ": it must equal n_positions", {"5"}},
-        {"scale_attn_weights", ": only true", {"false"}},
-        {"scale_attn_by_inverse_layer_idx", ": only false", {"true"}},
-        {"reorder_and_upcast_attn", ": only false", {"true"}},
-        {"add_cross_attention", ": only false", {"true"}},
-        {"is_encoder_decoder", ": only false", {"true"}},
-        {"quantization_config", ": quantised weights", {"{\"bits\":4}"}},
-        {"pruned_heads", ": pruned heads", {"{\"0\":[1]}"}},
-        {"tie_word_embeddings", ": must be true or false", {"0"}},
+    // A member, what is said of its value @, and values that are refused.
+    const std::array<std::string, 3> members[] = {
+        {"model_type", "is @: only \"gpt2\"", "\"gpt_neo\""},
+        {"activation_function", "is @: only the tanh GELU", "\"gelu\" \"quick_gelu\" 7"},
+        {"n_inner", "is @: only null or 4 n_embd", "31 0"},
+        {"n_ctx", "is @: it must equal n_positions", "5"},
+        {"scale_attn_weights", "is @: only true", "false"},
+        {"scale_attn_by_inverse_layer_idx", "is @: only false", "true"},
+        {"reorder_and_upcast_attn", "is @: only false", "true"},
+        {"add_cross_attention", "is @: only false", "true"},
+        {"is_encoder_decoder", "is @: only false", "true"},
+        {"quantization_config", "is @: quantised weights", "{\"bits\":4}"},
+        {"pruned_heads", "is @: pruned heads", "{\"0\":[1]}"},
+        {"tie_word_embeddings", "is @: must be true or false", "0"},
+        {"layer_norm_epsilon", "must be from 1e-30 to 1, found @",
+         "0 -1e-5 1.5 1e-38 \"1e-5\" null"},
+        {"n_layer", "must be an integer from 1 to 1000, found ", "0 -2 2.5 1001 2147483648 1e300"},
+        {"n_layer", "must be a number, found a string", "\"2\""},
+        {"n_layer", "must be a number, found null", "null"},
+        {"n_head", "3 does not divide \"n_embd\" 8", "3"},
+        {"n_head", "must be an integer from 1 to 65536", "0 65537"},
+        {"n_embd", "must be an integer from 1 to 65536", "0 65537 4294967304 18446744073709551616"},
+        {"n_positions", "must be an integer from 1 to 1048576", "0 1048577"},
+        {"vocab_size", "must be an integer from 1 to 65536, found ", "0 65537"},
+        {"vocab_size", "must be a number, found an array", "[11]"},
     };
-    for (auto& [key, why, refused] : values)
-        for (const char* value : refused)
+    for (const auto& [key, said, values] : members)
+        for (const std::string& value : words(values))
             check(Json(good).set(key, Json::parse(value, "x")).write(),
-                  to_text("\"", key, "\" is ", value, why));
-    for (const char* value : {"0", "-1e-5", "1.5", "1e-38", "\"1e-5\"", "null"})
-        check(Json(good).set("layer_norm_epsilon", Json::parse(value, "x")).write(),
-              to_text("\"layer_norm_epsilon\" must be from 1e-30 to 1, found ", value));
-    // A size, what is said of it, and values that are refused.
-    const std::tuple<const char*, const char*, std::vector<const char*>> sizes[] = {
-        {"n_layer",
-         "must be an integer from 1 to 1000, found ",
-         {"0", "-2", "2.5", "1001", "2147483648", "1e300"}},
-        {"n_layer", "must be a number, found a string", {"\"2\""}},
-        {"n_layer", "must be a number, found null", {"null"}},
-        {"n_head", "3 does not divide \"n_embd\" 8", {"3"}},
-        {"n_head", "must be an integer from 1 to 65536", {"0", "65537"}},
-        {"n_embd",
-         "must be an integer from 1 to 65536",
-         {"0", "65537", "4294967304", "18446744073709551616"}},
-        {"n_positions", "must be an integer from 1 to 1048576", {"0", "1048577"}},
-        {"vocab_size", "must be an integer from 1 to 65536, found ", {"0", "65537"}},
-        {"vocab_size", "must be a number, found an array", {"[11]"}},
-    };
-    for (auto& [key, reason, refused] : sizes)
-        for (const char* value : refused)
-            check(Json(good).set(key, Json::parse(value, "x")).write(),
-                  to_text("\"", key, "\" ", reason));
+                  to_text("\"", key, "\" ", replaced(said, "@", value)));
     for (const char* key : {"n_layer", "n_head", "n_embd", "n_positions", "vocab_size"}) {
         Json changed = good;
         std::erase_if(changed.members,
@@ -4540,7 +4303,9 @@ TEST_CASE("checkpoints: the checksum of a file sees every change, on any number 
         return *seen.insert(file_checksum(scratch / "f")).first;
     };
     // Lengths around the chunks', zeros and not; a bit here and there; chunks that change places.
-    for (size_t length : {size_t(0), size_t(1), kChunk - 1, kChunk, kChunk + 1, 7 * kChunk + 3}) {
+    for (size_t length = 2; length < 100; ++length) sum_of(std::string(length, '\0'));
+    for (size_t length :
+         {size_t(0), size_t(1), size_t(177), kChunk - 1, kChunk, kChunk + 1, 7 * kChunk + 3}) {
         std::string bytes(length, '\0');
         sum_of(bytes);
         for (size_t i = 0; i < length; i++) bytes[i] = char(random_bits(3, i));
@@ -4551,7 +4316,9 @@ TEST_CASE("checkpoints: the checksum of a file sees every change, on any number 
             const Threads one(1);
             CHECK(file_checksum(scratch / "f") == sum);
         }
-        for (size_t bit : {size_t(0), 4 * length, 8 * length - 1}) {
+        const size_t step =
+            length == 177 ? 1 : 4 * length - 1;  // all; or the first, middle and last
+        for (size_t bit = 0; bit < 8 * length; bit += step) {
             std::string changed = bytes;
             changed[bit / 8] = char(changed[bit / 8] ^ (1 << bit % 8));
             sum_of(changed);
@@ -4573,28 +4340,26 @@ void copy(const std::string& from, const std::string& to) {
     std::filesystem::copy(from, to, std::filesystem::copy_options::recursive);
 }
 
-// Every file below a folder, with its bytes, but for the lock.
+// Every file below a folder, by its name from there, with its bytes, but for the lock.
 std::map<std::string, std::string> snapshot(const std::string& folder) {
     std::map<std::string, std::string> files;
     for (auto& entry : std::filesystem::recursive_directory_iterator(folder))
         if (entry.is_regular_file() && entry.path().filename() != "lock")
-            files[entry.path().string()] = read_file(entry.path().string());
+            files[entry.path().string().substr(folder.size())] = read_file(entry.path().string());
     return files;
 }
 
 // A run that nothing disturbed, for others to be compared with.
 struct Runs : TestRuns {
     explicit Runs(const Arguments& more = {}) {
-        const Outcome straight = train("straight", more);
-        REQUIRE_MESSAGE(straight.status == 0, straight.err);
+        const Outcome straight = good(train("straight", more));
         CHECK(contains(straight.out, "stopped early"));
         CHECK((end() > 15 && end() < 30));
     }
     int64_t end() const { return last_step(out("straight")); }
     // Resumes the run of that name, which then ends as the undisturbed one.
     Outcome resume(const std::string& name, const Arguments& more = {}) const {
-        const Outcome resumed = train(name, joined(more, {"--resume", "auto"}));
-        CHECK_MESSAGE(resumed.status == 0, resumed.err);
+        const Outcome resumed = good(train(name, joined(more, {"--resume", "auto"})));
         if (!folder_exists(out(name) + "/best"))
             copy(out("straight") + "/best", out(name) + "/best");
         check_same_end(out("straight"), out(name));
@@ -4863,8 +4628,7 @@ TEST_CASE("run: a run whose time is up is evaluated, and says how much time it h
     TestRuns place;
     const Arguments options =
         words("--patience 0 --eval-interval 1000000 --save-interval 0 --max-minutes 0.002");
-    const Outcome up = place.train("out", joined(options, {"--max-steps", "1000000000000"}));
-    CHECK_MESSAGE(up.status == 0, up.err);
+    const Outcome up = good(place.train("out", joined(options, {"--max-steps", "1000000000000"})));
     CHECK(contains(up.out, "time is up (--max-minutes)"));
     CHECK_MESSAGE(!contains(up.out, "best inf"), up.out);
     CHECK(folder_exists(place.out() + "/best"));
@@ -4872,9 +4636,8 @@ TEST_CASE("run: a run whose time is up is evaluated, and says how much time it h
     for (const std::string& line : split_at(up.out, '\n'))
         if (line.ends_with(" left")) CHECK_MESSAGE(line.ends_with("| 0s left"), line);
     // Without any other limit, as many steps are planned as seem to fit.
-    const Outcome fits = train_gpt(
-        joined(options, {"--data", place.data(), "--output", place.out("fits"), "--seq-len", "8"}));
-    CHECK_MESSAGE(fits.status == 0, fits.err);
+    const Outcome fits = good(train_gpt(joined(options, {"--data", place.data(), "--output",
+                                                         place.out("fits"), "--seq-len", "8"})));
     CHECK(verify_checkpoint(checkpoint_folder(place.out("fits"), last_step(place.out("fits"))))
               .planned_steps >= last_step(place.out("fits")));
 }
@@ -4887,11 +4650,8 @@ struct Hooked : tinygpt::Machine<float> {
 };
 Outcome train_on(const Hooked& device, const Arguments& arguments) {
     return outcome_of([&] {
-        try {
-            return train_command(device, parse_options(arguments));
-        } catch (const Error& error) {
-            return std::fprintf(stderr, "error: %s\n", error.what()), error.status;
-        }
+        return train_gpt_status(arguments,
+                                [&](const Options& o) { return train_command(device, o); });
     });
 }
 
@@ -4931,8 +4691,7 @@ TEST_CASE("run: with --max-minutes alone, the plan follows the clock, and so doe
             place.data() + " --output " + place.out(name) + " " + more);
     };
     const StoppedClock clock;
-    const Outcome straight = train_on(device, arguments("straight"));
-    CHECK_MESSAGE(straight.status == 0, straight.err);
+    const Outcome straight = good(train_on(device, arguments("straight")));
     CHECK_MESSAGE(contains(straight.out, "\nrun        0.05 minutes, in steps of 16 tokens into "),
                   straight.out);
     CHECK(contains(straight.out, "\nstep 0 | val "));
@@ -5002,10 +4761,9 @@ TEST_CASE("run: the loss before training counts for best/, --patience and the ve
     TestRuns place;
     REQUIRE(place.train("good", words("--patience 0")).status == 0);
     const std::string weights = place.out("good/best");
-    const Outcome worse =
+    const Outcome worse = good(
         place.train("worse", words("--warmup-steps 0 --learning-rate 2 --patience 3 --init-from " +
-                                   weights));
-    REQUIRE_MESSAGE(worse.status == 0, worse.err);
+                                   weights)));
     CHECK(last_step(place.out("worse")) == 6);
     CHECK(read_file(place.out("worse/best/model.safetensors")) ==
           read_file(weights + "/model.safetensors"));
@@ -5027,9 +4785,8 @@ TEST_CASE("run: --seq-len and --learning-rate follow the model and the start, an
     const std::string small = "--n-layer 1 --n-embd 8 --n-head 2 --n-positions 24 ";
     auto run = [&](const std::string& name, const std::string& more) {
         const Outcome outcome =
-            train_gpt(words("--warmup-steps 1 --batch-size 2 --max-steps 2 --data " + place.data() +
-                            " --output " + place.out(name) + " " + more));
-        CHECK_MESSAGE(outcome.status == 0, outcome.err);
+            good(train_gpt(words("--warmup-steps 1 --batch-size 2 --max-steps 2 --data " +
+                                 place.data() + " --output " + place.out(name) + " " + more)));
         return outcome.out;
     };
     auto saved = [&](const std::string& name, const char* option) {
@@ -5068,8 +4825,8 @@ TEST_CASE("run: --seq-len and --learning-rate follow the model and the start, an
 TEST_CASE("run: --eval-tokens limits the evaluations of a run; eval scores all, on the same data") {
     TestRuns place;
     put_file(place.data() + "/dataset.json", "{\"floor\": 1.25}");
-    const Outcome run = place.train("out", words("--max-steps 2 --patience 0 --eval-tokens 20"));
-    REQUIRE_MESSAGE(run.status == 0, run.err);
+    const Outcome run =
+        good(place.train("out", words("--max-steps 2 --patience 0 --eval-tokens 20")));
     CHECK(contains(run.out, "--eval-tokens 20: the first of 150 for validation"));
     CHECK(!read_log(place.out() + "/log.csv", 2)[2].floor);  // known of the whole text only
     const auto model = loaded(place.out("out/checkpoint-2"), 1, 8);
@@ -5078,8 +4835,7 @@ TEST_CASE("run: --eval-tokens limits the evaluations of a run; eval scores all, 
     CHECK(first.tokens == 20);
     CHECK(near(*read_log(place.out() + "/log.csv", 2)[2].val_loss, first.loss(), 1e-8));
     const std::string eval = "eval --threads 1 --init-from " + place.out("out/best");
-    const Outcome same = train_gpt(words(eval));
-    CHECK_MESSAGE(same.status == 0, same.err);
+    const Outcome same = good(train_gpt(words(eval)));
     CHECK(contains(same.out, place.data() + ", as in its training"));
     CHECK(contains(same.out, "over 149 tokens"));
     // The same of shards; data that was moved; other data, where it is named.
@@ -5091,9 +4847,8 @@ TEST_CASE("run: --eval-tokens limits the evaluations of a run; eval scores all, 
                 .status == 0);
     CHECK(contains(train_gpt(words("eval --init-from " + place.out("shards/best"))).out, shards));
     std::filesystem::rename(place.data(), place.out("moved"));
-    const Outcome gone = train_gpt(words(eval));
-    CHECK(gone.status == 1);
-    CHECK_MESSAGE(gone.says("was trained on " + place.data() + ", which is not here"), gone.err);
+    train_gpt(words(eval))
+        .check_fails(1, {"was trained on " + place.data() + ", which is not here"});
     CHECK(train_gpt(words(eval + " --data " + place.out("moved"))).status == 0);
 }
 
@@ -5109,22 +4864,11 @@ TEST_CASE("run: --overwrite sets the old run aside, and only once the new one ca
         CHECK(place.train("out", over).says("another run is writing into"));
     }
     CHECK(snapshot(place.out()) == before);
-    const Outcome again = place.train("out", joined(over, {"--seed", "4"}));
-    CHECK_MESSAGE(again.status == 0, again.err);
+    const Outcome again = good(place.train("out", joined(over, {"--seed", "4"})));
     CHECK(contains(again.out, place.out() + ", as " + place.out() + ".set-aside"));
     CHECK(place.train("out", over).status == 0);
-    auto bytes = [&](const std::string& name) {
-        std::vector<std::string> list;
-        for (const auto& file : snapshot(place.out(name))) list.push_back(file.second);
-        return list;
-    };
-    CHECK(before == [&] {
-        std::map<std::string, std::string> moved;
-        for (const auto& [path, text] : snapshot(place.out("out.set-aside")))
-            moved[place.out() + path.substr((place.out() + ".set-aside").size())] = text;
-        return moved;
-    }());
-    CHECK(bytes("out.set-aside-2").size() == bytes("out").size());
+    CHECK(snapshot(place.out("out.set-aside")) == before);
+    CHECK(snapshot(place.out("out.set-aside-2")).size() == snapshot(place.out()).size());
 }
 
 TEST_CASE("run: --log-json has a line for every row, also of a resumed run") {
@@ -5146,9 +4890,7 @@ TEST_CASE("run: --log-json has a line for every row, also of a resumed run") {
     LogRow row;
     row.step = 1, row.train_loss = NAN, row.lr = 0;
     CHECK(json_line(row) == "{\"step\": 1, \"train_loss\": null, \"lr\": 0}\n");
-    const Outcome twice = place.train("more", {"--log-json", json});
-    CHECK(twice.status == 1);
-    CHECK(twice.says("exists already"));
+    place.train("more", {"--log-json", json}).check_fails(1, {"exists already"});
     CHECK(place.train("more", {"--log-json", place.out("none/x")}).says("there is no folder"));
     CHECK(place.train("more", {"--log-json", json, "--overwrite"}).status == 0);
     CHECK(file_exists(json + ".set-aside"));
@@ -5167,9 +4909,7 @@ TEST_CASE(
         };
     };
     at_lock([&] { other.emplace(lock_folder(place.out())); });
-    const Outcome lost = place.train("out", options);
-    CHECK(lost.status == 1);
-    CHECK(lost.says("another run is writing into"));
+    place.train("out", options).check_fails(1, {"another run is writing into"});
     CHECK(leads_to(place.out("out/lock"), *other));  // what the other needs stays
     other.reset();
     // Another run has begun and ended there before this one had the lock.
@@ -5184,18 +4924,15 @@ TEST_CASE(
         make_folders(place.out());
         put_file(place.out("out/lock"), "another's");
     });
-    const Outcome replaced = place.train("out", options);
-    CHECK(replaced.status == 1);
-    CHECK_MESSAGE(replaced.says("was removed or replaced while this run was writing"),
-                  replaced.err);
+    place.train("out", options)
+        .check_fails(1, {"was removed or replaced while this run was writing"});
     CHECK(list_folder(place.out()) == Arguments{"lock"});
 }
 
 TEST_CASE("run: the norms of every tensor are those of its weights, gradients and updates") {
     TestRuns place;
-    const Outcome run = place.train("out", words("--tensor-stats-interval 2 --save-interval 1 "
-                                                 "--keep 9 --max-steps 3 --warmup-steps 0"));
-    REQUIRE_MESSAGE(run.status == 0, run.err);
+    const Outcome run = good(place.train("out", words("--tensor-stats-interval 2 --save-interval 1 "
+                                                      "--keep 9 --max-steps 3 --warmup-steps 0")));
     CHECK(!contains(run.out, "\nstep 1   "));
     CHECK(!contains(run.out, "\nstep 3   "));
     const std::string table = run.out.substr(run.out.find("\nstep 2   "));
@@ -5309,19 +5046,14 @@ TEST_CASE("run: a finished run is left alone, no run is written over, and one wr
     const auto before = snapshot(place.path);
     const Outcome again = place.resume("straight"), over = place.train("straight");
     CHECK(contains(again.out, "is finished"));
-    CHECK(over.status == 1);
-    CHECK(over.says("already holds a run"));
-    CHECK(over.lines() == 1);
+    over.check_fails(1, {"already holds a run"});
     CHECK(snapshot(place.path) == before);
     // One run in a folder at a time; a lock file that was left behind locks nothing. With nothing
     // to resume, --resume auto starts.
     make_folders(place.out());
     {
         const FileHandle lock = lock_folder(place.out());
-        const Outcome second = place.train("out");
-        CHECK(second.status == 1);
-        CHECK(second.says("another run is writing into"));
-        CHECK(second.lines() == 1);
+        place.train("out").check_fails(1, {"another run is writing into"});
         CHECK(list_folder(place.out()) == std::vector<std::string>{"lock"});
     }
     place.resume("out");
@@ -5345,20 +5077,18 @@ TEST_CASE("run: resuming with any option that changes the numbers is refused, na
         const Outcome refused =
             place.train("out", {"--resume", "auto", "--" + pairs[i], pairs[i + 1]});
         CAPTURE(refused.err);
-        CHECK(refused.status == 2);
-        CHECK(refused.says("--" + pairs[i]));
-        CHECK(refused.says("--override"));
-        CHECK(refused.lines() == 1);
+        refused.check_fails(2, {"--" + pairs[i], "--override"});
     }
     const Json list = options_that_change_numbers(Options());
-    for (auto& option : list.members) CHECK_MESSAGE(tried.contains(option.first), option.first);
+    std::set<std::string> listed;
+    for (auto& option : list.members) listed.insert(option.first);
+    CHECK(listed == tried);
     CHECK(snapshot(place.path) == before);
     // What does not change the numbers may differ, and --override lets everything pass.
     copy(place.out(), place.out("copy"));
     place.resume("out", words("--keep 9 --log-interval 1"));
-    const Outcome forced =
-        place.train("copy", words("--resume auto --learning-rate 0.2 --max-steps 9 --override"));
-    CHECK_MESSAGE(forced.status == 0, forced.err);
+    const Outcome forced = good(
+        place.train("copy", words("--resume auto --learning-rate 0.2 --max-steps 9 --override")));
     CHECK(last_step(place.out("copy")) == 9);
 }
 
@@ -5379,8 +5109,7 @@ TEST_CASE("run: data that was moved is the same data, data that was changed is n
         } else {
             put_shard(moved + file, tokens);
             const Outcome refused = place.train("out", {"--data", moved, "--resume", "auto"});
-            CHECK(refused.status == 2);
-            CHECK(refused.says("the data has changed"));
+            refused.check_fails(2, {"the data has changed"});
         }
         std::filesystem::remove_all(moved);
     }
@@ -5392,8 +5121,7 @@ TEST_CASE("run: validation data that is trained on is warned of, under whatever 
     auto warned = [&](const std::string& name, const std::string& shards) {
         Arguments all = place.arguments(name, {"--max-steps", "2", "--patience", "0"});
         if (!shards.empty()) all.erase(all.begin(), all.begin() + 2);  // --data
-        const Outcome ran = train_gpt(shards.empty() ? all : words(shards, all));
-        CHECK_MESSAGE(ran.status == 0, ran.err);
+        const Outcome ran = good(train_gpt(shards.empty() ? all : words(shards, all)));
         return ran.says("the validation loss will say nothing about new text");
     };
     CHECK_FALSE(warned("apart", ""));
@@ -5407,8 +5135,7 @@ TEST_CASE("run: near the limit of open files a run trains and saves") {
     Runs place;
     for (int i = 10; i < 60; ++i) put_shard(place.data() + format("/train_%06d.bin", i), {1, 2, 3});
     const Limit few(RLIMIT_NOFILE, Limit::open_files(26));
-    const Outcome ran = place.train("out");
-    CHECK_MESSAGE(ran.status == 0, ran.err);
+    good(place.train("out"));
 }
 
 TEST_CASE("run: a damaged checkpoint is passed over, saying why; with none left the run refuses") {
@@ -5427,9 +5154,7 @@ TEST_CASE("run: a damaged checkpoint is passed over, saying why; with none left 
     std::filesystem::resize_file(place.out("copy") + "/checkpoint-5/trainer_state.json", 1000);
     const auto before = snapshot(place.out("copy"));
     const Outcome refused = place.train("copy", {"--resume", "auto"});
-    CHECK(refused.status == 1);
-    CHECK(refused.says("no checkpoint in " + place.out("copy") + " is whole"));
-    CHECK(refused.lines() == 4);  // three were passed over
+    refused.check_fails(1, {"no checkpoint in " + place.out("copy") + " is whole"}, 4);
     CHECK(snapshot(place.out("copy")) == before);
     // A log that lacks rows is continued, with a warning.
     const std::string log = place.out("no log") + "/log.csv";
@@ -5447,11 +5172,11 @@ TEST_CASE("run: a single flipped bit anywhere in a checkpoint is never loaded si
     const std::vector<std::string> files = list_folder(checkpoint);
     CHECK(files.size() == 9);
     CHECK(verify_checkpoint(checkpoint).step == 5);
-    // Ten bits of every file, some of them the first and the last.
+    // Forty bits of every file, some of them the first and the last.
     for (const std::string& name : files) {
         const std::string path = checkpoint + "/" + name, good = read_file(path);
         const size_t bits = 8 * good.size();
-        for (uint64_t i = 0; i < 10; i++) {
+        for (uint64_t i = 0; i < 40; i++) {
             const size_t bit = i == 0 ? 0 : i == 1 ? bits - 1 : random_bits(9, i) % bits;
             std::string bad = good;
             bad[bit / 8] = char(bad[bit / 8] ^ (1 << bit % 8));
@@ -5463,9 +5188,7 @@ TEST_CASE("run: a single flipped bit anywhere in a checkpoint is never loaded si
         put_file(path, good);
     }
     CHECK(verify_checkpoint(checkpoint).step == 5);
-    const Outcome resumed = place.train("out", {"--resume", place.out() + "/best"});
-    CHECK(resumed.status == 1);
-    CHECK(resumed.says("has no moments"));
+    place.train("out", {"--resume", place.out() + "/best"}).check_fails(1, {"has no moments"});
     // Weights that were changed on purpose, and the way to use them that the message names.
     const std::string weights = read_file(checkpoint + "/model.safetensors");
     put_file(checkpoint + "/model.safetensors",
@@ -5693,8 +5416,7 @@ TEST_CASE("run: a NaN stops the run, keeping nothing of it, or is skipped and st
     CHECK(stopped.says("step 1: the loss is"));
     CHECK(checkpoint_steps(place.out("stop")).empty());
     CHECK(read_log(place.out("stop") + "/log.csv", 9).size() == 2);
-    const Outcome skipped = with("skip", "skip");
-    CHECK_MESSAGE(skipped.status == 0, skipped.err);
+    const Outcome skipped = good(with("skip", "skip"));
     for (int step = 1; step <= 9; ++step)  // after four, only every power of two is told
         CHECK(skipped.says(format("step %d was skipped: ", step)) == (step <= 4 || step == 8));
     const auto rows = read_log(place.out("skip") + "/log.csv", 9);
@@ -5709,10 +5431,8 @@ TEST_CASE("run: a NaN stops the run, keeping nothing of it, or is skipped and st
     // A hundred in a row end it, counted across a stop.
     at_step(60, [] { ::raise(SIGTERM); });
     CHECK(with("long", "skip --max-steps 200 --sample-interval 0").status == 130);
-    const Outcome many = with("long", "skip --max-steps 200 --sample-interval 0 --resume auto");
-    CHECK(many.status == 1);
-    CHECK_MESSAGE(many.says("step 100: the loss is"), many.err);
-    CHECK(many.says("like 99 steps before it"));
+    with("long", "skip --max-steps 200 --sample-interval 0 --resume auto")
+        .check_fails(1, {"step 100: the loss is", "like 99 steps before it"}, 99);
 }
 
 TEST_CASE("run: an outlier is skipped where that is asked for, and stays in the log") {
@@ -5722,12 +5442,11 @@ TEST_CASE("run: an outlier is skipped where that is asked for, and stays in the 
     for (size_t i = 0; i < tokens.size(); i++)
         tokens[i] = uint16_t(i / 16 == 139 ? random_bits(3, i) % 256 : "the cat sat "[i % 12]);
     put_shard(place.path + "/shard.bin", tokens);
-    const Outcome outcome = train_gpt(
+    const Outcome outcome = good(train_gpt(
         words("--vocab-size 257 --n-layer 1 --n-embd 8 --n-head 2 --seq-len 8 --warmup-steps 50 "
               "--batch-size 2 --shuffle 0 --max-steps 150 --eval-interval 0 --skip-outliers 6 "
               "--learning-rate 0.01 --sample-interval 0 --train-shards " +
-              place.path + "/shard.bin --output " + place.out()));
-    REQUIRE_MESSAGE(outcome.status == 0, outcome.err);
+              place.path + "/shard.bin --output " + place.out())));
     CHECK(outcome.says("step 140 was skipped"));
     CHECK(verify_checkpoint(place.out() + "/checkpoint-150").guards.outliers == 1);
     const auto rows = read_log(place.out() + "/log.csv", 150);
@@ -5759,20 +5478,17 @@ TEST_CASE("run: going back to an earlier checkpoint sets the later ones aside") 
     copy(place.out("straight"), place.out());
     Arguments arguments = place.arguments("out", {"--keep", "2"});
     arguments.erase(arguments.begin() + 2, arguments.begin() + 4);  // --output: the checkpoint's
-    const Outcome back = train_gpt(joined(arguments, {"--resume", place.out() + "/checkpoint-5/"}));
-    REQUIRE_MESSAGE(back.status == 0, back.err);
+    const Outcome back =
+        good(train_gpt(joined(arguments, {"--resume", place.out() + "/checkpoint-5/"})));
     CHECK(folder_exists(place.out() + "/checkpoint-10.set-aside"));
     CHECK(checkpoint_steps(place.out()).size() == 2);
     check_same_end(place.out("straight"), place.out());
     // Into a folder of its own: with the log so far, and nothing else touched.
     const auto before = snapshot(place.out("straight"));
-    const Outcome fork = place.train("fork", {"--resume", earlier});
-    REQUIRE_MESSAGE(fork.status == 0, fork.err);
+    const Outcome fork = good(place.train("fork", {"--resume", earlier}));
     CHECK(rows_of(place.out("fork")) == rows_of(place.out("straight")));
     CHECK(snapshot(place.out("straight")) == before);
-    const Outcome other = place.train("out", {"--resume", earlier});
-    CHECK(other.status == 1);
-    CHECK(other.says("already holds a run"));
+    place.train("out", {"--resume", earlier}).check_fails(1, {"already holds a run"});
 }
 
 TEST_CASE("run: bad input ends with a clear line or two, and nothing is written") {
@@ -5853,11 +5569,7 @@ TEST_CASE("run: bad input ends with a clear line or two, and nothing is written"
             arguments = joined(arguments, {"--output", place.out("bad")});
         const Outcome outcome = train_gpt(arguments);
         CAPTURE(c.arguments);
-        CHECK_MESSAGE(outcome.status == c.status, outcome.err);
-        CHECK_MESSAGE(outcome.says(c.says), outcome.err);
-        CHECK(outcome.says("error: "));
-        CHECK(outcome.lines() <= 2);
-        CHECK(outcome.out == "");
+        outcome.check_refused(c.status, {"error: ", c.says}, 2);
         CHECK(!folder_exists(place.out("bad")));
     }
     CHECK(snapshot(place.path) == before);
@@ -5898,8 +5610,7 @@ TEST_CASE("run: refused however late, a run leaves no folder behind") {
         const Outcome outcome =
             train_gpt(words("--batch-size 2 --seq-len 8 --data " + place.data() + " --output " +
                             place.out("new/run") + " --init-from " + place.out(name)));
-        CHECK_MESSAGE(outcome.status == 1, outcome.err);
-        CHECK_MESSAGE(outcome.says(name), outcome.err);
+        outcome.check_fails(1, {name});
         CHECK(outcome.out == "");
         CHECK(names() == before);
     }
@@ -5943,11 +5654,10 @@ TEST_CASE("run: the report says what the run was, and what it says to type next 
         const std::string verdict = start;
         CAPTURE(verdict);
         TestRuns place;
-        const Outcome outcome = train_gpt(
+        const Outcome outcome = good(train_gpt(
             words("--n-layer 1 --n-embd 32 --n-head 2 --n-positions 32 --seq-len 16 --batch-size 8 "
                   "--threads 1 --eval-interval 20 --warmup-steps 0 --data " +
-                  place.data() + " --output " + place.out() + "/ " + more));
-        REQUIRE_MESSAGE(outcome.status == 0, outcome.err);
+                  place.data() + " --output " + place.out() + "/ " + more)));
         CHECK_MESSAGE(contains(outcome.out, "\nverdict    " + verdict), outcome.out);
         // A slash at the end of --output is none in the folder's name.
         const bool best = !contains(more, "--eval-interval 0");
@@ -5971,8 +5681,8 @@ TEST_CASE("run: no line is wider than the terminal") {
         // In colour, unless the user has said NO_COLOR.
         ::setenv("TERM", "xterm", 1), ::setenv("NO_COLOR", columns == 300 ? "1" : "", 1);
         const auto outcome = outcome_on_terminal(columns, [&] {
-            return train_gpt_status(
-                place.arguments(format("out%d", columns), {"--max-steps", "5"}));
+            return train_gpt_status(place.arguments(format("out%d", columns), {"--max-steps", "5"}),
+                                    run_on_cpu);
         });
         if (!outcome) return;
         CHECK_MESSAGE(outcome->status == 0, outcome->err);
@@ -6011,17 +5721,14 @@ TEST_CASE("run: what users once stumbled over") {
     place.resume(name, {"--data", odd});
     // What prepare_data says to type next, where a path has a blank.
     put_file(place.path + "/text", "some text");
-    const Outcome prepared = outcome_of([&] {
-        run_prepare_data({"--input", place.path + "/text", "--output", place.out("a b")});
-        return 0;
-    });
+    const Outcome prepared =
+        prepare({"--input", place.path + "/text", "--output", place.out("a b")});
     CHECK_MESSAGE(contains(prepared.out, "./train_gpt --data '" + place.out("a b") + "' "),
                   prepared.out);
     // Numbers instead of text: the prompt's last and the model's first are two.
     const Outcome numbers =
-        train_gpt(words("--n-embd 8 --max-steps 1 --seq-len 8 --batch-size 2 --train-shards " +
-                        place.data() + "/train_*.bin --output " + place.out("none")));
-    CHECK_MESSAGE(numbers.status == 0, numbers.err);
+        good(train_gpt(words("--n-embd 8 --max-steps 1 --seq-len 8 --batch-size 2 --train-shards " +
+                             place.data() + "/train_*.bin --output " + place.out("none"))));
     const Outcome sample = train_gpt({"sample", "--init-from", place.out("none/best"), "--prompt",
                                       "1 2", "--max-new-tokens", "3", "--threads", "1"});
     CHECK_MESSAGE(sample.out.starts_with("1 2 "), sample.out);
@@ -6033,38 +5740,31 @@ TEST_CASE("run: what users once stumbled over") {
     check_same_end(place.out("straight"), place.out("quiet"));
     // A thread that cannot be started is a message, not an abort.
     const Outcome no_thread = outcome_of([&] {
-        char name[] = "train_gpt", *argv[] = {name};
-        return program(1, argv, "train_gpt", [](const Options&) -> int {
+        return train_gpt_status({}, [](const Options&) -> int {
             throw std::system_error(EAGAIN, std::generic_category());
         });
     });
-    CHECK(no_thread.status == 1);
-    CHECK(no_thread.err.starts_with("error: "));
+    no_thread.check_refused(1, {"error: "});
     // What a command printed must have arrived. A run is in its folder all the same.
     auto full = [] { return ::open("/dev/full", O_WRONLY); };
-    const Outcome info = train_gpt({"info"}, full());
-    CHECK(info.status == 1);
-    CHECK_MESSAGE(info.says("cannot write what is printed: No space left on device"), info.err);
+    train_gpt({"info"}, full())
+        .check_fails(1, {"cannot write what is printed: No space left on device"});
     CHECK(train_gpt(place.arguments("out", {"--max-steps", "2"}), full()).status == 0);
 }
 
 TEST_CASE("run: the program of docs/embedding.cpp trains, saves, loads and samples") {
     TestRuns place;
-    auto embedding = [](Arguments arguments) {
-        std::vector<char*> argv;
-        for (std::string& word : arguments) argv.push_back(word.data());
-        return outcome_of([&] { return embedding_main(int(argv.size()), argv.data()); });
+    auto embedding = [](const Arguments& arguments) {
+        return outcome_of([&] { return run_main(arguments, embedding_main); });
     };
-    const Outcome run = embedding({"embedding", place.data(), place.out(), "61"});
-    REQUIRE_MESSAGE(run.status == 0, run.err);
+    const Outcome run = good(embedding({"embedding", place.data(), place.out(), "61"}));
     double first = 0, last = 0;
     std::sscanf(run.out.c_str(), "step 0: loss %lf", &first);
     std::sscanf(run.out.c_str() + run.out.find("step 60: "), "step 60: loss %lf", &last);
     CHECK(std::abs(first - std::log(257)) < 0.1);
     CHECK(last < 0.6 * first);
     const Outcome sample =
-        train_gpt({"sample", "--init-from", place.out("out/model"), "--threads", "1"});
-    CHECK_MESSAGE(sample.status == 0, sample.err);
+        good(train_gpt({"sample", "--init-from", place.out("out/model"), "--threads", "1"}));
     CHECK(embedding({"embedding", place.data()}).status == 2);
     CHECK(embedding({"embedding", place.out(), place.out(), "1"}).status == 1);
 }
@@ -6095,6 +5795,14 @@ struct Rows {
             if (row.name == name) return row;
         FAIL("no option " << name);
         return all[0];
+    }
+    // A value that an option takes and does not have.
+    std::string another_value(const Option& row) const {
+        if (!row.range.is_number())
+            return row.range.words().back() == value_text(row) ? "0" : row.range.words().back();
+        for (const char* value : {"1", "2", "0.5"})
+            if (value_text(row) != value && row.range.contains(std::stod(value))) return value;
+        return "0";
     }
     // Sets an option; the message of the refusal where it is refused.
     std::string set(const Option& row, const std::string& value) const {
@@ -6128,12 +5836,7 @@ TEST_CASE("options: no two options share a variable") {
     for (size_t i = 0; i < defaults.all.size(); ++i) {
         const Rows rows;
         const Option& row = rows.all[i];
-        const std::string before = value_text(row);
-        std::string value = row.range.is_number() ? "1" : row.range.words().back();
-        if (value == before) value = "0";
-        if (row.range.is_number() && !row.range.contains(std::stod(value)))
-            value = row.range.low > 0 ? "2" : "0.5";
-        CHECK(rows.set(row, value) == "");
+        CHECK(rows.set(row, rows.another_value(row)) == "");
         for (size_t k = 0; k < rows.all.size(); ++k)
             CHECK_MESSAGE((value_text(rows.all[k]) != value_text(defaults.all[k])) == (k == i),
                           row.name << " and " << rows.all[k].name);
@@ -6142,14 +5845,9 @@ TEST_CASE("options: no two options share a variable") {
 
 TEST_CASE("options: nothing given means train with the defaults") {
     const Options o = parse_options({});
-    CHECK(o.command == kTrain);
-    CHECK_FALSE(o.command_given);
-    CHECK(o.given.empty());
-    CHECK(o.data == "data/stories");
-    CHECK(o.model == "tiny");
-    CHECK(o.max_steps > 0);
-    CHECK(o.shuffle);
-    CHECK(o.schedule == "cosine");
+    CHECK((o.command == kTrain && !o.command_given && o.given.empty()));
+    CHECK((o.data == "data/stories" && o.model == "tiny" && o.schedule == "cosine"));
+    CHECK((o.max_steps > 0 && o.shuffle));
 }
 
 TEST_CASE("options: the two forms, switches, lists, - for _, and values given twice") {
@@ -6303,8 +6001,14 @@ TEST_CASE("options: numbers are read strictly") {
                                {"5", 5},
                                {"5.", 5},
                                {"1E+1", 10},
-                               {"0", 0}})
-        CHECK(parse_options({"--learning-rate", text}).rate.peak == value);
+                               {"0.30000000000000004", 0.30000000000000004},
+                               {"0", 0}}) {
+        Rows rows;
+        rows.options = parse_options({"--learning-rate", text});
+        CHECK(rows.options.rate.peak == value);
+        CHECK(rows.set(rows["learning-rate"], value_text(rows["learning-rate"])) == "");
+        CHECK(rows.options.rate.peak == value);  // what is written out is read back
+    }
 }
 
 TEST_CASE("options: ranges hold at both ends, for every number") {
@@ -6329,20 +6033,6 @@ TEST_CASE("options: ranges hold at both ends, for every number") {
         CHECK_MESSAGE(!accepted(beyond(range.high, 1)), row.name);
     }
     CHECK(numbers > 30);
-}
-
-TEST_CASE("options: a value written out and read again is the same") {
-    const Rows rows;
-    for (const char* text : {"0.002", "1e-08", "0.30000000000000004", "100"}) {
-        const Option& row = rows["learning-rate"];
-        CHECK(rows.set(row, text) == "");
-        const double first = rows.options.rate.peak;
-        CHECK(first == std::strtod(text, nullptr));
-        CHECK(rows.set(row, value_text(row)) == "");
-        CHECK(rows.options.rate.peak == first);
-    }
-    CHECK(value_text(rows["shuffle"]) == "1");
-    CHECK(value_text(rows["eps"]) == "1e-08");
 }
 
 TEST_CASE("options: length: what is set counts, the default only alone") {
@@ -6407,9 +6097,7 @@ TEST_CASE("options: a bad config file is refused, naming file and line") {
           {"--help = 1", ":1: a config file cannot hold --help"},
           {"top-k = 4", ":1: train takes no option --top-k"},
           {std::string("seed = 1\n\0x", 11), ":2: expected `name = value`, found \"\\u0000x\""},
-          {"\x7f"
-           "ELF",
-           ":1: expected `name = value`"},
+          {"\177ELF", ":1: expected `name = value`"},
           {"GGUF = 1", ": found a GGUF file"}})
         CHECK(contains(message(text), path + part));
     CHECK(contains(message("seed = 1", "walk"), ":1: walk takes no option --seed"));
@@ -6491,70 +6179,32 @@ TEST_CASE("options: help and version, however they are asked for; a config file 
     CHECK(contains(refusal({"none.conf"}), "cannot read none.conf"));
 }
 
-// What is typed, and the name and value that it sets; or, where it is refused, a part of the
-// answer.
 TEST_CASE("options: the names of nanoGPT, llm.c and transformers are taken, or answered rightly") {
-    const std::vector<std::pair<std::string, std::string>> accepted = {
-        {"--out_dir=x", "output x"},
-        {"--block_size=256", "n-positions 256"},
-        {"--overwrite_output_dir", "overwrite 1"},
-        {"--gradient_accumulation_steps=5", "grad-accum-steps 5"},
-        {"--batch_size=12", "batch-size 12"},
-        {"--max_iters=600", "max-steps 600"},
-        {"--warmup_iters=7", "warmup-steps 7"},
-        {"--eval_interval=5", "eval-interval 5"},
-        {"--log_interval=1", "log-interval 1"},
-        {"--n_layer=12", "n-layer 12"},
-        {"--n_head=12", "n-head 12"},
-        {"--n_embd=768", "n-embd 768"},
-        {"--dropout=0.2", "dropout 0.2"},
-        {"--learning_rate=6e-4", "learning-rate 6e-04"},
-        {"--weight_decay=0.1", "weight-decay 0.1"},
-        {"--beta1=0.9", "beta1 0.9"},
-        {"--beta2=0.95", "beta2 0.95"},
-        {"--grad_clip=1.0", "grad-clip 1"},
-        {"-i a.bin", "train-shards a.bin"},
-        {"-o x", "output x"},
-        {"-n 100", "save-interval 100"},
-        {"-nk 3", "keep 3"},
-        {"-b 4", "batch-size 4"},
-        {"-t 64", "seq-len 64"},
-        {"-x 10", "max-steps 10"},
-        {"-k linear", "schedule linear"},
-        {"-l 3e-4", "learning-rate 3e-04"},
-        {"-u 10", "warmup-steps 10"},
-        {"-q 0.1", "min-lr-fraction 0.1"},
-        {"-c 0.1", "weight-decay 0.1"},
-        {"-v 20", "eval-interval 20"},
-        {"-s 20", "sample-interval 20"},
-        {"-a 1", "overfit-batch 1"},
-        {"-r 1", "recompute-gelu 1"},
-        {"--output_dir x", "output x"},
-        {"--per_device_train_batch_size 8", "batch-size 8"},
-        {"--num_train_epochs 3", "epochs 3"},
-        {"--adam_beta1 0.8", "beta1 0.8"},
-        {"--adam_beta2 0.9", "beta2 0.9"},
-        {"--adam_epsilon 1e-6", "eps 1e-06"},
-        {"--max_grad_norm 1", "grad-clip 1"},
-        {"--lr_scheduler_type cosine", "schedule cosine"},
-        {"--warmup_steps 5", "warmup-steps 5"},
-        {"--logging_steps 9", "log-interval 9"},
-        {"--eval_steps 9", "eval-interval 9"},
-        {"--save_steps 9", "save-interval 9"},
-        {"--save_total_limit 2", "keep 2"},
-        {"--seed 42", "seed 42"},
-        {"--max_steps 9", "max-steps 9"},
-        {"--resume_from_checkpoint x", "resume x"},
-    };
-    for (const auto& [typed, meant] : accepted) {
-        CAPTURE(typed);
+    // Their name, and ours.
+    const Arguments accepted = words(
+        "--out_dir output --block_size n-positions --overwrite_output_dir overwrite "
+        "--gradient_accumulation_steps grad-accum-steps --batch_size batch-size --max_iters max-steps "
+        "--warmup_iters warmup-steps --eval_interval eval-interval --log_interval log-interval "
+        "--n_layer n-layer --n_head n-head --n_embd n-embd --dropout dropout "
+        "--learning_rate learning-rate --weight_decay weight-decay --beta1 beta1 --beta2 beta2 "
+        "--grad_clip grad-clip -i train-shards -o output -n save-interval -nk keep -b batch-size "
+        "-t seq-len -x max-steps -k schedule -l learning-rate -u warmup-steps -q min-lr-fraction "
+        "-c weight-decay -v eval-interval -s sample-interval -a overfit-batch -r recompute-gelu "
+        "--output_dir output --per_device_train_batch_size batch-size --num_train_epochs epochs "
+        "--adam_beta1 beta1 --adam_beta2 beta2 --adam_epsilon eps --max_grad_norm grad-clip "
+        "--lr_scheduler_type schedule --warmup_steps warmup-steps --logging_steps log-interval "
+        "--eval_steps eval-interval --save_steps save-interval --save_total_limit keep --seed seed "
+        "--max_steps max-steps --resume_from_checkpoint resume");
+    for (size_t i = 0; i < accepted.size(); i += 2) {
+        CAPTURE(accepted[i]);
         Rows rows;
-        rows.options = parse_options(words(typed));
-        const auto part = split_at(meant, ' ');
-        CHECK(value_text(rows[part[0]]) == part[1]);
-        CHECK(rows.options.given.contains(part[0]));
+        const std::string value = rows.another_value(rows[accepted[i + 1]]);
+        rows.options = parse_options({accepted[i], value});
+        CHECK(value_text(rows[accepted[i + 1]]) == value);
+        CHECK(rows.options.given.contains(accepted[i + 1]));
     }
-    const std::vector<std::pair<std::string, std::string>> answered = {
+    // What is typed, and a part of the answer.
+    const std::pair<const char*, const char*> answered[] = {
         {"--dtype=bfloat16", "there is no --dtype: --precision fp32, bf16"},
         {"--bf16", "--precision fp32"},
         {"--fp16", "no fp16"},
@@ -6597,7 +6247,6 @@ TEST_CASE("options: the names of nanoGPT, llm.c and transformers are taken, or a
         CHECK_MESSAGE(contains(found, answer), typed << ": " << found);
         CHECK_MESSAGE(found.size() < 200, found);
     }
-    CHECK(accepted.size() + answered.size() >= 60);
     // No name twice, none of our own, and each leads to an option that there is, or to another
     // program's.
     std::set<std::string> seen;
@@ -6633,51 +6282,64 @@ TEST_CASE("terminal: words are wrapped, not cut, whatever the parts they come in
     CHECK(wrapped("as it is,  with  blanks") == "as it is,  with  blanks");
 }
 
-TEST_CASE("options: those that change the numbers") {
-    std::map<std::string, std::string> saved;
-    const Json list =
-        options_that_change_numbers(parse_options({"--batch-size=3", "--schedule=wsd"}));
-    for (auto& [name, value] : list.members) CHECK(saved.emplace(name, value.text).second);
-    CHECK(saved["batch-size"] == "3");
-    CHECK(saved["schedule"] == "wsd");
-    CHECK(saved["weight-decay"] == "0.1");
-    for (const char* name : {"data", "model", "n-layer", "dropout", "seed", "precision", "seq-len",
-                             "shuffle", "grad-accum-steps", "max-steps", "beta2", "grad-clip",
-                             "patience", "on-nan", "skip-outliers"})
-        CHECK_MESSAGE(saved.count(name) == 1, name);
-    for (const char* name :
-         {"threads", "output", "resume", "override", "config", "help", "log-interval", "keep",
-          "save-interval", "sample-interval", "prompt", "top-k", "hellaswag"})
-        CHECK_MESSAGE(saved.count(name) == 0, name);
-}
-
-TEST_CASE("options: whatever is typed, nothing but an Error of status 2") {
-    Arguments pieces = split_at(
-        "-- - = train sample 0 1 -1 1e9 x --help -h \xff\xfe "
-        "99999999999999999999 nan --config /dev/null / --shuffle =1 \n",
-        ' ');
-    pieces.insert(pieces.end(), {"", std::string(5000, 'a'), "--" + std::string(5000, 'b'),
-                                 std::string(1, '\0')});
-    int accepted = 0;
-    for (uint64_t round = 0; round < 3000; ++round) {
-        const uint64_t key = random_key(9, round, 0);
-        auto draw = [&, i = uint64_t(0)](size_t n) mutable {
-            return size_t(random_bits(key, i++) % n);
-        };
-        Arguments arguments;
-        for (size_t i = draw(6); i > 0; --i) {
-            std::string one = draw(2) ? "--" + kDocumented[draw(kDocumented.size())]
-                                      : pieces[draw(pieces.size())];
-            if (draw(3) == 0) one += "=" + pieces[draw(pieces.size())];
-            if (draw(8) == 0 && !one.empty()) one[draw(one.size())] = char(draw(256));
-            arguments.push_back(one);
+// In small what `make fuzz` does at large.
+TEST_CASE("parsers: no change to a good text makes one do anything but read it or refuse it") {
+    TemporaryFolder scratch;
+    const std::string path = scratch / "f";
+    const std::vector<float> w = {1, 2, 3, 4, 5, 6};
+    write_safetensors(path, {tensor_to_write("a", {2, 2}, w.data()),
+                             tensor_to_write("b", {2}, w.data())});
+    struct Parser {
+        std::string good;
+        int status;
+        std::string refusal;  // how it begins
+        std::function<void(const std::string&)> read;
+    };
+    const Parser parsers[] = {
+        {R"({"a":[1,-2.5e3,true,false,null],"b\u0041\ud83d\ude00":{"c":"\n\t\"","d":{}},"e":""})",
+         1, "x: not valid JSON: line ",
+         [](const std::string& text) {
+             const std::string written = Json::parse(text, "x").write();
+             CHECK(Json::parse(written, "x").write() == written);
+         }},
+        {read_file(path), 1, path + ": ",
+         [&](const std::string&) {
+             const SafetensorsFile file(path);
+             uint64_t covered = 0;
+             for (const StoredTensor& tensor : file.tensors) covered += tensor.end - tensor.begin;
+             CHECK(file.tensors.back().end == std::filesystem::file_size(path));
+             CHECK(covered == 24);
+         }},
+        {hf_config(tiny_config, 10).write(), 1, path + ": ",
+         [&](const std::string&) { read_hf_config(path); }},
+        {"train --batch-size 4 --schedule=wsd --data x --shuffle 0 -t 8 --config /dev/null -h", 2,
+         "", [](const std::string& text) { parse_options(words(text)); }},
+    };
+    for (const Parser& parser : parsers) {
+        int accepted = 0;
+        for (uint64_t i = 0; i < 5000; i++) {
+            std::string text = parser.good;
+            auto draw = [&, n = uint64_t(0)](size_t below) mutable {
+                return size_t(random_bits(i, n++) % below);
+            };
+            for (size_t changes = draw(3) + 1; changes > 0 && !text.empty(); --changes) {
+                const size_t at = draw(text.size());
+                const char c = draw(2) ? parser.good[draw(parser.good.size())] : char(draw(256));
+                switch (draw(3)) {
+                    case 0: text[at] = c; break;
+                    case 1: text.insert(at, 1, c); break;
+                    default: text.erase(at, 1 + draw(5));
+                }
+            }
+            put_file(path, text);
+            const std::string message = error_of([&] { parser.read(text); }, parser.status);
+            accepted += message.empty();
+            CAPTURE(text);
+            CHECK((message.empty() || message.starts_with(parser.refusal)));
+            CHECK(message.size() < 400);
         }
-        const std::string message = refusal(arguments);
-        accepted += message.empty();
-        CHECK((message.size() < 400 || contains(message, "cannot read")));  // paths are not cut
-        CHECK(std::count(message.begin(), message.end(), '\n') < 3);
+        CHECK((accepted > 50 && accepted < 4000));
     }
-    CHECK(accepted > 100);
 }
 
 // =================================================================================================
@@ -6809,24 +6471,14 @@ TEST_CASE("bench: watching a step changes no number of it, and shows every call"
     CHECK(plain.get_weights() == watched.get_weights());
     CHECK(plain.state->grad_norm == watched.state->grad_norm);
     // Two steps of two micro-batches of two layers.
-    CHECK(calls == std::map<std::string, int>{{"embed_forward", 4},
-                                              {"layernorm_forward", 20},
-                                              {"linear_forward", 8},
-                                              {"attention_forward", 8},
-                                              {"linear_residual_forward", 16},
-                                              {"linear_gelu_forward", 8},
-                                              {"head_forward_backward", 4},
-                                              {"linear_gelu_backward", 8},
-                                              {"linear_backward", 24},
-                                              {"attention_backward", 8},
-                                              {"layernorm_backward", 20},
-                                              {"embed_backward", 4},
-                                              {"begin_step", 2},
-                                              {"add_loss", 4},
-                                              {"square_sums", 2},
-                                              {"norm_of_sums", 2},
-                                              {"judge_step", 2},
-                                              {"adamw", 2}});
+    std::string counts;
+    for (const auto& [function, count] : calls) counts += to_text(function, " ", count, " ");
+    CHECK(
+        counts ==
+        "adamw 2 add_loss 4 attention_backward 8 attention_forward 8 begin_step 2 "
+        "embed_backward 4 embed_forward 4 head_forward_backward 4 judge_step 2 layernorm_backward 20 "
+        "layernorm_forward 20 linear_backward 24 linear_forward 8 linear_gelu_backward 8 "
+        "linear_gelu_forward 8 linear_residual_forward 16 norm_of_sums 2 square_sums 2 ");
     CHECK(sizes["linear_forward"] == std::vector<double>{8, 8, 24});
     CHECK(sizes["adamw"][0] == double(plain.layout.size));
 }
@@ -6958,10 +6610,7 @@ TEST_CASE("prepare_data: documents keep their order and their bytes") {
     CHECK(texts_of(split.train) == Texts{"\xff\xfd", " x\n", "\u732b\U0001f431"});
     CHECK(texts_of(split.val) == Texts{"", "one\r\n", "\xff\xfd"});
     // One is divided by characters, whole ones, in lines of JSON too.
-    const std::string cats = "\u732b\u732b\u732b\u732b", single = cats +
-                                                                  "\xff"
-                                                                  "a" +
-                                                                  cats;
+    const std::string cats = "\u732b\u732b\u732b\u732b", single = cats + "\377a" + cats;
     const auto divided = [&](const std::string& text, double fraction) {
         put_file(temporary / "single", text);
         const std::string field = text[0] == '{' ? "t" : "";
@@ -7017,20 +6666,13 @@ inline std::string prepared_text(const TemporaryFolder& temporary, const Argumen
                                  const Arguments& more = {}) {
     const std::string out = temporary / "out";
     std::filesystem::remove_all(out);
-    Outcome ran = outcome_of([&] {
-        try {
-            run_prepare_data(joined(joined({"--input"}, inputs),
-                                    joined({"--output", out, "--tokenizer", "byte"}, more)));
-            return 0;
-        } catch (const Error& error) {
-            std::printf("%d: %s\n", error.status, error.what());
-            return error.status;
-        }
-    });
+    const Outcome ran = prepare(joined(joined({"--input"}, inputs),
+                                       joined({"--output", out, "--tokenizer", "byte"}, more)));
+    std::string text = ran.out + ran.err;
     for (const char* shard : {"/train_000001.bin", "/val_000000.bin"})
         if (file_exists(out + shard))
-            ran.out += "\n" + Tokenizer::bytes().decode(shard_tokens(out + shard), "|");
-    return ran.out;
+            text += "\n" + Tokenizer::bytes().decode(shard_tokens(out + shard), "|");
+    return text;
 }
 
 TEST_CASE("prepare_data: what is no text is named, with what makes text of it") {
@@ -7061,10 +6703,7 @@ TEST_CASE("prepare_data: what is no text is named, with what makes text of it") 
                           {wide, "binary data", "iconv -f UTF-16LE ~"},
                           {"\xff\xfe" + zeros, "UTF-32", "iconv -f UTF-32"},
                           {"\x89PNG\r\n\x1a\n" + zeros + noise, "binary data", "text"},
-                          {"\x7f"
-                           "ELF" +
-                               zeros,
-                           "binary data", "text"},
+                          {"\177ELF" + zeros, "binary data", "text"},
                           {prose + '\0' + prose, "binary data", "text"},
                           {std::string(30, '\x02') + prose, "binary data", "text"},
                           {"version https://git-lfs.github.com/spec/v1\noid x", "a pointer to a",
@@ -7211,12 +6850,7 @@ TEST_CASE("prepare_data: when writing fails, the old dataset stays whole") {
     const std::string out = temporary / "out";
     write_file(temporary / "text", "some text, some more text");
     REQUIRE(prepare_data({"--input", temporary / "text", "--output", out}) == "");
-    auto contents = [&] {
-        std::map<std::string, std::string> files;
-        for (const std::string& name : list_folder(out)) files[name] = read_file(out + "/" + name);
-        return files;
-    };
-    auto before = contents();
+    const auto before = snapshot(out);
     int failed = 0;
     for (int write = 0; write < 100; ++write) {
         int count = 0;
@@ -7228,11 +6862,11 @@ TEST_CASE("prepare_data: when writing fails, the old dataset stays whole") {
         file_fault() = nullptr;
         if (error == "") break;
         CHECK(contains(error, "No space left"));
-        CHECK(contents() == before);
+        CHECK(snapshot(out) == before);
         ++failed;
     }
     CHECK(failed >= 5);  // two shards with header and tokens, two tokenizer files, dataset.json
-    CHECK_FALSE(contents() == before);
+    CHECK(snapshot(out) != before);
 }
 
 TEST_CASE("prepare_data: the stories have a floor, and it agrees with the grammar's entropy") {
@@ -7384,48 +7018,36 @@ TEST_CASE("stories: a sentence must agree with itself, a story with all of itsel
         "Now Mia had only two left. After that, she met the rabbits by the lake every evening. "
         "The end.";
     // Each change breaks one agreement. The last three together break none.
-    const std::pair<const char*, const char*> changes[] = {{"She lived", "He lived"},  // pronoun
-                                                           {"they were", "they was"},  // verb
-                                                           {"gave them", "gave it"},   // plural
-                                                           {"a brave", "an brave"},    // article
-                                                           {"the rabbits by", "the kittens by"},
-                                                           {"only two", "only three"},
-                                                           {" The end.", ""},
-                                                           {"The end.", "The end. The end."},
-                                                           {"called Mia", "called Anna"},
-                                                           {"Mia gave", "Anna gave"},
-                                                           {"Mia had", "Anna had"}};
-    auto change = [](std::string& text, const auto& pair) {
-        REQUIRE(contains(text, pair.first));
-        text.replace(text.find(pair.first), std::strlen(pair.first), pair.second);
+    const std::vector<std::string> changes = split_at(
+        "She lived>He lived|they were>they was|gave them>gave it|a brave>an brave|"
+        "the rabbits by>the kittens by|only two>only three| The end.>|The end.>The end. The end.|"
+        "called Mia>called Anna|Mia gave>Anna gave|Mia had>Anna had",
+        '|');
+    auto change = [](std::string text, const std::string& change) {
+        const std::vector<std::string> parts = split_at(change, '>');
+        REQUIRE(contains(text, parts[0]));
+        return text.replace(text.find(parts[0]), parts[0].size(), parts[1]);
     };
     CHECK(std::isfinite(story_neg_log_prob(story)));
-    for (const auto& pair : changes) {
-        std::string changed = story;
-        change(changed, pair);
-        CAPTURE(changed);
-        CHECK_FALSE(std::isfinite(story_neg_log_prob(changed)));
+    for (const std::string& one : changes) {
+        CAPTURE(one);
+        CHECK_FALSE(std::isfinite(story_neg_log_prob(change(story, one))));
     }
     std::string anna = story;
-    for (size_t i = std::size(changes) - 3; i < std::size(changes); ++i) change(anna, changes[i]);
+    for (size_t i = changes.size() - 3; i < changes.size(); ++i) anna = change(anna, changes[i]);
     CHECK(std::isfinite(story_neg_log_prob(anna)));
 
-    const std::pair<const char*, bool> sentences[] =
-        {{"The end.", true},
-         {"The end", false},
-         {"", false},
-         {"Mia looked behind the tree, but they found it near the well.", true},
-         {"Mia looked near the well, but they found it near the well.", false},
-         {"The frogs were first, so Tom gave them some cake.", true},
-         {"The frogs was first, so Tom gave them some cake.", false},
-         {"The frogs were first, so Tom gave it some cake.", false},
-         {"Lily told her uncle about the owl and went to bed.", true},
-         {"Lily told his uncle about the owl and went to bed.", false}};
-    for (const auto& [text, occurs] : sentences) {
-        const std::string sentence = text;
-        CAPTURE(sentence);
-        CHECK(is_story_sentence(sentence) == occurs);
-    }
+    for (const char* good :
+         {"The end.", "Mia looked behind the tree, but they found it near the well.",
+          "The frogs were first, so Tom gave them some cake.",
+          "Lily told her uncle about the owl and went to bed."})
+        CHECK_MESSAGE(is_story_sentence(good), good);
+    for (const char* bad :
+         {"The end", "", "Mia looked near the well, but they found it near the well.",
+          "The frogs was first, so Tom gave them some cake.",
+          "The frogs were first, so Tom gave it some cake.",
+          "Lily told his uncle about the owl and went to bed."})
+        CHECK_MESSAGE(!is_story_sentence(bad), bad);
 }
 
 // An n-gram model with absolute discounting: what an order takes off its counts goes to the next
@@ -7551,9 +7173,7 @@ void compare_with_golden(const std::string& folder, const Json& expected) {
     Gpt2<DeviceOf<real>> model(config);
     model.reserve(1, config.n_positions, Use::evaluation);
     load_weights(model, folder);
-    Batch batch(1, T);
-    std::copy_n(&tokens[0], T, batch.inputs.begin());
-    std::copy_n(&tokens[1], T, batch.targets.begin());
+    const Batch batch = batch_of(1, T, [&](int i) { return tokens[size_t(i)]; });
     double loss = 0;
     for (real row : batch_losses(model, batch)) loss += double(row) / T;
     const Json& their_loss = expected.get("loss", Json::Kind::number, "");
@@ -7670,206 +7290,91 @@ TEST_CASE("hf: fine-tuning goes on from the very loss that was saved, to its las
     }
 }
 
-// The files of a whole folder, in memory: each case changes some of them.
-struct Files {
-    std::map<std::string, std::string> bytes;
-    std::string& operator[](const std::string& name) { return bytes[name]; }
+// The files of a folder, in memory.
+using Files = std::map<std::string, std::string>;
 
-    // One member of config.json.
-    void config(const char* key, const std::string& value) {
-        Json json = Json::parse(bytes["config.json"], "config.json");
-        json.set(key, Json::parse(value, "value"));
-        bytes["config.json"] = json.write();
-    }
-    // model.safetensors: what its header says, and the bytes behind it.
-    std::string header() {
-        const std::string& file = bytes["model.safetensors"];
-        uint64_t length;
-        std::memcpy(&length, file.data(), 8);
-        return file.substr(8, length);
-    }
-    std::string data() { return bytes["model.safetensors"].substr(8 + header().size()); }
-    void weights(const std::string& header, const std::string& data) {
-        bytes["model.safetensors"] = safetensors_bytes(header, data);
-    }
-    void header(const std::string& text) { weights(text, data()); }
-    // The first `from` in the header after `after` becomes `to`.
-    void edit(const std::string& after, const std::string& from, const std::string& to) {
-        std::string text = header();
-        const size_t begin = text.find(after), at = text.find(from, begin);
-        REQUIRE(at != std::string::npos);
-        header(text.replace(at, from.size(), to));
-    }
-    void cut(const std::string& name, size_t bytes_left) { bytes[name].resize(bytes_left); }
-    // Element i of the data as these bits.
-    void element(size_t i, uint32_t bits) {
-        std::memcpy(&bytes["model.safetensors"][8 + header().size() + 4 * i], &bits, 4);
-    }
-};
-
+// What is wrong in a folder; the file at fault and the reason must be in the message.
 struct Damage {
-    const char* what;
     std::function<void(Files&)> make;
-    const char *file, *reason;  // must both be in the message
+    std::string file, reason;
 };
-
-std::string repeated(const std::string& part, size_t times) {
-    std::string text;
-    for (size_t i = 0; i < times; ++i) text += part;
-    return text;
-}
-
-std::vector<Damage> damaged_configs() {
-    using F = Files;
-    const char *c = "config.json", *m = "model.safetensors";
-    auto with = [](const char* key, const char* value) {
-        return [=](F& f) { f.config(key, value); };
+// What only a whole folder can have wrong, or only the program refuse. What else makes each file
+// bad, its own section has.
+std::vector<Damage> damages() {
+    const std::string c = "config.json", w = "model.safetensors", v = "vocab.json",
+                      m = "merges.txt", s = "trainer_state.json";
+    auto gone = [](const std::string& name) { return [=](Files& f) { f.erase(name); }; };
+    auto holds = [](const std::string& name, const std::string& bytes) {
+        return [=](Files& f) { f[name] = bytes; };
     };
-    return {
-        {"no config", [=](F& f) { f.bytes.erase(c); }, c, "No such file"},
-        {"empty", [=](F& f) { f[c] = ""; }, c, "expected"},
-        {"half", [=](F& f) { f.cut(c, f[c].size() / 2); }, c, ""},
-        {"zeros", [=](F& f) { f[c] = std::string(500, '\0'); }, c, ""},
-        {"a list", [=](F& f) { f[c] = "[1]"; }, c, "\"n_layer\" is missing"},
-        {"deep", [=](F& f) { f[c] = repeated("[", 900'000); }, c, "more than 64 levels"},
-        {"long", [=](F& f) { f[c] = std::string(2'000'000, ' '); }, c, "at most 1000000 bytes"},
-        {"key twice", [=](F& f) { f[c].insert(1, "\"n_layer\":2,"); }, c, "n_layer"},
-        {"no UTF-8", [=](F& f) { f[c].insert(1, "\"\xff\":2,"); }, c, "UTF-8"},
-        {"another model", with("model_type", "\"llama\""), c, "only \"gpt2\""},
-        {"no such layers", with("n_layer", "3"), m, "h.2.ln_1.weight is missing"},
-        {"more layers", with("n_layer", "1"), m, "unexpected"},
-        {"too many layers", with("n_layer", "2000000000"), c, "\"n_layer\" must be"},
-        {"heads", with("n_head", "3"), c, "does not divide"},
-        {"channels", with("n_embd", "16"), m, "expected shape"},
-        {"many channels", with("n_embd", "65536"), m, "expected shape"},
-        {"endless channels", with("n_embd", "1000000"), c, "n_embd"},
-        {"positions", with("n_positions", "8"), c, "n_ctx"},
-        {"another vocabulary", with("vocab_size", "300"), m, "expected shape [300,8]"},
-        {"a large one", with("vocab_size", "65537"), c, "from 1 to 65536, found 65537"},
-        {"2^63", with("vocab_size", "9223372036854775808"), c, "\"vocab_size\" must be"},
-        {"-1", with("vocab_size", "-1"), c, "\"vocab_size\" must be"},
-        {"1e400", [=](F& f) { f[c].insert(1, "\"x\":1e400,"); }, c, ""},
-        {"untied, but no head", with("tie_word_embeddings", "false"), m, "lm_head.weight is"},
-        {"n_inner", with("n_inner", "64"), c, "\"n_inner\" is 64"},
-        {"activation", with("activation_function", "\"gelu\""), c, "activation_function"},
-        {"epsilon", with("layer_norm_epsilon", "-1e-6"), c, "layer_norm_epsilon"},
-        {"scaling", with("scale_attn_by_inverse_layer_idx", "true"), c, "inverse_layer_idx"},
-        {"no scaling", with("scale_attn_weights", "false"), c, "scale_attn_weights"},
-        {"upcast", with("reorder_and_upcast_attn", "true"), c, "reorder_and_upcast_attn"},
+    auto half = [](const std::string& name) {
+        return [=](Files& f) { f[name].resize(f[name].size() / 2); };
     };
-}
-
-std::vector<Damage> damaged_weights() {
-    using F = Files;
-    const char* m = "model.safetensors";
-    const std::string first = "transformer.h.0.attn.c_attn.bias", wpe = "transformer.wpe.weight";
-    auto length = [=](uint64_t n) { return [=](F& f) { f[m].replace(0, 8, little_endian(n)); }; };
-    auto edit = [](const std::string& after, const char* from, const char* to) {
-        return [=](F& f) { f.edit(after, from, to); };
+    auto config = [=](const char* key, const char* value) {
+        return [=](Files& f) {
+            f[c] = Json::parse(f[c], c).set(key, Json::parse(value, key)).write();
+        };
     };
-    auto left = [=](size_t bytes) { return [=](F& f) { f.cut(m, bytes); }; };
-    auto bits = [](size_t i, uint32_t value) { return [=](F& f) { f.element(i, value); }; };
-    return {
-        {"no weights", [=](F& f) { f.bytes.erase(m); }, m, "found no such file"},
-        {"torch's", [=](F& f) { f["pytorch_model.bin"] = f[m], f.bytes.erase(m); }, "",
-         "found pytorch_model.bin, PyTorch's own form: python3 -c"},
-        {"empty", left(0), m, "at least 10 bytes"},
-        {"7 bytes", left(7), m, "at least 10 bytes"},
-        {"8 bytes", left(8), m, "cut short"},
-        {"cut in the header", left(300), m, "cut short"},
-        {"no data", [=](F& f) { f.cut(m, 8 + f.header().size()); }, m, "cut short"},
-        {"half of the data", [=](F& f) { f.cut(m, f[m].size() / 2); }, m, "cut short or too long"},
-        {"the last byte", [=](F& f) { f[m].pop_back(); }, m, "cut short or too long"},
-        {"a byte more", [=](F& f) { f[m] += '\0'; }, m, "cut short or too long"},
-        {"length 0", length(0), m, "'{'"},
-        {"length 2^64 - 1", length(~uint64_t(0)), m, "header of 18446744073709551615 bytes"},
-        {"length 2^63", length(uint64_t(1) << 63), m, "no safetensors file"},
-        {"length 100 million", length(100'000'000), m, "cut short"},
-        {"no object", [](F& f) { f.header("[]" + f.header()); }, m, "begin with '{'"},
-        {"a blank before it", [](F& f) { f.header(" " + f.header()); }, m, "begin with '{'"},
-        {"zeros at its end", [](F& f) { f.header(f.header() + '\0'); }, m, "not valid JSON"},
-        {"deep", [](F& f) { f.header("{\"a\":" + repeated("[", 9999) + "}"); }, m,
-         "more than 64 levels"},
-        {"no UTF-8", edit(first, "c_attn", "c_att\xff"), m, "UTF-8"},
-        {"a name twice", edit(first, "c_attn.weight", "c_attn.bias"), m, ""},
-        {"overlap", edit(first, "\"data_offsets\":[96,", "\"data_offsets\":[92,"), m, ""},
-        {"hole", [](F& f) { f.weights(f.header(), f.data() + "1234"); }, m, "too long"},
-        {"offsets backwards", edit(first, "[0,96]", "[96,0]"), m, "data_offsets are [96,0]"},
-        {"negative offset", edit(first, "[0,96]", "[-4,92]"), m, "must be integers"},
-        {"offset 2^63", edit(first, "[0,96]", "[0,9223372036854775808]"), m, "must be integers"},
-        {"offset 1e2", edit(first, "[0,96]", "[0,9.6e1]"), m, "must be integers"},
-        {"three offsets", edit(first, "[0,96]", "[0,96,96]"), m, "two integers"},
-        {"shape", edit(first, "\"shape\":[24]", "\"shape\":[25]"), m, "takes 100 bytes"},
-        {"no shape", edit(first, "\"shape\":[24],", ""), m, "shape"},
-        {"overflow", edit(first, "\"shape\":[24]", "\"shape\":[4294967296,4294967296]"), m,
-         "takes 73786976294838206464 bytes"},
-        {"negative shape", edit(first, "\"shape\":[24]", "\"shape\":[-24]"), m, "must be integers"},
-        {"type", edit(first, "\"F32\"", "\"F33\""), m, "unknown dtype"},
-        {"integers", edit(first, "\"F32\"", "\"I32\""), m, "expected type F32"},
-        {"another key", edit(first, "\"dtype\"", "\"a\":1,\"dtype\""), m, "unknown key"},
-        {"renamed", edit(wpe, "wpe", "wpx"), m, "unexpected"},
-        {"turned round", edit(wpe, "[16,8]", "[8,16]"), m, "expected shape [16,8], found [8,16]"},
-        {"NaN", bits(5, 0x7fc00000), m, "NaN"},
-        {"another NaN", bits(30, 0xff800001), m, "NaN"},
-        {"infinity", bits(77, 0x7f800000), m, "infinity"},
-        {"-infinity", bits(200, 0xff800000), m, "infinity"},
+    auto edit = [](const std::string& name, const std::string& from, const std::string& to) {
+        return [=](Files& f) {
+            REQUIRE(contains(f[name], from));
+            f[name].replace(f[name].find(from), from.size(), to);
+        };
     };
-}
-
-std::vector<Damage> damaged_tokenizers() {
-    using F = Files;
-    const char *v = "vocab.json", *g = "merges.txt";
+    auto begins = [=](const std::string& bytes) {
+        return [=](Files& f) { f[w].replace(0, bytes.size(), bytes); };
+    };
+    auto ends = [=](uint32_t bits) {
+        return [=](Files& f) { f[w].replace(f[w].size() - 4, 4, raw(std::vector{bits})); };
+    };
+    // A state of ours beside the model, sealed: only what it says is wrong.
+    auto sealed = [=](const std::string& body) { return holds(s, body + state_seal(body)); };
+    const std::string deep = "{\"a\":" + repeated("[", 900'000);
     // Each line doubles the token before it.
     std::string growing = "#version: 0.2\n", part = "a";
     for (int i = 0; i < 24; ++i, part += part) growing += part + " " + part + "\n";
     return {
-        {"no merges", [=](F& f) { f.bytes.erase(g), f.bytes.erase("tokenizer.json"); }, "",
+        {gone(c), c, "No such file"},
+        {half(c), c, "not valid JSON"},
+        {holds(c, deep), c, "more than 64 levels"},
+        {holds(c, std::string(2'000'000, ' ')), c, "at most 1000000 bytes"},
+        {config("n_layer", "3"), w, "h.2.ln_1.weight is missing"},
+        {config("n_layer", "1"), w, "unexpected"},
+        {config("n_layer", "2000000000"), c, "\"n_layer\" must be"},
+        {config("n_embd", "65536"), w, "expected shape"},
+        {config("vocab_size", "300"), w, "expected shape [300,8]"},
+        {config("tie_word_embeddings", "false"), w, "lm_head.weight is"},
+        {gone(w), w, "found no such file"},
+        {[=](Files& f) { f["pytorch_model.bin"] = f[w], f.erase(w); }, "",
+         "found pytorch_model.bin, PyTorch's own form: python3 -c"},
+        {holds(w, ""), w, "at least 10 bytes"},
+        {half(w), w, "cut short or too long"},
+        {begins(little_endian(100'000'000)), w, "cut short"},
+        {holds(w, safetensors_bytes(deep + "}", "")), w, "more than 64 levels"},
+        {edit(w, "\"F32\"", "\"I32\""), w, "expected type F32"},
+        {edit(w, ".wpe", ".wpx"), w, "unexpected"},
+        {edit(w, "[16,8]", "[8,16]"), w, "expected shape [16,8], found [8,16]"},
+        {ends(0xff800001), w, "NaN"},
+        {ends(0xff800000), w, "infinity"},
+        {[=](Files& f) { f.erase(m), f.erase("tokenizer.json"); }, "",
          "expected vocab.json and merges.txt"},
-        {"no line", [=](F& f) { f[g] += "x\n"; }, g, "expected two tokens"},
-        {"unknown part", [=](F& f) { f[g] += "abc d\n"; }, g, "found \"abc d\""},
-        {"a merge too many", [=](F& f) { f[g] += "a b\n"; }, v, "expected an object of 258"},
-        {"zeros", [=](F& f) { f[g] = std::string(9999, '\0'); }, g, "expected two tokens"},
-        {"merges that grow", [=](F& f) { f[g] = growing; }, g, "at most 16000000 bytes"},
-        {"empty", [=](F& f) { f[v] = ""; }, v, ""},
-        {"half", [=](F& f) { f.cut(v, f[v].size() / 2); }, v, ""},
-        {"a list", [=](F& f) { f[v] = "[]"; }, v, "expected an object of 257 tokens"},
-        {"deep", [=](F& f) { f[v] = "{\"a\":" + repeated("[", 9999) + "}"; }, v,
-         "more than 64 levels"},
-        {"an id twice", [=](F& f) { f[v].replace(f[v].find(": 7"), 3, ": 8"); }, v,
-         "must have the id 7"},
-        {"a name twice", [=](F& f) { f[v].insert(1, "\"a\":1,"); }, v, ""},
-        {"no end of text", [=](F& f) { f[v].replace(f[v].find("<|"), 2, "<<"); }, v,
-         "no merge makes the token <<"},
-        {"a large id", [=](F& f) { f[v].replace(f[v].find(": 7"), 3, ": 4294967303"); }, v,
-         "must have the id"},
-        {"more tokens than the model",
-         [=](F& f) {
+        {holds(m, growing), m, "at most 16000000 bytes"},
+        {holds(v, deep), v, "more than 64 levels"},
+        {[=](Files& f) {
              TemporaryFolder scratch;
              Tokenizer({{0, 1}}).save(scratch.path);
-             f[v] = read_file(scratch / v), f[g] = read_file(scratch / g);
+             f[v] = read_file(scratch / v), f[m] = read_file(scratch / m);
          },
          "", "tokenizer has more tokens than its model"},
-    };
-}
-
-// A state of ours beside the model; sealed where only what it says is wrong.
-std::vector<Damage> damaged_states() {
-    using F = Files;
-    const char* s = "trainer_state.json";
-    auto sealed = [=](const std::string& body) {
-        return [=](F& f) { f[s] = body + state_seal(body); };
-    };
-    auto spaces = [=](size_t count) { return [=](F& f) { f[s] = std::string(count, ' '); }; };
-    return {
-        {"empty", spaces(0), s, "is damaged"},
-        {"large", spaces(15'000'000), s, "is damaged"},
-        {"too large", spaces(17'000'000), s, "at most 16000000 bytes"},
-        {"deep", sealed("{\"a\":" + repeated("[", 900'000)), s, "more than 64 levels"},
-        {"many values", sealed("{\"a\":[" + repeated("0,", 900'000) + "0]"), s, "more than 262144"},
-        {"no checksums", sealed("{\"step\":1"), s, "\"checksums\" is missing"},
-        {"a file outside", sealed("{\"checksums\":{\"../x\":\"0\"}"), "", "is missing"},
-        {"no file", sealed("{\"checksums\":{\"x\":\"0\"}"), "/x", "is missing; if it was changed"},
-        {"a number", sealed("{\"checksums\":{\"config.json\":7}"), "config.json", "is damaged"},
+        {holds(s, ""), s, "is damaged"},
+        {holds(s, std::string(15'000'000, ' ')), s, "is damaged"},
+        {holds(s, std::string(17'000'000, ' ')), s, "at most 16000000 bytes"},
+        {sealed(deep), s, "more than 64 levels"},
+        {sealed("{\"a\":[" + repeated("0,", 900'000) + "0]"), s, "more than 262144"},
+        {sealed("{\"step\":1"), s, "\"checksums\" is missing"},
+        {sealed("{\"checksums\":{\"../x\":\"0\"}"), "", "is missing"},
+        {sealed("{\"checksums\":{\"x\":\"0\"}"), "/x", "is missing; if it was changed"},
+        {sealed("{\"checksums\":{\"config.json\":7}"), c, "is damaged"},
     };
 }
 
@@ -7886,48 +7391,31 @@ Files good_folder() {
 void write_folder(const std::string& folder, const Files& files) {
     std::filesystem::remove_all(folder);
     make_folders(folder);
-    for (auto& [name, bytes] : files.bytes) put_file(folder + "/" + name, bytes);
+    for (auto& [name, bytes] : files) put_file(folder + "/" + name, bytes);
 }
 
-TEST_CASE(
-    "hf: a damaged folder is refused in little memory and one line that names file and reason") {
+TEST_CASE("hf: a damaged folder is refused in 64 MB and one line that names file and reason") {
     Threads one(1);
     TemporaryFolder scratch;
+    const std::string folder = scratch / "m";
     const Files good = good_folder();
-    auto open = [](const std::string& folder) {
+    auto open = [&](const Files& files) {
+        write_folder(folder, files);
+        // In 64 MB. (A sanitizer has more of its own; some systems do not say what is held.)
+        const std::string pages = split_at(read_file("/proc/self/statm"), ' ')[5];
+        const rlim_t held = rlim_t(::sysconf(_SC_PAGESIZE)) * std::stoul(pages);
+        const bool known = held > 0 && !sanitized;
+        const Limit little(RLIMIT_DATA, known ? held + 64'000'000 : RLIM_INFINITY);
         return train_gpt({"sample", "--init-from", folder, "--max-new-tokens", "1"});
     };
-    write_folder(scratch / "m", good);
-    REQUIRE(open(scratch / "m").error() == "");
-
-    std::vector<Damage> all;
-    for (auto& list :
-         {damaged_configs(), damaged_weights(), damaged_tokenizers(), damaged_states()})
-        all.insert(all.end(), list.begin(), list.end());
-    CHECK(all.size() >= 60);
-    for (const Damage& damage : all) {
-        const std::string folder = scratch / "m";
+    REQUIRE(open(good).error() == "");
+    for (const Damage& damage : damages()) {
         Files files = good;
         damage.make(files);
-        CHECK(files.bytes != good.bytes);
-        write_folder(folder, files);
-        const Outcome outcome = [&] {
-            // In 64 MB. (A sanitizer has more of its own.)
-            const std::string pages = split_at(read_file("/proc/self/statm"), ' ')[5];
-            const rlim_t most = rlim_t(::sysconf(_SC_PAGESIZE)) * std::stoul(pages) + 64'000'000;
-            const Limit little(RLIMIT_DATA, sanitized ? RLIM_INFINITY : most);
-            return open(folder);
-        }();
+        const Outcome outcome = open(files);
         CAPTURE(damage.file);
-        CAPTURE(damage.what);
-        CAPTURE(outcome.err);
-        CHECK(outcome.status == 1);
-        CHECK(outcome.out.empty());
-        for (const std::string& part :
-             {folder, std::string(damage.file), std::string(damage.reason)})
-            CHECK(outcome.says(part));
-        CHECK(outcome.lines() == 1);
-        CHECK(outcome.err.size() < 400);
+        CAPTURE(damage.reason);
+        outcome.check_refused(1, {folder, damage.file, damage.reason});
     }
 }
 
@@ -7965,53 +7453,39 @@ TEST_CASE("hf: what --init-from names is named for what it is, with what to type
     make_folders(run);
     std::filesystem::copy(good, run + "/best");
     std::filesystem::copy(good, run + "/checkpoint-30");
-    // The files of a folder "m", and what is said; or no files, and what is named instead.
-    struct Case {
-        std::vector<std::string> names;
-        std::string named, says;
-    };
+    // What is named; the files of the folder "m", where it is that; and what is said.
     const std::string lfs =
         "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 548105171\n";
-    const Case cases[] = {
-        {{"config.json", "pytorch_model.bin"},
-         m,
-         "found pytorch_model.bin, PyTorch's own form: python3 -c"},
-        {{"config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"},
-         m,
+    const std::array<std::string, 3> cases[] = {
+        {m, "config.json pytorch_model.bin", "pytorch_model.bin, PyTorch's own form: python3 -c"},
+        {m, "config.json pytorch_model-00001-of-00002.bin pytorch_model.bin.index.json",
          "save_pretrained('" + m + "')"},
-        {{"model-q4.gguf"}, m, "found model-q4.gguf, a GGUF file, for llama.cpp: take the folder"},
-        {{"adapter_config.json", "adapter_model.safetensors"}, m, "holds a LoRA adapter"},
-        {{"adapter_config.json", "adapter_model.bin"}, m, "merge_and_unload().save_pretrained('"},
-        {{"config.json", "model-00001-of-00002.safetensors"},
-         m,
-         "model.safetensors.index.json must be there"},
-        {{"config.json", "gpt2.safetensors"}, m, "weights under another name"},
-        {{"config.json", "tf_model.h5"}, m, "another program's form"},
-        {{"config.json", "flax_model.msgpack"}, m, "another program's form"},
-        {{"ckpt.pt"}, m, "another program's form"},
-        {{"config.json"}, m, "expected model.safetensors, found no such file"},
-        {{"model.safetensors"}, m, "config.json"},
-        {{}, good + "/model.safetensors", "is a file: give its folder, --init-from " + good},
-        {{}, good + "/config.json", "give its folder, --init-from " + good},
-        {{}, run, "is the folder of a run: its model is " + run + "/best"},
-        {{}, "openai-community/gpt2", "hf download openai-community/gpt2 --local-dir data/model"},
-        {{}, "distilgpt2", "hf download distilgpt2 --local-dir data/model"},
-        {{}, "someone/a-gpt2", "hf download someone/a-gpt2 --local-dir"},
-        {{}, "./gone", "./gone: there is no such folder"},
-        {{}, scratch / "none", "there is no such folder"},
+        {m, "model-q4.gguf", "found model-q4.gguf, a GGUF file, for llama.cpp: take the folder"},
+        {m, "adapter_config.json adapter_model.safetensors", "holds a LoRA adapter"},
+        {m, "adapter_config.json adapter_model.bin", "merge_and_unload().save_pretrained('"},
+        {m, "config.json model-00001-of-00002.safetensors", "model.safetensors.index.json must be"},
+        {m, "config.json gpt2.safetensors", "weights under another name"},
+        {m, "config.json tf_model.h5", "another program's form"},
+        {m, "config.json flax_model.msgpack", "another program's form"},
+        {m, "ckpt.pt", "another program's form"},
+        {m, "config.json", "expected model.safetensors, found no such file"},
+        {m, "model.safetensors", "config.json"},
+        {good + "/model.safetensors", "", "is a file: give its folder, --init-from " + good},
+        {good + "/config.json", "", "give its folder, --init-from " + good},
+        {run, "", "is the folder of a run: its model is " + run + "/best"},
+        {"me/a-gpt2", "", "hf download me/a-gpt2 --local-dir data/model"},
+        {"distilgpt2", "", "hf download distilgpt2 --local-dir data/model"},
+        {"./gone", "", "./gone: there is no such folder"},
+        {scratch / "none", "", "there is no such folder"},
     };
-    for (const Case& c : cases) {
+    for (const auto& [named, files, says] : cases) {
         std::filesystem::remove_all(m), make_folders(m);
-        for (const std::string& name : c.names)
-            put_file(m + "/" + name,
-                     file_exists(good + "/" + name) ? read_file(good + "/" + name) : "x");
-        for (const char* command : {"sample", "eval", "info", "show", "export"}) {
-            const Outcome outcome = train_gpt({command, "--init-from", c.named});
-            CHECK_MESSAGE(outcome.status == 1, outcome.err);
-            CHECK_MESSAGE(outcome.says(c.says), outcome.err);
-            CHECK(outcome.lines() == 1);
-            CHECK(outcome.out == "");
-        }
+        for (const std::string& name : words(files))
+            if (name != "")
+                put_file(m + "/" + name,
+                         file_exists(good + "/" + name) ? read_file(good + "/" + name) : "x");
+        for (const char* command : {"sample", "eval", "info", "show", "export"})
+            train_gpt({command, "--init-from", named}).check_refused(1, {says});
     }
     std::filesystem::remove_all(run + "/best");
     CHECK(train_gpt({"sample", "--init-from", run}).says("its model is " + run + "/checkpoint-30"));
@@ -8139,27 +7613,29 @@ struct Gguf {
         }
         for (auto& [name, tensor] : tensors) tensor.begin += round_up(at, size_t(32));
     }
-    // Element (fastest, slowest).
-    double value(const std::string& name, size_t i, size_t j = 0) const {
-        const Tensor& t = tensors.at(name);
-        const size_t element = i + j * t.sizes[0], size = t.type == 0 ? 4 : 2;
-        const std::string data = bytes.substr(t.begin + size * element, size);
-        REQUIRE(data.size() == size);
-        float whole;
-        uint16_t half;
-        std::memcpy(&whole, data.data(), std::min(size, sizeof whole));
-        std::memcpy(&half, data.data(), 2);
-        if (t.type == 0) return double(whole);
-        if (t.type == 1) return double(float(f16{half}));
-        bf16 short_float(0.0f);
-        short_float.bits = half;
-        return double(float(short_float));
+    // The next number of a tensor.
+    double take_element(uint32_t type) {
+        if (type == 0) return double(take<float>());
+        const uint16_t half = take<uint16_t>();
+        return type == 1 ? double(float(f16{half})) : double(std::bit_cast<float>(half << 16));
     }
 };
 
 TEST_CASE("export: a GGUF file has every weight where llama.cpp looks for it, in three types") {
     TemporaryFolder scratch;
+    const std::string path = scratch / "m.gguf";
     const Tokenizer tokenizer({{0, 1}, {256, 2}, {220, 83}});
+    const std::pair<const char*, const char*> names[] = {{"wte", "token_embd"},
+                                                         {"wpe", "position_embd"},
+                                                         {"lm_head", "output"},
+                                                         {"ln_f", "output_norm"},
+                                                         {"h.", "blk."},
+                                                         {"ln_1", "attn_norm"},
+                                                         {"attn.c_attn", "attn_qkv"},
+                                                         {"ln_2", "ffn_norm"},
+                                                         {"mlp.c_fc", "ffn_up"},
+                                                         {"attn.c_proj", "attn_output"},
+                                                         {"mlp.c_proj", "ffn_down"}};
     for (bool untied : {false, true}) {
         Config config{2, 3, 12, 7, 300, untied};
         config.layer_norm_epsilon = 1e-6;
@@ -8167,75 +7643,51 @@ TEST_CASE("export: a GGUF file has every weight where llama.cpp looks for it, in
         model.initialise(5);
         for (size_t i = 0; i < model.layout.size; ++i) model.weights[i] += 0.01f * float(i % 7);
         save_checkpoint(model, scratch / "m", &tokenizer, {}, Purpose::use);
-        for (auto [type, number, file_type, unit] : {std::tuple{"f32", 0, "0", 0.0},
-                                                     {"f16", 1, "1", 0x1p-11},
-                                                     {"bf16", 30, "32", 0x1p-8}}) {
-            const std::string path = scratch / "m.gguf";
+        for (auto [type, number, file_type, unit, least] : {std::tuple{"f32", 0, "0", 0.0, 0.0},
+                                                            {"f16", 1, "1", 0x1p-11, 0x1p-25},
+                                                            {"bf16", 30, "32", 0x1p-8, 0.0}}) {
             REQUIRE(train_gpt(
                         {"export", "--init-from", scratch / "m", "--output", path, "--type", type})
                         .error() == "");
-            const Gguf gguf(path);
-            auto has = [&](const char* key, const std::string& value) {
-                CHECK_MESSAGE(gguf.members.at(key) == value, key);
-            };
-            has("general.architecture", "gpt2"), has("general.file_type", file_type);
-            has("gpt2.block_count", "2"), has("gpt2.context_length", "7");
-            has("gpt2.embedding_length", "12"), has("gpt2.feed_forward_length", "48");
-            has("gpt2.attention.head_count", "3");
-            has("gpt2.attention.layer_norm_epsilon", "1e-06");
-            has("tokenizer.ggml.model", "gpt2"), has("tokenizer.ggml.pre", "gpt-2");
-            has("tokenizer.ggml.merges", "! \"|!\" #|\u0120 t");
-            has("tokenizer.ggml.bos_token_id", "259"), has("tokenizer.ggml.eos_token_id", "259");
-            has("tokenizer.ggml.add_bos_token", "false");
+            Gguf gguf(path);
+            const Arguments members = words(
+                "general.architecture gpt2 gpt2.block_count 2 gpt2.context_length 7 "
+                "gpt2.embedding_length 12 gpt2.feed_forward_length 48 gpt2.attention.head_count 3 "
+                "gpt2.attention.layer_norm_epsilon 1e-06 tokenizer.ggml.model gpt2 "
+                "tokenizer.ggml.pre gpt-2 tokenizer.ggml.bos_token_id 259 "
+                "tokenizer.ggml.eos_token_id 259 tokenizer.ggml.add_bos_token false");
+            for (size_t i = 0; i < members.size(); i += 2)
+                CHECK_MESSAGE(gguf.members.at(members[i]) == members[i + 1], members[i]);
+            CHECK(gguf.members.at("general.file_type") == file_type);
+            CHECK(gguf.members.at("tokenizer.ggml.merges") == "! \"|!\" #|\u0120 t");
             const auto tokens = split_at(gguf.members.at("tokenizer.ggml.tokens"), '|'),
                        kinds = split_at(gguf.members.at("tokenizer.ggml.token_type"), '|');
             CHECK(tokens.size() == 260 + 1 + 2);  // '|' itself, and the two of <|endoftext|>
             CHECK(kinds.size() == 260);
             CHECK(kinds[0] + kinds[259] == "13");
-            // Of each tensor: sizes, type, and some elements.
-            size_t count = 0;
-            auto check = [&](const std::string& name, std::vector<uint64_t> sizes, bool small,
-                             auto&& expected) {
+            CHECK(gguf.tensors.size() == model.layout.tensors.size());
+            for (const TensorInfo& t : model.layout.tensors) {
+                std::string name = t.name;
+                for (auto [ours, theirs] : names) name = replaced(name, ours, theirs);
+                CAPTURE(name);
+                // A linear layer's [in, out] is turned; of the embeddings only tokens are there.
+                const bool matrix = t.shape.size() == 2, turned = matrix && name.starts_with("blk");
+                const bool small = !matrix || name.starts_with("position");
+                std::vector<uint64_t> sizes(t.shape.begin(), t.shape.end());
+                if (!turned) std::reverse(sizes.begin(), sizes.end());
+                if (matrix && sizes[1] == 300) sizes[1] = 260;
                 const Gguf::Tensor& tensor = gguf.tensors.at(name);
-                CHECK(tensor.sizes == sizes);
+                REQUIRE(tensor.sizes == sizes);
                 CHECK(int(tensor.type) == (small ? 0 : number));
-                for (size_t j : {size_t(0), sizes.size() > 1 ? sizes[1] - 1 : 0})
-                    for (size_t i : {size_t(0), size_t(1), size_t(sizes[0] - 1)}) {
-                        const double value = double(expected(i, j));
-                        CHECK(std::abs(gguf.value(name, i, j) - value) <=
-                              (small ? 0 : unit * std::abs(value) + 0x1p-25 * unit));
+                gguf.at = tensor.begin;
+                for (size_t j = 0; j < (matrix ? sizes[1] : 1); ++j)
+                    for (size_t i = 0; i < sizes[0]; ++i) {
+                        const size_t at = turned ? i * sizes[1] + j : j * sizes[0] + i;
+                        const double value = double(model.weights[t.offset + at]);
+                        REQUIRE(std::abs(gguf.take_element(tensor.type) - value) <=
+                                (small ? 0 : unit * std::abs(value) + least));
                     }
-                ++count;
-            };
-            auto table = [&](const float* w) {
-                return [=](size_t i, size_t j) { return w[j * 12 + i]; };
-            };
-            auto matrix = [](const float* w, size_t out) {
-                return [=](size_t in, size_t o) { return w[in * out + o]; };
-            };
-            auto row = [](const float* w) { return [=](size_t i, size_t) { return w[i]; }; };
-            check("token_embd.weight", {12, 260}, false, table(model.w.wte));
-            check("position_embd.weight", {12, 7}, true, table(model.w.wpe));
-            if (untied) check("output.weight", {12, 260}, false, table(model.w.lm_head));
-            check("output_norm.weight", {12}, true, row(model.w.ln_f_weight));
-            check("output_norm.bias", {12}, true, row(model.w.ln_f_bias));
-            for (size_t l = 0; l < 2; ++l) {
-                const auto& h = model.w.h[l];
-                const std::string at = "blk." + std::to_string(l) + ".";
-                check(at + "attn_norm.weight", {12}, true, row(h.ln_1_weight));
-                check(at + "attn_norm.bias", {12}, true, row(h.ln_1_bias));
-                check(at + "attn_qkv.weight", {12, 36}, false, matrix(h.c_attn_weight, 36));
-                check(at + "attn_qkv.bias", {36}, true, row(h.c_attn_bias));
-                check(at + "attn_output.weight", {12, 12}, false, matrix(h.attn_proj_weight, 12));
-                check(at + "attn_output.bias", {12}, true, row(h.attn_proj_bias));
-                check(at + "ffn_norm.weight", {12}, true, row(h.ln_2_weight));
-                check(at + "ffn_norm.bias", {12}, true, row(h.ln_2_bias));
-                check(at + "ffn_up.weight", {12, 48}, false, matrix(h.c_fc_weight, 48));
-                check(at + "ffn_up.bias", {48}, true, row(h.c_fc_bias));
-                check(at + "ffn_down.weight", {48, 12}, false, matrix(h.mlp_proj_weight, 12));
-                check(at + "ffn_down.bias", {12}, true, row(h.mlp_proj_bias));
             }
-            CHECK(count == gguf.tensors.size());
         }
         remove_folder(scratch / "m");
     }
@@ -8267,21 +7719,19 @@ TEST_CASE("export: what cannot be exported is refused, and no file is left") {
     model.w.h[0].c_fc_weight[7] = 65520;
     save_checkpoint(model, scratch / "m", &tokenizer, {}, Purpose::use);
     save_checkpoint(model, scratch / "ids", nullptr, {}, Purpose::use);
-    const std::string file = scratch / "m.gguf";
-    auto refused = [&](const Arguments& more, int status, const std::string& says) {
-        const Outcome outcome = train_gpt(joined({"export"}, more));
-        CHECK(outcome.status == status);
-        CHECK_MESSAGE(outcome.says(says), outcome.err);
+    const std::string file = scratch / "m.gguf", m = " --init-from " + scratch / "m",
+                      to = " --output " + file;
+    for (const auto& [more, status, says] : std::vector<std::tuple<std::string, int, std::string>>{
+             {to, 2, "--init-from is missing"},
+             {m, 2, "--output is missing"},
+             {m + to + " --type q4", 2, "one of f32|f16|bf16"},
+             {" --init-from " + scratch / "ids" + to, 1, "has no tokenizer"},
+             {m + " --output " + scratch / "none/m.gguf", 1, "cannot write"},
+             {m + to + " --type f16", 1,
+              "tensor transformer.h.0.mlp.c_fc.weight: a weight is beyond 65504"}}) {
+        train_gpt(words("export" + more)).check_refused(status, {says});
         CHECK(!file_exists(file));
-    };
-    refused({"--output", file}, 2, "--init-from is missing");
-    refused({"--init-from", scratch / "m"}, 2, "--output is missing");
-    refused({"--init-from", scratch / "m", "--output", file, "--type", "q4"}, 2,
-            "one of f32|f16|bf16");
-    refused({"--init-from", scratch / "ids", "--output", file}, 1, "has no tokenizer");
-    refused({"--init-from", scratch / "m", "--output", scratch / "none/m.gguf"}, 1, "cannot write");
-    refused({"--init-from", scratch / "m", "--output", file, "--type", "f16"}, 1,
-            "tensor transformer.h.0.mlp.c_fc.weight: a weight is beyond 65504");
+    }
     CHECK(train_gpt({"export", "--init-from", scratch / "m", "--output", file, "--type", "bf16"})
               .error() == "");
 }

@@ -74,9 +74,9 @@ cuda_cards: $(BUILD)/test_gpt
 	for seed in 1 2 3; do CUDA_ON_CPU_REFUSALS=$$seed OMP_WAIT_POLICY=passive $< \
 	    -tc="cuda: linear*,cuda: loss*,cuda: GELUs*,cuda: ten*,cuda: PyTorch*" || exit 1; done
 
-# Kills, interrupts, full disks and flipped bits: about five minutes, a table at the end.
-torture: $(BUILD)/torture train_gpt_cu_on_cpu
-	$< --cuda ./train_gpt_cu_on_cpu $(ARGS)
+# Kills and interrupts of processes: about three minutes, a table at the end.
+torture: $(BUILD)/torture
+	$< $(ARGS)
 $(BUILD)/torture: checks/torture.cpp checks/runs.hpp checks/faults.hpp train_gpt.cpp tinygpt.hpp | $(BUILD)
 	$(CXX) $(CXXFLAGS) $< -o $@
 
@@ -103,11 +103,8 @@ fuzz_coverage:
 # Against transformers, both ways, and against llama.cpp. Needs Python with torch, transformers and
 # llama-cpp-python; PYTHON=... names it.
 PYTHON ?= python3
-test_hf: $(BUILD)/train_gpt $(BUILD)/prepare_data $(BUILD)/hf_logits
-	$(PYTHON) checks/test_hf.py --train-gpt $(BUILD)/train_gpt --prepare-data $(BUILD)/prepare_data \
-	    --logits $(BUILD)/hf_logits
-$(BUILD)/hf_logits: checks/hf_logits.cpp train_gpt.cpp tinygpt.hpp | $(BUILD)
-	$(CXX) $(CXXFLAGS) $< -o $@
+test_hf: $(BUILD)/train_gpt $(BUILD)/prepare_data
+	$(PYTHON) checks/test_hf.py --train-gpt $(BUILD)/train_gpt --prepare-data $(BUILD)/prepare_data
 
 # Pages of `train_gpt show` in a real browser. Needs chromium.
 test_show: $(BUILD)/train_gpt $(BUILD)/prepare_data

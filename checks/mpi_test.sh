@@ -24,13 +24,13 @@ SMALL="--data $T/data --n-layer 2 --n-head 4 --n-embd 48 --n-positions 48 --batc
 SMALL=$(echo $SMALL)  # one line
 A="$SMALL --max-steps 40 --eval-interval 20 --save-interval 20"
 
-# The first ten columns of the log, the weights and the moments.
-same() { # name, other name, step
+# The first ten columns of the log, the weights and the moments, and the best model where there is one.
+same() { # name, other name, step, what was done
     cmp -s <(cut -d, -f1-10 "$T/$1/log.csv") <(cut -d, -f1-10 "$T/$2/log.csv") || bad "$4: log.csv differs"
-    for f in model optimizer; do
-        cmp -s "$T/$1/checkpoint-$3/$f.safetensors" "$T/$2/checkpoint-$3/$f.safetensors" || bad "$4: $f differs"
+    for f in checkpoint-$3/model checkpoint-$3/optimizer best/model; do
+        [ $f = best/model ] && [ ! -e "$T/$1/best" ] && [ ! -e "$T/$2/best" ] ||
+            cmp -s "$T/$1/$f.safetensors" "$T/$2/$f.safetensors" || bad "$4: $f differs"
     done
-    cmp -s "$T/$1/best/model.safetensors" "$T/$2/best/model.safetensors" || bad "$4: best differs"
     echo "done: $4"
 }
 # Whether a program has failed with that status (x: any but 0), saying so in one line.
@@ -136,11 +136,7 @@ if [ -n "$CUDA_MPI" ]; then
         "$CUDA" $C --precision $precision --output "$T/c1$precision" > "$T/log"
         for n in 2 4; do
             mpi $n "$CUDA_MPI" $C --precision $precision --output "$T/c$n$precision" > "$T/log"
-            cmp -s <(cut -d, -f1-10 "$T/c1$precision/log.csv") <(cut -d, -f1-10 "$T/c$n$precision/log.csv") || bad "CUDA, $n ranks: log.csv differs"
-            for f in model optimizer; do
-                cmp -s "$T/c1$precision/checkpoint-3/$f.safetensors" "$T/c$n$precision/checkpoint-3/$f.safetensors" || bad "CUDA, $n ranks: $f differs"
-            done
-            echo "done: CUDA on the CPU, $precision, $n ranks"
+            same c1$precision c$n$precision 3 "CUDA on the CPU, $precision, $n ranks"
         done
     done
 fi

@@ -3,11 +3,10 @@
 
     make test_hf                      needs Python with torch, transformers and llama-cpp-python
                                       (PYTHON=... names it)
-    checks/test_hf.py --goldens DIR   writes the small folders of data/reference/hf-* anew
 
 1. Folders that transformers wrote: several shapes, the head tied or not, names with and without the
-   prefix, one file or several, float32, bfloat16 and float16. Loss, logits and 50 greedy tokens must
-   be the same here.
+   prefix, one file or several, float32, bfloat16 and float16. Loss and 50 greedy tokens must be the
+   same here. (Logits: `make test`, with such folders in data/reference.)
 2. Folders that tinygpt wrote: transformers must open model and tokenizer as they are, with the same
    loss, the same tokens of a text and the same 50 greedy tokens; and what transformers then saves
    again (of the tokenizer only tokenizer.json) must come back here bit for bit.
@@ -42,7 +41,7 @@ try:
 except ImportError:
     Llama = None
 
-LOSS_LIMIT, LOGITS_LIMIT, NEW_TOKENS = 1e-5, 1e-4, 50
+LOSS_LIMIT, NEW_TOKENS = 1e-5, 50
 TEXT = ("Once upon a time, Mia's dog couldn't find 3 red apples.\n\n  \"Where are they?\" she "
         "asked. It's naïve — 東京 🙂 \t!!  The end. \n")
 
@@ -69,12 +68,11 @@ CASES = {
     "shards": (3, 2, 32, 64, 300, True, "shards", "float32"),
     "score": (2, 2, 16, 64, 300, True, "score", "float32"),
 }
-GOLDENS = ["tied", "openai", "untied-bf16"]
 
 
-def run(*command, given=None):
+def run(*command):
     """The standard output of a program; an error is the test's error."""
-    done = subprocess.run([str(part) for part in command], input=given, capture_output=True)
+    done = subprocess.run([str(part) for part in command], capture_output=True)
     if done.returncode:
         sys.exit(f"test_hf: {' '.join(map(str, command))}\n{done.stderr.decode()}")
     return done.stdout
@@ -145,17 +143,13 @@ def open_folder(folder, form=""):
 
 
 @torch.no_grad()
-def their_logits(model, tokens):
-    return model(torch.tensor([tokens])).logits[0]
-
-
 def their_loss(model, tokens, T):
     """Every prediction of the shard once, in windows of T that lie end to end."""
     total = 0.0
     for begin in range(0, len(tokens) - 1, T):
         window = tokens[begin:begin + T + 1]
         total += torch.nn.functional.cross_entropy(
-            their_logits(model, window[:-1]).double(), torch.tensor(window[1:]), reduction="sum").item()
+            model(torch.tensor([window[:-1]])).logits[0].double(), torch.tensor(window[1:]), reduction="sum").item()
     return total / (len(tokens) - 1)
 
 
@@ -176,27 +170,23 @@ def our_greedy(programs, folder, prompt):
 class Table:
     """Prints a row of figures for every folder, and remembers whether one was out of bounds."""
     good = True
-    FORMAT = "{:24} {:>11} {:>11} {:>11} {:>8} {:>8}  {}"
+    FORMAT = "{:24} {:>11} {:>11} {:>8} {:>8}  {}"
 
     def __init__(self, title, programs):
         self.programs = programs
         print("\n" + title)
-        print(self.FORMAT.format("folder", "loss", "difference", "logits", "greedy", "text", "result"))
+        print(self.FORMAT.format("folder", "loss", "difference", "greedy", "text", "result"))
 
     def row(self, name, folder, model, shard, T, greedy, text="-", same=True):
-        """Loss and logits on the shard are compared here; the rest is told."""
-        tokens, programs = read_shard(shard), self.programs
-        loss = their_loss(model, tokens, T)
-        out = run(programs.train_gpt, "eval", "--init-from", folder, "--val-shards", shard,
+        """The loss on the shard is compared here; the rest is told."""
+        loss = their_loss(model, read_shard(shard), T)
+        out = run(self.programs.train_gpt, "eval", "--init-from", folder, "--val-shards", shard,
                   "--batch-size", 2, "--seq-len", T).decode()
         difference = abs(float(re.search(r"val loss\s+(\S+)", out)[1]) - loss)
-        out = run(programs.logits, folder, given=" ".join(map(str, tokens[:T])).encode()).decode()
-        ours = torch.tensor([[float(x) for x in line.split()] for line in out.splitlines()])
-        logits = (ours - their_logits(model, tokens[:T])).abs().max().item()
-        good = difference <= LOSS_LIMIT and logits <= LOGITS_LIMIT and same
+        good = difference <= LOSS_LIMIT and same
         Table.good &= good
-        print(self.FORMAT.format(name, f"{loss:.7f}", f"{difference:.1e}", f"{logits:.1e}", greedy,
-                                 text, "ok" if good else "WRONG"), flush=True)
+        print(self.FORMAT.format(name, f"{loss:.7f}", f"{difference:.1e}", greedy, text,
+                                 "ok" if good else "WRONG"), flush=True)
 
 
 def opened_here(programs, temporary):
@@ -360,57 +350,15 @@ def exported(programs, temporary):
                     print(f"    {text!r}: {a}, llama.cpp {b}")
 
 
-def train_tokenizer(folder, vocab):
-    """A tokenizer of Hugging Face's own trainer, end of text as the last token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trained.train_from_iterator([TEXT] * 3, trainers.BpeTrainer(
-        vocab_size=vocab - 1, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    assert trained.get_vocab_size() == vocab - 1, trained.get_vocab_size()
-    trained.model.save(folder)
-    with open(f"{folder}/vocab.json", encoding="utf-8") as file:
-        entries = json.load(file) | {"<|endoftext|>": vocab - 1}
-    with open(f"{folder}/vocab.json", "w") as file:
-        json.dump(entries, file)
-
-
-def write_goldens(folder_of_all):
-    """data/reference/hf-*: a tiny model each, what transformers computes, the first tokenizer's."""
-    for seed, name in enumerate(GOLDENS):
-        folder, shape = f"{folder_of_all}/hf-{name}", CASES[name]
-        make_folder(folder, seed + 100, *shape)
-        model, tokens = open_folder(folder), random_tokens(seed + 100, 17, shape[4])
-        prompt = tokens[:shape[3] - NEW_TOKENS]
-        expected = {"transformers": transformers.__version__, "tokens": tokens,
-                    "loss": their_loss(model, tokens, 16), "prompt": prompt,
-                    "greedy": their_greedy(model, prompt, None)}
-        if seed == 0:
-            train_tokenizer(folder, shape[4])
-            expected |= {"text": TEXT, "text_tokens": AutoTokenizer.from_pretrained(
-                folder)(TEXT).input_ids}
-        save_file({"logits": their_logits(model, tokens[:16])}, f"{folder}/expected.safetensors")
-        with open(f"{folder}/expected.json", "w") as file:
-            file.write(json.dumps(expected, indent=1) + "\n")
-        for path in (f"{folder}/model.safetensors", f"{folder}/expected.safetensors"):
-            os.chmod(path, 0o644)
-        print(f"{folder}: loss {expected['loss']:.7f}")
-
-
 def main():
     parser = argparse.ArgumentParser(description="tinygpt against transformers")
     parser.add_argument("--train-gpt", default="./train_gpt")
     parser.add_argument("--prepare-data", default="./prepare_data")
-    parser.add_argument("--logits", default="build/hf_logits")
-    parser.add_argument("--goldens", metavar="DIR", help="write the reference folders and stop")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    if arguments.goldens:
-        return write_goldens(arguments.goldens)
     print(f"transformers {transformers.__version__}, torch {torch.__version__}; limits: loss "
-          f"{LOSS_LIMIT:g}, logits {LOGITS_LIMIT:g}, {NEW_TOKENS} greedy tokens the same")
+          f"{LOSS_LIMIT:g}, {NEW_TOKENS} greedy tokens the same")
     with tempfile.TemporaryDirectory(prefix="tinygpt-hf-") as temporary:
         opened_here(arguments, temporary)
         opened_there(arguments, temporary)
