@@ -6396,6 +6396,7 @@ TEST_CASE("show: the page's numbers are the model's, and text stays text") {
     // The same text through the reference device, in double.
     std::vector<int32_t> tokens = prompt_tokens(text, tokenizer, 257);
     tokens.insert(tokens.begin(), 256);
+    CHECK(page.find("texts")->find(std::to_string(tokens.back()))->text == "\\xff");
     const int T = int(tokens.size()), C = config.n_embd, V = config.vocab_size;
     Gpt2<Reference<double>> model(config);
     load_weights(model, folder / "model");

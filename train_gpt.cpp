@@ -2364,6 +2364,16 @@ inline std::string base64(const std::string& bytes) {
     return text;
 }
 
+// A token's bytes as text; those that are no whole character as \xff.
+inline std::string readable(const std::string& bytes) {
+    std::string text;
+    for (size_t i = 0, size; i < bytes.size(); i += std::max<size_t>(size, 1)) {
+        size = utf8_character(std::string_view(bytes).substr(i)).bytes;
+        text += size ? bytes.substr(i, size) : format("\\x%02x", uint8_t(bytes[i]));
+    }
+    return text;
+}
+
 // What the page shows of one text that a model reads.
 template <class Device>
 class Show {
@@ -2506,12 +2516,12 @@ private:
                                               size_t(drawn) * sizeof(float))));
     }
 
-    // A token, whose text the page will need.
+    // A token, whose text the page will need. Without a tokenizer it has none.
     Json name(int token) {
         const std::string id = std::to_string(token);
-        const bool end = tokenizer_ && token == tokenizer_->end_of_text();
-        if (!texts_.find(id))
-            texts_.set(id, end ? std::string(kEndOfText) : text_of_token(tokenizer_, token));
+        if (!tokenizer_ || texts_.find(id)) return token;
+        const bool end = token == tokenizer_->end_of_text();
+        texts_.set(id, end ? std::string(kEndOfText) : readable(text_of_token(tokenizer_, token)));
         return token;
     }
 

@@ -252,6 +252,7 @@ def check_shown(browser, page, D):
 def check_model(browser, page, folder=None):
     D = numbers(page)
     T, heads = len(D["prompt"]), D["model"]["n_layer"] * D["model"]["n_head"]
+    check(not any("\ufffd" in text for text in D["texts"].values()), "%s: bytes are lost" % page)
     check(close([max(sampled(logits_of(D), 1, 0, 1))], [D["lens"][-1]["p"][-1]]), "%s: the last lens is not the logits" % page)
     for width, dark in ((1100, False), (390, True)):
         browser.open(page, width, dark, finger=width < 500)
