@@ -851,15 +851,10 @@ TEST_CASE("data: a shard that shrinks while it is open is an error, not a signal
     // As it was; then another of the same length in its place.
     put_shard(path, std::vector<uint16_t>(5000, 7));
     const Shards again(path);
-    BatchLoader loader(DataOrder{again, 1, 50}, 8, 0);
-    CHECK(loader.next().scored == 50);
+    const DataOrder order{again, 1, 50};
+    CHECK(order.batch(0, 8).scored == 50);
     replace_shard(path, std::vector<uint16_t>(5000, 6));
-    // Through the loader: the batches that were read come, then the error, and it stays.
-    auto five = [&] {
-        for (int i = 0; i < 5; ++i) loader.next();
-    };
-    CHECK(contains(error_of(five), "was changed, replaced or cut"));
-    CHECK(error_of([&] { loader.next(); }) != "");
+    CHECK(contains(error_of([&] { order.batch(1, 8); }), "was changed, replaced or cut"));
 }
 
 TEST_CASE("data: a token outside the vocabulary is an error that says where") {
@@ -877,24 +872,6 @@ TEST_CASE("data: a token outside the vocabulary is an error that says where") {
     const DataOrder order{shards, 1, 217};
     CHECK(error_of([&] { order.batch(0, 300); }) == "");
     CHECK(contains(error_of([&] { order.batch(1, 300); }), "token 217"));
-}
-
-TEST_CASE("data: the loader reads the order's batches, from any sample on, and stops at any time") {
-    TemporaryFolder folder;
-    const auto shards = counting_shards(folder, {90, 3, 77});
-    const DataOrder order{*shards, 3, 8, 5, true};
-    for (int64_t first : {0, 10, 1000}) {
-        BatchLoader loader(order, 65536, first);
-        for (int64_t i = 0; i < 20; ++i) {
-            const Batch found = loader.next(), expected = order.batch(first + i * 3, 65536);
-            REQUIRE(found.inputs == expected.inputs);
-            REQUIRE(found.targets == expected.targets);
-            REQUIRE(found.scored == expected.scored);
-        }
-    }
-    for (int i = 0; i < 50; ++i) BatchLoader loader(order, 65536, i);  // never asked
-    BatchLoader broken(order, 10, 0);
-    for (int i = 0; i < 2; ++i) CHECK(contains(error_of([&] { broken.next(); }), "vocabulary"));
 }
 
 // =================================================================================================

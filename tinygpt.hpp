@@ -5579,42 +5579,6 @@ inline double flops_per_token(const Config& config, int T) {
     return 6 * (12 * C * C * L + V * C) + 6 * C * (T + 1.0) * L;
 }
 
-// Reads the batches of a run in order: a thread reads the next one while the model computes. After
-// `run` batches it passes over `others` samples, which other processes read (§10).
-class BatchLoader {
-public:
-    // Careful: the shards of `order` must outlive it.
-    BatchLoader(const DataOrder& order, int vocab_size, int64_t first_sample, int64_t run = 1,
-                int64_t others = 0)
-        : order_(order), vocab_size_(vocab_size), sample_(first_sample), run_(run),
-          others_(others) {
-        read_ahead();
-    }
-    BatchLoader(const BatchLoader&) = delete;
-
-    // The next B samples. If reading them failed, this throws the error.
-    Batch next() {
-        Batch batch = ahead_.get();
-        sample_ += order_.B + (++read_ % run_ == 0 ? others_ : 0);
-        read_ahead();
-        return batch;
-    }
-
-private:
-    void read_ahead() {
-        ahead_ =
-            std::async(std::launch::async, [this] { return order_.batch(sample_, vocab_size_); });
-    }
-
-    const DataOrder order_;
-    const int vocab_size_;
-    int64_t sample_, read_ = 0;
-    const int64_t run_, others_;
-    // Shared: an error can be fetched more than once. Careful: keep it the last member. Members are
-    // destroyed from the last up, and this one waits for its thread, which still uses the others.
-    std::shared_future<Batch> ahead_;
-};
-
 // --- The run
 
 // With --on-nan skip, this many broken steps in a row end a run.
@@ -5664,13 +5628,10 @@ public:
     // Trains to the end, and evaluates there unless Ctrl-C ends it.
     End run(const Start& start) {
         std::optional<LogRow> row = begin(start);
-        const int64_t here = micro_batches(), rows = here * order_.B;
-        BatchLoader loader(order_, model_.config.vocab_size, state_.samples + ranks_.rank * rows,
-                           here, rows_per_step() - rows);
         End end = state_.step < state_.planned_steps ? End::none : End::finished;
         if (row) end = finish(*row);
         while (end == End::none) {
-            row = one_step(loader);
+            row = one_step();
             check_broken(*row);
             end = finish(*row);
         }
@@ -5825,14 +5786,27 @@ private:
                order_.epoch(samples) > order_.epoch(state_.samples) || stops_ || time_is_up();
     }
 
-    // Starts step s on the device.
-    void queue_step(BatchLoader& loader, int64_t s) {
-        std::vector<Batch> batches;
-        while (int64_t(batches.size()) < micro_batches()) batches.push_back(loader.next());
+    // Reads this rank's micro-batches of the step that begins at that sample, on a thread of its own:
+    // std::async returns a future, whose get() waits for the result (Python's executor.submit).
+    void read_ahead(int64_t first) {
+        batches_ = std::async(std::launch::async, [this, first] {
+            std::vector<Batch> batches;
+            for (int64_t i = 0, n = micro_batches(); i < n; ++i)
+                batches.push_back(order_.batch(first + (ranks_.rank * n + i) * order_.B,
+                                               model_.config.vocab_size));
+            return batches;
+        });
+    }
+
+    // Starts step s on the device. What it reads was read while the step before was computed. If
+    // that failed, get() throws the error.
+    void queue_step(int64_t s) {
+        const int64_t rows = rows_per_step(), first = state_.samples + (s - state_.step) * rows;
+        if (!batches_.valid()) read_ahead(first);
+        const std::vector<Batch> batches = batches_.get();
+        read_ahead(first + rows);
         StepShare share{size_t(ranks_.rank * micro_batches()), size_t(o_.grad_accum_steps)};
-        const int64_t first = state_.samples + (s - state_.step) * rows_per_step();
-        for (int64_t i = 0; i < rows_per_step(); ++i)
-            share.scored += order_.window(first + i).count;
+        for (int64_t i = 0; i < rows; ++i) share.scored += order_.window(first + i).count;
         StepOptions options{uint64_t(o_.seed), o_.rate, o_.adamw, o_.guards};
         options.rate.schedule = schedule_named(o_.schedule);
         options.rate.steps = state_.planned_steps;
@@ -5843,14 +5817,14 @@ private:
 
     // Makes one update; returns its row. A GPU gets the step after it, too, before the host waits
     // for this one's numbers. MFU: model FLOPs utilisation (Chowdhery et al. 2022).
-    LogRow one_step(BatchLoader& loader) {
+    LogRow one_step() {
         const bool wants_stats = due(o_.tensor_stats_interval, state_.step + 1);
         std::vector<typename Device::Real> before;
         if (wants_stats) before = model_.get_weights();
         const double seconds_before = ranks_.seconds, bytes_before = ranks_.bytes;
-        if (!ahead_) queue_step(loader, state_.step);
+        if (!ahead_) queue_step(state_.step);
         ahead_ = Device::kStepsBehind > 0 && !next_is_waited_for();
-        if (ahead_) queue_step(loader, state_.step + 1);
+        if (ahead_) queue_step(state_.step + 1);
         state_.guards = model_.device.fetch(model_.state);
         const double waited = ranks_.seconds - seconds_before;
         ranks_seconds += waited, ranks_bytes += ranks_.bytes - bytes_before, ++ranks_steps;
@@ -6056,6 +6030,9 @@ private:
     double began_ = 0;             // when the current step began
     bool stops_ = false;           // a rank was asked to stop
     int64_t broken_in_a_row_ = 0;  // latest steps whose loss or norm was NaN or infinite
+    // Of the next step. Careful: keep it the last member. Members are destroyed from the last up, and
+    // this one waits for its thread, which still uses the others.
+    std::future<std::vector<Batch>> batches_;
 };
 
 // =================================================================================================

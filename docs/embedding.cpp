@@ -21,11 +21,11 @@ static void train_and_sample(const std::string& data, const std::string& output,
     Gpt2<Cpu> model(config);
     model.reserve(B, T, Use::training);
     model.initialise(1337);
-    BatchLoader loader({.shards = shards, .B = B, .T = T, .seed = 1337, .shuffle = true}, V, 0);
+    const DataOrder order{.shards = shards, .B = B, .T = T, .seed = 1337, .shuffle = true};
     StepOptions options;
     options.rate = {Schedule::cosine, 2e-3, 0.1, steps / 10, steps};
     for (int step = 0; step < steps; ++step) {
-        train_step(model, {loader.next()}, options, step);
+        train_step(model, {order.batch(int64_t(step) * B, V)}, options, step);
         if (step % 10 == 0) std::printf("step %d: loss %.4f\n", step, model.state->loss);
     }
 
