@@ -14,6 +14,8 @@
 
 #include "tinygpt.hpp"
 
+#include <fnmatch.h>
+
 #include <filesystem>
 #include <sstream>
 
@@ -397,20 +399,17 @@ inline void copy_stream(const std::string& name, const std::string& path) {
     to.commit();
 }
 
-// Is it a shard's name as this program writes it?
 inline bool is_shard_name(const std::string& name) {
-    const size_t begin = name.starts_with("train_") ? 6 : name.starts_with("val_") ? 4 : name.npos;
-    return begin != name.npos && name.size() == begin + 10 && name.ends_with(".bin") &&
-           std::all_of(name.begin() + ptrdiff_t(begin), name.end() - 4,
-                       [](char c) { return c >= '0' && c <= '9'; });
+    const std::string number = "[0-9][0-9][0-9][0-9][0-9][0-9].bin";
+    return ::fnmatch(("train_" + number).c_str(), name.c_str(), 0) == 0 ||
+           ::fnmatch(("val_" + number).c_str(), name.c_str(), 0) == 0;
 }
 
 // Fails where this run would read what it, or one before it, writes.
 inline void check_apart(const std::string& input, const std::string& output) {
     const auto in = std::filesystem::weakly_canonical(input);
     const auto out = std::filesystem::weakly_canonical(output);
-    const bool inside =
-        std::mismatch(in.begin(), in.end(), out.begin(), out.end()).first == in.end();
+    const bool inside = !out.lexically_relative(in).string().starts_with("..");
     if (folder_exists(input) && inside)
         fail_usage("--output ", output, " lies in the input folder ", input,
                    ": the next run would read it as text; choose an --output elsewhere");
@@ -468,7 +467,6 @@ struct Tally {
     }
 };
 
-// What is trained on and what is for validation.
 struct Split {
     std::vector<Source> train, val;
     Tally all = {};
@@ -562,7 +560,6 @@ inline std::string_view fast_piece(std::string_view text, size_t at) {
 // words. For "aaabdaaabac": aa is the most frequent pair (4), XabdXabac; then ab (2; Xa is as
 // frequent, but its tokens are later ones), XYdXYac; then XY (2), ZdZac.
 
-// Distinct pieces and how often each occurs.
 class PieceCounts {
     struct Hash {  // with is_transparent, a piece is found without making a std::string of it
         using is_transparent = void;
@@ -718,7 +715,6 @@ private:
             // The left symbol becomes the new token; the right one leaves the list.
             left.token = token, left.next = right.next, right.token = kNone;
             if (left.next != kNone) symbols_[left.next].previous = at;
-            // Two pairs come.
             if (left.previous != kNone) count_pair(left.previous, +1);
             if (left.next != kNone) count_pair(at, +1);
         }
@@ -1055,7 +1051,6 @@ inline int64_t prepare(const PrepareOptions& o, const Incoming& incoming, const 
     return train.tokens;
 }
 
-// The input of the options to a data folder.
 inline int64_t prepare_text(const PrepareOptions& o) {
     const Incoming incoming(o.output);
     std::string names;
@@ -1295,7 +1290,6 @@ inline std::vector<std::string> split(std::string_view text, char separator) {
     return parts;
 }
 
-// The index of the thing with this name, or -1.
 template <class Named>
 int find(const std::vector<Named>& things, const std::string& name) {
     for (size_t i = 0; i < things.size(); i++)
@@ -1550,8 +1544,8 @@ inline int64_t prepare_stories(const PrepareOptions& o) {
 // Models of llm.c
 // =================================================================================================
 // A .bin file of llm.c has 256 x int32: 20240326, version 3 (fp32), positions, vocabulary, layers,
-// heads, channels, padded vocabulary, zeros. Then every tensor, for all layers together, in the
-// order below. Linear weights are [out, in], so they are transposed.
+// heads, channels, padded vocabulary, zeros. Then every tensor, one kind for all layers together.
+// Linear weights are [out, in], so they are transposed.
 
 struct LlmcModel {
     std::string bytes;  // of the whole file
@@ -1587,12 +1581,18 @@ inline LlmcModel read_llmc(const std::string& path) {
 
 // Every tensor of the file, under Hugging Face's names. They read from `model` when they are saved.
 inline std::vector<StoredTensor> llmc_tensors(const LlmcModel& model) {
-    std::map<std::string, TensorInfo> named;
-    for (const TensorInfo& info : layout_of(model.config).tensors) named[info.name] = info;
+    // In the order of the file: sorted by kind, the name without its layer.
+    std::vector<TensorInfo> infos = layout_of(model.config).tensors;
+    const auto kind = [](const std::string& name) {
+        return name.starts_with("h.") ? name.substr(name.find('.', 2)) : name;
+    };
+    std::map<std::string, size_t> order;
+    for (const TensorInfo& info : infos) order.emplace(kind(info.name), order.size());
+    std::ranges::stable_sort(infos, {}, [&](auto& info) { return order[kind(info.name)]; });
     std::vector<StoredTensor> tensors;
     const char* at = model.bytes.data() + kLlmcHeaderBytes;
-    auto take = [&](const std::string& name, bool transposed = false) {
-        const TensorInfo& info = named.at(name);
+    for (const TensorInfo& info : infos) {
+        const bool transposed = info.name.starts_with("h.") && info.shape.size() == 2;
         const size_t rows = size_t(info.shape[0]), columns = info.count / rows;
         auto fill = [=, from = at](float* out, size_t first, size_t n) {
             for (size_t i = first; i < first + n; ++i) {
@@ -1600,23 +1600,11 @@ inline std::vector<StoredTensor> llmc_tensors(const LlmcModel& model) {
                 std::memcpy(out++, from + stored * sizeof *out, sizeof *out);
             }
         };
-        tensors.push_back({name_in_checkpoint(name), "F32", info.shape, fill});
-        at += info.count * sizeof(float);
-    };
-    take("wte.weight");
-    at += size_t(model.padded_vocab - model.config.vocab_size) * size_t(model.config.n_embd) *
-          sizeof(float);
-    take("wpe.weight");
-    for (const char* name :
-         {"ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias",
-          "attn.c_proj.weight", "attn.c_proj.bias", "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight",
-          "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"})
-        for (int l = 0; l < model.config.n_layer; ++l) {
-            const std::string full = to_text("h.", l, ".", name);
-            take(full, named.at(full).shape.size() == 2);
-        }
-    take("ln_f.weight");
-    take("ln_f.bias");
+        tensors.push_back({name_in_checkpoint(info.name), "F32", info.shape, fill});
+        // The rows that fill up the vocabulary are passed over.
+        const size_t padded = size_t(model.padded_vocab) * size_t(model.config.n_embd);
+        at += (info.name == "wte.weight" ? padded : info.count) * sizeof(float);
+    }
     return tensors;
 }
 

@@ -40,7 +40,6 @@ enum Command : unsigned {
     kExport = 128
 };
 
-// In the order of the help.
 inline const std::vector<CommandName> kCommands = {
     {kTrain, "train", "train a model (what happens without a command)"},
     {kEval, "eval", "the loss of a checkpoint"},
@@ -233,7 +232,6 @@ inline std::vector<Option> training_options(Options& o) {
     };
 }
 
-// The whole table.
 inline std::vector<Option> option_table(Options& o) {
     std::vector<Option> table = model_options(o), training = training_options(o);
     table.insert(table.end(), training.begin(), training.end());
@@ -331,7 +329,6 @@ constexpr OtherNames kOtherNames[] = {
     {"repetition-penalty num-beams", "--temperature, --top-k and --top-p choose the tokens"},
 };
 
-// The command of that name.
 inline Command find_command(const std::string& typed) {
     for (const CommandName& c : kCommands)
         if (typed == c.name) return Command(c.bit);
@@ -421,7 +418,6 @@ inline std::string help_text(const Options& options, const std::string& program)
            "the last counts. A file of options is --config FILE, or FILE.conf alone.\n";
 }
 
-// What --version prints.
 inline std::string version_text() {
     return format("tinygpt %d.%d.%d, built by %s %s, vectors of %d bits\n", TINYGPT_VERSION / 10000,
                   TINYGPT_VERSION / 100 % 100, TINYGPT_VERSION % 100,
@@ -595,7 +591,6 @@ private:
 // is the model to keep. When neither falls, nothing is left to learn (compare the floor), or the
 // model is too small to learn it.
 
-// A loss after so many updates.
 struct CurvePoint {
     int64_t step;
     double loss;
@@ -638,7 +633,6 @@ inline std::string draw_curve(const Curve& train, const Curve& val, double floor
     for (const CurvePoint& p : train) put(double(p.step) / double(last), p.loss, '.');
     for (const CurvePoint& p : val) put(double(p.step) / double(last), p.loss, 'o');
 
-    // Every third line has its loss.
     std::string out;
     for (int r = 0; r < height; ++r) {
         const double loss = std::exp(top - (top - bottom) * r / (height - 1));
@@ -866,7 +860,6 @@ inline void check_model_folder(const std::string& path) {
         fail(path, " holds a LoRA adapter, not a whole model: merge the two with peft, ",
              "AutoPeftModelForCausalLM.from_pretrained('", path, "').merge_and_unload()",
              ".save_pretrained('", path, "-merged')");
-    // How names end, what such files are, and what to do.
     const std::pair<const char*, std::string> forms[] =
         {{".safetensors",
           "weights under another name: model.safetensors or, for shards, "
@@ -1079,7 +1072,6 @@ auto from_first(Ranks& ranks, auto&& f) {
     ranks.broadcast(&value, sizeof value);
     return value;
 }
-// A text of rank 0, for all.
 inline std::string text_from_first(Ranks& ranks, std::string text) {
     text.resize(from_first(ranks, [&] { return text.size(); }));
     ranks.broadcast(text.data(), text.size());
@@ -1107,7 +1099,6 @@ inline void check_share(const Options& o, const Ranks& ranks) {
                " ranks share out: it must be a multiple of ", count, "; ", advice);
 }
 
-// What the run says about its ranks.
 inline std::string describe_ranks(Ranks& ranks, int micro_batches, const MemoryNeed& need) {
     std::map<std::string, int> hosts;
     for (const std::string& host : gather_hosts(ranks)) ++hosts[host];
@@ -1295,7 +1286,6 @@ inline void check_same_run(const Options& o, const Start& start, const Corpus& c
                            const std::string& program) {
     const std::string& folder = start.folder;
     const char* override_hint = ", or say --override to go on all the same";
-    // The options, one by one.
     auto value = [](const std::string& text) { return text.empty() ? "(not set)" : text; };
     const Json options = options_that_change_numbers(o);
     for (auto& [name, now] : options.members) {
@@ -1308,7 +1298,6 @@ inline void check_same_run(const Options& o, const Start& start, const Corpus& c
     if (start.state.program != program)
         fail_usage(folder, " was made by ./", start.state.program,
                    ", whose sums are rounded differently: resume with that", override_hint);
-    // The data.
     std::vector<std::string> now = fingerprint(corpus), saved;
     for (auto& [none, text] : start.state.data.members) saved.push_back(text.text);
     now.resize(std::max(now.size(), saved.size()), "none"), saved.resize(now.size(), "none");
@@ -1557,7 +1546,6 @@ inline std::vector<HellaswagExample> read_hellaswag(const std::string& path, int
 // The mean loss of each ending after its context; a text too long for T loses its beginning. The
 // four texts are the rows of one batch; only targets within the endings are scored.
 std::array<double, 4> score_endings(auto& model, const HellaswagExample& e) {
-    // No longer a batch than the texts need.
     size_t longest = 0;
     for (const auto& ending : e.endings)
         longest = std::max(longest, e.context.size() + ending.size() - 1);
@@ -1584,7 +1572,6 @@ std::array<double, 4> score_endings(auto& model, const HellaswagExample& e) {
     return mean;
 }
 
-// Prints how many examples the model answers right.
 int hellaswag_command(auto device, const Options& o, const Config& config) {
     const auto examples = read_hellaswag(o.hellaswag, config.vocab_size);
     const int T = sequence_length(o, config);
@@ -1911,7 +1898,6 @@ struct KernelTime {
     int calls = 0, row = -1;
 };
 
-// Adds a call to the sum of those with its name.
 inline void add_call(std::vector<KernelTime>& sums, const KernelTime& call) {
     const auto same = [&](const KernelTime& sum) { return sum.name == call.name; };
     auto sum = std::find_if(sums.begin(), sums.end(), same);
@@ -2118,7 +2104,6 @@ private:
                         least_flops > least_bytes ? "FLOP/s" : "GB/s");
         std::printf("\n");
     }
-    // All kernels of a step.
     void show_kernels() {
         KernelTime all{"all"};
         for (const KernelTime& k : kernels_) all.seconds += k.seconds, all.calls += k.calls;
@@ -2153,7 +2138,6 @@ private:
 
 class Walk {
 public:
-    // Makes the model and the batch: two layers, two heads.
     Walk() : model_({2, 2, kC, kT, kV}) {
         model_.initialise(1);
         // Ten times the usual weights: so small a model would show nothing but zeros.
@@ -2183,7 +2167,6 @@ private:
                                                "dog", "ran", "to",  "a",  "."};
     static constexpr int kText[kRows + 1] = {0, 1, 2, 3, 0, 4, 5, 0, 6};
 
-    // The stops of the step.
     void watch(const Call& call) {
         if (call.function == "head_forward_backward") show_forward(), show_loss();
         if (call.function == "square_sums") show_backward();
@@ -2791,7 +2774,6 @@ inline int export_command(const Options& o) {
 // What you have now: every command. A driver adds the device: its main gives `program` a function
 // that makes one and calls run_command with it.
 
-// Runs the command on a device; returns the exit status.
 int run_command(auto device, const Options& o) {
     const bool shared = o.command == kTrain || o.command == kEval;
     if (device.ranks->rank != 0 && !shared) return 0;
@@ -2810,7 +2792,8 @@ int run_command(auto device, const Options& o) {
 
 // From here on numbers below 1.2e-38 (subnormals) count as zero, in this thread and in those it
 // starts. Why: they mean nothing, a softmax that is sure of itself makes thousands of them, and
-// arithmetic with each takes the CPU about a hundred cycles.
+// arithmetic with each takes the CPU about a hundred cycles. (prepare_data copies weights, bit by
+// bit, and computes with none: it needs no such thing.)
 inline void flush_tiny_numbers() {
 #if defined(__SSE__)
     __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | 0x8040);  // FTZ and DAZ: results, operands
@@ -3175,7 +3158,6 @@ struct Machine : CpuOf<A> {
     }
 };
 
-// Runs the command on the CPU, in the given precision.
 inline int run_on_cpu(const Options& o) {
     if (o.precision == "tf32")
         fail_usage("--precision tf32 is for GPUs (./train_gpt_cu); a CPU has fp32 and bf16");
