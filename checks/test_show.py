@@ -8,7 +8,7 @@
 #
 #     checks/test_show.py build/g++-native/train_gpt                     the test
 #     checks/test_show.py build/g++-native/train_gpt docs out/stories    a picture of each panel, of that run
-import base64, json, math, os, re, struct, subprocess, sys, tempfile
+import base64, json, math, os, re, select, struct, subprocess, sys, tempfile
 
 sys.path.pop(0)  # transformers looks for a module `kernels`; checks/kernels.py is not that
 PROGRAM = os.path.abspath(sys.argv[1])
@@ -26,7 +26,7 @@ class Browser:
         self.process = subprocess.Popen(["sh", "-c", "exec %s 3<&%d 4>&%d" % (CHROMIUM, theirs_in, theirs_out)],
                                         pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL)
         os.close(theirs_in), os.close(theirs_out)
-        self.held, self.count, self.console, self.session = b"", 0, [], {}
+        self.held, self.count, self.console, self.session, self.loaded = b"", 0, [], {}, False
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
         for domain in ("Page", "Runtime", "Log"):
@@ -34,13 +34,14 @@ class Browser:
 
     def read(self):
         while b"\0" not in self.held:
-            more = os.read(self.come, 1 << 20)
-            check(more, "the browser ended")
+            come, _, _ = select.select([self.come], [], [], 120)
+            check(come and (more := os.read(self.come, 1 << 20)), "the browser ended, or is silent")
             self.held += more
         message, self.held = self.held.split(b"\0", 1)
         message = json.loads(message)
         if message.get("method") in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
             self.console.append(str(message["params"])[:500])
+        self.loaded |= message.get("method") == "Page.loadEventFired"
         return message
 
     def call(self, method, **params):
@@ -55,9 +56,10 @@ class Browser:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=finger)
         self.call("Emulation.setTouchEmulationEnabled", enabled=finger)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self.loaded = False
         self.call("Page.navigate", url="file://" + page)
-        while self.read().get("method") != "Page.loadEventFired":
-            pass
+        while not self.loaded:
+            self.read()
 
     def js(self, expression):
         """The value of an expression in the page."""
@@ -77,8 +79,9 @@ class Browser:
             self.call("Input.dispatchMouseEvent", type="mouseMoved", **at)
 
     def click(self, selector, **where):
-        for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, button="none" if kind == "mouseMoved" else "left", clickCount=1, **self.place(selector, **where))
+        at = self.place(selector, **where)
+        for kind, button in (("mouseMoved", "none"), ("mousePressed", "left"), ("mouseReleased", "left")):
+            self.call("Input.dispatchMouseEvent", type=kind, button=button, clickCount=1, **at)
 
     def tap(self, selector):
         self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[self.place(selector)])
@@ -314,7 +317,7 @@ def check_runs(browser, page):
             # A drag across the picture zooms.
             for kind, right in (("mousePressed", 0.3), ("mouseMoved", 0.6), ("mouseReleased", 0.6)):
                 browser.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **browser.place("#curves svg[role]", right=right))
-            zoomed = browser.js("[from, to].map(e => +e.value)".replace("from, to", "document.getElementById('from'), document.getElementById('to')"))
+            zoomed = browser.js("['from', 'to'].map(id => +document.getElementById(id).value)")
             check(20 < zoomed[0] < zoomed[1] < 60, "zoomed to %s" % zoomed)
         browser.js("(e => { e.value = 0; e.dispatchEvent(new Event('input')) })(document.querySelector('#samples input'))")
         check(browser.text("#samples strong") == D["runs"][0]["samples"][0]["title"] and browser.text("#samples pre") == D["runs"][0]["samples"][0]["text"], "samples")
