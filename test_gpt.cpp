@@ -171,15 +171,17 @@ struct StandInUnit {
     static void multiply() {
         auto number = [](uint32_t bits) { return std::bit_cast<float>(bits); };
         auto &sums = rows(c), &left = rows(a), &right = rows(b);
-        for (int m = 0; m < 16; ++m)
+        for (int m = 0; m < 16; ++m) {
+            float low[16] = {}, high[16] = {};  // added apart, as the manual has it
             for (int k = 0; k < 16; ++k)
                 for (int n = 0; n < 16; ++n) {
                     const uint32_t x = left[m][k], y = right[k][n];
-                    float sum = number(sums[m][n]);
-                    sum += number(x << 16) * number(y << 16);
-                    sum += number(x & 0xffff0000u) * number(y & 0xffff0000u);
-                    sums[m][n] = std::bit_cast<uint32_t>(sum);
+                    low[n] += number(x << 16) * number(y << 16);
+                    high[n] += number(x & 0xffff0000u) * number(y & 0xffff0000u);
                 }
+            for (int n = 0; n < 16; ++n)
+                sums[m][n] = std::bit_cast<uint32_t>(number(sums[m][n]) + (low[n] + high[n]));
+        }
     }
     StandInUnit() {
         Registers& all = access();
