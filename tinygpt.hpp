@@ -4055,8 +4055,8 @@ inline std::string_view next_piece(std::string_view text, size_t at) {
 
 // GPT-2 writes each byte as a visible character, so that a vocabulary file is text. The 188 bytes
 // that are visible in Latin-1 stand for themselves; the other 68, in order, are U+0100, U+0101, ...
-// Ids have the same order: first the 188, then the 68. So "!" is token 0. The blank, the 33rd of the
-// 68, is U+0120 ("Ġ") and token 188 + 32 = 220.
+// Ids have the same order: first the 188, then the 68. So "!" is token 0. The blank, the 33rd of
+// the 68, is U+0120 ("Ġ") and token 188 + 32 = 220.
 struct ByteAlphabet {
     uint8_t byte_of_id[256] = {};
     uint16_t id_of_byte[256] = {}, character_of_byte[256] = {};
@@ -4075,8 +4075,8 @@ inline constexpr ByteAlphabet kBytes;
 constexpr std::string_view kEndOfText = "<|endoftext|>";  // its name in a vocabulary file
 constexpr uint32_t kNoToken = UINT32_MAX;
 
-// Tokens 0..255 are the bytes (in GPT-2's order), token 256 + i is what merge i makes of two earlier
-// tokens, and the last token is the end of a text.
+// Tokens 0..255 are the bytes (in GPT-2's order), token 256 + i is what merge i makes of two
+// earlier tokens, and the last token is the end of a text.
 class Tokenizer {
 public:
     using Merge = std::pair<uint16_t, uint16_t>;
@@ -4263,8 +4263,8 @@ inline void Tokenizer::save(const std::string& folder) const {
 
 constexpr size_t kMaxVocabBytes = 16'000'000;  // of a vocabulary file: GPT-2's have a million
 
-// The tokenizer of some merges, "Ġ t" and so on. An error in one begins with `where` and its number.
-// `vocab`, an object in the file `path`, must give every token the id that follows from the merges.
+// The tokenizer of some merges ("Ġ t"). An error in one begins with `where` and its number. `vocab`,
+// an object in the file `path`, must give every token the id that follows from the merges.
 inline Tokenizer make_tokenizer(const std::vector<std::string>& merges, const std::string& where,
                                 const Json& vocab, const std::string& path) {
     std::unordered_map<std::string, int> ids;
@@ -4491,8 +4491,8 @@ void for_each_chunk(size_t count, Use&& use) {
         if (error) std::rethrow_exception(error);
 }
 
-// A tensor of a file. One that was found has the bytes [begin, end) of `file`. One to be written has
-// fill(out, first, n), which sets out[n] to the elements from `first` on.
+// A tensor of a file. One that was found has the bytes [begin, end) of `file`. One to be written
+// has fill(out, first, n), which sets out[n] to the elements from `first` on.
 struct StoredTensor {
     std::string name, dtype;
     std::vector<int64_t> shape;
@@ -4985,8 +4985,8 @@ inline Json read_sealed(const std::string& path) {
     return Json::parse(text, path);
 }
 
-// Whether a folder has a state of ours. Hugging Face's trainer also writes a trainer_state.json; its
-// mark is a "log_history" near the top.
+// Whether a folder has a state of ours. Hugging Face's trainer also writes a trainer_state.json;
+// its mark is a "log_history" near the top.
 inline bool has_checksums(const std::string& folder) {
     if (!file_exists(folder + "/trainer_state.json")) return false;
     const InputFile file(folder + "/trainer_state.json");
@@ -5018,8 +5018,8 @@ inline Json verify_files(const std::string& folder, Purpose purpose) {
 
 // --- Saving
 
-// The tensors of one file of a checkpoint, under their names there, and of which array they are: the
-// weights, or each of the optimizer's moments.
+// The tensors of one file of a checkpoint, under their names there, and of which array they are:
+// the weights, or each of the optimizer's moments.
 enum class Contents { weights, moments };
 template <class Device>
 auto arrays_of(Gpt2<Device>& model, Contents contents) {
@@ -5123,8 +5123,8 @@ void save_checkpoint(Gpt2<Device>& model, const std::string& folder, const Token
 
 // --- Opening
 
-// The model that a Hugging Face folder describes. Whatever is wrong with the folder, but for NaN and
-// infinity, is found here, before memory is taken.
+// The model that a Hugging Face folder describes. Whatever is wrong with the folder, but for NaN
+// and infinity, is found here, before memory is taken.
 inline Config config_of_folder(const std::string& folder) {
     if (!folder_exists(folder)) fail(folder, ": there is no such folder");
     if (has_checksums(folder)) verify_files(folder, Purpose::use);
@@ -5208,8 +5208,8 @@ inline void remove_old_checkpoints(const std::string& output, int keep) {
 }
 
 // A run that goes on from `step` makes the later steps again: their checkpoints are set aside, or
-// they would count as the newest. A run that starts (step -1) sets aside all, best/ too. Returns the
-// names.
+// they would count as the newest. A run that starts (step -1) sets aside all, best/ too. Returns
+// the names.
 inline std::vector<std::string> set_aside_later(const std::string& output, int64_t step) {
     std::vector<std::string> names;
     for (int64_t later : checkpoint_steps(output))
@@ -5296,8 +5296,8 @@ inline std::string wrapped(const std::string& text, int fd = STDOUT_FILENO, size
     return lines += wrap.end();
 }
 
-// The text in a colour (31 red, 33 yellow, 36 cyan), where the terminal has colours and the user has
-// not said NO_COLOR (no-color.org).
+// The text in a colour (31 red, 33 yellow, 36 cyan), where the terminal has colours and the user
+// has not said NO_COLOR (no-color.org).
 inline std::string coloured(int colour, const std::string& text, int fd = STDOUT_FILENO) {
     const char *no = std::getenv("NO_COLOR"), *kind = std::getenv("TERM");
     const bool plain = !::isatty(fd) || (no && *no) || !kind || std::string_view(kind) == "dumb";
@@ -5345,7 +5345,7 @@ inline bool leads_to(const std::string& path, const FileHandle& file) {
            a.st_ino == b.st_ino;
 }
 
-// A file that grows during a run. On a full disk, its text waits in memory; the user is warned once.
+// A file that grows during a run. On a full disk, its text waits in memory, with one warning.
 class GrowingFile {
 public:
     explicit GrowingFile(const std::string& path)
@@ -5786,8 +5786,8 @@ private:
                order_.epoch(samples) > order_.epoch(state_.samples) || stops_ || time_is_up();
     }
 
-    // Reads this rank's micro-batches of the step that begins at that sample, on a thread of its own:
-    // std::async returns a future, whose get() waits for the result (Python's executor.submit).
+    // Reads this rank's micro-batches of the step that begins at that sample, on a thread: std::async
+    // returns a future, whose get() waits for the result (Python's executor.submit).
     void read_ahead(int64_t first) {
         batches_ = std::async(std::launch::async, [this, first] {
             std::vector<Batch> batches;
@@ -5893,8 +5893,8 @@ private:
     }
 
     // What a step is followed by; returns whether the run goes on. Why this order: the row is in
-    // the log before anything may fail; the checkpoint comes after best/, because it remembers which
-    // model was the best.
+    // the log before anything may fail; the checkpoint comes after best/, because it remembers
+    // which model was the best.
     End finish(LogRow& row) {
         const bool wanted = wants_evaluation(), evaluated = wanted && evaluate_into(row);
         const bool cut_short = wanted && !evaluated;  // by Ctrl-C: made again when resumed
@@ -6030,8 +6030,8 @@ private:
     double began_ = 0;             // when the current step began
     bool stops_ = false;           // a rank was asked to stop
     int64_t broken_in_a_row_ = 0;  // latest steps whose loss or norm was NaN or infinite
-    // Of the next step. Careful: keep it the last member. Members are destroyed from the last up, and
-    // this one waits for its thread, which still uses the others.
+    // Of the next step. Careful: keep it the last member. Members are destroyed from the last up,
+    // and this one waits for its thread, which still uses the others.
     std::future<std::vector<Batch>> batches_;
 };
 
@@ -6297,9 +6297,9 @@ struct CommandLine {
         return all;
     }
 
-    // Reads and sets lines of `name = value`. A '#' at the start of a line or after a blank begins a
-    // comment, so "C#" is a value. Errors begin with the file and the line: "run.conf:3: --top-p must
-    // be ...".
+    // Reads and sets lines of `name = value`. A '#' at the start of a line or after a blank begins
+    // a comment, so "C#" is a value. Errors begin with the file and the line: "run.conf:3: --top-p
+    // must be ...".
     //   # a small GPT-2 on a book
     //   data = data/book
     //   n-layer = 4     # the other sizes are the preset's
