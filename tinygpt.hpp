@@ -4263,8 +4263,8 @@ inline void Tokenizer::save(const std::string& folder) const {
 
 constexpr size_t kMaxVocabBytes = 16'000'000;  // of a vocabulary file: GPT-2's have a million
 
-// The tokenizer of some merges ("Ġ t"). An error in one begins with `where` and its number. `vocab`,
-// an object in the file `path`, must give every token the id that follows from the merges.
+// The tokenizer of some merges ("Ġ t"). An error in one begins with `where` and its number.
+// `vocab`, an object in the file `path`, must give every token the id that its merge has.
 inline Tokenizer make_tokenizer(const std::vector<std::string>& merges, const std::string& where,
                                 const Json& vocab, const std::string& path) {
     std::unordered_map<std::string, int> ids;
@@ -5786,8 +5786,8 @@ private:
                order_.epoch(samples) > order_.epoch(state_.samples) || stops_ || time_is_up();
     }
 
-    // Reads this rank's micro-batches of the step that begins at that sample, on a thread: std::async
-    // returns a future, whose get() waits for the result (Python's executor.submit).
+    // Reads this rank's micro-batches of the step that begins at that sample, on a thread of its
+    // own. A future's get() waits for the result (Python's executor.submit).
     void read_ahead(int64_t first) {
         batches_ = std::async(std::launch::async, [this, first] {
             std::vector<Batch> batches;
