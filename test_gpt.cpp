@@ -445,6 +445,10 @@ struct TestRuns : SmallRuns {
     Outcome train(const std::string& name, const Arguments& more = {}) const {
         return train_gpt(arguments(name, more));
     }
+    // The words of a line, with this data and that run's folder.
+    Arguments line(const std::string& name, const std::string& more) const {
+        return words(more, {"--data", data(), "--output", out(name)});
+    }
 };
 
 // Another shard in a file's place, at once and with another time. Why: a loader may be reading it.
@@ -3607,38 +3611,38 @@ TEST_CASE(
     const std::string merge = "[\"" + learnt.merge_names()[0];
     std::string pair = merge;
     pair.replace(pair.find(' '), 1, "\", \""), pair.insert(1, "["), pair += "\"]";
-    const std::array<std::string, 3> cases[] = {
-        {"{\"version\"", "\xef\xbb\xbf{\r\n\"version\"", none},
-        {", " + end, none, none},  // it is among the added tokens, too
-        {merge + '"', pair, none},
-        {"\"post_processor\": null",
-         R"("post_processor": {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A"}}]})",
-         none},
-        {"\"padding\": null", R"("padding": {"strategy": "BatchLongest"})", none},
-        {"\"dropout\": null", "\"dropout\": 0", none},
-        {"_prefix\": \"\"", "_prefix\": null", none},
-        {"\"normalizer\": null", R"("normalizer": {"type": "NFC"})", "\"normalizer\" is {"},
-        {"\"ByteLevel\"", "\"Metaspace\"", "\"type\" is \"Metaspace\": only GPT-2's byte-level"},
-        {R"({"type": "ByteLevel")", R"({"type": "Sequence", "pretokenizers": [])", "Sequence"},
-        {"\"add_prefix_space\": false", "\"add_prefix_space\": true", "add_prefix_space"},
-        {"\"use_regex\": true", "\"use_regex\": false", "use_regex"},
-        {"\"BPE\"", "\"WordPiece\"", "WordPiece"},
-        {"\"dropout\": null", "\"dropout\": 0.1", "\"dropout\" is 0.1"},
-        {"_prefix\": \"\"", "_prefix\": \"##\"", "continuing_subword_prefix"},
-        {"_suffix\": \"\"", "_suffix\": \"</w>\"", "end_of_word_suffix"},
-        {"\"byte_fallback\": false", "\"byte_fallback\": true", "byte_fallback"},
-        {"\"ignore_merges\": false", "\"ignore_merges\": true", "ignore_merges"},
-        {"\"added_tokens\": [", R"("added_tokens": [{"id": 400, "content": "[PAD]"}, )",
-         "\"content\" is \"[PAD]\": no other added token"},
-        {"\"id\": 3", "\"id\": 2", "<|endoftext|> must have the id"},
-        {"\"!\": 0", "\"!\": 1", "! must have the id 0"},
-        {merge + '"', "[\"zzz a\"", "merge 1: expected two tokens"},
-        {merge + '"', "[7", "merge 1: expected two tokens"},
-        {"\"merges\": ", "\"mergers\": ", "\"merges\" is missing"},
-        {"\"vocab\": {", "\"vocab\": [{", "not valid JSON"},
-        {"\"pre_tokenizer\": {", "\"pre\": {", "\"pre_tokenizer\" is missing"},
-        {"\"model\": {", "\"model\": 7, \"x\": {", "\"model\" must be an object"},
-        {"{\"version\"", "<html>", ": found an HTML page"}};
+    const std::array<std::string, 3> cases[] =
+        {{"{\"version\"", "\xef\xbb\xbf{\r\n\"version\"", none},
+         {", " + end, none, none},  // it is among the added tokens, too
+         {merge + '"', pair, none},
+         {"\"post_processor\": null",
+          R"("post_processor": {"type": "TemplateProcessing", "single": [{"Sequence": {}}]})",
+          none},
+         {"\"padding\": null", R"("padding": {"strategy": "BatchLongest"})", none},
+         {"\"dropout\": null", "\"dropout\": 0", none},
+         {"_prefix\": \"\"", "_prefix\": null", none},
+         {"\"normalizer\": null", R"("normalizer": {"type": "NFC"})", "\"normalizer\" is {"},
+         {"\"ByteLevel\"", "\"Metaspace\"", "\"type\" is \"Metaspace\": only GPT-2's byte-level"},
+         {R"({"type": "ByteLevel")", R"({"type": "Sequence", "pretokenizers": [])", "Sequence"},
+         {"\"add_prefix_space\": false", "\"add_prefix_space\": true", "add_prefix_space"},
+         {"\"use_regex\": true", "\"use_regex\": false", "use_regex"},
+         {"\"BPE\"", "\"WordPiece\"", "WordPiece"},
+         {"\"dropout\": null", "\"dropout\": 0.1", "\"dropout\" is 0.1"},
+         {"_prefix\": \"\"", "_prefix\": \"##\"", "continuing_subword_prefix"},
+         {"_suffix\": \"\"", "_suffix\": \"</w>\"", "end_of_word_suffix"},
+         {"\"byte_fallback\": false", "\"byte_fallback\": true", "byte_fallback"},
+         {"\"ignore_merges\": false", "\"ignore_merges\": true", "ignore_merges"},
+         {"\"added_tokens\": [", R"("added_tokens": [{"id": 400, "content": "[PAD]"}, )",
+          "\"content\" is \"[PAD]\": no other added token"},
+         {"\"id\": 3", "\"id\": 2", "<|endoftext|> must have the id"},
+         {"\"!\": 0", "\"!\": 1", "! must have the id 0"},
+         {merge + '"', "[\"zzz a\"", "merge 1: expected two tokens"},
+         {merge + '"', "[7", "merge 1: expected two tokens"},
+         {"\"merges\": ", "\"mergers\": ", "\"merges\" is missing"},
+         {"\"vocab\": {", "\"vocab\": [{", "not valid JSON"},
+         {"\"pre_tokenizer\": {", "\"pre\": {", "\"pre_tokenizer\" is missing"},
+         {"\"model\": {", "\"model\": 7, \"x\": {", "\"model\" must be an object"},
+         {"{\"version\"", "<html>", ": found an HTML page"}};
     for (const auto& [from, to, refusal] : cases) {
         CAPTURE(from);
         REQUIRE(contains(good, from));
@@ -4663,11 +4667,12 @@ TEST_CASE("run: with --max-minutes alone, the plan follows the clock, and so doe
     Hooked device;
     device.on_update = [&] { StoppedClock::move(20'123'457 * (1 + ++made / 4 % 7)); };
     auto arguments = [&](const std::string& name, const std::string& more = "--log-interval 0") {
-        return words(
+        return place.line(
+            name,
             "--n-layer 1 --n-embd 8 --n-head 2 --n-positions 8 --batch-size 2 --max-minutes 0.05 "
-            "--warmup-steps 4 --min-lr-fraction 0 --learning-rate 0.1 --eval-interval 8 --threads 1 "
-            "--data " +
-            place.data() + " --output " + place.out(name) + " " + more);
+            "--warmup-steps 4 --min-lr-fraction 0 --learning-rate 0.1 --eval-interval 8 "
+            "--threads 1 " +
+                more);
     };
     const StoppedClock clock;
     const Outcome straight = good(train_on(device, arguments("straight")));
@@ -4762,11 +4767,9 @@ TEST_CASE("run: --seq-len and --learning-rate follow the model and the start, an
                 CHECK(usual_rate(layout_of(preset.config).count) == rate);
     TestRuns place;
     const std::string small = "--n-layer 1 --n-embd 8 --n-head 2 --n-positions 24 ";
+    const std::string steps = "--warmup-steps 1 --batch-size 2 --max-steps 2 ";
     auto run = [&](const std::string& name, const std::string& more) {
-        const Outcome outcome =
-            good(train_gpt(words("--warmup-steps 1 --batch-size 2 --max-steps 2 --data " +
-                                 place.data() + " --output " + place.out(name) + " " + more)));
-        return outcome.out;
+        return good(train_gpt(place.line(name, steps + more))).out;
     };
     auto saved = [&](const std::string& name, const char* option) {
         const TrainerState state =
@@ -4784,9 +4787,7 @@ TEST_CASE("run: --seq-len and --learning-rate follow the model and the start, an
     // From trained weights, a tenth; resumed without --init-from, it stays what it was.
     const std::string tuned = "--init-from " + place.out("fresh/best");
     at_step(1, [] { ::raise(SIGTERM); });
-    CHECK(train_gpt(words("--warmup-steps 1 --batch-size 2 --max-steps 2 --data " + place.data() +
-                          " --output " + place.out("tuned") + " " + tuned))
-              .status == 130);
+    CHECK(train_gpt(place.line("tuned", steps + tuned)).status == 130);
     file_fault() = nullptr;
     run("tuned", small + "--resume auto");
     CHECK(*read_log(place.out("tuned") + "/log.csv", 2)[1].lr == 0.0002);
@@ -5383,11 +5384,9 @@ TEST_CASE("run: a NaN stops the run, keeping nothing of it, or is skipped and st
     const std::string weights = place.out("weights");
     save_checkpoint(*model, weights, nullptr, {}, Purpose::use);
     auto with = [&](const std::string& name, const std::string& on_nan) {
-        return train_gpt(
-            words("--batch-size 2 --max-steps 9 --save-interval 2 --eval-interval 0 "
-                  "--data " +
-                  place.data() + " --init-from " + weights + " --output " + place.out(name) +
-                  " --on-nan " + on_nan));
+        return train_gpt(place.line(
+            name, "--batch-size 2 --max-steps 9 --save-interval 2 --eval-interval 0 --init-from " +
+                      weights + " --on-nan " + on_nan));
     };
     const Outcome stopped = with("stop", "stop");
     CHECK(stopped.status == 1);
@@ -5586,11 +5585,9 @@ TEST_CASE("run: refused however late, a run leaves no folder behind") {
             copy(checkpoint + "/" + file, place.out(name) + "/" + file);
         put_file(place.out(name) + "/model.safetensors", bytes);
         const auto before = names();
-        const Outcome outcome =
-            train_gpt(words("--batch-size 2 --seq-len 8 --data " + place.data() + " --output " +
-                            place.out("new/run") + " --init-from " + place.out(name)));
-        outcome.check_fails(1, {name});
-        CHECK(outcome.out == "");
+        train_gpt(
+            place.line("new/run", "--batch-size 2 --seq-len 8 --init-from " + place.out(name)))
+            .check_refused(1, {name});
         CHECK(names() == before);
     }
     // Each operation on files that comes before the log's own name fails, in a new folder and in
@@ -5633,10 +5630,11 @@ TEST_CASE("run: the report says what the run was, and what it says to type next 
         const std::string verdict = start;
         CAPTURE(verdict);
         TestRuns place;
-        const Outcome outcome = good(train_gpt(
-            words("--n-layer 1 --n-embd 32 --n-head 2 --n-positions 32 --seq-len 16 --batch-size 8 "
-                  "--threads 1 --eval-interval 20 --warmup-steps 0 --data " +
-                  place.data() + " --output " + place.out() + "/ " + more)));
+        const Outcome outcome = good(train_gpt(place.line(
+            "out/",
+            "--n-layer 1 --n-embd 32 --n-head 2 --n-positions 32 --seq-len 16 --threads 1 "
+            "--batch-size 8 --eval-interval 20 --warmup-steps 0 " +
+                more)));
         CHECK_MESSAGE(contains(outcome.out, "\nverdict    " + verdict), outcome.out);
         // A slash at the end of --output is none in the folder's name.
         const bool best = !contains(more, "--eval-interval 0");
@@ -5791,9 +5789,10 @@ struct Rows {
 
 const std::vector<std::string> kDocumented = split_at(
     "data train-shards val-shards model n-layer n-head n-embd n-positions vocab-size dropout "
-    "untied-head recompute-gelu init-from config resume override overwrite output seed threads precision "
-    "tune-matmul quiet help version batch-size seq-len grad-accum-steps shuffle overfit-batch max-steps epochs "
-    "max-minutes learning-rate min-lr-fraction schedule warmup-steps weight-decay beta1 beta2 eps "
+    "untied-head recompute-gelu init-from config resume override overwrite output seed threads "
+    "precision tune-matmul quiet help version batch-size seq-len grad-accum-steps shuffle "
+    "overfit-batch max-steps epochs max-minutes learning-rate min-lr-fraction "
+    "schedule warmup-steps weight-decay beta1 beta2 eps "
     "grad-clip log-interval eval-interval eval-batches eval-tokens sample-interval prompt "
     "tensor-stats-interval patience save-interval log-json keep on-nan skip-outliers prompt-file "
     "interactive max-new-tokens num-samples temperature top-k top-p show-top runs type hellaswag",
@@ -6162,8 +6161,9 @@ TEST_CASE("options: the names of nanoGPT, llm.c and transformers are taken, or a
     // Their name, and ours.
     const Arguments accepted = words(
         "--out_dir output --block_size n-positions --overwrite_output_dir overwrite "
-        "--gradient_accumulation_steps grad-accum-steps --batch_size batch-size --max_iters max-steps "
-        "--warmup_iters warmup-steps --eval_interval eval-interval --log_interval log-interval "
+        "--gradient_accumulation_steps grad-accum-steps --batch_size batch-size "
+        "--max_iters max-steps --warmup_iters warmup-steps "
+        "--eval_interval eval-interval --log_interval log-interval "
         "--n_layer n-layer --n_head n-head --n_embd n-embd --dropout dropout "
         "--learning_rate learning-rate --weight_decay weight-decay --beta1 beta1 --beta2 beta2 "
         "--grad_clip grad-clip -i train-shards -o output -n save-interval -nk keep -b batch-size "
@@ -6453,12 +6453,12 @@ TEST_CASE("bench: watching a step changes no number of it, and shows every call"
     // Two steps of two micro-batches of two layers.
     std::string counts;
     for (const auto& [function, count] : calls) counts += to_text(function, " ", count, " ");
-    CHECK(
-        counts ==
-        "adamw 2 add_loss 4 attention_backward 8 attention_forward 8 begin_step 2 "
-        "embed_backward 4 embed_forward 4 head_forward_backward 4 judge_step 2 layernorm_backward 20 "
-        "layernorm_forward 20 linear_backward 24 linear_forward 8 linear_gelu_backward 8 "
-        "linear_gelu_forward 8 linear_residual_forward 16 norm_of_sums 2 square_sums 2 ");
+    CHECK(counts ==
+          "adamw 2 add_loss 4 attention_backward 8 attention_forward 8 begin_step 2 "
+          "embed_backward 4 embed_forward 4 head_forward_backward 4 judge_step 2 "
+          "layernorm_backward 20 layernorm_forward 20 linear_backward 24 "
+          "linear_forward 8 linear_gelu_backward 8 "
+          "linear_gelu_forward 8 linear_residual_forward 16 norm_of_sums 2 square_sums 2 ");
     CHECK(sizes["linear_forward"] == std::vector<double>{8, 8, 24});
     CHECK(sizes["adamw"][0] == double(plain.layout.size));
 }
@@ -7076,17 +7076,13 @@ struct Ngram {
 // Token 0, the end of text, stands after it, and before it often enough for a whole context.
 inline std::vector<int> padded_tokens(const std::string& story, std::map<std::string, int>& ids) {
     std::vector<int> tokens(Ngram::order, 0);
-    std::string word;
-    auto flush = [&] {
-        if (!word.empty()) tokens.push_back(ids.emplace(word, int(ids.size())).first->second);
-        word.clear();
-    };
-    for (char c : story) {
-        if (!std::isalpha(uint8_t(c))) flush();
-        if (c != ' ') word += c;
-        if (!std::isalpha(uint8_t(c))) flush();
+    for (size_t at = 0, end; at < story.size(); at = end) {
+        end = at + 1;
+        while (std::isalpha(story[at]) && std::isalpha(story[end])) ++end;
+        if (story[at] == ' ') continue;
+        const auto id = ids.emplace(story.substr(at, end - at), int(ids.size())).first;
+        tokens.push_back(id->second);
     }
-    flush();
     tokens.push_back(0);
     return tokens;
 }
