@@ -970,23 +970,19 @@ inline double usual_rate(size_t parameters) {
 // Trained weights get a tenth of the usual rate, with which a run's schedule ends: they are past
 // the large steps.
 inline std::string choose_defaults(Options& o, const Config& config) {
-    const size_t parameters = layout_of(config).count;
     std::string notes;
-    const bool chosen = o.seq_len == 0;
-    o.seq_len = sequence_length(o, config);
-    if (chosen)
-        join(notes, "\n", to_text("--seq-len ", o.seq_len, ": the model's positions"));
-    else if (o.seq_len < config.n_positions && o.init_from.empty())
-        join(notes, "\n",
-             to_text("--seq-len ", o.seq_len, ": positions ", o.seq_len, " to ",
-                     config.n_positions - 1, " stay untrained"));
+    auto note = [&](const auto&... parts) { join(notes, "\n", to_text(parts...)); };
+    const bool chosen = o.seq_len == 0, trained = !o.init_from.empty();
+    const int T = o.seq_len = sequence_length(o, config), P = config.n_positions;
+    if (chosen) note("--seq-len ", T, ": the model's positions");
+    if (T < P && !trained)
+        note("--seq-len ", T, ": positions ", T, " to ", P - 1, " stay untrained");
     if (o.rate.peak >= 0) return notes;
-    const double usual = usual_rate(parameters);
-    o.rate.peak = o.init_from.empty() ? usual : usual / 10;
-    join(notes, "\n",
-         to_text("--learning-rate ", o.rate.peak, ": ",
-                 o.init_from.empty() ? "" : "its weights are trained, so a tenth of that ",
-                 format("for a new model of %.3g million parameters", double(parameters) / 1e6)));
+    const size_t parameters = layout_of(config).count;
+    o.rate.peak = usual_rate(parameters) / (trained ? 10 : 1);
+    note("--learning-rate ", o.rate.peak, ": ",
+         trained ? "its weights are trained, so a tenth of that " : "",
+         format("for a new model of %.3g million parameters", double(parameters) / 1e6));
     return notes;
 }
 
@@ -2669,25 +2665,20 @@ struct GgufTensor {
     }
     size_t count() const { return sizes[0] * (sizes.size() > 1 ? sizes[1] : 1); }
     // Its bytes, of the values of the model's tensor.
-    std::string bytes_of(std::vector<float> values, const std::string& name) const {
-        if (turned) values = transposed(values, sizes[0], sizes[1]);
+    std::string bytes_of(const std::vector<float>& values, const std::string& name) const {
+        const auto is_large = [](float value) { return std::abs(value) >= 65520; };
+        if (type.element == 1 && std::ranges::any_of(values, is_large))
+            fail(name, "a weight is beyond 65504, the largest of --type f16: use --type bf16");
         std::string out(count() * type.bytes, '\0');
-        if (type.bytes == 4) return std::memcpy(out.data(), values.data(), out.size()), out;
+#pragma omp parallel for
         for (size_t i = 0; i < count(); ++i) {
-            if (type.element == 1 && std::abs(values[i]) >= 65520)
-                fail(name, "a weight is beyond 65504, the largest of --type f16: use --type bf16");
-            const uint16_t bits = type.element == 1 ? f16_bits(values[i]) : bf16(values[i]).bits;
-            std::memcpy(&out[2 * i], &bits, 2);
+            const size_t in = i % sizes[0], row = i / sizes[0];
+            const float value = values[turned ? in * sizes[1] + row : i];
+            const uint16_t half = type.element == 1 ? f16_bits(value) : bf16(value).bits;
+            const void* bytes = type.bytes == 4 ? static_cast<const void*>(&value) : &half;
+            std::memcpy(&out[type.bytes * i], bytes, type.bytes);
         }
         return out;
-    }
-
-private:
-    static std::vector<float> transposed(const std::vector<float>& x, size_t IN, size_t OUT) {
-        std::vector<float> turned(x.size());
-        for (size_t out = 0; out < OUT; ++out)
-            for (size_t in = 0; in < IN; ++in) turned[out * IN + in] = x[in * OUT + out];
-        return turned;
     }
 };
 
@@ -2747,7 +2738,7 @@ inline void write_gguf(const std::string& path, const std::string& folder, const
         std::vector<float> values(infos[i].count);
         stored[i]->file->read(*stored[i], values.data());
         write_padded(GgufTensor(infos[i], type, tokenizer.vocab_size())
-                         .bytes_of(std::move(values), stored[i]->file->about(*stored[i])));
+                         .bytes_of(values, stored[i]->file->about(*stored[i])));
     }
     file.commit();
 }
