@@ -8279,8 +8279,9 @@ TEST_CASE_TEMPLATE("cuda: linear layers", Device, Cuda<float>, CudaTf32, Cuda<bf
 }
 
 // One layer of attention, forward, backward, and the last rows from a cache.
-template <class A>
+template <class Device>
 void check_attention(Shape s, Dropout drop, double scale) {
+    using A = typename Device::Activation;
     const std::string at = place_of({{"s.B", double(s.B)},
                                      {"s.T", double(s.T)},
                                      {"s.NH", double(s.NH)},
@@ -8288,19 +8289,24 @@ void check_attention(Shape s, Dropout drop, double scale) {
                                      {"drop.p", double(drop.p)},
                                      {"scale", double(scale)}});
     CAPTURE(at);
-    Cuda<A> cuda;
+    Device cuda;
     if (too_large(cuda, s.C(), s.NH) && s.HS > 64) return;
     Reference<double> cpu;
     const size_t n = size_t(s.rows()) * s.C(), stats = size_t(s.rows()) * s.NH;
-    const auto qkv = random_values<A>(3 * n, 1, scale), dout = random_values<A>(n, 2);
+    // Numbers that tf32 has exactly, too.
+    using Input = std::conditional_t<std::is_same_v<Device, CudaTf32>, bf16, A>;
+    const auto qkv = random_values<Input>(3 * n, 1, scale), dout = random_values<Input>(n, 2);
     Array<A> d_qkv(qkv), d_dout(dout), out(n), dqkv(3 * n);
     Array<float> lse(stats);
     Values want(n), want_lse(stats), want_dqkv(3 * n);
     cuda.attention_forward(out.data, lse.data, d_qkv.data, s.B, s.T, s.NH, s.HS, drop);
     cpu.attention_forward(want.data(), want_lse.data(), qkv.data(), s.B, s.T, s.NH, s.HS, drop);
+    const bool tensor_cores =
+        std::is_same_v<Device, Cuda<bf16>> || (std::is_same_v<Device, CudaTf32> && s.HS <= 64);
+    CHECK(std::string(cuda.way()) == (tensor_cores ? " (mma.sync)" : ""));
     // A score is a sum of HS terms of size scale^2, in fp32; an error of it is a relative error of
     // p.
-    const double u = kUnit<A> + 0x1p-22 * scale * scale * std::sqrt(double(s.HS));
+    const double u = kUnit<Device> + 0x1p-22 * scale * scale * std::sqrt(double(s.HS));
     compare("out", out.values(), want, u, 3, s.T);
     compare("lse", lse.values(), want_lse, 0x1p-24, 8, s.HS + s.T, 1 + scale * scale);
     Values want_bias = random_values<float>(size_t(3) * s.C(), 5);
@@ -8318,7 +8324,8 @@ void check_attention(Shape s, Dropout drop, double scale) {
                 a.push_back(got[i]), b.push_back(want_dqkv[i]);
         // one key: the softmax is constant, the gradient is 0 up to rounding
         if (s.T == 1 && part < 2) {
-            for (double x : a) CHECK(std::abs(x) <= 4 * kUnit<A> * scale * std::sqrt(s.HS) * 4);
+            for (double x : a)
+                CHECK(std::abs(x) <= 4 * kUnit<Device> * scale * std::sqrt(s.HS) * 4);
             continue;
         }
         // ds = p (dp - delta): both are sums of HS products, and may nearly cancel where p is near
@@ -8349,29 +8356,29 @@ void check_attention(Shape s, Dropout drop, double scale) {
     }
 }
 
-TEST_CASE_TEMPLATE("cuda: attention", A, float, bf16) {
+TEST_CASE_TEMPLATE("cuda: attention", Device, Cuda<float>, CudaTf32, Cuda<bf16>) {
     for (int HS : {64, 32, 128}) {
-        check_attention<A>({1, 1, 1, HS, 0}, {}, 1);
-        check_attention<A>({1, 65, 1, HS, 0}, {}, 1);
-        check_attention<A>({2, 33, 2, HS, 0}, kDrop, 1);
+        check_attention<Device>({1, 1, 1, HS, 0}, {}, 1);
+        check_attention<Device>({1, 65, 1, HS, 0}, {}, 1);
+        check_attention<Device>({2, 33, 2, HS, 0}, kDrop, 1);
         // scores of about 36 sqrt(HS): p is near 0 or 1
-        check_attention<A>({1, 130, 1, HS, 0}, {}, 6);
+        check_attention<Device>({1, 130, 1, HS, 0}, {}, 6);
     }
-    check_attention<A>({1, 200, 3, 64, 0}, {}, 1);
-    check_attention<A>({3, 16, 2, 8, 0}, {}, 1);
-    check_attention<A>({1, 70, 2, 12, 0}, kDrop, 1);
-    check_attention<A>({1, 45, 1, 40, 0}, {}, 1);
-    check_attention<A>({1, 37, 8, 5, 0}, {}, 1);  // heads that start and end anywhere
-    check_attention<A>({1, 40, 1, 200, 0}, {}, 1);
+    check_attention<Device>({1, 200, 3, 64, 0}, {}, 1);
+    check_attention<Device>({3, 16, 2, 8, 0}, {}, 1);
+    check_attention<Device>({1, 70, 2, 12, 0}, kDrop, 1);
+    check_attention<Device>({1, 45, 1, 40, 0}, {}, 1);
+    check_attention<Device>({1, 37, 8, 5, 0}, {}, 1);  // heads that start and end anywhere
+    check_attention<Device>({1, 40, 1, 100, 0}, {}, 1);
     // Blocks of 128 rows, which a GPU takes where it has enough of them.
 #ifdef CUDA_ON_CPU
     const int before = std::exchange(cuda_on_cpu::settings().multiprocessors, 1);
-    check_attention<A>({2, 1, 1, 64, 0}, {}, 1);
-    check_attention<A>({1, 200, 2, 64, 0}, {}, 1);
-    check_attention<A>({1, 130, 1, 64, 0}, {}, 6);
+    check_attention<Device>({2, 1, 1, 64, 0}, {}, 1);
+    check_attention<Device>({1, 200, 2, 64, 0}, {}, 1);
+    check_attention<Device>({1, 130, 1, 64, 0}, {}, 6);
     cuda_on_cpu::settings().multiprocessors = before;
 #else
-    check_attention<A>({16, 130, 20, 64, 0}, {}, 1);
+    check_attention<Device>({16, 130, 20, 64, 0}, {}, 1);
 #endif
 }
 
@@ -8918,8 +8925,8 @@ Values some_products(Device& cuda) {
     Array<A> out(size_t(rows) * OC), dx(size_t(rows) * C);
     Array<float> dw(random_values<float>(size_t(C) * OC, 5)), logits(size_t(rows) * OC);
     cuda.linear_forward(out.data, x.data, w.data, b.data, rows, C, OC);
-    for (int time = 0; time < 2; ++time)
-        cuda.linear_backward(dx.data, dw.data, dout.data, x.data, w.data, rows, C, OC, true);
+    for (bool accumulate : {false, true})
+        cuda.linear_backward(dx.data, dw.data, dout.data, x.data, w.data, rows, C, OC, accumulate);
     cuda.head_logits(logits.data, dx.data, w.data, 1, C, OC);
     logits.count = size_t(OC);
     Values all;
@@ -8929,11 +8936,10 @@ Values some_products(Device& cuda) {
 }
 
 #ifdef CUDA_ON_CPU
-TEST_CASE("cuda: tuning tries sums in 5 and 7 parts, and does without memory it cannot have") {
+TEST_CASE("cuda: tuning tries sums in 5 and 7 parts, and keeps the choice where it adds to them") {
     if (!has_bf16() || cuda_on_cpu::settings().refusals) return;
     const TemporaryFolder place;
     const std::string path = place.path + "/plans.txt";
-    const auto before = cuda_on_cpu::settings();
     Cuda<bf16> cuda;
     cuda.context->matmuls->tune_from = 0;
     cuda.context->matmuls->tune_into(path, cuda.context->gpu.name);
@@ -8944,15 +8950,12 @@ TEST_CASE("cuda: tuning tries sums in 5 and 7 parts, and does without memory it 
     Array<float> dw(random_values<float>(size_t(C) * OC, 4));
     cuda.linear_backward(dx.data, dw.data, dout.data, x.data, w.data, rows, C, OC, false);
     for (uint32_t parts : {5, 7}) CHECK(cuda_on_cpu::splits_wanted().count(parts) == 1);
-    // A sum that is added to another needs room for a second result, which is not there.
-    const Values old = dw.values();
-    cuda_on_cpu::settings().memory_bytes = cuda_on_cpu::buffers().bytes_in_use + 1000;
-    cuda.linear_backward(dx.data, dw.data, dout.data, x.data, w.data, rows, C, OC, true);
-    cuda_on_cpu::settings() = before;
-    Values want = old;
+    Values want = dw.values();
     for (double& value : want) value *= 2;
-    compare("dw", dw.values(), want, 0x1p-24, 4, rows);
-    CHECK(contains(read_file(path), "| no memory to time it"));
+    const std::string text = read_file(path);
+    cuda.linear_backward(dx.data, dw.data, dout.data, x.data, w.data, rows, C, OC, true);
+    CHECK(dw.values() == want);
+    CHECK(read_file(path) == text);
 }
 
 // Where the library lacks what it may lack, and where its fused GELU is slow, kernels do it.
@@ -9111,7 +9114,7 @@ TEST_CASE_TEMPLATE("cuda: tuning takes an epilogue or our kernel, and keeps to i
                 changed += epilogue && i < words + 8 * 17 - 1 && line[i] != '-' ? '0' : line[i];
             changed += '\n';
         }
-        CHECK(std::count(changed.begin(), changed.end(), '\n') >= 3);
+        CHECK(std::count(changed.begin(), changed.end(), '\n') >= 2);
         write_file(path, changed);
         const Values by_hand = results(true, accumulate);
         compare("products", by_hand, want, kUnit<Device>, 4, rows);
@@ -9238,7 +9241,13 @@ TEST_CASE("cuda: attention by groups of warps is taken where tuning found it fas
     CHECK(ways(0x1p-8, kDrop) == always);
     CHECK(read_file(path) == text);
     std::remove(path.c_str());
-    CHECK(ways(NAN) == always);  // nothing agrees with anything
+    {
+        const Captured err(STDERR_FILENO);
+        CHECK(ways(NAN) == always);  // nothing agrees with anything
+        const std::string rest = " 1 70 2 64: results by wgmma differ, so mma.sync is used\n";
+        CHECK(err.text() ==
+              "warning: attention forward" + rest + "warning: attention backward" + rest);
+    }
     CHECK(ways(0x1p-8) == always);
     REQUIRE(lines().size() == 2);
     for (const std::string& line : lines()) {
@@ -9303,7 +9312,7 @@ TEST_CASE("cuda: no GPU, an old one, a small one, sizes it has no kernels for: a
                   "--precision fp32");
     // Its blocks have 64 KB of shared memory: heads are narrower, and so is layernorm's backward.
     CHECK(refusal("--n-embd 128 --n-head 1") ==
-          "on a GPU a head has at most 108 channels, and n_embd / n_head is 128: use --n-head 2");
+          "on a GPU a head has at most 64 channels, and n_embd / n_head is 128: use --n-head 2");
     CHECK(refusal("--n-embd 2048") == "on this GPU n_embd is at most 1280; it is 2048");
     cuda_on_cpu::settings() = before;
 
@@ -9313,12 +9322,12 @@ TEST_CASE("cuda: no GPU, an old one, a small one, sizes it has no kernels for: a
     CHECK(refusal("--batch-size 4096 --n-embd 64") ==
           "these sizes need 124.5 MB of memory, and 46.1 MB are free: --batch-size 1024 would "
           "fit (with --grad-accum-steps 4 for the same step)");
-    CHECK(refusal("--n-embd 4096 --n-head 16") ==
+    CHECK(refusal("--n-embd 4096 --n-head 32") ==
           "these sizes need 3.65 GB of memory, and 46.1 MB are free: choose a smaller --model");
     CHECK(refusal("--n-embd 12") ==
           "on a GPU n_embd must be a multiple of 8; it is 12: use --n-embd 16");
     CHECK(refusal("--n-embd 1040 --n-head 4") ==
-          "on a GPU a head has at most 256 channels, and n_embd / n_head is 260: use --n-head 5");
+          "on a GPU a head has at most 128 channels, and n_embd / n_head is 260: use --n-head 10");
     CHECK(refusal("--batch-size 40000") ==
           "on a GPU a batch has at most 65535 heads, and this one has 40000 times 2: use "
           "--batch-size 32767 or less");

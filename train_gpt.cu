@@ -54,13 +54,16 @@ inline void check_code(cublasStatus_t code, const char* call, int line) {
 // =================================================================================================
 // A warp of 32 lanes multiplies small matrices together, d += a b, with the elements of a, b and d
 // spread over its lanes (PTX ISA, "Matrix Fragments for mma.m16n8k16"). With g = lane / 4, t = lane
-// % 4:
+// % 4, in bf16:
 //   a, 16 x 16: a[0] holds row g,     columns 2t, 2t+1     a[2] row g,     columns 2t+8, 2t+9
 //               a[1]       row g + 8, columns 2t, 2t+1     a[3] row g + 8, columns 2t+8, 2t+9
 //   b, 16 x 8:  b[0] holds rows 2t, 2t+1 of column g       b[1] rows 2t+8, 2t+9 of column g
 //   d, 16 x 8:  d[0], d[1]: row g, columns 2t, 2t+1        d[2], d[3]: row g + 8, the same columns
+// In tf32 a is 16 x 8, b 8 x 8, and for two numbers in a register there is one, column (of b: row)
+// t instead of 2t, 2t+1 and t + 4 instead of 2t+8, 2t+9.
 // load_matrix reads 8 x 8 matrices from shared memory in that layout: lane i gives the address of
 // row i % 8 of matrix i / 8, and gets elements 2t, 2t+1 of row g of each; transposed, of column g.
+// A row of 4 floats is one of 8 halves: a lane gets float t.
 // On compute capability 9.0 a group of four warps can multiply together, at the tensor cores' full
 // speed: d [64, 64] (+)= a [64, 16] b [16, 64] (PTX ISA, "wgmma.mma_async", m64n64k16). Warp w has
 // rows 16w.. (16 of them) of a and d in the layouts above, d as 8 matrices [16, 8] side by side. b
@@ -69,47 +72,66 @@ inline void check_code(cublasStatus_t code, const char* call, int line) {
 
 // PTX wrappers begin
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-#define TINYGPT_PTX(...) __trap()  // bf16 and asynchronous copies came with 8.0
+#define TINYGPT_PTX(...) __trap()  // bf16 and tf32 came with 8.0
+#define TINYGPT_COPY_PTX(...) (void)0
 #else
 #define TINYGPT_PTX(...) asm volatile(__VA_ARGS__)
+#define TINYGPT_COPY_PTX(...) asm volatile(__VA_ARGS__)
 #endif
 
 __device__ inline unsigned shared_address(const void* pointer) {
     return unsigned(__cvta_generic_to_shared(pointer));
 }
+#define TINYGPT_MMA(shape_and_types)                                     \
+    TINYGPT_PTX("mma.sync.aligned." shape_and_types                      \
+                " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])         \
+                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+#define TINYGPT_LOAD_MATRIX(form)                                                       \
+    TINYGPT_PTX("ldmatrix.sync.aligned.m8n8.x4" form ".shared.b16 {%0,%1,%2,%3}, [%4];" \
+                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                        \
+                : "r"(shared_address(row))                                              \
+                : "memory")
 // d [16, 8] += a [16, 16] b [16, 8], in bf16 with fp32 sums.
 __device__ inline void mma_bf16_16x8x16(float (&d)[4], const unsigned (&a)[4],
                                         const unsigned (&b)[2]) {
-    TINYGPT_PTX(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    TINYGPT_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
+}
+// d [16, 8] += a [16, 8] b [8, 8], in tf32.
+__device__ inline void mma_tf32_16x8x8(float (&d)[4], const unsigned (&a)[4],
+                                       const unsigned (&b)[2]) {
+    TINYGPT_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
+}
+// A float rounded to tf32.
+__device__ inline unsigned to_tf32(float x) {
+    unsigned rounded = 0;
+    TINYGPT_PTX("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(x));
+    return rounded;
 }
 __device__ inline void load_matrix_x4(unsigned (&r)[4], const void* row) {
-    TINYGPT_PTX("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                : "r"(shared_address(row))
-                : "memory");
+    TINYGPT_LOAD_MATRIX("");
 }
 __device__ inline void load_matrix_x4_transposed(unsigned (&r)[4], const void* row) {
-    TINYGPT_PTX("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                : "r"(shared_address(row))
-                : "memory");
+    TINYGPT_LOAD_MATRIX(".trans");
 }
-// Starts to copy 16 bytes from global to shared memory; zeros instead where not valid.
+// Starts to copy 16 bytes from global to shared memory; zeros instead where not valid. On 7.x they
+// are there at once.
 __device__ inline void copy_async_16(void* shared, const void* global, bool valid) {
-    TINYGPT_PTX("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
-                "l"(global), "r"(valid ? 16 : 0)
-                : "memory");
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+    *static_cast<uint4*>(shared) = valid ? *static_cast<const uint4*>(global) : uint4{};
+#endif
+    TINYGPT_COPY_PTX("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+                     "l"(global), "r"(valid ? 16 : 0)
+                     : "memory");
 }
 // The copies started since the last commit become one group.
-__device__ inline void copy_async_commit() { TINYGPT_PTX("cp.async.commit_group;" ::: "memory"); }
+__device__ inline void copy_async_commit() {
+    TINYGPT_COPY_PTX("cp.async.commit_group;" ::: "memory");
+}
 // Waits until at most N of this thread's groups are pending.
 template <int N>
 __device__ inline void copy_async_wait() {
-    TINYGPT_PTX("cp.async.wait_group %0;" ::"n"(N) : "memory");
+    TINYGPT_COPY_PTX("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 // Instructions of a group; all four warps execute each. Other GPUs, even later ones, lack them:
 // there d stays as it was, which a comparison finds.
@@ -208,6 +230,23 @@ __device__ inline void store_pack(bf16* to, const float (&x)[8]) {
                                                pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
 }
 
+// Two numbers side by side, rounded.
+__device__ inline void store_two(float* to, float x, float y) {
+    *reinterpret_cast<float2*>(to) = make_float2(x, y);
+}
+__device__ inline void store_two(bf16* to, float x, float y) {
+    *reinterpret_cast<unsigned*>(to) = pack_bf16(x, y);
+}
+
+// Floats that tensor cores multiply.
+struct Tf32 {};
+template <class E>
+using Stored = std::conditional_t<std::is_same_v<E, Tf32>, float, E>;
+__device__ inline void round_operand(bf16, unsigned (&)[4]) {}
+__device__ inline void round_operand(Tf32, unsigned (&a)[4]) {
+    for (unsigned& x : a) x = to_tf32(__uint_as_float(x));
+}
+
 // The sum, the maximum of a value over the warp, in every lane. Each step adds the same two numbers
 // in two lanes, so all lanes end with the same bits.
 template <class T>
@@ -236,7 +275,6 @@ template <class T>
 __device__ inline T block_sum(T x) {
     return over_block(x, T(0), warp_sum<T>);
 }
-__device__ inline float block_max(float x) { return over_block(x, -INFINITY, warp_max); }
 
 // =================================================================================================
 // 4 Kernels
@@ -512,21 +550,38 @@ __global__ void column_sums_kernel(float* partial, A* product, const A* d, const
     add_up_warps<A>(partial + size_t(blockIdx.y) * C, sum, blockIdx.x * kWarpColumns<A>, C, kSet);
 }
 
-// --- §4.5 Attention, plain: any head size up to 256, any type, fp32 arithmetic
-// A block takes 32 rows of one head ("held": queries forward; queries or keys backward), 8 for each
-// of its 4 warps, and streams tiles of 32 rows past them ("streamed": keys; keys or queries). A
-// lane owns one row of a tile for the dot products, and every 32nd channel for the sums over rows:
-// so all sums stay in registers, in a fixed order.
-// Operations: 2 HS for each of forward's 2 products and backward's 7, for each pair of T^2 / 2.
-// Moves: q, k, v once for each 32 rows of T, mostly from L2. Expect 30 % of the fp32 peak (67
-// TFLOP/s): the cores wait for shared memory.
+// --- §4.5 Attention (Dao 2023, FlashAttention-2)
+// A block of 4 warps holds 64 rows of one head, or 128: queries; in backward's second kernel keys.
+// Tiles of the other rows stream past them, and while one is used, the next is copied. A warp holds
+// 16 rows (or 32), and its scores never leave registers: a product leaves its results in the layout
+// in which the next one wants its left operand (section 2), two neighbouring ones side by side.
+// E: how numbers are multiplied. bf16: by tensor cores. Tf32: the same, floats rounded to 11 bits.
+// float: by fused multiply-adds, each lane those of its own results. HS: 32, 64 or 128; a smaller
+// head is padded with zeros.
+// kGroup: the block's warps multiply as a group (wgmma), for bf16 and HS = 64. Layouts are the same;
+// only the two products, who has which rows, and what must be waited for differ. Tensor cores then
+// read the tiles by themselves, and run while the warps work on another product's results. Tuning
+// decides which of the two is used (struct Cuda).
+// Floors, for each layer at B = 64, T = 1024, HS = 64: forward is 103 GFLOP, of which mma.sync does
+// about 620 a millisecond on an H100 (wgmma 800): 0.17 ms; 403 million exponentials: 0.11 ms; 4
+// rows of C: 0.13 ms. They share the issue slots, so expect 230 to 290 TFLOP/s forward. Backward is
+// counted as 258 GFLOP and does 361, because both its kernels make the scores: expect 170 to 250 as
+// counted. In fp32 expect 50 % of the peak: shared memory is read as often as numbers are added.
+// Careful: a lane's arrays must stay in registers, so every loop over one must be unrolled. nvcc
+// does that by itself where a loop is short and its length fixed, and has a pragma where the body
+// is long; `make cuda_compiles` fails if an array of these kernels ended up in memory.
 
 constexpr int kHeadThreads = 128;  // of a block that works on a head: 4 warps
-constexpr int kPlainRows = 8, kPlainHeld = kHeadThreads / kWarp * kPlainRows;
-constexpr int kMaxHeadSize = 256;
 
-// The tensor cores' backward keeps two numbers for each row of a head, its statistics. Rows are
-// padded to pairs, so that each head's table is aligned to 16 bytes.
+// Streamed rows of a tile. In fp32 few, so that two tiles of each table fit into small GPUs.
+template <class E, int HS>
+constexpr int kStreamedRows = std::is_same_v<E, bf16>   ? 64
+                              : std::is_same_v<E, Tf32> ? 32
+                              : HS <= 64                ? 16
+                                                        : 8;
+
+// Backward keeps two numbers for each row of a head, its statistics. Rows are padded to pairs, so
+// that each head's table is aligned to 16 bytes.
 __host__ __device__ inline int statistics_rows(int T) { return T + T % 2; }
 
 // The head a block works on, which is row y of the grid, and its queries, keys and values.
@@ -545,239 +600,76 @@ struct Head {
     __device__ Pointer row(Pointer table, int T, int HS, int t) const {
         return table + (size_t(b) * T + t) * C + h * HS;
     }
-    __device__ size_t statistics(int T) const { return size_t(blockIdx.y) * statistics_rows(T); }
     // This block's column sums of dqkv, in a table [B * blocks, 3C].
     __device__ float* partial(float* table, int HS) const {
         return table + (size_t(b) * gridDim.x + blockIdx.x) * stride + h * HS;
     }
 };
 
-__host__ __device__ inline int padded_head(int HS) { return (HS + 3) / 4 * 4; }
+// A row of a tile is HS numbers, in chunks of 16 bytes, of which chunk c of row r is stored at c xor
+// r (mod 8). Why: a warp reads one chunk of 8 rows at once, and they must not share banks.
+template <int HS, class A>
+__device__ inline A* chunk_at(A* tile, int row, int chunk) {
+    constexpr bool kLong = HS / kPack<A> >= 8;
+    return tile + row * HS + (chunk ^ (kLong ? row & 7 : row >> 1 & 3)) * kPack<A>;
+}
 
-// to[i][0..HS) = row first + i of `from`, as floats; zeros up to the padded size, and for rows from
-// `end` on.
+// x = a pack of a head's row, of which `left` channels are left; zeros behind them. Packs of a head
+// whose size is no whole number of them are not aligned.
 template <class A>
-__device__ inline void copy_rows(float* to, int pitch, const A* from, size_t stride, int first,
-                                 int end, int HS) {
-    const int padded = padded_head(HS);
-    for (int i = threadIdx.x; i < 32 * padded; i += kHeadThreads) {
-        const int row = i / padded, d = i % padded;
-        to[row * pitch + d] =
-            first + row < end && d < HS ? float(from[size_t(first + row) * stride + d]) : 0;
-    }
+__device__ inline void load_channels(float (&x)[kPack<A>], const A* from, int left) {
+    if (left % kPack<A> == 0 && left > 0) return load_pack(x, from);
+    for (int i = 0; i < kPack<A>; ++i) x[i] = i < left ? float(from[i]) : 0;
 }
 
-// s[r] = the dot product of the warp's held row r with the lane's streamed row.
-__device__ inline void plain_dots(float (&s)[kPlainRows], const float* held, const float* streamed,
-                                  int HS) {
-    const int padded = padded_head(HS), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    for (int d = 0; d < padded; d += 4) {
-        const float* other = streamed + lane * (padded + 1) + d;
-        const float x0 = other[0], x1 = other[1], x2 = other[2], x3 = other[3];
-#pragma unroll
-        for (int r = 0; r < kPlainRows; ++r) {
-            const float4 y =
-                *reinterpret_cast<const float4*>(held + (warp * kPlainRows + r) * padded + d);
-            s[r] += x0 * y.x + x1 * y.y + x2 * y.z + x3 * y.w;
-        }
-    }
-}
-
-// sum[r][e] += sum over the 32 streamed rows j of p[r][j] row_j[lane + 32 e]. p: the warp's,
-// [rows][32].
-template <int E>
-__device__ inline void plain_add(float (&sum)[kPlainRows][E], const float* p, const float* streamed,
-                                 int HS) {
-    const int padded = padded_head(HS), lane = threadIdx.x % kWarp;
-    for (int j = 0; j < 32; ++j) {
-        float x[E];
-        for (int e = 0; e < E; ++e) {
-            const int d = lane + kWarp * e;
-            x[e] = d < HS ? streamed[j * (padded + 1) + d] : 0;
-        }
-        for (int r = 0; r < kPlainRows; ++r)
-            for (int e = 0; e < E; ++e) sum[r][e] += p[r * 32 + j] * x[e];
-    }
-}
-
-// For queries past .. past + n - 1 of sequences of past + n rows: training has past = 0 and n = T.
-// out [B * n, C]; lse [B * NH, n], or null. E: channels of a lane.
-template <class A, int E>
-__global__ void __launch_bounds__(kHeadThreads, 2)
-    attention_plain_forward_kernel(A* out, float* lse, const A* qkv, int past, int n, int NH,
-                                   int HS, Dropout drop) {
-    extern __shared__ __align__(16) float plain_tiles[];
-    const int padded = padded_head(HS), pitch = padded + 1, length = past + n;
-    float *q_rows = plain_tiles, *k_tile = q_rows + kPlainHeld * padded,
-          *v_tile = k_tile + 32 * pitch;
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    float* p = v_tile + 32 * pitch + warp * kPlainRows * 32;  // [kPlainRows][32]
-    const Head<A> head(qkv, length, NH, HS);
-    const int first = past + blockIdx.x * kPlainHeld, last = min(first + kPlainHeld, length) - 1;
-    copy_rows(q_rows, padded, head.q, head.stride, first, length, HS);
-    float o[kPlainRows][E] = {}, highest[kPlainRows], total[kPlainRows] = {};
-    for (int r = 0; r < kPlainRows; ++r) highest[r] = -INFINITY;
-    const float scale = 1 / sqrtf(float(HS));
-    for (int begin = 0; begin <= last; begin += 32) {
-        __syncthreads();  // the tiles, and p, were read
-        copy_rows(k_tile, pitch, head.k, head.stride, begin, length, HS);
-        copy_rows(v_tile, pitch, head.v, head.stride, begin, length, HS);
-        __syncthreads();
-        float s[kPlainRows] = {};
-        plain_dots(s, q_rows, k_tile, HS);
-        const int key = begin + lane;
-#pragma unroll
-        for (int r = 0; r < kPlainRows; ++r) {
-            const int query = first + warp * kPlainRows + r;
-            const float score = key <= query ? s[r] * scale : -INFINITY, before = highest[r];
-            highest[r] = fmaxf(before, warp_max(score));
-            const float e = expf(score - highest[r]), shrink = expf(before - highest[r]);
-            total[r] = total[r] * shrink + warp_sum(e);
-            for (int i = 0; i < E; ++i) o[r][i] *= shrink;
-            const uint64_t index = (head.bh_T + query) * length + key;
-            p[r * 32 + lane] = drop.on() ? e * drop.scale(index) : e;
-        }
-        __syncwarp();
-        plain_add<E>(o, p, v_tile, HS);
-    }
-#pragma unroll
-    for (int r = 0; r < kPlainRows; ++r) {
-        const int query = first + warp * kPlainRows + r;
-        if (query >= length) continue;
-        for (int e = 0; e < E; ++e)
-            if (lane + kWarp * e < HS)
-                head.row(out, n, HS, query - past)[lane + kWarp * e] = A(o[r][e] / total[r]);
-        if (lse && lane == 0) lse[size_t(blockIdx.y) * n + query] = highest[r] + logf(total[r]);
-    }
-}
-
-// The header's D is `delta` [B * NH, T] here, and its mask m is w. Two launches: without kForKeys
-// queries are held and keys streamed, which makes dq and delta; with it keys (k and v) are held and
-// queries (q and dout) streamed, which makes dk and dv from delta. Either way s is the first held
-// table times the first streamed one, and dp the second times the second.
-template <class A, int E, bool kForKeys>
-__global__ void __launch_bounds__(kHeadThreads, 2)
-    attention_plain_backward_kernel(A* dqkv, float* delta, const A* dout, const A* out,
-                                    const float* lse, const A* qkv, int T, int NH, int HS,
-                                    Dropout drop) {
-    extern __shared__ __align__(16) float plain_tiles[];
-    const int padded = padded_head(HS), pitch = padded + 1;
-    float *held_0 = plain_tiles, *held_1 = held_0 + kPlainHeld * padded;
-    float *streamed_0 = held_1 + kPlainHeld * padded, *streamed_1 = streamed_0 + 32 * pitch;
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    float* ds = streamed_1 + 32 * pitch + warp * 2 * kPlainRows * 32;  // [kPlainRows][32]
-    float* pw = ds + kPlainRows * 32;
-    const Head<A> head(qkv, T, NH, HS);
-    const A* d_out = head.row(dout, T, HS, 0);
-    const int first = blockIdx.x * kPlainHeld, stride = head.stride, C = head.C;
-    copy_rows(held_0, padded, kForKeys ? head.k : head.q, stride, first, T, HS);
-    copy_rows(held_1, padded, kForKeys ? head.v : d_out, kForKeys ? stride : C, first, T, HS);
-    for (int r = 0; r < kPlainRows && !kForKeys; ++r) {
-        const int row = first + warp * kPlainRows + r;
-        if (row >= T) break;
-        const A *x = head.row(out, T, HS, row), *y = head.row(dout, T, HS, row);
-        float sum = 0;
-        for (int d = lane; d < HS; d += kWarp) sum += float(x[d]) * float(y[d]);
-        sum = warp_sum(sum);
-        if (lane == 0) delta[head.bh_T + row] = sum;
-    }
-    float sum_0[kPlainRows][E] = {}, sum_1[kPlainRows][E] = {};
-    const float scale = 1 / sqrtf(float(HS));
-    const int end = kForKeys ? T : min(first + kPlainHeld, T);
-    for (int begin = kForKeys ? first : 0; begin < end; begin += 32) {
-        __syncthreads();
-        copy_rows(streamed_0, pitch, kForKeys ? head.q : head.k, stride, begin, T, HS);
-        copy_rows(streamed_1, pitch, kForKeys ? d_out : head.v, kForKeys ? C : stride, begin, T,
-                  HS);
-        __syncthreads();
-        float s[kPlainRows] = {}, dp[kPlainRows] = {};
-        plain_dots(s, held_0, streamed_0, HS);
-        plain_dots(dp, held_1, streamed_1, HS);
-#pragma unroll
-        for (int r = 0; r < kPlainRows; ++r) {
-            const int held = first + warp * kPlainRows + r;
-            const int query = kForKeys ? begin + lane : held, key = kForKeys ? held : begin + lane;
-            const bool valid = key <= query && query < T;
-            const size_t at = head.bh_T + (valid ? query : 0);
-            const float w = drop.on() ? drop.scale(at * T + key) : 1;
-            const float probability = valid ? expf(s[r] * scale - lse[at]) : 0;
-            pw[r * 32 + lane] = probability * w;
-            ds[r * 32 + lane] = valid ? probability * (w * dp[r] - delta[at]) * scale : 0;
-        }
-        __syncwarp();
-        plain_add<E>(sum_0, ds, streamed_0, HS);
-        if (kForKeys) plain_add<E>(sum_1, pw, streamed_1, HS);
-    }
-#pragma unroll
-    for (int r = 0; r < kPlainRows; ++r) {
-        const int row = first + warp * kPlainRows + r;
-        A* to = dqkv + (head.q - qkv) + size_t(row) * stride;
-        for (int e = 0; e < E; ++e) {
-            const int d = lane + kWarp * e;
-            if (row >= T || d >= HS) continue;
-            to[kForKeys ? C + d : d] = A(sum_0[r][e]);
-            if (kForKeys) to[2 * C + d] = A(sum_1[r][e]);
-        }
-    }
-}
-
-// --- §4.5 Attention on tensor cores: bf16, head sizes 32, 64 and 128 (Dao 2023, FlashAttention-2)
-// The same sums. Tiles of q, k, v and dout lie in shared memory as bf16. A warp holds 16 (or 32)
-// rows, and its scores never leave registers: an mma leaves its results in the layout in which the
-// next one wants its left operand (section 2), two neighbouring tiles side by side. While one tile
-// is used, the next is copied.
-// kGroup: the block's warps multiply as a group (wgmma), for HS = 64. Layouts are the same; only
-// the two products, who has which rows, and what must be waited for differ. Tensor cores then read
-// the tiles by themselves, and run while the warps work on another product's results. Tuning
-// decides which of the two is used (struct Cuda).
-// Floors, for each layer at B = 64, T = 1024, HS = 64: forward is 103 GFLOP, of which mma.sync does
-// about 620 a millisecond on an H100 (wgmma 800): 0.17 ms; 403 million exponentials: 0.11 ms; 4
-// rows of C: 0.13 ms. They share the issue slots, so expect 230 to 290 TFLOP/s forward. Backward is
-// counted as 258 GFLOP and does 361, because both its kernels make the scores: expect 170 to 250 as
-// counted.
-// Careful: a lane's arrays must stay in registers, so every loop over one must be unrolled. nvcc
-// does that by itself where a loop is short and its length fixed, and has a pragma where the body
-// is long; `make cuda_compiles` fails if an array of these kernels ended up in memory.
-
-// A row of a tile is HS bf16, in chunks of 16 bytes, of which chunk c of row r is stored at c xor r
-// (mod 8). Why: load_matrix reads one chunk of 8 rows at once, and they must not share banks.
-template <int HS>
-__device__ inline bf16* chunk_at(bf16* tile, int row, int chunk) {
-    const int stored = HS >= 64 ? chunk ^ (row & 7) : chunk ^ ((row >> 1) & 3);
-    return tile + row * HS + stored * 8;
-}
-
-// Starts copying rows first .. first + kRows - 1 of a table with T rows; rows past the end become
-// 0. A thread copies one chunk of every 16th row (HS = 64). Why: these all have the same swizzle,
-// so that a copy costs a few instructions.
-template <int HS, int kRows>
-__device__ inline void copy_tile(bf16* tile, const bf16* from, int stride, int first, int T) {
-    constexpr int kChunks = HS / 8, kStep = kHeadThreads / kChunks;
-    static_assert(kStep % 8 == 0 && kRows % kStep == 0);
+// Starts copying rows first .. first + kRows - 1 of a head with T rows; rows past the end become 0.
+// A thread copies one chunk of every so many-th row. Why: mostly these have the same swizzle, so
+// that a copy costs a few instructions.
+template <int HS, int kRows, class A>
+__device__ inline void copy_tile(A* tile, const A* from, int stride, int first, int T, int size) {
+    constexpr int N = kPack<A>, kChunks = HS / N, kStep = kHeadThreads / kChunks;
+    static_assert(kRows % kStep == 0);
     const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
-    bf16* to = chunk_at<HS>(tile, row, chunk);
-    from += unsigned(first + row) * unsigned(stride) + chunk * 8;  // check_sizes: below 2^32
-    for (int i = 0; i < kRows; i += kStep)
-        copy_async_16(to + i * HS, from + i * stride, first + row + i < T);
+    from += unsigned(first + row) * unsigned(stride) + chunk * N;  // check_sizes: below 2^32
+    for (int i = 0; i < kRows; i += kStep) {
+        A* to = chunk_at<HS>(tile, row + i, chunk);
+        const bool valid = first + row + i < T;
+        if (size % N == 0) {
+            copy_async_16(to, from + i * stride, valid && chunk * N < size);
+        } else {
+            float x[N];
+            load_channels(x, from + i * stride, valid ? size - chunk * N : 0);
+            store_pack(to, x);
+        }
+    }
 }
 
-// Starts copying the 64 keys and values of a tile, over the tile before the last one.
+// The left operand of a warp's products: 16 rows of a tile. Tensor cores have it in registers, the
+// others read it again for every product.
+template <class E, int HS>
+struct Left {
+    static constexpr int kSteps = HS / kPack<Stored<E>> / 2;
+    // Careful: initialised; else nvcc 13.0 reused the registers of a group's left operands after
+    // their first product.
+    unsigned a[kSteps][4] = {};
+    __device__ void load(Stored<E>* tile, int row) {
+        const int lane = threadIdx.x % kWarp;
+        for (int k = 0; k < kSteps; ++k) {
+            load_matrix_x4(a[k], chunk_at<HS>(tile, row + lane % 16, 2 * k + lane / 16));
+            round_operand(E(), a[k]);
+        }
+    }
+};
 template <int HS>
-__device__ inline void copy_keys(bf16* k_tiles, bf16* v_tiles, const Head<bf16>& head, int tile,
-                                 int T) {
-    const int at = tile % 2 * 64 * HS;
-    copy_tile<HS, 64>(k_tiles + at, head.k, head.stride, tile * 64, T);
-    copy_tile<HS, 64>(v_tiles + at, head.v, head.stride, tile * 64, T);
-    copy_async_commit();
-}
+struct Left<float, HS> {
+    float* rows = nullptr;
+    __device__ void load(float* tile, int row) { rows = tile + row * HS; }
+};
 
-// Left operands [16, HS]: rows row.. of a tile.
-template <int HS>
-__device__ inline void left_operands(unsigned (&a)[HS / 16][4], bf16* tile, int row) {
-    const int lane = threadIdx.x % kWarp;
-    for (int k = 0; k < HS / 16; ++k)
-        load_matrix_x4(a[k], chunk_at<HS>(tile, row + lane % 16, 2 * k + lane / 16));
-}
+// Row and column of element e of result n in the fragments that start at (0, 0).
+__device__ inline int result_row(int e) { return threadIdx.x % kWarp / 4 + (e >> 1) * 8; }
+__device__ inline int result_column(int n, int e) { return n * 8 + threadIdx.x % 4 * 2 + (e & 1); }
+
 // Left operand [16, 16] from two neighbouring results [16, 8].
 __device__ inline void result_operand(unsigned (&a)[4], const float (&left)[4],
                                       const float (&right)[4]) {
@@ -785,29 +677,25 @@ __device__ inline void result_operand(unsigned (&a)[4], const float (&left)[4],
     a[2] = pack_bf16(right[0], right[1]), a[3] = pack_bf16(right[2], right[3]);
 }
 // Two mma side by side: d [16, 16] += a b.
+template <class E>
 __device__ inline void mma_pair(float (&left)[4], float (&right)[4], const unsigned (&a)[4],
                                 const unsigned (&b)[4]) {
     const unsigned b_left[2] = {b[0], b[1]}, b_right[2] = {b[2], b[3]};
-    mma_bf16_16x8x16(left, a, b_left);
-    mma_bf16_16x8x16(right, a, b_right);
+    if constexpr (std::is_same_v<E, bf16>)
+        mma_bf16_16x8x16(left, a, b_left), mma_bf16_16x8x16(right, a, b_right);
+    else
+        mma_tf32_16x8x8(left, a, b_left), mma_tf32_16x8x8(right, a, b_right);
 }
-// Row and column of element e of result n in the fragments that start at (0, 0).
-__device__ inline int result_row(int e) { return threadIdx.x % kWarp / 4 + (e >> 1) * 8; }
-__device__ inline int result_column(int n, int e) { return n * 8 + threadIdx.x % 4 * 2 + (e & 1); }
 
 // The descriptor of a tile [rows, 64], for wgmma (PTX ISA, "Matrix Descriptor Format"). A row is
 // 128 bytes, so chunk_at is the hardware's 128-byte swizzle (1 in bits 62 and 63): bits 4 to 6 of
-// an address xor bits 7 to 9. Careful: so tiles are aligned to 1,024 bytes. Start and strides lack
-// their lowest 4 bits; both strides are the distance from 8 rows to the next 8 (one of them is for
-// tiles side by side, and not used).
+// an address xor bits 7 to 9. Careful: so tiles are aligned to 1,024 bytes; a kernel stops if its
+// own are not, which would only give wrong numbers. Start and strides lack their lowest 4 bits; both
+// strides are the distance from 8 rows to the next 8 (one of them is for tiles side by side, and not
+// used).
 __device__ inline uint64_t tile_descriptor(const bf16* tile) {
     return (shared_address(tile) & 0x3ffff) >> 4 | uint64_t(64) << 16 | uint64_t(64) << 32 |
            uint64_t(1) << 62;
-}
-// Stops the kernel if its tiles are not aligned so, which would only give wrong numbers.
-template <bool kGroup>
-__device__ inline void check_tiles(const bf16* tiles) {
-    if (kGroup && shared_address(tiles) % 1024 != 0) __trap();
 }
 // Starts, as a group: d [64, 64] = a tile^T of a tile [64, 64]; 16 of its columns are 32 bytes.
 __device__ inline void group_rows_product(float (&d)[8][4], const unsigned (&a)[4][4],
@@ -832,36 +720,95 @@ __device__ inline void wait_for(float (&d)[kM][kN][4]) {
         for (int i = 0; i < kM; ++i) group_wait<0>(d[i]);
 }
 
+// The two products without tensor cores: d [16, N] += a tile^T, and d [16, HS] += s tile.
+template <int HS, int N>
+__device__ inline void plain_rows_product(float (&d)[N][4], float* rows, float* tile) {
+#pragma unroll 4
+    for (int chunk = 0; chunk < HS / 4; ++chunk) {
+        float a[2][4];
+        for (int i = 0; i < 2; ++i) load_pack(a[i], chunk_at<HS>(rows, result_row(2 * i), chunk));
+        for (int n = 0; n < N; ++n)
+            for (int j = 0; j < 2; ++j) {
+                float b[4];
+                load_pack(b, chunk_at<HS>(tile, result_column(n, j), chunk));
+                for (int i = 0; i < 2; ++i)
+                    for (int c = 0; c < 4; ++c) d[n][2 * i + j] += a[i][c] * b[c];
+            }
+    }
+}
+template <int HS, int N>
+__device__ inline void plain_columns_product(float (&d)[HS / 8][4], const float (&s)[N][4],
+                                             const float* tile) {
+    const int t = threadIdx.x % 4;
+#pragma unroll
+    for (int j = 0; j < 8 * N; ++j) {
+        float a[2];  // column j of s is in one of 4 neighbouring lanes
+        for (int i = 0; i < 2; ++i)
+            a[i] = __shfl_sync(0xffffffffu, s[j / 8][2 * i + j % 2],
+                               threadIdx.x % kWarp - t + j % 8 / 2);
+        // chunk_at(tile, j, 2 n + t / 2), with what depends on the lane apart. Why: else each of
+        // these addresses takes a register.
+        const float* row = tile + j * HS + (t / 2 ^ j % 2) * 4 + t % 2 * 2;
+        for (int n = 0; n < HS / 8; ++n) {
+            const float2 b = *reinterpret_cast<const float2*>(row + (2 * n ^ (j & 6)) * 4);
+            for (int i = 0; i < 2; ++i) d[n][2 * i] += a[i] * b.x, d[n][2 * i + 1] += a[i] * b.y;
+        }
+    }
+}
+
 // d [kM * 16, kN] = a tile^T: every column of d is a row of the tile [kN, HS].
-template <int HS, int kM, int kN, bool kGroup>
-__device__ inline void rows_product(float (&d)[kM][kN / 8][4], const unsigned (&a)[kM][HS / 16][4],
-                                    bf16* tile) {
+template <class E, int HS, bool kGroup, int kM, int kN>
+__device__ inline void rows_product(float (&d)[kM][kN][4], const Left<E, HS> (&left)[kM],
+                                    Stored<E>* tile) {
     static_assert(!kGroup || kM == 1);
-    if constexpr (kGroup) return group_rows_product(d[0], a[0], tile);
+    if constexpr (kGroup) return group_rows_product(d[0], left[0].a, tile);
     const int lane = threadIdx.x % kWarp, row = lane / 16 * 8 + lane % 8, side = lane / 8 % 2;
     for (auto& row : d)
         for (auto& x : row) x[0] = x[1] = x[2] = x[3] = 0;
-    for (int k = 0; k < HS / 16; ++k)
-        for (int n = 0; n < kN / 16; ++n) {
-            unsigned b[4];
-            load_matrix_x4(b, chunk_at<HS>(tile, n * 16 + row, 2 * k + side));
-            for (int i = 0; i < kM; ++i) mma_pair(d[i][2 * n], d[i][2 * n + 1], a[i][k], b);
-        }
+    if constexpr (std::is_same_v<E, float>)
+        plain_rows_product<HS>(d[0], left[0].rows, tile);
+    else
+        for (int k = 0; k < Left<E, HS>::kSteps; ++k)
+            for (int n = 0; n < kN / 2; ++n) {
+                unsigned b[4];
+                load_matrix_x4(b, chunk_at<HS>(tile, n * 16 + row, 2 * k + side));
+                round_operand(E(), b);
+                for (int i = 0; i < kM; ++i)
+                    mma_pair<E>(d[i][2 * n], d[i][2 * n + 1], left[i].a[k], b);
+            }
 }
-// d [kM * 16, HS] += s tile, s [kM * 16, kN] rounded to bf16: every column of d is a column of the
+// d [kM * 16, HS] += s tile, s [kM * 16, 8 kN] rounded to E: every column of d is a column of the
 // tile.
-template <int HS, int kM, int kN, bool kGroup>
-__device__ inline void add_columns_product(float (&d)[kM][HS / 8][4],
-                                           const float (&s)[kM][kN / 8][4], bf16* tile) {
-    if constexpr (kGroup) return group_columns_product(d[0], s[0], tile);
+template <class E, int HS, bool kGroup, int kM, int kN>
+__device__ inline void add_columns_product(float (&d)[kM][HS / 8][4], const float (&s)[kM][kN][4],
+                                           Stored<E>* tile) {
     const int lane = threadIdx.x % kWarp;
-    for (int k = 0; k < kN / 16; ++k) {
-        unsigned a[kM][4];
-        for (int i = 0; i < kM; ++i) result_operand(a[i], s[i][2 * k], s[i][2 * k + 1]);
-        for (int n = 0; n < HS / 16; ++n) {
-            unsigned b[4];
-            load_matrix_x4_transposed(b, chunk_at<HS>(tile, k * 16 + lane % 16, 2 * n + lane / 16));
-            for (int i = 0; i < kM; ++i) mma_pair(d[i][2 * n], d[i][2 * n + 1], a[i], b);
+    if constexpr (kGroup) {
+        group_columns_product(d[0], s[0], tile);
+    } else if constexpr (std::is_same_v<E, float>) {
+        plain_columns_product<HS>(d[0], s[0], tile);
+    } else if constexpr (std::is_same_v<E, Tf32>) {
+        // A lane has columns 2t, 2t+1 of s, and mma wants t, t+4: so it takes the tile's rows in
+        // that order, too.
+        for (int k = 0; k < kN; ++k) {
+            unsigned a[4], b[2];
+            for (int e = 0; e < 4; ++e) a[e] = to_tf32(s[0][k][e % 2 * 2 + e / 2]);
+            for (int n = 0; n < HS / 8; ++n) {
+                const int c = n * 8 + lane / 4;
+                for (int e = 0; e < 2; ++e)
+                    b[e] = to_tf32(chunk_at<HS>(tile, result_column(k, e), c / 4)[c % 4]);
+                mma_tf32_16x8x8(d[0][n], a, b);
+            }
+        }
+    } else {
+        for (int k = 0; k < kN / 2; ++k) {
+            unsigned a[kM][4], b[4];
+            for (int i = 0; i < kM; ++i) result_operand(a[i], s[i][2 * k], s[i][2 * k + 1]);
+            for (int n = 0; n < HS / 16; ++n) {
+                load_matrix_x4_transposed(b, chunk_at<HS>(tile, k * 16 + lane % 16,
+                                                          2 * n + lane / 16));
+                for (int i = 0; i < kM; ++i) mma_pair<E>(d[i][2 * n], d[i][2 * n + 1], a[i], b);
+            }
         }
     }
 }
@@ -875,18 +822,25 @@ __device__ inline void wait_for_tiles() {
     __syncthreads();
 }
 
-// Stores factors[row half] * d, a warp's results [16, HS], to rows mine.. of a table with T rows.
-template <int HS>
-__device__ inline void store_rows(bf16* to, int stride, int mine, int T,
+// Stores factors[row half] * d, a warp's results [16, HS], to rows mine.. of a head with T rows.
+template <int HS, class A>
+__device__ inline void store_rows(A* to, int stride, int mine, int T, int size,
                                   const float (&d)[HS / 8][4], const float (&factors)[2]) {
     for (int half = 0; half < 2; ++half) {
         const int row = mine + result_row(2 * half);
         const float factor = factors[half];
-        bf16* out = to + int64_t(row) * stride + result_column(0, 0);
+        A* out = to + int64_t(row) * stride;
         if (row >= T) continue;
-        for (int n = 0; n < HS / 8; ++n)
-            *reinterpret_cast<unsigned*>(out + n * 8) =
-                pack_bf16(factor * d[n][2 * half], factor * d[n][2 * half + 1]);
+        for (int n = 0; n < HS / 8; ++n) {
+            const float x = factor * d[n][2 * half], y = factor * d[n][2 * half + 1];
+            const int c = result_column(n, 0);
+            if (size == HS) {
+                store_two(out + c, x, y);
+            } else {
+                if (c < size) out[c] = A(x);
+                if (c + 1 < size) out[c + 1] = A(y);
+            }
+        }
     }
 }
 
@@ -932,52 +886,58 @@ __device__ inline void drop_scores(float (&s)[kScores][4], Dropout drop, uint64_
             s[n][e] *= drop.scale((bh_T + query + result_row(e)) * T + key + result_column(n, e));
 }
 
-// Whether a warp keeps its queries in registers. On 8.x that spills 28 bytes, so they are read
-// again from shared memory for every tile of keys.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool kKeepQueries = false;
-#else
-constexpr bool kKeepQueries = true;
-#endif
+// Only blocks of 64 rows without wgmma are for any head size, a cache, and dropout.
+template <int kM, bool kGroup>
+constexpr bool kAnyHead = kM == 1 && !kGroup;
 
-// One block: 4 warps, kM times 16 queries each, of one head; keys in tiles of 64. kM = 2 makes
-// twice as many products of a tile once read, and needs all registers. kDrop: with dropout.
+// For queries past .. past + n - 1 of sequences of past + n rows: training has past = 0 and n = T.
+// out [B * n, C]; lse [B * NH, n], or null. One block: 4 warps, kM times 16 queries each, of one
+// head. kM = 2 makes twice as many products of a tile once read, and needs all registers.
 // Operations: 4 HS and an exponential for each pair of T^2 / 2. Moves: reads 3, writes 1 row of C.
-template <int HS, int kM, bool kDrop, bool kGroup>
+template <class E, int HS, int kM, bool kGroup>
 __global__ void __launch_bounds__(kHeadThreads, 2)
-    attention_forward_kernel(bf16* out, float* lse, const bf16* qkv, int T, int NH, Dropout drop) {
-    constexpr int kQueries = 64 * kM, kKeys = 64, kApart = kGroup ? 64 : 16;
-    extern __shared__ __align__(1024) bf16 attention_tiles[];
-    check_tiles<kGroup>(attention_tiles);
-    bf16 *q_tile = attention_tiles, *k_tiles = q_tile + kQueries * HS,
-         *v_tiles = k_tiles + 2 * kKeys * HS;
-    const Head<bf16> head(qkv, T, NH, HS);
-    const int first = (gridDim.x - 1 - blockIdx.x) * kQueries;  // blocks with most work start first
+    attention_forward_kernel(Stored<E>* out, float* lse, const Stored<E>* qkv, int cached, int n,
+                             int NH, int head_size, Dropout drop) {
+    using A = Stored<E>;
+    constexpr int kQueries = 64 * kM, kKeys = kStreamedRows<E, HS>, kApart = kGroup ? 64 : 16;
+    extern __shared__ __align__(1024) uint4 attention_tiles[];
+    if (kGroup && shared_address(attention_tiles) % 1024 != 0) __trap();
+    A *q_tile = reinterpret_cast<A*>(attention_tiles), *k_tiles = q_tile + kQueries * HS,
+      *v_tiles = k_tiles + 2 * kKeys * HS;
+    const int size = kAnyHead<kM, kGroup> ? head_size : HS;
+    const int past = kAnyHead<kM, kGroup> ? cached : 0, T = past + n;
+    const Head<A> head(qkv, T, NH, size);
+    // Blocks with most work start first.
+    const int first = past + (gridDim.x - 1 - blockIdx.x) * kQueries;
     // This warp's first query. As a group, whose product has 64 rows, 16 more come 64 later.
     const int mine = first + threadIdx.x / kWarp * (kGroup ? 16 : 16 * kM);
     const int tiles = (min(first + kQueries, T) + kKeys - 1) / kKeys;
-    copy_tile<HS, kQueries>(q_tile, head.q, head.stride, first, T);
-    copy_keys<HS>(k_tiles, v_tiles, head, 0, T);
-    const float scale = 1 / sqrtf(float(HS)), scale2 = scale * kLog2E;
+    auto copy_keys = [&](int tile) {  // over the tile before the last one
+        const int at = tile % 2 * kKeys * HS;
+        copy_tile<HS, kKeys>(k_tiles + at, head.k, head.stride, tile * kKeys, T, size);
+        copy_tile<HS, kKeys>(v_tiles + at, head.v, head.stride, tile * kKeys, T, size);
+        copy_async_commit();
+    };
+    copy_tile<HS, kQueries>(q_tile, head.q, head.stride, first, T, size);
+    copy_keys(0);
+    const float scale = 1 / sqrtf(float(size)), scale2 = scale * kLog2E;
     float o[kM][HS / 8][4] = {}, highest[kM][2], total[kM][2] = {};
-    // Careful: initialised, here and below; else nvcc 13.0 reused the registers of a group's left
-    // operands after their first product.
-    unsigned queries[kM][HS / 16][4] = {};
+    Left<E, HS> queries[kM];
     for (int i = 0; i < kM; ++i) highest[i][0] = highest[i][1] = -INFINITY;
     for (int tile = 0; tile < tiles; ++tile) {
         wait_for_tiles<kGroup>();
-        if (tile + 1 < tiles) copy_keys<HS>(k_tiles, v_tiles, head, tile + 1, T);
-        if (tile == 0 || !kKeepQueries)
-            for (int i = 0; i < kM; ++i)
-                left_operands<HS>(queries[i], q_tile, mine - first + kApart * i);
+        if (tile + 1 < tiles) copy_keys(tile + 1);
+        if (tile == 0)
+            for (int i = 0; i < kM; ++i) queries[i].load(q_tile, mine - first + kApart * i);
         const int key = tile * kKeys, at = tile % 2 * kKeys * HS;
         if (!kGroup && key >= mine + 16 * kM) continue;  // no query of this warp sees these keys
         auto work = [&]<int kFrom>(std::integral_constant<int, kFrom>) {
             float s[kM][kKeys / 8][4];
             if constexpr (kGroup)
-                for (int i = kFrom; i < kM; ++i) group_rows_product(s[i], queries[i], k_tiles + at);
+                for (int i = kFrom; i < kM; ++i)
+                    group_rows_product(s[i], queries[i].a, k_tiles + at);
             else
-                rows_product<HS, kM, kKeys, kGroup>(s, queries, k_tiles + at);
+                rows_product<E, HS, kGroup>(s, queries, k_tiles + at);
             if (!kGroup && key + kKeys - 1 > mine)
                 for (int i = 0; i < kM; ++i) mask_scores(s[i], mine + 16 * i, key);
 #pragma unroll
@@ -986,16 +946,16 @@ __global__ void __launch_bounds__(kHeadThreads, 2)
                 if constexpr (kGroup) group_wait<kM - 1 - kFrom>(s[i]);  // the next goes on
                 if (kGroup && key + kKeys - 1 > query) mask_scores(s[i], query, key);
                 softmax_step(s[i], o[i], highest[i], total[i], scale2);
-                if constexpr (kDrop) drop_scores(s[i], drop, head.bh_T, query, key, T);
+                if (kAnyHead<kM, kGroup> && drop.on())
+                    drop_scores(s[i], drop, head.bh_T, query, key, T);
                 if constexpr (kGroup) group_columns_product(o[i], s[i], v_tiles + at);
             }
-            if constexpr (!kGroup) add_columns_product<HS, kM, kKeys, kGroup>(o, s, v_tiles + at);
+            if constexpr (!kGroup) add_columns_product<E, HS, kGroup>(o, s, v_tiles + at);
             wait_for<kGroup>(o);
         };
         // Careful: no branch around a pending product, or the compiler waits for each at once.
-        if (kGroup && kM == 2 && key >= first + 64)
-            work(std::integral_constant<int,
-                                        kM - 1>());  // the first 64 queries see none of the keys
+        if (kGroup && kM == 2 && key >= first + 64)  // the first 64 queries see none of the keys
+            work(std::integral_constant<int, kM - 1>());
         else
             work(std::integral_constant<int, 0>());
     }
@@ -1005,10 +965,11 @@ __global__ void __launch_bounds__(kHeadThreads, 2)
             total[i][half] += __shfl_xor_sync(0xffffffffu, total[i][half], 1);
             total[i][half] += __shfl_xor_sync(0xffffffffu, total[i][half], 2);
             const int query = mine + kApart * i + result_row(2 * half);
-            if (threadIdx.x % 4 == 0 && query < T)
-                lse[head.bh_T + query] = highest[i][half] * scale + logf(total[i][half]);
+            if (lse && threadIdx.x % 4 == 0 && query < T)
+                lse[size_t(blockIdx.y) * n + query - past] =
+                    highest[i][half] * scale + logf(total[i][half]);
         }
-        store_rows<HS>(head.row(out, T, HS, 0), head.C, mine + kApart * i, T, o[i],
+        store_rows<HS>(head.row(out, n, size, 0), head.C, mine + kApart * i - past, n, size, o[i],
                        {1 / total[i][0], 1 / total[i][1]});
     }
 }
@@ -1017,10 +978,11 @@ __global__ void __launch_bounds__(kHeadThreads, 2)
 // its factor 1 / sqrt(HS).
 //   p = 2^(scale2 s - lse2), so 0 where s is masked    ds = p (w dp - delta)
 // lse2, delta: of the element's query; index: in dropout's mask.
-template <bool kDrop>
+template <bool kMayDrop>
 __device__ inline void backward_element(float& s, float& dp, float lse2, float delta, float scale2,
                                         Dropout drop, uint64_t index) {
-    const float p = exp2_approx(s * scale2 - lse2), w = kDrop ? drop.scale(index) : 1;
+    const float p = exp2_approx(s * scale2 - lse2);
+    const float w = kMayDrop && drop.on() ? drop.scale(index) : 1;
     dp = p * (w * dp - delta);
     s = p * w;
 }
@@ -1028,7 +990,7 @@ __device__ inline void backward_element(float& s, float& dp, float lse2, float d
 // partial[column] = column sums of the block's results factor * d [16 kM, HS]: its share of a bias
 // gradient. All threads of the block take part.
 template <int HS, int kM>
-__device__ inline void block_column_sums(float* partial, const float (&d)[kM][HS / 8][4],
+__device__ inline void block_column_sums(float* partial, int size, const float (&d)[kM][HS / 8][4],
                                          float factor) {
     __shared__ float sums[kHeadThreads / kWarp][HS];
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -1042,7 +1004,7 @@ __device__ inline void block_column_sums(float* partial, const float (&d)[kM][HS
             if (lane < 4) sums[warp][result_column(n, e)] = sum;
         }
     __syncthreads();
-    for (int d = threadIdx.x; d < HS; d += kHeadThreads) {
+    for (int d = threadIdx.x; d < size; d += kHeadThreads) {
         float total = 0;
         for (int w = 0; w < kHeadThreads / kWarp; ++w) total += sums[w][d];
         partial[d] = factor * total;
@@ -1052,19 +1014,20 @@ __device__ inline void block_column_sums(float* partial, const float (&d)[kM][HS
 // delta = out . dout of a warp's 16 rows, for results' rows g and g + 8 in subtract[0] and [1].
 // statistics[i] of row `mine` + i becomes (lse in base 2, delta), and 0 where a pair's second row
 // is past the end. Two lanes share a row; its dout is in a tile.
-template <int HS>
+template <int HS, class A>
 __device__ inline void warp_delta(float (&subtract)[2], float2* statistics, const float* lse,
-                                  const bf16* out, int stride, bf16* d_tile, int tile_row, int mine,
-                                  int T) {
+                                  const A* out, int stride, A* d_tile, int tile_row, int mine,
+                                  int T, int size) {
+    constexpr int N = kPack<A>, kHalf = HS / N / 2;
     const int lane = threadIdx.x % kWarp, row = lane / 2;
     float sum = 0;
     if (mine + row < T)
-        for (int i = 0; i < HS / 16; ++i) {
-            const int chunk = lane % 2 * (HS / 16) + i;
-            float x[8], y[8];
-            load_pack(x, out + row * stride + chunk * 8);
+        for (int i = 0; i < kHalf; ++i) {
+            const int chunk = lane % 2 * kHalf + i;
+            float x[N], y[N];
+            load_channels(x, out + row * stride + chunk * N, size - chunk * N);
             load_pack(y, chunk_at<HS>(d_tile, tile_row + row, chunk));
-            for (int j = 0; j < 8; ++j) sum += x[j] * y[j];
+            for (int j = 0; j < N; ++j) sum += x[j] * y[j];
         }
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     if (lane % 2 == 0 && mine + row < statistics_rows(T))
@@ -1073,150 +1036,119 @@ __device__ inline void warp_delta(float (&subtract)[2], float2* statistics, cons
         subtract[half] = __shfl_sync(0xffffffffu, sum, 2 * result_row(2 * half));
 }
 
-// dq, and statistics [B * NH, statistics_rows(T)] for the kernel below. One block: 4 warps, kM
-// times 16 queries each, of one head; keys are copied in tiles of 64 and used kSlice at a time.
-// Operations: 6 HS and an exponential for each pair of T^2 / 2. Moves: reads 5, writes 1 row of C.
-template <int HS, int kM, bool kDrop, bool kGroup>
+// Two launches. Without kForKeys queries are held (q and dout) and keys streamed (k and v), which
+// makes dq, and statistics [B * NH, statistics_rows(T)] for the second. With it keys are held and
+// queries streamed, which makes dk and dv; scores are transposed then, s^T = k q^T, so that p^T and
+// ds^T are left operands as they are. Either way s is the first held table times the first streamed
+// one, and dp the second times the second. A tile is used kSlice rows at a time.
+// Operations, for each pair of T^2 / 2: 6 HS and an exponential; with kForKeys 8 HS and one.
+// Moves: reads 5, writes 1 row of C; reads 4, writes 2.
+template <class E, int HS, int kM, bool kGroup, bool kForKeys>
 __global__ void __launch_bounds__(kHeadThreads, 2)
-    attention_backward_queries_kernel(bf16* dqkv, float* partial, float2* statistics,
-                                      const bf16* dout, const bf16* out, const float* lse,
-                                      const bf16* qkv, int T, int NH, Dropout drop) {
-    constexpr int kQueries = 64 * kM, kKeys = 64, kSlice = kGroup ? 64 : 32;
-    extern __shared__ __align__(1024) bf16 attention_tiles[];
-    check_tiles<kGroup>(attention_tiles);
-    bf16 *q_tile = attention_tiles, *d_tile = q_tile + kQueries * HS;
-    bf16 *k_tiles = d_tile + kQueries * HS, *v_tiles = k_tiles + 2 * kKeys * HS;
-    const Head<bf16> head(qkv, T, NH, HS);
-    const int first = (gridDim.x - 1 - blockIdx.x) * kQueries,
-              mine = first + threadIdx.x / kWarp * 16 * kM;
-    const int tiles = (min(first + kQueries, T) + kKeys - 1) / kKeys;
-    copy_tile<HS, kQueries>(q_tile, head.q, head.stride, first, T);
-    copy_tile<HS, kQueries>(d_tile, head.row(dout, T, HS, 0), head.C, first, T);
-    copy_keys<HS>(k_tiles, v_tiles, head, 0, T);
-    const float scale = 1 / sqrtf(float(HS)), scale2 = scale * kLog2E;
-    float dq[kM][HS / 8][4] = {}, lse2[kM][2], subtract[kM][2];
-    unsigned queries[kM][HS / 16][4] = {}, douts[kM][HS / 16][4] = {};
-    for (int i = 0; i < 2 * kM; ++i) {
-        const int query = mine + i / 2 * 16 + result_row(i % 2 * 2);
-        lse2[i / 2][i % 2] = query < T ? lse[head.bh_T + query] * kLog2E : INFINITY;  // p = 0
-    }
-    for (int tile = 0; tile < tiles; ++tile) {
-        wait_for_tiles<kGroup>();
-        if (tile + 1 < tiles) copy_keys<HS>(k_tiles, v_tiles, head, tile + 1, T);
-        if (tile == 0)
-#pragma unroll
-            for (int i = 0; i < kM; ++i) {
-                const int row = mine + 16 * i;
-                left_operands<HS>(queries[i], q_tile, row - first);
-                left_operands<HS>(douts[i], d_tile, row - first);
-                warp_delta<HS>(subtract[i], statistics + head.statistics(T) + row,
-                               lse + head.bh_T + row, head.row(out, T, HS, row), head.C, d_tile,
-                               row - first, row, T);
-            }
-        for (int slice = 0; slice < kKeys; slice += kSlice) {
-            const int key = tile * kKeys + slice, at = (tile % 2 * kKeys + slice) * HS;
-            if (!kGroup && key >= mine + 16 * kM) break;  // no query of this warp sees these keys
-            float s[kM][kSlice / 8][4], dp[kM][kSlice / 8][4];
-            rows_product<HS, kM, kSlice, kGroup>(s, queries, k_tiles + at);
-            rows_product<HS, kM, kSlice, kGroup>(dp, douts, v_tiles + at);
-            wait_for<kGroup>(s), wait_for<kGroup>(dp);
-            if (key + kSlice - 1 > mine)
-                for (int i = 0; i < kM; ++i) mask_scores(s[i], mine + 16 * i, key);
-#pragma unroll
-            for (int i = 0; i < kM; ++i) {
-                const int query = mine + 16 * i;
-                for (int n = 0; n < kSlice / 8; ++n)
-                    for (int e = 0; e < 4; ++e)
-                        backward_element<kDrop>(s[i][n][e], dp[i][n][e], lse2[i][e / 2],
-                                                subtract[i][e / 2], scale2, drop,
-                                                (head.bh_T + query + result_row(e)) * T + key +
-                                                    result_column(n, e));
-            }
-            add_columns_product<HS, kM, kSlice, kGroup>(dq, dp, k_tiles + at);
-            wait_for<kGroup>(dq);
-        }
-    }
-    for (int i = 0; i < kM; ++i)
-        store_rows<HS>(dqkv + (head.q - qkv), head.stride, mine + 16 * i, T, dq[i], {scale, scale});
-    block_column_sums<HS, kM>(head.partial(partial, HS), dq, scale);
-}
-
-// dk and dv. One block: 4 warps, kM times 16 keys each, of one head; queries are copied in tiles
-// and used kSlice at a time. Scores are transposed, s^T = k q^T, so that p^T and ds^T are left
-// operands as they are. Operations: 8 HS and an exponential for each pair of T^2 / 2.
-// Moves: reads 4, writes 2 rows of C.
-template <int HS, int kM, bool kDrop, bool kGroup>
-__global__ void __launch_bounds__(kHeadThreads, 2)
-    attention_backward_keys_kernel(bf16* dqkv, float* partial, const float2* statistics,
-                                   const bf16* dout, const bf16* qkv, int T, int NH, Dropout drop) {
-    constexpr int kKeys = 64 * kM, kQueries = 64, kSlice = kGroup ? 64 : 16;
-    extern __shared__ __align__(1024) bf16 attention_tiles[];
-    check_tiles<kGroup>(attention_tiles);
-    __shared__ float4 pairs[2 * kQueries / 2];  // statistics of the tiles' queries
-    bf16 *k_tile = attention_tiles, *v_tile = k_tile + kKeys * HS;
-    bf16 *q_tiles = v_tile + kKeys * HS, *d_tiles = q_tiles + 2 * kQueries * HS;
-    const Head<bf16> head(qkv, T, NH, HS);
-    const int first = blockIdx.x * kKeys, mine = first + threadIdx.x / kWarp * 16 * kM;
-    const int tiles = (T + kQueries - 1) / kQueries, first_tile = first / kQueries;
-    statistics += head.statistics(T);
-    auto copy_queries = [&](int tile) {
-        const int begin = tile * kQueries, query = begin + 2 * threadIdx.x;
-        copy_tile<HS, kQueries>(q_tiles + tile % 2 * kQueries * HS, head.q, head.stride, begin, T);
-        copy_tile<HS, kQueries>(d_tiles + tile % 2 * kQueries * HS, head.row(dout, T, HS, 0),
-                                head.C, begin, T);
+    attention_backward_kernel(Stored<E>* dqkv, float* partial, float2* statistics,
+                              const Stored<E>* dout, const Stored<E>* out, const float* lse,
+                              const Stored<E>* qkv, int T, int NH, int head_size, Dropout drop) {
+    using A = Stored<E>;
+    constexpr int kHeld = 64 * kM, kTile = kStreamedRows<E, HS>;
+    constexpr int kFew = std::is_same_v<E, bf16> && !kForKeys ? 32 : 16;  // registers allow no more
+    constexpr int kSlice = kGroup || kTile < kFew ? kTile : kFew;
+    extern __shared__ __align__(1024) uint4 attention_tiles[];
+    if (kGroup && shared_address(attention_tiles) % 1024 != 0) __trap();
+    A *held_0 = reinterpret_cast<A*>(attention_tiles), *held_1 = held_0 + kHeld * HS;
+    A *streamed_0 = held_1 + kHeld * HS, *streamed_1 = streamed_0 + 2 * kTile * HS;
+    // [kTile], statistics of two tiles of queries.
+    float4* pairs = reinterpret_cast<float4*>(streamed_1 + 2 * kTile * HS);
+    const int size = kAnyHead<kM, kGroup> ? head_size : HS;
+    const Head<A> head(qkv, T, NH, size);
+    const A* d_head = head.row(dout, T, size, 0);
+    const int first = (kForKeys ? blockIdx.x : gridDim.x - 1 - blockIdx.x) * kHeld;
+    const int mine = first + threadIdx.x / kWarp * 16 * kM;
+    const int first_tile = kForKeys ? first / kTile : 0;
+    const int tiles = ((kForKeys ? T : min(first + kHeld, T)) + kTile - 1) / kTile;
+    statistics += size_t(blockIdx.y) * statistics_rows(T);
+    auto copy_streamed = [&](int tile) {
+        const int begin = tile * kTile, at = tile % 2 * kTile * HS, query = begin + 2 * threadIdx.x;
+        copy_tile<HS, kTile>(streamed_0 + at, kForKeys ? head.q : head.k, head.stride, begin, T,
+                             size);
+        copy_tile<HS, kTile>(streamed_1 + at, kForKeys ? d_head : head.v,
+                             kForKeys ? head.C : head.stride, begin, T, size);
         // Past the end all is 0: then p = 1, but it is multiplied by 0.
-        if (threadIdx.x < kQueries / 2)
-            copy_async_16(pairs + tile % 2 * kQueries / 2 + threadIdx.x, statistics + query,
+        if (kForKeys && threadIdx.x < kTile / 2)
+            copy_async_16(pairs + tile % 2 * kTile / 2 + threadIdx.x, statistics + query,
                           query < T);
         copy_async_commit();
     };
-    copy_tile<HS, kKeys>(k_tile, head.k, head.stride, first, T);
-    copy_tile<HS, kKeys>(v_tile, head.v, head.stride, first, T);
-    copy_queries(first_tile);
-    const float scale = 1 / sqrtf(float(HS)), scale2 = scale * kLog2E;
-    float dk[kM][HS / 8][4] = {}, dv[kM][HS / 8][4] = {};
-    unsigned keys[kM][HS / 16][4] = {}, values[kM][HS / 16][4] = {};
+    copy_tile<HS, kHeld>(held_0, kForKeys ? head.k : head.q, head.stride, first, T, size);
+    copy_tile<HS, kHeld>(held_1, kForKeys ? head.v : d_head, kForKeys ? head.stride : head.C, first,
+                         T, size);
+    copy_streamed(first_tile);
+    const float scale = 1 / sqrtf(float(size)), scale2 = scale * kLog2E;
+    float d0[kM][HS / 8][4] = {}, d1[kM][HS / 8][4] = {}, lse2[kM][2], subtract[kM][2];
+    Left<E, HS> left_0[kM], left_1[kM];
+    for (int i = 0; i < 2 * kM && !kForKeys; ++i) {
+        const int query = mine + i / 2 * 16 + result_row(i % 2 * 2);
+        lse2[i / 2][i % 2] = query < T ? lse[head.bh_T + query] * kLog2E : INFINITY;  // p = 0
+    }
     for (int tile = first_tile; tile < tiles; ++tile) {
         wait_for_tiles<kGroup>();
-        if (tile + 1 < tiles) copy_queries(tile + 1);
+        if (tile + 1 < tiles) copy_streamed(tile + 1);
         if (tile == first_tile)
 #pragma unroll
             for (int i = 0; i < kM; ++i) {
-                left_operands<HS>(keys[i], k_tile, mine - first + 16 * i);
-                left_operands<HS>(values[i], v_tile, mine - first + 16 * i);
+                const int row = mine + 16 * i;
+                left_0[i].load(held_0, row - first), left_1[i].load(held_1, row - first);
+                if constexpr (!kForKeys)
+                    warp_delta<HS>(subtract[i], statistics + row, lse + head.bh_T + row,
+                                   head.row(out, T, size, row), head.C, held_1, row - first, row, T,
+                                   size);
             }
-        for (int slice = 0; slice < kQueries; slice += kSlice) {
-            const int query = tile * kQueries + slice, at = (tile % 2 * kQueries + slice) * HS;
-            if (!kGroup && query + kSlice <= mine) continue;  // none of them sees this warp's keys
+        for (int slice = 0; slice < kTile; slice += kSlice) {
+            const int begin = tile * kTile + slice, at = (tile % 2 * kTile + slice) * HS;
+            const int query = kForKeys ? begin : mine, key = kForKeys ? mine : begin;
+            // None of the slice's and this warp's rows see each other.
+            if (!kGroup && query + (kForKeys ? kSlice : 16 * kM) <= key) continue;
             float s[kM][kSlice / 8][4], dp[kM][kSlice / 8][4];
-            rows_product<HS, kM, kSlice, kGroup>(s, keys, q_tiles + at);
-            rows_product<HS, kM, kSlice, kGroup>(dp, values, d_tiles + at);
+            rows_product<E, HS, kGroup>(s, left_0, streamed_0 + at);
+            rows_product<E, HS, kGroup>(dp, left_1, streamed_1 + at);
             wait_for<kGroup>(s), wait_for<kGroup>(dp);
-            if (mine + 16 * kM - 1 > query)
-                for (int i = 0; i < kM; ++i) mask_scores<true>(s[i], query, mine + 16 * i);
+            if (key + (kForKeys ? 16 * kM : kSlice) - 1 > query)
+                for (int i = 0; i < kM; ++i)
+                    mask_scores<kForKeys>(s[i], kForKeys ? query : query + 16 * i,
+                                          kForKeys ? key + 16 * i : key);
 #pragma unroll
-            for (int i = 0; i < kM; ++i) {
-                const int key = mine + 16 * i;
+            for (int i = 0; i < kM; ++i)
                 for (int n = 0; n < kSlice / 8; ++n) {
-                    const float4 pair = pairs[(at / HS + result_column(n, 0)) / 2];
-                    for (int e = 0; e < 4; ++e)
-                        backward_element<kDrop>(s[i][n][e], dp[i][n][e], e % 2 ? pair.z : pair.x,
-                                                e % 2 ? pair.w : pair.y, scale2, drop,
-                                                (head.bh_T + query + result_column(n, e)) * T +
-                                                    key + result_row(e));
+                    float4 two = {};
+                    if (kForKeys) two = pairs[(at / HS + result_column(n, 0)) / 2];
+                    for (int e = 0; e < 4; ++e) {
+                        const int down = 16 * i + result_row(e), across = result_column(n, e);
+                        const int q = query + (kForKeys ? across : down);
+                        const float of_pair[2] = {e % 2 ? two.z : two.x, e % 2 ? two.w : two.y};
+                        backward_element<kAnyHead<kM, kGroup>>(s[i][n][e], dp[i][n][e],
+                                                               kForKeys ? of_pair[0]
+                                                                        : lse2[i][e / 2],
+                                                               kForKeys ? of_pair[1]
+                                                                        : subtract[i][e / 2],
+                                                               scale2, drop,
+                                                               (head.bh_T + q) * T + key +
+                                                                   (kForKeys ? down : across));
+                    }
                 }
-            }
-            add_columns_product<HS, kM, kSlice, kGroup>(dv, s, d_tiles + at);
-            add_columns_product<HS, kM, kSlice, kGroup>(dk, dp, q_tiles + at);
-            wait_for<kGroup>(dv), wait_for<kGroup>(dk);
+            if constexpr (kForKeys) add_columns_product<E, HS, kGroup>(d1, s, streamed_1 + at);
+            add_columns_product<E, HS, kGroup>(d0, dp, streamed_0 + at);
+            if constexpr (kForKeys) wait_for<kGroup>(d1);
+            wait_for<kGroup>(d0);
         }
     }
+    const int at = kForKeys ? head.C : 0;
+    A* to = dqkv + (head.q - qkv) + at;
     for (int i = 0; i < kM; ++i) {
-        store_rows<HS>(dqkv + (head.k - qkv), head.stride, mine + 16 * i, T, dk[i], {scale, scale});
-        store_rows<HS>(dqkv + (head.v - qkv), head.stride, mine + 16 * i, T, dv[i], {1, 1});
+        const int row = mine + 16 * i;
+        store_rows<HS>(to, head.stride, row, T, size, d0[i], {scale, scale});
+        if (kForKeys) store_rows<HS>(to + head.C, head.stride, row, T, size, d1[i], {1, 1});
     }
-    block_column_sums<HS, kM>(head.partial(partial, HS) + head.C, dk, scale);
-    block_column_sums<HS, kM>(head.partial(partial, HS) + 2 * head.C, dv, 1);
+    block_column_sums<HS, kM>(head.partial(partial, size) + at, size, d0, scale);
+    if (kForKeys) block_column_sums<HS, kM>(head.partial(partial, size) + 2 * at, size, d1, 1);
 }
 
 // --- §4.6 GELU
@@ -1254,9 +1186,10 @@ constexpr int kHeadRowThreads = 512;  // of a block that makes a row of logits
 
 // loss = log(sum of e^l) - l[target], 0 where the target is kIgnore. One block makes one row of
 // logits [V], rows `pitch` apart: first its maximum and sum of e^(l - max) in one pass, then, if
-// scale > 0, the logits become scale (softmax - onehot). The first `kept` of a row (all but V % N,
-// if they fit) are copied to shared memory at once, for both passes: 100 KB in GPT-2, so that a
-// multiprocessor loads one row while it works on another. The rest is read twice.
+// scale > 0, the logits become scale (softmax - onehot), and what is behind V in a last pack 0. The
+// first `kept` of a row (all, if they fit) are copied to shared memory at once, for both passes: 100
+// KB in GPT-2 on an H100. Two blocks share a multiprocessor, which loads one row while it works on
+// another. The rest is read twice.
 // Moves: reads 1, writes 1 row of V: 4.4 ms. Operations: 2 exponentials for each number, 1.8 ms.
 // Expect 90 %.
 template <class A>
@@ -1265,40 +1198,39 @@ __global__ void __launch_bounds__(kHeadRowThreads, 2)
                                  int kept, float scale) {
     constexpr int N = kPack<A>;
     extern __shared__ __align__(16) uint4 kept_packs[];
-    const int row = blockIdx.x, target = targets[row], whole = V / N * N, step = blockDim.x * N;
+    const int row = blockIdx.x, target = targets[row], step = blockDim.x * N;
     A* l = logits + size_t(row) * pitch;
     // No barrier follows: a thread reads only what it copied itself.
     for (int v = threadIdx.x * N; v < kept; v += step)
         copy_async_16(kept_packs + v / N, l + v, true);
-    if (kept > 0) copy_async_commit();  // 7.x has no such copies
+    copy_async_commit();
     const bool scored = target >= 0;
     const float at_target = scored ? float(l[target]) : 0;
     float highest = -INFINITY, sum = 0, x[N];
-    auto load = [&](int v) { v < kept ? unpack(x, kept_packs[v / N]) : load_pack(x, l + v); };
-    auto take = [&](int count) {  // e^v = 2^(v log2 e)
-        float top = highest;
-        for (int i = 0; i < count; ++i) top = fmaxf(top, x[i]);
-        if (top == -INFINITY) return;
-        sum *= exp2_approx((highest - top) * kLog2E), highest = top;
-        for (int i = 0; i < count; ++i) sum += exp2_approx(x[i] * kLog2E - top * kLog2E);
+    auto load = [&](int v) {
+        v < kept ? unpack(x, kept_packs[v / N]) : load_pack(x, l + v);
+        for (int i = 0; i < N; ++i) x[i] = v + i < V ? x[i] : -INFINITY;
     };
-    if (kept > 0) copy_async_wait<0>();
-    for (int v = threadIdx.x * N; v < whole; v += step) load(v), take(N);
-    for (int v = whole + threadIdx.x; v < V; v += blockDim.x)  // what is left: V % N
-        x[0] = float(l[v]), take(1);
-    const float top = block_max(highest), offset = top * kLog2E;
+    copy_async_wait<0>();
+    for (int v = threadIdx.x * N; v < V; v += step) {
+        load(v);
+        float top = highest;
+        for (int i = 0; i < N; ++i) top = fmaxf(top, x[i]);
+        if (top == -INFINITY) continue;
+        sum *= exp2_approx((highest - top) * kLog2E), highest = top;  // e^v = 2^(v log2 e)
+        for (int i = 0; i < N; ++i) sum += exp2_approx(x[i] * kLog2E - top * kLog2E);
+    }
+    const float top = over_block(highest, -INFINITY, warp_max), offset = top * kLog2E;
     sum = block_sum(highest == -INFINITY ? 0 : sum * exp2_approx((highest - top) * kLog2E));
     if (threadIdx.x == 0) losses[row] = scored ? logf(sum) + top - at_target : 0;
     if (scale <= 0) return;
     const float factor = scored ? scale / sum : 0;  // else no v is the target
-    for (int v = threadIdx.x * N; v < whole; v += step) {
+    for (int v = threadIdx.x * N; v < V; v += step) {
         load(v);
         for (int i = 0; i < N; ++i) x[i] = factor * exp2_approx(x[i] * kLog2E - offset);
         for (int i = 0; i < N && target / N == v / N; ++i) x[i] -= v + i == target ? scale : 0;
         store_pack(l + v, x);
     }
-    for (int v = whole + threadIdx.x; v < V; v += blockDim.x)
-        l[v] = A(factor * exp2_approx(float(l[v]) * kLog2E - offset) - (v == target ? scale : 0));
 }
 
 // --- §7 The update
@@ -1306,12 +1238,14 @@ __global__ void __launch_bounds__(kHeadRowThreads, 2)
 // The step's numbers live on the GPU: one thread.
 __global__ void begin_step_kernel(StepState* state, double lr) { state->lr = lr, state->loss = 0; }
 
-// The loss of pass.into += scale * sum of losses [rows]. One block. Moves: 4 bytes each.
-__global__ void add_loss_kernel(double* loss, const float* losses, int rows, double scale) {
+// total += scale * sum of values [count]; with `root` it becomes the root of the sum. One block.
+// Moves: 4 bytes each, of losses; 8, of square_sums_kernel's.
+template <class T>
+__global__ void sum_kernel(double* total, const T* values, int count, double scale, bool root) {
     double sum = 0;
-    for (int row = threadIdx.x; row < rows; row += blockDim.x) sum += double(losses[row]);
+    for (int i = threadIdx.x; i < count; i += blockDim.x) sum += double(values[i]);
     sum = block_sum(sum);
-    if (threadIdx.x == 0) *loss += scale * sum;
+    if (threadIdx.x == 0) *total = root ? sqrt(sum) : *total + scale * sum;
 }
 
 // sums[block] = the sum of squares of its chunk of grads [count], count a multiple of 4. Moves: 4
@@ -1326,13 +1260,6 @@ __global__ void square_sums_kernel(double* sums, const float* grads, size_t coun
     }
     sum = block_sum(sum);
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;
-}
-// state.grad_norm = the root of the sum of sums [count]. One block. Moves: 8 bytes each.
-__global__ void norm_of_sums_kernel(StepState* state, const double* sums, int count) {
-    double sum = 0;
-    for (int i = threadIdx.x; i < count; i += blockDim.x) sum += sums[i];
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) state->grad_norm = sqrt(sum);
 }
 
 // to [count] += from. Moves: 12 bytes each, of floats. Expect 90 %.
@@ -1520,7 +1447,7 @@ inline void set(Plan& plan, cublasLtMatmulDescAttributes_t name, auto value) {
 }
 
 // Raise it when a kernel changes that tuning chooses: then it is timed, and compared, again.
-constexpr int kKernelVersion = 2;
+constexpr int kKernelVersion = 3;
 
 // The file of tuned plans. A line is a plan: what it was made for; the work; the choice; its time
 // and that of another. A product's choice is the library's description of the kernel, valid for the
@@ -1537,10 +1464,7 @@ public:
     struct Found {
         std::string choice, where;
         void check(bool good) const {
-            if (!good)
-                fail(where,
-                     " is damaged, or no plan that cuBLASLt knows: remove the line, and "
-                     "--tune-matmul makes it again");
+            if (!good) fail(where, " is damaged, or no plan that cuBLASLt knows: remove the line");
         }
     };
     Found find(const std::string& work, const std::function<std::string()>& tune) {
@@ -1569,9 +1493,6 @@ private:
 struct Algorithm : cublasLtMatmulAlgo_t {
     Algorithm(const cublasLtMatmulAlgo_t& same = {}) : cublasLtMatmulAlgo_t(same) {}
 };
-
-// How attention's products are made: each warp by itself, or in groups of four.
-enum class Way { mma_sync, wgmma };
 
 // All products so far, each with its plan.
 class Matmuls {
@@ -1606,29 +1527,30 @@ public:
                       kKernelVersion);
     }
 
-    // The way to do this work: the faster one, if both were timed, else mma.sync. run(way) does it,
-    // any number of times; same(): whether both ways' results agree. If not, mma.sync is kept.
-    Way faster_way(const std::string& work, double operations, const std::function<void(Way)>& run,
-                   const std::function<bool()>& same) {
-        if (!file_ || operations < tune_from) return Way::mma_sync;
-        const auto [found, fresh] = ways_.try_emplace(work);
+    // Whether to do this attention by groups of warps (wgmma): if both ways were timed and it is
+    // faster, and if same(): both ways' results agree. run(group) does it, any number of times.
+    bool groups_are_faster(const std::string& work, double operations,
+                           const std::function<void(bool)>& run,
+                           const std::function<bool()>& same) {
+        if (!file_ || operations < tune_from) return false;
+        const auto [found, fresh] = groups_.try_emplace(work);
         if (!fresh) return found->second;
         const auto plan = file_->find(work, [&] {
-            auto microseconds = [&](Way way) {
-                return 1e6 * stream_.best_seconds([&] { run(way); });
+            auto microseconds = [&](bool group) {
+                return 1e6 * stream_.best_seconds([&] { run(group); });
             };
-            const double single = microseconds(Way::mma_sync);
+            const double single = microseconds(false);
             if (!same()) {
                 std::fprintf(stderr, "warning: %s: results by wgmma differ, so mma.sync is used\n",
                              work.c_str());
                 return format("mma.sync | %.1f us, wgmma differs", single);
             }
-            const double group = microseconds(Way::wgmma);
+            const double group = microseconds(true);
             if (group < single) return format("wgmma | %.1f us, mma.sync %.1f us", group, single);
             return format("mma.sync | %.1f us, wgmma %.1f us", single, group);
         });
         plan.check(plan.choice == "mma.sync" || plan.choice == "wgmma");
-        return found->second = plan.choice == "wgmma" ? Way::wgmma : Way::mma_sync;
+        return found->second = plan.choice == "wgmma";
     }
 
     // out = epilogue(left right); false if the library has no kernel for it, or by_hand was faster
@@ -1637,10 +1559,10 @@ public:
                   const Epilogue& epilogue = {}) {
         if (!workspace_) CUDA_CHECK(cudaMalloc(&workspace_, kMatmulWorkspace));
         const int64_t k = left.transposed ? left.rows : left.columns;
-        const Key key{out.columns,      out.rows,        k,
-                      right.transposed, left.transposed, epilogue.add != nullptr,
-                      epilogue.kind,    type_,           result_type(epilogue),
-                      compute_};
+        // What is added: a matrix of its own. Adding to the result takes the plan of setting it.
+        const bool another = epilogue.add && epilogue.add != out.data;
+        const Key key{out.columns, out.rows,      k,     right.transposed,      left.transposed,
+                      another,     epilogue.kind, type_, result_type(epilogue), compute_};
         auto [found, fresh] = plans_.try_emplace(key, out.columns, out.rows, k);
         Plan& plan = found->second;
         if (fresh) describe(plan, left, right, epilogue);
@@ -1691,10 +1613,11 @@ private:
             cublasLtMatrixLayoutCreate(&plan.d, result_type(epilogue), plan.m, plan.n, plan.m));
     }
 
-    // Without tuning the library's first suggestion, with it the file's plan.
+    // Without tuning the library's first suggestion, with it the file's plan. A product that adds to
+    // its result cannot be done again and again: it is tuned where it is first set.
     void choose(Plan& plan, const Key& key, const Matrix& out, const Matrix& left,
                 const Matrix& right, const Epilogue& epilogue) {
-        const bool tune = file_ && plan.flops() >= tune_from;
+        const bool tune = file_ && plan.flops() >= tune_from && epilogue.add != out.data;
         const auto suggested = suggestions(plan, tune ? 16 : 1);
         plan.possible = !suggested.empty();
         if (plan.possible) plan.algorithm = suggested[0];
@@ -1772,17 +1695,11 @@ private:
     }
 
     // Times all candidates on the real operands, and returns the rest of a line: the fastest, in
-    // words, and its time. The words are zeros, no plan, if by_hand was faster. A result that would
-    // be added to its own old value goes elsewhere.
-    std::string fastest(const Plan& plan, Matrix out, const Matrix& left, const Matrix& right,
-                        const Epilogue& epilogue, std::vector<Algorithm> candidates) {
+    // words, and its time. The words are zeros, no plan, if by_hand was faster.
+    std::string fastest(const Plan& plan, const Matrix& out, const Matrix& left,
+                        const Matrix& right, const Epilogue& epilogue,
+                        std::vector<Algorithm> candidates) {
         if (plan.k >= 4 * std::max(plan.m, plan.n)) add_split_sums(candidates, plan);
-        void* elsewhere = nullptr;
-        if (epilogue.add == out.data) {
-            if (cudaMalloc(&elsewhere, size_t(plan.m * plan.n) * 4) != cudaSuccess)
-                return cudaGetLastError(), in_words(candidates[0]) + " | no memory to time it";
-            out.data = elsewhere;
-        }
         double first = 0, best = INFINITY;
         Algorithm choice;
         for (const Algorithm& candidate : candidates) {
@@ -1793,7 +1710,6 @@ private:
             if (seconds < best) best = seconds, choice = candidate;
         }
         cudaGetLastError();  // clears the error that a refusal may have left
-        CUDA_CHECK(cudaFree(elsewhere));
         const double otherwise =
             epilogue.by_hand ? stream_.best_seconds(epilogue.by_hand) : INFINITY;
         if (otherwise < best) best = otherwise, choice = {};
@@ -1812,7 +1728,7 @@ private:
     Stream& stream_;
     void* workspace_ = nullptr;
     std::map<Key, Plan> plans_;
-    std::map<std::string, Way> ways_;
+    std::map<std::string, bool> groups_;
     std::optional<PlanFile> file_;
 };
 
@@ -2002,9 +1918,9 @@ private:
     size_t next_staging_ = 0, posted_ = 0, fetched_ = 0;
 };
 
-// The template arguments of an attention kernel: head size, how many times 16 rows a warp has,
-// whether there is dropout, whether warps multiply as a group.
-template <int kHS, int kM, bool kDrop, bool kGroup>
+// The template arguments of an attention kernel: how it multiplies, head size, how many times 16
+// rows a warp has, whether warps multiply as a group.
+template <class E, int HS, int kM, bool kGroup>
 struct Tiles {};
 
 // Activation: float (fp32 and tf32) or bf16.
@@ -2030,9 +1946,9 @@ struct Cuda {
     Cuda(bool tf32 = false)
         : context(
               std::make_shared<CudaContext>(tf32, kSeparateMasters ? CUDA_R_16BF : CUDA_R_32F)) {
-        // Elsewhere the library runs it as a kernel of its own (llm.c, pull request 653), or
-        // slowly.
-        fuse = context->gpu.major == 9 || context->gpu.major == 10;
+        // cuBLASLt has such kernels for 16 bits only, and elsewhere runs them as two (llm.c, pull
+        // request 653), or slowly.
+        fuse = kSeparateMasters && (context->gpu.major == 9 || context->gpu.major == 10);
     }
 
     // --- the machine
@@ -2091,8 +2007,9 @@ struct Cuda {
         const int C = config.n_embd, NH = config.n_head, most = 65535;
         const size_t shared = context->gpu.sharedMemPerBlockOptin;
         const int widest = int(shared / norm_shared(1)) * kWarpColumns<A>;
-        int head_size = kMaxHeadSize, channels = C, heads = NH;  // the next that would do
-        while (plain_shared(head_size, 2) > shared) head_size -= 4;
+        // 2 KB: the static part of attention's backward
+        const int head_size = attention_shared<A, 128>(128) + 2048 <= shared ? 128 : 64;
+        int channels = C, heads = NH;  // the next that would do
         while (channels % 8 || channels % NH) ++channels;
         while (C / heads > head_size || C % heads) ++heads;
         if (C % 8 != 0)
@@ -2213,7 +2130,8 @@ struct Cuda {
                              .bias = b,
                              .aux = pre,
                              .by_hand = by_hand};
-        if (!multiply_fused({gelu, rows, OC}, {x, rows, C}, {w, C, OC}, fused)) by_hand();
+        if (!fuse || !context->matmuls->multiply({gelu, rows, OC}, {x, rows, C}, {w, C, OC}, fused))
+            by_hand();
     }
     void gelu_forward(A* gelu, const A* pre, size_t count) {
         launch(KERNEL(gelu_kernel<A>), packs(count), kThreads, 0, gelu, pre, count);
@@ -2228,7 +2146,7 @@ struct Cuda {
         // Why not the epilogue that also makes the bias gradient: it would round it to bf16.
         Epilogue fused{.kind = CUBLASLT_EPILOGUE_DGELU, .aux = pre};
         if (!accumulate) fused.by_hand = by_hand;
-        if (multiply_fused(dx, dy, turned, fused))
+        if (fuse && context->matmuls->multiply(dx, dy, turned, fused))
             column_sums(dpre_bias, nullptr, dpre, nullptr, rows, C, accumulate);
         else
             by_hand();
@@ -2255,13 +2173,10 @@ struct Cuda {
 
     void attention_forward(A* out, float* lse, const A* qkv, int B, int T, int NH, int HS,
                            Dropout drop) {
-        auto start = [&]<int kHS, int kM, bool kDrop, bool kGroup>(Tiles<kHS, kM, kDrop, kGroup>) {
-            launch(KERNEL(attention_forward_kernel<kHS, kM, kDrop, kGroup>),
-                   heads_grid(T, 64 * kM, B * NH), kHeadThreads,
-                   (64 * kM + 4 * 64) * kHS * sizeof(A), out, lse, qkv, T, NH, drop);
+        auto start = [&](auto tiles) {
+            launch_forward(tiles, out, lse, qkv, B, 0, T, NH, HS, drop);
         };
-        if (on_tensor_cores<2>("forward", out, 1, B, T, NH, HS, drop, start)) return;
-        plain_forward(out, lse, qkv, B, 0, T, NH, HS, drop);
+        attend<2>("forward", out, 1, B, T, NH, HS, drop, start);
     }
     void attention_backward(A* dqkv, float* dqkv_bias, const A* dout, const A* out,
                             const float* lse, const A* qkv, int B, int T, int NH, int HS,
@@ -2270,32 +2185,24 @@ struct Cuda {
         const int width = 3 * NH * HS;
         float* partial = nullptr;
         int parts = 0;
-        auto start = [&]<int kHS, int kM, bool kDrop, bool kGroup>(Tiles<kHS, kM, kDrop, kGroup>) {
-            const dim3 grid = heads_grid(T, 64 * kM, B * NH);
-            const size_t shared = (2 * 64 * kM + 4 * 64) * kHS * sizeof(A);
+        auto start = [&]<class E, int kHS, int kM, bool kGroup>(Tiles<E, kHS, kM, kGroup>) {
+            const dim3 grid(blocks_for(T, 64 * kM), unsigned(B * NH));
+            const size_t shared = attention_shared<E, kHS>(2 * 64 * kM);
             parts = B * int(grid.x);
             float2* statistics = context->scratch<float2>(heads + size_t(parts) * width / 2);
             partial = reinterpret_cast<float*>(statistics + heads);
-            launch(KERNEL(attention_backward_queries_kernel<kHS, kM, kDrop, kGroup>), grid,
-                   kHeadThreads, shared, dqkv, partial, statistics, dout, out, lse, qkv, T, NH,
-                   drop);
-            launch(KERNEL(attention_backward_keys_kernel<kHS, kM, kDrop, kGroup>), grid,
-                   kHeadThreads, shared, dqkv, partial, statistics, dout, qkv, T, NH, drop);
+            launch(KERNEL(attention_backward_kernel<E, kHS, kM, kGroup, false>), grid, kHeadThreads,
+                   shared, dqkv, partial, statistics, dout, out, lse, qkv, T, NH, HS, drop);
+            launch(KERNEL(attention_backward_kernel<E, kHS, kM, kGroup, true>), grid, kHeadThreads,
+                   shared, dqkv, partial, statistics, dout, out, lse, qkv, T, NH, HS, drop);
         };
-        if (on_tensor_cores<1>("backward", dqkv, 3, B, T, NH, HS, drop, start))
-            return sum_partials({{dqkv_bias}}, 1, partial, parts, width, accumulate);
-        float* delta = context->scratch<float>(size_t(B) * NH * T);
-        const dim3 grid = heads_grid(T, kPlainHeld, B * NH);
-        with_lane_channels(HS, [&]<int E>(std::integral_constant<int, E>) {
-            launch(KERNEL(attention_plain_backward_kernel<A, E, false>), grid, kHeadThreads,
-                   plain_shared(HS, 2), dqkv, delta, dout, out, lse, qkv, T, NH, HS, drop);
-            launch(KERNEL(attention_plain_backward_kernel<A, E, true>), grid, kHeadThreads,
-                   plain_shared(HS, 2), dqkv, delta, dout, out, lse, qkv, T, NH, HS, drop);
-        });
-        column_sums(dqkv_bias, nullptr, dqkv, nullptr, B * T, width, accumulate);
+        attend<1>("backward", dqkv, 3, B, T, NH, HS, drop, start);
+        sum_partials({{dqkv_bias}}, 1, partial, parts, width, accumulate);
     }
     void attention_cached(A* out, const A* qkv, int past, int n, int NH, int HS) {
-        plain_forward(out, nullptr, qkv, 1, past, n, NH, HS, Dropout{});
+        in_64_rows(HS, [&](auto tiles) {
+            launch_forward(tiles, out, nullptr, qkv, 1, past, n, NH, HS, {});
+        });
     }
 
     // --- head. Its products take all table_rows(V) rows of w and dw. Why: for an odd length, such
@@ -2341,14 +2248,16 @@ struct Cuda {
         launch(KERNEL(begin_step_kernel), 1, 1, 0, state, lr);
     }
     void add_loss(StepState* state, const float* losses, int rows, double scale, int into = 0) {
-        launch(KERNEL(add_loss_kernel), 1, kOneBlock, 0, state->loss_of(into), losses, rows, scale);
+        launch(KERNEL(sum_kernel<float>), 1, kOneBlock, 0, state->loss_of(into), losses, rows,
+               scale, false);
     }
     void square_sums(double* sums, const float* grads, size_t count) {
         launch(KERNEL(square_sums_kernel), blocks_for(count, kNormChunk), kThreads, 0, sums, grads,
                count);
     }
     void norm_of_sums(StepState* state, const double* sums, size_t chunks) {
-        launch(KERNEL(norm_of_sums_kernel), 1, kOneBlock, 0, state, sums, int(chunks));
+        launch(KERNEL(sum_kernel<double>), 1, kOneBlock, 0, &state->grad_norm, sums, int(chunks), 1,
+               true);
     }
     template <class T>
     void add(T* to, const T* from, size_t count) {
@@ -2421,12 +2330,6 @@ private:
                  context->gpu.name,
                  ": CUBLASLT_LOG_LEVEL=5 makes it say why; a newer CUDA Toolkit may have one");
     }
-    // A product with GELU in it; false where cuBLASLt cannot, or should not, make it. It has such
-    // kernels for 16 bits only.
-    bool multiply_fused(const Matrix& out, const Matrix& left, const Matrix& right,
-                        const Epilogue& epilogue) const {
-        return fuse && kSeparateMasters && context->matmuls->multiply(out, left, right, epilogue);
-    }
     // dw [C, OC] (+)= x^T dout
     void weight_gradient(float* dw, const A* dout, const A* x, int rows, int C, int OC,
                          bool accumulate) {
@@ -2452,84 +2355,82 @@ private:
     void softmax_cross_entropy(float* losses, A* logits, const int32_t* targets, int rows, int V,
                                float scale) {
         const cudaDeviceProp& gpu = context->gpu;
-        // 7.x has no asynchronous copies. 1 KB is for the static part: ptxas rounds it up to the
-        // largest alignment of any kernel.
-        const size_t most = gpu.major < 8 ? 0 : gpu.sharedMemPerBlockOptin - 1024 - 16;
-        const size_t kept = std::min(size_t(V / kPack<A>), most / 16), shared = kept * 16 + 16;
+        // For two blocks. 1 KB is the system's, and 1 KB for the static part: ptxas rounds it up to
+        // the largest alignment of any kernel.
+        const size_t most = gpu.sharedMemPerMultiprocessor / 2 - 2048 - 16;
+        const size_t kept = std::min<size_t>(blocks_for(V, kPack<A>), most / 16),
+                     shared = kept * 16 + 16;
         launch(KERNEL(softmax_cross_entropy_kernel<A>), rows, kHeadRowThreads, shared, losses,
                logits, targets, V, table_rows(V), int(kept) * kPack<A>, scale);
     }
 
-    // The grid of an attention kernel: row y works on head y, each block on so many of its T rows.
-    static dim3 heads_grid(int T, int rows_of_block, int heads) {
-        return {blocks_for(T, rows_of_block), unsigned(heads)};
-    }
-    // Calls run(channels of a lane) for the plain kernels.
-    static void with_lane_channels(int HS, auto&& run) {
-        if (HS <= 64) return run(std::integral_constant<int, 2>());
-        if (HS <= 128) return run(std::integral_constant<int, 4>());
-        run(std::integral_constant<int, 8>());
-    }
     static size_t norm_shared(int C) {
         return sizeof(float) * kNormWarps * 3 * blocks_for(C, kWarpColumns<A>) * kWarpColumns<A>;
     }
-    static size_t plain_shared(int HS, int held_tables) {
-        const size_t padded = padded_head(HS);
-        return sizeof(float) * (held_tables * kPlainHeld * padded + 2 * 32 * (padded + 1) +
-                                size_t(held_tables) * kPlainHeld * 32);
+    // Shared memory of an attention kernel that holds so many rows: they, two tiles of two tables,
+    // and in backward statistics.
+    template <class E, int HS>
+    static constexpr size_t attention_shared(int held) {
+        constexpr int kTile = kStreamedRows<E, HS>;
+        return size_t(held + 4 * kTile) * HS * sizeof(A) + kTile * sizeof(float4);
     }
-    void plain_forward(A* out, float* lse, const A* qkv, int B, int past, int n, int NH, int HS,
-                       Dropout drop) {
-        with_lane_channels(HS, [&]<int E>(std::integral_constant<int, E>) {
-            launch(KERNEL(attention_plain_forward_kernel<A, E>), heads_grid(n, kPlainHeld, B * NH),
-                   kHeadThreads, plain_shared(HS, 1), out, lse, qkv, past, n, NH, HS, drop);
-        });
+    template <class E, int HS, int kM, bool kGroup>
+    void launch_forward(Tiles<E, HS, kM, kGroup>, A* out, float* lse, const A* qkv, int B, int past,
+                        int n, int NH, int head_size, Dropout drop) {
+        const dim3 grid(blocks_for(n, 64 * kM), unsigned(B * NH));
+        launch(KERNEL(attention_forward_kernel<E, HS, kM, kGroup>), grid, kHeadThreads,
+               attention_shared<E, HS>(64 * kM), out, lse, qkv, past, n, NH, head_size, drop);
     }
-    // Calls start(Tiles), and returns true; false where the tensor cores have no kernel for this
-    // head size or type. A block takes 128 rows of a head, not 64, if that leaves two blocks for
-    // each multiprocessor and there is no dropout, whose arithmetic needs the registers. A group
-    // takes at most kMost times 64: more do not save reads of shared memory. start's result is in
-    // `result` [B * T, tables, NH, HS].
+    // Calls start(Tiles) for a block of 64 rows, whatever the head size.
+    void in_64_rows(int HS, auto&& start) {
+        auto padded = [&](auto element) {
+            using E = decltype(element);
+            context->way = std::is_same_v<E, float> ? "" : " (mma.sync)";
+            if (HS <= 32) return start(Tiles<E, 32, 1, false>());
+            if (HS <= 64) return start(Tiles<E, 64, 1, false>());
+            if constexpr (!std::is_same_v<E, Tf32>) start(Tiles<E, 128, 1, false>());
+        };
+        if constexpr (kSeparateMasters)
+            padded(bf16());
+        else if (context->matmuls->tf32 && HS <= 64)
+            padded(Tf32());
+        else
+            padded(float());
+    }
+    // Calls start(Tiles). In bf16 and with HS = 64 a block takes 128 rows of a head, not 64, if that
+    // leaves two blocks for each multiprocessor and there is no dropout, whose arithmetic needs the
+    // registers. A group takes at most kMost times 64: more do not save reads of shared memory.
+    // start's result is in `result` [B * T, tables, NH, HS].
     template <int kMost>
-    bool on_tensor_cores(const char* what, const A* result, int tables, int B, int T, int NH,
-                         int HS, Dropout drop, auto&& start) {
-        if constexpr (kSeparateMasters) {
-            const size_t blocks = size_t(B) * NH * blocks_for(T, 128);
-            const bool many = blocks >= 2 * size_t(context->gpu.multiProcessorCount);
-            constexpr bool kDrop = true, kNoDrop = false, kGroup = true, kWarps = false;
-            auto in_64_rows = [&](auto size) {
-                constexpr int kHS = decltype(size)::value;
-                drop.on() ? start(Tiles<kHS, 1, kDrop, kWarps>())
-                          : start(Tiles<kHS, 1, kNoDrop, kWarps>());
-            };
-            auto run = [&](Way way) {
-                const bool group = way == Way::wgmma;
-                context->way = group ? " (wgmma)" : " (mma.sync)";
-                if (group && many) return start(Tiles<64, kMost, kNoDrop, kGroup>());
-                if (group) return start(Tiles<64, 1, kNoDrop, kGroup>());
-                if (HS == 64 && many && !drop.on()) return start(Tiles<64, 2, kNoDrop, kWarps>());
-                if (HS == 32) return in_64_rows(std::integral_constant<int, 32>());
-                if (HS == 64) return in_64_rows(std::integral_constant<int, 64>());
-                in_64_rows(std::integral_constant<int, 128>());
-            };
-            if (HS != 32 && HS != 64 && HS != 128) return false;
-            const bool both = context->gpu.major == 9 && HS == 64 && !drop.on();
-            run(both ? faster_way(what, result, tables, B, T, NH, HS, run) : Way::mma_sync);
-            return true;
-        }
-        return false;
+    void attend(const char* what, const A* result, int tables, int B, int T, int NH, int HS,
+                Dropout drop, auto&& start) {
+        if constexpr (kSeparateMasters)
+            if (HS == 64 && !drop.on()) {
+                const size_t blocks = size_t(B) * NH * blocks_for(T, 128);
+                const bool many = blocks >= 2 * size_t(context->gpu.multiProcessorCount);
+                auto run = [&](bool group) {
+                    context->way = group ? " (wgmma)" : " (mma.sync)";
+                    if (group && many) return start(Tiles<bf16, 64, kMost, true>());
+                    if (group) return start(Tiles<bf16, 64, 1, true>());
+                    if (many) return start(Tiles<bf16, 64, 2, false>());
+                    in_64_rows(HS, start);
+                };
+                return run(context->gpu.major == 9 &&
+                           groups_are_faster(what, result, tables, B, T, NH, HS, run));
+            }
+        in_64_rows(HS, start);
     }
     // wgmma if tuning found it faster, and right: both ways must leave the same in `result`, up to
     // rounding. Both round the same numbers to bf16, but add in other orders, so that a few round
     // the other way, by 2^-8 at most: together far below 2^-8 of the whole, which every head of
     // every table must keep to. A real fault errs by about 1.
-    Way faster_way(const char* what, const A* result, int tables, int B, int T, int NH, int HS,
-                   const std::function<void(Way)>& run) {
+    bool groups_are_faster(const char* what, const A* result, int tables, int B, int T, int NH,
+                           int HS, const std::function<void(bool)>& run) {
         const size_t heads = size_t(tables) * NH, count = size_t(B) * T * heads * HS;
         auto same = [&] {
             std::vector<A> wanted(count), got(count);
-            run(Way::mma_sync), download(wanted.data(), result, count);
-            run(Way::wgmma), download(got.data(), result, count);
+            run(false), download(wanted.data(), result, count);
+            run(true), download(got.data(), result, count);
             std::vector<double> sizes(heads), errors(heads);
             for (size_t i = 0; i < count; ++i) {
                 const double x = float(wanted[i]), error = x - float(got[i]);
@@ -2539,8 +2440,9 @@ private:
                 return std::sqrt(e) <= context->agreement * std::sqrt(s);
             });
         };
-        return context->matmuls->faster_way(format("attention %s %d %d %d %d", what, B, T, NH, HS),
-                                            2.0 * B * NH * T * T * HS, run, same);
+        const std::string work = format("attention %s %d %d %d %d", what, B, T, NH, HS);
+        const double operations = 2.0 * B * NH * T * T * HS;
+        return context->matmuls->groups_are_faster(work, operations, run, same);
     }
 };
 

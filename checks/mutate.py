@@ -54,7 +54,6 @@ warp_sum | update | term | step > 0 | step > 1
 warp_max | head | sign | fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step)) | fminf(x, __shfl_xor_sync(0xffffffffu, x, step))
 over_block | head | term | parts[warp] = x | parts[warp] = x + x
 over_block | update | term | lane < warps ? parts[lane] : nothing | lane < 1 ? parts[lane] : nothing
-block_max | head | sign | over_block(x, -INFINITY, warp_max) | -over_block(x, -INFINITY, warp_max)
 block_sum | update | sign | over_block(x, T(0), warp_sum<T>) | -over_block(x, T(0), warp_sum<T>)
 unpack | layernorm<*bf16 | term | words[i] << 16 | words[i]
 unpack | layernorm<*float | term | __uint_as_float(raw.z) | __uint_as_float(raw.y)
@@ -63,25 +62,11 @@ store_pack | layernorm<*bf16 | term | pack_bf16(x[6], x[7]) | pack_bf16(x[6], x[
 store_pack | layernorm<*float | term | make_float4(x[0], x[1], x[2], x[3]) | make_float4(x[0], x[1], x[2], x[2])
 sum_index | layernorm | term | c % N * kWarp | c % N
 blocks_for | layernorm | term | (count + per_block - 1) / per_block | count / per_block
-Head | attention<*bf16 | term | q = qkv + size_t(b) * T * stride + h * HS | q = qkv + size_t(b) * T * stride
-Head | attention<*float | term | (size_t(b) * T + t) * C + h * HS | (size_t(b) * T + t) * C
-Head | attention<*bf16 | term | (size_t(b) * gridDim.x + blockIdx.x) * stride + h * HS | size_t(b) * gridDim.x * stride + h * HS
-padded_head | attention<*float | term | (HS + 3) / 4 * 4 | HS / 4 * 4
-copy_rows | attention<*float | term | first + row < end && d < HS | first + row < end
-copy_rows | attention<*float | term | float(from[size_t(first + row) * stride + d]) | float(from[size_t(row) * stride + d])
-copy_tile | attention<*bf16 | term | first + row + i < T | first + i < T
-copy_keys | attention<*bf16 | term | tile % 2 * 64 * HS | 0 * tile
-chunk_at | attention<*bf16 | term | tile + row * HS + stored * 8 | tile + row * HS + stored * 4
-left_operands | attention<*bf16 | term | 2 * k + lane / 16 | 2 * k
 result_operand | attention<*bf16 | term | pack_bf16(right[0], right[1]) | pack_bf16(left[0], left[1])
-mma_pair | attention<*bf16 | term | mma_bf16_16x8x16(right, a, b_right) | mma_bf16_16x8x16(right, a, b_left)
 result_row | attention<*bf16 | term | (e >> 1) * 8 | (e >> 2) * 8
 result_column | attention<*bf16 | term | (e & 1) | (e & 0)
-rows_product | attention<*bf16 | term | 2 * k + side | 2 * k
-add_columns_product | attention<*bf16 | term | k * 16 + lane % 16 | lane % 16
 tile_descriptor | attention by groups | term | uint64_t(64) << 32 | uint64_t(32) << 32
 tile_descriptor | attention by groups | term | uint64_t(1) << 62 | uint64_t(2) << 62
-check_tiles | attention by groups | term | shared_address(tiles) % 1024 != 0 | shared_address(tiles) % 1024 == 0
 group_rows_product | attention by groups | term | tile + k * 16 | tile
 group_rows_product | attention by groups | term | k > 0 | true
 group_columns_product | attention by groups | term | tile + k * 16 * 64 | tile
@@ -97,74 +82,20 @@ gelu_kernel | linear | term | gelu_of(x[i]) | x[i]
 column_sums_kernel | linear | term | x[i] *= gelu_slope(before[i]) | x[i] *= 1
 residual_kernel | linear | sign | branch[i] * drop.scale(at + i) | -branch[i] * drop.scale(at + i)
 residual_kernel | linear | term | branch[i] * drop.scale(at + i) | branch[i]
-plain_dots | attention<*float | sign | x0 * y.x + x1 * y.y + x2 * y.z + x3 * y.w | x0 * y.x + x1 * y.y - x2 * y.z + x3 * y.w
-plain_dots | attention<*float | term | x0 * y.x + x1 * y.y + x2 * y.z + x3 * y.w | x0 * y.x + x1 * y.y + x2 * y.z
-plain_add | attention<*float | sign | p[r * 32 + j] * x[e] | -p[r * 32 + j] * x[e]
-plain_add | attention<*float | term | d < HS | d < HS - 1
-attention_plain_forward_kernel | attention<*float | sign | score - highest[r] | highest[r] - score
-attention_plain_forward_kernel | attention<*float | term | total[r] * shrink | total[r]
-attention_plain_forward_kernel | attention<*float | term | o[r][i] *= shrink | o[r][i] *= 1
-attention_plain_forward_kernel | attention<*float | term | s[r] * scale | s[r]
-attention_plain_forward_kernel | attention<*float | term | key <= query | key < query + 2
-attention_plain_forward_kernel | attention<*float | term | e * drop.scale(index) | e
-attention_plain_forward_kernel | attention<*float | term | highest[r] + logf(total[r]) | logf(total[r])
-attention_plain_backward_kernel | attention<*float | sign | float(x[d]) * float(y[d]) | -float(x[d]) * float(y[d])
-attention_plain_backward_kernel | attention<*float | term | float(x[d]) * float(y[d]) | float(x[d])
-attention_plain_backward_kernel | attention<*float | sign | expf(s[r] * scale - lse[at]) | expf(s[r] * scale + lse[at])
-attention_plain_backward_kernel | attention<*float | sign | probability * (w * dp[r] - delta[at]) * scale | probability * (w * dp[r] + delta[at]) * scale
-attention_plain_backward_kernel | attention<*float | term | probability * (w * dp[r] - delta[at]) * scale | probability * (dp[r] - delta[at]) * scale
-attention_plain_backward_kernel | attention<*float | term | probability * (w * dp[r] - delta[at]) * scale | probability * (w * dp[r] - delta[at])
-attention_plain_backward_kernel | attention<*float | term | probability * w | probability
-attention_plain_backward_kernel | attention<*float | term | key <= query && query < T | key < query && query < T
 softmax_step | attention<*bf16 | sign | (highest[half] - top) * scale2 | (top - highest[half]) * scale2
 softmax_step | attention<*bf16 | term | total[half] * shrink | total[half]
 softmax_step | attention<*bf16 | term | o[n][2 * half + 1] *= shrink | o[n][2 * half + 1] *= 1
 drop_scores | attention<*bf16 | term | query + result_row(e) | query + 0 * e
-attention_forward_kernel | attention<*bf16 | sign | highest[i][half] * scale + logf(total[i][half]) | highest[i][half] * scale - logf(total[i][half])
-attention_forward_kernel | attention<*bf16 | term | highest[i][half] * scale + logf(total[i][half]) | logf(total[i][half])
 mask_scores | attention<*bf16 | term | query + (kForKeys ? across : down) | query + (kForKeys ? across : down) + 1
-attention_forward_kernel | attention<*bf16 | term | if (!kGroup && key >= mine + 16 * kM) | if (!kGroup && key > 0 && key >= mine)
-attention_forward_kernel | attention<*bf16 | term | if (!kGroup && key + kKeys - 1 > mine) | if (!kGroup && key + kKeys - 1 > mine + 16)
-attention_forward_kernel | attention by groups | term | if (kGroup && key + kKeys - 1 > query) | if (kGroup && key + kKeys - 1 > query + 16)
-attention_forward_kernel | attention by groups | term | if (kGroup && kM == 2 && key >= first + 64) | if (kGroup && kM == 2 && key >= first)
-attention_forward_kernel | attention by groups | term | group_wait<kM - 1 - kFrom>(s[i]) | 0
-attention_forward_kernel | attention<*bf16 | term | kGroup ? 16 : 16 * kM | kGroup ? 16 : 16
-attention_forward_kernel | attention by groups | term | kGroup ? 16 : 16 * kM | kGroup ? 64 : 16 * kM
 backward_element | attention<*bf16 | sign | s * scale2 - lse2 | s * scale2 + lse2
 backward_element | attention<*bf16 | sign | w * dp - delta | w * dp + delta
 backward_element | attention<*bf16 | term | w * dp - delta | dp - delta
 backward_element | attention<*bf16 | term | p * w | p
-warp_delta | attention<*bf16 | sign | x[j] * y[j] | -x[j] * y[j]
-warp_delta | attention<*bf16 | term | x[j] * y[j] | (j == 3 ? 0 : x[j] * y[j])
-warp_delta | attention<*bf16 | sign | lse[row] * kLog2E | -lse[row] * kLog2E
-block_column_sums | attention<*bf16 | sign | d[i][n][e] + d[i][n][e + 2] | d[i][n][e] - d[i][n][e + 2]
-block_column_sums | attention<*bf16 | term | factor * total | total
-store_rows | attention<*bf16 | term | factor * d[n][2 * half] | d[n][2 * half]
-attention_backward_queries_kernel | attention<*bf16 | sign | lse[head.bh_T + query] * kLog2E | -lse[head.bh_T + query] * kLog2E
-attention_backward_queries_kernel | attention<*bf16 | term | add_columns_product<HS, kM, kSlice, kGroup>(dq, dp, k_tiles + at) | add_columns_product<HS, kM, kSlice, kGroup>(dq, s, k_tiles + at)
-attention_backward_queries_kernel | attention<*bf16 | term | if (!kGroup && key >= mine + 16 * kM) | if (!kGroup && key > 0 && key >= mine)
-attention_backward_queries_kernel | attention<*bf16 | term | if (key + kSlice - 1 > mine) | if (key + kSlice - 1 > mine + 16)
 statistics_rows | attention<*bf16 | term | T + T % 2 | T
-statistics | attention<*bf16 | term | size_t(blockIdx.y) * statistics_rows(T) | size_t(blockIdx.y) * 0
-attention_backward_keys_kernel | attention<*bf16 | sign | e % 2 ? pair.z : pair.x | e % 2 ? -pair.z : -pair.x
-attention_backward_keys_kernel | attention<*bf16 | term | e % 2 ? pair.w : pair.y | pair.y
-attention_backward_keys_kernel | attention<*bf16 | term | add_columns_product<HS, kM, kSlice, kGroup>(dv, s, d_tiles + at) | add_columns_product<HS, kM, kSlice, kGroup>(dv, s, q_tiles + at)
-attention_backward_keys_kernel | attention<*bf16 | term | if (!kGroup && query + kSlice <= mine) | if (!kGroup && query <= mine)
-attention_backward_keys_kernel | attention<*bf16 | term | if (mine + 16 * kM - 1 > query) | if (mine + 16 * kM - 1 > query + 16)
-softmax_cross_entropy_kernel | head | sign | logf(sum) + top - at_target | logf(sum) + top + at_target
-softmax_cross_entropy_kernel | head | term | logf(sum) + top - at_target | logf(sum) - at_target
-softmax_cross_entropy_kernel | head | term | v + i == target ? scale : 0 | 0.0f
-softmax_cross_entropy_kernel | head | term | target / N == v / N | target / N == v / N + 1
-softmax_cross_entropy_kernel | head | term | v == target ? scale : 0 | 0.0f
-softmax_cross_entropy_kernel | head | term | sum * exp2_approx((highest - top) * kLog2E) | sum
 begin_step_kernel | update | sign | state->lr = lr | state->lr = -lr
 begin_step_kernel | update | term | state->loss = 0 | state->loss += 0
-add_loss_kernel | update | sign | *loss += scale * sum | *loss -= scale * sum
-add_loss_kernel | update | term | *loss += scale * sum | *loss += sum
 square_sums_kernel | update | sign | sum += double(g[j]) * double(g[j]) | sum -= double(g[j]) * double(g[j])
 square_sums_kernel | update | term | sum += double(g[j]) * double(g[j]) | sum += double(g[j])
-norm_of_sums_kernel | update | sign | sum += sums[i] | sum -= sums[i]
-norm_of_sums_kernel | update | term | sqrt(sum) | sum
 add_kernel | update | sign | to[i] += from[i] | to[i] -= from[i]
 add_kernel | update | term | to[i] += from[i] | to[i] = from[i]
 judge_step_kernel | update | sign | judge_step(state, guards) | judge_step(state, Guards{-guards.grad_clip, 0})
@@ -175,6 +106,66 @@ adamw_kernel | update | term | i < decayed ? float(hyper.weight_decay) : 0 | flo
 adamw_kernel | update | term | store_weights(weights + i, w4) | (void)0
 round_weights_kernel | update | sign | load_pack(w, masters + i) | (load_pack(w, masters + i), void(w[0] = -w[0]))
 round_weights_kernel | update | term | store_weights(weights + i, w) | (void)0
+Head | attention<*bf16 | term | q = qkv + size_t(b) * T * stride + h * HS | q = qkv + size_t(b) * T * stride
+Head | attention<*float | term | (size_t(b) * T + t) * C + h * HS | (size_t(b) * T + t) * C
+Head | attention<*bf16 | term | (size_t(b) * gridDim.x + blockIdx.x) * stride + h * HS | size_t(b) * gridDim.x * stride + h * HS
+chunk_at | attention<*bf16 | term | kLong ? row & 7 : row >> 1 & 3 | kLong ? row & 7 : row >> 2 & 3
+load_channels | attention<*float | term | i < left ? float(from[i]) : 0 | float(from[i])
+load_channels | attention<*float | term | left % kPack<A> == 0 && left > 0 | left > 0
+copy_tile | attention<*bf16 | term | first + row + i < T | first + i < T
+copy_tile | attention<*float | term | valid ? size - chunk * N : 0 | size - chunk * N
+copy_tile | attention<*bf16 | term | valid && chunk * N < size | valid
+load | attention<*bf16 | term | 2 * k + lane / 16 | 2 * k
+load | attention<*float | term | rows = tile + row * HS | rows = tile
+round_operand | attention<*Tf32 | term | to_tf32(__uint_as_float(x)) | x << 13
+mma_pair | attention<*bf16 | term | mma_bf16_16x8x16(right, a, b_right) | mma_bf16_16x8x16(right, a, b_left)
+mma_pair | attention<*Tf32 | term | mma_tf32_16x8x8(right, a, b_right) | mma_tf32_16x8x8(right, a, b_left)
+store_two | attention<*float | term | make_float2(x, y) | make_float2(x, x)
+store_two | attention<*bf16 | term | pack_bf16(x, y) | pack_bf16(x, x)
+plain_rows_product | attention<*float | sign | a[i][c] * b[c] | -a[i][c] * b[c]
+plain_rows_product | attention<*float | term | 2 * i + j | 2 * i
+plain_columns_product | attention<*float | sign | d[n][2 * i] += a[i] * b.x | d[n][2 * i] -= a[i] * b.x
+plain_columns_product | attention<*float | term | 2 * n ^ (j & 6) | 2 * n
+plain_columns_product | attention<*float | term | j % 8 / 2 | 0 * j
+rows_product | attention<*bf16 | term | 2 * k + side | 2 * k
+add_columns_product | attention<*bf16 | term | k * 16 + lane % 16 | lane % 16
+add_columns_product | attention<*Tf32 | term | e % 2 * 2 + e / 2 | e
+add_columns_product | attention<*Tf32 | term | result_column(k, e) | result_column(k, 0 * e)
+store_rows | attention<*bf16 | term | factor * d[n][2 * half] | d[n][2 * half]
+store_rows | attention<*float | term | c + 1 < size | c < size
+attention_forward_kernel | attention<*bf16 | sign | highest[i][half] * scale + logf(total[i][half]) | highest[i][half] * scale - logf(total[i][half])
+attention_forward_kernel | attention<*bf16 | term | highest[i][half] * scale + logf(total[i][half]) | logf(total[i][half])
+attention_forward_kernel | attention<*bf16 | term | if (!kGroup && key >= mine + 16 * kM) | if (!kGroup && key > 0 && key >= mine)
+attention_forward_kernel | attention<*bf16 | term | if (!kGroup && key + kKeys - 1 > mine) | if (!kGroup && key + kKeys - 1 > mine + 16)
+attention_forward_kernel | attention by groups | term | if (kGroup && key + kKeys - 1 > query) | if (kGroup && key + kKeys - 1 > query + 16)
+attention_forward_kernel | attention by groups | term | if (kGroup && kM == 2 && key >= first + 64) | if (kGroup && kM == 2 && key >= first)
+attention_forward_kernel | attention by groups | term | group_wait<kM - 1 - kFrom>(s[i]) | 0
+attention_forward_kernel | attention<*bf16 | term | kGroup ? 16 : 16 * kM | kGroup ? 16 : 16
+attention_forward_kernel | attention by groups | term | kGroup ? 16 : 16 * kM | kGroup ? 64 : 16 * kM
+attention_forward_kernel | attention<*float | term | past + (gridDim.x - 1 - blockIdx.x) * kQueries | (gridDim.x - 1 - blockIdx.x) * kQueries
+attention_forward_kernel | attention by groups | term | kGroup && shared_address(attention_tiles) % 1024 != 0 | kGroup && shared_address(attention_tiles) % 1024 == 0
+block_column_sums | attention<*bf16 | sign | d[i][n][e] + d[i][n][e + 2] | d[i][n][e] - d[i][n][e + 2]
+block_column_sums | attention<*bf16 | term | factor * total | total
+warp_delta | attention<*bf16 | sign | x[j] * y[j] | -x[j] * y[j]
+warp_delta | attention<*bf16 | term | x[j] * y[j] | (j == 3 ? 0 : x[j] * y[j])
+warp_delta | attention<*float | sign | lse[row] * kLog2E | -lse[row] * kLog2E
+attention_backward_kernel | attention<*float | sign | lse[head.bh_T + query] * kLog2E | -lse[head.bh_T + query] * kLog2E
+attention_backward_kernel | attention<*bf16 | term | add_columns_product<E, HS, kGroup>(d0, dp, streamed_0 + at) | add_columns_product<E, HS, kGroup>(d0, s, streamed_0 + at)
+attention_backward_kernel | attention<*bf16 | term | add_columns_product<E, HS, kGroup>(d1, s, streamed_1 + at) | add_columns_product<E, HS, kGroup>(d1, s, streamed_0 + at)
+attention_backward_kernel | attention<*bf16 | term | if (!kGroup && query + (kForKeys ? kSlice : 16 * kM) <= key) | if (!kGroup && key > 0 && query <= key)
+attention_backward_kernel | attention<*bf16 | term | if (key + (kForKeys ? 16 * kM : kSlice) - 1 > query) | if (key + (kForKeys ? 16 * kM : kSlice) - 1 > query + 16)
+attention_backward_kernel | attention<*float | term | size_t(blockIdx.y) * statistics_rows(T) | size_t(blockIdx.y) * 0
+attention_backward_kernel | attention<*bf16 | sign | e % 2 ? two.z : two.x | e % 2 ? -two.z : -two.x
+attention_backward_kernel | attention<*bf16 | term | e % 2 ? two.w : two.y | two.y
+softmax_cross_entropy_kernel | head | sign | logf(sum) + top - at_target | logf(sum) + top + at_target
+softmax_cross_entropy_kernel | head | term | logf(sum) + top - at_target | logf(sum) - at_target
+softmax_cross_entropy_kernel | head | term | v + i == target ? scale : 0 | 0.0f
+softmax_cross_entropy_kernel | head | term | target / N == v / N | target / N == v / N + 1
+softmax_cross_entropy_kernel | head | term | v + i < V ? x[i] : -INFINITY | x[i]
+softmax_cross_entropy_kernel | head | term | sum * exp2_approx((highest - top) * kLog2E) | sum
+sum_kernel | update | sign | *total + scale * sum | *total - scale * sum
+sum_kernel | update | term | *total + scale * sum | *total + sum
+sum_kernel | update | term | sqrt(sum) | sum
 """
 
 

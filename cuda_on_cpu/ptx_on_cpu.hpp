@@ -272,6 +272,7 @@ __device__ inline void mma_bf16_16x8x16(float (&d)[4], const unsigned (&a)[4],
 // mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32: d += a b
 __device__ inline void mma_tf32_16x8x8(float (&d)[4], const unsigned (&a)[4],
                                        const unsigned (&b)[2], CUDA_ON_CPU_HERE) {
+    cuda_on_cpu_ptx::thread_of_8_0("mma_tf32_16x8x8()");
     cuda_on_cpu_ptx::MmaLane mine{d, a, b};
     cuda_on_cpu::warp_operation(cuda_on_cpu_ptx::all_lanes, &mine, cuda_on_cpu_ptx::multiply_tf32,
                                 true, {"mma_tf32_16x8x8()", file, line});
@@ -304,7 +305,7 @@ __device__ inline void load_matrix_x2_transposed(unsigned (&r)[2], const void* r
 // before.
 CUDA_ON_CPU_UNWATCHED __device__ inline void copy_async_16(void* shared, const void* global,
                                                            bool valid, CUDA_ON_CPU_HERE) {
-    auto& t = cuda_on_cpu_ptx::thread_of_8_0("copy_async_16()");
+    auto& t = cuda_on_cpu::running_thread("copy_async_16()");
     t.site = {"copy_async_16()", file, line};
     cuda_on_cpu::check_shared_access(shared, 16, "copy_async_16", t);
     if (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0)
@@ -319,13 +320,13 @@ CUDA_ON_CPU_UNWATCHED __device__ inline void copy_async_16(void* shared, const v
     t.copies.push_back(copy);
 }
 __device__ inline void copy_async_commit() {
-    auto& t = cuda_on_cpu_ptx::thread_of_8_0("copy_async_commit()");
+    auto& t = cuda_on_cpu::running_thread("copy_async_commit()");
     t.group_ends.push_back(t.copies.size());
 }
 // cp.async.wait_group N: all but the N latest groups have arrived.
 template <int N>
 CUDA_ON_CPU_UNWATCHED __device__ inline void copy_async_wait() {
-    auto& t = cuda_on_cpu_ptx::thread_of_8_0("copy_async_wait()");
+    auto& t = cuda_on_cpu::running_thread("copy_async_wait()");
     if (t.group_ends.size() <= size_t(N)) return;
     size_t groups = t.group_ends.size() - size_t(N), done = t.group_ends[groups - 1];
     for (size_t i = 0; i < done; i++) {
