@@ -1048,6 +1048,9 @@ __global__ void __launch_bounds__(kHeadThreads, 2)
     attention_backward_kernel(Stored<E>* dqkv, float* partial, float2* statistics,
                               const Stored<E>* dout, const Stored<E>* out, const float* lse,
                               const Stored<E>* qkv, int T, int NH, int head_size, Dropout drop) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+    if (kM == 2) return __trap();  // it would spill; attend() does not use it there
+#endif
     using A = Stored<E>;
     constexpr int kHeld = 64 * kM, kTile = kStreamedRows<E, HS>;
     constexpr int kFew = std::is_same_v<E, bf16> && !kForKeys ? 32 : 16;  // registers allow no more
@@ -2368,11 +2371,10 @@ private:
         return sizeof(float) * kNormWarps * 3 * blocks_for(C, kWarpColumns<A>) * kWarpColumns<A>;
     }
     // Shared memory of an attention kernel that holds so many rows: they, two tiles of two tables,
-    // and in backward statistics.
+    // and, at most 1 KB, backward's statistics.
     template <class E, int HS>
     static constexpr size_t attention_shared(int held) {
-        constexpr int kTile = kStreamedRows<E, HS>;
-        return size_t(held + 4 * kTile) * HS * sizeof(A) + kTile * sizeof(float4);
+        return size_t(held + 4 * kStreamedRows<E, HS>) * HS * sizeof(A) + 1024;
     }
     template <class E, int HS, int kM, bool kGroup>
     void launch_forward(Tiles<E, HS, kM, kGroup>, A* out, float* lse, const A* qkv, int B, int past,
@@ -2398,16 +2400,21 @@ private:
             padded(float());
     }
     // Calls start(Tiles). In bf16 and with HS = 64 a block takes 128 rows of a head, not 64, if that
-    // leaves two blocks for each multiprocessor and there is no dropout, whose arithmetic needs the
-    // registers. A group takes at most kMost times 64: more do not save reads of shared memory.
-    // start's result is in `result` [B * T, tables, NH, HS].
+    // leaves two blocks for each multiprocessor, if two have room there (not backward's on 8.6 and
+    // 8.9; from 10.0 on it would spill), and without dropout, whose arithmetic needs the registers. A group takes at most
+    // kMost times 64: more do not save reads of shared memory. start's result is in `result` [B * T,
+    // tables, NH, HS].
     template <int kMost>
     void attend(const char* what, const A* result, int tables, int B, int T, int NH, int HS,
                 Dropout drop, auto&& start) {
         if constexpr (kSeparateMasters)
             if (HS == 64 && !drop.on()) {
+                const cudaDeviceProp& gpu = context->gpu;
                 const size_t blocks = size_t(B) * NH * blocks_for(T, 128);
-                const bool many = blocks >= 2 * size_t(context->gpu.multiProcessorCount);
+                const size_t shared = attention_shared<bf16, 64>(tables == 1 ? 128 : 256) + 1024;
+                const bool many = (tables == 1 || gpu.major < 10) &&
+                                  blocks >= 2 * size_t(gpu.multiProcessorCount) &&
+                                  2 * shared <= gpu.sharedMemPerMultiprocessor;
                 auto run = [&](bool group) {
                     context->way = group ? " (wgmma)" : " (mma.sync)";
                     if (group && many) return start(Tiles<bf16, 64, kMost, true>());
@@ -2415,7 +2422,7 @@ private:
                     if (many) return start(Tiles<bf16, 64, 2, false>());
                     in_64_rows(HS, start);
                 };
-                return run(context->gpu.major == 9 &&
+                return run(gpu.major == 9 &&
                            groups_are_faster(what, result, tables, B, T, NH, HS, run));
             }
         in_64_rows(HS, start);
