@@ -8369,7 +8369,7 @@ TEST_CASE_TEMPLATE("cuda: attention", Device, Cuda<float>, CudaTf32, Cuda<bf16>)
     check_attention<Device>({1, 70, 2, 12, 0}, kDrop, 1);
     check_attention<Device>({1, 45, 1, 40, 0}, {}, 1);
     check_attention<Device>({1, 37, 8, 5, 0}, {}, 1);  // heads that start and end anywhere
-    check_attention<Device>({1, 40, 1, 100, 0}, {}, 1);
+    check_attention<Device>({1, 40, 2, 100, 0}, {}, 1);
     // Blocks of 128 rows, which a GPU takes where it has enough of them.
 #ifdef CUDA_ON_CPU
     const int before = std::exchange(cuda_on_cpu::settings().multiprocessors, 1);
