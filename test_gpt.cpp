@@ -3643,7 +3643,8 @@ TEST_CASE(
          {"\"pre_tokenizer\": {", "\"pre\": {", "\"pre_tokenizer\" is missing"},
          {"\"model\": {", "\"model\": 7, \"x\": {", "\"model\" must be an object"},
          {"{\"version\"", "<html>", ": found an HTML page"}};
-    for (const auto& [from, to, refusal] : cases) {
+    for (const auto& [was, to, refusal] : cases) {
+        const std::string from = was;  // clang 14 cannot capture a structured binding
         CAPTURE(from);
         REQUIRE(contains(good, from));
         std::string text = good;
@@ -3961,8 +3962,9 @@ TEST_CASE("checkpoints: every way of naming GPT-2's tensors is understood") {
          {"transformer.transformer.", "transformer."},
          {"model.transformer.", "model."}};
     for (const Config& config : {tiny_config, untied_config})
-        for (auto [prefix, before_head] : prefixes)
+        for (auto [before, before_head] : prefixes)
             for (bool extras : {false, true}) {
+                const char* prefix = before;  // clang 14 cannot capture a structured binding
                 CAPTURE(prefix);
                 Weights weights(config, false);
                 for (StoredTensor& tensor : weights.tensors)
@@ -4035,7 +4037,8 @@ TEST_CASE(
          {[&] { put_file(index, "<!DOCTYPE html>"); }, ": found an HTML page"},
          {[&] { put_file(index, "{}"); }, "\"weight_map\" is missing"},
          {[&] { put_file(index, "{\"weight_map\": {}}"); }, "found no such file"}};
-    for (auto& [damage, named] : cases) {
+    for (auto& [damage, words] : cases) {
+        const std::string named = words;  // clang 14 cannot capture a structured binding
         CAPTURE(named);
         save_shards(m, weights, 3);
         damage();
@@ -4949,8 +4952,9 @@ TEST_CASE("run: the norms of every tensor are those of its weights, gradients an
 }
 
 TEST_CASE("run: resumed at every step, it is the same run to the bit, on 1, 2 and 3 threads") {
-    for (auto [precision, threads] :
-         {std::pair{"fp32", 1}, {"fp32", 2}, {"fp32", 3}, {"bf16", 3}}) {
+    for (const auto& run : {std::pair{"fp32", 1}, {"fp32", 2}, {"fp32", 3}, {"bf16", 3}}) {
+        const char* precision = run.first;  // clang 14 cannot capture a structured binding
+        const int threads = run.second;
         Runs place(words(std::string("--save-interval 1 --keep 100 --precision ") + precision));
         for (int64_t step = 1; step < place.end(); step += threads == 1 ? 1 : 4) {
             CAPTURE(precision);
@@ -6221,7 +6225,8 @@ TEST_CASE("options: the names of nanoGPT, llm.c and transformers are taken, or a
         {"--load_best_model_at_end", "best/"},
         {"--push_to_hub", "Hugging Face folder"},
     };
-    for (const auto& [typed, answer] : answered) {
+    for (const auto& [name, answer] : answered) {
+        const std::string typed = name;  // clang 14 cannot capture a structured binding
         const std::string found = refusal(words(typed));
         CHECK_MESSAGE(contains(found, answer), typed << ": " << found);
         CHECK_MESSAGE(found.size() < 200, found);
