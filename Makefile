@@ -79,7 +79,7 @@ GPUS_HERE   = $(sort $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noh
 NVCC_KNOWS  = $(patsubst sm_%,%,$(shell $(NVCC) --list-gpu-code 2>/dev/null))
 CUDA_ARCHS ?= $(or $(patsubst 90,90a,$(GPUS_HERE)),75 80 90a)
 GENCODE     = $(foreach a,$(filter-out ptx,$1),-gencode=arch=compute_$(a),code=sm_$(a)) -gencode=arch=compute_80,code=compute_80
-NVFLAGS     = -std=c++20 -O3 -diag-suppress 1675 -Xcompiler -fopenmp,-march=$(MARCH),-Wall,-Wextra,-Wno-restrict
+NVFLAGS     = -std=c++20 -O3 -diag-suppress 1675 -Xcompiler -fopenmp,-march=$(MARCH),-Wall,-Wextra,-Wno-restrict,-Wno-parentheses
 CUDA_SOURCE := train_gpt.cu train_gpt.cpp tinygpt.hpp
 NEED_NVCC   = $(call need,command -v $(NVCC),there is no nvcc here: install the CUDA Toolkit 12 or 13 (developer.nvidia.com/cuda-downloads) or name it: NVCC=...; without a GPU: make train_gpt_cu_on_cpu)
 train_gpt_cu: data/stories/dataset.json

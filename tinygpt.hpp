@@ -4338,8 +4338,9 @@ inline Tokenizer read_tokenizer_json(const std::string& path) {
 }
 
 inline Tokenizer Tokenizer::load(const std::string& folder) {
+    using Names = std::pair<const char*, const char*>;  // nvcc 12.4 does not deduce it below
     for (auto [vocab, merges] :
-         {std::pair{"/vocab.json", "/merges.txt"}, {"/encoder.json", "/vocab.bpe"}}) {
+         {Names{"/vocab.json", "/merges.txt"}, Names{"/encoder.json", "/vocab.bpe"}}) {
         const std::string path = folder + vocab;
         if (!file_exists(path) || !file_exists(folder + merges)) continue;
         const std::vector<std::string> lines = read_merge_lines(folder + merges);

@@ -558,10 +558,10 @@ __global__ void column_sums_kernel(float* partial, A* product, const A* d, const
 // E: how numbers are multiplied. bf16: by tensor cores. Tf32: the same, floats rounded to 11 bits.
 // float: by fused multiply-adds, each lane those of its own results. HS: 32, 64 or 128; a smaller
 // head is padded with zeros.
-// kGroup: the block's warps multiply as a group (wgmma), for bf16 and HS = 64. Layouts are the same;
-// only the two products, who has which rows, and what must be waited for differ. Tensor cores then
-// read the tiles by themselves, and run while the warps work on another product's results. Tuning
-// decides which of the two is used (struct Cuda).
+// kGroup: the block's warps multiply as a group (wgmma), for bf16 and HS = 64. Layouts are the
+// same; only the two products, who has which rows, and what must be waited for differ. Tensor cores
+// then read the tiles by themselves, and run while the warps work on another product's results.
+// Tuning decides which of the two is used (struct Cuda).
 // Floors, for each layer at B = 64, T = 1024, HS = 64: forward is 103 GFLOP, of which mma.sync does
 // about 620 a millisecond on an H100 (wgmma 800): 0.17 ms; 403 million exponentials: 0.11 ms; 4
 // rows of C: 0.13 ms. They share the issue slots, so expect 230 to 290 TFLOP/s forward. Backward is
@@ -606,8 +606,8 @@ struct Head {
     }
 };
 
-// A row of a tile is HS numbers, in chunks of 16 bytes, of which chunk c of row r is stored at c xor
-// r (mod 8). Why: a warp reads one chunk of 8 rows at once, and they must not share banks.
+// A row of a tile is HS numbers, in chunks of 16 bytes, of which chunk c of row r is stored at c
+// xor r (mod 8). Why: a warp reads one chunk of 8 rows at once, and they must not share banks.
 template <int HS, class A>
 __device__ inline A* chunk_at(A* tile, int row, int chunk) {
     constexpr bool kLong = HS / kPack<A> >= 8;
@@ -690,9 +690,9 @@ __device__ inline void mma_pair(float (&left)[4], float (&right)[4], const unsig
 // The descriptor of a tile [rows, 64], for wgmma (PTX ISA, "Matrix Descriptor Format"). A row is
 // 128 bytes, so chunk_at is the hardware's 128-byte swizzle (1 in bits 62 and 63): bits 4 to 6 of
 // an address xor bits 7 to 9. Careful: so tiles are aligned to 1,024 bytes; a kernel stops if its
-// own are not, which would only give wrong numbers. Start and strides lack their lowest 4 bits; both
-// strides are the distance from 8 rows to the next 8 (one of them is for tiles side by side, and not
-// used).
+// own are not, which would only give wrong numbers. Start and strides lack their lowest 4 bits;
+// both strides are the distance from 8 rows to the next 8 (one of them is for tiles side by side,
+// and not used).
 __device__ inline uint64_t tile_descriptor(const bf16* tile) {
     return (shared_address(tile) & 0x3ffff) >> 4 | uint64_t(64) << 16 | uint64_t(64) << 32 |
            uint64_t(1) << 62;
@@ -1168,7 +1168,7 @@ __global__ void gelu_kernel(A* gelu, const A* pre, size_t count) {
     store_pack(gelu + at, x);
 }
 
-// --- §4.7 The residual stream, where the matmul does not add it: with dropout, or if that is slower
+// --- §4.7 The residual stream, where the matmul does not add it: with dropout, or where slower
 
 // out = residual + drop(out). Moves: reads 2, writes 1 number each. Operations: with dropout about
 // 20 on integers for each number's mask. Expect 80 %.
@@ -1190,9 +1190,9 @@ constexpr int kHeadRowThreads = 512;  // of a block that makes a row of logits
 // loss = log(sum of e^l) - l[target], 0 where the target is kIgnore. One block makes one row of
 // logits [V], rows `pitch` apart: first its maximum and sum of e^(l - max) in one pass, then, if
 // scale > 0, the logits become scale (softmax - onehot), and what is behind V in a last pack 0. The
-// first `kept` of a row (all, if they fit) are copied to shared memory at once, for both passes: 100
-// KB in GPT-2 on an H100. Two blocks share a multiprocessor, which loads one row while it works on
-// another. The rest is read twice.
+// first `kept` of a row (all, if they fit) are copied to shared memory at once, for both passes:
+// 100 KB in GPT-2 on an H100. Two blocks share a multiprocessor, which loads one row while it works
+// on another. The rest is read twice.
 // Moves: reads 1, writes 1 row of V: 4.4 ms. Operations: 2 exponentials for each number, 1.8 ms.
 // Expect 90 %.
 template <class A>
@@ -1616,8 +1616,8 @@ private:
             cublasLtMatrixLayoutCreate(&plan.d, result_type(epilogue), plan.m, plan.n, plan.m));
     }
 
-    // Without tuning the library's first suggestion, with it the file's plan. A product that adds to
-    // its result cannot be done again and again: it is tuned where it is first set.
+    // Without tuning the library's first suggestion, with it the file's plan. A product that adds
+    // to its result cannot be done again and again: it is tuned where it is first set.
     void choose(Plan& plan, const Key& key, const Matrix& out, const Matrix& left,
                 const Matrix& right, const Epilogue& epilogue) {
         const bool tune = file_ && plan.flops() >= tune_from && epilogue.add != out.data;
@@ -2399,11 +2399,11 @@ private:
         else
             padded(float());
     }
-    // Calls start(Tiles). In bf16 and with HS = 64 a block takes 128 rows of a head, not 64, if that
-    // leaves two blocks for each multiprocessor, if two have room there (not backward's on 8.6 and
-    // 8.9; from 10.0 on it would spill), and without dropout, whose arithmetic needs the registers. A group takes at most
-    // kMost times 64: more do not save reads of shared memory. start's result is in `result` [B * T,
-    // tables, NH, HS].
+    // Calls start(Tiles). In bf16 and with HS = 64 a block takes 128 rows of a head, not 64, if
+    // that leaves two blocks for each multiprocessor, if two have room there (not backward's on 8.6
+    // and 8.9; from 10.0 on it would spill), and without dropout, whose arithmetic needs the
+    // registers. A group takes at most kMost times 64: more do not save reads of shared memory.
+    // start's result is in `result` [B * T, tables, NH, HS].
     template <int kMost>
     void attend(const char* what, const A* result, int tables, int B, int T, int NH, int HS,
                 Dropout drop, auto&& start) {

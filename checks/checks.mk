@@ -45,7 +45,7 @@ test_emulator:
 # emulator takes kernels to be: make kernel_table writes it anew.
 CUOBJDUMP  ?= $(or $(shell command -v cuobjdump),$(wildcard $(dir $(NVCC))cuobjdump))
 ARCHS      := 75 80 86 89 90a 100 120
-NVCC_TRY    = $(NVCC) -std=c++20 -O3 -diag-suppress 1675 -Xcompiler -fopenmp,-march=$(MARCH),-Wall,-Wextra,-Wno-restrict
+NVCC_TRY    = $(NVCC) -std=c++20 -O3 -diag-suppress 1675 -Xcompiler -fopenmp,-march=$(MARCH),-Wall,-Wextra,-Wno-restrict,-Wno-parentheses
 $(BUILD)/ptxas-%.txt: $(CUDA_SOURCE) | $(BUILD)
 	$(NVCC_TRY) -gencode=arch=compute_$*,code=sm_$* -Xptxas -v -cubin train_gpt.cu -o $(BUILD)/k-$*.cubin > $@ 2>&1 || { cat $@; rm $@; exit 1; }
 cuda_compiles: $(ARCHS:%=$(BUILD)/ptxas-%.txt)

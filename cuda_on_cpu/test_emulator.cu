@@ -973,8 +973,8 @@ TEST_CASE(
           Mistake::alignment);
     CHECK(mistake_of([&] { copy_unaligned<<<1, 1>>>(in.data, 8, 0); }).mistake ==
           Mistake::shared_memory);
-    cuda_on_cpu::settings().major = 7;  // which has no such copies
-    CHECK(mistake_of([&] { copy_unaligned<<<1, 1>>>(in.data, 0, 0); }).mistake == Mistake::other);
+    cuda_on_cpu::settings().major = 7;  // there the wrapper copies at once
+    CHECK_NOTHROW((copy_unaligned<<<1, 1>>>(in.data, 0, 0)));
     cuda_on_cpu::settings().major = 9;
 }
 
