@@ -2533,8 +2533,8 @@ struct Bf16Operand : Operand {
     tinygpt::View<bf16> as_stored;
     Bf16Operand(int rows, int cols, bool transposed, uint64_t seed)
         : Operand(rows, cols, transposed, seed),
-          stored(data.begin(), data.end()), as_stored{stored.data(), view.rows, view.cols, view.row,
-                                                      view.col} {
+          stored(data.begin(), data.end()), as_stored{stored.data(), view.rows, view.cols,
+                                                      view.row_stride, view.col_stride} {
         std::copy(stored.begin(), stored.end(), data.begin());
     }
 };
@@ -2591,7 +2591,7 @@ TEST_CASE_TEMPLATE("matmul: a NaN stays in its row and column, whatever k is a m
             Bf16Operand a(m, k, order & 1, 1), b(k, n, order & 2, 2);
             // The last of row 7, and the first of row 8, which in memory may be its neighbour.
             const auto put = [](auto& x, ptrdiff_t i, ptrdiff_t j) {
-                x.stored[size_t(i * x.view.row + j * x.view.col)] = bf16(NAN);
+                x.stored[size_t(i * x.view.row_stride + j * x.view.col_stride)] = bf16(NAN);
             };
             put(a, 7, k - 1), put(a, 8, 0), put(b, k - 1, 11), put(b, 0, 12);
             std::vector<float> c(size_t(m) * n);

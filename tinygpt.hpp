@@ -46,6 +46,9 @@
 //   #pragma omp simd        does several iterations at once, in one register
 //   c ? a : b               a if c else b;   a = 1, b = 2: two assignments, one after the other
 //   p->x, p.x, A::x         x of the object that p points to; of p itself; of the type A
+//   p - q, if (p)           how many elements lie between two addresses; whether p is not null
+//   if constexpr            decided when it is compiled; (f(x), ...): f of every argument
+//   real *p = a, s = 0      p is an address, s a number
 //   auto operator<=>(...) = default;   two of them can be compared, member by member
 //   ~Name()                 runs when an object's scope ends, as __exit__ at the end of a `with`
 // Ignore the other words (inline, explicit, noexcept, [[...]]): they are for the compiler.
@@ -192,7 +195,7 @@ template <class... Parts>
     throw Error(2, to_text(parts...));
 }
 
-// A system call failed, for the reason in errno: code, and the end of the message.
+// A failed system call. code is its errno; the message ends with that reason.
 struct FileError : Error {
     int code;
     FileError(int code, const std::string& message) : Error(1, message), code(code) {}
@@ -239,8 +242,8 @@ TINYGPT_HD inline uint64_t mix_bits(uint64_t x) {
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
     return x ^ (x >> 31);
 }
-// Who uses the numbers, so that no two share a stream; in the comments where, and what `step`
-// counts there.
+// A value for each use, so that no two share a stream. In the comments: the section, and what
+// random_key's `number` counts there.
 enum RandomUse : uint64_t {
     kBlockOrder = 1,  // §2, epochs
     kCutOffset,       // §2, epochs
@@ -249,8 +252,8 @@ enum RandomUse : uint64_t {
     kMicroBatch,      // §8, micro-batches
     kGeneration       // §9
 };
-TINYGPT_HD inline uint64_t random_key(uint64_t seed, uint64_t step, uint64_t use) {
-    return mix_bits(mix_bits(mix_bits(seed + 0x9e3779b97f4a7c15ull) + step) + use);
+TINYGPT_HD inline uint64_t random_key(uint64_t seed, uint64_t number, uint64_t use) {
+    return mix_bits(mix_bits(mix_bits(seed + 0x9e3779b97f4a7c15ull) + number) + use);
 }
 // The multiplier, 2^64 / golden ratio, spreads 0, 1, 2, ... evenly.
 TINYGPT_HD inline uint64_t random_bits(uint64_t key, uint64_t i) {
@@ -341,7 +344,7 @@ struct Shards {
 struct Window {
     const Shard* shard = nullptr;
     int64_t begin = 0;  // the first prediction
-    int64_t count = 0;  // how many; after the shard's last one comes its first, as on a ring
+    int64_t count = 0;  // how many; on a ring: after the shard's last one comes its first
     int64_t skip = 0;   // this many of the first are context only, not scored
 };
 
@@ -353,11 +356,11 @@ inline Batch read_batch(std::span<const Window> windows, int B, int T, int vocab
     std::vector<uint16_t> text(size_t(T) + 1);
     for (size_t b = 0; b < windows.size(); ++b) {
         const Window& window = windows[b];
-        const int64_t ring = window.shard->predictions();
+        const int64_t ring_size = window.shard->predictions();
         // One read, or two where the window runs over the end of the ring.
         for (int64_t t = 0, n = 0; t < window.count; t += n) {
-            const int64_t from = (window.begin + t) % ring;
-            n = std::min(window.count - t, ring - from);
+            const int64_t from = (window.begin + t) % ring_size;
+            n = std::min(window.count - t, ring_size - from);
             window.shard->read(text.data(), from, n + 1, vocab_size);
             for (int64_t i = 0; i < n; ++i) {
                 const size_t at = b * size_t(T) + size_t(t + i);
@@ -373,7 +376,7 @@ inline Batch read_batch(std::span<const Window> windows, int B, int T, int vocab
 // Where i goes when 0 .. n-1 are shuffled: a permutation without a list. The bits of i are cut into
 // two halves, and each round mixes one into the other (a Feistel cipher):
 //   (left, right) -> (right, left ^ mix(right))     undone by     (l, r) -> (r ^ mix(l), l)
-// What can be undone sends no two numbers to the same one, so this permutes 4^half >= n numbers. A
+// Each round can be undone, so the rounds are a permutation of 4^half >= n numbers. A
 // result >= n goes through again until it is below (Black, Rogaway 2002): fewer than four times on
 // average.
 inline uint64_t shuffled(uint64_t i, uint64_t n, uint64_t key) {
@@ -455,7 +458,7 @@ struct DataOrder {
 // the same vector. Nearly all parameters are in wte and in the four matrices of each layer. For
 // GPT-2 small, with C = 768, L = 12, V = 50257, P = 1024:
 //   a layer   3 C^2 (c_attn) + C^2 (attn's c_proj) + 4 C^2 (c_fc) + 4 C^2 (mlp's c_proj) = 12 C^2,
-//             and 13 C of biases and norms: 7,087,872
+//             9 C of biases and 4 C of two norms: 7,087,872
 //   in all    V C + P C + 12 * 7,087,872 + 2 C (ln_f) = 124,439,808
 // Dimensions:
 //   B batch   T sequence   C channels (n_embd)   NH heads   HS = C / NH head size
@@ -471,8 +474,8 @@ struct Config {
     int head_size() const { return n_embd / n_head; }
 };
 
-// The sizes as config.json names them, each with another name that transformers reads, and how
-// large they may be: tokens have 16 bits.
+// The sizes as config.json names them, each with another name that transformers reads, and its
+// maximum. (`int Config::*size` says which member of a Config; tokens have 16 bits.)
 struct SizeLimit {
     const char *name, *also;
     int Config::*size;
@@ -554,7 +557,7 @@ struct TensorInfo {
     std::string name;
     std::vector<int64_t> shape;
     Init init;
-    size_t count = 1, room = 0;  // elements; with the padding behind them
+    size_t count = 1, room = 0;  // elements, without and with padding
     size_t offset = 0;
     bool decays() const { return shape.size() >= 2; }  // only tensors of two dimensions do
 };
@@ -582,8 +585,10 @@ inline Layout layout_of(const Config& config) {
     for_each_tensor(config, none, [&](auto name, char*, const auto& shape, Init init) {
         TensorInfo t{name, shape, init};
         for (int64_t n : shape) t.count *= size_t(n);
-        const int V = config.vocab_size, rows = t.decays() && shape[0] == V ? table_rows(V) - V : 0;
-        t.room = round_up(t.count + size_t(rows) * size_t(config.n_embd), size_t(64));
+        const int V = config.vocab_size;
+        const bool table = t.decays() && shape[0] == V;
+        const size_t padding = table ? size_t(table_rows(V) - V) * size_t(config.n_embd) : 0;
+        t.room = round_up(t.count + padding, size_t(64));
         layout.count += t.count;
         layout.tensors.push_back(t);
     });
@@ -612,7 +617,7 @@ void point_into(Parameters<Element>& p, Element* base, const Config& config, con
 // norms' scales 1. The two projections of a layer that write into the residual stream are scaled by
 // 1/sqrt(2L) (Radford et al. 2019, §2.3). Why: variances of independent numbers add up. 2L
 // additions of variance s^2 give the stream 2L s^2, which grows with depth; with s^2/(2L) each, it
-// is s^2.
+// is s^2. All numbers are rounded to float, so that double starts from the same weights.
 template <class real>
 void initialise(real* weights, const Config& config, const Layout& layout, uint64_t seed) {
     std::fill(weights, weights + layout.size, real(0));
@@ -644,9 +649,9 @@ void initialise(real* weights, const Config& config, const Layout& layout, uint6
 // weight, which serves every row, are summed over the rows. No Jacobian matrix is ever made.
 //
 // A backward function stands below its forward, except where layers are fused: the backward of the
-// residual's sum (§4.7) is in layernorm_backward; and forward joins GELU with the MLP's first
-// linear layer, c_fc, backward with its second. `accumulate`: add to a parameter's gradient,
-// otherwise set it (a step may take its batch in several micro-batches: §8).
+// residual's sum (§4.7) is in layernorm_backward; and forward computes GELU inside the MLP's
+// first linear layer, c_fc, backward inside that of its second. `accumulate`: add to a parameter's
+// gradient, otherwise set it (a step may take its batch in several micro-batches: §8).
 //
 // Activations and weights are stored as A and computed with as `real`. Mostly both are one type;
 // where A is bf16, real is float. Parameter gradients, statistics, losses and every sum are real.
@@ -660,7 +665,7 @@ struct Dropout {
     auto operator<=>(const Dropout&) const = default;
     TINYGPT_HD bool on() const { return p > 0; }
     TINYGPT_HD float scale(uint64_t i) const {
-        const auto dropped = uint32_t(std::ceil(p * 0x1p32f));  // exact: p is a float below 1
+        const auto dropped = uint32_t(std::ceil(p * 0x1p32f));  // p 2^32 is not rounded
         return uint32_t(random_bits(key, i) >> 32) < dropped ? 0.0f : 1.0f / (1.0f - p);
     }
 };
@@ -744,20 +749,20 @@ void layernorm_forward(A* out, real* mean, real* rstd, const A* x, const A* weig
 
 // With g = dout * weight, the gradient of the normalised n:
 //   dx_j = sum_i g_i dn_i/dx_j,   n_i = (x_i - m) r
-//   dm/dx_j = 1/C,  dr/dx_j = -r^2 n_j / C  (the variance's derivative is 2 (x_j - m) / C)
+//   dm/dx_j = 1/C,  dr/dx_j = -(r^3/2) 2 (x_j - m)/C = -r^2 n_j/C
 //   dn_i/dx_j = r [i=j] - r/C - n_i n_j r / C       ([i=j]: 1 where i is j, else 0)
 //   dx_j = r g_j - r (sum_i g_i)/C - r n_j (sum_i g_i n_i)/C
 // so dx = r (g - mean(g) - n mean(g n)): three terms, for x itself, for the mean, for the scale.
 // Why the last two: adding a constant to the row, or scaling it, does not change out (apart from
-// eps), so dx has no part in these two directions. And out_i = n_i weight_i + bias_i in every row,
-// so
+// eps), so dx is orthogonal to both: to equal numbers, and to n. And out_i = n_i weight_i + bias_i
+// in every row, so
 //   dweight_i = sum over rows of dout_i n_i      dbias_i = sum over rows of dout_i
 // x is the residual stream, which also flows on past the layernorm. dresidual is the gradient that
 // comes that way, and is added:
 //   dx = dresidual + the above        (dresidual: null where nothing else read x; may be dx itself)
-// The rest of this function is the beginning of §4.7's backward; skip it until then. Why here: dx
-// is at hand. x was made by x = residual + drop(branch), where branch is the output of a linear
-// layer and dbranch_bias the gradient of that layer's bias:
+// dbranch and dbranch_bias belong to the backward of §4.7: skip them until then. Why here: dx is
+// still in the cache. x was made by x = residual + drop(branch), where branch is the output of a
+// linear layer and dbranch_bias the gradient of that layer's bias:
 //   dbranch = drop(dx) (written only when drop is on)   dbranch_bias = column sums of dbranch
 // reads dout, dresidual, x [rows, C], mean, rstd [rows], weight [C]. sets dx and dbranch [rows, C];
 // sets dweight, dbias, dbranch_bias [C], or adds to them if accumulate. dbranch_bias may be null.
@@ -795,7 +800,7 @@ void layernorm_backward(A* dx, real* dweight, real* dbias, A* dbranch, real* dbr
         }
     }
     // The stripes in order: which = 0, 1, 2 for dweight, dbias, dbranch_bias.
-    auto add_up = [&](real* to, int which) {
+    auto sum_stripes = [&](real* to, int which) {
         for (int c = 0; to && c < C; ++c) {
             real total = accumulate ? to[c] : real(0);
             for (int stripe = 0; stripe < kStripes; ++stripe)
@@ -803,29 +808,31 @@ void layernorm_backward(A* dx, real* dweight, real* dbias, A* dbranch, real* dbr
             to[c] = total;
         }
     };
-    add_up(dweight, 0), add_up(dbias, 1), add_up(dbranch_bias, 2);
+    sum_stripes(dweight, 0), sum_stripes(dbias, 1), sum_stripes(dbranch_bias, 2);
 }
 
 // --- §4.3 Products of matrices: where nearly all the arithmetic is
 
-// A matrix [rows, cols] in memory, not owned: element (i, j) is data[i * row + j * col], and one of
-// the two strides is 1. A transpose swaps them and copies nothing, as in NumPy. (ptrdiff_t: a
-// 64-bit integer with a sign.)
+// A matrix [rows, cols] in memory, not owned: element (i, j) is data[i * row_stride + j *
+// col_stride], and one of the two strides is 1. A transpose swaps them and copies nothing, as in
+// NumPy. (ptrdiff_t: a 64-bit integer with a sign.)
 template <class real>
 struct View {
     const real* data;
     int rows, cols;
-    ptrdiff_t row, col;
-    View(const real* data, int rows, int cols, ptrdiff_t row, ptrdiff_t col = 1)
-        : data(data), rows(rows), cols(cols), row(row), col(col) {}
+    ptrdiff_t row_stride, col_stride;
+    View(const real* data, int rows, int cols, ptrdiff_t row_stride, ptrdiff_t col_stride = 1)
+        : data(data), rows(rows), cols(cols), row_stride(row_stride), col_stride(col_stride) {}
     View(const real* data, int rows, int cols) : View(data, rows, cols, cols) {}  // row by row
-    const real& operator()(ptrdiff_t i, ptrdiff_t j) const { return data[i * row + j * col]; }
+    const real& operator()(ptrdiff_t i, ptrdiff_t j) const {
+        return data[i * row_stride + j * col_stride];
+    }
     // The part [rows, cols] whose first element is (i, j).
     View part(ptrdiff_t i, ptrdiff_t j, int rows, int cols) const {
-        return {&(*this)(i, j), rows, cols, row, col};
+        return {&(*this)(i, j), rows, cols, row_stride, col_stride};
     }
     View from(ptrdiff_t i, ptrdiff_t j) const { return part(i, j, rows - int(i), cols - int(j)); }
-    View transposed() const { return {data, cols, rows, col, row}; }
+    View transposed() const { return {data, cols, rows, col_stride, row_stride}; }
 };
 
 // What a layer does with finished sums while they are in the cache (bias, GELU, residual):
@@ -848,8 +855,8 @@ inline float exp_of(float x);
 inline float maximum(const float* x, int n);
 inline float exp_and_sum(float* x, float shift, int count, float factor = 1);
 
-// What takes nearly all of a step's time, by its definition. Layers get it as the template argument
-// Ops: §11 has the same, fifty times faster, and tests compare the two.
+// The operations that take nearly all of a step's time, as they are defined. Layers get it as the
+// template argument Ops: §11 has the same, fifty times faster, and tests compare the two.
 struct PlainOps {
     // c = finish(a b), or finish(c + a b) if accumulate, with a [m, k], b [k, n] and c [m, n]: m n
     // dot products of length k, so 2 m n k operations. c is row-major, and shares no memory with a
@@ -893,9 +900,8 @@ void linear_forward(A* out, const A* x, const A* w, const A* b, int rows, int C,
 //   dx_rc = sum_o dout_ro w_co      dx = dout w^T      every output the input fed
 //   dw_co = sum_r x_rc dout_ro      dw = x^T dout      every row the weight served
 //   db_o  = sum_r dout_ro           column sums        every row the bias was added to
-// So x must be kept from forward to backward, and backward takes twice as long. db is made where
-// dout is made: c_attn's by attention_backward, c_fc's by linear_gelu_backward, those of the two
-// projections by layernorm_backward.
+// So x must be kept from forward to backward, and backward takes twice as long as forward: two
+// products. No db here: the function that makes dout also sums its columns.
 // sets dx [rows, C]; sets dw [C, OC], or adds to it if accumulate.
 template <class Ops, class A, class real>
 void linear_backward(A* dx, real* dw, const A* dout, const A* x, const A* w, int rows, int C,
@@ -928,9 +934,9 @@ void column_sums(real* out, const A* x, int rows, int n, bool accumulate) {
 // is a mean of the values, weighted by how well the keys fit. 1/sqrt(HS): if the entries of q and k
 // have variance 1, q.k has variance HS; divided by sqrt(HS) it has 1, and the softmax is not all on
 // one key. The causal mask is t2 <= t: no position sees what it is to predict. It costs nothing and
-// saves half of the work, since later scores are not made at all. From lse[t], the log of the sum
-// of e^s, and q and k, backward makes p again, so no T x T matrix is kept. Dropout multiplies
-// p[t,t2], after the sum, by its mask.
+// saves half of the work, since later scores are not made at all. Backward makes p again from q, k
+// and lse[t], the log of the sum of e^s, so no T x T matrix is kept. Dropout multiplies the
+// finished p[t,t2] by its mask.
 //   walk> att of t=0 is its own value, qkv[16..23], since it sees nobody else:
 //   walk>   v of t=0   [1,  8]   -0.1347   1.1790  -0.1055   0.5021   0.3746  -0.3026 ...
 //   walk>   att        [8,  8]   -0.1347   1.1790  -0.1055   0.5021   0.3746  -0.3026 ...
@@ -970,9 +976,9 @@ void attention_forward(A* out, real* lse, const A* qkv, int B, int T, int NH, in
     const int C = NH * HS;
 #pragma omp parallel for schedule(dynamic)
     for (int head = 0; head < B * NH; ++head) {
-        const size_t row = size_t(head / NH) * T, at = row * C + head % NH * HS;  // in out
-        Ops::attend(out + at, lse + size_t(head) * T, qkv + at + 2 * row * C, 0, T, C, HS, drop,
-                    uint64_t(head));
+        const size_t row = size_t(head / NH) * T, first = size_t(head % NH) * HS;  // of the head
+        Ops::attend(out + row * C + first, lse + size_t(head) * T, qkv + row * 3 * C + first, 0, T,
+                    C, HS, drop, uint64_t(head));
     }
 }
 
@@ -998,11 +1004,13 @@ void PlainOps::attend_backward(real* dqkv, const real* dout, const real* out, co
     const View<real> d(dout, T, HS, C), o(out, T, HS, C);
     const real scale = 1 / std::sqrt(real(HS));
     for (int t = 0; t < T; ++t) {
-        real *dq = dqkv + q.row * t, D = 0;
+        real* dq = dqkv + q.row_stride * t;
+        real D = 0;
         for (int third = 0; third < 3; ++third) std::fill_n(dq + third * C, HS, real(0));
         for (int i = 0; i < HS; ++i) D += d(t, i) * o(t, i);
         for (int t2 = 0; t2 <= t; ++t2) {
-            real *dk = dqkv + q.row * t2 + C, *dv = dk + C, s = 0, dp = 0;
+            real *dk = dqkv + q.row_stride * t2 + C, *dv = dk + C;
+            real s = 0, dp = 0;
             for (int i = 0; i < HS; ++i) s += q(t, i) * k(t2, i), dp += d(t, i) * v(t2, i);
             const real m = drop.scale((head * T + t) * T + t2);
             const real p = exp_of(s * scale - lse[t]), ds = p * (m * dp - D);
@@ -1023,8 +1031,8 @@ void attention_backward(A* dqkv, real* dqkv_bias, const A* dout, const A* out, c
     const int C = NH * HS;
 #pragma omp parallel for schedule(dynamic)
     for (int head = 0; head < B * NH; ++head) {
-        const size_t row = size_t(head / NH) * T, at = row * C + head % NH * HS,
-                     at3 = at + 2 * row * C;
+        const size_t row = size_t(head / NH) * T, first = size_t(head % NH) * HS;
+        const size_t at = row * C + first, at3 = row * 3 * C + first;
         Ops::attend_backward(dqkv + at3, dout + at, out + at, lse + size_t(head) * T, qkv + at3, T,
                              C, HS, drop, uint64_t(head));
     }
@@ -1094,7 +1102,7 @@ void gelu_forward(A* gelu, const A* fc, size_t count) {
 // whose input was gelu = GELU(fc), then that of GELU:
 //   dfc = (dout w^T) gelu'(fc)     dw = gelu^T dout     dfc_bias = column sums of dfc
 // dfc_bias is the bias gradient of the layer that made fc. Shapes: dfc, gelu, fc [rows, C], dout
-// [rows, OC], w [C, OC].
+// [rows, OC], w [C, OC]. In GPT-2 this C is 4 n_embd, and OC is n_embd.
 // sets dfc; sets dw, dfc_bias [C], or adds to them if accumulate.
 template <class Ops, class A, class real>
 void linear_gelu_backward(A* dfc, real* dw, real* dfc_bias, const A* dout, const A* gelu,
@@ -1169,7 +1177,9 @@ void softmax_cross_entropy(real* losses, A* logits, const int32_t* targets, int 
             if (scale > 0) std::fill(stored, stored + V, A(0));
             continue;
         }
-        std::vector<real> wide(std::is_same_v<A, real> ? 0 : V);  // a row that is rounded only once
+        // In bf16 the row is copied to float, so that only the result is rounded. Where A is real,
+        // wide is empty and l is the row itself.
+        std::vector<real> wide(std::is_same_v<A, real> ? 0 : V);
         std::copy_n(stored, wide.size(), wide.begin());
         real* l = wide.empty() ? reinterpret_cast<real*>(stored) : wide.data();
         const real highest = maximum(l, V);
@@ -1230,13 +1240,13 @@ void head_forward_backward(real* losses, A* dx, real* dw, A* logits, const A* x,
 //
 // Memory limits training, so forward keeps only what backward needs. Of each layer:
 //   ln_1, att, ln_2, gelu     the input of each matmul: its weight gradient is input^T dout
-//   x (twice), mean, rstd     the input of each layernorm, and what it was normalised by
+//   x, x_mid, mean, rstd      the input of each layernorm, and what it was normalised by
 //   qkv, lse (and att)        attention computes its probabilities again from these
 //   fc                        the GELU's derivative is taken at its input
-// These are 16 C numbers a position: for GPT-2 small, 4 x 1024 tokens and fp32, 2.4 GB in all. A
-// quarter is gelu, which can be computed again from fc: with --recompute-gelu all layers share one
-// buffer, and backward refills it. The gradients of activations need one set of buffers for all
-// layers.
+// These are 16 C numbers a position and layer: for GPT-2 small, 4 x 1024 tokens and fp32, 2.4 GB in
+// all. A quarter is gelu, which can be computed again from fc: with --recompute-gelu all layers
+// share one buffer, and backward refills it. The gradients of activations need one set of buffers
+// for all layers.
 
 // The buffers of one pass, by name. (typename Device::Real is the type that Device calls Real.)
 template <class Device>
@@ -1269,7 +1279,8 @@ enum class Use { training, evaluation, generation };
 // A model on a device. What it is made of stands in §10, with the memory it takes:
 //   config, layout, device     the sizes, where every tensor lies in a flat array, the layers
 //   weights, grads, moments    flat arrays of all parameters, of their gradients, of AdamW's means
-//   masters                    the weights in fp32; in bf16 `weights` are copies of them
+//   masters                    in fp32 the weights themselves; in bf16 their fp32 originals, of
+//                              which `weights` are rounded copies
 //   w, g                       weights and gradients by name: w.wte, g.h[0].c_fc_bias
 //   a                          the activations of one pass, above
 //   state                      loss, learning rate and norm of a step
@@ -1280,11 +1291,12 @@ struct Gpt2;
 struct Pass {
     int B = 0, T = 0;
     // Training. Evaluation and generation leave these as they are.
-    double scale = 0;      // of the losses: 1 / (number of scored targets in the whole step)
-    bool first = true;     // the first micro-batch of a sum: backward sets gradients, else adds
-    bool last = true;      // the last one of its step: the update follows
-    int into = 0;          // where the sum is made: 0 is grads, i is spares[i - 1]
-    int folds = 0;         // so many arrays, from `into` down, are then added to the one before
+    double scale = 0;   // of the losses: 1 / (number of scored targets in the whole step)
+    bool first = true;  // the first micro-batch of a sum: backward sets gradients, else adds
+    bool last = true;   // the last one of its step: the update follows
+    // Of §8's tree of sums; both 0 where a step has one micro-batch.
+    int into = 0;          // which array gets this sum: 0 is grads, i is spares[i - 1]
+    int folds = 0;         // how many pairs of arrays are added afterwards
     Dropout dropout = {};  // its key differs in every micro-batch of every step
     // Generation: the tokens follow `past` earlier ones in the key/value cache, and B is 1.
     int past = 0;
@@ -1298,8 +1310,9 @@ struct Pass {
     }
 };
 
-// The whole of GPT-2 but its head: from tokens a.inputs [B, T] sets a.ln_f [B*T, C], from which the
-// head makes logits, and on the way what backward needs.
+// The whole of GPT-2 but its head: from tokens a.inputs [B, T] sets a.ln_f [B*T, C], and on the way
+// what backward needs. Logits and loss are made at the beginning of backward, because logits
+// [rows, V] are too large to keep (§4.8).
 template <class Device>
 void forward(Gpt2<Device>& model, const Pass& pass) {
     const Config& config = model.config;
@@ -1360,7 +1373,8 @@ void forward(Gpt2<Device>& model, const Pass& pass) {
 
 // Sets every parameter gradient, or adds to it where not pass.first; sets a.losses, not scaled.
 // Reads a.targets, a.order, and what forward of the same pass has kept. After each layer calls
-// on_final(i): in the flat array, the matrices from element i on have their gradients.
+// on_final(i), for several processes: the matrices from element i of the flat array on have their
+// gradients, which may be sent.
 template <class Device>
 void backward(Gpt2<Device>& model, const Pass& pass,
               const std::function<void(size_t)>& on_final = nullptr) {
@@ -1378,8 +1392,9 @@ void backward(Gpt2<Device>& model, const Pass& pass,
 
     device.head_forward_backward(a.losses, a.dnarrow, g.lm_head, a.logits, a.ln_f, w.lm_head,
                                  a.targets, rows, C, V, typename Device::Real(pass.scale), add);
-    // The columns of dbranch, summed, are the gradient of the bias just before a layernorm, so its
-    // backward is given that bias: before ln_1 of layer i it is mlp_proj_bias of layer i - 1.
+    // layernorm_backward also sets a bias's gradient: that of the linear layer whose output was
+    // added to x just before. For ln_1 of layer i it is mlp_proj_bias of layer i - 1, and its
+    // dropout has number 3 i.
     auto bias_below = [&](int i) { return i > 0 ? g.h[size_t(i - 1)].mlp_proj_bias : nullptr; };
     device.layernorm_backward(a.dx, g.ln_f_weight, g.ln_f_bias, dbranch, bias_below(L), a.dnarrow,
                               nullptr, input_of(L), a.ln_f_mean, a.ln_f_rstd, w.ln_f_weight, rows,
@@ -1475,7 +1490,7 @@ inline double learning_rate(const LearningRate& rate, int64_t s) {
 struct StepState {
     static constexpr int kWindow = 128;  // how many past steps an outlier is judged by
     double lr = 0, loss = 0, grad_norm = 0;
-    double waiting[3] = {};             // losses that belong to the spare gradients (§8)
+    double spare_losses[3] = {};        // of the sums in the spare gradients (§8)
     double clip_scale = 1;              // gradients are multiplied by this in the update
     int32_t skip = 0;                   // 1: this update is not made
     int32_t broken = 0;                 // 1: loss or norm was NaN or infinite
@@ -1483,10 +1498,10 @@ struct StepState {
     int64_t skipped = 0, outliers = 0;  // totals of the run
     int64_t seen = 0;                   // steps in the window so far
     double losses[kWindow] = {}, norms[kWindow] = {};
-    TINYGPT_HD double* loss_of(int into) { return into == 0 ? &loss : &waiting[into - 1]; }
+    TINYGPT_HD double* loss_of(int into) { return into == 0 ? &loss : &spare_losses[into - 1]; }
 };
 
-// When to clip a gradient, and when to skip an update (§7).
+// When to clip a gradient, and when to skip an update.
 struct Guards {
     double grad_clip = 1;      // limit of the global norm; 0: none
     double skip_outliers = 0;  // z-score above which an update is skipped; 0: never
@@ -1517,8 +1532,9 @@ TINYGPT_HD inline double z_score(const double* window, int64_t count, double val
 //   walk> norm of all gradients 2.550270; the limit is 0.5: each is multiplied by 0.196058
 TINYGPT_HD inline void judge_step(StepState* state, const Guards& guards) {
     const int64_t window = StepState::kWindow;
-    const double limit = 1.7976931348623157e308;  // comparisons with a NaN are false
-    state->broken = !(state->loss <= limit && state->loss >= -limit && state->grad_norm <= limit);
+    const double largest = 1.7976931348623157e308;  // a NaN fails each comparison: broken, too
+    state->broken =
+        !(state->loss <= largest && state->loss >= -largest && state->grad_norm <= largest);
     bool outlier = false;
     if (!state->broken && guards.skip_outliers > 0 && state->seen >= window)
         outlier = z_score(state->losses, window, state->loss) > guards.skip_outliers ||
@@ -1559,7 +1575,7 @@ TINYGPT_HD inline void adamw_element(real& w, real& m, real& v, real g, real lr,
 // Called first in a step: sets the rate, and the loss to 0; add_loss then adds to it.
 inline void begin_step(StepState* state, double lr) { state->lr = lr, state->loss = 0; }
 
-// The loss of pass.into += scale * sum of losses [rows], in order.
+// Adds scale * sum of losses [rows], in order, to the loss of array `into`.
 template <class real>
 void add_loss(StepState* state, const real* losses, int rows, double scale, int into = 0) {
     double sum = 0;
@@ -1630,8 +1646,8 @@ void adamw(A* weights, real* masters, real* m, real* v, const real* grads, size_
 // The sum is a binary tree, so that it can be shared out: ranks take neighbouring micro-batches,
 // and then 1, 2, 4 or 8 of them make the same sum in the same order, and so the same bits.
 //   micro-batch    0   1   2   3
-//                  0 + 1   2 + 3        4 ranks make this line of sums together,
-//                  (0 + 1) + (2 + 3)    4 ranks or 2 this one; 1 rank makes both alone
+//                  0 + 1   2 + 3        of 2 ranks each makes one, of 4 ranks each pair
+//                  (0 + 1) + (2 + 3)    2 ranks or 4 make it together; 1 rank makes all three
 // A tree has at most 8 leaves. A leaf is one micro-batch, or a few neighbours, added in place.
 
 // What all steps of a run have in common.
@@ -1668,26 +1684,28 @@ struct StepShare {
     int64_t scored = 0;         // targets in the whole step
 };
 
-// From the gradients of a step to new weights.
+// From the gradients of a step to new weights. A process alone has one share: own and at are 0, n
+// is everything, and gather does nothing. Then this is: square_sums, norm_of_sums, judge_step,
+// adamw. (Several share out the arrays: §10.)
 template <class Device>
 void update(Gpt2<Device>& model, const StepOptions& o) {
     Device& device = model.device;
-    const auto& s = model.shares;  // the part of this rank; of a process alone, all
-    sum_over_ranks(model);         // a process alone has nothing to add
-    s.for_each([&](size_t, size_t at, size_t n) {
+    const auto& shares = model.shares;
+    sum_over_ranks(model);  // then the gradients are complete: what changes them all goes below
+    shares.for_each([&](size_t, size_t at, size_t n) {
         device.square_sums(model.sums + at / kNormChunk, model.grads + at, n);
     });
-    device.gather(model.sums, s.part / kNormChunk, s.rounds);
-    device.norm_of_sums(model.state, model.sums, ceil_div(s.size, kNormChunk));
+    device.gather(model.sums, shares.part / kNormChunk, shares.rounds);
+    device.norm_of_sums(model.state, model.sums, ceil_div(shares.size, kNormChunk));
     device.judge_step(model.state, o.guards);
-    s.for_each([&](size_t own, size_t at, size_t n) {
+    shares.for_each([&](size_t own, size_t at, size_t n) {
         // Of these elements so many decay: max(0, decayed - at).
         const size_t decayed = model.layout.decayed - std::min(at, model.layout.decayed);
         device.adamw(model.weights + at, model.masters + (Device::kSeparateMasters ? own : at),
                      model.moments[0] + own, model.moments[1] + own, model.grads + at, n,
                      std::min(decayed, n), model.state, o.adamw);
     });
-    device.gather(model.weights, s.part, s.rounds);
+    device.gather(model.weights, shares.part, shares.rounds);
 }
 
 // Step s (from 0). Afterwards model.state has the loss and the gradient norm of the step's batches,
@@ -1720,11 +1738,11 @@ void train_step(Gpt2<Device>& model, const std::vector<Batch>& micro_batches, co
 //   perplexity = e^loss            bits per byte = (sum of losses) / log 2 / (bytes of the text)
 // Careful: only bits per byte compare models with different tokenizers. A longer token is harder.
 
-// Windows that score every prediction exactly once, end to end. Given a document_start >= 0 (the
-// end-of-text token), each begins where a document begins, and skips what was scored before. Then
-// every token is predicted from all of its document so far, as the floor of the default corpus
-// assumes. (A document longer than T is cut.) With T = 8 and the documents Abcdef Ghij Klmno, whose
-// first tokens are the capitals:
+// Windows, one after the other, that score every prediction once. Given a document_start >= 0 (the
+// end-of-text token), a window begins where its document begins; what was scored before is context
+// only. Then every token is predicted from all of its document so far, as the floor of the default
+// corpus assumes. (A document longer than T is cut.) With T = 8 and the documents Abcdef Ghij
+// Klmno, whose first tokens are the capitals:
 //   inputs of window 0     A b c d e f G h        8 are scored; targets b ... i
 //             window 1     G h i j K l m n        2 are context, 6 are scored; targets j ... o
 // Only the first `limit` predictions are scored; 0: all.
@@ -1835,7 +1853,8 @@ struct Candidate {
 };
 
 // The softmax of logits / temperature, in the order of ids. A temperature below 1 makes likely
-// tokens likelier, since e^(l/t) = (e^l)^(1/t). At 0 only the order counts, and 1 is used.
+// tokens likelier, since e^(l/t) = (e^l)^(1/t). At 0 the list is made with 1: only the
+// likeliest will be used.
 inline std::vector<Candidate> candidates(const std::vector<float>& logits, double temperature) {
     const double highest = double(*std::max_element(logits.begin(), logits.end()));
     std::vector<Candidate> list(logits.size());
@@ -2618,7 +2637,7 @@ constexpr bool kHasPairs = false;
 template <int rows, bool down, class Packed>
 void micro_kernel(float* tile, ptrdiff_t ldc, View<Packed> a, const Packed* b, int k, bool add) {
     constexpr int L = kLanes;
-    const ptrdiff_t row = down ? 1 : a.row, step = down ? a.col : 1;
+    const ptrdiff_t row = down ? 1 : a.row_stride, step = down ? a.col_stride : 1;
     Vec<float> c0[rows], c1[rows];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) c0[i] = c1[i] = Vec<float>{};
@@ -2690,8 +2709,8 @@ struct PlainTiles {
     template <int some = kTileRows, class Element>
     static void tile(float* c, ptrdiff_t ldc, View<Element> a, Panels<Element, kPanel> b, int rows,
                      int k, bool add) {
-        for (; rows >= some; rows -= some, c += some * ldc, a.data += some * a.row)
-            if (a.col == 1)
+        for (; rows >= some; rows -= some, c += some * ldc, a.data += some * a.row_stride)
+            if (a.col_stride == 1)
                 micro_kernel<some, false>(c, ldc, a, b.data, k, add);
             else
                 micro_kernel<some, true>(c, ldc, a, b.data, k, add);
@@ -2707,7 +2726,7 @@ struct PlainTiles {
 template <class Tiles, int N, bool down, class Packed, class Number>
 void pack(Packed* out, ptrdiff_t apart, View<Number> x, int i_end, int j_end) {
     constexpr int L = kLanes, I = down ? Tiles::kNumbers : 1, J = Tiles::kNumbers / I;
-    const bool copy = x.col == 1;
+    const bool copy = x.col_stride == 1;
     const int i_whole = x.rows / I / L * L, j_whole = x.cols / J / L * L;
     const auto at = [&](int i, int j) {
         return out + j / N * size_t(N) * i_end + i * apart + j % N;
@@ -2716,12 +2735,12 @@ void pack(Packed* out, ptrdiff_t apart, View<Number> x, int i_end, int j_end) {
         for (int col = 0; col < (copy ? j_whole : i_whole); col += L) {
             const int i = copy ? row : col, j = copy ? col : row;
             const Number* from = &x(i * I, j * J);
-            const ptrdiff_t next = copy ? I * x.row : J * x.col;
+            const ptrdiff_t next = copy ? I * x.row_stride : J * x.col_stride;
             Vec<Packed> square[L] = {};
 #pragma GCC unroll 16
             for (int p = 0; p < L; ++p, from += next) {
                 if (copy) prefetch(from + L * next);
-                square[p] = Tiles::elements(from, down ? x.row : x.col);
+                square[p] = Tiles::elements(from, down ? x.row_stride : x.col_stride);
             }
             if (!copy) transpose_square(square);
 #pragma GCC unroll 16
@@ -2731,7 +2750,7 @@ void pack(Packed* out, ptrdiff_t apart, View<Number> x, int i_end, int j_end) {
     for (int i = 0; i < i_end; ++i) {
         int j = i < i_whole ? j_whole : 0;
         for (; copy && i < x.rows / I && j < j_whole; j += L)
-            store(at(i, j), Tiles::elements(&x(i * I, j * J), down ? x.row : x.col));
+            store(at(i, j), Tiles::elements(&x(i * I, j * J), down ? x.row_stride : x.col_stride));
         for (; j < j_end; ++j)
             *at(i, j) = Tiles::element(number(i * I, j * J), number(i * I + down, j * J + !down));
     }
@@ -2752,15 +2771,16 @@ auto pack_left(int buffer, View<Number> a) {
         // Floats: rows in memory, or those of attention's scores, a column of which stays in L1.
         // bf16 as pairs: if each row begins at an even place and no half pair is left over.
         const bool in_place = std::is_same_v<Number, Packed>
-                                  ? a.col == 1 || a.col == kStride
+                                  ? a.col_stride == 1 || a.col_stride == kStride
                                   : std::is_same_v<Number, bf16> && Tiles::kNumbers == 2 &&
-                                        a.col == 1 && a.cols % 2 == 0 && a.row % 2 == 0 &&
+                                        a.col_stride == 1 && a.cols % 2 == 0 &&
+                                        a.row_stride % 2 == 0 &&
                                         reinterpret_cast<uintptr_t>(a.data) % 4 == 0;
         if (in_place)
             return View(reinterpret_cast<const Packed*>(a.data), a.rows, steps,
-                        a.row / Tiles::kNumbers, a.col);
+                        a.row_stride / Tiles::kNumbers, a.col_stride);
         constexpr int kOnePanel = 1 << 30;
-        const bool down = a.col != 1;
+        const bool down = a.col_stride != 1;
         const int apart = round_up(down ? a.rows : steps, 32) + 16;  // see kStride
         Packed* out = scratch<Packed>(buffer, size_t(down ? steps : a.rows) * apart);
         if (down) {
@@ -2916,7 +2936,7 @@ template <class C, class Number>
 void multiply_row(C* c, View<Number> a, View<Number> b, bool accumulate,
                   const Finish<float>& finish) {
     const int n = b.cols, k = b.rows;
-    const bool row_major = b.col == 1;
+    const bool row_major = b.col_stride == 1;
     float *x = scratch<float>(0, k), *sums = scratch<float>(1, size_t(kStripes) * n);
     for (int p = 0; p < k; ++p) x[p] = a(0, p);
     constexpr int kSome = 256;

@@ -2272,7 +2272,7 @@ private:
 
     // Why doubled: the mean of what the next layer reads stays what it is without dropout.
     void show_dropout() {
-        title("Dropout 0.5 of the embedding: training zeroes half and doubles half");
+        title("Dropout 0.5 of the embedding, after the update: half is zeroed, half doubled");
         double x[kRows * kC];
         for (bool training : {true, false}) {
             const Dropout drop{random_key(1, 2, 3), training ? 0.5f : 0.0f};
