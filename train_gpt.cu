@@ -624,7 +624,8 @@ __device__ inline void load_channels(float (&x)[kPack<A>], const A* from, int le
 
 // Starts copying rows first .. first + kRows - 1 of a head with T rows; rows past the end become 0.
 // A thread copies one chunk of every so many-th row. Why: mostly these have the same swizzle, so
-// that a copy costs a few instructions.
+// that a copy costs a few instructions. A head whose rows are no multiple of 16 bytes is slower: it
+// is read number by number, and waited for.
 template <int HS, int kRows, class A>
 __device__ inline void copy_tile(A* tile, const A* from, int stride, int first, int T, int size) {
     constexpr int N = kPack<A>, kChunks = HS / N, kStep = kHeadThreads / kChunks;
@@ -988,25 +989,24 @@ __device__ inline void backward_element(float& s, float& dp, float lse2, float d
 }
 
 // partial[column] = column sums of the block's results factor * d [16 kM, HS]: its share of a bias
-// gradient. All threads of the block take part.
+// gradient. All threads of the block take part; sums [4, HS] is shared memory that they have used.
 template <int HS, int kM>
-__device__ inline void block_column_sums(float* partial, int size, const float (&d)[kM][HS / 8][4],
-                                         float factor) {
-    __shared__ float sums[kHeadThreads / kWarp][HS];
+__device__ inline void block_column_sums(float* partial, float* sums, int size,
+                                         const float (&d)[kM][HS / 8][4], float factor) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    __syncthreads();  // the sums before were read
+    __syncthreads();  // what was there was read
     for (int n = 0; n < HS / 8; ++n)
         for (int e = 0; e < 2; ++e) {
             float sum = 0;
             for (int i = 0; i < kM; ++i) sum += d[i][n][e] + d[i][n][e + 2];
             for (int step = 4; step < kWarp; step *= 2)  // the lanes that hold other rows
                 sum += __shfl_xor_sync(0xffffffffu, sum, step);
-            if (lane < 4) sums[warp][result_column(n, e)] = sum;
+            if (lane < 4) sums[warp * HS + result_column(n, e)] = sum;
         }
     __syncthreads();
     for (int d = threadIdx.x; d < size; d += kHeadThreads) {
         float total = 0;
-        for (int w = 0; w < kHeadThreads / kWarp; ++w) total += sums[w][d];
+        for (int w = 0; w < kHeadThreads / kWarp; ++w) total += sums[w * HS + d];
         partial[d] = factor * total;
     }
 }
@@ -1150,8 +1150,9 @@ __global__ void __launch_bounds__(kHeadThreads, 2)
         store_rows<HS>(to, head.stride, row, T, size, d0[i], {scale, scale});
         if (kForKeys) store_rows<HS>(to + head.C, head.stride, row, T, size, d1[i], {1, 1});
     }
-    block_column_sums<HS, kM>(head.partial(partial, size) + at, size, d0, scale);
-    if (kForKeys) block_column_sums<HS, kM>(head.partial(partial, size) + 2 * at, size, d1, 1);
+    float *sums = reinterpret_cast<float*>(held_0), *columns = head.partial(partial, size) + at;
+    block_column_sums<HS, kM>(columns, sums, size, d0, scale);
+    if (kForKeys) block_column_sums<HS, kM>(columns + at, sums, size, d1, 1);
 }
 
 // --- §4.6 GELU
@@ -2010,8 +2011,7 @@ struct Cuda {
         const int C = config.n_embd, NH = config.n_head, most = 65535;
         const size_t shared = context->gpu.sharedMemPerBlockOptin;
         const int widest = int(shared / norm_shared(1)) * kWarpColumns<A>;
-        // 2 KB: the static part of attention's backward
-        const int head_size = attention_shared<A, 128>(128) + 2048 <= shared ? 128 : 64;
+        const int head_size = backward_shared<A, 128>(64) <= shared ? 128 : 64;
         int channels = C, heads = NH;  // the next that would do
         while (channels % 8 || channels % NH) ++channels;
         while (C / heads > head_size || C % heads) ++heads;
@@ -2190,7 +2190,7 @@ struct Cuda {
         int parts = 0;
         auto start = [&]<class E, int kHS, int kM, bool kGroup>(Tiles<E, kHS, kM, kGroup>) {
             const dim3 grid(blocks_for(T, 64 * kM), unsigned(B * NH));
-            const size_t shared = attention_shared<E, kHS>(2 * 64 * kM);
+            const size_t shared = backward_shared<E, kHS>(64 * kM);
             parts = B * int(grid.x);
             float2* statistics = context->scratch<float2>(heads + size_t(parts) * width / 2);
             partial = reinterpret_cast<float*>(statistics + heads);
@@ -2370,18 +2370,22 @@ private:
     static size_t norm_shared(int C) {
         return sizeof(float) * kNormWarps * 3 * blocks_for(C, kWarpColumns<A>) * kWarpColumns<A>;
     }
-    // Shared memory of an attention kernel that holds so many rows: they, two tiles of two tables,
-    // and, at most 1 KB, backward's statistics.
+    // Shared memory of attention's kernels: the rows that a block holds, and two tiles of two
+    // tables; backward holds rows of two tables, and, at most 1 KB, statistics.
     template <class E, int HS>
-    static constexpr size_t attention_shared(int held) {
-        return size_t(held + 4 * kStreamedRows<E, HS>) * HS * sizeof(A) + 1024;
+    static constexpr size_t forward_shared(int held) {
+        return size_t(held + 4 * kStreamedRows<E, HS>) * HS * sizeof(A);
+    }
+    template <class E, int HS>
+    static constexpr size_t backward_shared(int held) {
+        return forward_shared<E, HS>(2 * held) + 1024;
     }
     template <class E, int HS, int kM, bool kGroup>
     void launch_forward(Tiles<E, HS, kM, kGroup>, A* out, float* lse, const A* qkv, int B, int past,
                         int n, int NH, int head_size, Dropout drop) {
         const dim3 grid(blocks_for(n, 64 * kM), unsigned(B * NH));
         launch(KERNEL(attention_forward_kernel<E, HS, kM, kGroup>), grid, kHeadThreads,
-               attention_shared<E, HS>(64 * kM), out, lse, qkv, past, n, NH, head_size, drop);
+               forward_shared<E, HS>(64 * kM), out, lse, qkv, past, n, NH, head_size, drop);
     }
     // Calls start(Tiles) for a block of 64 rows, whatever the head size.
     void in_64_rows(int HS, auto&& start) {
@@ -2411,7 +2415,9 @@ private:
             if (HS == 64 && !drop.on()) {
                 const cudaDeviceProp& gpu = context->gpu;
                 const size_t blocks = size_t(B) * NH * blocks_for(T, 128);
-                const size_t shared = attention_shared<bf16, 64>(tables == 1 ? 128 : 256) + 1024;
+                const size_t shared =  // with the 1 KB that the driver takes of each block
+                    (tables == 1 ? forward_shared<bf16, 64>(128) : backward_shared<bf16, 64>(128)) +
+                    1024;
                 const bool many = (tables == 1 || gpu.major < 10) &&
                                   blocks >= 2 * size_t(gpu.multiProcessorCount) &&
                                   2 * shared <= gpu.sharedMemPerMultiprocessor;
