@@ -25,6 +25,7 @@ needs() {
         "make test" | "make test FILTER"* | "make torture"* | "make check"* | "make nightly"*) echo time ;;
         "make plot") echo gnuplot ;;
         "make train_gpt_mpi" | mpirun*) echo mpi ;;
+        "make train_gpt_cu_mpi") echo nccl ;;
         "make grammar") echo whole ;;
         "make train_gpt_cu" | "make test_gpt_cu"*) echo nvcc ;;
         "./train_gpt_cu" | "./train_gpt_cu "*) echo gpu ;;
@@ -35,6 +36,7 @@ reason() {
         network) echo "a network, and root for apt-get (WITH=network)" ;;
         time) echo "minutes; make check or make nightly has it (WITH=time)" ;;
         mpi) echo "MPI" ;;
+        nccl) echo "MPI, the CUDA Toolkit and NCCL" ;;
         gnuplot) echo "gnuplot" ;;
         whole) echo "the default run, not shortened (STEPS=all)" ;;
         nvcc) echo "the CUDA Toolkit" ;;
@@ -44,6 +46,7 @@ reason() {
 has() {
     case "$1" in
         mpi) command -v mpicxx > /dev/null ;;
+        nccl) has mpi && has nvcc && ld -lnccl -o /dev/null 2> /dev/null ;;
         gnuplot) command -v gnuplot > /dev/null ;;
         whole) [ "$STEPS" = all ] ;;
         nvcc) command -v nvcc > /dev/null || [ -x /usr/local/cuda/bin/nvcc ] ;;
