@@ -8685,9 +8685,13 @@ TEST_CASE_TEMPLATE(
     const auto masters = cuda.get_weights();
     const auto exact = cpu.get_weights();
     double way = 0, apart = 0;
+    // A key's bias adds the same to all scores of a query, so its gradient is rounding alone.
+    std::vector<bool> key_bias(masters.size());
+    for (const TensorInfo& tensor : cpu.layout.tensors)
+        if (tensor.name.ends_with("attn.c_attn.bias"))
+            std::fill_n(key_bias.begin() + ptrdiff_t(tensor.offset) + 64, 64, true);
     for (size_t i = 0; i < masters.size(); ++i) {
-        // A key's bias adds the same to all scores of a query: its gradient is rounding alone.
-        if (std::abs(exact[i] - weights[i]) < 1e-6) continue;
+        if (key_bias[i]) continue;
         way += std::pow(exact[i] - weights[i], 2);
         apart += std::pow(double(masters[i]) - exact[i], 2);
     }
