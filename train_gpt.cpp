@@ -2960,7 +2960,7 @@ private:
         // computes.
         for (; !done_; ::usleep(on_their_way_ ? 200 : 50000)) {
             const double now = now_seconds();
-            if (now - last > 5)
+            if (now - last > limit_ / 2)
                 heard.assign(heard.size(), now);  // it was this one that stood still
             last = now;
             int there = 1;
