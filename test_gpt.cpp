@@ -1113,24 +1113,24 @@ std::vector<Found> check_linear(Device device, int rows, int C, int OC) {
     });
 }
 
-// pre = x 1 + b1 with the unit matrix, so that x's gradient is pre's; out = GELU(pre) w.
+// fc = x 1 + b1 with the unit matrix, so that x's gradient is fc's; out = GELU(fc) w.
 template <class Device>
 std::vector<Found> check_linear_gelu(Device device, int rows, int C, int OC) {
-    Tensor x("pre", size_t(rows) * C, 1, 1.5), b1("pre's bias", size_t(C), 2, 1, true);
+    Tensor x("fc", size_t(rows) * C, 1, 1.5), b1("fc's bias", size_t(C), 2, 1, true);
     Tensor w("w", size_t(C) * OC, 3, 1, true);
-    std::vector<double> unit(size_t(C) * C), pre(size_t(rows) * C), gelu(pre.size()),
+    std::vector<double> unit(size_t(C) * C), fc(size_t(rows) * C), gelu(fc.size()),
         zero(static_cast<size_t>(OC));
     std::vector<double> out(size_t(rows) * OC), up = random_vector(out.size(), 4);
     for (int c = 0; c < C; ++c) unit[size_t(c) * C + c] = 1;
     auto loss = [&] {
-        device.linear_gelu_forward(gelu.data(), pre.data(), x, unit.data(), b1, rows, C, C);
+        device.linear_gelu_forward(gelu.data(), fc.data(), x, unit.data(), b1, rows, C, C);
         device.linear_forward(out.data(), gelu.data(), w, zero.data(), rows, C, OC);
         return dot(out, up);
     };
     loss();
     for (bool add : {false, true})
         device.linear_gelu_backward(x.gradient.data(), w.gradient.data(), b1.gradient.data(),
-                                    up.data(), gelu.data(), pre.data(), w, rows, C, OC, add);
+                                    up.data(), gelu.data(), fc.data(), w, rows, C, OC, add);
     return compare({&x, &b1, &w}, loss);
 }
 
@@ -1425,25 +1425,25 @@ struct Broken : Reference<double> {
             }
     }
 
-    void linear_gelu_backward(double* dpre, double* dw, double* dpre_bias, const double* dout,
-                              const double* gelu, const double* pre, const double* w, int rows,
+    void linear_gelu_backward(double* dfc, double* dw, double* dfc_bias, const double* dout,
+                              const double* gelu, const double* fc, const double* w, int rows,
                               int C, int OC, bool accumulate) {
         auto bad = [&](const char* what) { return is("linear_gelu_backward", what); };
         const bool add = accumulate && !bad("sets where it should add");
-        const bool wrong_input = bad("dw from pre instead of gelu");
-        Reference<double>::linear_gelu_backward(dpre, dw, dpre_bias, dout, wrong_input ? pre : gelu,
-                                                pre, w, rows, C, OC, add);
+        const bool wrong_input = bad("dw from fc instead of gelu");
+        Reference<double>::linear_gelu_backward(dfc, dw, dfc_bias, dout, wrong_input ? fc : gelu,
+                                                fc, w, rows, C, OC, add);
         for (int row = 0; row < rows; ++row)
             for (int c = 0; c < C; ++c) {
                 double dgelu = 0;
                 for (int o = 0; o < OC; ++o)
                     dgelu += dout[size_t(row) * OC + o] * w[size_t(c) * OC + o];
-                double& d = dpre[size_t(row) * C + c];
-                const double u = pre[size_t(row) * C + c], k = std::sqrt(2 / M_PI), a = 0.044715;
+                double& d = dfc[size_t(row) * C + c];
+                const double u = fc[size_t(row) * C + c], k = std::sqrt(2 / M_PI), a = 0.044715;
                 const double t = std::tanh(k * (u + a * u * u * u)),
                              front = 0.5 * u * (1 - t * t) * k;
-                if (bad("dpre_bias from dout times w, before the derivative"))
-                    dpre_bias[c] += dgelu - d;
+                if (bad("dfc_bias from dout times w, before the derivative"))
+                    dfc_bias[c] += dgelu - d;
                 if (bad("the derivative without its inner term"))
                     d -= dgelu * front * (1 + 3 * a * u * u);
                 if (bad("the inner derivative without 3 * 0.044715 x^2"))
@@ -2242,6 +2242,12 @@ TEST_CASE("evaluation: every prediction is scored exactly once, and the mean is 
         put_shard(folder / format("val_%06d.bin", int(s)), tokens);
     }
     const Shards shards(folder / "val_*.bin");
+    // Abcdef Ghij Klmno, as §9 has it: K is read with G before it, though eight were scored.
+    put_shard(folder / "example.bin", {0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 0, 1, 2, 3, 4});
+    std::vector<std::array<int64_t, 3>> example;
+    for (const Window& w : evaluation_windows(Shards(folder / "example.bin"), 8, 0))
+        example.push_back({w.begin, w.count, w.skip});
+    CHECK(example == std::vector<std::array<int64_t, 3>>{{0, 8, 0}, {6, 8, 2}});
     Lively<double> model(Config{1, 2, 8, 16, V, false, 0.5f}, 1, 1, Use::evaluation);
     for (int T : {1, 4, 16})
         for (int document_start : {-1, eot}) {
@@ -8249,8 +8255,8 @@ TEST_CASE_TEMPLATE("cuda: linear layers", Device, Cuda<float>, CudaTf32, Cuda<bf
                 const auto x = random_values<A>(in, 1), w = random_values<A>(ws, 2),
                            b = random_values<A>(size_t(OC), 3);
                 const auto dout = random_values<A>(wide, 4), residual = random_values<A>(wide, 5),
-                           pre = random_values<A>(in, 6, 2);
-                Array<A> d_x(x), d_w(w), d_b(b), d_dout(dout), d_residual(residual), d_pre(pre);
+                           fc = random_values<A>(in, 6, 2);
+                Array<A> d_x(x), d_w(w), d_b(b), d_dout(dout), d_residual(residual), d_fc(fc);
                 Array<A> out(wide), gelu(wide), kept(wide), sum(wide), dx(in);
                 Values want(wide), want_gelu(wide), want_kept(wide), want_sum(wide), want_dx(in);
                 cuda.linear_forward(out.data, d_x.data, d_w.data, d_b.data, rows, C, OC);
@@ -8260,7 +8266,7 @@ TEST_CASE_TEMPLATE("cuda: linear layers", Device, Cuda<float>, CudaTf32, Cuda<bf
                                          C, OC);
                 cpu.linear_gelu_forward(want_gelu.data(), want_kept.data(), x.data(), w.data(),
                                         b.data(), rows, C, OC);
-                compare("pre", kept.values(), want_kept, kUnit<Device>, 2, C);
+                compare("fc", kept.values(), want_kept, kUnit<Device>, 2, C);
                 compare("gelu", gelu.values(), want_gelu, kUnit<Device>, 3, C);
                 for (Dropout drop : {Dropout{}, kDrop}) {
                     cuda.linear_residual_forward(sum.data, d_residual.data, d_x.data, d_w.data,
@@ -8270,9 +8276,9 @@ TEST_CASE_TEMPLATE("cuda: linear layers", Device, Cuda<float>, CudaTf32, Cuda<bf
                     compare("residual", sum.values(), want_sum, kUnit<Device>, 3, C);
                 }
                 Values dw = random_values<float>(ws, 7),
-                       dpre_bias = random_values<float>(size_t(C), 9);
+                       dfc_bias = random_values<float>(size_t(C), 9);
                 Values dw2 = dw;
-                Array<float> d_dw(dw), d_dw2(dw), d_dpre_bias(dpre_bias);
+                Array<float> d_dw(dw), d_dw2(dw), d_dpre_bias(dfc_bias);
                 cuda.linear_backward(dx.data, d_dw.data, d_dout.data, d_x.data, d_w.data, rows, C,
                                      OC, accumulate);
                 cpu.linear_backward(want_dx.data(), dw.data(), dout.data(), x.data(), w.data(),
@@ -8280,12 +8286,12 @@ TEST_CASE_TEMPLATE("cuda: linear layers", Device, Cuda<float>, CudaTf32, Cuda<bf
                 compare("dx", dx.values(), want_dx, kUnit<Device>, 2, OC);
                 compare("dw", d_dw.values(), dw, product, 2, rows);
                 cuda.linear_gelu_backward(dx.data, d_dw2.data, d_dpre_bias.data, d_dout.data,
-                                          d_x.data, d_pre.data, d_w.data, rows, C, OC, accumulate);
-                cpu.linear_gelu_backward(want_dx.data(), dw2.data(), dpre_bias.data(), dout.data(),
-                                         x.data(), pre.data(), w.data(), rows, C, OC, accumulate);
-                compare("dpre", dx.values(), want_dx, kUnit<Device>, 4, OC);
+                                          d_x.data, d_fc.data, d_w.data, rows, C, OC, accumulate);
+                cpu.linear_gelu_backward(want_dx.data(), dw2.data(), dfc_bias.data(), dout.data(),
+                                         x.data(), fc.data(), w.data(), rows, C, OC, accumulate);
+                compare("dfc", dx.values(), want_dx, kUnit<Device>, 4, OC);
                 compare("dw of gelu", d_dw2.values(), dw2, product, 2, rows);
-                compare("dpre_bias", d_dpre_bias.values(), dpre_bias, kUnit<Device>, 4, rows);
+                compare("dfc_bias", d_dpre_bias.values(), dfc_bias, kUnit<Device>, 4, rows);
             }
 }
 
@@ -9000,15 +9006,15 @@ TEST_CASE("cuda: every product has another way, for a library or a GPU that lack
         cuda_on_cpu::play_card(cuda_on_cpu::settings(), c.card);
         cuda_on_cpu::settings().refusals = c.refusals;
         Cuda<bf16> cuda;
-        Array<bf16> gelu(size_t(rows) * OC), pre(size_t(rows) * OC), sum(size_t(rows) * OC);
+        Array<bf16> gelu(size_t(rows) * OC), fc(size_t(rows) * OC), sum(size_t(rows) * OC);
         const long gelus = launches("gelu_kernel"), sums = launches("residual_kernel");
-        cuda.linear_gelu_forward(gelu.data, pre.data, x.data, w.data, b.data, rows, C, OC);
+        cuda.linear_gelu_forward(gelu.data, fc.data, x.data, w.data, b.data, rows, C, OC);
         cuda.linear_residual_forward(sum.data, residual.data, x.data, w.data, b.data, rows, C, OC,
                                      {});
         CHECK((launches("gelu_kernel") > gelus) == c.own_gelu);
         CHECK((launches("residual_kernel") > sums) == c.own_sum);
         const Values left = residual.values();
-        Values want = pre.values();
+        Values want = fc.values();
         for (size_t i = 0; i < want.size(); ++i) want[i] += left[i];
         compare("sum", sum.values(), want, 0x1p-9, 3, C);
     }
@@ -9102,15 +9108,15 @@ TEST_CASE_TEMPLATE("cuda: tuning takes an epilogue or our kernel, and keeps to i
         Device cuda;
         cuda.context->matmuls->tune_from = 0;
         if (tune) cuda.context->matmuls->tune_into(path, cuda.context->gpu.name);
-        Array<A> gelu(size_t(rows) * OC), pre(gelu.count), dpre(gelu.count);
+        Array<A> gelu(size_t(rows) * OC), fc(gelu.count), dfc(gelu.count);
         Array<float> bias(random_values<float>(size_t(OC), 6)),
             dw(random_values<float>(size_t(OC) * C, 7));
-        cuda.linear_gelu_forward(gelu.data, pre.data, x.data, w.data, b.data, rows, C, OC);
-        cuda.linear_gelu_backward(dpre.data, dw.data, bias.data, dout.data, gelu.data, pre.data,
+        cuda.linear_gelu_forward(gelu.data, fc.data, x.data, w.data, b.data, rows, C, OC);
+        cuda.linear_gelu_backward(dfc.data, dw.data, bias.data, dout.data, gelu.data, fc.data,
                                   w2.data, rows, OC, C, accumulate);
         Values all;
         for (const Values& part :
-             {gelu.values(), pre.values(), dpre.values(), bias.values(), dw.values()})
+             {gelu.values(), fc.values(), dfc.values(), bias.values(), dw.values()})
             all.insert(all.end(), part.begin(), part.end());
         return all;
     };

@@ -527,10 +527,10 @@ __device__ inline float gelu_slope(float x) {
 }
 
 // Column sums of drop(d) [rows, C]: a block takes 32 packs of columns and every gridDim.y-th group
-// of rows; sum_partials_kernel adds the groups. With pre, d is first multiplied by gelu'(pre), and
-// kept in `product`, which may be d. Moves: reads d; with pre reads 2 and writes 1. Expect 90 %.
+// of rows; sum_partials_kernel adds the groups. With fc, d is first multiplied by gelu'(fc), and
+// kept in `product`, which may be d. Moves: reads d; with fc reads 2 and writes 1. Expect 90 %.
 template <class A>
-__global__ void column_sums_kernel(float* partial, A* product, const A* d, const A* pre, int rows,
+__global__ void column_sums_kernel(float* partial, A* product, const A* d, const A* fc, int rows,
                                    int C, Dropout drop) {
     constexpr int N = kPack<A>, kWarps = kThreads / kWarp;
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -540,8 +540,8 @@ __global__ void column_sums_kernel(float* partial, A* product, const A* d, const
         const size_t at = size_t(row) * C + c;
         float x[N], before[N];
         load_pack(x, d + at);
-        if (pre) {
-            load_pack(before, pre + at);
+        if (fc) {
+            load_pack(before, fc + at);
             for (int i = 0; i < N; ++i) x[i] *= gelu_slope(before[i]);
             store_pack(product + at, x);
         }
@@ -1157,14 +1157,14 @@ __global__ void __launch_bounds__(kHeadThreads, 2)
 
 // --- §4.6 GELU
 
-// gelu [count] = GELU(pre). Moves: reads 1, writes 1 number each. Expect 90 %.
+// gelu [count] = GELU(fc). Moves: reads 1, writes 1 number each. Expect 90 %.
 template <class A>
-__global__ void gelu_kernel(A* gelu, const A* pre, size_t count) {
+__global__ void gelu_kernel(A* gelu, const A* fc, size_t count) {
     constexpr int N = kPack<A>;
     const size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
     if (at >= count) return;
     float x[N];
-    load_pack(x, pre + at);
+    load_pack(x, fc + at);
     for (int i = 0; i < N; ++i) x[i] = gelu_of(x[i]);
     store_pack(gelu + at, x);
 }
@@ -2123,34 +2123,34 @@ struct Cuda {
         multiply({dx, rows, C}, {dout, rows, OC}, transpose({w, C, OC}));
         weight_gradient(dw, dout, x, rows, C, OC, accumulate);
     }
-    void linear_gelu_forward(A* gelu, A* pre, const A* x, const A* w, const A* b, int rows, int C,
+    void linear_gelu_forward(A* gelu, A* fc, const A* x, const A* w, const A* b, int rows, int C,
                              int OC) {
         auto by_hand = [=, this] {
-            linear_forward(pre, x, w, b, rows, C, OC);
-            gelu_forward(gelu, pre, size_t(rows) * OC);
+            linear_forward(fc, x, w, b, rows, C, OC);
+            gelu_forward(gelu, fc, size_t(rows) * OC);
         };
         const Epilogue fused{.kind = CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
                              .bias = b,
-                             .aux = pre,
+                             .aux = fc,
                              .by_hand = by_hand};
         if (!fuse || !context->matmuls->multiply({gelu, rows, OC}, {x, rows, C}, {w, C, OC}, fused))
             by_hand();
     }
-    void gelu_forward(A* gelu, const A* pre, size_t count) {
-        launch(KERNEL(gelu_kernel<A>), packs(count), kThreads, 0, gelu, pre, count);
+    void gelu_forward(A* gelu, const A* fc, size_t count) {
+        launch(KERNEL(gelu_kernel<A>), packs(count), kThreads, 0, gelu, fc, count);
     }
-    void linear_gelu_backward(A* dpre, float* dw, float* dpre_bias, const A* dout, const A* gelu,
-                              const A* pre, const A* w, int rows, int C, int OC, bool accumulate) {
-        const Matrix dx{dpre, rows, C}, dy{dout, rows, OC}, turned = transpose({w, C, OC});
+    void linear_gelu_backward(A* dfc, float* dw, float* dfc_bias, const A* dout, const A* gelu,
+                              const A* fc, const A* w, int rows, int C, int OC, bool accumulate) {
+        const Matrix dx{dfc, rows, C}, dy{dout, rows, OC}, turned = transpose({w, C, OC});
         auto by_hand = [=, this] {
             multiply(dx, dy, turned);
-            column_sums(dpre_bias, dpre, dpre, pre, rows, C, accumulate);
+            column_sums(dfc_bias, dfc, dfc, fc, rows, C, accumulate);
         };
         // Why not the epilogue that also makes the bias gradient: it would round it to bf16.
-        Epilogue fused{.kind = CUBLASLT_EPILOGUE_DGELU, .aux = pre};
+        Epilogue fused{.kind = CUBLASLT_EPILOGUE_DGELU, .aux = fc};
         if (!accumulate) fused.by_hand = by_hand;
         if (fuse && context->matmuls->multiply(dx, dy, turned, fused))
-            column_sums(dpre_bias, nullptr, dpre, nullptr, rows, C, accumulate);
+            column_sums(dfc_bias, nullptr, dfc, nullptr, rows, C, accumulate);
         else
             by_hand();
         weight_gradient(dw, dout, gelu, rows, C, OC, accumulate);
@@ -2339,13 +2339,13 @@ private:
         multiply({dw, C, OC}, transpose({x, rows, C}), {dout, rows, OC},
                  {.in_fp32 = true, .add = accumulate ? dw : nullptr});
     }
-    // sums [C] (+)= column sums of drop(d) [rows, C]; with pre, of product = d gelu'(pre).
-    void column_sums(float* sums, A* product, const A* d, const A* pre, int rows, int C,
+    // sums [C] (+)= column sums of drop(d) [rows, C]; with fc, of product = d gelu'(fc).
+    void column_sums(float* sums, A* product, const A* d, const A* fc, int rows, int C,
                      bool accumulate, Dropout drop = {}) {
         const dim3 grid(blocks_for(C, kWarpColumns<A>),
                         std::min<unsigned>(256, blocks_for(rows, kThreads / kWarp)));
         float* partial = context->scratch<float>(size_t(grid.y) * C);
-        launch(KERNEL(column_sums_kernel<A>), grid, kThreads, 0, partial, product, d, pre, rows, C,
+        launch(KERNEL(column_sums_kernel<A>), grid, kThreads, 0, partial, product, d, fc, rows, C,
                drop);
         sum_partials({{sums}}, 1, partial, int(grid.y), C, accumulate);
     }

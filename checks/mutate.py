@@ -34,7 +34,7 @@ add_up_warps | embedding | term | add ? to[begin + i] : 0 | 0.0f
 column_sums_kernel | embedding | sign | drop.on() ? x[i] * drop.scale(at + i) : x[i] | drop.on() ? -x[i] * drop.scale(at + i) : -x[i]
 column_sums_kernel | embedding | term | drop.on() ? x[i] * drop.scale(at + i) : x[i] | x[i]
 layernorm_forward_kernel | layernorm | sign | (values[0][i] - m) * r * w[i] + b[i] | (values[0][i] - m) * r * w[i] - b[i]
-layernorm_forward_kernel | layernorm | term | / C + eps) | / C + 0.0f)
+layernorm_forward_kernel | layernorm | term | warp_sum(squares) / C + eps | warp_sum(squares) / C + 0.0f
 layernorm_forward_kernel | layernorm | term | (values[0][i] - m) * (values[0][i] - m) | values[0][i] * values[0][i]
 pass | layernorm | term | t < kTables && begin != loaded | t < kTables && loaded < 0
 pass | layernorm | term | values[t] | values[0]
@@ -96,8 +96,8 @@ begin_step_kernel | update | sign | state->lr = lr | state->lr = -lr
 begin_step_kernel | update | term | state->loss = 0 | state->loss += 0
 square_sums_kernel | update | sign | sum += double(g[j]) * double(g[j]) | sum -= double(g[j]) * double(g[j])
 square_sums_kernel | update | term | sum += double(g[j]) * double(g[j]) | sum += double(g[j])
-add_kernel | update | sign | to[i] += from[i] | to[i] -= from[i]
-add_kernel | update | term | to[i] += from[i] | to[i] = from[i]
+add_kernel | ten training | sign | to[i] += from[i] | to[i] -= from[i]
+add_kernel | ten training | term | to[i] += from[i] | to[i] = from[i]
 judge_step_kernel | update | sign | judge_step(state, guards) | judge_step(state, Guards{-guards.grad_clip, 0})
 judge_step_kernel | update | term | judge_step(state, guards) | (void)0
 adamw_kernel | update | sign | g4[j] * clip | -g4[j] * clip
@@ -109,7 +109,7 @@ round_weights_kernel | update | term | store_weights(weights + i, w) | (void)0
 Head | attention<*bf16 | term | q = qkv + size_t(b) * T * stride + h * HS | q = qkv + size_t(b) * T * stride
 Head | attention<*float | term | (size_t(b) * T + t) * C + h * HS | (size_t(b) * T + t) * C
 Head | attention<*bf16 | term | (size_t(b) * gridDim.x + blockIdx.x) * stride + h * HS | size_t(b) * gridDim.x * stride + h * HS
-chunk_at | attention<*bf16 | term | kLong ? row & 7 : row >> 1 & 3 | kLong ? row & 7 : row >> 2 & 3
+chunk_at | attention<*bf16 | term | kLong ? row & 7 : row >> 1 & 3 | kLong ? row & 7 : row >> 1 & 7
 load_channels | attention<*float | term | i < left ? float(from[i]) : 0 | float(from[i])
 load_channels | attention<*float | term | left % kPack<A> == 0 && left > 0 | left > 0
 copy_tile | attention<*bf16 | term | first + row + i < T | first + i < T
@@ -300,6 +300,8 @@ RULES = {
               (r"std::(min|max)\b", lambda m: "std::max" if m.group(1) == "min" else "std::min")],
     "constant": [(r"(?<![\w.])\d+\.\d*[1-9]\d*f?(?![\w.])|(?<![\w:])k[A-Z]\w+(?![\w(:<])", lambda m: "(2 * %s)" % m.group())],
 }
+# Members that are always set before they are read: another first value changes nothing.
+SET_LATER = ("int64_t tokens = 0;", "double clip_scale = 1;")
 # What may be chosen at run time: what is returned, assigned or asked.
 EXPRESSIONS = (r"\s*return (.+);$", r"\s*[\w:<>&* .\[\]()-]+? [-+*/]?= (.+);$", r"\s*(?:} )?(?:else )?(?:if|while) \((.+)\)(?: \{| [\w(].*;)?$",
                r"\s*for \([^;]*; ([^;]+); .*$")
@@ -312,7 +314,7 @@ def candidates(source):
         if heading := re.match(r"// §(\d+) ", line):
             section = heading.group(1)
         code = re.sub(r"\s*//.*", "", line.rstrip("\n"))
-        for pattern in EXPRESSIONS if section in SECTIONS and not re.search(r"constexpr|static|template|requires|[\"'{}]", code.rstrip(" {")) else ():
+        for pattern in EXPRESSIONS if section in SECTIONS and not code.strip().startswith(SET_LATER) and not re.search(r"constexpr|static|template|requires|[\"'{}]", code.rstrip(" {")) else ():
             match = re.match(pattern, code)
             if not match or any(match.group(1).count(a) != match.group(1).count(b) for a, b in ("()", "[]")) or re.search(r",(?![^(\[]*[)\]])", match.group(1)):
                 continue
