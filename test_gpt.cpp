@@ -3541,6 +3541,8 @@ TEST_CASE("tokenizer: learning, on the worked example aaabdaaabac") {
     CHECK(Tokenizer(merges).encode("aaabdaaabac") ==
           std::vector<uint16_t>{258, id('d'), 258, id('a'), id('c')});
     CHECK(BpeTrainer({{"aaabdaaabac", 1}}).train(99) == merges);  // nothing else occurs twice
+    CHECK(Tokenizer(std::vector<Merge>(65279)).vocab_size() == 65536);
+    CHECK(contains(error_of([] { Tokenizer(std::vector<Merge>(65280)); }), "at most 65279 merges"));
     CHECK(BpeTrainer({{"ab", 2}, {"cd", 3}}).train(9) ==
           std::vector<Merge>{{id('c'), id('d')}, {id('a'), id('b')}});
 }
@@ -4768,6 +4770,10 @@ TEST_CASE("run: the loss before training counts for best/, --patience and the ve
           read_file(weights + "/model.safetensors"));
     CHECK_MESSAGE(contains(worse.out, "% above that before training"), worse.out);
     CHECK_MESSAGE(contains(worse.out, " at step 0"), worse.out);
+    // A loss that stays the same is no new best one.
+    good(place.train("still", words("--learning-rate 0 --patience 3 --init-from " + weights)));
+    CHECK(last_step(place.out("still")) == 6);
+    CHECK(verify_checkpoint(checkpoint_folder(place.out("still"), 6)).best_step == 0);
 }
 
 TEST_CASE("run: --seq-len and --learning-rate follow the model and the start, and are said") {

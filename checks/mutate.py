@@ -300,8 +300,10 @@ RULES = {
               (r"std::(min|max)\b", lambda m: "std::max" if m.group(1) == "min" else "std::min")],
     "constant": [(r"(?<![\w.])\d+\.\d*[1-9]\d*f?(?![\w.])|(?<![\w:])k[A-Z]\w+(?![\w(:<])", lambda m: "(2 * %s)" % m.group())],
 }
-# Members that are always set before they are read: another first value changes nothing.
-SET_LATER = ("int64_t tokens = 0;", "double clip_scale = 1;")
+# Where breaking changes no result: members that are set before they are read, room, work shared out otherwise, layout of JSON, no limit
+# at all, and comparisons of measured times with a bound, or of 0 by 0 seconds.
+NO_EFFECT = ("int64_t tokens = 0;", "double clip_scale = 1;", "square = size_t(kQueries)", "cuts = across < threads", "json.write(2)",
+             "kNoLimit", "fit / 32", "waited / seconds", "o_.max_minutes * 60")
 # What may be chosen at run time: what is returned, assigned or asked.
 EXPRESSIONS = (r"\s*return (.+);$", r"\s*[\w:<>&* .\[\]()-]+? [-+*/]?= (.+);$", r"\s*(?:} )?(?:else )?(?:if|while) \((.+)\)(?: \{| [\w(].*;)?$",
                r"\s*for \([^;]*; ([^;]+); .*$")
@@ -314,7 +316,7 @@ def candidates(source):
         if heading := re.match(r"// §(\d+) ", line):
             section = heading.group(1)
         code = re.sub(r"\s*//.*", "", line.rstrip("\n"))
-        for pattern in EXPRESSIONS if section in SECTIONS and not code.strip().startswith(SET_LATER) and not re.search(r"constexpr|static|template|requires|[\"'{}]", code.rstrip(" {")) else ():
+        for pattern in EXPRESSIONS if section in SECTIONS and not any(text in code for text in NO_EFFECT) and not re.search(r"constexpr|static|template|requires|[\"'{}]", code.rstrip(" {")) else ():
             match = re.match(pattern, code)
             if not match or any(match.group(1).count(a) != match.group(1).count(b) for a, b in ("()", "[]")) or re.search(r",(?![^(\[]*[)\]])", match.group(1)):
                 continue
