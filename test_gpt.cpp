@@ -3634,6 +3634,7 @@ TEST_CASE(
           none},
          {"\"padding\": null", R"("padding": {"strategy": "BatchLongest"})", none},
          {"\"dropout\": null", "\"dropout\": 0", none},
+         {"\"dropout\": null", "\"dropout\": 0.0", none},
          {"_prefix\": \"\"", "_prefix\": null", none},
          {"\"normalizer\": null", R"("normalizer": {"type": "NFC"})", "\"normalizer\" is {"},
          {"\"ByteLevel\"", "\"Metaspace\"", "\"type\" is \"Metaspace\": only GPT-2's byte-level"},
@@ -7516,15 +7517,18 @@ TEST_CASE("hf: what is passed over in a folder is said, once for each") {
     weights.add("module.score.weight", {2, 8});
     put_file(scratch / "config.json", hf_config(tiny_config, -1).write());
     write_safetensors(scratch / "model.safetensors", weights.tensors);
+    put_file(scratch / "model-00001-of-00002.safetensors", "of an earlier save");
     const Outcome outcome =
         train_gpt({"sample", "--init-from", scratch.path, "--max-new-tokens", "2"});
     CHECK(outcome.status == 0);
     for (const char* said :
          {"begin with module.transformer., which is passed over",
-          "tensor module.score.weight: passed over: it is a head for another task"})
+          "tensor module.score.weight: passed over: it is a head for another task",
+          "model-00001-of-00002.safetensors passed over: no part of the model"})
         CHECK_MESSAGE(outcome.err.find(said) == outcome.err.rfind(said), outcome.err);
     CHECK(outcome.says("which is passed over"));
     CHECK(outcome.says("it is a head for another task"));
+    CHECK(outcome.says("no part of the model"));
 }
 
 TEST_CASE("hf: ids that have no token in a padded vocabulary are never drawn") {

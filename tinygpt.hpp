@@ -3850,7 +3850,10 @@ struct Json {
     void only(const std::string& where, std::string_view key, const std::vector<Json>& allowed,
               std::string_view why) const {
         const Json* value = find(key);
-        auto is_value = [&](const Json& one) { return one.write() == value->write(); };
+        auto is_value = [&](const Json& one) {
+            const bool number = one.kind == Kind::number;
+            return number ? one.as<double>() == value->as<double>() : one.write() == value->write();
+        };
         if (value && std::none_of(allowed.begin(), allowed.end(), is_value))
             fail(where, ": \"", key, "\" is ", value->write().substr(0, 60), ": ", why);
     }

@@ -272,14 +272,15 @@ inline std::vector<Option> option_table(Options& o) {
 constexpr const char* kSameNames =
     "a=overfit-batch adam-beta1=beta1 adam-beta2=beta2 adam-epsilon=eps b=batch-size "
     "block-size=n-positions c=weight-decay early-stopping-patience=patience "
-    "eval-steps=eval-interval gradient-accumulation-steps=grad-accum-steps i=train-shards "
-    "j=val-shards k=schedule "
-    "l=learning-rate logging-steps=log-interval lr-scheduler-type=schedule "
+    "eval-every=eval-interval eval-steps=eval-interval "
+    "gradient-accumulation-steps=grad-accum-steps i=train-shards j=val-shards k=schedule "
+    "l=learning-rate log-every=log-interval logging-steps=log-interval lr-scheduler-type=schedule "
     "max-grad-norm=grad-clip max-iters=max-steps max-position-embeddings=n-positions "
-    "max-seq-length=seq-len model-name-or-path=init-from n=save-interval n-ctx=n-positions nk=keep "
-    "num-train-epochs=epochs o=output out-dir=output output-dir=output "
+    "max-seq-length=seq-len model-name-or-path=init-from n=save-interval n-ctx=n-positions "
+    "nk=keep num-train-epochs=epochs o=output out-dir=output output-dir=output "
     "overwrite-output-dir=overwrite per-device-train-batch-size=batch-size q=min-lr-fraction "
-    "r=recompute-gelu resume-from-checkpoint=resume s=sample-interval save-steps=save-interval "
+    "r=recompute-gelu resume-from-checkpoint=resume s=sample-interval "
+    "sample-every=sample-interval save-every=save-interval save-steps=save-interval "
     "save-total-limit=keep t=seq-len u=warmup-steps v=eval-interval warmup-iters=warmup-steps "
     "x=max-steps";
 
@@ -892,6 +893,12 @@ inline Config config_of_model(const std::string& folder) {
                 warn(to_text(folder, ": the names of its tensors begin with ", shown(prefix),
                              ", which is passed over"));
         }
+    for (const std::string& name : list_folder(folder)) {
+        auto has_name = [&](auto& file) { return file.path == folder + "/" + name; };
+        if (name.ends_with(".safetensors") && name != "optimizer.safetensors" &&
+            std::none_of(files.begin(), files.end(), has_name))
+            warn(to_text(folder, ": ", shown(name), " passed over: no part of the model"));
+    }
     return config;
 }
 
