@@ -5709,7 +5709,7 @@ private:
         }
         const std::string tokens = with_commas(rows_per_step() * model_.T) + " tokens";
         const double passes = epochs(state_.planned_steps * rows_per_step());
-        say("run", (by_clock() ? to_text(o_.max_minutes, " minutes, in steps of ", tokens)
+        say("run", (by_clock() ? to_text(o_.max_minutes, " min, in steps of ", tokens)
                                : with_commas(state_.planned_steps) + " steps of " + tokens +
                                      format(" (%.2f epochs)", passes)) +
                        " into " + o_.output + "\n");

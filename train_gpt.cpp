@@ -556,7 +556,8 @@ public:
         began_ = true;
     }
     void evaluating(int64_t done, int64_t all) override {
-        if (!began_ && done == 0) show_line({"evaluating the model as it is"}, false);
+        if (!began_) show_line({"evaluating the model as it is"}, !::isatty(STDOUT_FILENO));
+        began_ = true;
         if (done == 0) progress_.emplace("evaluating", all);
         if (done == all)
             progress_.reset();
@@ -580,7 +581,7 @@ public:
 
 private:
     const int64_t log_interval_;
-    bool began_ = false;           // a step was shown
+    bool began_ = false;           // a line was shown
     double kept_ = now_seconds();  // when the last line was kept
     std::optional<ProgressLine> progress_;
 };
@@ -733,8 +734,12 @@ void report(const Options& o, const Corpus& corpus, Trainer<Device>& trainer, En
     std::printf("\n%s\n%s\n\n", title.c_str(), (terminal ? wrapped(text) : text).c_str());
 
     // The user's own options are repeated, or the line would be of another run.
-    const std::string best = o.output + "/best", last = checkpoint_folder(o.output, state.step);
-    const std::string model = " --init-from " + shell_word(folder_exists(best) ? best : last);
+    // Careful: where a new model became no better, best/ is the one before training.
+    const bool trained = state.best_step > 0 || !o.init_from.empty();
+    const bool better = trained && folder_exists(o.output + "/best");
+    const std::string folder =
+        better ? o.output + "/best" : checkpoint_folder(o.output, state.step);
+    const std::string model = " --init-from " + shell_word(folder);
     const std::string program = to_text("./", Device::kProgram);
     const char* prompt = corpus.tokenizer && o.prompt.empty() ? " --prompt \"Once\"" : "";
     say_command("next", program + " sample" + retyped(o, kSample) + model + prompt);
