@@ -7,7 +7,7 @@ set -eu
 cd "$(dirname "$0")/.."
 command -v tmux > /dev/null || { echo "error: there is no tmux: apt-get install tmux" >&2; exit 1; }
 [ -x train_gpt ] && [ -d data/stories ] || { echo "error: type make train_gpt first" >&2; exit 1; }
-STEPS=${STEPS:-300} out=build/screens server=tinygpt-$$
+STEPS=${STEPS:-300} out=build/screens server=
 mkdir -p $out
 trap 'tmux -L $server kill-server 2> /dev/null || true' EXIT
 
@@ -26,6 +26,7 @@ command_of() {
 # Runs a command in a terminal, waits for its end, and keeps what it showed, as lines before they were wrapped.
 screen() {
     local done=$out/done file=$out/$1-$2.txt
+    server=tinygpt-$$-$1-$2  # of its own: the last one may still be ending
     rm -f $done
     tmux -L $server -f /dev/null new-session -d -x "${2%x*}" -y "${2#*x}" "sh"
     tmux -L $server set -g history-limit 50000
