@@ -84,18 +84,24 @@ struct Report : doctest::IReporter {
         ++cases;
         if (terminal) tinygpt::show_line({running}, false);
     }
+    void clear_line() {
+        if (terminal) std::fputs("\r\033[K", stdout), std::fflush(stdout);
+    }
     void end_area() {
+        clear_line();
         if (cases > 0)
-            std::printf("%s%-14s %3d cases %7.1f s\n", terminal ? "\r\033[K" : "", area.c_str(),
-                        cases, tinygpt::now_seconds() - began);
+            std::printf("%-14s %3d cases %7.1f s\n", area.c_str(), cases,
+                        tinygpt::now_seconds() - began);
         std::fflush(stdout);
         cases = 0;
     }
     void log_message(const doctest::MessageData& message) override {
+        clear_line();
         const std::string text = message.m_string.c_str();
         if (text.starts_with("skipped")) skipped.push_back(running + ": " + text);
     }
     void log_assert(const doctest::AssertData& check) override {
+        if (check.m_failed) clear_line();
         if (check.m_failed && failed.size() < 20)
             failed.push_back(tinygpt::format("%s, line %d: %s: %s", running.c_str(), check.m_line,
                                              check.m_expr, check.m_decomp.c_str()));
