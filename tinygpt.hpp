@@ -1323,12 +1323,14 @@ void forward(Gpt2<Device>& model, const Pass& pass) {
     const int NH = config.n_head, HS = config.head_size();
     const double eps = config.layer_norm_epsilon;
 
+    await_weights(model, 0);  // with several processes; alone this does nothing
     device.embed_forward(a.embedded, a.inputs, w.wte, w.wpe, B, T, C, pass.past, pass.drop(0));
     auto* x = a.embedded;  // the residual stream: every layer reads it and adds to it
     for (int i = 0; i < config.n_layer; ++i) {
         auto& l = a.layers[size_t(i)];
         const auto& p = w.h[size_t(i)];
         auto* qkv = l.qkv + size_t(pass.past) * 3 * C;  // new rows go behind the cached ones
+        await_weights(model, i + 1);
         // x_mid = x + proj(attention(c_attn(ln_1(x))))
         device.layernorm_forward(l.ln_1, l.ln_1_mean, l.ln_1_rstd, x, p.ln_1_weight, p.ln_1_bias,
                                  rows, C, eps);
@@ -1685,7 +1687,7 @@ struct StepShare {
 };
 
 // From the gradients of a step to new weights. A process alone has one share: own and at are 0, n
-// is everything, and gather does nothing. Then this is: square_sums, norm_of_sums, judge_step,
+// is everything, and nothing is gathered. Then this is: square_sums, norm_of_sums, judge_step,
 // adamw. (Several share out the arrays: §10.)
 template <class Device>
 void update(Gpt2<Device>& model, const StepOptions& o) {
@@ -1705,7 +1707,8 @@ void update(Gpt2<Device>& model, const StepOptions& o) {
                      model.moments[0] + own, model.moments[1] + own, model.grads + at, n,
                      std::min(decayed, n), model.state, o.adamw);
     });
-    device.gather(model.weights, shares.part, shares.rounds);
+    model.gathered = {};
+    await_weights(model, -1);  // begins to gather them
 }
 
 // Step s (from 0). Afterwards model.state has the loss and the gradient norm of the step's batches,
@@ -1978,7 +1981,9 @@ struct Ranks {
     // Begins to send: rank r gets the part at from + r * bytes, and finds that of s at to + s *
     // bytes.
     virtual void exchange(void* /*to*/, const void* /*from*/, size_t /*bytes*/) {}
-    // Whether the oldest exchange is done, and forgets it; with `wait`, waits for it.
+    // Begins one round of gather, below.
+    virtual void begin_gather(void* /*array*/, size_t /*bytes*/) {}
+    // Whether the oldest of what was begun is done, and forgets it; with `wait`, waits for it.
     virtual bool arrived(bool /*wait*/) { return true; }
     // array [rounds, count, bytes]: each rank has set its part of every round; sets the others.
     virtual void gather(void* /*array*/, size_t /*bytes*/, size_t /*rounds*/) {}
@@ -2082,6 +2087,9 @@ struct Layers {
     void exchange(auto* to, const auto* from, size_t count) {
         ranks->exchange(to, from, count * sizeof *to);
     }
+    void begin_gather(auto* array, size_t count) {
+        ranks->begin_gather(array, count * sizeof *array);
+    }
     bool arrived(bool wait) { return ranks->arrived(wait); }
     void gather(auto* array, size_t count, size_t rounds) {
         ranks->gather(array, count * sizeof *array, rounds);
@@ -2158,7 +2166,6 @@ void take_buffers(Activations<Device>& a, Arena& arena, const Config& config, in
 // stage 1, Rajbhandari et al. 2020). Why rounds: one is sent while another is added up.
 //   2 ranks, 2 rounds    | rank 0 | rank 1 | rank 0 | rank 1 |    the last may end in padding
 struct Shares {
-    static constexpr size_t kInFlight = 8;  // rounds that may be on their way at a time
     size_t size = 0, part = 0, rounds = 1, rank = 0, count = 1;
     Shares(size_t size, const Ranks& ranks)
         : size(size), part(size), rank(size_t(ranks.rank)), count(size_t(ranks.count)) {
@@ -2174,6 +2181,24 @@ struct Shares {
         for (size_t t = 0; t < rounds; ++t) {
             const size_t at = (t * count + rank) * part;
             if (at < size) visit(t * part, at, std::min(part, size - at));
+        }
+    }
+};
+
+// Rounds that are sent one after another, in the background.
+struct Rounds {
+    static constexpr size_t kInFlight = 16;  // that many may be on their way
+    size_t begun = 0, done = 0;
+    // Begins rounds below `ready`, and ends them in the same order: those below `wanted` in any
+    // case, later ones where they have come. begin(i) and end(i) say how.
+    void advance(auto& device, size_t ready, size_t wanted, auto&& begin, auto&& end) {
+        while (done < ready) {
+            if (begun < std::min(ready, done + kInFlight)) {
+                begin(begun++);
+                continue;
+            }
+            if (!device.arrived(done < wanted)) return;
+            end(done++);
         }
     }
 };
@@ -2196,9 +2221,9 @@ struct Gpt2 {
     Gradient* grads = nullptr;
     std::vector<Gradient*> spares;  // more of them, for sums over micro-batches (§8)
     std::array<Real*, AdamW::kMoments.size()> moments{};
-    Gradient* received = nullptr;   // rounds of parts, one part from each rank
-    size_t started = 0, added = 0;  // rounds of this step: on their way, and added up
-    double* sums = nullptr;         // of squares, and each rank's loss
+    Gradient* received = nullptr;  // rounds of parts, one part from each rank
+    Rounds summed, gathered;       // of this step: gradients, and new weights
+    double* sums = nullptr;        // of squares, and each rank's loss
     StepState* state = nullptr;
     Parameters<Weight> w;    // weights by name
     Parameters<Gradient> g;  // grads by name
@@ -2213,6 +2238,7 @@ struct Gpt2 {
         make(weights, shares.room());
         masters = reinterpret_cast<Real*>(weights);
         if (Device::kSeparateMasters) make(masters, shares.own());
+        gathered = {shares.rounds, shares.rounds};
         point_into(w, weights, config, layout);
         zeros(state, 1);
     }
@@ -2236,7 +2262,7 @@ struct Gpt2 {
         for (Real*& moment : moments) zeros(moment, shares.own());
         point_into(g, grads, config, layout);
         zeros(sums, ceil_div(shares.room(), kNormChunk) + shares.count);
-        if (shares.count > 1) zeros(received, Shares::kInFlight * shares.count * shares.part);
+        if (shares.count > 1) zeros(received, Rounds::kInFlight * shares.count * shares.part);
     }
     // Makes so many spare arrays of gradients.
     void make_spares(int count) {
@@ -2263,6 +2289,7 @@ struct Gpt2 {
     }
     // The whole of masters or a moment. Careful: what was shared out overwrites grads.
     const Real* whole(const Real* array) {
+        await_weights(*this, config.n_layer);
         if (!is_shared_out(array)) return array;
         shares.for_each(
             [&](size_t own, size_t at, size_t n) { device.copy(grads + at, array + own, n); });
@@ -2384,21 +2411,17 @@ void exchange_gradients(Gpt2<Device>& model, const Pass& pass, size_t final) {
     const Shares& s = model.shares;
     if (s.count == 1 || !pass.last || pass.into > 0) return;
     const size_t round = s.count * s.part, matrices = model.layout.decayed / round;
+    const size_t not_yet = ceil_div(final, round);  // rounds of matrices
+    const size_t ready = final == 0 ? s.rounds : matrices - std::min(not_yet, matrices);
     auto at = [&](size_t i) { return (i < matrices ? matrices - 1 - i : i) * round; };
-    auto buffer = [&](size_t i) { return model.received + i % Shares::kInFlight * round; };
-    while (model.added < s.rounds) {
-        const size_t i = model.started;
-        const bool ready = i < s.rounds && (final == 0 || (i < matrices && at(i) >= final));
-        if (ready && i < model.added + Shares::kInFlight) {
-            device.exchange(buffer(i), model.grads + at(i), s.part);
-            ++model.started;
-            continue;
-        }
-        if (model.added == model.started || !device.arrived(final == 0)) return;
-        add_over_ranks(device, buffer(model.added), s.part);
-        device.copy(model.grads + at(model.added) + s.rank * s.part, buffer(model.added), s.part);
-        ++model.added;
-    }
+    auto buffer = [&](size_t i) { return model.received + i % Rounds::kInFlight * round; };
+    model.summed.advance(
+        device, ready, final == 0 ? s.rounds : 0,
+        [&](size_t i) { device.exchange(buffer(i), model.grads + at(i), s.part); },
+        [&](size_t i) {
+            add_over_ranks(device, buffer(i), s.part);
+            device.copy(model.grads + at(i) + s.rank * s.part, buffer(i), s.part);
+        });
 }
 // Sets this rank's parts of grads to their sum over all ranks, and so the state's loss.
 template <class Device>
@@ -2407,12 +2430,34 @@ void sum_over_ranks(Gpt2<Device>& model) {
     const Shares& s = model.shares;
     if (s.count == 1) return;
     exchange_gradients(model, {}, 0);
-    model.started = model.added = 0;
+    model.summed = {};
     double* losses = model.sums + s.room() / kNormChunk;
     device.copy(losses + s.rank, &model.state->loss, 1);
     device.gather(losses, 1, 1);
     add_over_ranks(device, losses, 1);
     device.copy(&model.state->loss, losses, 1);
+}
+
+// Gathers the weights that the ranks have updated, a round at a time, while forward of the next
+// step goes on: what does not decay, then the matrices, in the order in which forward reads them.
+// Returns when those of the embedding and of `layers` layers are here; -1: at once.
+template <class Device>
+void await_weights(Gpt2<Device>& model, int layers) {
+    Device& device = model.device;
+    const Shares& s = model.shares;
+    if (s.count == 1) return;
+    const size_t round = s.count * s.part, matrices = model.layout.decayed / round;
+    const size_t rest = s.rounds - matrices;
+    size_t wanted = s.rounds;
+    if (layers < 0)
+        wanted = 0;
+    else if (layers < model.config.n_layer)
+        wanted =
+            rest + ceil_div(size_t(model.w.h[size_t(layers)].c_attn_weight - model.w.wte), round);
+    auto at = [&](size_t i) { return (i < rest ? matrices + i : i - rest) * round; };
+    model.gathered.advance(
+        device, s.rounds, std::min(wanted, s.rounds),
+        [&](size_t i) { device.begin_gather(model.weights + at(i), s.part); }, [](size_t) {});
 }
 
 // =================================================================================================
@@ -5662,7 +5707,8 @@ public:
         return end;
     }
     const TrainerState& state() const { return state_; }
-    // What this rank spent on the others in its steps, and sent.
+    // What this rank spent on the others in its steps, and sent after the first one, which had no
+    // weights to gather.
     double ranks_seconds = 0, ranks_bytes = 0, ranks_steps = 0;
 
     // Some text of the model's own, which is also appended to samples.txt. It begins with the
@@ -5851,7 +5897,8 @@ private:
         if (ahead_) queue_step(state_.step + 1);
         state_.guards = model_.device.fetch(model_.state);
         const double waited = ranks_.seconds - seconds_before;
-        ranks_seconds += waited, ranks_bytes += ranks_.bytes - bytes_before, ++ranks_steps;
+        ranks_seconds += waited;
+        if (++ranks_steps > 1) ranks_bytes += ranks_.bytes - bytes_before;
         const double now = now_seconds();
         double seconds = now - std::exchange(began_, now);
         ranks_.broadcast(&seconds, sizeof seconds);  // one clock for all

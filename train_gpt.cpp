@@ -1379,7 +1379,8 @@ struct RunFolder : FolderToFill {
 std::string spent_on_ranks(const auto& trainer, double seconds) {
     const double percent = 100 * trainer.ranks_seconds / std::max(seconds, 1e-9);
     return format("%.0f %% of the steps' time went into other ranks; each sent %s a step%s",
-                  percent, bytes_text(trainer.ranks_bytes / trainer.ranks_steps).c_str(),
+                  percent,
+                  bytes_text(trainer.ranks_bytes / std::max(1.0, trainer.ranks_steps - 1)).c_str(),
                   percent < 20 ? "" : ": a larger --grad-accum-steps lowers the share");
 }
 
@@ -2850,27 +2851,28 @@ public:
     }
 
     void exchange(void* to, const void* from, size_t part) override {
-        auto& requests = exchanges_.emplace_back();
+        auto& requests = background_.emplace_back();
         for (int r = 0; r < count; ++r)
-            swap(r, part_of(to, part, size_t(r)), part_of(from, part, size_t(r)), part, requests);
+            swap(r, part_of(to, part, size_t(r)), part_of(from, part, size_t(r)), part, 1,
+                 requests);
+        on_their_way_ = true;
+    }
+    void begin_gather(void* array, size_t part) override {
+        gather_round(array, part, 2, background_.emplace_back());
         on_their_way_ = true;
     }
     bool arrived(bool wait) override {
         int done = wait;
-        auto& requests = exchanges_.front();
+        auto& requests = background_.front();
         wait ? this->wait(requests)
              : void(MPI_Testall(int(requests.size()), requests.data(), &done, MPI_STATUSES_IGNORE));
-        if (done) exchanges_.pop_front(), on_their_way_ = !exchanges_.empty();
+        if (done) background_.pop_front(), on_their_way_ = !background_.empty();
         return done;
     }
     void gather(void* array, size_t part, size_t rounds) override {
         for (size_t t = 0; t < rounds; ++t) {
-            char* round = part_of(array, part * size_t(count), t);
             std::vector<MPI_Request> requests;
-            for (int r = 0; r < count; ++r)
-                if (r != rank)
-                    swap(r, part_of(round, part, size_t(r)), part_of(round, part, size_t(rank)),
-                         part, requests);
+            gather_round(part_of(array, part * size_t(count), t), part, 3, requests);
             wait(requests);
         }
     }
@@ -2899,16 +2901,23 @@ private:
     }
     // Begins to send `from` [size] to a rank, and to receive as much from it. Why in pieces: larger
     // messages Open MPI 4 sends over TCP in one direction at a time, at half the speed of the line.
-    void swap(int other, char* to, const char* from, size_t size,
+    // Why tags: ranks may begin what goes on in the background in different orders among the rest.
+    void swap(int other, char* to, const char* from, size_t size, int tag,
               std::vector<MPI_Request>& requests) {
         for (size_t at = 0, n; at < size; at += n) {
             n = std::min(size - at, size_t(1) << 18);
-            MPI_Irecv(to + at, int(n), MPI_BYTE, other, 1, MPI_COMM_WORLD,
+            MPI_Irecv(to + at, int(n), MPI_BYTE, other, tag, MPI_COMM_WORLD,
                       &requests.emplace_back());
-            MPI_Isend(from + at, int(n), MPI_BYTE, other, 1, MPI_COMM_WORLD,
+            MPI_Isend(from + at, int(n), MPI_BYTE, other, tag, MPI_COMM_WORLD,
                       &requests.emplace_back());
         }
         if (other != rank) bytes += double(size);
+    }
+    void gather_round(void* round, size_t part, int tag, std::vector<MPI_Request>& requests) {
+        for (int r = 0; r < count; ++r)
+            if (r != rank)
+                swap(r, part_of(round, part, size_t(r)), part_of(round, part, size_t(rank)), part,
+                     tag, requests);
     }
     // Waits for all; a rank that shares its core gives it up meanwhile.
     void wait(std::vector<MPI_Request>& requests) {
@@ -3001,7 +3010,7 @@ private:
     }
 
     MPI_Comm watched_;
-    std::deque<std::vector<MPI_Request>> exchanges_;  // on their way, in their order
+    std::deque<std::vector<MPI_Request>> background_;  // what was begun, in its order
     std::atomic<bool> on_their_way_{false};
     std::vector<std::string> hosts_;
     double limit_ = 30;  // seconds of silence

@@ -2273,6 +2273,7 @@ struct Cuda {
         context->ranks.exchange(to, from, count * sizeof *to);
         stream().lap("exchange");
     }
+    void begin_gather(auto* array, size_t count) { gather(array, count, 1); }
     bool arrived(bool) { return true; }  // in the order of the stream
     void gather(auto* array, size_t count, size_t rounds) {
         context->ranks.gather(array, count * sizeof *array, rounds);
