@@ -1244,40 +1244,36 @@ family: mother | father | sister | brother | grandma | grandpa | aunt | uncle
 
 // --- The grammar as data
 
-// A part of an alternative: letters to be written, a rule to be expanded, a word to be drawn and
-// remembered, or a remembered word.
+// A part of an alternative: letters, and then what stood between braces: {slot=list.form!unlike},
+// or {rule}.
 struct Item {
-    enum Kind { letters, rule, draw, recall } kind;
-    std::string text;      // letters
-    int index = 0;         // rule: which rule; draw, recall: which slot
-    int form = 0;          // draw, recall: which form of the word
-    bool capital = false;  // draw, recall: with a capital letter
+    std::string letters;
+    std::string name;  // of a rule, or of the slot that remembers a word; empty: only letters
+    std::string list, form, unlike;  // list: drawn from; empty: the slot's word is recalled
 };
 using Items = std::vector<Item>;
 
-// A rule is a list of words, each in several forms, or has alternatives made of items.
+// A list of words, each in several forms, or a rule of alternatives.
 struct Rule {
-    std::string name;
     std::vector<std::string> form_names;          // "", "a", then the columns named in brackets
     std::vector<std::vector<std::string>> words;  // of a list: [word][form]
-    std::vector<Items> alternatives;              // of any other rule
+    std::vector<Items> alternatives;              // of a rule
 };
+using Grammar = std::map<std::string, Rule>;
 
-// Remembers a word of one list, never the word in the slot `unlike` (-1: any word).
-struct Slot {
-    std::string name;
-    int rule, unlike;
-};
+// The alternatives of the rule of that name; null where it is that of a list or a slot.
+inline const std::vector<Items>* alternatives_of(const Grammar& grammar, const std::string& name) {
+    const auto found = grammar.find(name);
+    const bool is_rule = found != grammar.end() && !found->second.alternatives.empty();
+    return is_rule ? &found->second.alternatives : nullptr;
+}
 
-struct Grammar {
-    std::vector<Rule> rules;  // rules[0] is the story
-    std::vector<Slot> slots;
+// For every slot the word it holds: its list, and its number there.
+struct Word {
+    const Rule* list;
+    int number;
 };
-
-// For every slot the number of the word it holds, or -1.
-struct Memory : std::array<int8_t, 32> {
-    Memory() { fill(-1); }
-};
+using Memory = std::map<std::string, Word>;
 
 // The parts of `text` between separators. Runs of blanks become one blank; none is left around a
 // part.
@@ -1290,19 +1286,6 @@ inline std::vector<std::string> split(std::string_view text, char separator) {
     return parts;
 }
 
-template <class Named>
-int find(const std::vector<Named>& things, const std::string& name) {
-    for (size_t i = 0; i < things.size(); i++)
-        if (things[i].name == name) return int(i);
-    return -1;
-}
-
-inline bool is_capital(char c) { return std::isupper(uint8_t(c)) != 0; }
-
-inline std::string with_article(const std::string& word) {
-    return (std::strchr("aeiou", word[0]) ? "an " : "a ") + word;
-}
-
 // Cuts `text` off before `mark`; returns what came after it, or nothing if there is none.
 inline std::string cut(std::string& text, char mark) {
     size_t at = std::min(text.find(mark), text.size());
@@ -1311,102 +1294,62 @@ inline std::string cut(std::string& text, char mark) {
     return after;
 }
 
-// What stands between braces: a rule, or a slot and the form of its word. Adds new slots.
-inline Item parse_braces(Grammar& grammar, std::string tag) {
-    Item item{Item::rule, "", find(grammar.rules, tag)};
-    if (item.index >= 0 && grammar.rules[item.index].words.empty()) return item;
-
-    // The parts are slot = list . form ! unlike. Nobody recalls the slot "any colour".
-    std::string unlike = cut(tag, '!'), form = cut(tag, '.'), list = cut(tag, '=');
-    if (tag.starts_with("new ")) list = tag = tag.substr(4);
-    if (tag.starts_with("any ")) list = tag.substr(4);
-    item.kind = list.empty() ? Item::recall : Item::draw;
-    if (item.kind == Item::draw && find(grammar.slots, tag) < 0)
-        grammar.slots.push_back({tag, find(grammar.rules, list), find(grammar.slots, unlike)});
-    item.index = find(grammar.slots, tag);
-    if (item.index < 0 || grammar.slots[item.index].rule < 0)
-        fail("story grammar: '", tag, "' is no rule, no list and never drawn");
-
-    item.capital = is_capital(form[0]);
-    if (item.capital) form[0] = char(std::tolower(form[0]));
-    const auto& forms = grammar.rules[grammar.slots[item.index].rule].form_names;
-    item.form = int(std::find(forms.begin(), forms.end(), form) - forms.begin());
-    if (item.form == int(forms.size())) fail("story grammar: '", tag, "' has no form '", form, "'");
-    return item;
-}
-
-// Letters and braces in turn.
-inline Items parse_items(Grammar& grammar, std::string text) {
+inline Items parse_items(std::string text) {
     Items items;
     while (!text.empty()) {
-        std::string rest = cut(text, '{');
-        if (!text.empty()) items.push_back({Item::letters, text});
-        text = cut(rest, '}');
-        if (!rest.empty()) items.push_back(parse_braces(grammar, rest));
+        std::string tag = cut(text, '{'), rest = cut(tag, '}');
+        Item item{text, "", "", "", ""};
+        item.unlike = cut(tag, '!'), item.form = cut(tag, '.'), item.list = cut(tag, '=');
+        if (tag.starts_with("new ")) item.list = tag = tag.substr(4);
+        if (tag.starts_with("any ")) item.list = tag.substr(4);  // nobody recalls "any colour"
+        item.name = tag;
+        items.push_back(item), text = rest;
     }
     return items;
 }
 
-// Adds a slot for every word that is drawn somewhere in the text.
-inline void declare_slots(Grammar& grammar, std::string text) {
-    while (!text.empty()) {
-        std::string tag = cut(text, '{');
-        text = cut(tag, '}');
-        const bool draws = tag.find_first_of("= ") != tag.npos;
-        if (draws) parse_braces(grammar, tag);
-    }
+// The forms of a word, which are separated by '/'; the second, with its article, is made.
+inline std::vector<std::string> parse_word(const std::string& text) {
+    std::vector<std::string> forms = split(text, '/');
+    forms.insert(forms.begin() + 1, (std::strchr("aeiou", text[0]) ? "an " : "a ") + forms[0]);
+    return forms;
 }
 
-// A list: every word with its forms.
-inline void parse_words(Rule& rule, const std::string& body) {
-    for (const std::string& word : split(body, '|')) {
-        std::vector<std::string> forms = split(word, '/');
-        forms.insert(forms.begin() + 1, with_article(forms[0]));
-        if (forms.size() != rule.form_names.size())
-            fail("story grammar: '", word, "' has ", forms.size(), " forms, list '", rule.name,
-                 "' has ", rule.form_names.size());
-        rule.words.push_back(forms);
-    }
-}
-
-// Adds each rule's name and columns to the grammar; returns the texts of their alternatives.
-inline std::vector<std::string> parse_headers(Grammar& grammar, std::string_view text) {
-    std::vector<std::string> bodies;
+// The heads and the bodies of the text's rules, "name [he him his]" and what follows the colon.
+inline std::vector<std::pair<std::string, std::string>> rule_texts(std::string_view text) {
+    std::vector<std::pair<std::string, std::string>> rules;
     for (std::string line : split_at(text, '\n')) {
         const bool starts_rule = !line.empty() && line[0] != ' ';
         if (starts_rule) {
             const std::string body = cut(line, ':');
-            std::string columns = cut(line, '[');
-            cut(columns, ']');
-            Rule rule{split(line, ' ')[0], {"", "a"}, {}, {}};
-            for (const std::string& column : split(columns, ' '))
-                if (!column.empty()) rule.form_names.push_back(column);
-            grammar.rules.push_back(rule);
-            bodies.emplace_back();
-            line = body;
+            rules.emplace_back(line, body + "\n");
+        } else if (!rules.empty()) {
+            rules.back().second += line + "\n";
         }
-        if (!bodies.empty()) bodies.back() += line + "\n";
     }
-    return bodies;
+    return rules;
 }
 
-// Reads the text above: names first, then the lists of words, then the rules that refer to them.
 inline Grammar parse_grammar(std::string_view text) {
     Grammar grammar;
-    const std::vector<std::string> bodies = parse_headers(grammar, text);
-    for (size_t i = 0; i < bodies.size(); i++) {
-        const bool is_list = bodies[i].find('{') == std::string::npos;
-        if (is_list) parse_words(grammar.rules[i], bodies[i]);
+    for (auto [head, body] : rule_texts(text)) {
+        std::string columns = cut(head, '[');
+        cut(columns, ']');
+        Rule& rule = grammar[split(head, ' ')[0]] = {{"", "a"}, {}, {}};
+        for (const std::string& column : split(columns, ' '))
+            if (!column.empty()) rule.form_names.push_back(column);
+        const bool is_list = body.find('{') == std::string::npos;
+        for (const std::string& part : split(body, '|')) {
+            if (!is_list) {
+                rule.alternatives.push_back(parse_items(part));
+                continue;
+            }
+            rule.words.push_back(parse_word(part));
+            if (rule.words.back().size() != rule.form_names.size())
+                fail("story grammar: '", part, "' has ", rule.words.back().size(),
+                     " forms, its list has ", rule.form_names.size());
+        }
     }
-    for (const std::string& body : bodies) declare_slots(grammar, body);
-    for (size_t i = 0; i < bodies.size(); i++) {
-        Rule& rule = grammar.rules[i];
-        if (!rule.words.empty()) continue;
-        for (const std::string& alternative : split(bodies[i], '|'))
-            rule.alternatives.push_back(parse_items(grammar, alternative));
-    }
-    if (grammar.slots.size() > Memory().size())
-        fail("story grammar: ", grammar.slots.size(), " slots, at most ", Memory().size());
     return grammar;
 }
 
@@ -1415,10 +1358,15 @@ inline const Grammar& the_grammar() {
     return grammar;
 }
 
-// The letters of a remembered word.
-inline std::string spell(const Grammar& grammar, const Item& item, int word) {
-    std::string text = grammar.rules[grammar.slots[item.index].rule].words[word][item.form];
-    if (item.capital) text[0] = char(std::toupper(text[0]));
+// The word in that form; "Him" is "him" with a capital letter.
+inline std::string spell(const Word& word, std::string form) {
+    const bool capital = std::isupper(uint8_t(form[0])) != 0;
+    if (capital) form[0] = char(std::tolower(form[0]));
+    const std::vector<std::string>& names = word.list->form_names;
+    const size_t which = size_t(std::find(names.begin(), names.end(), form) - names.begin());
+    if (which == names.size()) fail("story grammar: a list has no form '", form, "'");
+    std::string text = word.list->words[size_t(word.number)][which];
+    if (capital) text[0] = char(std::toupper(text[0]));
     return text;
 }
 
@@ -1433,30 +1381,27 @@ struct Teller {
     double neg_log_prob = 0;
 
     // One of n, each with probability 1/n.
-    int roll(int n) {
+    int roll(size_t n) {
         neg_log_prob += std::log(double(n));
-        return int(random_uniform(key, rolls++) * n);
+        return int(random_uniform(key, rolls++) * double(n));
     }
 
-    // A word for the slot, any but the one in the slot it must differ from.
-    int draw(const Slot& slot) {
-        int n = int(grammar.rules[slot.rule].words.size());
-        if (slot.unlike < 0) return roll(n);
-        int word = roll(n - 1);
-        return word + (word >= memory[slot.unlike]);
+    // A word of the list, any but the one in the slot it must differ from.
+    Word draw(const Item& item) {
+        const Rule& list = grammar.at(item.list);
+        if (item.unlike.empty()) return {&list, roll(list.words.size())};
+        const int number = roll(list.words.size() - 1);
+        return {&list, number + (number >= memory.at(item.unlike).number)};
     }
 
     void tell(const Items& items) {
         for (const Item& item : items) {
-            if (item.kind == Item::letters) {
-                text += item.text;
-            } else if (item.kind == Item::rule) {
-                const Rule& rule = grammar.rules[item.index];
-                tell(rule.alternatives[roll(int(rule.alternatives.size()))]);
-            } else {
-                int8_t& word = memory[item.index];
-                if (item.kind == Item::draw) word = int8_t(draw(grammar.slots[item.index]));
-                text += spell(grammar, item, word);
+            text += item.letters;
+            if (const auto* alternatives = alternatives_of(grammar, item.name))
+                tell((*alternatives)[size_t(roll(alternatives->size()))]);
+            else if (!item.name.empty()) {
+                if (!item.list.empty()) memory[item.name] = draw(item);
+                text += spell(memory.at(item.name), item.form);
             }
         }
     }
@@ -1470,14 +1415,14 @@ struct Teller {
 // Why this is exact although words are remembered: memory decides which letters are written, never
 // how many words there are to choose from. A barred word takes one of n away whichever it is, and a
 // recall costs nothing.
-inline double entropy(const Grammar& grammar, const Rule& rule) {
-    double n = double(rule.alternatives.size()), sum = 0;
-    for (const Items& items : rule.alternatives)
+inline double entropy(const Grammar& grammar, const std::vector<Items>& alternatives) {
+    double n = double(alternatives.size()), sum = 0;
+    for (const Items& items : alternatives)
         for (const Item& item : items) {
-            if (item.kind == Item::rule) sum += entropy(grammar, grammar.rules[item.index]);
-            if (item.kind != Item::draw) continue;
-            const Slot& slot = grammar.slots[item.index];
-            sum += std::log(double(grammar.rules[slot.rule].words.size()) - (slot.unlike >= 0));
+            if (const auto* inner = alternatives_of(grammar, item.name))
+                sum += entropy(grammar, *inner);
+            else if (!item.list.empty())
+                sum += std::log(double(grammar.at(item.list).words.size() - !item.unlike.empty()));
         }
     return std::log(n) + sum / n;
 }
@@ -1497,7 +1442,7 @@ inline StoryCorpus make_stories(uint64_t seed, int train_stories, int val_storie
     StoryCorpus corpus;
     auto tell = [&](uint64_t part, int number) {
         stories::Teller teller{grammar, random_key(seed, part, uint64_t(number))};
-        teller.tell(grammar.rules[0].alternatives[0]);
+        teller.tell(grammar.at("story").alternatives[0]);
         return teller;
     };
     for (int i = 0; i < train_stories; i++) corpus.train.push_back(tell(0, i).text);
@@ -1506,7 +1451,7 @@ inline StoryCorpus make_stories(uint64_t seed, int train_stories, int val_storie
         corpus.val.push_back(teller.text);
         corpus.val_neg_log_prob += teller.neg_log_prob;
     }
-    corpus.entropy_per_story = stories::entropy(grammar, grammar.rules[0]);
+    corpus.entropy_per_story = stories::entropy(grammar, grammar.at("story").alternatives);
     return corpus;
 }
 

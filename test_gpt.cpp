@@ -6972,7 +6972,7 @@ TEST_CASE("prepare_data: a model of llm.c becomes a Hugging Face folder, to the 
 // Story number i of a seed.
 inline stories::Teller told(uint64_t seed, int i) {
     stories::Teller teller{stories::the_grammar(), random_key(seed, 0, uint64_t(i))};
-    teller.tell(teller.grammar.rules[0].alternatives[0]);
+    teller.tell(teller.grammar.at("story").alternatives[0]);
     return teller;
 }
 
@@ -6996,7 +6996,8 @@ TEST_CASE("stories: the closed-form entropy is the mean of many stories") {
         squares += neg_log_prob * neg_log_prob;
     }
     double mean = sum / n, standard_error = std::sqrt((squares / n - mean * mean) / n);
-    double entropy = stories::entropy(stories::the_grammar(), stories::the_grammar().rules[0]);
+    const stories::Grammar& grammar = stories::the_grammar();
+    double entropy = stories::entropy(grammar, grammar.at("story").alternatives);
     CHECK(entropy > 25);
     CHECK(standard_error < 0.02);
     CHECK(std::abs(mean - entropy) < 4 * standard_error);

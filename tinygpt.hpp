@@ -1,9 +1,9 @@
 // tinygpt.hpp - v0.2.0 - train a GPT-2, on a CPU or a GPU, in one header
 //
-// The model, an explicit forward and an explicit backward for every layer, the update, and the
-// training loop. Two programs use it: train_gpt.cpp on a CPU, train_gpt.cu on an NVIDIA GPU. It is
-// GPT-2 exactly, in fp32 or bf16, from scratch or from a Hugging Face checkpoint. It is not a
-// framework: no autograd, no other model. Several processes may train one (§10).
+// The model, an explicit forward and backward for every layer, the update, and the training loop.
+// Two programs use it: train_gpt.cpp on a CPU, train_gpt.cu on an NVIDIA GPU. It is GPT-2 exactly,
+// in fp32 or bf16, from scratch or from a Hugging Face checkpoint. It is not a framework: no
+// autograd, no other model. Several processes may train one (§10).
 //
 //   make train_gpt && ./train_gpt   learns the default corpus in about a minute
 //   ./train_gpt walk                shows one training step, with every number
@@ -28,8 +28,7 @@
 // Notation. x is a layer's input, out its output, w and b its weight and bias; dx is the gradient
 // of the loss with respect to x. [B, T, C]: B rows of T tokens of C channels, the last index
 // running fastest. Outputs are the first arguments. Comments say what a function sets and what it
-// adds to; "Why:" gives a reason, "Careful:" marks a trap, "walk>" quotes a line of ./train_gpt
-// walk.
+// adds to; "Why" gives a reason, "Careful" marks a trap, "walk>" quotes ./train_gpt walk.
 //
 // If you know Python, this is the C++ you need:
 //   const real* x           an array that is only read: the address of its first number. Its length
@@ -132,11 +131,11 @@ namespace tinygpt {
 // =================================================================================================
 // §1 Ground rules: errors, and random numbers
 // =================================================================================================
-// What you have now: nothing but three rules.
+// What you have now: three rules.
 //   Nothing fails silently: checks stay on in every build, and say what to do.
-//   A run repeats bit for bit: a random number depends on where it is used (below), a sum has one
-//   order for any number of threads, the order of the data depends on the seed. So the weights are
-//   the same with 1 thread or 16, and whether or not the run was interrupted.
+//   A run repeats bit for bit, with 1 thread or 16, interrupted or not: a random number depends on
+//   where it is used (below), a sum has one order for any number of threads, the order of the data
+//   depends on the seed.
 //   Nothing is hidden: what a step computes is in this file, and `walk` prints it.
 
 // Every failure is thrown as an Error. main prints the message and exits with the status.
@@ -145,8 +144,7 @@ struct Error : std::runtime_error {
     Error(int status, const std::string& message) : std::runtime_error(message), status(status) {}
 };
 
-// Until the end of the scope, this thread's decimal point is a dot, whatever locale the program
-// that includes this header has chosen.
+// Until the end of the scope, this thread's decimal point is a dot, whatever the program's locale.
 class DotForDecimals {
     locale_t chosen_;
 
@@ -235,15 +233,13 @@ using RealOf = std::conditional_t<std::is_same_v<A, bf16>, float, A>;
 
 // A random number is a pure function: random_bits(key, i) is number i of the stream `key`. None is
 // drawn "next", so threads, resumed runs and GPUs see the same ones. mix_bits is the finaliser of
-// SplitMix64 (Steele, Lea, Flood 2014): different inputs give different outputs, and every bit is
-// spread over others.
+// SplitMix64 (Steele, Lea, Flood 2014): different inputs give different outputs.
 TINYGPT_HD inline uint64_t mix_bits(uint64_t x) {
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
     return x ^ (x >> 31);
 }
-// A value for each use, so that no two share a stream. In the comments: the section, and what
-// random_key's `number` counts there.
+// A value for each use, so that no two share a stream; and what random_key's `number` counts there.
 enum RandomUse : uint64_t {
     kBlockOrder = 1,  // §2, epochs
     kCutOffset,       // §2, epochs
@@ -309,8 +305,8 @@ struct Batch {
         : B(B), T(T), inputs(size_t(B) * size_t(T)), targets(inputs.size(), kIgnore) {}
 };
 
-// A shard. Its file is opened for each read: there may be more shards than a program may have open
-// files. How it is read, and what is checked, is in §12.
+// A shard. Its file is opened for each read: there may be more shards than open files are allowed.
+// How it is read, and what is checked, is in §12.
 struct Shard {
     std::string path;
     int64_t tokens = 0;
@@ -334,8 +330,7 @@ struct Shards {
     bool empty() const { return files.empty(); }
     int64_t tokens() const;
     int64_t predictions() const;
-    // Reads all of them. Why before training: a token that is not below vocab_size is reported now,
-    // not hours later.
+    // Reads all, so that a token that is not below vocab_size is reported now, not hours later.
     void check_tokens(int vocab_size) const;
 };
 
@@ -349,8 +344,8 @@ struct Window {
 };
 
 // A batch [B, T] with a window in each row; the rest is not scored. Here inputs and targets part:
-// both are copied from the same text, targets from one token later. Needs at most B windows, of at
-// most T predictions.
+// both are copied from the same text, targets from one token later. Needs at most B windows of T
+// predictions.
 inline Batch read_batch(std::span<const Window> windows, int B, int T, int vocab_size) {
     Batch batch(B, T);
     std::vector<uint16_t> text(size_t(T) + 1);
@@ -454,9 +449,9 @@ struct DataOrder {
 //                                             |
 //                                        ln_f(x) wte^T --> a score for every token
 //
-// The last line uses the embedding table again (the "tied head"): a token is read and predicted by
-// the same vector. Nearly all parameters are in wte and in the four matrices of each layer. For
-// GPT-2 small, with C = 768, L = 12, V = 50257, P = 1024:
+// The last line uses the embedding table again (the "tied head"): one vector reads and predicts a
+// token. Nearly all parameters are in wte and in the four matrices of each layer. For GPT-2 small,
+// with C = 768, L = 12, V = 50257, P = 1024:
 //   a layer   3 C^2 (c_attn) + C^2 (attn's c_proj) + 4 C^2 (c_fc) + 4 C^2 (mlp's c_proj) = 12 C^2,
 //             9 C of biases and 4 C of two norms: 7,087,872
 //   in all    V C + P C + 12 * 7,087,872 + 2 C (ln_f) = 124,439,808
@@ -474,8 +469,8 @@ struct Config {
     int head_size() const { return n_embd / n_head; }
 };
 
-// The sizes as config.json names them, each with another name that transformers reads, and its
-// maximum. (`int Config::*size` says which member of a Config; tokens have 16 bits.)
+// The sizes as config.json names them, another name that transformers reads, and the maximum
+// (tokens have 16 bits). `int Config::*size` says which member of a Config.
 struct SizeLimit {
     const char *name, *also;
     int Config::*size;
@@ -523,8 +518,8 @@ enum class Init { zeros, ones, normal, residual };
 
 // The one list. Calls visit(name, pointer, shape, init) once for every tensor. Allocation,
 // initialisation, weight decay, checkpoints, the parameter table and the gradient test all use it,
-// so none can forget a tensor. visit gets p.wte itself, not a copy: see point_into. Names and
-// shapes are Hugging Face's: linear weights are [in, out], y = x W + b.
+// so none forgets a tensor. visit gets p.wte itself, not a copy: see point_into. Names and shapes
+// are Hugging Face's: linear weights are [in, out], y = x W + b.
 template <class Element, class Visit>
 void for_each_tensor(const Config& config, Parameters<Element>& p, Visit&& visit) {
     using Shape = std::vector<int64_t>;
@@ -566,8 +561,8 @@ struct TensorInfo {
 // loop. First come the tensors that decay (matrices and both embeddings), then those that do not
 // (biases, layernorms): element i decays if i < decayed. Why not all: decay pulls a weight towards
 // 0, and a bias or a scale has no reason to be small. Each tensor starts at a multiple of 64
-// elements, so at a cache line. Tables of V tokens are padded to a multiple of 64 rows, because a
-// GPU multiplies whole tiles. Padding is 0, with gradient 0.
+// elements: at a cache line. Tables of V tokens are padded to a multiple of 64 rows, because a GPU
+// multiplies whole tiles. Padding is 0, with gradient 0.
 struct Layout {
     std::vector<TensorInfo> tensors;  // in the order of the list
     size_t size = 0, decayed = 0;     // elements with padding; how many of them decay
@@ -645,8 +640,8 @@ void initialise(real* weights, const Config& config, const Layout& layout, uint6
 // Backward is the chain rule. If the loss depends on out, and out on x, then
 //   dx_i = sum over j of dout_j (d out_j / d x_i)
 // dx_i adds up all the ways in which x_i reaches the loss. Each backward function is that sum for
-// one layer, written out. So the gradients of a value that is used twice are added, and those of a
-// weight, which serves every row, are summed over the rows. No Jacobian matrix is ever made.
+// one layer, written out: the gradients of a value that is used twice are added, and those of a
+// weight, which serves every row, are summed over the rows. No Jacobian matrix is made.
 //
 // A backward function stands below its forward, except where layers are fused: the backward of the
 // residual's sum (§4.7) is in layernorm_backward; and forward computes GELU inside the MLP's
@@ -701,8 +696,8 @@ void embed_forward(A* out, const int32_t* tokens, const A* wte, const A* wpe, in
 // A sum passes its gradient on to both addends. With d = mask dout:
 //   dwte[v] = sum over all rows whose token is v of d[row]      dwpe[t] = sum over b of d[b,t]
 // adds to dwte [V, C] and dwpe [P, C]; reads dout [B*T, C], tokens [B*T]. Threads share out the
-// channels, not the rows: two could add to the same token's vector at once. `order` (rows sorted by
-// token) is for a GPU, where each thread takes a token.
+// channels, not the rows: two could add to one token's vector at once. `order` (rows sorted by
+// token) is for a GPU, where a thread takes a token.
 template <class A, class real>
 void embed_backward(real* dwte, real* dwpe, const A* dout, const int32_t* tokens,
                     const int32_t* /*order*/, int B, int T, int C, Dropout drop) {
@@ -814,8 +809,8 @@ void layernorm_backward(A* dx, real* dweight, real* dbias, A* dbranch, real* dbr
 // --- §4.3 Products of matrices: where nearly all the arithmetic is
 
 // A matrix [rows, cols] in memory, not owned: element (i, j) is data[i * row_stride + j *
-// col_stride], and one of the two strides is 1. A transpose swaps them and copies nothing, as in
-// NumPy. (ptrdiff_t: a 64-bit integer with a sign.)
+// col_stride]; one of the strides is 1. A transpose swaps them and copies nothing, as in NumPy.
+// (ptrdiff_t: a 64-bit integer with a sign.)
 template <class real>
 struct View {
     const real* data;
@@ -836,8 +831,8 @@ struct View {
 };
 
 // What a layer does with finished sums while they are in the cache (bias, GELU, residual):
-// finish(row, col, count, values) changes `count` of them, from column col of a row. (A
-// std::function holds any lambda. Read type_identity_t<real> as real.)
+// finish(row, col, count, values) changes `count` of them, from column col of a row. (Read
+// type_identity_t<real> as real.)
 template <class real>
 using Finish = std::function<void(int row, int col, int count, std::type_identity_t<real>* values)>;
 
@@ -855,8 +850,8 @@ inline float exp_of(float x);
 inline float maximum(const float* x, int n);
 inline float exp_and_sum(float* x, float shift, int count, float factor = 1);
 
-// The operations that take nearly all of a step's time, as they are defined. Layers get it as the
-// template argument Ops: §11 has the same, fifty times faster, and tests compare the two.
+// The operations that take nearly all of a step's time, as they are defined. Layers get it as their
+// argument Ops: §11 has the same, fifty times faster, and tests compare the two.
 struct PlainOps {
     // c = finish(a b), or finish(c + a b) if accumulate, with a [m, k], b [k, n] and c [m, n]: m n
     // dot products of length k, so 2 m n k operations. c is row-major, and shares no memory with a
@@ -900,8 +895,8 @@ void linear_forward(A* out, const A* x, const A* w, const A* b, int rows, int C,
 //   dx_rc = sum_o dout_ro w_co      dx = dout w^T      every output the input fed
 //   dw_co = sum_r x_rc dout_ro      dw = x^T dout      every row the weight served
 //   db_o  = sum_r dout_ro           column sums        every row the bias was added to
-// So x must be kept from forward to backward, and backward takes twice as long as forward: two
-// products. No db here: the function that makes dout also sums its columns.
+// So x must be kept for backward, which takes twice as long as forward: two products. No db here:
+// the function that makes dout also sums its columns.
 // sets dx [rows, C]; sets dw [C, OC], or adds to it if accumulate.
 template <class Ops, class A, class real>
 void linear_backward(A* dx, real* dw, const A* dout, const A* x, const A* w, int rows, int C,
@@ -1059,9 +1054,8 @@ void attention_cached(A* out, const A* qkv, int past, int n, int NH, int HS) {
 // Below, 1.5957691216057308 = 2 sqrt(2/pi), inner = -2u, slope = 2 du/dx.
 //   walk>   gelu       [8, 32]   -0.1343  -0.0577   0.6315  -0.0934   0.0724  -0.0707 ...
 
-// Careful: x is clamped. Else the exponential overflows for very negative x, and the derivative
-// becomes infinity * 0, a NaN. At -10 gelu is -1e-37; at the ends the derivative is within 1e-35 of
-// 0 and 1.
+// Careful: x is clamped, or for very negative x the exponential overflows and the derivative is
+// infinity * 0, a NaN. At -10 gelu is -1e-37, and the derivative within 1e-35 of 0; at 10, of 1.
 template <class real>
 real gelu(real x) {
     x = x < -10 ? real(-10) : x;
@@ -1119,8 +1113,8 @@ void linear_gelu_backward(A* dfc, real* dw, real* dfc_bias, const A* dout, const
 // --- §4.7 The residual stream: a branch ends in a linear layer whose output is added to x
 //   out = x + drop(branch w + bias)
 // The sum passes its gradient on unchanged to both sides (He et al. 2016):
-//   dx = dout + what the branch itself sends back      dbias = column sums of drop(dout)
-// So a deep model can learn: the gradient reaches every layer by a path without a multiplication.
+//   dx = dout + what the branch sends back      dbias = column sums of drop(dout)
+// So a deep model can learn: the gradient reaches every layer without a multiplication.
 
 // sets out [rows, OC] = residual + drop(x w + b), from residual [rows, OC], x [rows, C], w [C, OC],
 // b [OC]. Its backward: layernorm_backward (§4.2) makes drop(dout) and the bias gradient,
@@ -1177,8 +1171,8 @@ void softmax_cross_entropy(real* losses, A* logits, const int32_t* targets, int 
             if (scale > 0) std::fill(stored, stored + V, A(0));
             continue;
         }
-        // In bf16 the row is copied to float, so that only the result is rounded. Where A is real,
-        // wide is empty and l is the row itself.
+        // In bf16 the row is copied to float, so that only the result is rounded. Otherwise wide is
+        // empty, and l is the row itself.
         std::vector<real> wide(std::is_same_v<A, real> ? 0 : V);
         std::copy_n(stored, wide.size(), wide.begin());
         real* l = wide.empty() ? reinterpret_cast<real*>(stored) : wide.data();
@@ -1244,9 +1238,8 @@ void head_forward_backward(real* losses, A* dx, real* dw, A* logits, const A* x,
 //   qkv, lse (and att)        attention computes its probabilities again from these
 //   fc                        the GELU's derivative is taken at its input
 // These are 16 C numbers a position and layer: for GPT-2 small, 4 x 1024 tokens and fp32, 2.4 GB in
-// all. A quarter is gelu, which can be computed again from fc: with --recompute-gelu all layers
-// share one buffer, and backward refills it. The gradients of activations need one set of buffers
-// for all layers.
+// all. A quarter is gelu: with --recompute-gelu all layers share one buffer, which backward refills
+// from fc. The gradients of activations need one set of buffers for all layers.
 
 // The buffers of one pass, by name. (typename Device::Real is the type that Device calls Real.)
 template <class Device>
@@ -1357,11 +1350,11 @@ void forward(Gpt2<Device>& model, const Pass& pass) {
 // =================================================================================================
 // §6 Backward: the same lines upside down
 // =================================================================================================
-// What you have now: a.ln_f [rows, C], the targets, and what forward kept. The head turns them into
-// the loss, and the gradients of ln_f and of its own weight. From there on every line of forward
-// has its mirror image, last first. dx is the gradient of the residual stream. As x_out = x_mid +
-// branch, dx goes into the branch and also past it, and layernorm's backward adds the two up again.
-// The second half of a layer, for one; read the right side from the bottom:
+// What you have now: a.ln_f [rows, C], the targets, and what forward kept. The head makes the loss
+// of them, and the gradients of ln_f and of its own weight. Then every line of forward has its
+// mirror image, last first. dx is the gradient of the residual stream. As x_out = x_mid + branch,
+// dx goes into the branch and also past it, and layernorm's backward adds the two up again. The
+// second half of a layer, for one; read the right side from the bottom:
 //
 //   forward                                        backward
 //   ln_2  = layernorm(x_mid)                       dx      = dx + layernorm'(dnarrow)
@@ -1442,8 +1435,7 @@ void backward(Gpt2<Device>& model, const Pass& pass,
 // take (AdamW)?
 
 // Warm-up: at the start AdamW's moments are estimates from few batches; small steps do no harm.
-// Decay: near the end, the noise of single batches keeps the loss up, and smaller steps average it
-// away.
+// Decay: near the end the noise of single batches keeps the loss up; smaller steps average it away.
 //
 //            cosine            linear            constant          wsd
 //   peak     /``-.             /`-.              /-----------      /-------.
@@ -1560,10 +1552,9 @@ TINYGPT_HD inline void judge_step(StepState* state, const Guards& guards) {
 // t is the number of this update, from 1. Why divide by 1-beta1^t: m starts at 0, so
 //   m_t = (1-beta1) (g_t + beta1 g_(t-1) + ... + beta1^(t-1) g_1)
 // whose factors add up to 1 - beta1^t (a geometric series), not to 1. Divided by it, m is a
-// weighted mean; so is v. eps keeps 0/0 away where a weight has had no gradient yet. The decay is
-// not part of the gradient, since sqrt(v) would divide it too. With beta2 = 0.95, v looks back on
-// about 1/(1-beta2) = 20 steps. One element, with m_scale = 1/(1-beta1^t) and v_scale =
-// 1/(1-beta2^t). In the walk:
+// weighted mean; so is v. eps avoids 0/0 where a weight has had no gradient yet. The decay is not
+// part of the gradient, since sqrt(v) would divide it too. With beta2 = 0.95, v looks back on about
+// 1/(1-beta2) = 20 steps. One element, with m_scale = 1/(1-beta1^t), v_scale = 1/(1-beta2^t):
 //   walk> g  = -0.507637 * 0.196058 = -0.099526
 //   walk> w  = 0.141984 - 0.1 (-0.099526 / (sqrt(0.009905) + 1e-8) + 0.1 * 0.141984)
 template <class real>
@@ -1741,9 +1732,9 @@ void train_step(Gpt2<Device>& model, const std::vector<Batch>& micro_batches, co
 //   perplexity = e^loss            bits per byte = (sum of losses) / log 2 / (bytes of the text)
 // Careful: only bits per byte compare models with different tokenizers. A longer token is harder.
 
-// Windows, one after the other, that score every prediction once. Given a document_start >= 0 (the
-// end-of-text token), a window begins where its document begins; what was scored before is context
-// only. Then every token is predicted from all of its document so far, as the floor of the default
+// Windows, one after the other, that score every prediction once. With a document_start >= 0 (the
+// end-of-text token) a window begins where its document does; what was scored before is context
+// only. So every token is predicted from all of its document so far, as the floor of the default
 // corpus assumes. (A document longer than T is cut.) With T = 8 and the documents Abcdef Ghij
 // Klmno, whose first tokens are the capitals:
 //   inputs of window 0     A b c d e f G h        8 are scored; targets b ... i
@@ -1797,8 +1788,7 @@ std::vector<typename Device::Real> batch_losses(Gpt2<Device>& model, const Batch
 }
 
 // Scores every window, model.B at a time on each rank. token_bytes[id]: how many bytes a token
-// stands for; may be empty. Before each batch go_on(tokens scored) may return false to stop, on all
-// ranks.
+// stands for; may be empty. Before each batch go_on(tokens scored) may return false, on all ranks.
 template <class Device>
 Evaluation evaluate(Gpt2<Device>& model, std::span<const Window> windows,
                     const std::vector<int>& token_bytes,
@@ -1834,8 +1824,8 @@ Evaluation evaluate(Gpt2<Device>& model, std::span<const Window> windows,
 
 // --- Generation: predict one token, append it, predict the next
 // The key/value cache: positions do not look ahead, so a new token changes nothing in the rows
-// before it. Their keys and values are kept, and only the new row is computed. That is one pass
-// over the weights for one token: the time goes into reading them.
+// before it. Their keys and values are kept, and only the new row is computed: a pass over the
+// weights for each token, whose time goes into reading them.
 //   pass 1   reads "the cat"   T = 2, past = 0   rows 0, 1 of every layer's qkv   -> " sat", say
 //   pass 2   reads " sat"      T = 1, past = 2   row 2                            -> " on"
 
@@ -1934,9 +1924,9 @@ std::vector<float> next_logits(Gpt2<Device>& model, const std::vector<int32_t>& 
     return std::vector<float>(real_logits.begin(), real_logits.end());
 }
 
-// Continues `tokens` (at least one) and calls on_token(token) for each new one; stops when that
-// returns false, at end_of_text, or after max_new_tokens. A full context slides: its later half is
-// read again as a new beginning. Returns how often.
+// Continues `tokens` (at least one) and calls on_token(token) for each new one, until it returns
+// false, at end_of_text, or after max_new_tokens. A full context slides: its later half is read
+// again as a new beginning. Returns how often.
 template <class Device, class OnToken>
 int generate(Gpt2<Device>& model, std::vector<int32_t> tokens, const SampleOptions& o,
              OnToken&& on_token) {
@@ -2464,10 +2454,9 @@ void await_weights(Gpt2<Device>& model, int layers) {
 // §11 The CPU at full speed: products of matrices, attention and e^x
 // =================================================================================================
 // What you have now: a model that trains, in plain loops. Here are its slowest operations again,
-// fast. Why products can be fast: n^3 operations on n^2 numbers. A core does 32 multiply-adds a
-// cycle here, but can load far fewer numbers, and hardly any from memory. So: keep sums in
-// registers and operands in the caches, and store what is read again and again in the order of
-// reading.
+// fast. A product does n^3 operations on n^2 numbers. A core does 32 multiply-adds a cycle, but
+// loads far fewer numbers, and hardly any from memory. So: keep sums in registers and operands in
+// the caches, and store what is read often in the order of reading.
 
 // --- Vectors: arithmetic on a whole register at a time, on any CPU
 #ifdef __CUDACC__
@@ -2493,7 +2482,7 @@ struct VectorOf {
 template <class Number>
 using Vec = typename VectorOf<Number>::type;
 
-// From and to memory, one instruction each; the address need not be aligned.
+// From and to memory, one instruction each, at any address.
 template <class Number>
 Vec<Number> load(const Number* from) {
     Vec<Number> v;
@@ -2536,17 +2525,16 @@ inline void store_rounded(bf16* to, const float* from, int n) {
     for (; j + kLanes <= n; j += kLanes) store(to + j, rounded(load(from + j)));
     for (; j < n; ++j) to[j] = bf16(from[j]);
 }
-// Prefetches into L2; L1 has room for far fewer outstanding loads. Any address is safe.
+// Prefetches into L2: L1 allows far fewer outstanding loads. Any address is safe.
 inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
 
 // --- e^x without a library call: the same lines for one float and for a vector of them
 //   x = n ln2 + r,  |r| <= ln2/2,  n whole:   e^x = 2^n e^r,  and e^r = 1 + r + r^2 q(r)
-// The coefficients of q are a minimax fit (relative error of e^r: 3.2e-9, far below float's 6e-8).
-// ln2 is subtracted in two parts so that n * 0.693359375 is exact (Cody and Waite 1980). Adding 1.5
-// * 2^23 rounds to whole numbers and leaves n in the low bits.
+// q is a minimax fit (relative error of e^r: 3.2e-9, far below float's 6e-8). ln2 is subtracted in
+// two parts, so that n * 0.693359375 is exact (Cody and Waite 1980). Adding 1.5 * 2^23 rounds to
+// whole numbers and leaves n in the low bits.
 
-// Within 2 units in the last place for -87.3 < x < 88.3; 0 below -87.7, infinity above 88.4; NaN
-// stays NaN.
+// Within 2 units in the last place for -87.3 < x < 88.3; 0 below -87.7, infinity above 88.4.
 template <class V>
 V exp_fast(V x) {
     // int32_t for a float; for a vector the type of its comparisons, a vector of int32_t.
@@ -2600,8 +2588,8 @@ inline float exp_and_sum(float* x, float shift, int count, float factor) {
 
 // --- Scratch memory
 
-// A thread's scratch buffer number i, of at least so many bytes. It is not cleared, and growing
-// loses what it holds. Careful: a function must not use those of its caller.
+// A thread's scratch buffer i, of at least so many bytes, not cleared; growing loses what it holds.
+// Careful: a function must not use those of its caller.
 inline void* scratch_bytes(int i, size_t bytes) {
     struct Buffer {
         std::unique_ptr<char, decltype(&std::free)> memory{nullptr, &std::free};
@@ -2641,25 +2629,23 @@ Number* scratch(int i, size_t count) {
 // |   |   | |         |
 // +---+---+ +---------+
 //
-// A tile's rows of a, in L1, meet the panels of b in turn, which come from L2; so c is written
-// along its rows. That is the blocking of Goto and van de Geijn (2008), with the two operands
-// exchanged. At ragged edges panels are padded with zeros, and smaller micro-kernels make the last
-// rows.
+// A tile's rows of a, in L1, meet b's panels in turn, from L2; so c is written along its rows. That
+// is the blocking of Goto and van de Geijn (2008), with the operands exchanged. At ragged edges
+// panels are padded with zeros, and smaller micro-kernels make the last rows.
 //
 // In bf16 a packed element is a pair of numbers, two neighbouring steps of k. Sums are fp32, and
-// are rounded once, when all of k and `finish` are in them.
+// rounded once, after `finish`.
 
-// Two registers of sums a row, two for b's row, one for a's number: 2 * 14 + 3 of 32, or 2 * 6 + 3
-// of 16.
+// Registers: two of sums a row, two for b's row, one for a's number: 2 * 14 + 3, or 2 * 6 + 3.
 constexpr int kTileRows = kVectorRegisters == 32 ? 14 : 6;
 constexpr int kDepth = 512;             // steps of k at a time: a tile's rows of a fit into L1
 constexpr int kPackedB = 512 * kDepth;  // elements of b packed at a time: they fit into L2
-// From row to row of attention's scores. Careful: rows 512 numbers apart would all lie in 2 of L1's
-// 64 sets, and evict each other where they are read downwards.
+// From row to row of attention's scores. Careful: rows 512 numbers apart would share 2 of L1's 64
+// sets, and evict each other where they are read downwards.
 constexpr int kStride = kDepth + 16;
 
-// One step of the product: sum += a b. Careful: if the compiler does not inline these, the sums
-// live in memory, and products take twice as long.
+// One step of the product: sum += a b. Careful: not inlined, the sums would live in memory, and
+// products take twice as long.
 [[gnu::always_inline]] inline void multiply_add(Vec<float>& sum, float a, Vec<float> b) {
     sum += a * b;
 }
@@ -2676,9 +2662,9 @@ constexpr bool kHasPairs = true;
 constexpr bool kHasPairs = false;
 #endif
 
-// Tile [rows, 2 L] (+)= a [rows, k] * panel of b [k, 2 L]. The tile's rows are ldc apart. down: the
-// steps of k run down a's columns, else along its rows. Why template arguments: the compiler must
-// know how many sums there are, to give each a register, and which distance is 1.
+// Tile [rows, 2 L] (+)= a [rows, k] * panel of b [k, 2 L]. The tile's rows are ldc apart. down: k
+// runs down a's columns, else along its rows. Why templates: to give each sum a register, the
+// compiler must know how many there are.
 template <int rows, bool down, class Packed>
 void micro_kernel(float* tile, ptrdiff_t ldc, View<Packed> a, const Packed* b, int k, bool add) {
     constexpr int L = kLanes;
@@ -2703,9 +2689,8 @@ void micro_kernel(float* tile, ptrdiff_t ldc, View<Packed> a, const Packed* b, i
     }
 }
 
-// One step of a transpose: exchanges the lanes of a that have bit `step` set with those of b that
-// do not. With step 1 and four lanes, a0 a1 a2 a3 and b0 b1 b2 b3 become a0 b0 a2 b2 and a1 b1 a3
-// b3.
+// One step of a transpose: exchanges the lanes of a whose number has bit `step` with those of b
+// whose number has not. With step 1: a0 a1 a2 a3, b0 b1 b2 b3 become a0 b0 a2 b2, a1 b1 a3 b3.
 template <int step, class V, int... lane>
 [[gnu::always_inline]] inline void exchange_lanes(V& a, V& b, std::integer_sequence<int, lane...>) {
     const V x = a, y = b;
@@ -2713,8 +2698,7 @@ template <int step, class V, int... lane>
     b = V{(lane & step ? y[lane] : x[lane ^ step])...};
 }
 
-// v[i][j] = v[j][i], in registers, for kLanes vectors of kLanes numbers: first within squares of 2
-// by 2, then of 4 by 4, and so on.
+// v[i][j] = v[j][i], in registers, for kLanes vectors: in squares of 2 by 2, then 4 by 4, ...
 template <int step = 1>
 [[gnu::always_inline]] inline void transpose_square(auto* v) {
     if constexpr (step < kLanes) {
@@ -2735,8 +2719,8 @@ struct Panels {
     Panels from(ptrdiff_t i, ptrdiff_t j) const { return {data + i * N + j / N * panel, panel}; }
 };
 
-// A way to compute tiles. This one is that of fp32, and of bf16 where the CPU has nothing better;
-// the two ways to multiply pairs are below.
+// A way to compute tiles: that of fp32, and of bf16 where the CPU has nothing better. The two ways
+// to multiply pairs are below.
 struct PlainTiles {
     using Packed = float;                          // an element of a packed operand
     static constexpr int kNumbers = 1;             // that it holds, of neighbouring steps of k
@@ -2746,11 +2730,10 @@ struct PlainTiles {
     static constexpr int kSteps = kDepth;     // that tile() makes at a time
     static constexpr bool kIsMatrix = false;  // a is in panels too, and tile() writes all kRows
     static float element(float number, float /*of the next step*/) { return number; }
-    // A vector of elements. Of a pair, element e's numbers are from[e] and from[e + next] or, where
-    // next is 1, neighbours: from[2 e] and from[2 e + 1].
+    // A vector of elements. The numbers of pair e are from[e] and from[e + next], but where next is
+    // 1, from[2 e] and from[2 e + 1].
     static Vec<float> elements(const auto* from, ptrdiff_t /*next*/) { return load_floats(from); }
-    // c [rows, kCols] (+)= a b, with b one panel: some rows at a time, as often as they fit, then
-    // fewer (14, 8, 4, 2, 1).
+    // c [rows, kCols] (+)= a b, with b one panel: 14 rows at a time, then 8, 4, 2, 1.
     template <int some = kTileRows, class Element>
     static void tile(float* c, ptrdiff_t ldc, View<Element> a, Panels<Element, kPanel> b, int rows,
                      int k, bool add) {
@@ -2764,10 +2747,10 @@ struct PlainTiles {
     }
 };
 
-// Packs an operand x as elements [i_end, j_end], in panels of N columns; what lies beyond x counts
-// as 0. down: the steps of k run down the columns, else along the rows; an element is made of I
-// numbers of a column, or of J of a row. L by L elements at a time, transposed unless x's rows are
-// rows in memory. Then the edges: rows in memory by vectors, and the rest one by one.
+// Packs an operand x as elements [i_end, j_end], in panels of N columns; beyond x are zeros. down:
+// k runs down the columns, else along the rows; an element is made of I numbers of a column, or J
+// of a row. L by L elements at a time, transposed unless x's rows are rows in memory. Then the
+// edges: rows in memory by vectors, the rest one by one.
 template <class Tiles, int N, bool down, class Packed, class Number>
 void pack(Packed* out, ptrdiff_t apart, View<Number> x, int i_end, int j_end) {
     constexpr int L = kLanes, I = down ? Tiles::kNumbers : 1, J = Tiles::kNumbers / I;
@@ -2801,8 +2784,8 @@ void pack(Packed* out, ptrdiff_t apart, View<Number> x, int i_end, int j_end) {
     }
 }
 
-// The left operand of tiles: where it lies, if they can read it there, or packed into
-// scratch(buffer), in the direction in which it lies or, for the matrix unit, in panels.
+// The left operand: where it lies, if tiles can read it there, or packed into scratch(buffer), in
+// the direction in which it lies or, for the matrix unit, in panels.
 template <class Tiles, class Number>
 auto pack_left(int buffer, View<Number> a) {
     using Packed = typename Tiles::Packed;
@@ -2837,8 +2820,7 @@ auto pack_left(int buffer, View<Number> a) {
     }
 }
 
-// The right operand, packed into scratch(buffer) in panels; the last columns of a tile are padded
-// with zeros.
+// The right operand, packed into scratch(buffer) in panels; the last is padded with zeros.
 template <class Tiles, class Number>
 auto pack_right(int buffer, View<Number> b) {
     constexpr int N = Tiles::kPanel;
@@ -2848,9 +2830,9 @@ auto pack_right(int buffer, View<Number> b) {
     return Panels<typename Tiles::Packed, N>{out, size_t(steps) * N};
 }
 
-// A row of tiles, at most kRows high: c [rows, cols] (+)= a b, `steps` packed elements deep; add:
-// to what is there. A tile that is cut off by the edge of c is made beside it. While a tile's sums
-// are made, its part of c or the one below is prefetched, some rows in each pass.
+// A row of tiles, at most kRows high: c [rows, cols] (+)= a b, `steps` packed elements deep. A tile
+// that the edge of c cuts off is made beside it. Meanwhile the tile's part of c, or the one below,
+// is prefetched, some rows in each pass.
 template <class Tiles>
 void multiply_tiles(float* c, ptrdiff_t ldc, auto a, auto b, int rows, int cols, int steps,
                     bool add) {
@@ -2872,12 +2854,12 @@ void multiply_tiles(float* c, ptrdiff_t ldc, auto a, auto b, int rows, int cols,
         }
 }
 
-// As PlainOps::matmul; only floats can accumulate. c is cut into tasks, each some columns by some
-// or all rows. A thread takes one task after another and packs what it needs: columns of b, which
-// stay in its L2, and some rows of a at a time, where a cannot be read in place. One thread makes
-// the whole sum of an element, in order: no result depends on the number of threads. Sums are made
-// in c itself where it is float; else in scratch, from which they are rounded: a row of tiles, or
-// all the task's rows if k is more than is packed at a time.
+// As PlainOps::matmul; only floats can accumulate. c is cut into tasks, some columns by some or all
+// rows. A thread takes one after another and packs what it needs: columns of b, which stay in its
+// L2, and some rows of a, where a cannot be read in place. One thread makes the whole sum of an
+// element, in order, so no result depends on the number of threads. Sums are made in c where it is
+// float, else in scratch: a row of tiles, or all the task's rows if k is more than is packed at a
+// time.
 template <class Tiles, class C, class Number>
 void multiply(C* c, View<Number> a, View<Number> b, bool accumulate, const Finish<float>& finish) {
     const int m = a.rows, n = b.cols, k = a.cols;
@@ -2887,7 +2869,7 @@ void multiply(C* c, View<Number> a, View<Number> b, bool accumulate, const Finis
     constexpr int kSome = round_up(100, std::lcm(R, kLanes));
     // Why deeper where sums are rounded: then they seldom have to be kept for all rows.
     constexpr int most_depth = (rounds ? 4 : 1) * Tiles::kNumbers * kDepth;
-    // A task's columns: at most about kPackedB elements and at least four panels, and as many tasks
+    // A task's columns: at most about kPackedB elements, at least four panels, and as many tasks
     // for each thread where whole panels allow it.
     const int threads = omp_get_max_threads();
     const int most_cols = kPackedB / Tiles::steps(std::min(k, most_depth));
@@ -2973,10 +2955,9 @@ void add_rows(float* sum, const float* x, View<Number> b, int first, int last,
     }
 }
 
-// c[1, n] of one row a. Every number of b is used once, so nothing is packed, and memory sets the
-// speed: each thread should read one part of b from start to end. A row-major b is cut into
-// kStripes stripes of rows, whose sums are added in order; a transposed one into columns, each a
-// dot product.
+// c[1, n] of one row a. Each number of b is used once, so nothing is packed, and memory sets the
+// speed: a thread should read one part of b from start to end. A row-major b is cut into kStripes
+// stripes of rows, whose sums are added in order; a transposed one into columns, as dot products.
 template <class C, class Number>
 void multiply_row(C* c, View<Number> a, View<Number> b, bool accumulate,
                   const Finish<float>& finish) {
@@ -3033,21 +3014,21 @@ struct PairTiles : PlainTiles {
     }
 };
 
-// With the matrix unit, where the CPU has one (AMX; Intel 64 manual, volume 1, chapter 18). It has
-// eight registers of 16 rows of 64 bytes, and one instruction multiplies 16 x 32 by 32 x 16
-// numbers. Unit: its instructions; register numbers are part of the code, so template arguments.
+// With the matrix unit, where the CPU has one (AMX; Intel 64 manual, volume 1, chapter 18): eight
+// registers of 16 rows of 64 bytes; one instruction multiplies 16 x 32 by 32 x 16 numbers. Unit:
+// its instructions; register numbers are part of the code, so template arguments.
 template <class Unit>
 struct MatrixTiles : PairTiles {
-    // Both operands in panels of 16 columns, so that what a register takes is 1 KB without gaps.
-    // Why fewer steps: 32 rows of 192 pairs, 24 KB, stay in L1 while b's panels come from L2.
+    // Both operands in panels of 16 columns: a register takes 1 KB without gaps. Why fewer steps:
+    // 32 rows of 192 pairs, 24 KB, stay in L1 while b's panels come from L2.
     static constexpr int kRows = 32, kCols = 32, kPanel = 16, kSteps = 192;
     static constexpr bool kIsMatrix = true;
     // Careful: steps beyond k are zeros in both operands. 0 times a NaN would be a NaN.
     static int steps(int depth) { return round_up(depth, 32) / 2; }
     Unit unit;  // sets up the registers of its thread
 
-    // Registers 0 to 3 are the quarters of c, 4 and 5 two of a, 6 and 7 two of b. Why this order:
-    // each product waits for one load only.
+    // Registers 0 to 3 are the quarters of c, 4 and 5 of a, 6 and 7 of b. Why this order: each
+    // product waits for one load only.
     static void tile(float* c, ptrdiff_t ldc, Panels<Packed, 16> a, Panels<Packed, 16> b, int,
                      int k, bool add) {
         float* low = c + 16 * ldc;
@@ -3121,14 +3102,13 @@ auto with_tiles(auto&& use) {
 }
 
 // --- Attention, forward
-// A tile of queries meets kDepth keys at a time, whose scores stay in L1. The softmax is updated as
+// A tile of queries meets kDepth keys at a time; their scores stay in L1. The softmax is updated as
 // keys come (Milakov and Gimelshein 2018):
 //   new max = max(old max, s)    p = e^(s - new max)    old sums shrink by e^(old max - new max)
-// Keys later than a tile's last query are left out, but for those of its last panel. In bf16
-// scores, p and sums are fp32; p is rounded where it is multiplied as a pair.
+// In bf16 scores, p and sums are fp32; p is rounded where it is multiplied as a pair.
 
-// One step of that softmax, for one query: scores s[count], still to be multiplied by factor,
-// become p; max, total and sums[HS] are updated.
+// One step of that softmax, for one query: factor * s[count] become p; updates max, total and
+// sums[HS].
 inline void running_softmax(float* s, float factor, int count, float& max, float& total,
                             float* sums, int HS) {
     const float top = std::max(max, factor * maximum(s, count));
@@ -3138,8 +3118,8 @@ inline void running_softmax(float* s, float factor, int count, float& max, float
     for (int j = 0; j < HS; ++j) sums[j] *= shrink;
 }
 
-// One query, the last of n rows, in one head. Nothing is used twice, so nothing is packed. Rows lie
-// too far apart for the CPU to prefetch them by itself.
+// One query, the last of n rows, in one head. Nothing is used twice, so nothing is packed. The CPU
+// does not prefetch rows so far apart by itself.
 template <class A>
 void attend_one(A* out, const A* qkv, int n, int C, int HS) {
     float *p = scratch<float>(0, n), *sums = scratch<float>(1, HS);
@@ -3162,7 +3142,7 @@ void attend(A* out, float* lse, const A* qkv, int first, int last, int C, int HS
     const View q(qkv, last, HS, 3 * ptrdiff_t(C));
     const auto keys = pack_right<Tiles>(0, q.part(0, C, last, HS).transposed());
     const auto values = pack_right<Tiles>(1, q.part(0, 2 * C, last, HS));
-    // Floats are divided by sqrt(HS) as keys; pairs, which that would round again, as scores.
+    // Why pairs are not divided by sqrt(HS) as keys: that would round them again.
     const float scale = 1 / std::sqrt(float(HS)), left_over = Tiles::kNumbers == 1 ? 1 : scale;
     if constexpr (Tiles::kNumbers == 1)
         for (size_t i = 0; i < size_t(HS) * round_up(last, Tiles::kCols); ++i)
@@ -3201,13 +3181,12 @@ void attend(A* out, float* lse, const A* qkv, int first, int last, int C, int HS
 
 // --- Attention, backward
 // kDepth keys at a time, and the queries that see them: p = e^(s - lse) is made again, then dp =
-// dout v^T and ds = p (dp - D). ds is the left operand of dq = ds k as it is; read downwards, p and
-// ds are those of dv = p^T dout and dk = ds^T q.
+// dout v^T and ds = p (dp - D). ds is the left operand of dq = ds k; read downwards, p and ds are
+// those of dv = p^T dout and dk = ds^T q.
 
 // One query: products p = q k^T and ds = dout v^T [count] become p (times the mask) and
-// ds / sqrt(HS), zero from `seen` on. D: dout . out of this query (§4.5); index: of the first of
-// these keys in dropout's mask. Careful: works on whole registers, so both must be set up to `seen`
-// rounded up to kLanes.
+// ds / sqrt(HS), zero from `seen` on. D: dout . out (§4.5); index: that of the first of these keys
+// in dropout's mask. Careful: both must be set up to `seen` rounded up to kLanes.
 inline void softmax_row_backward(float* p, float* ds, float lse, float D, int count, int seen,
                                  int HS, Dropout drop, uint64_t index) {
     const float scale = 1 / std::sqrt(float(HS));
@@ -3229,7 +3208,7 @@ void attend_backward(A* dqkv, const A* dout, const A* out, const float* lse, con
     const View q(qkv, T, HS, 3 * ptrdiff_t(C)), k = q.part(0, C, T, HS),
                                                 v = q.part(0, 2 * C, T, HS);
     const View d(dout, T, HS, C), o(out, T, HS, C);
-    const ptrdiff_t apart = 3 * HS;  // from row to row of the gradients, which add up as floats
+    const ptrdiff_t apart = 3 * HS;  // from row to row of the gradients, here in float
     float *dq = scratch<float>(8, T * apart), *dk = dq + HS, *dv = dk + HS;
     const size_t square = size_t(kQueries) * kStride;  // [queries][keys]
     float *p = scratch<float>(0, square), *ds = scratch<float>(1, square);
@@ -3308,16 +3287,14 @@ using Cpu = CpuOf<float>;
 // §12 Systems, files and JSON
 // =================================================================================================
 // What you have now: a model that trains, in memory. Here is what differs between systems, how
-// files are read and written, and two formats of text: UTF-8 and JSON.
-//
-// A file must survive a kill, a full disk and a power cut. So it is written under another name and
-// then renamed, and every call is checked.
+// files are read and written, and two formats of text: UTF-8 and JSON. A file must survive a kill,
+// a full disk and a power cut: it is written under another name, then renamed.
 
 // --- What differs between systems: Linux with glibc or musl, macOS; x86-64, ARM
 
-// Ends the program where this CPU lacks instructions that the compiler was free to use; of those
-// that came together, one is asked for. Careful: it runs before the initialisers of globals (101 is
-// the first priority a program may use), and is compiled without those instructions itself.
+// Ends the program where this CPU lacks instructions that the compiler was free to use (of those
+// that came together, one is asked for). Careful: it runs before the initialisers of globals (101
+// is the first priority a program may use), and is itself compiled without those instructions.
 #define TINYGPT_TEXT_OF(macro) #macro  // "1" for a macro that is defined as 1
 #define TINYGPT_NEEDS(macro, name, is_there)             \
     if (TINYGPT_TEXT_OF(macro)[0] == '1' && !(is_there)) \
@@ -3357,7 +3334,7 @@ inline void use_large_pages([[maybe_unused]] void* start, [[maybe_unused]] size_
     ::madvise(start, bytes, MADV_HUGEPAGE);
 #endif
 }
-// 0 when the file is on the disk. On macOS, fsync leaves it in the disk's own memory.
+// 0: the file is on the disk. On macOS, fsync leaves it in the disk's own memory.
 inline int sync_file(int fd) {
 #ifdef F_FULLFSYNC
     if (::fcntl(fd, F_FULLFSYNC) == 0) return 0;
@@ -3367,11 +3344,16 @@ inline int sync_file(int fd) {
 
 // --- Files and folders
 
-// An open file, closed at the end of its scope. It can be moved, but not copied: it must be closed
-// once only.
+// An open file, closed at the end of its scope. It can be moved, not copied.
 struct FileHandle {
     int fd;
     explicit FileHandle(int fd) : fd(fd) {}
+    // Opens it, or fails. O_CLOEXEC: child processes do not inherit it.
+    FileHandle(const std::string& path, int flags)
+        : fd(::open(path.c_str(), flags | O_CLOEXEC, 0666)) {
+        const bool reads = (flags & O_ACCMODE) == O_RDONLY;
+        if (fd < 0) fail_errno(reads ? "cannot read " : "cannot write ", path);
+    }
     FileHandle(FileHandle&& other) noexcept : fd(std::exchange(other.fd, -1)) {}
     ~FileHandle() {
         if (fd >= 0) ::close(fd);
@@ -3385,17 +3367,14 @@ struct InputFile {
     FileHandle file;
     size_t bytes = 0;
 
-    // Why O_NONBLOCK: opening a pipe would wait for a writer. O_CLOEXEC, here as everywhere: child
-    // processes do not inherit the file.
-    explicit InputFile(const std::string& path)
-        : path(path), file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
+    // Why O_NONBLOCK: opening a pipe would wait for a writer.
+    explicit InputFile(const std::string& path) : path(path), file(path, O_RDONLY | O_NONBLOCK) {
         struct stat info;
-        if (file.fd < 0 || ::fstat(file.fd, &info) != 0) fail_errno("cannot read ", path);
+        if (::fstat(file.fd, &info) != 0) fail_errno("cannot read ", path);
         if (!S_ISREG(info.st_mode)) fail(path, ": expected a file, found a folder, pipe or device");
         bytes = size_t(info.st_size);
     }
-    // Sets out[count] from the bytes at `offset`. pread may return fewer than requested, or EINTR
-    // because of a signal.
+    // Sets out[count] from the bytes at `offset`. pread may return fewer, or EINTR (a signal).
     void read_bytes(void* out, size_t count, size_t offset) const {
         for (char* to = static_cast<char*>(out); count > 0;) {
             const ssize_t got = ::pread(file.fd, to, count, off_t(offset));
@@ -3407,8 +3386,7 @@ struct InputFile {
     }
 };
 
-// Writes all the bytes: a call may be interrupted (EINTR) or come up short. Returns how many were
-// written; where they are fewer, errno says why.
+// Writes all the bytes. Returns how many were written; where they are fewer, errno says why.
 inline size_t write_all(int fd, const void* data, size_t bytes) {
     const char* from = static_cast<const char*>(data);
     size_t done = 0;
@@ -3420,9 +3398,7 @@ inline size_t write_all(int fd, const void* data, size_t bytes) {
     return done;
 }
 
-// The rest do all that they say, or throw an Error with the path and the reason.
-
-// What has that name (file, folder, device), as stat says it; 0: nothing.
+// The mode of what has that name (file, folder, device); 0: nothing has.
 inline mode_t mode_of(const std::string& path) {
     struct stat info;
     return ::stat(path.c_str(), &info) == 0 ? info.st_mode : 0;
@@ -3451,25 +3427,21 @@ inline std::vector<std::string> list_folder(const std::string& path) {
     return names;
 }
 
-// The whole file; more than max_bytes is an error. A pipe's length is not known before.
+// The whole file, or all that comes through a pipe; more than max_bytes is an error.
 inline std::string read_file(const std::string& path, size_t max_bytes = SIZE_MAX) {
-    const FileHandle file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
-    struct stat info;
-    if (file.fd < 0 || ::fstat(file.fd, &info) != 0) fail_errno("cannot read ", path);
+    const FileHandle file(path, O_RDONLY);
     std::string bytes;
-    for (size_t used = 0, more = S_ISREG(info.st_mode) ? size_t(info.st_size) : 0;;) {
-        if (std::max(used, more) > max_bytes)
-            fail(path, ": expected at most ", max_bytes, " bytes, found more");
-        // One more than expected: then finding the end needs no larger buffer.
-        if (used == bytes.size()) bytes.resize(std::max(more + 1, 2 * used + 4096));
-        const ssize_t got = ::read(file.fd, bytes.data() + used, bytes.size() - used);
+    std::vector<char> part(1 << 16);
+    for (ssize_t got; (got = ::read(file.fd, part.data(), part.size())) != 0;) {
         if (got < 0 && errno != EINTR) fail_errno("cannot read ", path);
-        if (got == 0) return bytes.resize(used), bytes;
-        used += size_t(std::max<ssize_t>(got, 0));
+        bytes.append(part.data(), size_t(std::max<ssize_t>(got, 0)));
+        if (bytes.size() > max_bytes)
+            fail(path, ": expected at most ", max_bytes, " bytes, found more");
     }
+    return bytes;
 }
 
-// What a file with this beginning is, and what to do about it; "" where that is not known.
+// What a file with this beginning is, and what to do about it; "": not known.
 inline const char* other_form(std::string_view begin) {
     static constexpr std::pair<std::string_view, const char*> forms[] =
         {{"version https://git-lfs",
@@ -3487,7 +3459,7 @@ inline const char* other_form(std::string_view begin) {
         if (begin.starts_with(start)) return text;
     return "";
 }
-// For an error: what a file that is no shard may be instead, and what to do.
+// For an error: what a file that is no shard may be, and what to do.
 inline std::string no_shard_hint(const std::string& path, std::string_view begin) {
     if (*other_form(begin)) return to_text("It is ", other_form(begin));
     return to_text(
@@ -3516,14 +3488,13 @@ inline std::vector<std::string> split_at(std::string_view text, char separator) 
 // Makes the names in a folder survive a power cut. Some network file systems cannot (EINVAL,
 // ENOTSUP).
 inline void sync_folder(const std::string& path) {
-    const FileHandle folder(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-    if (folder.fd < 0) fail_errno("cannot open folder ", path);
+    const FileHandle folder(path, O_RDONLY | O_DIRECTORY);
     const bool synced = sync_file(folder.fd) == 0;
     if (!synced && errno != EINVAL && errno != ENOTSUP) fail_errno("cannot sync folder ", path);
 }
 
-// A folder to write into; it and those above it are made where they are missing. Those that were
-// made and are still empty at the end of the scope are removed.
+// A folder to write into, made with those above it where they are missing. Those that were made
+// and are still empty at the end of the scope are removed.
 class FolderToFill {
     FolderToFill() = default;
     void make(const std::string& path) {
@@ -3550,7 +3521,7 @@ public:
 // Creates a folder and those above it, or none of them.
 inline void make_folders(const std::string& path) { FolderToFill(path).made.clear(); }
 
-// Replaces a file of the new name, and makes that name last.
+// Replaces a file of the new name, on the disk too.
 inline void rename_path(const std::string& from, const std::string& to) {
     if (::rename(from.c_str(), to.c_str()) != 0) fail_errno("cannot rename ", from, " to ", to);
     sync_folder(parent_folder(to));
@@ -3576,7 +3547,7 @@ inline void remove_folder(const std::string& path) {
 //     fsync                    the new name with an empty file: the disk may write names first
 //     rename                   (in one step, the name means the new file)
 //     fsync of the folder      the old file, although the program went on as if it had saved
-// commit() makes the last three. Without it the old file stays.
+// commit() makes the last three; without it the old file stays.
 class FileWriter {
     std::string path_, temporary_;
     FileHandle file_{-1};  // of the temporary
@@ -3593,7 +3564,7 @@ public:
     ~FileWriter() {
         if (file_.fd >= 0) std::remove(temporary_.c_str());
     }
-    // Appends. Not buffered: give it large portions.
+    // Appends, without a buffer.
     void write(const void* data, size_t bytes) {
         if (write_all(file_.fd, data, bytes) < bytes) fail_errno("cannot write ", path_);
     }
@@ -3601,7 +3572,7 @@ public:
     void rewind() {
         if (::lseek(file_.fd, 0, SEEK_SET) < 0) fail_errno("cannot write ", path_);
     }
-    // Careful: a disk may report here, and only here, that an earlier write was lost.
+    // Careful: here, and only here, a disk may report that an earlier write was lost.
     void commit() {
         if (sync_file(file_.fd) != 0) fail_errno("cannot write (fsync) ", path_);
         rename_path(temporary_, path_);
@@ -3616,14 +3587,14 @@ inline void write_file(const std::string& path, std::string_view bytes) {
 }
 
 // --- What containers leave of the machine
-// Linux keeps processes in control groups, one inside the other, each with its limits. A group is a
-// folder under /sys/fs/cgroup; in version 1, one for each resource.
+// Linux keeps processes in control groups, one inside the other, each with its limits: a folder
+// under /sys/fs/cgroup; in version 1, one for each resource.
 //                          version 2                   version 1
 //     /proc/self/cgroup    0::/box/run                 4:memory:/box/run
 //     cores                cpu.max: 150000 100000      cpu.cfs_quota_us, cpu.cfs_period_us
 //     memory               memory.max, .current        memory.limit_in_bytes, .usage_in_bytes
 
-// What a file says; empty where it cannot be read.
+// A file's text; empty where it cannot be read.
 inline std::string text_if_any(const std::string& path) {
     return ::access(path.c_str(), R_OK) == 0 ? read_file(path) : "";
 }
@@ -3727,9 +3698,9 @@ inline void Shards::check_tokens(int vocab_size) const {
         }
 }
 
-// The number that the whole text is; none where it is no number of that type. Strict: no blanks, no
-// "+5", no hexadecimal, no infinity or NaN; an integer has digits only. Why not from_chars for
-// both: Apple's library has none for double.
+// The number that the whole text is; none where it is none of that type. Strict: no blanks, "+5",
+// hexadecimal, infinity or NaN; an integer has digits only. Why not from_chars for both: Apple's
+// library has none for double.
 template <class Number>
 std::optional<Number> number_of(const std::string& text) {
     if constexpr (std::is_integral_v<Number>) {
@@ -3750,7 +3721,7 @@ std::optional<Number> number_of(const std::string& text) {
 }
 
 // --- Characters in UTF-8
-// UTF-8 spreads the number of a character, its code point, over one to four bytes (x: its bits).
+// UTF-8 writes a character's number, its code point, in one to four bytes (x: its bits).
 //     0xxxxxxx                               up to U+007F: ASCII
 //     110xxxxx 10xxxxxx                      up to U+07FF: most of Europe, the Middle East
 //     1110xxxx 10xxxxxx 10xxxxxx             up to U+FFFF: nearly all that is written today
@@ -3773,7 +3744,7 @@ inline Utf8Character utf8_character(std::string_view text) {
         if ((text[i] & 0xc0) != 0x80) return {0, 0};
         code = code << 6 | (text[i] & 0x3f);
     }
-    // Careful: only the shortest form of a character is valid, or it could evade a check.
+    // Careful: only the shortest form is valid, or a character could evade a check.
     const bool too_long = (bytes == 3 && code < 0x800) || (bytes == 4 && code < 0x10000);
     const bool surrogate = code >= 0xd800 && code < 0xe000;
     return {too_long || surrogate || code > 0x10ffff ? 0 : bytes, code};
@@ -3804,7 +3775,7 @@ inline std::string json_string(std::string_view text) {
     }
     return out + '"';
 }
-// Any text for a message: as it is where it is short and plain, else as a JSON string, cut.
+// A text for a message: as it is where it is short and plain, else as a JSON string, cut.
 inline std::string shown(std::string_view text) {
     auto is_plain = [](char c) { return c > ' ' && c < 127; };
     if (!text.empty() && text.size() <= 60 && std::all_of(text.begin(), text.end(), is_plain))
@@ -3812,7 +3783,7 @@ inline std::string shown(std::string_view text) {
     return json_string(text.substr(0, 40)) + (text.size() > 40 ? "..." : "");
 }
 
-// A value. Numbers, texts and bool convert to one: Json::object().set("step", 7).set("done", true).
+// A value. Numbers, texts, bool convert to one: Json::object().set("step", 7).set("done", true).
 struct Json {
     enum class Kind { null, boolean, number, string, array, object };
     Kind kind = Kind::null;
@@ -3843,7 +3814,7 @@ struct Json {
 
     // The text's value. Errors begin with `where`, a file's name.
     static Json parse(std::string_view text, const std::string& where);
-    // The value as text: in one line with indent 0, else with a line for each member.
+    // As text: in one line with indent 0, else with a line for each member.
     std::string write(int indent = 0, int depth = 0) const {
         if (kind == Kind::string) return json_string(text);
         const bool object = kind == Kind::object;
@@ -3861,7 +3832,7 @@ struct Json {
         return object ? "{" + out + "}" : "[" + out + "]";
     }
 
-    // The number as int64_t or double; none where it is no such: 1.0 and 1e3 are no integers.
+    // The number as int64_t or double, if it is one: 1.0 and 1e3 are no integers.
     template <class Number>
     std::optional<Number> as() const {
         return kind == Kind::number ? number_of<Number>(text) : std::nullopt;
@@ -3880,7 +3851,7 @@ struct Json {
             if (name == key) return &value;
         return nullptr;
     }
-    // A member that must be there and of that kind; otherwise an error naming `where` and the key.
+    // A member that must be there, and of that kind.
     const Json& get(std::string_view key, Kind wanted, const std::string& where) const {
         static constexpr const char* names[] = {"null",     "true or false", "a number",
                                                 "a string", "an array",      "an object"};
@@ -3919,8 +3890,8 @@ struct Json {
 // Text to a value: recursive descent, a function for each rule of the grammar. Each reads from
 // text[at] on and moves `at` behind what it read.
 struct JsonParser {
-    // A text that nests deeper, or holds more values, is refused before it takes the memory. A
-    // vocabulary of 65536 tokens with merges as pairs holds 261,000.
+    // More is refused before it takes the memory. A vocabulary of 65536 tokens with merges as pairs
+    // has 261,000 values.
     static constexpr int kDepth = 64;
     static constexpr size_t kValues = 1 << 18;
 
@@ -3945,7 +3916,7 @@ struct JsonParser {
     }
 
     // list: [ value , value , ... ]  or  { string : value , string : value , ... }, no name twice.
-    // Why a tree of names: names can be chosen that fall into one slot of a hash table.
+    // Why std::set: names can be chosen that fall into one slot of a hash table.
     Json list(int depth) {
         const size_t start = at;
         const bool object = text[at++] == '{';
@@ -4000,15 +3971,15 @@ struct JsonParser {
         }
         return out;
     }
-    // escape: a letter, as in \n, or u and the four digits of a unit of UTF-16, whose \ is read
+    // escape: a letter, as in \n, or u and four digits, a unit of UTF-16; its \ is read
     uint32_t escape() {
         static constexpr std::string_view names = "\"\\/bfnrt", meanings = "\"\\/\b\f\n\r\t";
         const size_t start = at - 1, which = names.find(peek());
         if (which != names.npos) return at++, meanings[which];
         if (!accept("u")) wrong("an escape sequence");
         uint32_t code = hex4();
-        // Above U+FFFF: two units, a high and a low surrogate, with ten bits each of what is above
-        // 0x10000. U+1F600 is \ud83d\ude00, as 0xf600 is 0x3d << 10 | 0x200.
+        // Above U+FFFF: two units, surrogates, with ten bits each of what is above 0x10000.
+        // U+1F600 is \ud83d\ude00, as 0xf600 is 0x3d << 10 | 0x200.
         if (code >> 10 == 0xd800 >> 10 && accept("\\u")) {
             const uint32_t low = hex4();
             if (low >> 10 == 0xdc00 >> 10) code = 0x10000 + ((code & 0x3ff) << 10 | (low & 0x3ff));
@@ -4060,24 +4031,22 @@ inline Json Json::parse(std::string_view text, const std::string& where) {
 // =================================================================================================
 // §13 The tokenizer: text to tokens and back
 // =================================================================================================
-// What you have now: files of text. What a model reads: tokens, numbers below its vocabulary's
-// size, each of which stands for some bytes of text.
+// What you have now: files of text. A model reads tokens: numbers below its vocabulary's size, each
+// of which stands for some bytes of text.
 //
 // This is GPT-2's tokenizer, a byte-level BPE (byte pair encoding; Sennrich, Haddow, Birch 2016;
 // Radford et al. 2019, §2.2). Text is cut into pieces, roughly words with the blank before them. A
 // piece starts as its bytes, one token each. Then the two neighbours whose merge was learnt first
-// become one token, and so on until no neighbours have a merge. So any bytes can be encoded.
+// become one token, until no neighbours have a merge. So any bytes can be encoded.
 //
 //   text    "Hello, world's"
 //   pieces  "Hello" | "," | " world" | "'s"
 //   tokens   15496     11     995       338        (with GPT-2's vocabulary)
 //
-// prepare_data.cpp learns vocabularies from text, and has a faster encoder for whole corpora.
+// prepare_data.cpp learns vocabularies, and has a faster encoder for whole corpora.
 
-// --- Pieces
+// --- Pieces: merging never crosses from one into the next, or "dog." and "dog!" would be tokens
 
-// Merging never crosses from one piece into the next. Else "dog.", "dog!" and "dog?" would each be
-// a token.
 enum CharClass : uint8_t { kOther, kLetter, kNumber, kSpace };
 inline CharClass class_of(uint32_t code);  // of a code point; the table ends this section
 
@@ -4092,7 +4061,7 @@ inline CharClass class_at(std::string_view text, size_t at, size_t& bytes) {
 // The piece that begins at text[at]. This is GPT-2's pattern
 //   's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 // (openai/gpt-2, src/encoder.py) as a scanner: the first alternative that fits is the piece. \p{L}
-// is a letter, \p{N} a number, \s white space; (?!\S) leaves the last space before a word over.
+// is a letter, \p{N} a number, \s white space; (?!\S) leaves out the last space before a word.
 //   's|'t|'re|'ve|'m|'ll|'d   "we'll" is "we" | "'ll"    but "WE'LL" is "WE" | "'" | "LL"
 //    ?\p{L}+                  " costs"; "naïve" is one   "x2y" is "x" | "2" | "y"
 //    ?\p{N}+                  " 1999", "½"               "3.14" is "3" | "." | "14"
@@ -4115,16 +4084,15 @@ inline std::string_view next_piece(std::string_view text, size_t at) {
 
 // --- The vocabulary
 // A vocabulary is a list of merges, in the order in which they were learnt. Its tokens are the 256
-// bytes, what each merge makes, and the end of a text: GPT-2's has 256 + 50,000 + 1 = 50,257. A toy
-// one:
+// bytes, what each merge makes, and the end of a text: 256 + 50,000 + 1 = 50,257 in GPT-2. A toy:
 //   merge 0   l o      token 256, "lo"          merge 2   (blank) low    token 258, " low"
 //   merge 1   lo w     token 257, "low"         merge 3   e r            token 259, "er"
 // With it " lower lot" becomes " low" "er" | (blank) "lo" t: five tokens for ten bytes.
 
 // GPT-2 writes each byte as a visible character, so that a vocabulary file is text. The 188 bytes
 // that are visible in Latin-1 stand for themselves; the other 68, in order, are U+0100, U+0101, ...
-// Ids have the same order: first the 188, then the 68. So "!" is token 0. The blank, the 33rd of
-// the 68, is U+0120 ("Ġ") and token 188 + 32 = 220.
+// Ids have the same order: "!" is token 0; the blank, the 33rd of the 68, is U+0120 ("Ġ") and token
+// 188 + 32 = 220.
 struct ByteAlphabet {
     uint8_t byte_of_id[256] = {};
     uint16_t id_of_byte[256] = {}, character_of_byte[256] = {};
@@ -4143,8 +4111,8 @@ inline constexpr ByteAlphabet kBytes;
 constexpr std::string_view kEndOfText = "<|endoftext|>";  // its name in a vocabulary file
 constexpr uint32_t kNoToken = UINT32_MAX;
 
-// Tokens 0..255 are the bytes (in GPT-2's order), token 256 + i is what merge i makes of two
-// earlier tokens, and the last token is the end of a text.
+// Tokens 0..255 are the bytes, token 256 + i is what merge i makes of two earlier tokens, and the
+// last token is the end of a text.
 class Tokenizer {
 public:
     using Merge = std::pair<uint16_t, uint16_t>;
@@ -4164,15 +4132,14 @@ public:
         }
         bytes_.emplace_back();
     }
-    // No merges: every byte is a token.
-    static Tokenizer bytes() { return Tokenizer({}); }
+    static Tokenizer bytes() { return Tokenizer({}); }  // no merges: every byte is a token
 
     int vocab_size() const { return int(bytes_.size()); }
     int end_of_text() const { return vocab_size() - 1; }
     const std::vector<Merge>& merges() const { return merges_; }
     bool operator==(const Tokenizer& other) const { return merges_ == other.merges_; }
 
-    // The bytes that a token stands for: none for the end of a text.
+    // A token's bytes: none for the end of a text.
     std::string_view bytes_of(int id) const {
         if (id < 0 || id >= vocab_size())
             fail("there is no token ", id, ": the vocabulary has ", vocab_size());
@@ -4186,7 +4153,7 @@ public:
         for (uint16_t id : tokens) text += id == end_of_text() ? end_of_text_mark : bytes_of(id);
         return text;
     }
-    // The tokens of a text. "<|endoftext|>" in it is thirteen characters like any others.
+    // "<|endoftext|>" in the text is thirteen characters like any others.
     std::vector<uint16_t> encode(std::string_view text) const;
 
     // A folder with vocab.json and merges.txt, encoder.json and vocab.bpe, or tokenizer.json.
@@ -4223,9 +4190,9 @@ private:
 // --- Encoding
 
 // Appends the tokens of one piece to `out`, in n log n steps: a piece may be a megabyte of one
-// letter. merge(left, right) is what two tokens become, or kNoToken. The tokens are a linked list.
-// Every pair that has a merge waits in a heap, the earliest merge first, then the leftmost. With
-// merges a a -> A and A A -> B, aaaaa goes through
+// letter. merge(left, right) is what two tokens become, or kNoToken. Tokens are a linked list;
+// pairs that have a merge wait in a heap, the earliest merge first, then the leftmost. With merges
+// a a -> A and A A -> B, aaaaa goes through
 //     tokens        waiting, smallest first           taken
 //     a a a a a     A at 0, A at 1, A at 2, A at 3    A at 0
 //     A . a a a     A at 1, A at 2, A at 3            A at 1: that a is gone, skip
@@ -4237,7 +4204,7 @@ inline void merge_piece(const auto& merge, std::string_view piece, std::vector<u
     const uint32_t n = uint32_t(piece.size());
     std::vector<uint32_t> token(n), previous(n), next(n);
     std::priority_queue<uint64_t, std::vector<uint64_t>, std::greater<>> waiting;
-    // What token i and its right neighbour make. kNoToken also where its left one has taken it in.
+    // What token i and its right neighbour make; kNoToken also where its left one took it in.
     auto merged_at = [&](uint32_t i) {
         const bool is_pair = token[i] != kNoToken && next[i] < n;
         return is_pair ? merge(token[i], token[next[i]]) : kNoToken;
@@ -4288,9 +4255,9 @@ inline std::vector<uint16_t> Tokenizer::encode(std::string_view text) const {
 //
 //     tokenizer.json    {..., "model": {"type": "BPE", "vocab": {...}, "merges": ["Ġ t", ...]}}
 //
-// The vocabulary follows from the merges alone. One that says otherwise is refused.
+// The vocabulary follows from the merges; one that says otherwise is refused.
 
-// In ASCII, with the separators of Python's json: GPT-2's is, byte for byte, what OpenAI published.
+// As Python's json writes it: GPT-2's is, byte for byte, what OpenAI published.
 inline std::string Tokenizer::vocab_json() const {
     std::string json = "{";
     for (int id = 0; id < vocab_size(); ++id) {
@@ -4331,8 +4298,8 @@ inline void Tokenizer::save(const std::string& folder) const {
 
 constexpr size_t kMaxVocabBytes = 16'000'000;  // of a vocabulary file: GPT-2's have a million
 
-// The tokenizer of some merges ("Ġ t"). An error in one begins with `where` and its number.
-// `vocab`, an object in the file `path`, must give every token the id that its merge has.
+// The tokenizer of some merges ("Ġ t"); an error in one begins with `where` and its number.
+// `vocab`, from the file `path`, must give every token the id that its merge has.
 inline Tokenizer make_tokenizer(const std::vector<std::string>& merges, const std::string& where,
                                 const Json& vocab, const std::string& path) {
     std::unordered_map<std::string, int> ids;
@@ -4364,7 +4331,7 @@ inline Tokenizer make_tokenizer(const std::vector<std::string>& merges, const st
     return Tokenizer(std::move(pairs));
 }
 
-// The lines of a merges file, whose ends may be those of Windows.
+// A merges file's lines; their ends may be those of Windows.
 inline std::vector<std::string> read_merge_lines(const std::string& path) {
     std::vector<std::string> lines = split_at(read_text(path, kMaxVocabBytes), '\n');
     if (lines.back().empty()) lines.pop_back();
@@ -4373,8 +4340,7 @@ inline std::vector<std::string> read_merge_lines(const std::string& path) {
     return lines;
 }
 
-// What tokenizer.json holds that this tokenizer does not do is refused by name; what changes no
-// token is not looked at.
+// Refuses, by name, what this tokenizer does not do; what changes no token is not looked at.
 inline Tokenizer read_tokenizer_json(const std::string& path) {
     const Json json = Json::parse(read_text(path, kMaxVocabBytes), path);
     const auto object = Json::Kind::object, array = Json::Kind::array;
@@ -4421,7 +4387,7 @@ inline Tokenizer Tokenizer::load(const std::string& folder) {
          "and vocab.bpe (make gpt2-vocab fetches GPT-2's into data/gpt2), or tokenizer.json");
 }
 
-// The tokenizer of a folder, where it has one. One that is damaged is an error all the same.
+// The tokenizer of a folder, where it has one. A damaged one is an error.
 inline std::optional<Tokenizer> tokenizer_of(const std::string& folder) {
     for (const char* name : {"/vocab.json", "/encoder.json", "/tokenizer.json"})
         if (file_exists(folder + name)) return Tokenizer::load(folder);
@@ -4430,10 +4396,10 @@ inline std::optional<Tokenizer> tokenizer_of(const std::string& folder) {
 
 // --- What Unicode says of a character
 
-// \p{L}, \p{N} and \s of Unicode 17.0, written by checks/unicode_classes.py. The code points 0, 1,
-// 2, ... fall into runs of one class. Each run is the number (length - 1) * 4 + class in base 32,
-// lowest digit first. The digits are the 64 characters from '0' to 'p' without the backslash; the
-// upper 32 of them say that another digit follows. So "P1", 0 + 32 * 1, is 9 code points of kOther.
+// \p{L}, \p{N} and \s of Unicode 17.0, written by checks/unicode_classes.py: runs of code points of
+// one class. Each run is the number (length - 1) * 4 + class in base 32, lowest digit first. Digits
+// are the 64 characters from '0' to 'p' without the backslash; the upper 32 say that another digit
+// follows. So "P1", 0 + 32 * 1, is 9 code points of kOther.
 constexpr std::string_view kClassRuns =
     "P1CT23i1V1HU3DU3T13T33P11H6018210:0j20j30Uj1<^1e1AH101P@A054=01D109010^20Y:0YALfD0f441DQ5i8Y"
     "3<=a5Y5a2V1<50Y<01i15H5V1941m110f3a3Q;X11e1V1Q4P15<1@f2<1P1181i2Q3HY1@n20Im1U5T7f681T21HU1<V"
@@ -4462,8 +4428,8 @@ constexpr std::string_view kClassRuns =
     "KI0=050j10bH4R1m5^8H1<V1iR3Z70:0>]9c50k1TH=0Y30501410U10=0101D1<10101090501410101010105014=0"
     "I0=0=010U10Q2@90A0Q2]X2c1Xm:V1eP4nlV5m3fSA4fbF4QVMi1f^2Te9fS2Tm5YYC@UUQ1";
 
-// The class of each code point, up to the last that is not kOther. Careful: as a lambda, g++ would
-// run it while compiling, which takes 260 MB.
+// The class of each code point. Careful: as a lambda, g++ would run it while compiling, which takes
+// 260 MB.
 inline std::vector<CharClass> expand_class_runs() {
     std::vector<CharClass> classes;
     size_t value = 0, shift = 0;
@@ -4484,16 +4450,15 @@ inline CharClass class_of(uint32_t code) {
 // =================================================================================================
 // §14 Hugging Face in, Hugging Face out: safetensors files and config.json
 // =================================================================================================
-// What you have now: a model that reads and writes text. On disk it is a folder as Hugging Face's
-// transformers writes it.
+// What you have now: a model that reads and writes text. On disk it is a folder as transformers
+// writes it.
 //
 // A safetensors file (github.com/huggingface/safetensors, README and tensor.rs):
 //
 //     8 bytes        N, the length of the header, little-endian
 //     N bytes        JSON, {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...},
 //                    with or without an object "__metadata__"; spaces at the end
-//     the rest       the tensors' bytes, in C order, at those offsets: each byte belongs to one
-//                    tensor, none is left over
+//     the rest       the tensors' bytes, in C order: each byte belongs to one tensor
 //
 // For example the numbers 1 and 2 under the name "a":
 //
@@ -4508,7 +4473,7 @@ static_assert(std::endian::native == std::endian::little, "files hold numbers as
 
 // --- Types of elements
 
-// Bytes of an element of that type; 0: the format has no such type. Four of them can be weights.
+// Bytes of an element of that type; 0: there is no such type. Four of them can be weights.
 inline size_t dtype_bytes(std::string_view dtype) {
     static constexpr std::pair<std::string_view, size_t> sizes[] =
         {{"F64", 8}, {"F32", 4},  {"F16", 2},     {"BF16", 2},    {"I64", 8},    {"U64", 8},
@@ -4522,8 +4487,8 @@ inline size_t dtype_bytes(std::string_view dtype) {
 // IEEE half precision: one bit of sign, five of exponent, ten of significand. It is only read.
 struct f16 {
     uint16_t bits;
-    // Exponents are biased by 15 here, by 127 in a float. The largest is infinity and NaN in both;
-    // with exponent 0 the value is significand * 2^-24.
+    // Exponents are biased by 15, in a float by 127. The largest is infinity and NaN in both; with
+    // exponent 0 the value is significand * 2^-24.
     explicit operator float() const {
         const uint32_t exponent = bits >> 10 & 31, significand = bits & 0x3ff;
         const uint32_t moved = (exponent == 31 ? 255 : exponent + 112) << 23 | significand << 13;
@@ -4541,9 +4506,8 @@ size_t first_not_finite(const real* x, size_t n) {
 
 // --- Reading
 
-// Cuts [0, count) into chunks of kChunk, which stay in L2, and calls use(first, n) for each, on all
-// threads. Careful: no exception may leave a parallel loop. That of the first chunk that failed is
-// thrown behind it.
+// Calls use(first, n) for chunks of [0, count), which stay in L2, on all threads. Careful: no
+// exception may leave a parallel loop; the first is thrown behind it.
 constexpr size_t kChunk = size_t(1) << 16;
 template <class Use>
 void for_each_chunk(size_t count, Use&& use) {
@@ -4560,8 +4524,8 @@ void for_each_chunk(size_t count, Use&& use) {
         if (error) std::rethrow_exception(error);
 }
 
-// A tensor of a file. One that was found has the bytes [begin, end) of `file`. One to be written
-// has fill(out, first, n), which sets out[n] to the elements from `first` on.
+// A tensor of a file. One that was found has the bytes [begin, end) of `file`; one to be written,
+// fill(out, first, n), which sets out[n] to the elements from `first` on.
 struct StoredTensor {
     std::string name, dtype;
     std::vector<int64_t> shape;
@@ -4573,7 +4537,6 @@ struct StoredTensor {
     }
 };
 
-// A shape for messages.
 inline std::string shape_text(const std::vector<int64_t>& shape) {
     return shown(Json::array(shape).write());
 }
@@ -4638,9 +4601,8 @@ private:
         for (auto& [name, value] : json.members)
             if (name != "__metadata__") tensors.push_back(parse_tensor(name, value, 8 + N));
 
-        // In the order of their bytes, each tensor begins where the one before it ends. Why so
-        // strict: a million tensors could share the same bytes and ask for a million times the
-        // file's size in memory.
+        // Each tensor begins where the one before it ends. Why so strict: a million tensors could
+        // share the same bytes and ask for a million times the file's size in memory.
         std::stable_sort(tensors.begin(), tensors.end(), [](auto& a, auto& b) {
             return std::pair(a.begin, a.end) < std::pair(b.begin, b.end);
         });
@@ -4655,7 +4617,7 @@ private:
             fail(path, ": the header describes ", at, " bytes, the file has ", bytes,
                  ": it is cut short or too long; fetch it again");
     }
-    // One member of the header. Its offsets count from byte `data` of the file:
+    // One member of the header; offsets count from byte `data` of the file:
     //     "h.0.ln_1.bias": {"dtype": "F32", "shape": [768], "data_offsets": [0, 3072]}
     StoredTensor parse_tensor(const std::string& name, const Json& value, size_t data) const {
         StoredTensor tensor{name, "", {}, nullptr, this};
@@ -4666,7 +4628,7 @@ private:
         if (value.members.size() != 3)
             fail(where, ": unknown key beside dtype, shape and data_offsets");
         if (offsets.size() != 2) fail(where, ": data_offsets must be two integers");
-        // Careful: in 64 bits 2^32 * 2^32 is 0, so a huge tensor would take no bytes and pass.
+        // Why double: in 64 bits 2^32 * 2^32 is 0, so a huge tensor would pass.
         double size = double(dtype_bytes(tensor.dtype));
         if (size == 0) fail(where, ": unknown dtype ", shown(tensor.dtype));
         for (int64_t n : tensor.shape) size *= double(n);
@@ -4676,7 +4638,7 @@ private:
         tensor.begin = data + size_t(offsets[0]), tensor.end = data + size_t(offsets[1]);
         return tensor;
     }
-    // A member that is an array of sizes. Why 2^53: doubles, as some readers use, end there.
+    // A member that is an array of sizes. Why 2^53: some readers use doubles.
     static std::vector<int64_t> parse_sizes(const Json& tensor, const char* key,
                                             const std::string& where) {
         std::vector<int64_t> sizes;
@@ -4691,7 +4653,7 @@ private:
 
 // --- Writing
 
-// The first 8 + N bytes of a file of these tensors, in F32, which lie in this order.
+// The first 8 + N bytes of a file of these tensors, in F32, in this order.
 inline std::string safetensors_header(const std::vector<StoredTensor>& tensors) {
     Json header = Json::object();
     header.set("__metadata__", Json::object().set("format", "pt"));
@@ -4711,8 +4673,8 @@ inline std::string safetensors_header(const std::vector<StoredTensor>& tensors) 
     return length + json;
 }
 
-// Writes the file, whole or not at all, sorted by name: the same weights always make the same file.
-// NaN and infinities are refused. The tensors pass through 1 MB.
+// Writes the file, whole or not at all, sorted by name: the same weights make the same file.
+// Refuses NaN and infinities.
 inline void write_safetensors(const std::string& path, std::vector<StoredTensor> tensors) {
     std::sort(tensors.begin(), tensors.end(), [](auto& a, auto& b) { return a.name < b.name; });
     FileWriter file(path);
@@ -4731,8 +4693,7 @@ inline void write_safetensors(const std::string& path, std::vector<StoredTensor>
 }
 
 // --- GPT-2's names
-// The list of the model's tensors (§3) has Hugging Face's names. But files name them in several
-// ways:
+// The list of tensors (§3) has Hugging Face's names. Files name them in several ways:
 //
 //     transformer.h.0.ln_1.weight           as transformers saves a language model, and as we do
 //     h.0.ln_1.weight                       as OpenAI's own checkpoint has it
@@ -4741,11 +4702,11 @@ inline void write_safetensors(const std::string& path, std::vector<StoredTensor>
 //     lm_head.weight                        the head; a tied one is wte once more
 //     score.weight                          the head of another task, passed over
 
-// The name to write; the head stands outside of the transformer.
+// The name to write.
 inline std::string name_in_checkpoint(const std::string& name) {
     return name == "lm_head.weight" ? name : "transformer." + name;
 }
-// The name without what stands before it in any of those ways.
+// The name without those prefixes.
 inline std::string_view bare_name(std::string_view name) {
     for (const std::string_view part : {"module.", "_orig_mod.", "model.", "transformer."})
         if (name.starts_with(part)) return bare_name(name.substr(part.size()));
@@ -4759,8 +4720,8 @@ inline bool is_other_head(const StoredTensor& tensor) {
     return false;
 }
 
-// Finds every tensor of the list in the files; result[i] belongs to expected[i]. A missing, extra
-// or misshapen tensor is an error. The lm_head.weight of a tied model is put at the end.
+// Finds every tensor of the list in the files; result[i] belongs to expected[i]. Refuses missing,
+// extra and misshapen ones. The lm_head.weight of a tied model is put at the end.
 inline std::vector<const StoredTensor*> match_tensors(const std::deque<SafetensorsFile>& files,
                                                       const std::vector<TensorInfo>& expected) {
     std::map<std::string_view, size_t> index;
@@ -4793,11 +4754,9 @@ inline std::vector<const StoredTensor*> match_tensors(const std::deque<Safetenso
     return found;
 }
 
-// --- A folder's weights: model.safetensors, or several such files (shards) and which has what:
+// The files of a folder's weights: model.safetensors, or several (shards) and which has what:
 //     model.safetensors.index.json    {"metadata": {...}, "weight_map":
 //                                         {"wte.weight": "model-00001-of-00002.safetensors", ...}}
-
-// The files of a folder's weights.
 inline std::deque<SafetensorsFile> open_weights(const std::string& folder) {
     const std::string path = folder + "/model.safetensors", index = path + ".index.json";
     std::set<std::string> names;
@@ -4823,10 +4782,9 @@ inline std::deque<SafetensorsFile> open_weights(const std::string& folder) {
 // --- config.json
 //     {"model_type": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024,
 //      "vocab_size": 50257, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-05, ...}
-// "gelu" is the exact GELU; the tanh form (§4.6) differs from it by up to 0.0005, and has five
-// names.
+// "gelu" is the exact GELU; the tanh form (§4.6), which has five names, differs by up to 0.0005.
 
-// Reads GPT-2's config.json. What this model does not do is refused by name; what does not change
+// Reads GPT-2's config.json. Refuses, by name, what this model does not do. What does not change
 // the numbers is ignored, and so is dropout, the run's choice.
 inline Config read_hf_config(const std::string& path) {
     const Json json = Json::parse(read_text(path, 1'000'000), path);
@@ -4876,7 +4834,7 @@ inline Json hf_config(const Config& model, int64_t end_of_text) {
     return json;
 }
 
-// All that a folder has beside the weights. tokenizer: null where there is none (a run on ids).
+// All that a folder has beside the weights. tokenizer: null where there is none.
 //     config.json              the model's sizes        GPT2LMHeadModel.from_pretrained(folder)
 //     generation_config.json   where a text ends        model.generate(...)
 //     vocab.json merges.txt    the vocabulary (§13)     GPT2Tokenizer.from_pretrained(folder)
@@ -4903,8 +4861,8 @@ inline void write_model_description(const std::string& folder, const Config& con
 // =================================================================================================
 // §15 Checkpoints: a run that is interrupted goes on as if it had not been
 // =================================================================================================
-// What you have now: a model on disk that any tool can open. A checkpoint has beside it all that
-// resuming needs:
+// What you have now: a model on disk that any tool can open. A checkpoint also has what resuming
+// needs:
 //
 //   checkpoint-<step>/  model.safetensors  config.json  generation_config.json
 //                       vocab.json  merges.txt  tokenizer.json  tokenizer_config.json  (if there
@@ -4913,10 +4871,9 @@ inline void write_model_description(const std::string& folder, const Config& con
 //                       trainer_state.json       everything else, the checksum of every other file,
 //                                                and in its last line its own
 //
-// A checkpoint is there whole or not at all, and what is loaded is what was saved. A run is a
-// function of its weights, its moments, the step and the position in the data: random numbers (§1)
-// and the order of the data (§2) have no state of their own. So a run that was resumed makes the
-// same numbers, to the bit.
+// It is there whole or not at all. A run is a function of its weights, its moments, the step and
+// the position in the data: random numbers (§1) and the order of the data (§2) have no state. So a
+// resumed run makes the same numbers, to the bit.
 
 // --- The state of a run
 // trainer_state.json:
@@ -4944,8 +4901,8 @@ struct TrainerState {
     Json data{Json::Kind::array};      // what the shards are recognised by, a text each
 };
 
-// The one list of what trainer_state.json holds: calls visit(name, field), with the least value of
-// a whole number where that is not 0.
+// The one list of trainer_state.json: calls visit(name, field), with the least value of a whole
+// number where that is not 0.
 template <class Visit>
 void for_each_field(TrainerState& s, Visit& visit) {
     visit("planned_steps", s.planned_steps), visit("step", s.step), visit("samples", s.samples);
@@ -4966,8 +4923,8 @@ inline Json state_to_json(TrainerState state) {
     for_each_field(state, put);
     return json;
 }
-// A member that is missing, or of another kind, is an error. But a double may be missing or null (a
-// NaN or infinity): then it stays as in a fresh state.
+// A missing member is an error, but a double may be missing or null (NaN or infinity): then it
+// stays as in a fresh state.
 inline TrainerState state_from_json(const Json& json, const std::string& where) {
     TrainerState state;
     auto take = [&]<class Field>(const char* name, Field& field, int64_t lowest = 0) {
@@ -4996,7 +4953,7 @@ inline TrainerState state_from_json(const Json& json, const std::string& where) 
 // --- Checksums: nothing that changed on the disk is used unnoticed
 //     trainer_state.json
 //       "checksums"      every other file of the folder, each as a whole
-//       "own_checksum"   every byte of this file up to the line's own comma: so the list above, too
+//       "own_checksum"   every byte of this file up to the line's own comma
 //     checked by         --resume: all of it; --init-from, eval and sample: all but the moments
 
 // 16 hexadecimal digits, at the speed of memory; against accidents, not attackers. Four lanes take
@@ -5004,8 +4961,8 @@ inline TrainerState state_from_json(const Json& json, const std::string& where) 
 //     word = word * K;  word ^= word >> 32;  lane = rotate((lane ^ word) * K'),  K and K' odd
 //     bytes   0-7  8-15  16-23  24-31  32-39 ...   the last 32 filled up with zeros
 //     lane     0     1     2      3      0   ...   then length and lanes become one number
-// Each step can be undone: so texts of one length that differ within one word always have different
-// checksums; others agree with a chance of about 2^-64. K and K' are those of mix_bits.
+// Each step can be undone, so a change within one word always changes the checksum; other texts
+// agree with a chance of about 2^-64. K and K' are those of mix_bits.
 inline std::string checksum(std::string_view bytes) {
     uint64_t lanes[4] = {1, 2, 3, 4}, sum = bytes.size();
     auto step = [](uint64_t lane, uint64_t word) {
@@ -5024,7 +4981,7 @@ inline std::string checksum(std::string_view bytes) {
     return format("%016llx", (unsigned long long)mix_bits(sum));
 }
 
-// That of a file: of the checksums of its chunks, so that all threads can work on it.
+// A file's: that of the checksums of its chunks, so that all threads can work on it.
 inline std::string file_checksum(const std::string& path) {
     const InputFile file(path);
     std::string sums(16 * ceil_div(file.bytes, kChunk), '0');
@@ -5036,7 +4993,6 @@ inline std::string file_checksum(const std::string& path) {
     return checksum(sums);
 }
 
-// The last line of the state: the checksum of every byte before it.
 inline std::string state_seal(std::string_view body) {
     return ",\n  \"own_checksum\": \"" + checksum(body) + "\"\n}\n";
 }
@@ -5054,21 +5010,17 @@ inline Json read_sealed(const std::string& path) {
     return Json::parse(text, path);
 }
 
-// Whether a folder has a state of ours. Hugging Face's trainer also writes a trainer_state.json;
-// its mark is a "log_history" near the top.
+// Whether a folder has a state of ours: the trainer_state.json of Hugging Face's trainer has a
+// "log_history".
 inline bool has_checksums(const std::string& folder) {
-    if (!file_exists(folder + "/trainer_state.json")) return false;
-    const InputFile file(folder + "/trainer_state.json");
-    std::string top(std::min<size_t>(file.bytes, 4096), '\0');
-    file.read_bytes(top.data(), top.size(), 0);
-    return top.find("\"log_history\"") == top.npos;
+    const std::string path = folder + "/trainer_state.json";
+    return file_exists(path) && read_file(path).find("\"log_history\":") == std::string::npos;
 }
 
-// What a checkpoint is for. To resume it, its moments are needed too.
+// What a checkpoint is for. Only resuming needs its moments.
 enum class Purpose { use, resume };
 
-// Verifies every file that a folder's state names (the moments only to resume), and returns the
-// state. Weights in use may have been changed on purpose: then the message says how to go on.
+// Verifies every file that a folder's state names (the moments only to resume); returns the state.
 inline Json verify_files(const std::string& folder, Purpose purpose) {
     const bool resume = purpose == Purpose::resume;
     const std::string path = folder + "/trainer_state.json";
@@ -5087,8 +5039,8 @@ inline Json verify_files(const std::string& folder, Purpose purpose) {
 
 // --- Saving
 
-// The tensors of one file of a checkpoint, under their names there, and of which array they are:
-// the weights, or each of the optimizer's moments.
+// The tensors of one file of a checkpoint, under their names there, and each one's array: the
+// weights, or a moment.
 enum class Contents { weights, moments };
 template <class Device>
 auto arrays_of(Gpt2<Device>& model, Contents contents) {
@@ -5104,7 +5056,7 @@ auto arrays_of(Gpt2<Device>& model, Contents contents) {
 }
 
 // Makes the arrays of a checkpoint whole, in their order, where ranks share them out. All ranks
-// take part to the end, even where writing fails.
+// take part to the end, even where writing fails: hence the destructor.
 template <class Device>
 struct WholeArrays {
     using Real = typename Device::Real;
@@ -5138,14 +5090,14 @@ void write_arrays(const std::string& path, Gpt2<Device>& model, Contents content
     write_safetensors(path, std::move(tensors));
 }
 
-// Renames a folder; one that has the new name already is removed.
+// Renames a folder; removes one that has the new name already.
 inline void move_folder(const std::string& from, const std::string& to) {
     if (folder_exists(to)) remove_folder(to);
     rename_path(from, to);
 }
 
-// Gives a finished folder its name. One of that name is kept as NAME.old meanwhile; after a kill it
-// gets its name back. Why not rename alone: it replaces a file, but no folder with something in it.
+// Gives a finished folder its name. An old one is NAME.old meanwhile, and after a kill gets its
+// name back. Why: rename replaces a file, but no folder with something in it.
 inline void replace_folder(const std::string& temporary, const std::string& folder) {
     const bool replaces = folder_exists(folder);
     if (replaces) move_folder(folder, folder + ".old");
@@ -5192,8 +5144,8 @@ void save_checkpoint(Gpt2<Device>& model, const std::string& folder, const Token
 
 // --- Opening
 
-// The model that a Hugging Face folder describes. Whatever is wrong with the folder, but for NaN
-// and infinity, is found here, before memory is taken.
+// The model that a Hugging Face folder describes. What is wrong with the folder, but for NaN and
+// infinity, is found here, before memory is taken.
 inline Config config_of_folder(const std::string& folder) {
     if (!folder_exists(folder)) fail(folder, ": there is no such folder");
     if (has_checksums(folder)) verify_files(folder, Purpose::use);
@@ -5201,7 +5153,7 @@ inline Config config_of_folder(const std::string& folder) {
     const std::deque<SafetensorsFile> files = open_weights(folder);
     const std::vector<TensorInfo> expected = layout_of(config).tensors;
     const std::vector<const StoredTensor*> stored = match_tensors(files, expected);
-    // wte is the first of the list; what stands behind the list is the head of a tied model.
+    // wte is the first of the list; behind it stands the head of a tied model.
     for (size_t i = expected.size(); i < stored.size(); ++i) {
         std::vector<float> wte(expected[0].count), head(wte.size());
         stored[0]->file->read(*stored[0], wte.data());
@@ -5214,7 +5166,7 @@ inline Config config_of_folder(const std::string& folder) {
     return config;
 }
 
-// Sets the arrays from files that have them, a tensor at a time; rank 0 reads.
+// Sets the arrays from files, a tensor at a time; rank 0 reads.
 template <class Device>
 void read_arrays(const std::deque<SafetensorsFile>& files, Gpt2<Device>& model, Contents contents) {
     const bool reads = model.device.ranks->rank == 0;
@@ -5228,7 +5180,7 @@ void read_arrays(const std::deque<SafetensorsFile>& files, Gpt2<Device>& model, 
         model.set(arrays[i], infos[i].offset, host.data(), host.size());
     }
 }
-// Sets the model's weights from a Hugging Face folder (masters, and what the layers read of them).
+// Sets the model's weights from a Hugging Face folder.
 template <class Device>
 void load_weights(Gpt2<Device>& model, const std::string& folder) {
     std::deque<SafetensorsFile> files;
@@ -5243,7 +5195,7 @@ void load_weights(Gpt2<Device>& model, const std::string& folder) {
 //                    log.csv  samples.txt                 what a run leaves for people
 //                    lock                                 held while a run writes here
 
-// The checkpoint after that many steps, "checkpoint-500"; and its step, -1 for any other name.
+// The checkpoint after so many steps, "checkpoint-500"; and its step, -1 for any other name.
 inline std::string checkpoint_name(int64_t step) { return "checkpoint-" + std::to_string(step); }
 inline int64_t step_of_name(const std::string& name) {
     const bool named = name.starts_with("checkpoint-");
@@ -5254,7 +5206,7 @@ inline std::string checkpoint_folder(const std::string& output, int64_t step) {
     return output + "/" + checkpoint_name(step);
 }
 
-// The steps of the checkpoints in a run's folder, newest first. Unfinished ones do not count.
+// The steps of a run's checkpoints, newest first.
 inline std::vector<int64_t> checkpoint_steps(const std::string& output) {
     std::vector<int64_t> steps;
     if (!folder_exists(output)) return steps;
@@ -5265,8 +5217,8 @@ inline std::vector<int64_t> checkpoint_steps(const std::string& output) {
     return steps;
 }
 
-// Removes all but the newest `keep` checkpoints; best/ is not among them.
-// Why the new name first: a half-removed checkpoint must not be taken for a damaged one.
+// Removes all but the newest `keep` checkpoints. Why renamed first: a half-removed one must not be
+// taken for a damaged one.
 inline void remove_old_checkpoints(const std::string& output, int keep) {
     for (int64_t step : checkpoint_steps(output)) {
         if (keep-- > 0) continue;
@@ -5277,8 +5229,8 @@ inline void remove_old_checkpoints(const std::string& output, int keep) {
 }
 
 // A run that goes on from `step` makes the later steps again: their checkpoints are set aside, or
-// they would count as the newest. A run that starts (step -1) sets aside all, best/ too. Returns
-// the names.
+// they would be the newest. A run that starts (step -1) sets aside all, best/ too. Returns their
+// names.
 inline std::vector<std::string> set_aside_later(const std::string& output, int64_t step) {
     std::vector<std::string> names;
     for (int64_t later : checkpoint_steps(output))
@@ -5310,21 +5262,21 @@ inline std::string shell_word(const std::string& text) {
 
 // --- The terminal
 
-// The columns of the terminal that a file descriptor leads to; otherwise those of a file or a pipe.
+// The columns of the terminal that fd leads to; in_a_file if it leads to none.
 inline size_t columns_of(int fd, size_t in_a_file = SIZE_MAX) {
     winsize window{};
     if (!::isatty(fd)) return in_a_file;
     return ::ioctl(fd, TIOCGWINSZ, &window) == 0 && window.ws_col > 0 ? window.ws_col : 80;
 }
 
-// A text in lines of at most `width` columns, broken at blanks; a word is never cut. Lines begin at
-// column `indent`, the first one at `column`. The text may come in parts.
+// A text in lines of at most `width` columns, broken at blanks. Lines begin at column `indent`, the
+// first at `column`. The text may come in parts.
 struct WordWrap {
     size_t width, indent = 0, column = 0;
     size_t blanks = 0;  // before the word
     std::string word = "";
 
-    // What can be shown by now: all but the last word, which may go on.
+    // What can be shown by now: all but the last word.
     std::string add(std::string_view text) {
         std::string out;
         for (char c : text) {
@@ -5365,8 +5317,8 @@ inline std::string wrapped(const std::string& text, int fd = STDOUT_FILENO, size
     return lines += wrap.end();
 }
 
-// The text in a colour (31 red, 33 yellow, 36 cyan), where the terminal has colours and the user
-// has not said NO_COLOR (no-color.org).
+// The text in a colour (31 red, 33 yellow, 36 cyan), where the terminal has colours and NO_COLOR
+// (no-color.org) is not set.
 inline std::string coloured(int colour, const std::string& text, int fd = STDOUT_FILENO) {
     const char *no = std::getenv("NO_COLOR"), *kind = std::getenv("TERM");
     const bool plain = !::isatty(fd) || (no && *no) || !kind || std::string_view(kind) == "dumb";
@@ -5390,10 +5342,10 @@ inline void warn(const std::string& message) {
 inline void say(const std::string& label, const std::string& text) {
     std::printf("%s %s\n", coloured(36, format("%-10s", label.c_str())).c_str(),
                 wrapped(text, STDOUT_FILENO, 11, 11).c_str());
-    std::fflush(stdout);  // a file shows it before the minutes that may follow
+    std::fflush(stdout);
 }
 
-// Seconds, from a clock that is never set; only differences mean something.
+// Seconds; only differences mean something.
 inline double now_seconds() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
         .count();
@@ -5405,6 +5357,7 @@ inline std::string with_commas(int64_t n) {
     for (size_t at = digits.size(); at > 3;) digits.insert(at -= 3, 1, ',');
     return digits;
 }
+
 // --- Files that grow
 
 // Whether the path still leads to the open file or folder.
@@ -5418,10 +5371,7 @@ inline bool leads_to(const std::string& path, const FileHandle& file) {
 class GrowingFile {
 public:
     explicit GrowingFile(const std::string& path)
-        : path_(path),
-          file_(::open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666)) {
-        if (file_.fd < 0) fail_errno("cannot write ", path);
-    }
+        : path_(path), file_(path, O_WRONLY | O_CREAT | O_APPEND) {}
     void append(const std::string& text) {
         waiting_ += text;
         if (!flush() && !std::exchange(warned_, true))
@@ -5445,7 +5395,7 @@ private:
 
 // --- log.csv: one row a step
 
-// Row 0 is the evaluation before training. Row s has the loss, rate and norm of update s, taken
+// Row 0 is the evaluation before training. Row s has the loss, rate and norm of update s, from
 // before it, and the evaluation after it. An empty field was not measured.
 struct LogRow {
     std::optional<double> step, epoch, tokens, train_loss, eval_train_loss, val_loss, perplexity;
@@ -5528,8 +5478,8 @@ inline std::vector<LogRow> read_log(const std::string& path, int64_t last) {
 // Steps of a run that has no such limit: more than any run makes.
 constexpr int64_t kNoLimit = 1'000'000'000'000;
 
-// Takes all whole characters from the front of sampled bytes. A token may end inside a character:
-// its bytes stay for the next call, unless the text has ended. Invalid bytes become U+FFFD.
+// Takes all whole characters from the front of sampled bytes. A token may end inside one: its bytes
+// stay for the next call, unless the text has ended. Invalid bytes become U+FFFD.
 inline std::string take_characters(std::string& text, bool ended) {
     std::string out;
     while (!text.empty()) {
@@ -5543,7 +5493,7 @@ inline std::string take_characters(std::string& text, bool ended) {
 
 // --- Ctrl-C
 
-// When the run was asked to stop, in nanoseconds of the steady clock; 0: it was not.
+// When the run was asked to stop, in nanoseconds of the steady clock; 0: not.
 inline std::atomic<int64_t> stop_asked{0};
 static_assert(std::atomic<int64_t>::is_always_lock_free, "a signal handler must not wait");
 
@@ -5553,11 +5503,11 @@ static_assert(std::atomic<int64_t>::is_always_lock_free, "a signal handler must 
 // What you have now: a step (§8), an evaluation (§9), checkpoints (§15) and a log (§16).
 // Trainer::run is the loop. What it calls stands below it, in the order of the calls.
 //
-// Three numbers of the live line to watch. loss: in nats a token; e^loss is the perplexity, among
-// how many tokens the model hesitates. norm: the gradient's length; a jump means that a batch, or
-// the learning rate, throws the weights off. MFU: the share of the machine's peak that went into
-// the model; half is good. Evaluations add two: val, of text that training never reads; eval train,
-// of the same few training batches every time. What val is above it, the model knows by heart.
+// Of the live line, watch: loss, in nats a token; e^loss is the perplexity, among how many tokens
+// the model hesitates. norm, the gradient's length: a jump means that a batch, or the learning
+// rate, throws the weights off. MFU, the share of the machine's peak that went into the model; half
+// is good. Evaluations add val, of text that training never reads, and eval train, of the same few
+// training batches every time. What val is above it, the model knows by heart.
 //
 // A run ends at max_steps, epochs or max_minutes, whichever comes first; 0: no such limit.
 // Intervals are in steps; 0: never.
@@ -5588,7 +5538,7 @@ struct RunOptions {
 
 // --- What a run learns from
 
-// A data folder, or shards that were named one by one.
+// A data folder, or shards that were named.
 struct Corpus {
     std::string folder;                  // empty where shards were named
     Shards train, val;                   // either may have no files
@@ -5603,14 +5553,14 @@ struct Corpus {
     int document_start() const { return std::isfinite(floor) ? end_of_text() : -1; }
 };
 
-// Without a tokenizer, the token's number; <number> where the model has more tokens than it.
+// Without a tokenizer, the token's number; <number> for a token that only the model has.
 inline std::string text_of_token(const std::optional<Tokenizer>& tokenizer, int token) {
     if (!tokenizer) return std::to_string(token) + " ";
     if (token >= tokenizer->vocab_size()) return "<" + std::to_string(token) + ">";
     return std::string(tokenizer->bytes_of(token));
 }
 
-// May be empty. Without a tokenizer, the text must be numbers below vocab_size.
+// Without a tokenizer, the text must be numbers below vocab_size.
 inline std::vector<int32_t> prompt_tokens(const std::string& text,
                                           const std::optional<Tokenizer>& tokenizer,
                                           int vocab_size) {
@@ -5630,8 +5580,7 @@ inline std::vector<int32_t> prompt_tokens(const std::string& text,
     return tokens;
 }
 
-// The training text that evaluations score: that many batches, at most all. Why not the run's seed:
-// runs can be compared.
+// The training text that evaluations score: at most so many batches, the same for every seed.
 inline std::vector<Window> fixed_windows(const DataOrder& order, int64_t batches) {
     const DataOrder fixed{order.shards, order.B, order.T, 0, true, order.overfit_batch};
     std::vector<Window> windows;
@@ -5640,9 +5589,9 @@ inline std::vector<Window> fixed_windows(const DataOrder& order, int64_t batches
     return windows;
 }
 
-// Operations of a training step per token: 2 for every weight in forward and 4 in backward;
-// attention's scores and sums over the causal half, on average (T+1)/2 positions of 2 C each,
-// twice, and twice as much again in backward.
+// Operations of a training step per token: 2 for every weight in forward, 4 in backward; for
+// attention's scores and sums 2 C each, at (T+1)/2 positions on average, and twice as much in
+// backward.
 inline double flops_per_token(const Config& config, int T) {
     const double C = config.n_embd, L = config.n_layer, V = config.vocab_size;
     return 6 * (12 * C * C * L + V * C) + 6 * C * (T + 1.0) * L;
@@ -5656,17 +5605,17 @@ constexpr int64_t kMostBroken = 100;
 // Why a run ended; none: it goes on.
 enum class End { none, finished, out_of_time, plateau, interrupted };
 
-// Where a run begins: from scratch, or at a checkpoint that verifies.
+// Where a run begins.
 struct Start {
     std::string folder;  // the checkpoint's; empty: from scratch
     TrainerState state;
 };
 
-// What a run tells while it goes on. A program of your own may leave all of it empty.
+// What a run tells while it goes on.
 template <class Device>
 struct Observer {
     virtual ~Observer() = default;
-    // The row of a step; of how many; whether it matters (it has an evaluation, say).
+    // The row of a step; keep: it matters (it has an evaluation, say).
     virtual void step(const LogRow&, int64_t /*steps*/, double /*seconds_left*/, bool /*keep*/) {}
     // Tokens scored of all in an evaluation, from 0 to all.
     virtual void evaluating(int64_t /*done*/, int64_t /*all*/) {}
@@ -5676,14 +5625,14 @@ struct Observer {
                          int64_t /*step*/) {}
 };
 
-// One run. It prints, and writes into options.output, which no other run may use. Divergence, or a
-// disk that fails, ends it with an Error; a full disk only where the run has ended.
+// One run. It writes into options.output, which no other run may use. Divergence, or a disk that
+// fails, ends it with an Error; a full disk only at its end.
 template <class Device>
 class Trainer {
 public:
-    // The model must be reserved for batch_size x T, and have the weights and moments to begin
-    // with. peak_flops: what products could reach on a rank; 0: no MFU. All ranks run the same
-    // loop; rank 0 alone writes.
+    // The model must be reserved for batch_size x T, with the weights and moments to begin with.
+    // peak_flops: what products could reach on a rank; 0: no MFU. All ranks run the same loop; rank
+    // 0 writes.
     Trainer(const RunOptions& options, const Corpus& corpus, Gpt2<Device>& model, double peak_flops,
             Observer<Device>& observer)
         : o_(options), corpus_(corpus), model_(model), observer_(observer),
@@ -5711,8 +5660,8 @@ public:
     // weights to gather.
     double ranks_seconds = 0, ranks_bytes = 0, ranks_steps = 0;
 
-    // Some text of the model's own, which is also appended to samples.txt. It begins with the
-    // prompt, or where a document does. Why the run's seed: samples differ by what was learned.
+    // Some text of the model's own, also appended to samples.txt. It begins with the prompt, or
+    // where a document does. Why the run's seed: samples differ by what was learned.
     std::string write_sample(const std::string& title, int count) {
         std::string text;
         try {
@@ -5740,8 +5689,8 @@ public:
 
 private:
     // Plans the run. Returns the row to finish first, if any: row 0 of a new run, or the one whose
-    // evaluation was interrupted. Why a row 0: a model that knows nothing has a loss of log V; one
-    // far from it shows a mistake early.
+    // evaluation was interrupted. Why a row 0: a new model's loss is log V; another one shows a
+    // mistake early.
     std::optional<LogRow> begin(const Start& start) {
         const bool resumed = !start.folder.empty(), first = ranks_.rank == 0;
         state_ = start.state;
@@ -5807,8 +5756,8 @@ private:
     bool by_clock() const { return o_.max_steps == 0 && o_.epochs <= 0 && o_.max_minutes > 0; }
 
     // Where only max_minutes is set, plans what fits into it at the speed so far, so the learning
-    // rate has fallen when the time is up. Why not for every small difference: a GPU records its
-    // graph again for every plan.
+    // rate has fallen when the time is up. Why not for every small difference: every plan makes a
+    // GPU record its graph again.
     void plan_by_clock() {
         if (!by_clock() || state_.seconds <= 0) return;
         const double left = std::max(0.0, o_.max_minutes * 60 - state_.seconds);
@@ -5822,7 +5771,7 @@ private:
 
     // Passes over the training text in so many rows.
     double epochs(int64_t rows) const { return double(rows) / double(order_.blocks_per_epoch()); }
-    // Rows of text that one update reads; and micro-batches of this rank.
+    // Rows of text of an update; and micro-batches of this rank.
     int64_t rows_per_step() const { return int64_t(o_.batch_size) * o_.grad_accum_steps; }
     int64_t micro_batches() const { return o_.grad_accum_steps / ranks_.count; }
     // Whether something of that interval is due after step `step`.
@@ -5845,8 +5794,8 @@ private:
         return row;
     }
 
-    // Whether the model is needed as the next step leaves it: evaluated, sampled, saved, or the run
-    // may end there. If so, the device must not get the step after it yet.
+    // Whether the model is needed as the next step leaves it, or the run may end there. If so, the
+    // device must not get the step after it yet.
     bool next_is_waited_for() const {
         const int64_t step = state_.step + 1, samples = state_.samples + rows_per_step();
         for (int64_t interval :
@@ -5856,8 +5805,8 @@ private:
                order_.epoch(samples) > order_.epoch(state_.samples) || stops_ || time_is_up();
     }
 
-    // Reads this rank's micro-batches of the step that begins at that sample, on a thread of its
-    // own. A future's get() waits for the result (Python's executor.submit).
+    // Reads this rank's micro-batches of the step that begins at that sample, on another thread (as
+    // Python's executor.submit); get() waits for them.
     void read_ahead(int64_t first) {
         batches_ = std::async(std::launch::async, [this, first] {
             std::vector<Batch> batches;
@@ -5868,8 +5817,7 @@ private:
         });
     }
 
-    // Starts step s on the device. What it reads was read while the step before was computed. If
-    // that failed, get() throws the error.
+    // Starts step s on the device, with text that was read during the step before.
     void queue_step(int64_t s) {
         const int64_t rows = rows_per_step(), first = state_.samples + (s - state_.step) * rows;
         if (!batches_.valid()) read_ahead(first);
@@ -5885,8 +5833,8 @@ private:
         model_.device.post(model_.state);
     }
 
-    // Makes one update; returns its row. A GPU gets the step after it, too, before the host waits
-    // for this one's numbers. MFU: model FLOPs utilisation (Chowdhery et al. 2022).
+    // Makes one update; returns its row. A GPU gets the step after it before the host waits for
+    // this one's numbers. MFU: model FLOPs utilisation (Chowdhery et al. 2022).
     LogRow one_step() {
         const bool wants_stats = due(o_.tensor_stats_interval, state_.step + 1);
         std::vector<typename Device::Real> before;
@@ -5931,8 +5879,8 @@ private:
         return row.grad_norm && !(std::isfinite(*row.grad_norm) && std::isfinite(*row.train_loss));
     }
 
-    // Reports an update that was skipped (§7). With --on-nan stop, a NaN or infinity ends the run:
-    // its row is logged, nothing else of the step is kept. kMostBroken in a row always end it.
+    // Reports a skipped update (§7). With --on-nan stop, a NaN or infinity ends the run: only its
+    // row is kept. kMostBroken in a row always end it.
     void check_broken(const LogRow& row) {
         const StepState& g = state_.guards;
         broken_in_a_row_ = g.broken ? broken_in_a_row_ + 1 : 0;
@@ -5952,8 +5900,8 @@ private:
                          " so far)"));
     }
 
-    // Ctrl-C comes last: a run that is finished anyway is finished. A step that the device already
-    // has is completed first.
+    // A step that the device already has is completed first. Why Ctrl-C comes last: a run that is
+    // finished anyway is finished.
     End end_reached() {
         stops_ = any_stops();
         if (ahead_) return End::none;
@@ -5963,15 +5911,14 @@ private:
         return stops_ ? End::interrupted : End::none;
     }
 
-    // What a step is followed by; returns whether the run goes on. Why this order: the row is in
-    // the log before anything may fail; the checkpoint comes after best/, because it remembers
-    // which model was the best.
+    // What follows a step; returns whether the run ends. Why this order: the row is logged before
+    // anything may fail; the checkpoint, after best/, remembers which model was the best.
     End finish(LogRow& row) {
         const bool wanted = wants_evaluation(), evaluated = wanted && evaluate_into(row);
         const bool cut_short = wanted && !evaluated;  // by Ctrl-C: made again when resumed
         if (cut_short && state_.step == 0) return End::interrupted;
         if (evaluated) note_best(row);
-        // Why only now: if the text of the first evaluation cannot be read, no run is left behind.
+        // Why only now: where the first evaluation fails, no run is left behind.
         if (log_)
             add_to_log(row);
         else if (ranks_.rank == 0)
@@ -6015,7 +5962,7 @@ private:
         return true;
     }
 
-    // Without validation text, the fixed training batches decide which evaluation is the best.
+    // Without validation text, the fixed training batches decide.
     void note_best(const LogRow& row) {
         const std::optional<double> loss = row.val_loss ? row.val_loss : row.eval_train_loss;
         if (!loss) return;
@@ -6024,7 +5971,7 @@ private:
         state_.stale_evals = better ? 0 : state_.stale_evals + 1;
     }
 
-    // The time left is that of the steps, or of --max-minutes where that is less.
+    // That of the steps, or of --max-minutes where that is less.
     double seconds_left() const {
         const double a_step = state_.seconds / double(std::max<int64_t>(1, state_.step));
         const double left = double(state_.planned_steps - state_.step) * a_step;
@@ -6032,8 +5979,8 @@ private:
         return std::clamp(o_.max_minutes * 60 - state_.seconds, 0.0, left);
     }
 
-    // The title of a sample that is due; empty: none is. At an epoch's end, reports its mean loss,
-    // unless it has only a few steps, and resets the sum.
+    // The title of a sample that is due; empty: none is. At an epoch's end (but of a short one),
+    // has its mean loss, and resets the sum.
     std::string sample_title() {
         std::string title;
         const int64_t epoch = order_.epoch(std::max<int64_t>(0, state_.samples - rows_per_step()));
@@ -6049,8 +5996,8 @@ private:
 
     // --- Saving it
 
-    // Returns whether it saved. A full disk is a warning: somebody may make space. Any other error
-    // stops the run.
+    // Whether it saved. A full disk is a warning: somebody may make space. Any other error stops
+    // the run.
     bool try_save(const std::string& name, Purpose purpose) {
         if (folder_ && !leads_to(o_.output, *folder_))
             fail(o_.output, " was removed or replaced while this run was writing into it, so step ",
@@ -6101,24 +6048,23 @@ private:
     double began_ = 0;             // when the current step began
     bool stops_ = false;           // a rank was asked to stop
     int64_t broken_in_a_row_ = 0;  // latest steps whose loss or norm was NaN or infinite
-    // Of the next step. Careful: keep it the last member. Members are destroyed from the last up,
-    // and this one waits for its thread, which still uses the others.
+    // Of the next step. Careful: the last member, and so destroyed first: it waits for its thread,
+    // which uses the others.
     std::future<std::vector<Batch>> batches_;
 };
 
 // =================================================================================================
 // §18 Options: one table of them, and all that is made from it
 // =================================================================================================
-// What you have now: all that trains. A program around it needs a command line.
-//
-// An option is a row of a table: its name, the variable it sets, the values it takes, its help.
-// Whatever is wrong is bad usage (exit status 2).
+// What you have now: all that trains. A program around it needs a command line. An option is a row
+// of a table: its name, the variable it sets, the values it takes, its help. Whatever is wrong is
+// bad usage (exit status 2).
 
 // --- A row of the table
 
-// The values an option takes. The text is shown in help, and it checks the value: "[1, 1000]" or
-// "(0, 1]" is a number between two bounds, a round bracket leaving its bound out; "stop|skip" is
-// one of these words; "0|1" is a switch; capitals ("DIR") stand for any text.
+// The values an option takes, as help shows them: "(0, 1]" is a number between two bounds, a round
+// bracket leaving its bound out; "stop|skip" is one of these words; "0|1" is a switch; capitals
+// ("DIR") stand for any text.
 struct Range {
     std::string text;
     double low = 0, high = 0;  // of a number
@@ -6155,7 +6101,6 @@ struct Option {
     bool is_list() const { return std::holds_alternative<std::vector<std::string>*>(value); }
 };
 
-// A command, such as `sample` in ./train_gpt sample.
 struct CommandName {
     unsigned bit;
     const char *name, *help;
@@ -6170,7 +6115,7 @@ inline std::string command_names(const std::vector<CommandName>& commands, unsig
 
 // --- One value, to text and from text
 
-// The value as the user would type it; a number in as many digits as it needs.
+// The value as the user would type it.
 inline std::string value_text(const Option& option) {
     const auto text_of = [](auto* value) -> std::string {
         using T = std::decay_t<decltype(*value)>;
@@ -6186,13 +6131,6 @@ inline std::string value_text(const Option& option) {
         return list;
     };
     return std::visit(text_of, option.value);
-}
-
-// False for an empty text and for a number outside the option's range: both mean "not set".
-inline bool is_set(const Option& option) {
-    const std::string text = value_text(option);
-    return option.range.is_number() ? option.range.contains(number_of<double>(text).value_or(NAN))
-                                    : !text.empty();
 }
 
 // "--top-p must be a number in (0, 1], got 1.5"; "--data needs a value: DIR".
@@ -6228,8 +6166,8 @@ inline void set_option(const Option& option, const std::string& text) {
 
 // --- Names that were mistyped
 
-// How many letters must be added, dropped or changed to turn a into b (Levenshtein 1966). row[j] is
-// that number for the letters of a so far and the first j of b.
+// How many letters must be added, dropped or changed to make b of a (Levenshtein 1966). row[j]: of
+// the letters of a so far and the first j of b.
 inline size_t edit_distance(std::string_view a, std::string_view b) {
     std::vector<size_t> row(b.size() + 1);
     std::iota(row.begin(), row.end(), size_t(0));
@@ -6243,8 +6181,8 @@ inline size_t edit_distance(std::string_view a, std::string_view b) {
     return row.back();
 }
 
-// How far `typed` is from `name`. Initials ("lr") and parts of a name ("steps") are near; of names
-// that contain it, the shortest is nearest. Careful: what was typed may be very long.
+// How far `typed` is from `name`. Initials ("lr") and parts of a name ("steps") are near, of a
+// short name most. Careful: what was typed may be very long.
 inline double name_distance(const std::string& typed, const std::string& name) {
     std::string initials;
     for (const std::string& word : split_at(name, '-')) initials += word.substr(0, 1);
@@ -6283,21 +6221,17 @@ struct CommandLine {
     std::span<const OtherNames> others = {};
 
     // Reads and sets the options in the arguments; returns the names of those that were given.
-    // Reads no file but those of --config. Given twice, the last counts; the command line counts
-    // before files, wherever --config stands.
+    // Given twice, the last counts; the command line counts before files.
     std::set<std::string> read(const std::vector<std::string>& arguments) const {
         std::set<std::string> given;
-        auto set = [&](const Assignment& a) {
-            set_option(*a.option, a.text), given.insert(a.option->name);
-        };
         const std::vector<Assignment> typed = read_arguments(arguments);
-        for (const Assignment& a : typed) {
-            if (a.option->name != "config") continue;
-            set(a);
-            for (const Assignment& b : read_config(a.text)) given.insert(b.option->name);
-        }
-        for (const Assignment& a : typed) set(a);
+        for (const Assignment& a : typed)
+            if (a.option->name == "config") set(a, given), read_config(a.text, given);
+        for (const Assignment& a : typed) set(a, given);
         return given;
+    }
+    static void set(const Assignment& a, std::set<std::string>& given) {
+        set_option(*a.option, a.text), given.insert(a.option->name);
     }
 
     // The option of that name, which the command must take. '-' and '_' are the same.
@@ -6321,7 +6255,7 @@ struct CommandLine {
             if (pair.starts_with(name + "=")) return pair.substr(name.size() + 1);
         return "";
     }
-    // What to type instead; null: no other program that we know has this name.
+    // What to type instead; null: no known program has this name.
     const char* answer_to(const std::string& name) const {
         for (const OtherNames& row : others)
             for (const std::string& one : split_at(row.names, ' '))
@@ -6339,8 +6273,8 @@ struct CommandLine {
         return argument.ends_with(".conf") ? "--config=" + argument : argument;
     }
 
-    // What follows an option is its value, unless it begins with "--". A switch may stand alone and
-    // then means 1; a list takes all values up to the next option.
+    // What follows an option is its value, unless it begins with "--". A switch alone means 1; a
+    // list takes all values up to the next option.
     std::vector<Assignment> read_arguments(const std::vector<std::string>& arguments) const {
         std::vector<Assignment> all;
         for (size_t i = 0; i < arguments.size();) {
@@ -6369,24 +6303,21 @@ struct CommandLine {
     }
 
     // Reads and sets lines of `name = value`. A '#' at the start of a line or after a blank begins
-    // a comment, so "C#" is a value. Errors begin with the file and the line: "run.conf:3: --top-p
-    // must be ...".
+    // a comment. Errors begin with file and line: "run.conf:3: --top-p must be ...".
     //   # a small GPT-2 on a book
     //   data = data/book
     //   n-layer = 4     # the other sizes are the preset's
-    std::vector<Assignment> read_config(const std::string& path) const {
-        std::vector<Assignment> all;
+    void read_config(const std::string& path, std::set<std::string>& given) const {
         int number = 0;
         try {
             for (const std::string& line : split_at(read_text(path, 1 << 16), '\n'))
-                ++number, read_config_line(line, all);
+                ++number, read_config_line(line, given);
         } catch (const Error& error) {
             fail_usage(number ? to_text(path, ":", number) : "--config", ": ", error.what());
         }
-        return all;
     }
 
-    void read_config_line(std::string line, std::vector<Assignment>& all) const {
+    void read_config_line(std::string line, std::set<std::string>& given) const {
         const auto trim = [blanks = " \t\r"](std::string s) {
             s.erase(0, s.find_first_not_of(blanks));
             return s.erase(s.find_last_not_of(blanks) + 1);
@@ -6400,15 +6331,15 @@ struct CommandLine {
         std::string name = trim(line.substr(0, equals));
         if (name.starts_with("--")) name.erase(0, 2);
         if (name == "config" || name == "help") fail("a config file cannot hold --", name);
-        all.push_back({&find(name), trim(line.substr(equals + 1))});
-        set_option(*all.back().option, all.back().text);
+        set({&find(name), trim(line.substr(equals + 1))}, given);
     }
 };
 
 // --- Help
 
-// Help for the options that these commands take. `defaults` is the table of a fresh object. A bound
-// of a million or more only guards against overflow, so such a range is not shown.
+// Help for the options that these commands take. `defaults`: the table of a fresh object, in which
+// an empty text or a number out of range means "not set". A bound of a million or more only guards
+// against overflow, and is not shown.
 //   --top-p X                   ...; in (0, 1] (default 1)
 inline std::string options_help(const std::vector<Option>& defaults, unsigned commands) {
     const size_t indent = 30, width = std::min<size_t>(100, columns_of(STDOUT_FILENO, 100));
@@ -6422,8 +6353,10 @@ inline std::string options_help(const std::vector<Option>& defaults, unsigned co
         if (!option.is_switch()) line += range.is_number() ? number : " " + range.text;
         if (range.is_number() && range.high < 1e6) help += "; in " + range.text;
         const std::string value = value_text(option);
-        if (is_set(option) && !(option.is_switch() && value == "0"))
-            help += " (default " + value + ")";
+        const bool unset = range.is_number()
+                               ? !range.contains(number_of<double>(value).value_or(NAN))
+                               : value.empty() || (option.is_switch() && value == "0");
+        if (!unset) help += " (default " + value + ")";
         if (line.size() >= indent) text += std::exchange(line, "") + "\n";
         WordWrap wrap{width, indent, line.size()};
         text += line + wrap.add(help + "\n");

@@ -1136,8 +1136,7 @@ inline std::string output_folder(const Options& o) {
 // and no longer than the process.
 inline FileHandle lock_folder(const std::string& folder) {
     const std::string path = folder + "/lock";
-    FileHandle file(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666));
-    if (file.fd < 0) fail_errno("cannot write into ", folder);
+    FileHandle file(path, O_RDWR | O_CREAT);
     // A run that was refused may have removed the file just now: then the lock locks nothing.
     if (::flock(file.fd, LOCK_EX | LOCK_NB) == 0)
         return leads_to(path, file) ? std::move(file) : lock_folder(folder);

@@ -16,7 +16,7 @@ give_up() {
 }
 [ -n "$RUNS" ] || give_up 'there is no run in out/: ./train_gpt makes one; make plot RUNS="out/a out/b" names runs' 2
 command -v gnuplot > /dev/null ||
-    give_up "gnuplot draws the figures, and is not here: sudo apt-get install gnuplot-nox; without it: ./train_gpt show --runs $RUNS"
+    give_up "gnuplot draws the figures, and is not here: $(command -v sudo > /dev/null && echo 'sudo ')apt-get install gnuplot-nox; without it: ./train_gpt show --runs $RUNS"
 scratch=$(mktemp -d "${TMPDIR:-/tmp}/plot.XXXXXX") || exit 1
 trap 'rm -rf "$scratch"' EXIT
 

@@ -8,14 +8,14 @@ namespace stories {
 
 // Adds the sentences that are written out in an alternative: what ends in . ! or ?, less the rules
 // before it ({Opening} and so on) that are sentences of their own.
-inline void add_sentences(Grammar& grammar, std::string_view text, std::vector<Items>& sentences) {
+inline void add_sentences(std::string_view text, std::vector<Items>& sentences) {
     while (!text.empty()) {
-        const bool rule = text[0] == '{' && is_capital(text[1]);
+        const bool rule = text[0] == '{' && std::isupper(text[1]);
         size_t end = rule ? text.find('}') + 1 : 1;
         while (!rule && end < text.size() &&
                !(std::strchr(".!?", text[end - 1]) && text[end] == ' '))
             end++;
-        if (!rule) sentences.push_back(parse_items(grammar, std::string(text.substr(0, end))));
+        if (!rule) sentences.push_back(parse_items(std::string(text.substr(0, end))));
         text.remove_prefix(std::min(end + 1, text.size()));
     }
 }
@@ -23,17 +23,28 @@ inline void add_sentences(Grammar& grammar, std::string_view text, std::vector<I
 // Every sentence of every rule.
 inline const std::vector<Items>& all_sentences() {
     static const std::vector<Items> all = [] {
-        Grammar grammar = the_grammar(), names;
-        const std::vector<std::string> bodies = parse_headers(names, grammar_text);
         std::vector<Items> sentences;
-        for (size_t i = 0; i < bodies.size(); i++)
-            if (is_capital(grammar.rules[i].name[0]))
-                for (const std::string& alternative : split(bodies[i], '|'))
-                    add_sentences(grammar, alternative, sentences);
-        sentences.push_back(parse_items(grammar, "The end."));
+        for (const auto& [head, body] : rule_texts(grammar_text))
+            if (std::isupper(head[0]))
+                for (const std::string& alternative : split(body, '|'))
+                    add_sentences(alternative, sentences);
+        sentences.push_back(parse_items("The end."));
         return sentences;
     }();
     return all;
+}
+
+// The list of each slot. Needed where a sentence read alone recalls words that were drawn before.
+inline const std::map<std::string, const Rule*>& lists_of_slots() {
+    static const std::map<std::string, const Rule*> lists = [] {
+        std::map<std::string, const Rule*> of;
+        for (const auto& [name, rule] : the_grammar())
+            for (const Items& items : rule.alternatives)
+                for (const Item& item : items)
+                    if (!item.list.empty()) of[item.name] = &the_grammar().at(item.list);
+        return of;
+    }();
+    return lists;
 }
 
 // What is still to be read: the rest of some items, and then the rest of those around them.
@@ -49,18 +60,6 @@ struct Reader {
     const Grammar& grammar;
     std::vector<double> neg_log_probs = {};  // of every way found
 
-    // May the slot hold this word? A slot that is still empty may: a sentence read alone recalls
-    // words that were drawn before it.
-    bool may_hold(const Memory& memory, int slot, int word) const {
-        if (memory[slot] >= 0) return memory[slot] == word;
-        for (size_t other = 0; other < grammar.slots.size(); other++) {
-            const bool differ =
-                grammar.slots[slot].unlike == int(other) || grammar.slots[other].unlike == slot;
-            if (differ && memory[other] == word) return false;
-        }
-        return true;
-    }
-
     // Reads `text` as what is to do, where the choices so far cost `cost`.
     void read(const Todo& todo, std::string_view text, const Memory& memory, double cost) {
         if (todo.next == todo.items.size()) {
@@ -72,31 +71,36 @@ struct Reader {
         }
         const Item& item = todo.items[todo.next];
         const Todo after{todo.items, todo.next + 1, todo.around};
-        if (item.kind == Item::letters) {
-            if (!text.starts_with(item.text)) return;
-            read(after, text.substr(item.text.size()), memory, cost);
-        } else if (item.kind == Item::rule) {
-            const Rule& rule = grammar.rules[item.index];
-            for (const Items& items : rule.alternatives)
-                read({items, 0, &after}, text, memory, cost + std::log(rule.alternatives.size()));
+        if (!text.starts_with(item.letters)) return;
+        text.remove_prefix(item.letters.size());
+        if (item.name.empty()) {
+            read(after, text, memory, cost);
+        } else if (const auto* alternatives = alternatives_of(grammar, item.name)) {
+            for (const Items& items : *alternatives)
+                read({items, 0, &after}, text, memory, cost + std::log(alternatives->size()));
         } else {
             read_word(item, after, text, memory, cost);
         }
     }
 
+    // The slot may hold a word that it holds already, or is drawn. A slot that is still empty may
+    // hold any: a sentence read alone recalls words that were drawn before it.
     void read_word(const Item& item, const Todo& after, std::string_view text, Memory memory,
                    double cost) {
-        const Slot& slot = grammar.slots[item.index];
-        int n = int(grammar.rules[slot.rule].words.size());
-        if (item.kind == Item::draw) {
-            memory[item.index] = -1;
-            cost += std::log(double(n - (slot.unlike >= 0)));
+        const Rule& list = *lists_of_slots().at(item.name);
+        const int n = int(list.words.size());
+        if (!item.list.empty()) {
+            memory.erase(item.name);
+            cost += std::log(double(n - !item.unlike.empty()));
         }
-        const Memory before = memory;
+        const auto held = memory.find(item.name), barred = memory.find(item.unlike);
+        const int only = held == memory.end() ? -1 : held->second.number;
+        const int never = barred == memory.end() ? -1 : barred->second.number;
         for (int word = 0; word < n; word++) {
-            const std::string spelt = spell(grammar, item, word);
-            if (!text.starts_with(spelt) || !may_hold(before, item.index, word)) continue;
-            memory[item.index] = int8_t(word);
+            const std::string spelt = spell({&list, word}, item.form);
+            const bool may = word != never && (only < 0 || word == only);
+            if (!may || !text.starts_with(spelt)) continue;
+            memory[item.name] = {&list, word};
             read(after, text.substr(spelt.size()), memory, cost);
         }
     }
@@ -110,7 +114,7 @@ inline std::vector<double> derivations(std::string_view text, const std::vector<
 }
 // Of a whole story: one number, as the grammar is unambiguous; none if it cannot tell this story.
 inline std::vector<double> derivations(std::string_view story) {
-    return derivations(story, the_grammar().rules[0].alternatives);
+    return derivations(story, the_grammar().at("story").alternatives);
 }
 
 }  // namespace stories
