@@ -7,18 +7,22 @@
 
 #include "faults.hpp"
 
-using Arguments = std::vector<std::string>;
+// What is typed behind a program's name: a line, or words, of which some may have blanks.
+struct Arguments : std::vector<std::string> {
+    using vector::vector;
+    Arguments(vector words) : vector(std::move(words)) {}
+    Arguments(const std::string& line) : vector(tinygpt::split_at(line, ' ')) {
+        std::erase(*this, "");
+    }
+    Arguments(const char* line) : Arguments(std::string(line)) {}
+    friend Arguments operator+(Arguments a, const Arguments& b) {
+        a.insert(a.end(), b.begin(), b.end());
+        return a;
+    }
+};
 
 inline bool contains(const std::string& text, const std::string& part) {
     return text.find(part) != std::string::npos;
-}
-inline Arguments joined(Arguments a, const Arguments& b) {
-    a.insert(a.end(), b.begin(), b.end());
-    return a;
-}
-// The words of a line, and `more` behind them.
-inline Arguments words(const std::string& line, const Arguments& more = {}) {
-    return joined(tinygpt::split_at(line, ' '), more);
 }
 
 // A folder of its own for a test, removed at the end; in memory where possible, because some tests
@@ -89,12 +93,12 @@ struct SmallRuns : TemporaryFolder {
 
     // A small run with everything on: shuffling, accumulation, dropout, patience.
     Arguments arguments(const std::string& name, const Arguments& more = {}) const {
-        const std::string small =
+        const Arguments small =
             "--n-layer 1 --n-embd 8 --n-head 2 --n-positions 8 --seq-len 8 --batch-size 3 "
             "--grad-accum-steps 2 --dropout 0.1 --max-steps 30 --learning-rate 0.1 "
             "--min-lr-fraction 0.5 --warmup-steps 16 --eval-interval 2 --eval-batches 1 "
             "--patience 5 --sample-interval 0 --save-interval 5 --threads 1";
-        return joined({"--data", data(), "--output", out(name)}, words(small, more));
+        return Arguments{"--data", data(), "--output", out(name)} + small + more;
     }
 };
 

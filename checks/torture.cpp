@@ -55,8 +55,7 @@ static pid_t start(const std::string& output, int slow_us = 0) {
     file_fault() = [=](const char* call, const std::string& path) {
         return follow(slow_us, call, path);
     };
-    Arguments all = joined({"train_gpt", "--resume", "auto"},
-                           runs->arguments(output, {"--save-interval", "3"}));
+    Arguments all = "train_gpt --resume auto" + runs->arguments(output, "--save-interval 3");
     std::vector<char*> argv;
     for (std::string& word : all) argv.push_back(word.data());
     const int status = program(int(all.size()), argv.data(), "train_gpt", run_on_cpu);
