@@ -17,43 +17,26 @@ export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 unset MAKEFLAGS MAKELEVEL MFLAGS  # a make that runs this does not decide how those below build
 STEPS=${STEPS:-100} WITH=" ${WITH:-} " CLONE=build/readme LOG=$PWD/build/readme.log
 
-# What a command needs that not every machine has.
-needs() {
+# What this machine, or this call, lacks for a command; nothing where it can be run.
+lacks() {
     case "$1" in
-        *apt-get*) echo network ;;
-        "make gpt2"* | "make shakespeare"* | *shakespeare.conf) echo network ;;
-        "make test" | "make test FILTER"* | "make torture"* | "make check"* | "make nightly"*) echo time ;;
-        "make plot") echo gnuplot ;;
-        "make train_gpt_mpi" | mpirun*) echo mpi ;;
-        "make train_gpt_cu_mpi") echo nccl ;;
-        "make grammar") echo whole ;;
-        "make train_gpt_cu" | "make test_gpt_cu"*) echo nvcc ;;
-        "./train_gpt_cu" | "./train_gpt_cu "*) echo gpu ;;
+        *apt-get* | "make gpt2"* | "make shakespeare"* | *shakespeare.conf)
+            wanted network || echo "a network, and root for apt-get (WITH=network)" ;;
+        "make test" | "make test FILTER"* | "make torture"* | "make check"* | "make nightly"*)
+            wanted time || echo "minutes; make check or make nightly has it (WITH=time)" ;;
+        "make plot") command -v gnuplot > /dev/null || echo "gnuplot" ;;
+        "make train_gpt_mpi" | mpirun*) command -v mpicxx > /dev/null || echo "MPI" ;;
+        "make train_gpt_cu_mpi")
+            command -v mpicxx > /dev/null && has_nvcc && ld -lnccl -o /dev/null 2> /dev/null ||
+                echo "MPI, the CUDA Toolkit and NCCL" ;;
+        "make grammar") [ "$STEPS" = all ] || echo "the default run, not shortened (STEPS=all)" ;;
+        "make train_gpt_cu" | "make test_gpt_cu"*) has_nvcc || echo "the CUDA Toolkit" ;;
+        "./train_gpt_cu" | "./train_gpt_cu "*)
+            has_nvcc && nvidia-smi > /dev/null 2>&1 || echo "an NVIDIA GPU and the CUDA Toolkit" ;;
     esac
 }
-reason() {
-    case "$1" in
-        network) echo "a network, and root for apt-get (WITH=network)" ;;
-        time) echo "minutes; make check or make nightly has it (WITH=time)" ;;
-        mpi) echo "MPI" ;;
-        nccl) echo "MPI, the CUDA Toolkit and NCCL" ;;
-        gnuplot) echo "gnuplot" ;;
-        whole) echo "the default run, not shortened (STEPS=all)" ;;
-        nvcc) echo "the CUDA Toolkit" ;;
-        gpu) echo "an NVIDIA GPU and the CUDA Toolkit" ;;
-    esac
-}
-has() {
-    case "$1" in
-        mpi) command -v mpicxx > /dev/null ;;
-        nccl) has mpi && has nvcc && ld -lnccl -o /dev/null 2> /dev/null ;;
-        gnuplot) command -v gnuplot > /dev/null ;;
-        whole) [ "$STEPS" = all ] ;;
-        nvcc) command -v nvcc > /dev/null || [ -x /usr/local/cuda/bin/nvcc ] ;;
-        gpu) has nvcc && nvidia-smi > /dev/null 2>&1 ;;
-        *) [ "${WITH#* "$1" }" != "$WITH" ] ;;
-    esac
-}
+wanted() { [ "${WITH#* "$1" }" != "$WITH" ]; }
+has_nvcc() { command -v nvcc > /dev/null || [ -x /usr/local/cuda/bin/nvcc ]; }
 
 # The command as it is run: words that stand for the reader's own are filled in, and a training run is
 # shortened.
@@ -108,9 +91,9 @@ declare -A seen
 for command in "${all[@]}"; do
     [ -z "${seen[$command]:-}" ] || continue
     seen[$command]=1
-    need=$(needs "$command") run=$(filled_in "$command")
-    if [ -n "$need" ] && ! has "$need"; then
-        printf 'skipped  %-64s needs %s\n' "$command" "$(reason "$need")"
+    lack=$(lacks "$command") run=$(filled_in "$command")
+    if [ -n "$lack" ]; then
+        printf 'skipped  %-64s needs %s\n' "$command" "$lack"
         skipped=$((skipped + 1))
         continue
     fi
