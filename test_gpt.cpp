@@ -454,6 +454,8 @@ std::vector<real> random_vector(size_t count, uint64_t seed, double scale = 1, d
     return values;
 }
 
+// --- Runs, and what they left
+
 struct TestRuns : SmallRuns {
     using SmallRuns::SmallRuns;
     Outcome train(const std::string& name, const Arguments& more = {}) const {
@@ -479,8 +481,6 @@ inline void replace_shard(const std::string& path, const std::vector<uint16_t>& 
     std::filesystem::last_write_time(path + ".new", when + std::chrono::seconds(2));
     std::filesystem::rename(path + ".new", path);
 }
-
-// --- What a run left
 
 inline void check_same_end(const std::string& a, const std::string& b) {
     CHECK(difference(a, b) == "");
@@ -943,8 +943,9 @@ Outcome train_on(const Hooked& device, const Arguments& arguments) {
 bool near(double a, double b, double relative) { return std::abs(a - b) <= relative * std::abs(b); }
 
 // =================================================================================================
-// §1 Errors and random numbers
+// §1 Random numbers
 // =================================================================================================
+// All else is random by these few functions: what a seed means may never change.
 
 TEST_CASE("random: a seed means the same numbers in every version") {
     const uint64_t published[] = {6457827717110365317u, 3203168211198807973u, 9817491932198370423u};
@@ -965,6 +966,7 @@ TEST_CASE("random: a seed means the same numbers in every version") {
 // =================================================================================================
 // §2 Data
 // =================================================================================================
+// Shards and the order of their blocks: every prediction once an epoch; nothing damaged is read.
 
 // Shards whose tokens are all different: 0, 1, 2, ... on through all of them.
 inline std::unique_ptr<Shards> counting_shards(const TemporaryFolder& folder,
@@ -1198,6 +1200,7 @@ TEST_CASE("data: a token outside the vocabulary is an error that says where") {
 // =================================================================================================
 // §3 What a model is made of
 // =================================================================================================
+// The list of parameters: their number, their order and how they begin.
 
 TEST_CASE("init: normal, the right width, biases 0, norms 1, and no thread matters") {
     const Config config{4, 4, 128, 128, 1024, true};
@@ -1272,6 +1275,7 @@ TEST_CASE("model: the one list has GPT-2's parameters, and only matrices decay")
 // =================================================================================================
 // §4 The layers: every gradient against finite differences
 // =================================================================================================
+// Each layer by itself, in double; then dropout.
 
 // Two measurements of a gradient may differ by this much of the largest element of their tensor.
 constexpr double kTolerance = 1e-7;
@@ -1639,8 +1643,9 @@ TEST_CASE("dropout: its own mask everywhere, in every micro-batch and step; none
 // =================================================================================================
 // §5, §6 The whole model
 // =================================================================================================
+// The gradient of every tensor, that these checks notice a fault, and PyTorch's numbers.
 
-// The layers of §4 with one fault. The right function runs, but on inputs that make a sign or a term
+// The layers of §4 with one fault. The right function runs, but on inputs that make a sign or term
 // wrong, or its result is spoilt.
 struct Broken : Reference<double> {
     using Right = Reference<double>;
@@ -2059,6 +2064,7 @@ TEST_CASE_TEMPLATE("memory: GELUs made again in backward are the same numbers, i
 // =================================================================================================
 // §7 The update
 // =================================================================================================
+// Learning rate, clipping, guards and AdamW, each against its formula.
 
 TEST_CASE("schedule: warm-up, then each shape, at their corners") {
     constexpr Schedule cosine = Schedule::cosine, linear = Schedule::linear, wsd = Schedule::wsd;
@@ -2240,6 +2246,7 @@ TEST_CASE("adamw: agrees with its formula; only what comes before `decayed` deca
 // =================================================================================================
 // §8 Training
 // =================================================================================================
+// Steps: they learn, the same bits on any number of threads, micro-batches add up.
 
 TEST_CASE("training: one batch is learned by heart") {
     Threads one(1);
@@ -2328,6 +2335,7 @@ TEST_CASE("training: nothing but the list's tensors has a gradient or a weight")
 // =================================================================================================
 // §9 Evaluation and generation
 // =================================================================================================
+// Every prediction scored once; text from the cache, and how a token is chosen.
 
 TEST_CASE("evaluation: every prediction is scored exactly once, and the mean is the mean") {
     Threads one(1);
@@ -2529,6 +2537,7 @@ TEST_CASE("generation: greedy text is the argmax, the seed decides the rest, the
 // =================================================================================================
 // §10 Many processes
 // =================================================================================================
+// Ranks that are threads of this process: one run, bit for bit.
 
 // Ranks that are threads of this process.
 class ThreadRanks : public Ranks {
@@ -2715,8 +2724,7 @@ TEST_CASE("ranks: a NaN at one of them is seen by all, and reaches no weight") {
 // =================================================================================================
 // §11 The fast CPU
 // =================================================================================================
-
-// Matrix products, attention and e^x: the fast ones (§11) against the plain ones (§4).
+// Matrix products, attention and e^x: the fast ones against the plain ones of §4.
 
 using tinygpt::FastOps, tinygpt::PlainOps, tinygpt::kDepth;
 
@@ -3061,6 +3069,7 @@ TEST_CASE("attention: with a cache, the rows of the whole") {
 // =================================================================================================
 // §12 Systems, files and JSON
 // =================================================================================================
+// What containers allow; files whole or not at all; JSON by its standard.
 
 TEST_CASE("machine: what containers allow counts as its cores and its memory") {
     struct Case {
@@ -3383,6 +3392,7 @@ TEST_CASE("json: large and hostile texts take linear time and bounded depth") {
 // =================================================================================================
 // §13 The tokenizer
 // =================================================================================================
+// By its definition and by GPT-2's golden tokens; files of a vocabulary, good and damaged.
 
 // The bytes of every piece, as tokens.
 inline std::vector<std::vector<uint16_t>> bytes_of_pieces(std::string_view text) {
@@ -3689,6 +3699,7 @@ TEST_CASE(
 // =================================================================================================
 // §14 safetensors, weights and config.json
 // =================================================================================================
+// Files by their format, each rule broken once; names of tensors; what config.json may ask for.
 
 TEST_CASE("safetensors: a file is what the format says, byte for byte") {
     TemporaryFolder scratch;
@@ -4366,6 +4377,7 @@ TEST_CASE("hf: a saved model has all that transformers asks for, for every kind 
 // =================================================================================================
 // §15 Checkpoints
 // =================================================================================================
+// A checkpoint is there whole or not at all, and no flipped bit is loaded.
 
 TEST_CASE("checkpoints: the checksum of a file sees every change, on any number of threads") {
     TemporaryFolder scratch;
@@ -4445,8 +4457,7 @@ TEST_CASE("checkpoints: a single flipped bit anywhere in a checkpoint is never l
     CHECK(config_of_folder(checkpoint).n_embd == 8);
 }
 
-TEST_CASE(
-    "checkpoints: whichever call of a save fails, the last good checkpoint stays, and all can go on") {
+TEST_CASE("checkpoints: whichever call of a save fails, the last good one stays, and all goes on") {
     TestRuns place;
     const auto model = small_model();
     const Tokenizer tokenizer = Tokenizer::bytes();
@@ -4495,7 +4506,7 @@ TEST_CASE(
 }
 
 TEST_CASE(
-    "checkpoints: a save syncs every file before its name, its folder, the rename, and the folder above") {
+    "checkpoints: a save syncs files, names, its folder, the rename, the folder above, in order") {
     TemporaryFolder place;
     const auto model = small_model();
     const Tokenizer tokenizer = Tokenizer::bytes();
@@ -4534,6 +4545,7 @@ TEST_CASE(
 // =================================================================================================
 // §16 Log and terminal
 // =================================================================================================
+// log.csv and its JSON; lines that fit.
 
 TEST_CASE("log: log.csv is read as it was written; half a row, and one too late, is left out") {
     TemporaryFolder scratch;
@@ -4639,6 +4651,7 @@ TEST_CASE("terminal: no line is wider than the terminal") {
 // =================================================================================================
 // §17 The training loop
 // =================================================================================================
+// Small runs, whole: what they write, how they end, go on, and meet what is in the way.
 
 // --- What a run does and writes
 
@@ -5416,6 +5429,7 @@ TEST_CASE("run: near the limit of open files a run trains and saves") {
 // =================================================================================================
 // §18 Options: the engine, and the table of train_gpt.cpp
 // =================================================================================================
+// What is typed is taken as it is meant, or refused with what to type.
 
 Options parsed(const Arguments& arguments) { return parse_options(arguments); }
 // The message of a refusal; "" where the arguments are accepted.
@@ -6038,6 +6052,7 @@ TEST_CASE("run: the report says what the run was, and what it says to type next 
 // =================================================================================================
 // train_gpt.cpp: the commands
 // =================================================================================================
+// Each run in this process, as it would be typed.
 
 // --- What they refuse
 
@@ -7132,6 +7147,7 @@ TEST_CASE("readme: the training step it shows is the header's") {
 // =================================================================================================
 // prepare_data.cpp
 // =================================================================================================
+// Text into shards: what is text, passes over it, vocabularies, the stories, models of llm.c.
 
 // --- Options, input, and what is text
 
@@ -8684,9 +8700,9 @@ TEST_CASE_TEMPLATE("cuda: PyTorch's losses, norms and gradients", Device, Cuda<f
             const StepState state = state_of(model);
             const double unit = 20 * (kUnit<Device> + 8 * 0x1p-24);
             CHECK(std::abs(state.loss / losses[s] - 1) < unit);
-            // AdamW's first steps are lr in each element, whatever the gradient's size: rounding turns
-            // some around, and from then on the norm, which jumps by half from step to step here,
-            // is that of another place.
+            // AdamW's first steps are lr in each element, whatever the gradient's size: rounding
+            // turns some around, and from then on the norm, which jumps by half from step to step
+            // here, is that of another place.
             CHECK(std::abs(state.grad_norm / norms[s] - 1) < (s == 0 ? 2 : 4) * unit);
             if (s > 0) continue;
             const Values found = gradients_of(model);
