@@ -284,7 +284,6 @@ struct PassProgress {
 
 // One pass. Calls visit(result, text, thread) for all text, on all cores, with a Result for each
 // chunk, and then(result, chunk) in the order of the chunks, once all of a group have been visited.
-// Throws the first error in this order.
 template <class Result>
 void pass_over(const char* doing, const std::vector<Source>& sources, auto&& visit, auto&& then,
                size_t chunk_bytes = 1 << 18) {
@@ -297,17 +296,11 @@ void pass_over(const char* doing, const std::vector<Source>& sources, auto&& vis
         for (; next && chunks.size() < kGroup; next = reader.next())
             chunks.push_back(std::move(*next));
         std::vector<Result> results(chunks.size());
-        std::vector<std::exception_ptr> errors(chunks.size());
-#pragma omp parallel for schedule(dynamic)
-        for (size_t i = 0; i < chunks.size(); ++i) try {
-                for_each_text(chunks[i], [&](const Text& text) {
-                    visit(results[i], text, size_t(omp_get_thread_num()));
-                });
-            } catch (...) {
-                errors[i] = std::current_exception();
-            }
+        for_each_index(chunks.size(), [&](size_t i) {
+            const size_t thread = size_t(omp_get_thread_num());
+            for_each_text(chunks[i], [&](const Text& text) { visit(results[i], text, thread); });
+        });
         for (size_t i = 0; i < chunks.size(); ++i) {
-            if (errors[i]) std::rethrow_exception(errors[i]);
             then(results[i], chunks[i]);
             progress.advance(chunks[i].bytes.size());
         }
@@ -939,15 +932,8 @@ private:
 
 constexpr const char* kIncoming = ".incoming";  // the new files wait here until all are written
 
-// Refuses a folder that cannot be written, or that has shards which this program did not write.
-// Called before the work begins: an hour of tokenizing should not end in this message.
+// Refuses a folder with shards which this program did not write.
 inline void check_output_folder(const std::string& folder) {
-    std::string parent = folder;
-    while (!folder_exists(parent) && !file_exists(parent) && parent_folder(parent) != parent)
-        parent = parent_folder(parent);
-    if (!folder_exists(parent) || ::access(parent.c_str(), W_OK | X_OK) != 0)
-        fail("cannot write to ", folder, ": ", parent,
-             " is no folder that may be written; choose another --output");
     if (!folder_exists(folder) || file_exists(folder + "/dataset.json") ||
         folder_exists(folder + "/" + kIncoming))
         return;
@@ -998,9 +984,8 @@ inline void describe_split(Json& json, const std::string& split, const Tally& ta
         .set(split + "_bytes", tally.bytes)
         .set(split + "_tokens", tally.tokens);
     say("  " + split,
-        to_text(with_commas(tally.documents), tally.documents == 1 ? " document, " : " documents, ",
-                with_commas(tally.characters), " characters, ", with_commas(tally.bytes),
-                " bytes, ", with_commas(tally.tokens), " tokens"));
+        to_text(counted(tally.documents, "document"), ", ", counted(tally.characters, "character"),
+                ", ", counted(tally.bytes, "byte"), ", ", counted(tally.tokens, "token")));
 }
 
 // The tokenizer of the options. One that is learnt learns from the training part only.
@@ -1041,7 +1026,7 @@ inline int64_t prepare(const PrepareOptions& o, const Incoming& incoming, const 
         notes += to_text("  no pair is left that occurs twice: the vocabulary has ", vocab_size,
                          " tokens, not ", o.vocab_size, "\n");
     if (split.all.empty)
-        notes += to_text("  ", split.all.empty, " empty documents were left out\n");
+        notes += to_text("  left out: ", counted(split.all.empty, "empty document"), "\n");
     notes += to_text("  ", vocab_size, " tokens in the vocabulary (", o.tokenizer, ", ",
                      format("%.1f s), %.2f bytes a token", learnt - start,
                             bytes / double(train.tokens + val.tokens)));
@@ -1061,8 +1046,8 @@ inline int64_t prepare_text(const PrepareOptions& o) {
     for (const auto& [note, paths] : input.notes) {
         std::string some;
         for (size_t i = 0; i < paths.size() && some.size() < 200; ++i) join(some, ", ", paths[i]);
-        std::printf("  %s %zu file%s, such as %s\n", note.c_str(), paths.size(),
-                    paths.size() == 1 ? "" : "s", some.c_str());
+        std::printf("  %s %s, such as %s\n", note.c_str(),
+                    counted(int64_t(paths.size()), "file").c_str(), some.c_str());
     }
     Split split = divide(input.sources, o.val_fraction, incoming.path);
     if (split.all.documents == 0)

@@ -5836,7 +5836,7 @@ TEST_CASE("options: help and version, however they are asked for; a config file 
     const Options o = parsed({path, "--seed", "4"});
     CHECK(o.command == kTrain);
     CHECK(o.batch_size == 3);
-    CHECK(o.n_positions == 7);
+    CHECK(o.sizes.n_positions == 7);
     CHECK(o.given.contains("seed"));
     CHECK(parsed({"bench", path, "--batch-size", "9"}).batch_size == 9);
     CHECK(contains(refusal("none.conf"), "cannot read none.conf"));
@@ -6096,7 +6096,11 @@ TEST_CASE("run: bad input ends with a clear line or two, and nothing is written"
         {shards + "bad.bin", 1, "is no token shard"},
         {shards + "cut.bin", 1, "is damaged"},
         {shards + "large.bin", 1, "but the vocabulary has only 257"},
-        {shards + "short.bin", 2, "one batch of 4 x 128 needs 513"},
+        {shards + "short.bin", 2,
+         "20 tokens, but one batch of 4 x 128 needs 513 (one more than its size): take more text, "
+         "or --seq-len 4\n"},
+        {shards + "short.bin --seq-len 16", 2, "text, or --batch-size 1, or --seq-len 4\n"},
+        {shards + "short.bin --batch-size 20", 2, "text, or --batch-size 1 --seq-len 19\n"},
         {new_data + "--batch-size 8 --seq-len 128 --overfit-batch", 2, "too short"},
         {new_data + "--batch-size 1000000 --seq-len 2", 2, "needs 2,000,001"},
         {new_data + "--init-from " + path + "none", 1, "no such folder"},
@@ -7405,8 +7409,8 @@ TEST_CASE("prepare_data: bad input ends in one line, and nothing is written") {
          {"~other.jsonl", "~out", "other.jsonl, line 2: \"text\" is missing"},
          {"~list.jsonl", "~out", "list.jsonl, line 1: expected an object"},
          {"~text", "~out --tokenizer gpt2 --vocab ~nothing", "there is no tokenizer in"},
-         {"~text", "~text", "text is no folder that may be written"},
-         {"~text", "~text/deeper", "cannot write to"},
+         {"~text", "~text", "cannot create folder"},
+         {"~text", "~text/deeper", "cannot create folder"},
          {"~text", "~foreign", "no dataset.json"}};
     for (const auto& [input, output, error] : cases) {
         Arguments arguments = split_at("--input " + input + " --output " + output, ' ');

@@ -646,10 +646,10 @@ void initialise(real* weights, const Config& config, const Layout& layout, uint6
 // A backward function stands below its forward, except where layers are fused: the backward of the
 // residual's sum (§4.7) is in layernorm_backward; and forward computes GELU inside the MLP's
 // first linear layer, c_fc, backward inside that of its second. `accumulate`: add to a parameter's
-// gradient, otherwise set it (a step may take its batch in several micro-batches: §8).
+// gradient, otherwise set it (§8: a step may have several micro-batches).
 //
-// Activations and weights are stored as A and computed with as `real`. Mostly both are one type;
-// where A is bf16, real is float. Parameter gradients, statistics, losses and every sum are real.
+// Activations and weights are stored as A and computed with as `real`: where A is bf16, real is
+// float, else both are one type. Parameter gradients, statistics, losses and every sum are real.
 
 // Dropout multiplies each element by a mask, 0 with probability p, otherwise 1/(1-p), so that the
 // mean stays (Srivastava et al. 2014). out_i = m_i x_i, so dx_i = m_i dout_i. The mask depends on
@@ -749,11 +749,11 @@ void layernorm_forward(A* out, real* mean, real* rstd, const A* x, const A* weig
 //   dx_j = r g_j - r (sum_i g_i)/C - r n_j (sum_i g_i n_i)/C
 // so dx = r (g - mean(g) - n mean(g n)): three terms, for x itself, for the mean, for the scale.
 // Why the last two: adding a constant to the row, or scaling it, does not change out (apart from
-// eps), so dx is orthogonal to both: to equal numbers, and to n. And out_i = n_i weight_i + bias_i
-// in every row, so
+// eps), so dx is orthogonal to equal numbers, and to n. And out_i = n_i weight_i + bias_i in every
+// row, so
 //   dweight_i = sum over rows of dout_i n_i      dbias_i = sum over rows of dout_i
-// x is the residual stream, which also flows on past the layernorm. dresidual is the gradient that
-// comes that way, and is added:
+// x, the residual stream, also flows on past the layernorm. dresidual, the gradient that comes that
+// way, is added:
 //   dx = dresidual + the above        (dresidual: null where nothing else read x; may be dx itself)
 // dbranch and dbranch_bias belong to the backward of §4.7: skip them until then. Why here: dx is
 // still in the cache. x was made by x = residual + drop(branch), where branch is the output of a
@@ -928,18 +928,17 @@ void column_sums(real* out, const A* x, int rows, int n, bool accumulate) {
 // A query says what position t looks for, a key what t2 offers, a value what t2 hands over; out[t]
 // is a mean of the values, weighted by how well the keys fit. 1/sqrt(HS): if the entries of q and k
 // have variance 1, q.k has variance HS; divided by sqrt(HS) it has 1, and the softmax is not all on
-// one key. The causal mask is t2 <= t: no position sees what it is to predict. It costs nothing and
-// saves half of the work, since later scores are not made at all. Backward makes p again from q, k
-// and lse[t], the log of the sum of e^s, so no T x T matrix is kept. Dropout multiplies the
-// finished p[t,t2] by its mask.
+// one key. The causal mask, t2 <= t: no position sees what it is to predict. It saves half of the
+// work, since later scores are not made. Backward makes p again from q, k and lse[t], the log of
+// the sum of e^s, so no T x T matrix is kept. Dropout multiplies the finished p[t,t2] by its mask.
 //   walk> att of t=0 is its own value, qkv[16..23], since it sees nobody else:
 //   walk>   v of t=0   [1,  8]   -0.1347   1.1790  -0.1055   0.5021   0.3746  -0.3026 ...
 //   walk>   att        [8,  8]   -0.1347   1.1790  -0.1055   0.5021   0.3746  -0.3026 ...
 
 // One head: queries first..last-1 over keys 0..last-1. qkv: the head's query of row 0, rows 3C
-// apart. Sets out [last - first, HS], rows C apart, and lse [last - first] unless it is null. The
-// mask's index is (head T + t) T + t2, with head = b NH + h and T = last. Careful: e^s overflows at
-// s = 88 in float, so a row's maximum is subtracted; p, a quotient, stays the same.
+// apart. Sets out [last - first, HS], rows C apart, and lse [last - first] unless null. The mask's
+// index is (head T + t) T + t2, with head = b NH + h and T = last. Careful: e^s overflows at s = 88
+// in float, so a row's maximum is subtracted; p, a quotient, stays the same.
 template <class real>
 void PlainOps::attend(real* out, real* lse, const real* qkv, int first, int last, int C, int HS,
                       Dropout drop, uint64_t head) {
@@ -977,9 +976,8 @@ void attention_forward(A* out, real* lse, const A* qkv, int B, int T, int NH, in
     }
 }
 
-// Backward goes through forward's three lines upside down. dp and ds are the gradients of p and s;
-// @ is a partial derivative; z is the sum of e^s. Sums over t are over the queries that see key t2,
-// those with t >= t2.
+// Forward's three lines upside down. dp and ds are the gradients of p and s; @ is a partial
+// derivative; z is the sum of e^s. Sums over t are over the queries that see key t2: t >= t2.
 //   out[t] = sum p[t,t2] v[t2]:  dv[t2] = sum over t of p[t,t2] dout[t],   dp[t,t2] = dout[t].v[t2]
 //   p = softmax(s), of one row:  p_j = e^s_j / z and @z/@s_i = e^s_i, so by the quotient rule
 //                                @p_j/@s_i = [i=j] e^s_j/z - e^s_j e^s_i/z^2 = p_j ([i=j] - p_i)
@@ -1072,8 +1070,8 @@ real gelu_derivative(real x) {
     return s + x * s * (1 - s) * slope;
 }
 
-// sets fc [rows, OC] = x w + b and gelu [rows, OC] = GELU(fc). Both are kept: fc for GELU's
-// derivative, gelu as the next layer's input. x [rows, C], w [C, OC], b [OC].
+// sets fc [rows, OC] = x w + b, kept for GELU's derivative, and gelu [rows, OC] = GELU(fc). x
+// [rows, C], w [C, OC], b [OC].
 template <class Ops, class A, class real>
 void linear_gelu_forward(A* gelu, A* fc, const A* x, const A* w, const A* b, int rows, int C,
                          int OC) {
@@ -1096,7 +1094,7 @@ void gelu_forward(A* gelu, const A* fc, size_t count) {
 // whose input was gelu = GELU(fc), then that of GELU:
 //   dfc = (dout w^T) gelu'(fc)     dw = gelu^T dout     dfc_bias = column sums of dfc
 // dfc_bias is the bias gradient of the layer that made fc. Shapes: dfc, gelu, fc [rows, C], dout
-// [rows, OC], w [C, OC]. In GPT-2 this C is 4 n_embd, and OC is n_embd.
+// [rows, OC], w [C, OC]; here C is 4 n_embd, OC n_embd.
 // sets dfc; sets dw, dfc_bias [C], or adds to them if accumulate.
 template <class Ops, class A, class real>
 void linear_gelu_backward(A* dfc, real* dw, real* dfc_bias, const A* dout, const A* gelu,
@@ -1151,9 +1149,9 @@ void head_logits(auto* logits, const auto* x, const auto* w, int rows, int C, in
     Ops::matmul(logits, View(x, rows, C), View(w, V, C).transposed());
 }
 
-// Loss of a row: -log p[target] = log(sum exp(logits)) - logits[target], with the maximum h
+// Loss of a row: -log p[target] = log(sum exp(logits)) - logits[target], with the maximum
 // subtracted so that exp cannot overflow. With scale > 0 the logits are overwritten by their
-// gradient (else by e^l, of no use). The log of the sum has the slope e^l_v / sum = p_v, so
+// gradient, else by e^l. The log of the sum has the slope e^l_v / sum = p_v, so
 //   dloss/dlogits_v = d/dlogits_v (log sum_u exp(logits_u) - logits_target) = p_v - [v = target]
 // softmax minus one-hot: push every token down by the probability it was given, and the target up
 // by what it lacked. Times scale (1/8 in the walk):
@@ -1521,8 +1519,8 @@ TINYGPT_HD inline double z_score(const double* window, int64_t count, double val
 // From the loss and the norm in `state` decides about the update: sets broken, skip and clip_scale,
 // counts, and remembers both. A NaN or an infinity always skips: it must never reach the weights.
 // An outlier, a loss or a norm more than skip_outliers deviations above the mean of the last 128,
-// skips too. Clipping (Pascanu et al. 2013): a norm above the limit scales the gradient by limit /
-// norm, to the limit's length in the same direction.
+// skips too. Clipping (Pascanu et al. 2013): a norm above the limit scales the gradient to the
+// limit's length, in the same direction.
 //   walk> norm of all gradients 2.550270; the limit is 0.5: each is multiplied by 0.196058
 TINYGPT_HD inline void judge_step(StepState* state, const Guards& guards) {
     const int64_t window = StepState::kWindow;
@@ -3404,7 +3402,7 @@ inline mode_t mode_of(const std::string& path) {
     return ::stat(path.c_str(), &info) == 0 ? info.st_mode : 0;
 }
 inline bool folder_exists(const std::string& path) { return S_ISDIR(mode_of(path)); }
-// Anything but a folder: pipes and devices count.
+// Pipes and devices count.
 inline bool file_exists(const std::string& path) { return mode_of(path) && !folder_exists(path); }
 // "a/b/c" -> "a/b", "c" -> ".", "/c" -> "/".
 inline std::string parent_folder(std::string path) {
@@ -3427,7 +3425,7 @@ inline std::vector<std::string> list_folder(const std::string& path) {
     return names;
 }
 
-// The whole file, or all that comes through a pipe; more than max_bytes is an error.
+// The whole file, or all that comes through a pipe: at most max_bytes.
 inline std::string read_file(const std::string& path, size_t max_bytes = SIZE_MAX) {
     const FileHandle file(path, O_RDONLY);
     std::string bytes;
@@ -3518,7 +3516,6 @@ public:
         for (; !made.empty(); made.pop_back()) ::rmdir(made.back().c_str());
     }
 };
-// Creates a folder and those above it, or none of them.
 inline void make_folders(const std::string& path) { FolderToFill(path).made.clear(); }
 
 // Replaces a file of the new name, on the disk too.
@@ -3564,7 +3561,6 @@ public:
     ~FileWriter() {
         if (file_.fd >= 0) std::remove(temporary_.c_str());
     }
-    // Appends, without a buffer.
     void write(const void* data, size_t bytes) {
         if (write_all(file_.fd, data, bytes) < bytes) fail_errno("cannot write ", path_);
     }
@@ -3758,21 +3754,32 @@ inline void append_utf8(std::string& out, uint32_t code) {
     for (int i = more - 1; i >= 0; i--) out += char(0x80 | (code >> (6 * i) & 0x3f));
 }
 
+// Takes all whole characters from the front of some bytes. Sampled bytes may end inside one: these
+// stay for the next call, unless the text has ended. Invalid bytes become U+FFFD.
+inline std::string take_characters(std::string& bytes, bool ended) {
+    std::string out;
+    size_t at = 0;
+    while (at < bytes.size()) {
+        const std::string_view rest = std::string_view(bytes).substr(at, 4);
+        const size_t size = utf8_character(rest).bytes;
+        if (size == 0 && rest.size() < 4 && !ended) break;  // the longest has four
+        out += size ? rest.substr(0, size) : "\xef\xbf\xbd";
+        at += std::max<size_t>(1, size);
+    }
+    bytes.erase(0, at);
+    return out;
+}
+
 // --- JSON (RFC 8259)
 //     {"model_type": "gpt2", "n_layer": 12, "layer_norm_epsilon": 1e-05, "n_inner": null}
 
-// A JSON string, quotes included. A byte that is not UTF-8 becomes U+FFFD.
 inline std::string json_string(std::string_view text) {
-    std::string out = "\"";
-    for (size_t i = 0, bytes; i < text.size(); i += std::max<size_t>(bytes, 1)) {
-        const char c = text[i];
-        bytes = utf8_character(text.substr(i, 4)).bytes;
+    std::string out = "\"", bytes(text);
+    for (char c : take_characters(bytes, true))
         out += c == '"' || c == '\\' ? std::string{'\\', c}
                : c == '\n'           ? "\\n"
                : uint8_t(c) < 0x20   ? format("\\u%04x", c)
-               : bytes == 0          ? "\xef\xbf\xbd"
-                                     : std::string(text.substr(i, bytes));
-    }
+                                     : std::string(1, c);
     return out + '"';
 }
 // A text for a message: as it is where it is short and plain, else as a JSON string, cut.
@@ -3845,13 +3852,11 @@ struct Json {
         members.emplace_back(key, std::move(value));
         return *this;
     }
-    // The member's value, or null where there is none.
     const Json* find(std::string_view key) const {
         for (auto& [name, value] : members)
             if (name == key) return &value;
         return nullptr;
     }
-    // A member that must be there, and of that kind.
     const Json& get(std::string_view key, Kind wanted, const std::string& where) const {
         static constexpr const char* names[] = {"null",     "true or false", "a number",
                                                 "a string", "an array",      "an object"};
@@ -4011,7 +4016,6 @@ struct JsonParser {
         error(at, "expected ", expected, ", found ",
               end ? "the end" : json_string(text.substr(at, 1)));
     }
-    // Any error, at byte `from`.
     [[noreturn]] void error(size_t from, const auto&... parts) const {
         const auto line = 1 + std::count(text.begin(), text.begin() + from, '\n');
         fail(where, ": not valid JSON: line ", line, ", byte ", from, ": ", parts...);
@@ -4146,7 +4150,7 @@ public:
         return bytes_[size_t(id)];
     }
     // The text of some tokens, with `end_of_text_mark` for every end of text. Careful: a token may
-    // be half a character (see take_characters, §16).
+    // be half a character (see take_characters).
     std::string decode(const std::vector<uint16_t>& tokens,
                        std::string_view end_of_text_mark = "") const {
         std::string text;
@@ -4160,7 +4164,6 @@ public:
     static Tokenizer load(const std::string& folder);
     // Writes vocab.json, merges.txt and tokenizer.json. Makes the folder where it is missing.
     void save(const std::string& folder) const;
-    // The token in GPT-2's visible characters.
     std::string name_of(int id) const {
         if (id == end_of_text()) return std::string(kEndOfText);
         std::string name;
@@ -4484,7 +4487,7 @@ inline size_t dtype_bytes(std::string_view dtype) {
     return 0;
 }
 
-// IEEE half precision: one bit of sign, five of exponent, ten of significand. It is only read.
+// IEEE half precision: one bit of sign, five of exponent, ten of significand.
 struct f16 {
     uint16_t bits;
     // Exponents are biased by 15, in a float by 127. The largest is infinity and NaN in both; with
@@ -4498,7 +4501,7 @@ struct f16 {
     }
 };
 
-// The first of n numbers that is NaN or infinite, or n.
+// The first of n numbers that is not finite, or n.
 template <class real>
 size_t first_not_finite(const real* x, size_t n) {
     return size_t(std::find_if(x, x + n, [](real value) { return !std::isfinite(value); }) - x);
@@ -4506,22 +4509,26 @@ size_t first_not_finite(const real* x, size_t n) {
 
 // --- Reading
 
-// Calls use(first, n) for chunks of [0, count), which stay in L2, on all threads. Careful: no
-// exception may leave a parallel loop; the first is thrown behind it.
-constexpr size_t kChunk = size_t(1) << 16;
-template <class Use>
-void for_each_chunk(size_t count, Use&& use) {
-    std::vector<std::exception_ptr> errors(ceil_div(count, kChunk));
-#pragma omp parallel for schedule(dynamic) if (errors.size() > 4)
-    for (size_t i = 0; i < errors.size(); ++i) {
+// Calls use(i) for each i below n, on all threads. Careful: no exception may leave a parallel loop;
+// the first is thrown behind it.
+void for_each_index(size_t n, auto&& use) {
+    std::vector<std::exception_ptr> errors(n);
+#pragma omp parallel for schedule(dynamic) if (n > 4)
+    for (size_t i = 0; i < n; ++i) {
         try {
-            use(i * kChunk, std::min(kChunk, count - i * kChunk));
+            use(i);
         } catch (...) {
             errors[i] = std::current_exception();
         }
     }
     for (const std::exception_ptr& error : errors)
         if (error) std::rethrow_exception(error);
+}
+// Calls use(first, n) for chunks of [0, count), which stay in L2, on all threads.
+constexpr size_t kChunk = size_t(1) << 16;
+void for_each_chunk(size_t count, auto&& use) {
+    for_each_index(ceil_div(count, kChunk),
+                   [&](size_t i) { use(i * kChunk, std::min(kChunk, count - i * kChunk)); });
 }
 
 // A tensor of a file. One that was found has the bytes [begin, end) of `file`; one to be written,
@@ -4702,11 +4709,9 @@ inline void write_safetensors(const std::string& path, std::vector<StoredTensor>
 //     lm_head.weight                        the head; a tied one is wte once more
 //     score.weight                          the head of another task, passed over
 
-// The name to write.
 inline std::string name_in_checkpoint(const std::string& name) {
     return name == "lm_head.weight" ? name : "transformer." + name;
 }
-// The name without those prefixes.
 inline std::string_view bare_name(std::string_view name) {
     for (const std::string_view part : {"module.", "_orig_mod.", "model.", "transformer."})
         if (name.starts_with(part)) return bare_name(name.substr(part.size()));
@@ -4916,7 +4921,6 @@ void for_each_field(TrainerState& s, Visit& visit) {
     visit("options", s.options), visit("data", s.data);
 }
 
-// The state as JSON, without checksums.
 inline Json state_to_json(TrainerState state) {
     Json json = Json::object();
     auto put = [&](const char* name, const auto& field, int64_t = 0) { json.set(name, field); };
@@ -5133,7 +5137,7 @@ void save_checkpoint(Gpt2<Device>& model, const std::string& folder, const Token
         write_sealed(temporary + "/trainer_state.json",
                      state_to_json(state).set("checksums", sums));
     } catch (...) {
-        // If that fails too, the first error is the one that matters.
+        // If that fails too, the first error matters.
         try {
             remove_folder(temporary);
         } catch (const Error&) {}
@@ -5180,7 +5184,6 @@ void read_arrays(const std::deque<SafetensorsFile>& files, Gpt2<Device>& model, 
         model.set(arrays[i], infos[i].offset, host.data(), host.size());
     }
 }
-// Sets the model's weights from a Hugging Face folder.
 template <class Device>
 void load_weights(Gpt2<Device>& model, const std::string& folder) {
     std::deque<SafetensorsFile> files;
@@ -5206,7 +5209,6 @@ inline std::string checkpoint_folder(const std::string& output, int64_t step) {
     return output + "/" + checkpoint_name(step);
 }
 
-// The steps of a run's checkpoints, newest first.
 inline std::vector<int64_t> checkpoint_steps(const std::string& output) {
     std::vector<int64_t> steps;
     if (!folder_exists(output)) return steps;
@@ -5276,7 +5278,6 @@ struct WordWrap {
     size_t blanks = 0;  // before the word
     std::string word = "";
 
-    // What can be shown by now: all but the last word.
     std::string add(std::string_view text) {
         std::string out;
         for (char c : text) {
@@ -5290,7 +5291,6 @@ struct WordWrap {
         }
         return out;
     }
-    // The last word.
     std::string end() {
         if (word.empty()) return "";
         const size_t length = characters(word);
@@ -5309,7 +5309,6 @@ struct WordWrap {
     }
 };
 
-// The whole of a text, as a terminal shows it.
 inline std::string wrapped(const std::string& text, int fd = STDOUT_FILENO, size_t indent = 0,
                            size_t column = 0) {
     WordWrap wrap{columns_of(fd), indent, column};
@@ -5331,7 +5330,6 @@ inline void complain(int colour, const char* label, const std::string& text) {
     std::fprintf(stderr, "%s %s\n", coloured(colour, label, STDERR_FILENO).c_str(),
                  wrapped(text, STDERR_FILENO, 0, std::strlen(label) + 1).c_str());
 }
-// Reports what is wrong but does not end the run.
 inline void warn(const std::string& message) {
     if (world->rank != 0) return;                    // rank 0 says it
     if (::isatty(STDOUT_FILENO)) std::printf("\n");  // the live line may not have ended
@@ -5345,7 +5343,6 @@ inline void say(const std::string& label, const std::string& text) {
     std::fflush(stdout);
 }
 
-// Seconds; only differences mean something.
 inline double now_seconds() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
         .count();
@@ -5356,6 +5353,11 @@ inline std::string with_commas(int64_t n) {
     std::string digits = std::to_string(n);
     for (size_t at = digits.size(); at > 3;) digits.insert(at -= 3, 1, ',');
     return digits;
+}
+
+// "1 file", "2,000 files"
+inline std::string counted(int64_t n, const std::string& what) {
+    return with_commas(n) + " " + what + (n == 1 ? "" : "s");
 }
 
 // --- Files that grow
@@ -5477,19 +5479,6 @@ inline std::vector<LogRow> read_log(const std::string& path, int64_t last) {
 
 // Steps of a run that has no such limit: more than any run makes.
 constexpr int64_t kNoLimit = 1'000'000'000'000;
-
-// Takes all whole characters from the front of sampled bytes. A token may end inside one: its bytes
-// stay for the next call, unless the text has ended. Invalid bytes become U+FFFD.
-inline std::string take_characters(std::string& text, bool ended) {
-    std::string out;
-    while (!text.empty()) {
-        const size_t size = utf8_character(text).bytes;
-        if (size == 0 && text.size() < 4 && !ended) break;  // the longest has four
-        out += size ? text.substr(0, size) : "\xef\xbf\xbd";
-        text.erase(0, std::max<size_t>(1, size));
-    }
-    return out;
-}
 
 // --- Ctrl-C
 
@@ -5769,7 +5758,6 @@ private:
 
     // --- The step
 
-    // Passes over the training text in so many rows.
     double epochs(int64_t rows) const { return double(rows) / double(order_.blocks_per_epoch()); }
     // Rows of text of an update; and micro-batches of this rank.
     int64_t rows_per_step() const { return int64_t(o_.batch_size) * o_.grad_accum_steps; }
@@ -5786,7 +5774,6 @@ private:
                (state_.step == 0 || last || due(o_.eval_interval, state_.step));
     }
 
-    // A row with nothing measured yet.
     LogRow row_now() const {
         LogRow row;
         row.step = state_.step, row.epoch = epochs(state_.samples);
@@ -5979,8 +5966,8 @@ private:
         return std::clamp(o_.max_minutes * 60 - state_.seconds, 0.0, left);
     }
 
-    // The title of a sample that is due; empty: none is. At an epoch's end (but of a short one),
-    // has its mean loss, and resets the sum.
+    // The title of a sample that is due; empty: none is. At the end of an epoch of many steps it
+    // says the mean loss.
     std::string sample_title() {
         std::string title;
         const int64_t epoch = order_.epoch(std::max<int64_t>(0, state_.samples - rows_per_step()));
@@ -6076,7 +6063,6 @@ struct Range {
     bool is_number() const { return text[0] == '[' || text[0] == '('; }
     bool is_text() const { return std::isupper(text[0]); }
     std::vector<std::string> words() const { return split_at(text, '|'); }
-    // Whether a number lies within the bounds.
     bool contains(double x) const {
         return (text[0] == '(' ? x > low : x >= low) && (text.back() == ')' ? x < high : x <= high);
     }
@@ -6206,13 +6192,11 @@ struct OtherNames {
     const char *names, *answer;  // "eval-iters m"
 };
 
-// An option that was given, and its value.
 struct Assignment {
     const Option* option;
     std::string text;
 };
 
-// Reads the options of one command.
 struct CommandLine {
     const std::vector<Option>& table;
     const std::vector<CommandName>& commands;

@@ -62,9 +62,9 @@ struct Options : RunOptions {
     int64_t log_interval = -1;  // -1: at evaluations, and once a minute
 
     std::string model = "tiny", init_from;
-    int n_layer = 0, n_head = 0, n_embd = 0, n_positions = 0, vocab_size = 0;  // 0: the preset's
+    Config sizes;  // 0: the preset's
     double dropout = 0;
-    bool untied_head = false, recompute_gelu = false;
+    bool recompute_gelu = false;
 
     std::string config, resume, precision;
     bool override_changes = false, overwrite = false, tune_matmul = false, quiet = false;
@@ -116,19 +116,19 @@ inline std::vector<Option> model_options(Options& o) {
          "validation shards, instead of those of --data"},
 
         {"model", &o.model, "model", kBuild, preset_names().c_str(), "preset of model sizes"},
-        {"n-layer", &o.n_layer, "model", kBuild, size_range(&Config::n_layer),
+        {"n-layer", &o.sizes.n_layer, "model", kBuild, size_range(&Config::n_layer),
          "layers, instead of the preset's"},
-        {"n-head", &o.n_head, "model", kBuild, size_range(&Config::n_head),
+        {"n-head", &o.sizes.n_head, "model", kBuild, size_range(&Config::n_head),
          "attention heads in each layer, instead of the preset's"},
-        {"n-embd", &o.n_embd, "model", kBuild, size_range(&Config::n_embd),
+        {"n-embd", &o.sizes.n_embd, "model", kBuild, size_range(&Config::n_embd),
          "channels (width of the embedding), instead of the preset's"},
-        {"n-positions", &o.n_positions, "model", kBuild, size_range(&Config::n_positions),
+        {"n-positions", &o.sizes.n_positions, "model", kBuild, size_range(&Config::n_positions),
          "longest context in tokens, instead of the preset's"},
-        {"vocab-size", &o.vocab_size, "model", kBuild, size_range(&Config::vocab_size),
+        {"vocab-size", &o.sizes.vocab_size, "model", kBuild, size_range(&Config::vocab_size),
          "tokens in the vocabulary; not set: the tokenizer's, or else the preset's"},
         {"dropout", &o.dropout, "model", kRun | kBench, "[0, 0.999]",
          "dropout probability during training"},
-        {"untied-head", &o.untied_head, "model", kBuild, "0|1",
+        {"untied-head", &o.sizes.untied_head, "model", kBuild, "0|1",
          "give the output head weights of its own, instead of the token embedding's"},
         {"recompute-gelu", &o.recompute_gelu, "model", kRun | kInfo, "0|1",
          "recompute GELU in backward instead of keeping it: less memory, a little slower"},
@@ -815,12 +815,17 @@ inline void check_same_tokenizer(const Corpus& corpus, const std::string& model_
 // Refuses training data that is too short for a batch of --batch-size x T, tokens that the model
 // does not have, and options that this data cannot serve.
 inline void check_data(const Options& o, const Corpus& corpus, const Config& config, int T) {
-    const int64_t batch = int64_t(o.batch_size) * T, fits = corpus.train.predictions() / T;
-    if (corpus.train.predictions() < batch)
-        fail_usage("the training data has ", with_commas(corpus.train.tokens()),
-                   " tokens, but one batch of ", o.batch_size, " x ", T, " needs ",
-                   with_commas(batch + 1), " (one more than its size): take more text, or ",
-                   fits > 0 ? to_text("--batch-size ", fits) : "a shorter --seq-len");
+    const int64_t batch = int64_t(o.batch_size) * T, text = corpus.train.predictions();
+    std::string advice = "take more text";
+    if (text >= T) advice += to_text(", or --batch-size ", text / T);
+    if (text >= o.batch_size)
+        advice += to_text(", or --seq-len ", text / o.batch_size);
+    else if (0 < text && text < T)
+        advice += to_text(", or --batch-size 1 --seq-len ", text);
+    if (text < batch)
+        fail_usage("the training data has ", counted(corpus.train.tokens(), "token"),
+                   ", but one batch of ", o.batch_size, " x ", T, " needs ", with_commas(batch + 1),
+                   " (one more than its size): ", advice);
     if (o.overfit_batch && corpus.train.files[0].predictions() < batch)
         fail_usage("--overfit-batch takes its batch from the first shard: it is too short for it");
     if (o.patience > 0 && corpus.val.empty() && o.eval_batches == 0)
@@ -907,16 +912,6 @@ inline Config config_of_model(const std::string& folder) {
     return config;
 }
 
-// Calls visit(name, wanted, size) for every option that says how large a model is: its value and
-// the member of the config that it sets.
-void for_each_size(auto& o, auto& config, auto&& visit) {
-    visit("n-layer", o.n_layer, config.n_layer), visit("n-head", o.n_head, config.n_head);
-    visit("n-embd", o.n_embd, config.n_embd);
-    visit("n-positions", o.n_positions, config.n_positions);
-    visit("vocab-size", o.vocab_size, config.vocab_size);
-    visit("untied-head", o.untied_head, config.untied_head);
-}
-
 // The sizes of the model. With --init-from: those of its folder, or of the checkpoint `weights`
 // where a run is resumed, and options that differ are refused. Else a preset's, with the
 // tokenizer's vocabulary and the sizes given. A vocabulary may be larger than the tokenizer's: some
@@ -935,13 +930,16 @@ inline Config config_for(const Options& o, const Corpus& corpus, const std::stri
     }
     if (given_weights && o.given.contains("model"))
         fail_usage("--model and --init-from exclude each other: ", folder, " has its own sizes");
-    for_each_size(o, config, [&](const char* name, auto wanted, auto& size) {
+    auto take = [&](std::string name, auto wanted, auto& size) {
+        std::replace(name.begin(), name.end(), '_', '-');
         if (!o.given.contains(name)) return;
         if (given_weights && wanted != size)
             fail_usage("--", name, " ", wanted, " does not fit --init-from: the model in ", folder,
                        " has ", size);
         size = wanted;
-    });
+    };
+    for (const SizeLimit& limit : kSizes) take(limit.name, o.sizes.*limit.size, config.*limit.size);
+    take("untied-head", o.sizes.untied_head, config.untied_head);
     config.dropout = float(o.dropout), config.recompute_gelu = o.recompute_gelu;
     if (config.n_head < 1 || config.n_embd % config.n_head != 0)
         fail_usage("--n-head ", config.n_head, " does not divide --n-embd ", config.n_embd,
@@ -1408,7 +1406,7 @@ int train_command(Device device, const Options& given) {
     if (limited) corpus.floor = NAN;
     // What was left to the program becomes an option that the checkpoint remembers: another
     // version's defaults must not change a run that is half done.
-    for_each_size(o, config, [](const char*, auto& wanted, auto size) { wanted = size; });
+    o.sizes = config;
     if (resumed) take_choices(o, start.state);
     std::string notes = choose_defaults(o, config);
     if (limited)
@@ -3043,7 +3041,7 @@ int program(int argc, char** argv, const char* name, auto&& run) {
         if (options.threads > 0) omp_set_num_threads(options.threads);
         const int threads = omp_get_max_threads(), cores = usable_cores();
         if (threads > cores)
-            warn(to_text(threads, " threads share ", cores, cores == 1 ? " core" : " cores",
+            warn(to_text(threads, " threads share ", counted(cores, "core"),
                          ", which is slow: use --threads ", cores));
         const int status = run(options);
         // What a run makes is in its folder; what other commands make must have been printed.
@@ -3156,8 +3154,8 @@ struct Machine : CpuOf<A> {
                                     ? "bf16, products by vdpbf16ps"
                                     : "bf16 in memory, fp32 arithmetic: half the memory, "
                                       "not faster (no AVX512-BF16 here, or not built for it)";
-        return format("CPU, %d threads, vectors of %d bits, %s", omp_get_max_threads(),
-                      kVectorBytes * 8, precision);
+        return to_text("CPU, ", counted(omp_get_max_threads(), "thread"), ", vectors of ",
+                       kVectorBytes * 8, " bits, ", precision);
     }
     size_t free_memory() const { return usable_memory(); }
     // Operations a second: in registers alone; of the fp32 product's tiles with operands in L1; of
