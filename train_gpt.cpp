@@ -152,7 +152,8 @@ inline std::vector<Option> model_options(Options& o) {
          "precision of the computation; not set: bf16 on a GPU that has it, otherwise fp32. "
          "bf16 on a CPU: half the memory, and faster where it has AVX512-BF16 or AMX"},
         {"tune-matmul", &o.tune_matmul, "run", kRun | kBench, "0|1",
-         "on a GPU: time matmul kernels once, keep the fastest in data/matmul-plans.txt"},
+         "on a GPU: time matmul kernels once, keep the fastest in data/matmul-plans.txt (several "
+         "ranks only use what is there)"},
         {"quiet", &o.quiet, "run", kTrain, "0|1",
          "print only warnings and errors; the run's folder has the log and the samples"},
         {"help", &o.help, "run", kAll, "0|1",

@@ -561,7 +561,7 @@ __global__ void column_sums_kernel(float* partial, A* product, const A* d, const
 // kGroup: the block's warps multiply as a group (wgmma), for bf16 and HS = 64. Layouts are the
 // same; only the two products, who has which rows, and what must be waited for differ. Tensor cores
 // then read the tiles by themselves, and run while the warps work on another product's results.
-// Tuning decides which of the two is used (struct Cuda).
+// A GPU that has wgmma uses it, once it was found to be right there (struct Cuda).
 // Floors, for each layer at B = 64, T = 1024, HS = 64: forward is 103 GFLOP, of which mma.sync does
 // about 620 a millisecond on an H100 (wgmma 800): 0.17 ms; 403 million exponentials: 0.11 ms; 4
 // rows of C: 0.13 ms. They share the issue slots, so expect 230 to 290 TFLOP/s forward. Backward is
@@ -1421,7 +1421,7 @@ struct Epilogue {
     bool in_fp32 = false;       // the result's type, whatever that of the operands
     const void* add = nullptr;  // a matrix to add; may be the result itself
     cublasLtEpilogue_t kind = CUBLASLT_EPILOGUE_DEFAULT;
-    const void* bias = nullptr;  // added to every row
+    const void* bias = nullptr;  // added to every row; BGRADA sets it: right's column sums
     const void* aux = nullptr;   // GELU's input: written in forward, read in backward
     // The same work without this epilogue, for tuning to compare. It may be done again and again.
     std::function<void()> by_hand = nullptr;
@@ -1450,21 +1450,19 @@ inline void set(Plan& plan, cublasLtMatmulDescAttributes_t name, auto value) {
     CUDA_CHECK(cublasLtMatmulDescSetAttribute(plan.operation, name, &value, sizeof value));
 }
 
-// Raise it when a kernel changes that tuning chooses: then it is timed, and compared, again.
-constexpr int kKernelVersion = 3;
-
 // The file of tuned plans. A line is a plan: what it was made for; the work; the choice; its time
 // and that of another. A product's choice is the library's description of the kernel, valid for the
-// same version. Lines of other GPUs and builds stay as they are.
+// same version. Lines of other GPUs and versions stay as they are. All ranks have the first one's.
 class PlanFile {
 public:
     PlanFile(const std::string& path, const std::string& machine) : path_(path), machine_(machine) {
-        if (!file_exists(path)) return;
-        lines_ = split_at(read_file(path), '\n');
+        const std::string text = file_exists(path) ? read_file(path) : "";
+        lines_ = split_at(text_from_first(*world, text), '\n');
         if (lines_.back().empty()) lines_.pop_back();
     }
     // The choice for some work, and the line with it. If there is none, tune returns the rest of
-    // the line, and the file is written again.
+    // the line, and the file is written again. But not with several ranks: each would choose
+    // another plan, and then there is no choice.
     struct Found {
         std::string choice, where;
         void check(bool good) const {
@@ -1476,6 +1474,7 @@ public:
         auto line = std::find_if(lines_.begin(), lines_.end(),
                                  [&](const std::string& l) { return l.starts_with(key); });
         if (line == lines_.end()) {
+            if (world->count > 1) return {};
             const std::string rest = tune();  // may add lines of its own
             line = lines_.insert(lines_.end(), key + rest);
             std::string text;
@@ -1523,38 +1522,9 @@ public:
 
     // From now on plans are tuned, and kept in this file.
     void tune_into(const std::string& path, const char* gpu) { file_.emplace(path, made_for(gpu)); }
-    // What a plan is valid for: GPU, library and, since a choice may be a kernel of ours, compiler
-    // and kernels.
+    // What a plan is valid for.
     static std::string made_for(const char* gpu) {
-        return format("%s, cuBLASLt %zu, nvcc %d.%d.%d, kernels %d", gpu, cublasLtGetVersion(),
-                      __CUDACC_VER_MAJOR__, __CUDACC_VER_MINOR__, __CUDACC_VER_BUILD__,
-                      kKernelVersion);
-    }
-
-    // Whether to do this attention by groups of warps (wgmma): if both ways were timed and it is
-    // faster, and if same(): both ways' results agree. run(group) does it, any number of times.
-    bool groups_are_faster(const std::string& work, double operations,
-                           const std::function<void(bool)>& run,
-                           const std::function<bool()>& same) {
-        if (!file_ || operations < tune_from) return false;
-        const auto [found, fresh] = groups_.try_emplace(work);
-        if (!fresh) return found->second;
-        const auto plan = file_->find(work, [&] {
-            auto microseconds = [&](bool group) {
-                return 1e6 * stream_.best_seconds([&] { run(group); });
-            };
-            const double single = microseconds(false);
-            if (!same()) {
-                std::fprintf(stderr, "warning: %s: results by wgmma differ, so mma.sync is used\n",
-                             work.c_str());
-                return format("mma.sync | %.1f us, wgmma differs", single);
-            }
-            const double group = microseconds(true);
-            if (group < single) return format("wgmma | %.1f us, mma.sync %.1f us", group, single);
-            return format("mma.sync | %.1f us, wgmma %.1f us", single, group);
-        });
-        plan.check(plan.choice == "mma.sync" || plan.choice == "wgmma");
-        return found->second = plan.choice == "wgmma";
+        return format("%s, cuBLASLt %zu", gpu, cublasLtGetVersion());
     }
 
     // out = epilogue(left right); false if the library has no kernel for it, or by_hand was faster
@@ -1630,6 +1600,7 @@ private:
         for (int64_t number : key) work += (work.empty() ? "" : " ") + std::to_string(number);
         const auto found =
             file_->find(work, [&] { return fastest(plan, out, left, right, epilogue, suggested); });
+        if (found.choice.empty()) return;
         const char* word = found.choice.c_str();
         for (uint64_t& bits : plan.algorithm.data) {
             char* end = nullptr;
@@ -1732,7 +1703,6 @@ private:
     Stream& stream_;
     void* workspace_ = nullptr;
     std::map<Key, Plan> plans_;
-    std::map<std::string, bool> groups_;
     std::optional<PlanFile> file_;
 };
 
@@ -1831,6 +1801,9 @@ public:
     std::optional<Matmuls> matmuls;
     const char* way = "";       // of the latest function, where there are several
     double agreement = 0x1p-8;  // how near to each other results of two ways must be
+    std::map<std::string, bool> groups_are_right;  // of attention's kernels with wgmma
+    // A gradient whose column sums the product that reads it next makes, and where they go.
+    std::pair<const void*, float*> unsummed;
 
     CudaContext(bool tf32, cudaDataType_t type) {
         CUDA_CHECK(cudaGetDeviceProperties(&gpu, world->rank_here));
@@ -1943,6 +1916,7 @@ struct Cuda {
 
     std::shared_ptr<CudaContext> context;  // copies of a device are the same device
     bool fuse;                             // let cuBLASLt do the GELU with the matmul
+    bool use_groups = true;                // multiply by wgmma in attention, where the GPU has it
     bool use_graphs = true;                // launch a step as a CUDA graph, not kernel by kernel
     size_t head_bytes = kHeadBytes;
     Ranks* ranks = world;
@@ -2121,7 +2095,10 @@ struct Cuda {
     void linear_backward(A* dx, float* dw, const A* dout, const A* x, const A* w, int rows, int C,
                          int OC, bool accumulate) {
         multiply({dx, rows, C}, {dout, rows, OC}, transpose({w, C, OC}));
-        weight_gradient(dw, dout, x, rows, C, OC, accumulate);
+        auto& [d, dbias] = context->unsummed;
+        float* sums = d == dout ? dbias : nullptr;
+        weight_gradient(dw, sums, dout, x, rows, C, OC, accumulate);
+        if (sums) context->unsummed = {};
     }
     void linear_gelu_forward(A* gelu, A* fc, const A* x, const A* w, const A* b, int rows, int C,
                              int OC) {
@@ -2139,6 +2116,7 @@ struct Cuda {
     void gelu_forward(A* gelu, const A* fc, size_t count) {
         launch(KERNEL(gelu_kernel<A>), packs(count), kThreads, 0, gelu, fc, count);
     }
+    // Careful: with the fused GELU dfc_bias is set by the linear_backward that dfc is handed to.
     void linear_gelu_backward(A* dfc, float* dw, float* dfc_bias, const A* dout, const A* gelu,
                               const A* fc, const A* w, int rows, int C, int OC, bool accumulate) {
         const Matrix dx{dfc, rows, C}, dy{dout, rows, OC}, turned = transpose({w, C, OC});
@@ -2150,10 +2128,10 @@ struct Cuda {
         Epilogue fused{.kind = CUBLASLT_EPILOGUE_DGELU, .aux = fc};
         if (!accumulate) fused.by_hand = by_hand;
         if (fuse && context->matmuls->multiply(dx, dy, turned, fused))
-            column_sums(dfc_bias, nullptr, dfc, nullptr, rows, C, accumulate);
+            context->unsummed = {dfc, dfc_bias};
         else
             by_hand();
-        weight_gradient(dw, dout, gelu, rows, C, OC, accumulate);
+        weight_gradient(dw, nullptr, dout, gelu, rows, C, OC, accumulate);
     }
     void linear_residual_forward(A* out, const A* residual, const A* x, const A* w, const A* b,
                                  int rows, int C, int OC, Dropout drop) {
@@ -2334,11 +2312,25 @@ private:
                  context->gpu.name,
                  ": CUBLASLT_LOG_LEVEL=5 makes it say why; a newer CUDA Toolkit may have one");
     }
-    // dw [C, OC] (+)= x^T dout
-    void weight_gradient(float* dw, const A* dout, const A* x, int rows, int C, int OC,
-                         bool accumulate) {
-        multiply({dw, C, OC}, transpose({x, rows, C}), {dout, rows, OC},
-                 {.in_fp32 = true, .add = accumulate ? dw : nullptr});
+    // dw [C, OC] (+)= x^T dout; dbias [OC], if not null, (+)= column sums of dout. The library may
+    // make the sums while it multiplies, but only sets them.
+    void weight_gradient(float* dw, float* dbias, const A* dout, const A* x, int rows, int C,
+                         int OC, bool accumulate) {
+        const Matrix out{dw, C, OC}, left = transpose({x, rows, C}), right{dout, rows, OC};
+        Epilogue epilogue{.in_fp32 = true, .add = accumulate ? dw : nullptr};
+        auto by_hand = [=, this] {
+            multiply(out, left, right, epilogue);
+            if (dbias) column_sums(dbias, nullptr, dout, nullptr, rows, OC, accumulate);
+        };
+        if (!dbias) return by_hand();
+        float* sums = accumulate ? context->scratch<float>(size_t(OC)) : dbias;
+        Epilogue fused = epilogue;
+        fused.kind = CUBLASLT_EPILOGUE_BGRADA, fused.bias = sums;
+        if (!accumulate) fused.by_hand = by_hand;
+        if (!context->matmuls->multiply(out, left, right, fused))
+            by_hand();
+        else if (accumulate)
+            add(dbias, sums, size_t(OC));
     }
     // sums [C] (+)= column sums of drop(d) [rows, C]; with fc, of product = d gelu'(fc).
     void column_sums(float* sums, A* product, const A* d, const A* fc, int rows, int C,
@@ -2429,34 +2421,37 @@ private:
                     if (many) return start(Tiles<bf16, 64, 2, false>());
                     in_64_rows(HS, start);
                 };
-                return run(gpu.major == 9 &&
-                           groups_are_faster(what, result, tables, B, T, NH, HS, run));
+                const std::string kernel = std::string(what) + (many ? ", 128 rows" : "");
+                return run(use_groups && gpu.major == 9 &&
+                           groups_are_right(kernel, result, tables, B, T, NH, HS, run));
             }
         in_64_rows(HS, start);
     }
-    // wgmma if tuning found it faster, and right: both ways must leave the same in `result`, up to
-    // rounding. Both round the same numbers to bf16, but add in other orders, so that a few round
-    // the other way, by 2^-8 at most: together far below 2^-8 of the whole, which every head of
-    // every table must keep to. A real fault errs by about 1.
-    bool groups_are_faster(const char* what, const A* result, int tables, int B, int T, int NH,
-                           int HS, const std::function<void(bool)>& run) {
-        const size_t heads = size_t(tables) * NH, count = size_t(B) * T * heads * HS;
-        auto same = [&] {
-            std::vector<A> wanted(count), got(count);
-            run(false), download(wanted.data(), result, count);
-            run(true), download(got.data(), result, count);
-            std::vector<double> sizes(heads), errors(heads);
-            for (size_t i = 0; i < count; ++i) {
-                const double x = float(wanted[i]), error = x - float(got[i]);
-                sizes[i / HS % heads] += x * x, errors[i / HS % heads] += error * error;
-            }
-            return std::equal(errors.begin(), errors.end(), sizes.begin(), [&](double e, double s) {
-                return std::sqrt(e) <= context->agreement * std::sqrt(s);
-            });
-        };
-        const std::string work = format("attention %s %d %d %d %d", what, B, T, NH, HS);
-        const double operations = 2.0 * B * NH * T * T * HS;
-        return context->matmuls->groups_are_faster(work, operations, run, same);
+    // Proves a kernel with wgmma once: both ways must leave the same in the first rows of `result`,
+    // up to rounding. Both round the same numbers to bf16, but add in other orders, so that a few
+    // round the other way, by 2^-8 at most: together far below 2^-8 of the whole, which every head
+    // of every table must keep to. A real fault errs by about 1.
+    bool groups_are_right(const std::string& kernel, const A* result, int tables, int B, int T,
+                          int NH, int HS, const std::function<void(bool)>& run) {
+        const auto [found, fresh] = context->groups_are_right.try_emplace(kernel, true);
+        if (!fresh) return found->second;
+        const size_t heads = size_t(tables) * NH, rows = std::min<size_t>(size_t(B) * T, 4096);
+        std::vector<A> wanted(rows * heads * HS), got(wanted.size());
+        run(false), download(wanted.data(), result, wanted.size());
+        run(true), download(got.data(), result, got.size());
+        std::vector<double> sizes(heads), errors(heads);
+        for (size_t i = 0; i < got.size(); ++i) {
+            const double x = float(wanted[i]), error = x - float(got[i]);
+            sizes[i / HS % heads] += x * x, errors[i / HS % heads] += error * error;
+        }
+        for (size_t h = 0; h < heads; ++h)
+            if (!(std::sqrt(errors[h]) <= context->agreement * std::sqrt(sizes[h])))
+                found->second = false;
+        if (!found->second)
+            std::fprintf(stderr,
+                         "warning: attention %s: results by wgmma differ, so mma.sync is used\n",
+                         kernel.c_str());
+        return found->second;
     }
 };
 

@@ -39,16 +39,22 @@ def check(code):
             under_way = under_way[-left:] if left else []
         elif any(written(text) & busy for busy in under_way + [batch]):
             mistakes.append("%04x: %s: of a product that is under way" % (place, text))
-    for end, text in code:
-        jump = re.search(r"BRA\S*\s+(?:!?U?P\w+, )*`?\(?(0x[0-9a-f]+)", text)
-        loop = [one for one in code if jump and int(jump.group(1), 16) <= one[0] <= end]
-        loaded = set().union(*(written(t) for _, t in loop if "LDSM" in t))
+    jumps = [(place, int(found.group(1), 16)) for place, text in code
+             if (found := re.search(r"BRA\S*\s+(?:!?U?P\w+, )*`?\(?(0x[0-9a-f]+)", text))]
+    for at, text in code:
+        loops = [(to, end) for end, to in jumps if to <= at <= end]
+        if "LDSM" not in text or not loops:
+            continue
+        begin, end = max(loops)  # the innermost
+        if not any(begin <= place < at < to for place, to in jumps):
+            continue  # nothing jumps over it: it is loaded each time
+        loop = [one for one in code if begin <= one[0] <= end]
         operands = set()
         for _, t in loop:
             if product := re.search(r"HGMMA\S*\s+R\d+, R(\d+)", t):
                 operands |= set(range(int(product.group(1)), int(product.group(1)) + 4))
         for place, t in loop:
-            if "LDSM" not in t and written(t) & loaded & operands:
+            if "LDSM" not in t and written(t) & written(text) & operands:
                 mistakes.append("%04x: %s: of an operand that was loaded before" % (place, t))
     return mistakes
 
