@@ -110,6 +110,7 @@
 #include <string_view>
 #include <type_traits>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -3927,7 +3928,7 @@ struct JsonParser {
         const bool object = text[at++] == '{';
         const char* close = object ? "}" : "]";
         Json out(object ? Json::Kind::object : Json::Kind::array);
-        std::set<std::string> names;
+        std::unordered_set<std::string> names;
         if (next(close)) return out;
         do {
             std::string name;
@@ -4504,6 +4505,10 @@ struct f16 {
 // The first of n numbers that is not finite, or n.
 template <class real>
 size_t first_not_finite(const real* x, size_t n) {
+    real zero = 0;  // 0 times NaN or infinity is NaN
+#pragma omp simd reduction(+ : zero)
+    for (size_t i = 0; i < n; ++i) zero += 0 * x[i];
+    if (zero == 0) return n;
     return size_t(std::find_if(x, x + n, [](real value) { return !std::isfinite(value); }) - x);
 }
 
@@ -5174,14 +5179,19 @@ inline Config config_of_folder(const std::string& folder) {
 template <class Device>
 void read_arrays(const std::deque<SafetensorsFile>& files, Gpt2<Device>& model, Contents contents) {
     const bool reads = model.device.ranks->rank == 0;
+    const bool in_place = Device::kHostMemory && model.device.ranks->count == 1;
+    std::vector<typename Device::Real> copy;  // of a tensor
     const auto [infos, arrays] = arrays_of(model, contents);
     std::vector<const StoredTensor*> stored;
     if (reads) stored = match_tensors(files, infos);
     for (size_t i = 0; i < infos.size(); ++i) {
-        std::vector<typename Device::Real> host(infos[i].room);  // zeros in the padding
-        if (reads) stored[i]->file->read(*stored[i], host.data());
-        model.device.ranks->broadcast(host.data(), host.size() * sizeof host[0]);
-        model.set(arrays[i], infos[i].offset, host.data(), host.size());
+        const size_t count = infos[i].count, room = infos[i].room, offset = infos[i].offset;
+        if (!in_place) copy.resize(room);
+        auto* host = in_place ? arrays[i] + offset : copy.data();
+        if (reads) stored[i]->file->read(*stored[i], host);
+        std::fill(host + count, host + room, 0);  // padding
+        model.device.ranks->broadcast(host, room * sizeof *host);
+        if (!in_place) model.set(arrays[i], offset, host, room);
     }
 }
 template <class Device>
