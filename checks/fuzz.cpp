@@ -158,8 +158,11 @@ void config(const std::string& input) {
     Options options;
     const std::vector<Option> table = option_table(options);
     const std::string path = put(folder + "/input", input.substr(1));
-    for (const Assignment& a : CommandLine{table, kCommands, command}.read_config(path))
-        check(is_set(*a.option) || a.text.empty(), "what was assigned is set");
+    std::set<std::string> given;
+    CommandLine{table, kCommands, command}.read_config(path, given);
+    for (const Option& option : table)
+        if (given.contains(option.name))
+            check(!value_text(option).empty() || option.range.text == "TEXT", "it is set");
 }
 
 // --- A tokenizer's two files and a text
