@@ -5240,17 +5240,22 @@ inline void remove_old_checkpoints(const std::string& output, int keep) {
     }
 }
 
-// A run that goes on from `step` makes the later steps again: their checkpoints are set aside, or
-// they would be the newest. A run that starts (step -1) sets aside all, best/ too. Returns their
-// names.
-inline std::vector<std::string> set_aside_later(const std::string& output, int64_t step) {
-    std::vector<std::string> names;
+// What a run that goes on from `step` finds in its way: it makes the later steps again, whose
+// checkpoints would be the newest. To a run that starts (step -1) that is all, and best/.
+inline std::vector<std::string> later_checkpoints(const std::string& output, int64_t step) {
+    std::vector<std::string> paths;
     for (int64_t later : checkpoint_steps(output))
-        if (later > step) names.push_back(checkpoint_name(later));
-    if (step < 0 && folder_exists(output + "/best")) names.push_back("best");
-    for (const std::string& name : names)
-        move_folder(output + "/" + name, output + "/" + name + ".set-aside");
-    return names;
+        if (later > step) paths.push_back(checkpoint_folder(output, later));
+    if (step < 0 && folder_exists(output + "/best")) paths.push_back(output + "/best");
+    return paths;
+}
+
+// Renames "out/a" to "out/a.set-aside", or "out/a.set-aside-2". Returns both names, for people.
+inline std::string set_aside(const std::string& path) {
+    std::string name = path + ".set-aside";
+    for (int i = 2; mode_of(name) != 0; ++i) name = to_text(path, ".set-aside-", i);
+    rename_path(path, name);
+    return path + ", as " + name;
 }
 
 // =================================================================================================
@@ -5698,8 +5703,8 @@ private:
         model_.device.upload(model_.state, &state_.guards, 1);
         if (first) {  // it alone writes
             folder_.emplace(::open(o_.output.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-            for (const std::string& name : set_aside_later(o_.output, resumed ? state_.step : -1))
-                say("set aside", name + ", as " + name + ".set-aside");
+            for (const auto& path : later_checkpoints(o_.output, resumed ? state_.step : -1))
+                say("set aside", set_aside(path));
         }
         const std::string tokens = with_commas(rows_per_step() * model_.T) + " tokens";
         const double passes = epochs(state_.planned_steps * rows_per_step());

@@ -1167,21 +1167,13 @@ inline void check_output(const Options& o) {
         fail("--log-json ", o.log_json, " exists already: ", advice);
 }
 
-// Renames what an earlier run left: "out/a" to "out/a.set-aside", or "out/a.set-aside-2".
-inline void set_aside(const std::string& path) {
-    std::string name = path + ".set-aside";
-    for (int i = 2; folder_exists(name) || file_exists(name); ++i)
-        name = to_text(path, ".set-aside-", i);
-    rename_path(path, name);
-    say("set aside", path + ", as " + name);
-}
 inline void set_aside_old_run(const Options& o) {
     if (!o.overwrite) return;
     if (holds_run(o.output)) {
         const FileHandle lock = lock_folder(o.output);  // nobody may be writing there
-        set_aside(o.output);
+        say("set aside", set_aside(o.output));
     }
-    if (file_exists(o.log_json)) set_aside(o.log_json);
+    if (file_exists(o.log_json)) say("set aside", set_aside(o.log_json));
 }
 
 // Verifies every byte of a checkpoint that is to be resumed, and reads its state.
