@@ -1278,31 +1278,27 @@ inline void warn_if_trained_on(const Corpus& corpus, const std::vector<std::stri
 // Options that may differ although they change the numbers: checksums tell whether the data does.
 inline const std::set<std::string> kPaths = {"data", "train-shards", "val-shards", "init-from"};
 
-// Fails where a resumed run would not be the run that was interrupted. Paths may change: checksums
-// tell whether the data is the same, and --init-from no longer matters.
-inline void check_same_run(const Options& o, const Start& start, const Corpus& corpus,
-                           const std::string& program) {
-    const std::string& folder = start.folder;
-    const char* override_hint = ", or say --override to go on all the same";
-    auto value = [](const std::string& text) { return text.empty() ? "(not set)" : text; };
+// Fails where a resumed run would not be the run that was interrupted. Why the program matters: a
+// GPU adds up in another order. `data` is the fingerprint.
+inline void check_same_run(const Options& o, const Start& start,
+                           const std::vector<std::string>& data, const std::string& program) {
+    auto check = [&](const std::string& what, const std::string& saved, const std::string& now) {
+        auto value = [](const std::string& text) { return text.empty() ? "(not set)" : text; };
+        if (saved != now)
+            fail_usage(start.folder, " was made with ", what, " ", value(saved), ", now it is ",
+                       value(now), ": resume with the same options, data and program, ",
+                       "or say --override to go on all the same");
+    };
     const Json options = options_that_change_numbers(o);
     for (auto& [name, now] : options.members) {
         const Json* saved = start.state.options.find(name);
-        if (saved && saved->text != now.text && !kPaths.contains(name))
-            fail_usage(folder, " was made with --", name, " ", value(saved->text), ", now it is ",
-                       value(now.text), ": resume with the same options", override_hint);
+        if (saved && !kPaths.contains(name)) check("--" + name, saved->text, now.text);
     }
-    // The program: a GPU adds up in another order.
-    if (start.state.program != program)
-        fail_usage(folder, " was made by ./", start.state.program,
-                   ", whose sums are rounded differently: resume with that", override_hint);
-    std::vector<std::string> now = fingerprint(corpus), saved;
-    for (auto& [none, text] : start.state.data.members) saved.push_back(text.text);
-    now.resize(std::max(now.size(), saved.size()), "none"), saved.resize(now.size(), "none");
-    for (size_t i = 0; i < now.size(); ++i)
-        if (now[i] != saved[i])
-            fail_usage("the data has changed since ", folder, " was saved (", saved[i], "; now ",
-                       now[i], "): resume with the same data", override_hint);
+    check("the program", start.state.program, program);
+    const auto& saved = start.state.data.members;
+    for (size_t i = 0; i < std::max(data.size(), saved.size()); ++i)
+        check("the data", i < saved.size() ? saved[i].second.text : "none",
+              i < data.size() ? data[i] : "none");
 }
 
 // Gives all ranks the start that rank 0 found.
@@ -1313,10 +1309,9 @@ inline void share_start(Ranks& ranks, Start& start) {
     start.state = state_from_json(Json::parse(state, "rank 0"), "rank 0");
 }
 
-// Refuses a rank that would not make the same run as rank 0: with another program, or other options
-// or data.
-inline void check_same_ranks(Ranks& ranks, const Options& o, const Corpus& corpus) {
-    std::vector<std::string> mine = fingerprint(corpus);
+// Refuses a rank that would not make the same run as rank 0: with another program, other options
+// or other data. `mine`: this rank's fingerprint.
+inline void check_same_ranks(Ranks& ranks, const Options& o, std::vector<std::string> mine) {
     mine.push_back(to_text("version ", TINYGPT_VERSION, ", ", file_checksum("/proc/self/exe")));
     for (auto& [name, value] : options_that_change_numbers(o).members)
         if (!kPaths.contains(name)) mine.push_back(to_text("--", name, " ", value.text));
@@ -1411,8 +1406,9 @@ int train_command(Device device, const Options& given) {
     if (!o.init_from.empty() && !resumed && leads) check_same_tokenizer(corpus, o.init_from);
     check_data(o, corpus, config, T);
     const bool same_run = resumed && !o.override_changes;
-    if (same_run && leads) check_same_run(o, start, corpus, Device::kProgram);
-    if (ranks.count > 1) check_same_ranks(ranks, o, corpus);
+    const std::vector<std::string> data = fingerprint(corpus);
+    if (same_run && leads) check_same_run(o, start, data, Device::kProgram);
+    if (ranks.count > 1) check_same_ranks(ranks, o, data);
     if (same_run && start.state.finished) {
         std::printf("%s is finished: %ld steps. Nothing to do\n", o.output.c_str(),
                     long(start.state.step));
@@ -1424,7 +1420,6 @@ int train_command(Device device, const Options& given) {
     load_start(*model, o, start);
     if (o.override_changes) start.state.planned_steps = 0;  // the plan may have changed
     start.state.options = options_that_change_numbers(o);
-    const std::vector<std::string> data = fingerprint(corpus);
     warn_if_trained_on(corpus, data);
     start.state.data = Json::array(data), start.state.program = Device::kProgram;
     Screen<Device> screen(o.log_interval);
