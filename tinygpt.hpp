@@ -306,8 +306,8 @@ struct Batch {
         : B(B), T(T), inputs(size_t(B) * size_t(T)), targets(inputs.size(), kIgnore) {}
 };
 
-// A shard. Its file is opened for each read: there may be more shards than open files are allowed.
-// How it is read, and what is checked, is in §12.
+// A shard. Its file is opened for each read: so many may not be open at once. How it is read, and
+// what is checked, is in §12.
 struct Shard {
     std::string path;
     int64_t tokens = 0;
@@ -2192,8 +2192,7 @@ struct Rounds {
     }
 };
 
-// A model on a device: it owns the memory of its parameters, of what training adds to them, and of
-// one pass.
+// A model on a device: it owns its parameters, what training adds to them, and a pass's buffers.
 template <class Device>
 struct Gpt2 {
     using Real = typename Device::Real;
@@ -2533,7 +2532,7 @@ inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
 // two parts, so that n * 0.693359375 is exact (Cody and Waite 1980). Adding 1.5 * 2^23 rounds to
 // whole numbers and leaves n in the low bits.
 
-// Within 2 units in the last place for -87.3 < x < 88.3; 0 below -87.7, infinity above 88.4.
+// For -87.3 < x < 88.3 within 2 units in the last place; below 0, above infinity; NaN stays NaN.
 template <class V>
 V exp_fast(V x) {
     // int32_t for a float; for a vector the type of its comparisons, a vector of int32_t.
@@ -3397,7 +3396,7 @@ inline size_t write_all(int fd, const void* data, size_t bytes) {
     return done;
 }
 
-// The mode of what has that name (file, folder, device); 0: nothing has.
+// stat's mode of what has that name (file, folder, device); 0: nothing has.
 inline mode_t mode_of(const std::string& path) {
     struct stat info;
     return ::stat(path.c_str(), &info) == 0 ? info.st_mode : 0;
@@ -5240,8 +5239,8 @@ inline void remove_old_checkpoints(const std::string& output, int keep) {
     }
 }
 
-// What a run that goes on from `step` finds in its way: it makes the later steps again, whose
-// checkpoints would be the newest. To a run that starts (step -1) that is all, and best/.
+// The checkpoints later than `step`: a run that goes on from there makes those steps again, and
+// must not take old ones for its newest. Where a run starts (step -1): all, and best/.
 inline std::vector<std::string> later_checkpoints(const std::string& output, int64_t step) {
     std::vector<std::string> paths;
     for (int64_t later : checkpoint_steps(output))
@@ -5507,11 +5506,12 @@ static_assert(std::atomic<int64_t>::is_always_lock_free, "a signal handler must 
 // What you have now: a step (§8), an evaluation (§9), checkpoints (§15) and a log (§16).
 // Trainer::run is the loop. What it calls stands below it, in the order of the calls.
 //
-// Of the live line, watch: loss, in nats a token; e^loss is the perplexity, among how many tokens
-// the model hesitates. norm, the gradient's length: a jump means that a batch, or the learning
-// rate, throws the weights off. MFU, the share of the machine's peak that went into the model; half
-// is good. Evaluations add val, of text that training never reads, and eval train, of the same few
-// training batches every time. What val is above it, the model knows by heart.
+// What to watch of the live line, and at evaluations:
+//   loss         in nats a token; e^loss is the perplexity: among so many tokens it hesitates
+//   norm         of the gradient; a jump: a batch, or the learning rate, throws the weights off
+//   MFU          the share of the machine's peak that went into the model; half is good
+//   val          the loss of text that training never reads
+//   eval train   of the same few training batches; what val is above it, the model knows by heart
 //
 // A run ends at max_steps, epochs or max_minutes, whichever comes first; 0: no such limit.
 // Intervals are in steps; 0: never.
@@ -6167,8 +6167,8 @@ inline void set_option(const Option& option, const std::string& text) {
 
 // --- Names that were mistyped
 
-// How many letters must be added, dropped or changed to make b of a (Levenshtein 1966). row[j]: of
-// the letters of a so far and the first j of b.
+// How many letters must be added, dropped or changed to make b of a (Levenshtein 1966). row[j]: the
+// same for the letters of a so far and the first j of b.
 inline size_t edit_distance(std::string_view a, std::string_view b) {
     std::vector<size_t> row(b.size() + 1);
     std::iota(row.begin(), row.end(), size_t(0));
@@ -6182,8 +6182,8 @@ inline size_t edit_distance(std::string_view a, std::string_view b) {
     return row.back();
 }
 
-// How far `typed` is from `name`. Initials ("lr") and parts of a name ("steps") are near, of a
-// short name most. Careful: what was typed may be very long.
+// How far `typed` is from `name`. Initials ("lr") and parts ("steps") are near; of the names with
+// that part, the shortest is nearest. Careful: what was typed may be very long.
 inline double name_distance(const std::string& typed, const std::string& name) {
     std::string initials;
     for (const std::string& word : split_at(name, '-')) initials += word.substr(0, 1);
