@@ -108,7 +108,7 @@ fuzz_coverage:
 # llama-cpp-python; PYTHON=... names it.
 PYTHON ?= python3
 test_hf: $(BUILD)/train_gpt $(BUILD)/prepare_data
-	$(PYTHON) checks/test_hf.py --train-gpt $(BUILD)/train_gpt --prepare-data $(BUILD)/prepare_data
+	$(PYTHON) checks/test_hf.py $(BUILD)/train_gpt $(BUILD)/prepare_data
 
 # Pages of `train_gpt show` in a real browser. Needs chromium.
 test_show: $(BUILD)/train_gpt $(BUILD)/prepare_data

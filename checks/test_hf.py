@@ -3,6 +3,7 @@
 
     make test_hf                      needs Python with torch, transformers and llama-cpp-python
                                       (PYTHON=... names it)
+    checks/test_hf.py TRAIN_GPT PREPARE_DATA
 
 1. Folders that transformers wrote: several shapes, the head tied or not, names with and without the
    prefix, one file or several, float32, bfloat16 and float16. Loss and 50 greedy tokens must be the
@@ -13,7 +14,6 @@
 3. GGUF files that tinygpt exported: llama.cpp must have the same tokens of every golden text, and
    the same 50 greedy tokens, for the type of the weights in each.
 """
-import argparse
 import json
 import os
 import re
@@ -41,6 +41,7 @@ try:
 except ImportError:
     Llama = None
 
+TRAIN_GPT, PREPARE_DATA = sys.argv[1:3]
 LOSS_LIMIT, NEW_TOKENS = 1e-5, 50
 TEXT = ("Once upon a time, Mia's dog couldn't find 3 red apples.\n\n  \"Where are they?\" she "
         "asked. It's naïve — 東京 🙂 \t!!  The end. \n")
@@ -86,6 +87,14 @@ def read_shard(path):
     with open(path, "rb") as file:
         data = file.read()
     return list(struct.unpack(f"<{len(data) // 2 - 512}H", data[1024:]))
+
+
+def tokens_of(text, folder, output):
+    """The tokens of a file, with the vocabulary of a folder."""
+    shutil.rmtree(output, ignore_errors=True)
+    run(PREPARE_DATA, "--input", text, "--tokenizer", "gpt2", "--vocab", folder, "--val-fraction", 0,
+        "--output", output)
+    return read_shard(f"{output}/train_000001.bin")
 
 
 def make_folder(folder, seed, layers, heads, channels, positions, vocab, tied, form, dtype):
@@ -159,9 +168,9 @@ def their_greedy(model, tokens, end):
                           pad_token_id=0)[0].tolist()[len(tokens):]
 
 
-def our_greedy(programs, folder, prompt):
+def our_greedy(folder, prompt):
     """What sample writes behind the prompt, as bytes."""
-    out = run(programs.train_gpt, "sample", "--init-from", folder, "--prompt", prompt,
+    out = run(TRAIN_GPT, "sample", "--init-from", folder, "--prompt", prompt,
               "--max-new-tokens", NEW_TOKENS, "--temperature", 0)
     assert out.startswith(prompt.encode()), out
     return out[len(prompt.encode()):-1]
@@ -172,15 +181,14 @@ class Table:
     good = True
     FORMAT = "{:24} {:>11} {:>11} {:>8} {:>8}  {}"
 
-    def __init__(self, title, programs):
-        self.programs = programs
+    def __init__(self, title):
         print("\n" + title)
         print(self.FORMAT.format("folder", "loss", "difference", "greedy", "text", "result"))
 
     def row(self, name, folder, model, shard, T, greedy, text="-", same=True):
         """The loss on the shard is compared here; the rest is told."""
         loss = their_loss(model, read_shard(shard), T)
-        out = run(self.programs.train_gpt, "eval", "--init-from", folder, "--val-shards", shard,
+        out = run(TRAIN_GPT, "eval", "--init-from", folder, "--val-shards", shard,
                   "--batch-size", 2, "--seq-len", T).decode()
         difference = abs(float(re.search(r"val loss\s+(\S+)", out)[1]) - loss)
         good = difference <= LOSS_LIMIT and same
@@ -189,9 +197,9 @@ class Table:
                                  "ok" if good else "WRONG"), flush=True)
 
 
-def opened_here(programs, temporary):
+def opened_here(temporary):
     """Part 1: folders of transformers."""
-    table = Table("written by transformers, opened here", programs)
+    table = Table("written by transformers, opened here")
     for seed, (name, shape) in enumerate(CASES.items()):
         folder, shard = f"{temporary}/{name}", f"{temporary}/{name}.bin"
         make_folder(folder, seed, *shape)
@@ -202,33 +210,33 @@ def opened_here(programs, temporary):
         # Without a tokenizer, sample takes and writes token numbers.
         prompt = tokens[:shape[3] - NEW_TOKENS]
         theirs = their_greedy(model, prompt, None)
-        ours = our_greedy(programs, folder, " ".join(map(str, prompt)) + " ")
+        ours = our_greedy(folder, " ".join(map(str, prompt)) + " ")
         ours = [int(token) for token in ours.split()]
         same = sum(a == b for a, b in zip(ours, theirs))
         table.row(f"{name} {shape[7]}", folder, model, shard, T, f"{same}/{len(theirs)}",
                   same=ours == theirs)
 
 
-def make_our_folders(programs, temporary):
+def make_our_folders(temporary):
     """Trains three tiny models for a few steps; yields name, data folder and model folder."""
     with open(f"{temporary}/text.txt", "w", encoding="utf-8") as file:
         file.write("".join(f"{n}. {TEXT}" for n in range(400)))
     for tokenizer, more in (("bpe", ["--vocab-size", 400]), ("byte", [])):
-        run(programs.prepare_data, "--input", f"{temporary}/text.txt", "--tokenizer", tokenizer,
+        run(PREPARE_DATA, "--input", f"{temporary}/text.txt", "--tokenizer", tokenizer,
             *more, "--output", f"{temporary}/data-{tokenizer}")
     for name, tokenizer, more in (("bpe", "bpe", []), ("byte", "byte", ["--n-layer", 3]),
                                   ("bpe untied", "bpe", ["--untied-head"])):
         data, out = f"{temporary}/data-{tokenizer}", f"{temporary}/run {name}"
-        run(programs.train_gpt, "--data", data, "--output", out, "--n-layer", 2, "--n-head", 2,
+        run(TRAIN_GPT, "--data", data, "--output", out, "--n-layer", 2, "--n-head", 2,
             "--n-embd", 32, "--n-positions", 128, "--seq-len", 64, "--batch-size", 4, "--max-steps",
             60, "--learning-rate", 1e-2, *more)
         yield name, data, out + "/best"
 
 
-def opened_there(programs, temporary):
+def opened_there(temporary):
     """Part 2: folders of tinygpt."""
-    table = Table("written here, opened by transformers", programs)
-    for name, data, folder in make_our_folders(programs, temporary):
+    table = Table("written here, opened by transformers")
+    for name, data, folder in make_our_folders(temporary):
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         assert model.dtype == torch.float32, model.dtype
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -237,24 +245,20 @@ def opened_there(programs, temporary):
         # The tokens of a text, with the model's own folder as the vocabulary.
         with open(f"{temporary}/text.txt", encoding="utf-8") as file:
             text = file.read()
-        run(programs.prepare_data, "--input", f"{temporary}/text.txt", "--tokenizer", "gpt2",
-            "--vocab", folder, "--val-fraction", 0, "--output", f"{temporary}/tokens {name}")
-        ids = read_shard(f"{temporary}/tokens {name}/train_000001.bin")
+        ids = tokens_of(f"{temporary}/text.txt", folder, f"{temporary}/tokens")
         same_text = ids == [end] + tokenizer(text).input_ids and tokenizer.decode(ids[1:]) == text
         # Greedy: the same text, up to its end.
         prompt = "12. Once upon"
         theirs = their_greedy(model, tokenizer(prompt).input_ids, end)
-        same = our_greedy(programs, folder, prompt).decode(errors="replace") == tokenizer.decode(
+        same = our_greedy(folder, prompt).decode(errors="replace") == tokenizer.decode(
             theirs, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         # And back: saved again by transformers, not a bit differs. Of the tokenizer it writes
         # tokenizer.json alone; from that, and from ours alone, the same tokens come.
         model.save_pretrained(f"{temporary}/again")
         tokenizer.save_pretrained(f"{temporary}/tokenizer {name}")
         assert not os.path.exists(f"{temporary}/tokenizer {name}/vocab.json")
-        run(programs.prepare_data, "--input", f"{temporary}/text.txt", "--tokenizer", "gpt2",
-            "--vocab", f"{temporary}/tokenizer {name}", "--val-fraction", 0, "--output",
-            f"{temporary}/tokens again {name}")
-        same_text &= ids == read_shard(f"{temporary}/tokens again {name}/train_000001.bin")
+        same_text &= ids == tokens_of(f"{temporary}/text.txt", f"{temporary}/tokenizer {name}",
+                                      f"{temporary}/tokens")
         alone = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
         same_text &= alone.encode(text).ids == ids[1:] and alone.decode(ids[1:]) == text
         before, after = (load_file(f"{where}/model.safetensors") for where in (folder, f"{temporary}/again"))
@@ -275,25 +279,18 @@ def golden_texts():
     return texts, shared
 
 
-def our_tokens(programs, temporary, folder, texts):
+def our_tokens(temporary, folder, texts):
     """The tokens of each text, with the vocabulary of a folder."""
     with open(f"{temporary}/texts.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-    out = f"{temporary}/texts"
-    shutil.rmtree(out, ignore_errors=True)
-    run(programs.prepare_data, "--input", f"{temporary}/texts.jsonl", "--tokenizer", "gpt2", "--vocab",
-        folder, "--val-fraction", 0, "--output", out)
-    lists, end = [], None
-    for token in read_shard(f"{out}/train_000001.bin"):
-        end = token if end is None else end
-        if token == end:
-            lists.append([])
-        else:
-            lists[-1].append(token)
+    end, *tokens = tokens_of(f"{temporary}/texts.jsonl", folder, f"{temporary}/tokens")
+    lists = [[]]
+    for token in tokens:
+        lists.append([]) if token == end else lists[-1].append(token)
     return lists
 
 
-def folders_to_export(programs, temporary):
+def folders_to_export(temporary):
     """Name, folder and a prompt: those that tinygpt trained, and one of GPT-2's own vocabulary."""
     for name in ("bpe", "byte", "bpe untied"):
         yield name, f"{temporary}/run {name}/best", "12. Once upon"
@@ -308,16 +305,16 @@ def folders_to_export(programs, temporary):
     yield "gpt2's vocabulary", folder, "Every effort moves you"
 
 
-def exported(programs, temporary):
+def exported(temporary):
     """Part 3: GGUF files of tinygpt, in llama.cpp."""
     title = "exported here, opened by llama.cpp"
     if Llama is None:
         print(f"\n{title}: skipped: pip install llama-cpp-python")
         return
     print(f"\n{title}\n{'folder':24} {'type':5} {'texts':>9} {'greedy':>8}  result")
-    for name, folder, prompt in folders_to_export(programs, temporary):
+    for name, folder, prompt in folders_to_export(temporary):
         texts = [text for text, _ in golden_texts()[0]]
-        ours = our_tokens(programs, temporary, folder, texts)
+        ours = our_tokens(temporary, folder, texts)
         if name.startswith("gpt2"):
             assert all(known in (None, ids) for (_, known), ids in zip(golden_texts()[0], ours))
         # Without a tokenizer, sample takes and writes token numbers.
@@ -325,12 +322,12 @@ def exported(programs, temporary):
         os.makedirs(bare)
         for file in ("config.json", "model.safetensors"):
             shutil.copy(f"{folder}/{file}", bare)
-        start = our_tokens(programs, temporary, folder, [prompt])[0]
+        start = our_tokens(temporary, folder, [prompt])[0]
         greedy = [int(token) for token in our_greedy(
-            programs, bare, " ".join(map(str, start)) + " ").split()]
+            bare, " ".join(map(str, start)) + " ").split()]
         for kind in ("f32", "f16", "bf16"):
             path = f"{temporary}/model.gguf"
-            run(programs.train_gpt, "export", "--init-from", folder, "--output", path, "--type", kind)
+            run(TRAIN_GPT, "export", "--init-from", folder, "--output", path, "--type", kind)
             # f32 keys and values, as here
             llama = Llama(path, n_ctx=0, n_threads=1, verbose=False, type_k=0, type_v=0)
             theirs = [llama.tokenize(text.encode(), add_bos=False, special=False) for text in texts]
@@ -351,18 +348,14 @@ def exported(programs, temporary):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="tinygpt against transformers")
-    parser.add_argument("--train-gpt", default="./train_gpt")
-    parser.add_argument("--prepare-data", default="./prepare_data")
-    arguments = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     print(f"transformers {transformers.__version__}, torch {torch.__version__}; limits: loss "
           f"{LOSS_LIMIT:g}, {NEW_TOKENS} greedy tokens the same")
     with tempfile.TemporaryDirectory(prefix="tinygpt-hf-") as temporary:
-        opened_here(arguments, temporary)
-        opened_there(arguments, temporary)
-        exported(arguments, temporary)
+        opened_here(temporary)
+        opened_there(temporary)
+        exported(temporary)
     print("\ntest_hf: " + ("all agree" if Table.good else "NOT the same"))
     return 0 if Table.good else 1
 
