@@ -738,13 +738,6 @@ std::map<std::string, std::string> snapshot(const std::string& folder) {
 
 Json read_json(const std::string& path) { return Json::parse(read_file(path), path); }
 
-std::vector<int32_t> tokens_of(const Json& expected, const char* key) {
-    std::vector<int32_t> list;
-    for (auto& [none, item] : expected.get(key, Json::Kind::array, "").members)
-        list.push_back(item.as<int32_t>().value());
-    return list;
-}
-
 // --- Models in folders
 
 inline const Tokenizer& byte_tokens() {
@@ -895,7 +888,7 @@ bool is_utf8(std::string_view text) {
     return true;
 }
 
-// --- Runs
+// --- Runs that are stopped, and devices that are watched
 
 // A run that nothing disturbed, for others to be compared with.
 struct Runs : TestRuns {
@@ -4295,6 +4288,13 @@ TEST_CASE("config.json: what this model does not do is refused by name") {
 }
 
 // --- Hugging Face folders
+
+std::vector<int32_t> tokens_of(const Json& expected, const char* key) {
+    std::vector<int32_t> list;
+    for (auto& [none, item] : expected.get(key, Json::Kind::array, "").members)
+        list.push_back(item.as<int32_t>().value());
+    return list;
+}
 
 // Loss, logits, and fifty tokens, each the likeliest.
 template <class real>
