@@ -5211,13 +5211,13 @@ TEST_CASE("run: a damaged checkpoint is passed over, saying why; with none left 
 }
 
 TEST_CASE("run: going back to an earlier checkpoint sets the later ones aside") {
-    Runs place("--keep 9");
+    Runs place("--keep 99 --save-interval 1");
     const std::string earlier = place.out("straight") + "/checkpoint-5";
     copy(place.out("straight"), place.out());
     Arguments arguments = place.arguments("out", "--keep 2");
     arguments.erase(arguments.begin() + 2, arguments.begin() + 4);  // --output: the checkpoint's
     good(train_gpt(arguments + Arguments{"--resume", place.out() + "/checkpoint-5/"}));
-    CHECK(folder_exists(place.out() + "/checkpoint-10.set-aside"));
+    CHECK(folder_exists(place.out() + "/checkpoint-6.set-aside"));
     CHECK(checkpoint_steps(place.out()).size() == 2);
     check_same_end(place.out("straight"), place.out());
     // Into a folder of its own: with the log so far, and nothing else touched.
