@@ -6346,7 +6346,7 @@ TEST_CASE("hf: what --init-from names is named for what it is, with what to type
     }
     std::filesystem::remove_all(run + "/best");
     CHECK(train_gpt({"sample", "--init-from", run}).says("its model is " + run + "/checkpoint-30"));
-    // Files that are named by themselves, and each file of a folder as a pointer or a page.
+    // Files that are named by themselves.
     for (auto& [bytes, says] : {std::pair{std::string("GGUF\3"), "is a GGUF file, for llama.cpp"},
                                 {"PK\3\4", "is PyTorch's own form or another zip file"},
                                 {lfs, "is a pointer of Git LFS: fetch the file itself"},
@@ -6377,15 +6377,13 @@ TEST_CASE("hf: what is passed over in a folder is said, once for each") {
 }
 
 TEST_CASE("run: --seq-len and --learning-rate follow the model and the start, and are said") {
-    const std::pair<const char*, double> rates[] = {{"tiny", 2e-3},
-                                                    {"gpt2", 6e-4},
-                                                    {"gpt2-medium", 3e-4},
-                                                    {"gpt2-large", 2.5e-4},
-                                                    {"gpt2-xl", 2e-4}};
+    const std::map<std::string, double> rates = {{"tiny", 2e-3},
+                                                 {"gpt2", 6e-4},
+                                                 {"gpt2-medium", 3e-4},
+                                                 {"gpt2-large", 2.5e-4},
+                                                 {"gpt2-xl", 2e-4}};
     for (const Preset& preset : kPresets)
-        for (const auto& [name, rate] : rates)
-            if (name == std::string(preset.name))
-                CHECK(usual_rate(layout_of(preset.config).count) == rate);
+        CHECK(usual_rate(layout_of(preset.config).count) == rates.at(preset.name));
     TestRuns place;
     const std::string small = "--n-layer 1 --n-embd 8 --n-head 2 --n-positions 24 ";
     const std::string steps = "--warmup-steps 1 --batch-size 2 --max-steps 2 ";
@@ -6393,15 +6391,13 @@ TEST_CASE("run: --seq-len and --learning-rate follow the model and the start, an
         return good(train_gpt(place.line(name, steps + more))).out;
     };
     auto saved = [&](const std::string& name, const char* option) {
-        const TrainerState state =
-            verify_checkpoint(checkpoint_folder(place.out(name), last_step(place.out(name))));
-        return state.options.find(option)->text;
+        return place.state(name).options.find(option)->text;
     };
     const std::string fresh = run("fresh", small + "--max-steps 2");
     CHECK_MESSAGE(contains(fresh, "--seq-len 24: the model's positions"), fresh);
     CHECK_MESSAGE(contains(fresh, "--learning-rate 0.002: for a new model of "), fresh);
     CHECK(saved("fresh", "seq-len") == "24");
-    CHECK(*read_log(place.out("fresh") + "/log.csv", 2)[1].lr == 0.002);
+    CHECK(*place.log("fresh")[1].lr == 0.002);
     const std::string part = run("part", small + "--seq-len 8 --learning-rate 0.5");
     CHECK_MESSAGE(contains(part, "positions 8 to 23 stay untrained"), part);
     CHECK(!contains(part, "--learning-rate 0.5:"));
@@ -6411,10 +6407,11 @@ TEST_CASE("run: --seq-len and --learning-rate follow the model and the start, an
     CHECK(train_gpt(place.line("tuned", steps + tuned)).status == 130);
     file_fault() = nullptr;
     run("tuned", small + "--resume auto");
-    CHECK(*read_log(place.out("tuned") + "/log.csv", 2)[1].lr == 0.0002);
+    CHECK(*place.log("tuned")[1].lr == 0.0002);
     CHECK(std::stod(saved("tuned", "learning-rate")) == 0.0002);
     // eval reads as many, too.
-    const Outcome eval = train_gpt("eval --data " + place.data() + " --batch-size 1 " + tuned);
+    const Outcome eval =
+        good(train_gpt("eval --data " + place.data() + " --batch-size 1 " + tuned));
     const auto model = loaded(place.out("fresh/best"), 1, 24);
     const Shards val(place.data() + "/val_*.bin");
     const std::string loss =
@@ -6429,26 +6426,25 @@ TEST_CASE("run: --eval-tokens limits the evaluations of a run; eval scores all, 
     put_file(place.data() + "/dataset.json", "{\"floor\": 1.25}");
     const Outcome run = good(place.train("out", "--max-steps 2 --patience 0 --eval-tokens 20"));
     CHECK(contains(run.out, "--eval-tokens 20: the first of 150 for validation"));
-    CHECK(!read_log(place.out() + "/log.csv", 2)[2].floor);  // known of the whole text only
+    CHECK(!place.log()[2].floor);  // known of the whole text only
     const auto model = loaded(place.out("out/checkpoint-2"), 1, 8);
     const Shards val(place.data() + "/val_*.bin");
     const Evaluation first = evaluate(*model, evaluation_windows(val, 8, -1, 20), {});
     CHECK(first.tokens == 20);
-    CHECK(near(*read_log(place.out() + "/log.csv", 2)[2].val_loss, first.loss(), 1e-8));
+    CHECK(near(*place.log()[2].val_loss, first.loss(), 1e-8));
     const std::string eval = "eval --threads 1 --init-from " + place.out("out/best");
     const Outcome same = good(train_gpt(eval));
     CHECK(contains(same.out, place.data() + ", as in its training"));
     CHECK(contains(same.out, "over 149 tokens"));
     // The same of shards; data that was moved; other data, where it is named.
     const std::string shards = place.data() + "/val_*.bin";
-    REQUIRE(train_gpt("--vocab-size 257 --n-embd 8 --n-positions 8 --max-steps 1 --train-shards " +
-                      place.data() + "/train_*.bin --val-shards " + shards + " --output " +
-                      place.out("shards"))
-                .status == 0);
+    good(train_gpt("--vocab-size 257 --n-embd 8 --n-positions 8 --max-steps 1 --train-shards " +
+                   place.data() + "/train_*.bin --val-shards " + shards + " --output " +
+                   place.out("shards")));
     CHECK(contains(train_gpt("eval --init-from " + place.out("shards/best")).out, shards));
     std::filesystem::rename(place.data(), place.out("moved"));
     train_gpt(eval).check_fails(1, {"was trained on " + place.data() + ", which is not here"});
-    CHECK(train_gpt(eval + " --data " + place.out("moved")).status == 0);
+    good(train_gpt(eval + " --data " + place.out("moved")));
 }
 
 TEST_CASE("eval: fine-tuning goes on from the very loss that was saved, to its last digit") {
