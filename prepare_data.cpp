@@ -1244,7 +1244,7 @@ struct Rule {
     std::vector<std::vector<std::string>> words;  // of a list: [word][form]
     std::vector<Items> alternatives;              // of a rule
 };
-using Grammar = std::map<std::string, Rule>;
+using Grammar = std::unordered_map<std::string, Rule>;
 
 // The alternatives of the rule of that name; null where it is that of a list or a slot.
 inline const std::vector<Items>* alternatives_of(const Grammar& grammar, const std::string& name) {
@@ -1258,7 +1258,7 @@ struct Word {
     const Rule* list;
     int number;
 };
-using Memory = std::map<std::string, Word>;
+using Memory = std::unordered_map<std::string, Word>;
 
 // The parts of `text` between separators. Runs of blanks become one blank; none is left around a
 // part.
