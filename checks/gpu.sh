@@ -6,7 +6,7 @@
 #     checks/gpu.sh PART...      these parts:
 #         first     a minute that tells most: every precision trains, GPT-2 steps, what cuBLASLt refuses
 #         proof     all CUDA tests, compute-sanitizer; GPT-2 trains, saves, resumes, samples
-#         speed     GPT-2 124M at B=64: tokens a second, memory, every kernel; two runs are equal
+#         speed     GPT-2 124M at B=64, or as many as fit: tokens a second, memory, every kernel; two runs are equal
 #         gpt2      2,000 steps of GPT-2 124M, ours and PyTorch's
 #         sizes     B=8, B=1, 350M, 774M, tf32 and fp32; SIZES="b1 774m": these only
 #         curves    the default run beside the CPU's and PyTorch's; two runs are equal bit for bit
@@ -20,7 +20,7 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 dry=
 [ "${1:-}" = dry ] && dry=yes && shift
-parts=${*:-first proof speed}
+parts=${*:-first proof speed} bf16=bf16 reduced="bf16 tf32"
 for part in $parts; do
     case $part in
         first | proof | speed | gpt2 | sizes | curves) ;;
@@ -101,8 +101,12 @@ if [ -n "$dry" ]; then
     gpt2=("${tiny[@]}" --seq-len 16)
     default=("${tiny[@]}" --seq-len 16 --batch-size 2 --max-steps 6)
 else
-    cu=./train_gpt_cu device=cuda steps=40 skip=10 seq=1024 batch=64 small=8 long=2000
+    cu=./train_gpt_cu device=cuda steps=40 skip=10 seq=1024 small=8 long=2000
     gpt2=(--model gpt2 --vocab-size 50257 --seq-len 1024) default=()
+    # 64 sequences of GPT-2 take 30 GB. Before 8.0 there is neither bf16 nor tf32.
+    memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2> /dev/null | head -1)
+    batch=$(awk -v mib="$memory" 'BEGIN { b = int((mib - 3000) / 4000) * 8; print b < 8 ? 8 : b > 64 ? 64 : b }')
+    nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | grep -q '^[5-7]' && bf16=fp32 reduced=
 fi
 # nvcc finds cuBLASLt, or it lies where the Toolkit or PyTorch has put it. ("stubs" are for linking.)
 find_cublaslt() {
@@ -140,12 +144,13 @@ refusals() {
 }
 first() {
     local precision
-    for precision in fp32 bf16 tf32; do
-        train $cu "first-$precision" 60 "${stories[@]}" "${default[@]}" --precision $precision --max-steps 20 &&
+    for precision in fp32 $reduced; do
+        train $cu "first-$precision" 60 "${stories[@]}" "${default[@]}" --precision "$precision" --max-steps 20 &&
             row "the default model, $precision: 20 steps" "loss $(last_of "first-$precision" 4)" ok
     done
     train $cu first-gpt2 60 "${gpt2[@]}" "${shards[@]}" --batch-size "$small" --max-steps 3 --eval-interval 0 \
         --save-interval 0 && row "GPT-2: 3 steps" "loss $(last_of first-gpt2 4)" ok
+    grep -h 'wgmma differ' "$work"/train-first-*.log | while read -r line; do row wgmma "$line" FAILED; done
     refusals
 }
 
@@ -164,7 +169,7 @@ sanitize() {
 proof() {
     if [ -z "$dry" ] && command -v compute-sanitizer > /dev/null; then
         for tool in memcheck racecheck initcheck synccheck; do
-            for precision in fp32 bf16; do sanitize $tool $precision; done &
+            for precision in fp32 ${reduced:+bf16}; do sanitize $tool $precision; done &
         done
     else
         row compute-sanitizer "not here" SKIPPED
@@ -230,13 +235,14 @@ percent() {
 losses() { cut -d, -f1,4,10 "$work/$1/log.csv" | head -$steps; }
 speed() {
     local name
-    ours speed bf16 $batch --tune-matmul
+    ours untuned $bf16 "$batch"
+    ours speed $bf16 "$batch" --tune-matmul
     if [ -n "$rate" ]; then
-        ours again bf16 $batch --tune-matmul
+        ours again $bf16 "$batch" --tune-matmul
         equal "two runs: losses and norms" <(losses speed) <(losses again)
     fi
-    theirs speed bf16 $batch --sweep
-    attempt bench 120 $cu bench "${gpt2[@]}" --precision bf16 --batch-size $batch --tune-matmul
+    theirs speed $bf16 "$batch" --sweep
+    attempt bench 120 $cu bench "${gpt2[@]}" --precision $bf16 --batch-size "$batch" --tune-matmul
     row "bench: peaks" "$(grep -m1 '^measured peaks' "$work/bench.log" | cut -c19-)" ""
     for name in "linear c_attn" "linear attn.c_proj" "linear c_fc" "linear mlp.c_proj" "head, both ways" \
         attention "d attention"; do
@@ -248,24 +254,21 @@ speed() {
     row "bench: a step" "$(grep -m1 '^sum of the above' "$work/bench.log" | cut -c19-)" ""
 }
 sizes() {
-    local one
+    local one shape
     for one in $SIZES; do
+        shape=()
         case $one in
             b8) set -- bf16 8 ;;
             b1) set -- bf16 1 ;;
             b8-tf32) set -- tf32 8 ;;
             b8-fp32) set -- fp32 8 ;;
-            350m) set -- bf16 32 --model gpt2-medium ;;
-            774m) set -- bf16 16 --model gpt2-large ;;
+            350m) set -- bf16 32 --model gpt2-medium; shape=(--layers 24 --heads 16 --channels 1024) ;;
+            774m) set -- bf16 16 --model gpt2-large; shape=(--layers 36 --heads 20 --channels 1280) ;;
             *) row "$one" "no such size" FAILED; continue ;;
         esac
         [ -n "$dry" ] && set -- fp32 1
         ours "$one" "$@" --tune-matmul
-        case $one in
-            350m) set -- bf16 32 --layers 24 --heads 16 --channels 1024 ;;
-            774m) set -- bf16 16 --layers 36 --heads 20 --channels 1280 ;;
-        esac
-        theirs "$one" "$@" --compile
+        theirs "$one" "$1" "$2" "${shape[@]}" --compile
     done
 }
 
@@ -289,7 +292,7 @@ beside_torch() {
     rm -rf "$work/$name-"{init,ours,torch}
 }
 gpt2() {
-    local precision=bf16
+    local precision=$bf16
     [ -z "$dry" ] || precision=fp32
     beside_torch gpt2 $precision $small $seq 6e-4 100 "${gpt2[@]}"
 }
