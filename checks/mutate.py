@@ -302,7 +302,7 @@ RULES = {
 }
 # Where breaking changes no result: members that are set before they are read, room, work shared out otherwise, layout of JSON, no limit
 # at all, and comparisons of measured times with a bound, or of 0 by 0 seconds.
-NO_EFFECT = ("int64_t tokens = 0;", "double clip_scale = 1;", "square = size_t(kQueries)", "cuts = across < threads", "json.write(2)",
+NO_EFFECT = ("int64_t tokens = 0;", "int64_t begin = 0;", "double clip_scale = 1;", "square = size_t(kQueries)", "cuts = across < threads", "json.write(2)",
              "kNoLimit", "fit / 32", "waited / seconds", "o_.max_minutes * 60")
 # What may be chosen at run time: what is returned, assigned or asked.
 EXPRESSIONS = (r"\s*return (.+);$", r"\s*[\w:<>&* .\[\]()-]+? [-+*/]?= (.+);$", r"\s*(?:} )?(?:else )?(?:if|while) \((.+)\)(?: \{| [\w(].*;)?$",
