@@ -4845,7 +4845,12 @@ TEST_CASE("run: the number of steps is that of --max-steps or --epochs, whicheve
     }
 }
 
-TEST_CASE("run: MFU is the model's operations a second over the peak of the machine's products") {
+// Keeps what is said of the time that is left.
+struct TimeLeft : Observer<Hooked> {
+    std::vector<double> said;
+    void step(const LogRow&, int64_t, double seconds, bool) override { said.push_back(seconds); }
+};
+TEST_CASE("run: MFU is the model's operations a second over the machine's peak; the time left") {
     const TestRuns place;
     const Corpus corpus(place.data() + "/train_*.bin");
     const StoppedClock clock;
@@ -4854,17 +4859,32 @@ TEST_CASE("run: MFU is the model's operations a second over the peak of the mach
     Gpt2<Hooked> model({1, 2, 8, 8, 257}, device);
     model.reserve(2, 8, Use::training);
     model.initialise(1);
-    RunOptions o;
-    o.output = place.path, o.batch_size = 2, o.max_steps = 2, o.eval_interval = 0;
-    Observer<Hooked> nobody;
-    Trainer<Hooked> trainer(o, corpus, model, 1e7, nobody);
-    outcome_of([&] { return int(trainer.run({})); });
-    const std::vector<LogRow> rows = place.log("");
-    REQUIRE(rows.size() == 3);
-    CHECK(near(*rows[2].tokens_per_s, 2 * 8 / 0.01, 1e-4));
-    CHECK(near(*rows[2].mfu, 1600 * flops_per_token(model.config, 8) / 1e7, 1e-3));
-    CHECK(!rows[2].val_loss);
-    CHECK(!rows[0].eval_train_loss);
+    for (double limit : {0.0, 0.035}) {  // --max-minutes, in seconds
+        RunOptions o;
+        o.output = place.out(to_text("out", limit)), o.max_minutes = limit / 60;
+        o.batch_size = 2, o.max_steps = 4, o.eval_interval = 0;
+        make_folders(o.output);
+        TimeLeft left;
+        Trainer<Hooked> trainer(o, corpus, model, 1e7, left);
+        outcome_of([&] { return int(trainer.run({})); });
+        const std::vector<LogRow> rows = place.log(to_text("out", limit));
+        REQUIRE(rows.size() == 5);
+        REQUIRE(left.said.size() >= 4);
+        for (int step = 1; step <= 4; ++step) {
+            const double expected = std::max(0.0, (limit > 0 ? limit : 0.04) - 0.01 * step);
+            CHECK(std::abs(left.said.end()[step - 5] - expected) < 1e-6);
+        }
+        CHECK(near(*rows[2].tokens_per_s, 2 * 8 / 0.01, 1e-4));
+        CHECK(near(*rows[2].mfu, 1600 * flops_per_token(model.config, 8) / 1e7, 1e-3));
+        CHECK(!rows[2].val_loss);
+        CHECK(!rows[0].eval_train_loss);
+    }
+    // By counting: a product and a sum for each weight of a matrix, and twice for each pair of a
+    // query and a key; the backward pass has twice as many.
+    double pairs = 0;
+    for (int t = 0; t < 8; ++t) pairs += t + 1;
+    const double forward = 2 * (12 * 8 * 8 + 257 * 8) * 8 + 4 * 8 * pairs;
+    CHECK(flops_per_token(model.config, 8) == doctest::Approx(3 * forward / 8));
 }
 
 TEST_CASE("run: the norms of every tensor are those of its weights, gradients and updates") {
@@ -6236,7 +6256,7 @@ struct Damage {
 };
 std::vector<Damage> damages() {
     const std::string c = "config.json", w = "model.safetensors", v = "vocab.json",
-                      m = "merges.txt", s = "trainer_state.json";
+                      m = "merges.txt", t = "tokenizer.json", s = "trainer_state.json";
     auto holds = [](const std::string& name, const std::string& bytes) {
         return [=](Files& f) { f[name] = bytes; };
     };
@@ -6254,10 +6274,12 @@ std::vector<Damage> damages() {
         {holds(w, safetensors_bytes(deep + "}", "")), w, "more than 64 levels"},
         {[=](Files& f) { f[w].replace(f[w].size() - 4, 4, raw<uint32_t>({0xff800001})); }, w,
          "NaN"},
-        {[=](Files& f) { f.erase(m), f.erase("tokenizer.json"); }, "",
-         "expected vocab.json and merges.txt"},
+        {[=](Files& f) { f.erase(m), f.erase(t); }, "", "expected vocab.json and merges.txt"},
         {holds(m, growing), m, "at most 16000000 bytes"},
         {holds(v, deep), v, "more than 64 levels"},
+        {holds(v, std::string(17'000'000, ' ')), v, "at most 16000000 bytes"},
+        {[=](Files& f) { f.erase(v), f.erase(m), f[t].assign(17'000'000, ' '); }, t,
+         "at most 16000000 bytes"},
         {[=](Files& f) {
              TemporaryFolder scratch;
              Tokenizer({{0, 1}}).save(scratch.path);
