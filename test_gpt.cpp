@@ -4845,6 +4845,17 @@ TEST_CASE("run: the number of steps is that of --max-steps or --epochs, whicheve
     }
 }
 
+TEST_CASE("run: the end of an epoch is told if it has ten steps or more") {
+    const TestRuns place({801});  // 100 blocks
+    for (int batch : {10, 11}) {
+        CAPTURE(batch);
+        std::filesystem::remove_all(place.out());
+        const auto outcome = good(
+            place.train("out", format("--epochs 1 --grad-accum-steps 1 --batch-size %d", batch)));
+        CHECK(contains(outcome.out, "epoch 1 ends at step 10: mean") == (batch == 10));
+    }
+}
+
 // Keeps what is said of the time that is left.
 struct TimeLeft : Observer<Hooked> {
     std::vector<double> said;

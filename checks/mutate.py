@@ -302,7 +302,7 @@ RULES = {
 }
 # Where breaking changes no result: members that are set before they are read, room, work shared out otherwise, layout of JSON, no limit
 # at all, comparisons of measured times with a bound, or of 0 by 0 seconds, and an end of text that is -1 or the last id.
-NO_EFFECT = ("int64_t tokens = 0;", "int64_t begin = 0;", "double clip_scale = 1;", "int32_t skip = 0;", "square = size_t(kQueries)", "cuts = across < threads", "json.write(2)",
+NO_EFFECT = ("int64_t tokens = 0;", "int64_t begin = 0;", "int64_t count = 0;", "int32_t broken = 0;", "epoch_steps));", "double clip_scale = 1;", "int32_t skip = 0;", "square = size_t(kQueries)", "cuts = across < threads", "json.write(2)",
              "kNoLimit", "fit / 32", "waited / seconds", "o_.max_minutes * 60", "end_of_text >= 0")
 # What may be chosen at run time: what is returned, assigned or asked.
 EXPRESSIONS = (r"\s*return (.+);$", r"\s*[\w:<>&* .\[\]()-]+? [-+*/]?= (.+);$", r"\s*(?:} )?(?:else )?(?:if|while) \((.+)\)(?: \{| [\w(].*;)?$",
