@@ -40,6 +40,7 @@ screen() {
         print name ": wraps: " $0; bad = 1 } END { exit bad }' "$file" || bad=1
     echo "$file: $(wc -l < "$file") lines"
 }
+unset MAKEFLAGS MFLAGS  # or the make that runs the tests warns of the one that runs this
 bad=0
 [ $# -gt 0 ] || set -- run tuning eval sample walk info bench help test
 for name in "$@"; do
