@@ -817,16 +817,17 @@ inline void check_same_tokenizer(const Corpus& corpus, const std::string& model_
 // does not have, and options that this data cannot serve.
 inline void check_data(const Options& o, const Corpus& corpus, const Config& config, int T) {
     const int64_t batch = int64_t(o.batch_size) * T, text = corpus.train.predictions();
-    std::string advice = "take more text";
-    if (text >= T) advice += to_text(", or --batch-size ", text / T);
-    if (text >= o.batch_size)
-        advice += to_text(", or --seq-len ", text / o.batch_size);
-    else if (0 < text && text < T)
-        advice += to_text(", or --batch-size 1 --seq-len ", text);
-    if (text < batch)
+    if (text < batch) {
+        std::string advice = "take more text";
+        if (text >= T) advice += to_text(", or --batch-size ", text / T);
+        if (text >= o.batch_size)
+            advice += to_text(", or --seq-len ", text / o.batch_size);
+        else if (0 < text && text < T)
+            advice += to_text(", or --batch-size 1 --seq-len ", text);
         fail_usage("the training data has ", counted(corpus.train.tokens(), "token"),
                    ", but one batch of ", o.batch_size, " x ", T, " needs ", with_commas(batch + 1),
                    " (one more than its size): ", advice);
+    }
     if (o.overfit_batch && corpus.train.files[0].predictions() < batch)
         fail_usage("--overfit-batch takes its batch from the first shard: it is too short for it");
     if (o.patience > 0 && corpus.val.empty() && o.eval_batches == 0)
@@ -2886,7 +2887,8 @@ private:
     }
     // Begins to send `from` [size] to a rank, and to receive as much from it. Why in pieces: larger
     // messages Open MPI 4 sends over TCP in one direction at a time, at half the speed of the line.
-    // Why tags: ranks may begin what goes on in the background in different orders among the rest.
+    // Tags: 1 exchange, 2 begin_gather, 3 gather. MPI matches each kind by itself, since two ranks
+    // may not begin all rounds at the same place among other calls.
     void swap(int other, char* to, const char* from, size_t size, int tag,
               std::vector<MPI_Request>& requests) {
         for (size_t at = 0, n; at < size; at += n) {
@@ -2898,6 +2900,7 @@ private:
         }
         if (other != rank) bytes += double(size);
     }
+    // Begins to send this rank's part of round [count, part] to all others, and to receive theirs.
     void gather_round(void* round, size_t part, int tag, std::vector<MPI_Request>& requests) {
         for (int r = 0; r < count; ++r)
             if (r != rank)
