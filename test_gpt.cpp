@@ -4243,7 +4243,7 @@ TEST_CASE("config.json: what this model does not do is refused by name") {
         put_file(path, text);
         check_refused(path, reason, [&] { read_hf_config(path); });
     };
-    // A member, what is said of its value @, and values that are refused.
+    // A member, the message for its value @, and values that are refused.
     const std::array<std::string, 3> members[] = {
         {"model_type", "is @: only \"gpt2\"", "\"gpt_neo\""},
         {"activation_function", "is @: only the tanh GELU", "\"gelu\" \"quick_gelu\" 7"},
@@ -4855,7 +4855,7 @@ TEST_CASE("run: the end of an epoch is told if it has ten steps or more") {
     }
 }
 
-// Keeps what is said of the time that is left.
+// Keeps the reports of the time left.
 struct TimeLeft : Observer<Hooked> {
     std::vector<double> said;
     void step(const LogRow&, int64_t, double seconds, bool) override { said.push_back(seconds); }
@@ -6343,7 +6343,7 @@ TEST_CASE("hf: what --init-from names is named for what it is, with what to type
     make_folders(run);
     std::filesystem::copy(good, run + "/best");
     std::filesystem::copy(good, run + "/checkpoint-30");
-    // What is named; the files of the folder "m", where it is that; and what is said.
+    // What is named; the files of the folder "m", where it is that; and the message.
     const std::string lfs =
         "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 548105171\n";
     const std::array<std::string, 3> cases[] = {
@@ -7474,7 +7474,7 @@ TEST_CASE("prepare_data: chunks of any size are the text, whatever is in it") {
 
 // --- Learning a vocabulary, and encoding
 
-// Count all pairs anew for every merge.
+// Counts all pairs again for every merge.
 inline std::vector<Merge> train_by_definition(std::string_view text, size_t wanted) {
     std::vector<std::vector<uint16_t>> pieces = bytes_of_pieces(text);
     std::vector<Merge> merges;
@@ -7930,7 +7930,7 @@ template <>
 constexpr double kUnit<bf16> = 0x1p-9;
 template <>
 constexpr double kUnit<Cuda<bf16>> = 0x1p-9;
-// The CPU in bf16 is held to the same bounds: as this one does it, without pairs, and as a matrix
+// The CPU in bf16 has the same bounds: as this one does it, without pairs, and as a matrix
 // unit would.
 template <class Ops>
 constexpr double kUnit<Layers<bf16, Ops>> = 0x1p-9;
@@ -9216,7 +9216,7 @@ TEST_CASE("cuda: attention by groups of warps is taken where it is right") {
                                     s.B, s.T, s.NH, s.HS, drop, true);
             all += cuda.way();
         }
-        // However often it was done, the bias gradient was added to once for each call.
+        // The bias gradient was added to once for each call, whatever way was tried first.
         Values sums = before, got = dqkv.values();
         for (size_t i = 0; i < got.size(); ++i) sums[i % sums.size()] += 2 * got[i];
         compare("bias", bias.values(), sums, 0x1p-8, 4, s.T, 4);
@@ -9239,7 +9239,7 @@ TEST_CASE("cuda: attention by groups of warps is taken where it is right") {
 #endif
 }
 
-// --- What a GPU cannot do is said before anything is done
+// --- What a GPU cannot do is refused before anything is done
 
 #ifdef CUDA_ON_CPU
 TEST_CASE("cuda: no GPU, an old one, a small one, sizes it has no kernels for: a line says so") {

@@ -891,7 +891,7 @@ inline void check_model_folder(const std::string& path) {
                     fail(path, ": expected model.safetensors, found ", shown(name), ", ", what);
 }
 
-// The model of --init-from. What is passed over in its files is said.
+// The model of --init-from. Warns of what it passes over in the files.
 inline Config config_of_model(const std::string& folder) {
     check_model_folder(folder);
     const Config config = config_of_folder(folder);
